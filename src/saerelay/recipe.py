@@ -1,0 +1,209 @@
+"""The recipe: what a user writes in `run.toml`. The comments that `saerelay init` prints are the descriptions here."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from saerelay.site import ModuleKind
+from saerelay.spec import Count, Spec, parse_count
+
+Architecture = Literal["topk", "batchtopk", "jumprelu", "relu"]
+Method = Literal["identity", "rescale", "procrustes", "affine"]
+Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "paper"]
+
+
+def _share_or_count(value: object) -> object:
+    """A float up to 1 is a share of the leg's budget, anything else a count of tokens."""
+    return value if isinstance(value, float) and 0 <= value <= 1 else parse_count(value)
+
+
+def _rate(value: object) -> object:
+    """A learning rate, or "auto" (stored as 0)."""
+    return 0.0 if value == "auto" else value
+
+
+ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]
+Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0, lt=1)]
+
+
+def tokens_of(value: float, budget: int) -> int:
+    """Tokens meant by a share (a float up to 1) or a count, of a leg with `budget` tokens.
+
+    >>> tokens_of(0.5, 1000), tokens_of(300, 1000)
+    (500, 300)
+    """
+    return round(value * budget) if isinstance(value, float) and value <= 1 else int(value)
+
+
+class ModelSpec(Spec):
+    """Which language model is read."""
+
+    name: str = Field("demo", description='hub id, local directory, or "demo" for the built-in model')
+    revision: str = Field("", description='hub branch, tag or commit; "" is the default branch')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description='"auto": bfloat16 where the hardware multiplies it fast, else float32'
+    )
+    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
+
+
+class SitesSpec(Spec):
+    """Which activations get a dictionary."""
+
+    layers: Literal["all"] | list[int] = Field("all", description='"all", or a list such as [0, 3, 6]')
+    module: ModuleKind = Field("resid_post", description="resid_post, resid_pre, mlp_out, attn_out or attn_z")
+
+
+class DataSpec(Spec):
+    """Where tokens come from. At most one of `dataset`, `text`, `tokens`; none means the built-in Python corpus."""
+
+    dataset: str = Field("", description='Hugging Face dataset: hub id (streamed) or a local directory; "" for none')
+    subset: str = Field("", description="the dataset's configuration name, if it has several")
+    split: str = Field("train", description="the dataset's split")
+    column: str = Field("text", description="the dataset's column with the documents")
+    revision: str = Field("", description="the dataset's branch, tag or commit")
+    text: list[str] = Field([], description="text files or directories of text files")
+    tokens: str = Field("", description="a .npy file of token ids (uint16 or uint32, 1-D or 2-D)")
+    context: int = Field(256, ge=4, description="tokens in one sequence")
+    prepend_bos: bool = Field(True, description="start every sequence with the BOS token (never trained on)")
+    epochs: int = Field(1, ge=1, description="how often the corpus may be read")
+    outlier_norm: float = Field(
+        10.0, ge=0, description="leave out positions whose norm is over this multiple of the median; 0 keeps all"
+    )
+    block_tokens: Count = Field(0, ge=0, description="tokens shuffled together; 0 chooses by memory, at most 65536")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSpec":
+        given = [key for key in ("dataset", "text", "tokens") if getattr(self, key)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; keep one of them and empty the others")
+        return self
+
+
+class DictionarySpec(Spec):
+    """What a dictionary looks like and how sparse it is."""
+
+    architecture: Architecture = Field("topk", description="topk, batchtopk, jumprelu or relu")
+    expansion: float = Field(8, gt=0, description="latents per dimension of the model's activations ...")
+    n_latents: Count = Field(0, ge=0, description="... or their number; 0 takes expansion")
+    k: int = Field(32, ge=1, description="topk, batchtopk: active latents per token")
+    target_l0: float = Field(32.0, gt=0, description="jumprelu: active latents per token to aim for")
+    l1: float = Field(0.05, ge=0, description="relu: weight of the L1 penalty, in normalised units")
+    l0_weight: float = Field(1.0, ge=0, description="jumprelu: weight of the penalty ((L0 - target) / target)^2")
+    bandwidth: float = Field(0.3, gt=0, description="jumprelu: width of the straight-through window, in normalised units")
+    aux_weight: float = Field(1 / 32, ge=0, description="topk, batchtopk: weight of the dead latents' loss (AuxK)")
+    normalise: bool = Field(True, description="train on centred, rescaled activations; false reproduces the paper")
+
+
+class LegSpec(Spec):
+    """One leg of an explicit plan: `[[plan.legs]]`."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")
+    layer: int
+    module: ModuleKind | None = None
+    parent: str = ""
+    """Id of another leg, or a directory with a dictionary (a leg or a snapshot of another run); "" trains from scratch."""
+    tokens: Count = Field(gt=0)
+    fork_at: ShareOrCount = 1.0
+    """The parent's age at which this leg starts from it: a share of its tokens or a count."""
+    method: Method | None = None
+    refit: bool | None = None
+    control_of: str = ""
+    control_kind: Literal["equal_tokens", "full"] = "equal_tokens"
+    batch_tokens: Count | None = None
+    lr: Rate | None = None
+    n_latents: Count | None = None
+    k: int | None = None
+    seed: int | None = None
+    after: str = ""
+    """Start when this leg has ended (a leg from scratch starts at once otherwise)."""
+
+
+class PlanSpec(Spec):
+    """Who is trained from scratch, who from whom, with how many tokens."""
+
+    preset: Preset = Field("hub", description="scratch, forward, backward, alternate, hub or paper")
+    roots: list[int] = Field([], description="layers trained from scratch; [] lets the preset choose")
+    direction: Literal["auto", "forward", "backward", "both"] = Field(
+        "auto", description="alternate, paper: which neighbour gives: forward (the one below), backward (above), both"
+    )
+    root_tokens: Count = Field(2_000_000, gt=0, description="training tokens of a root")
+    transfer_tokens: Count = Field(250_000, ge=0, description="tokens of a transfer, the refit's included; 0 is zero-shot")
+    fork_at: ShareOrCount = Field(1.0, description="when children leave a parent: a share of its tokens, or a count")
+    method: Method = Field("affine", description="identity, rescale, procrustes or affine")
+    refit: bool = Field(True, description="refit the decoder in closed form on the child's first tokens")
+    moment_tokens: Count = Field(200_000, gt=0, description="tokens the map between two layers is fitted on")
+    refit_tokens: Count = Field(100_000, gt=0, description="tokens the decoder is refitted on")
+    controls: list[int] = Field([], description="layers that also get from-scratch controls (equal tokens, and full)")
+    legs: list[LegSpec] = Field([], description="an explicit plan instead of a preset: [[plan.legs]], see the README")
+
+
+class TrainSpec(Spec):
+    """How a dictionary is trained."""
+
+    batch_tokens: Count = Field(512, gt=0, description="tokens in one training step")
+    lr: Rate = Field(0.0, description='from scratch; "auto" follows the sweep in docs/log.md')
+    transfer_lr: Rate = Field(0.0, description='after a transfer; "auto" likewise')
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's")
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the budget over which the learning rate rises")
+    sparsity_warmup: float = Field(0.05, ge=0, lt=1, description="jumprelu, relu: share over which the penalty rises")
+    decay: float = Field(0.3, ge=0, le=1, description="share of the budget over which the learning rate falls to 0")
+    clip: float = Field(1.0, ge=0, description="largest norm of a gradient; 0 never clips")
+    dead_after: Count = Field(
+        0, ge=0, description="tokens without firing after which a latent is dead; 0: min(10M, a tenth of the budget)"
+    )
+    seed: int = Field(0, ge=0, description="every random choice follows from it")
+    checkpoint_every: Count = Field("500k", gt=0, description="tokens between two saved states", validate_default=True)  # type: ignore[assignment]
+    snapshots: list[ShareOrCount] = Field([], description="ages published beside the end: shares or counts; 0 is right after a hop")
+    memory_gib: float = Field(0.0, ge=0, description="split cohorts so that training state stays under this; 0 never splits")
+    loggers: list[Literal["tensorboard", "wandb"]] = Field([], description="beside metrics.jsonl: tensorboard, wandb")
+
+
+class EvaluateSpec(Spec):
+    """How quality is measured."""
+
+    tokens: Count = Field(131_072, gt=0, description="held-out tokens")
+
+
+class Run(Spec):
+    """A whole recipe.
+
+    >>> Run().model.name
+    'demo'
+    """
+
+    model: ModelSpec = ModelSpec()
+    sites: SitesSpec = SitesSpec()
+    data: DataSpec = DataSpec()
+    dictionary: DictionarySpec = DictionarySpec()
+    plan: PlanSpec = PlanSpec()
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+
+
+def annotated_toml(run: Run) -> str:
+    """The recipe as TOML with every key and what it means: the output of `saerelay init`."""
+    lines = ["# A recipe for `saerelay train run.toml --out runs/a`. Counts may be written 250_000 or \"250k\".", ""]
+    for name, section in run:
+        lines += [f"# {(type(section).__doc__ or '').splitlines()[0]}", f"[{name}]"]
+        for key, field in type(section).model_fields.items():
+            if key == "legs":
+                lines.append(f"# {field.description}")
+                continue
+            text = f"{key} = {_toml_value(key, getattr(section, key))}"
+            lines.append(f"{text:<34}# {field.description}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(key: str, value: Any) -> str:
+    if key in ("lr", "transfer_lr") and value == 0:
+        return '"auto"'
+    if isinstance(value, float) and 0 < value < 1e-3:
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value:_}"
+    return json.dumps(value)
