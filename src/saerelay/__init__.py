@@ -1,1 +1,64 @@
-"""SAE Relay."""
+"""SAE Relay: sparse autoencoders for every layer of a language model, by training one and relaying it to the others.
+
+>>> import saerelay as sr
+>>> str(sr.Site(3))
+'L3'
+
+A finished run: `suite = sr.load("runs/a"); sae = suite[sr.Site(3)]; z = sae.encode(x); x_hat = sae.decode(z)`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saerelay.checkpoint import Suite as Suite
+    from saerelay.checkpoint import load as load
+    from saerelay.checkpoint import load_dictionary as load_dictionary
+    from saerelay.dictionaries import Dictionary as Dictionary
+    from saerelay.dictionaries import calibrate_threshold as calibrate_threshold
+    from saerelay.errors import SaeRelayError as SaeRelayError
+    from saerelay.evaluate import evaluate_run as evaluate_run
+    from saerelay.launch import hop_run as hop_run
+    from saerelay.launch import plan_run as plan_run
+    from saerelay.launch import train_run as train_run
+    from saerelay.model import LanguageModel as LanguageModel
+    from saerelay.moments import Moments as Moments
+    from saerelay.plan import Plan as Plan
+    from saerelay.recipe import Run as Run
+    from saerelay.site import Site as Site
+    from saerelay.transfer import AffineMap as AffineMap
+    from saerelay.transfer import Refit as Refit
+    from saerelay.transfer import fold as fold
+    from saerelay.transfer import map_between as map_between
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AffineMap": "transfer",
+    "Dictionary": "dictionaries",
+    "LanguageModel": "model",
+    "Moments": "moments",
+    "Plan": "plan",
+    "Refit": "transfer",
+    "Run": "recipe",
+    "SaeRelayError": "errors",
+    "Site": "site",
+    "Suite": "checkpoint",
+    "calibrate_threshold": "dictionaries",
+    "evaluate_run": "evaluate",
+    "fold": "transfer",
+    "hop_run": "launch",
+    "load": "checkpoint",
+    "load_dictionary": "checkpoint",
+    "map_between": "transfer",
+    "plan_run": "launch",
+    "train_run": "launch",
+}
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `saerelay --help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saerelay' has no attribute '{name}'")
+    return getattr(import_module(f"saerelay.{_HOMES[name]}"), name)

@@ -1,8 +1,29 @@
-"""The compiled, immutable plan: which leg is trained where, from whom, when and for how long. Pure Python."""
+"""The compiled, immutable plan: which leg is trained where, from whom, when and for how long. Pure Python.
 
-from saerelay.recipe import ModelSpec  # noqa: F401
-from saerelay.site import Site
-from saerelay.spec import Spec
+All legs live on one axis, the cursor: raw token positions read from the corpus. A leg's life on it:
+
+    start ── moment_tokens ──> fold ── refit_tokens ──> train ───────────────> end
+            (the map from its     (closed-form decoder    (gradient steps)
+             parent is fitted)      refit, if asked)
+                                 └──────────── budget_tokens ────────────────┘
+
+A leg from scratch has neither moments nor refit. Starts lie on block borders; a child's moments end where its parent
+reaches the age it forks at, so that both share the language model's forward pass.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from saerelay.errors import PlanError
+from saerelay.recipe import Architecture, DictionarySpec, LegId, LegSpec, Method, Run, tokens_of
+from saerelay.site import ModuleKind, Site
+from saerelay.spec import Spec, format_count
+
+SCHEMA_VERSION = 1
+MAX_BLOCK_TOKENS = 65_536
+BLOCK_BYTES = 2**30
+"""Activations of one block stay under this, when the recipe lets us choose its size."""
 
 
 class ModelFacts(Spec):
@@ -35,3 +56,522 @@ class ModelFacts(Spec):
     def width(self, site: Site) -> int:
         """Width D of the activations at a site."""
         return self.d_attn_z if site.module == "attn_z" else self.d_model
+
+
+class External(Spec):
+    """A parent outside the plan: what its dictionary.json says."""
+
+    layer: int
+    module: ModuleKind
+    architecture: Architecture
+    n_latents: int
+    k: int | None
+
+
+class Leg(Spec):
+    """One SAE's training."""
+
+    id: LegId
+    role: Literal["root", "transfer", "control"]
+    control_of: str = ""
+    control_kind: Literal["", "equal_tokens", "full"] = ""
+    layer: int
+    module: ModuleKind
+    dictionary: DictionarySpec
+    parent: str = ""
+    """Id of a leg of this plan, or a directory of another run's leg or snapshot; "" for a leg from scratch."""
+    fork_at_tokens: int = 0
+    """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
+    method: Method | None = None
+    start: int = 0
+    moment_tokens: int = 0
+    refit_tokens: int = 0
+    budget_tokens: int
+    """Tokens the SAE sees: the refit's and the training's."""
+    batch_tokens: int
+    lr: float
+    dead_after_tokens: int
+    snapshots: list[int] = []
+    """Ages published beside the end."""
+    seed: int
+
+    @property
+    def site(self) -> Site:
+        """Where it reads."""
+        return Site(self.layer, self.module)
+
+    @property
+    def fold_at(self) -> int:
+        """Cursor at which it comes to life: age 0."""
+        return self.start + self.moment_tokens
+
+    @property
+    def end(self) -> int:
+        """Cursor at which it retires."""
+        return self.fold_at + self.budget_tokens
+
+
+class Plan(Spec):
+    """Everything that fixes a run: written to plan.json; after that nothing reads the recipe again."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: Run
+    facts: ModelFacts
+    block_tokens: int
+    legs: list[Leg]
+    externals: dict[str, External] = {}
+    """Parents outside this plan, by their directory."""
+
+    def leg(self, leg_id: str) -> Leg:
+        """The leg with an id."""
+        return next(leg for leg in self.legs if leg.id == leg_id)
+
+    def has(self, leg_id: str) -> bool:
+        """Whether a leg has this id."""
+        return any(leg.id == leg_id for leg in self.legs)
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the axis: token positions the language model reads."""
+        return self.block_tokens * math.ceil(max(leg.end for leg in self.legs) / self.block_tokens)
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, in order."""
+        return sorted({leg.site for leg in self.legs})
+
+    @property
+    def probe_site(self) -> Site | None:
+        """Where outlier norms are looked for, whichever sites are open: the middle one; none if they are kept."""
+        return self.sites[len(self.sites) // 2] if self.run.data.outlier_norm else None
+
+    def open_sites(self, start: int, stop: int) -> list[Site]:
+        """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop."""
+        sites = {leg.site for leg in self.legs if leg.start < stop and start < leg.end}
+        for leg in self.legs:
+            if leg.moment_tokens and leg.start < stop and start < leg.fold_at:
+                sites.add(self.parent_site(leg))
+        if sites and self.probe_site:
+            sites.add(self.probe_site)
+        return sorted(sites)
+
+    def without_controls(self) -> "Plan":
+        """What a user would run who believes us."""
+        return self.model_copy(update={"legs": [leg for leg in self.legs if leg.role != "control"]})
+
+    def parent_site(self, leg: Leg) -> Site:
+        """Where a leg's parent reads."""
+        if self.has(leg.parent):
+            return self.leg(leg.parent).site
+        return Site(self.externals[leg.parent].layer, self.externals[leg.parent].module)
+
+
+# --- compiling --------------------------------------------------------------------------------------------------
+
+
+def compile_plan(
+    run: Run, facts: ModelFacts, *, externals: dict[str, External] | None = None, memory_bytes: float = math.inf
+) -> Plan:
+    """Turn a recipe into a plan; raises PlanError if it cannot be run.
+
+    `externals` describes the parents that are directories. Legs are started as early as their
+    parents and `memory_bytes` (training state of all live legs) allow.
+    """
+    if facts.max_context and run.data.context > facts.max_context:
+        raise PlanError(
+            f"data.context is {run.data.context}; {facts.name} takes at most {facts.max_context} tokens. Lower data.context."
+        )
+    layers = list(range(facts.n_layers)) if run.sites.layers == "all" else sorted(set(run.sites.layers))
+    if not layers:
+        raise PlanError('sites.layers is empty; write "all" or a list such as [0, 1]')
+    wanted = {*layers, *run.plan.roots, *run.plan.controls, *(leg.layer for leg in run.plan.legs)}
+    for layer in sorted(wanted):
+        if not 0 <= layer < facts.n_layers:
+            raise PlanError(f"layer {layer} is out of range: {facts.name} has layers 0 to {facts.n_layers - 1}")
+    specs = run.plan.legs or preset_legs(run, layers)
+    block_tokens = choose_block(run, facts, specs)
+    legs: list[Leg] = []
+    for spec in _parents_first(specs):
+        legs.append(_leg(spec, run, facts, block_tokens, legs, externals or {}))
+        _schedule(legs, spec, block_tokens, memory_bytes, facts)
+    order = {spec.id: i for i, spec in enumerate(specs)}
+    legs.sort(key=lambda leg: order[leg.id])
+    plan = Plan(run=run, facts=facts, block_tokens=block_tokens, legs=legs, externals=externals or {})
+    _check_widths(plan)
+    return plan
+
+
+def extend_plan(old: Plan, new: Plan) -> Plan:
+    """A finished plan with what a new one adds: legs it does not have, and tokens for legs that got a larger budget.
+
+    A leg's extra tokens become a leg of their own that continues from the finished one (its rate warms up and decays
+    again, so the result is not that of a longer first run). Everything new starts where the old plan ended.
+    """
+    if old.block_tokens != new.block_tokens:
+        new = compile_plan(_with_block(new.run, old.block_tokens), new.facts, externals=new.externals)
+    legs, begin = list(old.legs), old.n_tokens
+    for leg in new.legs:
+        before = next((o for o in old.legs if o.id == leg.id), None)
+        if before is None:
+            legs.append(leg.model_copy(update={"start": leg.start + begin}))
+            continue
+        placed = {name: getattr(before, name) for name in ("start", "fork_at_tokens", "snapshots", "dead_after_tokens")}
+        changed = [k for k, v in leg.model_copy(update=placed).model_dump().items() if v != before.model_dump()[k]]
+        extra = leg.budget_tokens - before.budget_tokens
+        if changed == ["budget_tokens"] and extra > 0:
+            more = {"id": f"{leg.id}+{format_count(extra)}", "parent": leg.id, "method": "identity", "start": begin}
+            more |= {"budget_tokens": extra, "moment_tokens": 0, "refit_tokens": 0, "role": "transfer", "snapshots": []}
+            legs.append(leg.model_copy(update=more | {"fork_at_tokens": before.budget_tokens}))
+        elif changed:
+            raise PlanError(
+                f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number of tokens "
+                "can be added. Choose another --out."
+            )
+    return new.model_copy(update={"legs": legs})
+
+
+def _with_block(run: Run, block_tokens: int) -> Run:
+    return run.model_copy(update={"data": run.data.model_copy(update={"block_tokens": block_tokens})})
+
+
+def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
+    """The legs a preset means, as if they had been written out."""
+    p = run.plan
+    parents = preset_parents(run, layers)
+    roots = sorted({layer for layer in layers if layer not in parents or p.preset == "paper"})
+    legs = [_scratch(f"{_name(run, layer)}", layer, p.root_tokens) for layer in roots]
+    for layer, sources in sorted(parents.items()):
+        for source in sources:
+            parent = _name(run, source) if source in roots else f"{_name(run, source)}-from-L{parents[source][0]}"
+            leg_id = f"{_name(run, layer)}-from-L{source}"
+            tokens = max(1, p.transfer_tokens)
+            legs.append(LegSpec(id=leg_id, layer=layer, parent=parent, tokens=tokens, fork_at=p.fork_at))
+    if p.transfer_tokens == 0:
+        raise PlanError("plan.transfer_tokens is 0; to look at a hop without training, use `saerelay hop --tokens 0`")
+    for layer in p.controls:
+        legs += _controls(run, layer, [leg for leg in legs if leg.layer == layer and leg.parent])
+    return legs
+
+
+def _name(run: Run, layer: int) -> str:
+    return str(Site(layer, run.sites.module))
+
+
+def _scratch(leg_id: str, layer: int, tokens: int) -> LegSpec:
+    return LegSpec(id=leg_id, layer=layer, tokens=tokens)
+
+
+def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
+    """For each layer that is not (only) trained from scratch, the layers it is transferred from."""
+    p, last = run.plan, len(layers) - 1
+    neighbours = {
+        layer: (layers[i - 1] if i else None, layers[i + 1] if i < last else None) for i, layer in enumerate(layers)
+    }
+    match p.preset:
+        case "scratch":
+            return {}
+        case "hub":
+            root = p.roots or [layers[5 * len(layers) // 8]]
+            nearest = {layer: min(root, key=lambda r: (abs(r - layer), -r)) for layer in layers if layer not in root}
+            return {layer: [source] for layer, source in nearest.items()}
+        case "forward" | "backward":
+            chain = list(layers) if p.preset == "forward" else list(reversed(layers))
+            roots = p.roots or [chain[0]]
+            first = min(chain.index(r) for r in roots)
+            onward = {chain[i]: [chain[i - 1]] for i in range(first + 1, len(chain)) if chain[i] not in roots}
+            return onward | {chain[i]: [chain[i + 1]] for i in range(first)}
+        case "alternate":
+            backward = p.direction != "forward"
+            roots = p.roots or [layer for i, layer in enumerate(layers) if i % 2 == (1 if backward and last else 0)]
+            parents = {}
+            for layer in (layer for layer in layers if layer not in roots):
+                below, above = neighbours[layer]
+                wanted = (above, below) if backward else (below, above)
+                parents[layer] = [
+                    next((s for s in wanted if s in roots), None) or min(roots, key=lambda r: abs(r - layer))
+                ]
+            return parents
+        case "paper":
+            both = {layer: {"forward": below, "backward": above} for layer, (below, above) in neighbours.items()}
+            kinds = ("forward", "backward") if p.direction in ("auto", "both") else (p.direction,)
+            return {layer: [s for kind in kinds if (s := pair[kind]) is not None] for layer, pair in both.items()}
+
+
+def _controls(run: Run, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
+    if not transfers:
+        raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")
+    transfer, p = transfers[0], run.plan
+    name = _name(run, layer)
+    equal = transfer.tokens + (p.moment_tokens if p.method != "identity" else 0)
+    common: dict[str, Any] = {"layer": layer, "control_of": transfer.id}
+    return [
+        LegSpec(id=f"{name}-scratch-equal", tokens=equal, control_kind="equal_tokens", **common),
+        LegSpec(id=f"{name}-scratch-full", tokens=p.root_tokens, control_kind="full", **common),
+    ]
+
+
+def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
+    """Tokens shuffled together: a multiple of the batch and of the context, from shapes alone."""
+    step = math.lcm(run.train.batch_tokens, run.data.context)
+    if run.data.block_tokens:
+        if run.data.block_tokens % step:
+            raise PlanError(
+                f"data.block_tokens is {run.data.block_tokens}; it must be a multiple of train.batch_tokens "
+                f"({run.train.batch_tokens}) and data.context ({run.data.context}), that is of {step}"
+            )
+        return run.data.block_tokens
+    bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * max(1, len({(s.layer, s.module) for s in specs}))
+    shortest = min(spec.tokens for spec in specs)
+    wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, 16 * run.train.batch_tokens))
+    return step * max(1, wanted // step)
+
+
+def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
+    by_id = {spec.id: spec for spec in specs}
+    if len(by_id) < len(specs):
+        twice = sorted({spec.id for spec in specs if sum(s.id == spec.id for s in specs) > 1})
+        raise PlanError(f"two legs have the id {', '.join(twice)}; give each its own")
+    ordered: dict[str, LegSpec] = {}
+    waiting: list[str] = []
+
+    def visit(spec: LegSpec) -> None:
+        if spec.id in ordered:
+            return
+        if spec.id in waiting:
+            raise PlanError(f"legs wait for each other: {' -> '.join([*waiting, spec.id])}")
+        waiting.append(spec.id)
+        for other in (spec.parent, spec.after, spec.control_of):
+            if other in by_id:
+                visit(by_id[other])
+            elif other and (other != spec.parent or "/" not in other):
+                raise PlanError(
+                    f'leg {spec.id} names "{other}", which is no leg of this plan ({", ".join(sorted(by_id))}); '
+                    "a dictionary outside it is given as a directory, with a slash"
+                )
+        waiting.pop()
+        ordered[spec.id] = spec
+
+    for spec in specs:
+        visit(spec)
+    return list(ordered.values())
+
+
+def _leg(
+    spec: LegSpec, run: Run, facts: ModelFacts, block: int, legs: Sequence[Leg], externals: dict[str, External]
+) -> Leg:
+    """A leg with all its choices made, but not yet placed on the axis."""
+    p, t = run.plan, run.train
+    site = Site(spec.layer, spec.module or run.sites.module)
+    parent = next((leg for leg in legs if leg.id == spec.parent), None)
+    dictionary = parent.dictionary if parent else run.dictionary
+    if external := externals.get(spec.parent):
+        own = external.model_dump(include={"architecture", "n_latents", "k"}, exclude_none=True)
+        dictionary = dictionary.model_copy(update=own)
+    n_latents = spec.n_latents or dictionary.n_latents or round(dictionary.expansion * facts.width(site))
+    if spec.parent and n_latents != dictionary.n_latents:
+        raise PlanError(
+            f"leg {spec.id} asks for {n_latents} latents, its parent {spec.parent} has {dictionary.n_latents}"
+        )
+    dictionary = dictionary.model_copy(update={"n_latents": n_latents, "k": spec.k or dictionary.k})
+    check_sparsity(dictionary, spec.id)
+    batch = spec.batch_tokens or t.batch_tokens
+    if t.batch_tokens % batch:
+        raise PlanError(f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {t.batch_tokens}")
+    budget = batch * math.ceil(spec.tokens / batch)
+    method = (spec.method or p.method) if spec.parent else None
+    refit = bool(spec.parent) and (p.refit if spec.refit is None else spec.refit)
+    role: Literal["root", "transfer", "control"] = (
+        "control" if spec.control_of else "transfer" if spec.parent else "root"
+    )
+    lr = spec.lr or (t.transfer_lr if spec.parent else t.lr)
+    return Leg(
+        id=spec.id,
+        role=role,
+        control_of=spec.control_of,
+        control_kind=spec.control_kind if spec.control_of else "",
+        layer=site.layer,
+        module=site.module,
+        dictionary=dictionary,
+        parent=spec.parent,
+        method=method,
+        moment_tokens=_blocks(p.moment_tokens, block) if method not in (None, "identity") else 0,
+        refit_tokens=min(budget, _blocks(p.refit_tokens, block)) if refit else 0,
+        budget_tokens=budget,
+        batch_tokens=batch,
+        lr=lr or auto_lr(dictionary, "transfer" if spec.parent else "scratch", budget),
+        dead_after_tokens=t.dead_after or min(10_000_000, budget // 10),
+        snapshots=_snapshots(run, budget, bool(spec.parent)),
+        seed=t.seed if spec.seed is None else spec.seed,
+    )
+
+
+def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:
+    """No more active latents than there are."""
+    wanted = dictionary.target_l0 if dictionary.architecture == "jumprelu" else dictionary.k
+    if dictionary.architecture != "relu" and wanted > dictionary.n_latents:
+        key = "target_l0" if dictionary.architecture == "jumprelu" else "k"
+        raise PlanError(
+            f"leg {leg_id}: dictionary.{key} is {wanted:g} but there are only {dictionary.n_latents} latents; "
+            f"lower {key} or raise n_latents"
+        )
+
+
+def auto_lr(dictionary: DictionarySpec, kind: Literal["scratch", "transfer"], budget_tokens: int) -> float:
+    """Default learning rates, from the sweep in docs/log.md."""
+    return 2e-3 if kind == "scratch" else 5e-4
+
+
+def _snapshots(run: Run, budget: int, transferred: bool) -> list[int]:
+    wanted = run.train.snapshots
+    if not wanted and run.plan.preset == "paper":
+        n = 5 if transferred else 10
+        wanted = [i / n for i in range(1, n)]
+    batch = run.train.batch_tokens
+    ages = {batch * round(tokens_of(value, budget) / batch) for value in wanted}
+    return sorted(age for age in ages if age < budget and (age or transferred))
+
+
+def _blocks(tokens: int, block: int) -> int:
+    """Rounded to whole blocks, at least one."""
+    return block * max(1, round(tokens / block))
+
+
+def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, facts: ModelFacts) -> None:
+    """Place the last leg on the axis: as early as its parent, `after` and memory allow."""
+    leg = legs.pop()
+    parent = next((other for other in legs if other.id == leg.parent), None)
+    earliest = 0
+    if parent:
+        forked = parent.fold_at + tokens_of(spec.fork_at, parent.budget_tokens)
+        earliest = max(0, block * math.ceil(forked / block) - leg.moment_tokens)
+        earliest = max(earliest, parent.start)
+    if spec.after:
+        earliest = max(earliest, block * math.ceil(next(o for o in legs if o.id == spec.after).end / block))
+    needed = state_bytes(leg, facts)
+    if needed > memory_bytes:
+        raise PlanError(
+            f"leg {leg.id} alone needs {needed / 2**30:.1f} GiB of training state, more than the "
+            f"{memory_bytes / 2**30:.1f} GiB allowed; lower n_latents or raise train.memory_gib"
+        )
+    candidates = sorted({earliest, *(block * math.ceil(other.end / block) for other in legs)})
+    for start in (s for s in candidates if s >= earliest):
+        placed = leg.model_copy(update={"start": start})
+        if _peak([*legs, placed], facts) <= memory_bytes:
+            break
+    else:
+        raise AssertionError("after the last leg's end there is room for one")
+    if parent:
+        age = min(parent.budget_tokens, max(0, placed.fold_at - parent.fold_at))
+        placed = placed.model_copy(update={"fork_at_tokens": age})
+    legs.append(placed)
+
+
+def _check_widths(plan: Plan) -> None:
+    for leg in plan.legs:
+        if not leg.parent:
+            continue
+        source, target = plan.parent_site(leg), leg.site
+        if plan.facts.width(source) != plan.facts.width(target):
+            raise PlanError(
+                f"leg {leg.id}: {source} is {plan.facts.width(source)} wide and {target} is {plan.facts.width(target)}; "
+                "a transfer needs equal widths"
+            )
+
+
+# --- costs ------------------------------------------------------------------------------------------------------
+
+
+class Cost(Spec):
+    """What a plan takes. `flops` counts operations executed, `flops_dense_equivalent` what dense steps would have been."""
+
+    lm_tokens: int
+    """Token positions read by the language model."""
+    sae_samples: int
+    """Activations trained on, summed over legs."""
+    flops: float
+    flops_dense_equivalent: float
+    flops_all_from_scratch: float
+    """The same layers, each from scratch with root_tokens, all sharing one forward pass, executed the same way."""
+    memory_bytes: float
+    """Largest training state of all live legs, one block's activations and the language model."""
+    disk_bytes: float
+    """Published dictionaries, snapshots, the saved state twice over, and the tokens."""
+
+
+def parameters(leg: Leg, facts: ModelFacts) -> int:
+    """Parameters of a leg's dictionary."""
+    return leg.dictionary.n_latents * (2 * facts.width(leg.site) + 1) + facts.width(leg.site)
+
+
+def state_bytes(leg: Leg, facts: ModelFacts) -> float:
+    """Weights, gradients and Adam's two moments, in float32."""
+    return 16.0 * parameters(leg, facts)
+
+
+def _peak(legs: Sequence[Leg], facts: ModelFacts) -> float:
+    return max(sum(state_bytes(o, facts) for o in legs if o.start <= leg.start < o.end) for leg in legs)
+
+
+def step_flops(dictionary: DictionarySpec, width: int) -> tuple[float, float]:
+    """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
+    dense = 12.0 * width * dictionary.n_latents
+    if dictionary.architecture in ("topk", "batchtopk"):
+        return 2.0 * width * dictionary.n_latents + 8.0 * width * dictionary.k, dense
+    return dense, dense
+
+
+def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
+    """Operations of the language model's first `n_layers` layers for one token, attention included."""
+    return n_layers * (2.0 * facts.layer_params + 4.0 * context * facts.d_attn_z)
+
+
+def plan_cost(plan: Plan) -> Cost:
+    """Predict a plan's cost from shapes alone."""
+    facts, context, block = plan.facts, plan.run.data.context, plan.block_tokens
+    lm_tokens, flops = 0, 0.0
+    for start in range(0, plan.n_tokens, block):
+        sites = plan.open_sites(start, start + block)
+        if sites:
+            lm_tokens += block
+            flops += block * forward_flops(facts, max(s.layer for s in sites) + 1, context)
+    dense = flops
+    for leg in plan.legs:
+        width = facts.width(leg.site)
+        executed, equivalent = step_flops(leg.dictionary, width)
+        trained = leg.budget_tokens - leg.refit_tokens
+        fits = leg.moment_tokens * 8.0 * width**2 + leg.refit_tokens * (2.0 * width * leg.dictionary.n_latents)
+        flops += trained * executed + fits
+        dense += trained * equivalent + fits
+    weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
+    live = _peak(plan.legs, facts)
+    activations = 4.0 * block * sum(facts.width(site) for site in plan.sites)
+    return Cost(
+        lm_tokens=lm_tokens,
+        sae_samples=sum(leg.budget_tokens for leg in plan.legs),
+        flops=flops,
+        flops_dense_equivalent=dense,
+        flops_all_from_scratch=_all_from_scratch(plan),
+        memory_bytes=live + activations + facts.model_params * (4 if facts.dtype == "float32" else 2),
+        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / plan.run.data.epochs,
+    )
+
+
+def _all_from_scratch(plan: Plan) -> float:
+    facts, tokens = plan.facts, plan.run.plan.root_tokens
+    own = {leg.site: leg for leg in plan.legs if leg.role != "control"}
+    steps = sum(step_flops(leg.dictionary, facts.width(site))[0] for site, leg in own.items())
+    return tokens * (steps + forward_flops(facts, max(site.layer for site in own) + 1, plan.run.data.context))
+
+
+def describe(plan: Plan) -> list[str]:
+    """One line a leg: what it is, from whom, with how many tokens."""
+    lines = []
+    for leg in plan.legs:
+        origin = f"{leg.method} from {leg.parent}" if leg.parent else "from scratch"
+        lines.append(
+            f"{leg.id}: {leg.role}, {origin}, {format_count(leg.budget_tokens)} tokens from {format_count(leg.start)}"
+        )
+    return lines
+
+
+ARCHITECTURES_WITH_SPARSE_STEP: tuple[Architecture, ...] = ("topk", "batchtopk")

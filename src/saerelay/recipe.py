@@ -24,6 +24,8 @@ def _rate(value: object) -> object:
 
 
 ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]
+LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
+"""The id of a leg: safe as the name of a directory."""
 Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0, lt=1)]
 
 
@@ -91,7 +93,9 @@ class DictionarySpec(Spec):
     target_l0: float = Field(32.0, gt=0, description="jumprelu: active latents per token to aim for")
     l1: float = Field(0.05, ge=0, description="relu: weight of the L1 penalty, in normalised units")
     l0_weight: float = Field(1.0, ge=0, description="jumprelu: weight of the penalty ((L0 - target) / target)^2")
-    bandwidth: float = Field(0.3, gt=0, description="jumprelu: width of the straight-through window, in normalised units")
+    bandwidth: float = Field(
+        0.3, gt=0, description="jumprelu: width of the straight-through window, in normalised units"
+    )
     aux_weight: float = Field(1 / 32, ge=0, description="topk, batchtopk: weight of the dead latents' loss (AuxK)")
     normalise: bool = Field(True, description="train on centred, rescaled activations; false reproduces the paper")
 
@@ -99,7 +103,7 @@ class DictionarySpec(Spec):
 class LegSpec(Spec):
     """One leg of an explicit plan: `[[plan.legs]]`."""
 
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")
+    id: LegId
     layer: int
     module: ModuleKind | None = None
     parent: str = ""
@@ -129,7 +133,9 @@ class PlanSpec(Spec):
         "auto", description="alternate, paper: which neighbour gives: forward (the one below), backward (above), both"
     )
     root_tokens: Count = Field(2_000_000, gt=0, description="training tokens of a root")
-    transfer_tokens: Count = Field(250_000, ge=0, description="tokens of a transfer, the refit's included; 0 is zero-shot")
+    transfer_tokens: Count = Field(
+        250_000, ge=0, description="tokens of a transfer, the refit's included; 0 is zero-shot"
+    )
     fork_at: ShareOrCount = Field(1.0, description="when children leave a parent: a share of its tokens, or a count")
     method: Method = Field("affine", description="identity, rescale, procrustes or affine")
     refit: bool = Field(True, description="refit the decoder in closed form on the child's first tokens")
@@ -155,8 +161,12 @@ class TrainSpec(Spec):
     )
     seed: int = Field(0, ge=0, description="every random choice follows from it")
     checkpoint_every: Count = Field("500k", gt=0, description="tokens between two saved states", validate_default=True)  # type: ignore[assignment]
-    snapshots: list[ShareOrCount] = Field([], description="ages published beside the end: shares or counts; 0 is right after a hop")
-    memory_gib: float = Field(0.0, ge=0, description="split cohorts so that training state stays under this; 0 never splits")
+    snapshots: list[ShareOrCount] = Field(
+        [], description="ages published beside the end: shares or counts; 0 is right after a hop"
+    )
+    memory_gib: float = Field(
+        0.0, ge=0, description="split cohorts so that training state stays under this; 0 never splits"
+    )
     loggers: list[Literal["tensorboard", "wandb"]] = Field([], description="beside metrics.jsonl: tensorboard, wandb")
 
 
@@ -164,6 +174,9 @@ class EvaluateSpec(Spec):
     """How quality is measured."""
 
     tokens: Count = Field(131_072, gt=0, description="held-out tokens")
+    ce: bool | Literal["auto"] = Field(
+        "auto", description='CE and KL metrics; "auto": if the model has a language-model head'
+    )
 
 
 class Run(Spec):
@@ -184,7 +197,7 @@ class Run(Spec):
 
 def annotated_toml(run: Run) -> str:
     """The recipe as TOML with every key and what it means: the output of `saerelay init`."""
-    lines = ["# A recipe for `saerelay train run.toml --out runs/a`. Counts may be written 250_000 or \"250k\".", ""]
+    lines = ['# A recipe for `saerelay train run.toml --out runs/a`. Counts may be written 250_000 or "250k".', ""]
     for name, section in run:
         lines += [f"# {(type(section).__doc__ or '').splitlines()[0]}", f"[{name}]"]
         for key, field in type(section).model_fields.items():

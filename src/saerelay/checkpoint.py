@@ -1,0 +1,319 @@
+"""Files of a run directory: paths, atomic writes, published dictionaries, resume state, and `load`.
+
+    run.toml  plan.json  metrics.jsonl  tokens/  legs/<id>/  eval/<id>.json  state/  summary.json  report/
+
+See docs/run-directory.md. safetensors, JSON and TOML only; everything is written under a temporary name and renamed.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import filelock
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saerelay.dictionaries import Dictionary
+from saerelay.errors import RunDirectoryError
+from saerelay.plan import SCHEMA_VERSION, Leg, Plan
+from saerelay.recipe import Architecture
+from saerelay.site import Site
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """What was asked for."""
+        return self.root / "run.toml"
+
+    @property
+    def plan(self) -> Path:
+        """What it was compiled to."""
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The training log."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def cost(self) -> Path:
+        """What the run took."""
+        return self.root / "cost.json"
+
+    @property
+    def tokens(self) -> Path:
+        """The corpus, tokenised and split."""
+        return self.root / "tokens"
+
+    @property
+    def state(self) -> Path:
+        """Resume state, the lock, and counters."""
+        return self.root / "state"
+
+    def leg(self, leg_id: str) -> Path:
+        """A published leg."""
+        return self.root / "legs" / leg_id
+
+    def snapshot(self, leg_id: str, age: int) -> Path:
+        """A published snapshot of a leg."""
+        return self.leg(leg_id) / "snapshots" / str(age)
+
+    def evaluation(self, leg_id: str) -> Path:
+        """The quality of a leg."""
+        return self.root / "eval" / f"{leg_id}.json"
+
+
+# --- atomic writes ----------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically; NaN and infinities become null."""
+    write_text(path, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    match data:
+        case float():
+            return data if abs(data) < float("inf") else None
+        case dict():
+            return {key: _finite(value) for key, value in data.items()}
+        case list() | tuple():
+            return [_finite(value) for value in data]
+        case _:
+            return data
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or say which file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path}: cannot be read ({error})") from None
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise RunDirectoryError(
+            f"{path}: cannot be written ({error}); free disk space and continue with --resume"
+        ) from None
+    temporary.replace(path)
+
+
+# --- published dictionaries -------------------------------------------------------------------------------------
+
+
+def publish(directory: Path, dictionary: Dictionary, info: Mapping[str, Any]) -> None:
+    """Write dictionary.safetensors and then dictionary.json, whose presence says that both are whole."""
+    _write_tensors(directory / "dictionary.safetensors", {n: t.cpu() for n, t in dictionary.tensors().items()})
+    own = {
+        "schema_version": SCHEMA_VERSION,
+        "architecture": dictionary.architecture,
+        "k": dictionary.k,
+        "d_model": dictionary.d_model,
+        "n_latents": dictionary.n_latents,
+    }
+    write_json(directory / "dictionary.json", own | dict(info))
+
+
+def load_dictionary(directory: Path) -> tuple[Dictionary, dict[str, Any]]:
+    """Read a published dictionary and what its JSON says of it."""
+    if not (directory / "dictionary.json").is_file():
+        raise RunDirectoryError(
+            f"{directory}: no dictionary here (dictionary.json is missing); give a directory such as runs/a/legs/L3"
+        )
+    info = read_json(directory / "dictionary.json")
+    path = directory / "dictionary.safetensors"
+    try:
+        tensors = load_file(path)
+        if info["schema_version"] != SCHEMA_VERSION:
+            raise RunDirectoryError(
+                f"{directory}: schema {info['schema_version']}, this program reads {SCHEMA_VERSION}"
+            )
+        if info["architecture"] not in get_args(Architecture):
+            raise RunDirectoryError(f'{directory}: unknown architecture "{info["architecture"]}"')
+        dictionary = Dictionary(architecture=info["architecture"], k=info["k"], **tensors)
+        _check_shapes(dictionary, info["n_latents"], info["d_model"], path)
+    except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise RunDirectoryError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    return dictionary, info
+
+
+def _check_shapes(dictionary: Dictionary, n_latents: int, d_model: int, path: Path) -> None:
+    F, D = n_latents, d_model
+    expected = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
+    for name, tensor in dictionary.tensors().items():
+        if tuple(tensor.shape) != expected[name]:
+            raise RunDirectoryError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
+
+
+# --- resume state -----------------------------------------------------------------------------------------------
+
+_STATE = "state.safetensors"
+
+
+def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write the whole resume state as one file, so that it is there whole or not at all."""
+    _write_tensors(directory / _STATE, tensors, {"facts": json.dumps(dict(facts))})
+
+
+def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The last saved state, or None if there is none."""
+    path = directory / _STATE
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+        return load_file(path), facts
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise RunDirectoryError(f"{path}: damaged ({error}); delete it to start the run over") from None
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under `prefix`/name."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under `prefix`, without it."""
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+@contextmanager
+def sole_writer(root: Path) -> Iterator[None]:
+    """Hold the run's lock: a second process on the same run is refused."""
+    (root / "state").mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(root / "state" / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunDirectoryError(
+            f"{root}: another process is training this run; wait for it or stop it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def truncate_metrics(path: Path, cursor: int) -> None:
+    """Drop the lines of the training log that lie after `cursor`, and a half-written last one."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["cursor"] > cursor:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+# --- reading a finished run -------------------------------------------------------------------------------------
+
+
+class Suite:
+    """The published dictionaries of a run, by site or by leg id.
+
+    A site with several legs gives the one that is no control and was not continued by another; if there is not just
+    one, the error lists them.
+    """
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self.directory = RunDirectory(directory)
+        self.plan = plan
+
+    @property
+    def legs(self) -> list[Leg]:
+        """The legs that are published."""
+        return [leg for leg in self.plan.legs if (self.directory.leg(leg.id) / "dictionary.json").is_file()]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Sites with a published leg."""
+        return sorted({leg.site for leg in self.legs})
+
+    def leg_at(self, site: Site) -> Leg:
+        """The leg that stands for a site."""
+        here = [leg for leg in self.legs if leg.site == site]
+        continued = {leg.parent for leg in here}
+        chosen = [leg for leg in here if leg.role != "control" and leg.id not in continued]
+        if len(chosen) == 1:
+            return chosen[0]
+        if not here:
+            raise RunDirectoryError(
+                f"{self.directory.root}: no dictionary at {site}; there are {', '.join(map(str, self.sites)) or 'none'}"
+            )
+        raise RunDirectoryError(
+            f"{self.directory.root}: {len(here)} legs at {site}: {', '.join(leg.id for leg in here)}; ask for one by its id"
+        )
+
+    def __getitem__(self, key: Site | str) -> Dictionary:
+        if isinstance(key, Site):
+            key = self.leg_at(key).id
+        if key not in (leg.id for leg in self.legs):
+            raise RunDirectoryError(
+                f'{self.directory.root}: no leg "{key}"; there are {", ".join(leg.id for leg in self.legs) or "none"}'
+            )
+        return load_dictionary(self.directory.leg(key))[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return (leg.id for leg in self.legs)
+
+    def __len__(self) -> int:
+        return len(self.legs)
+
+
+def load(directory: str | Path) -> Suite:
+    """Open a run directory.
+
+    `load("runs/a")[Site(3)]` is the dictionary of layer 3; `load("runs/a")["L3-from-L5"]` the one of a leg.
+    Raises RunDirectoryError if there is no run.
+    """
+    return Suite(Path(directory), read_plan(Path(directory)))
+
+
+def read_plan(directory: Path) -> Plan:
+    """The plan of a run directory."""
+    paths = RunDirectory(directory)
+    if not paths.plan.is_file():
+        raise RunDirectoryError(
+            f"{directory}: no run here (plan.json is missing); `saerelay train --out {directory}` makes one"
+        )
+    data = read_json(paths.plan)
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise RunDirectoryError(
+            f"{paths.plan}: schema {data.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+        )
+    return Plan.parse(data, source=str(paths.plan))

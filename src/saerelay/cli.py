@@ -1,0 +1,156 @@
+"""The command line: parse, call one function, print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from saerelay import __version__
+from saerelay.errors import SaeRelayError
+
+app = typer.Typer(
+    help="Sparse autoencoders for every layer of a language model: train one, relay it to the others.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+Recipe = Annotated[Path, typer.Argument(help="a recipe; `saerelay init > run.toml` writes one")]
+Out = Annotated[Path, typer.Option("--out", help="a new directory for the run")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document to stdout")]
+
+
+@app.command()
+def init() -> None:
+    """Print an annotated recipe with the defaults."""
+    from saerelay.recipe import Run, annotated_toml
+
+    print(annotated_toml(Run()), end="")
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    as_json: Json = False,
+    timing: Annotated[bool, typer.Option(help="load the model and time a few steps")] = True,
+) -> None:
+    """Show what would be trained, from whom, and what it would take; trains nothing."""
+    from saerelay.launch import plan_run, time_plan
+    from saerelay.model import LanguageModel
+    from saerelay.plan import plan_cost
+    from saerelay.recipe import Run
+    from saerelay.tables import plan_facts, plan_table
+
+    compiled = plan_run(Run.from_toml(recipe))
+    cost = plan_cost(compiled)
+    seconds = time_plan(compiled, LanguageModel.load(compiled.run.model)) if timing else None
+    if as_json:
+        print(json.dumps({"plan": compiled.model_dump(mode="json"), "cost": cost.model_dump(), "seconds": seconds}))
+        return
+    console = Console()
+    console.print(plan_table(compiled))
+    console.print()
+    console.print(plan_facts(compiled, cost, seconds))
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    out: Out,
+    resume: Annotated[bool, typer.Option("--resume", help="continue after an interruption")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="add legs or tokens to a finished run")] = False,
+) -> None:
+    """Train every leg of a recipe."""
+    from saerelay.launch import train_run
+    from saerelay.recipe import Run
+
+    suite = train_run(Run.from_toml(recipe), out, resume=resume, extend=extend, console=Console(stderr=True))
+    print(f"{len(suite)} SAEs in {out}/legs. Their quality: saerelay eval {out}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    as_json: Json = False,
+    tokens: Annotated[str, typer.Option(help="held-out tokens, instead of the recipe's")] = "",
+) -> None:
+    """Measure the quality of every leg on held-out documents."""
+    from saerelay.checkpoint import RunDirectory, load, write_json
+    from saerelay.evaluate import evaluate_run
+    from saerelay.recipe import EvaluateSpec
+
+    asked = EvaluateSpec.parse({"tokens": tokens}, source="--tokens").tokens if tokens else 0
+    summary = evaluate_run(load(run), None, tokens=asked, console=Console(stderr=True))
+    write_json(RunDirectory(run).root / "summary.json", summary)
+    if as_json:
+        print((RunDirectory(run).root / "summary.json").read_text(encoding="utf-8"), end="")
+    else:
+        show(summary)
+
+
+@app.command()
+def hop(
+    source: Annotated[Path, typer.Option("--from", help="a trained SAE: a leg or snapshot directory of a run")],
+    to_layer: Annotated[int, typer.Option("--to-layer", help="the layer to carry it to")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="model, data, method, refit and rates are taken from here")],
+    out: Out,
+    tokens: Annotated[str, typer.Option(help="tokens to train on after the fold; 0 for none; else the recipe's")] = "",
+) -> None:
+    """Transfer one trained SAE to another layer, with or without fine-tuning."""
+    from saerelay.launch import hop_run
+    from saerelay.recipe import PlanSpec, Run
+
+    budget = PlanSpec.parse({"transfer_tokens": tokens}, source="--tokens").transfer_tokens if tokens else None
+    run = Run.from_toml(recipe)
+    suite = hop_run(source, to_layer, run, out, tokens=budget, console=Console(stderr=True))
+    print(f"{', '.join(suite)} in {out}/legs. Its quality: saerelay eval {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="replaced if it holds an earlier demo")] = Path("runs/demo"),
+) -> None:
+    """Train, transfer and evaluate SAEs for all layers of the built-in model; needs no network."""
+    from saerelay.showcase import run_demo
+
+    show(run_demo(out, Console(stderr=True)))
+    print(f"\n{out}/summary.json   {out}/quality.png   {out}/legs/")
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print a suite's quality and cost."""
+    from saerelay.tables import cost_lines, quality_table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(quality_table(summary))
+    console.print()
+    for line in cost_lines(summary):
+        console.print(line)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: user errors are one message and an exit code, never a traceback."""
+    from saerelay.train import Interrupted
+
+    try:
+        app()
+    except SaeRelayError as error:
+        print(f"saerelay: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted:
+        print("stopped; the state is saved. Continue with the same command and --resume.", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)

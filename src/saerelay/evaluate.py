@@ -1,0 +1,354 @@
+"""Quality of dictionaries on held-out documents. Names and formulas are those of SAELens 6.54.
+
+Everything a batch of tokens needs but a dictionary does not change is computed once and shared by all: activations of
+all sites, the clean logits, and the logits with a site ablated. x are activations at kept positions (no BOS, no outlier
+norm), x_hat their reconstructions, E means over positions.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from saerelay.checkpoint import RunDirectory, Suite, load_dictionary, read_json, write_json
+from saerelay.corpus import Corpus
+from saerelay.dictionaries import Dictionary
+from saerelay.errors import ModelError
+from saerelay.kernels import encode_sparse, products
+from saerelay.model import LanguageModel
+from saerelay.plan import Leg, Plan, plan_cost
+from saerelay.site import Site
+from saerelay.stream import kept_positions
+
+SCHEMA_VERSION = 1
+LOGIT_BYTES = 2**28
+"""Logits of one evaluation batch stay under this."""
+
+
+@dataclass
+class Quality:
+    """Running sums over kept positions for one dictionary; all on the CPU, in float64."""
+
+    n_tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    x_sum: Tensor | None = None
+    fires: Tensor | None = None
+    sequence_delta_ce: list[Tensor] = field(default_factory=list)
+
+    def add(self, **values: Tensor) -> None:
+        """Add sums over positions."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
+
+    def add_reconstruction(self, dictionary: Dictionary, x: Tensor) -> Tensor:
+        """Take in kept activations x (B, D), float32; their reconstructions."""
+        codes = encode_sparse(dictionary, x)
+        x_hat = products(x.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+        active = codes.values != 0
+        norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
+        self.add(
+            l0=active,
+            l1=codes.values,
+            squared_error=(x - x_hat).square(),
+            x_squared=norm.square(),
+            cossim=torch.nn.functional.cosine_similarity(x, x_hat, dim=1),
+            l2_ratio=norm_hat / norm.clamp(min=1e-12),
+        )
+        total = x.sum(dim=0, dtype=torch.float64).cpu()
+        fires = torch.bincount(codes.columns[active], minlength=dictionary.n_latents).cpu()
+        self.x_sum = total if self.x_sum is None else self.x_sum + total
+        self.fires = fires if self.fires is None else self.fires + fires
+        self.n_tokens += x.shape[0]
+        return x_hat
+
+    def result(self, ablated: "Ablation | None") -> dict[str, Any]:
+        """The metrics by name (see docs/run-directory.md)."""
+        assert self.x_sum is not None and self.fires is not None
+        mean = {name: value / self.n_tokens for name, value in self.sums.items() if name not in ("ce", "kl")}
+        variance = mean["x_squared"] - float((self.x_sum / self.n_tokens).square().sum())
+        fvu = mean["squared_error"] / variance if variance > 0 else math.nan
+        result: dict[str, Any] = {
+            "n_tokens": self.n_tokens,
+            "l0": mean["l0"],
+            "l1": mean["l1"],
+            "fvu": fvu,
+            "explained_variance": 1 - fvu,
+            "mse": mean["squared_error"],
+            "cossim": mean["cossim"],
+            "l2_ratio": mean["l2_ratio"],
+            "frac_alive": float((self.fires > 0).double().mean()),
+            "density": density(self.fires / self.n_tokens),
+        }
+        if ablated:
+            result |= self._downstream(ablated)
+        return result
+
+    def _downstream(self, ablated: "Ablation") -> dict[str, float]:
+        ce, kl = self.sums["ce"] / ablated.n_ce, self.sums["kl"] / ablated.n_kl
+        clean, zero, kl_zero = ablated.ce_clean / ablated.n_ce, ablated.ce / ablated.n_ce, ablated.kl / ablated.n_kl
+        deltas = torch.cat(self.sequence_delta_ce)
+        spread = float(deltas.std()) if len(deltas) > 1 else math.nan
+        return {
+            "ce_loss_without_sae": clean,
+            "ce_loss_with_sae": ce,
+            "ce_loss_with_ablation": zero,
+            "delta_ce": ce - clean,
+            "delta_ce_se": spread / math.sqrt(len(deltas)),
+            "ce_loss_score": (zero - ce) / (zero - clean) if zero != clean else math.nan,
+            "kl_div_with_sae": kl,
+            "kl_div_with_ablation": kl_zero,
+            "kl_div_score": (kl_zero - kl) / kl_zero if kl_zero else math.nan,
+        }
+
+
+@dataclass
+class Ablation:
+    """Running sums with one site zeroed at all positions, and the clean ones beside them."""
+
+    n_ce: int = 0
+    n_kl: int = 0
+    ce_clean: float = 0.0
+    ce: float = 0.0
+    kl: float = 0.0
+
+
+def density(frequency: Tensor) -> dict[str, Any]:
+    """How often latents fire: a histogram of log10(firing frequency), and shares of frequent ones; frequency (F)."""
+    alive = frequency[frequency > 0].log10()
+    counts, edges = np.histogram(alive.numpy(), bins=np.arange(-7.0, 0.5, 0.5))
+    return {
+        "log10_edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "never": int((frequency == 0).sum()),
+        "freq_over_1_percent": float((frequency > 0.01).double().mean()),
+        "freq_over_10_percent": float((frequency > 0.1).double().mean()),
+    }
+
+
+@torch.no_grad()
+def measure(
+    plan: Plan,
+    model: LanguageModel,
+    sequences: np.ndarray,
+    dictionaries: dict[str, tuple[Site, Dictionary]],
+    *,
+    ce: bool,
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Quality of dictionaries, by key, on sequences (N, context) of held-out token ids."""
+    on_device = {key: (site, d.to(model.device)) for key, (site, d) in dictionaries.items()}
+    sites = sorted({site for site, _ in on_device.values()})
+    qualities = {key: Quality() for key in on_device}
+    ablations = {site: Ablation() for site in sites}
+    probe = plan.probe_site
+    open_sites = sorted({*sites, probe}) if probe else sites
+    silent = console is None or not console.is_terminal
+    for tokens in track(
+        list(batches(plan, sequences, ce)), "evaluating", console=console, transient=True, disable=silent
+    ):
+        tokens = tokens.to(model.device)
+        harvested = {site: x.flatten(0, 1) for site, x in model.harvest(tokens, open_sites).items()}
+        keep = kept_positions(plan, tokens, harvested)
+        clean = Logits(model.logits(tokens), tokens, keep) if ce else None
+        for site in sites:
+            if clean:
+                with model.splice(site, torch.zeros_like):
+                    clean.add_ablation(ablations[site], model.logits(tokens))
+            for key in (key for key, (where, _) in on_device.items() if where == site):
+                x = harvested[site][keep].float()
+                x_hat = qualities[key].add_reconstruction(on_device[key][1], x)
+                if clean:
+                    whole = harvested[site].clone()
+                    whole[keep] = x_hat.to(whole.dtype)
+                    with model.splice(site, lambda x, whole=whole: whole.view_as(x)):
+                        clean.add_spliced(qualities[key], model.logits(tokens))
+    return {key: quality.result(ablations[on_device[key][0]] if ce else None) for key, quality in qualities.items()}
+
+
+class Logits:
+    """Clean logits of one batch, and comparisons with changed ones; (B, C, V) for tokens (B, C)."""
+
+    def __init__(self, logits: Tensor, tokens: Tensor, keep: Tensor) -> None:
+        self.keep = keep.view_as(tokens)
+        self.next = tokens[:, 1:, None]
+        self.log_p = logits.log_softmax(dim=-1)
+        self.ce = self._ce(self.log_p)
+
+    def _ce(self, log_p: Tensor) -> Tensor:
+        """Cross-entropy (B, C − 1) of each next token; zero where the position is not kept."""
+        return -log_p[:, :-1].gather(-1, self.next).squeeze(-1) * self.keep[:, :-1]
+
+    def _kl(self, log_q: Tensor) -> Tensor:
+        """KL(clean ‖ changed) (B, C); zero where the position is not kept."""
+        return (self.log_p.exp() * (self.log_p - log_q)).sum(dim=-1) * self.keep
+
+    def add_ablation(self, sums: Ablation, logits: Tensor) -> None:
+        """Add a forward pass with a site ablated."""
+        log_q = logits.log_softmax(dim=-1)
+        sums.n_ce += int(self.keep[:, :-1].sum())
+        sums.n_kl += int(self.keep.sum())
+        sums.ce_clean += float(self.ce.sum(dtype=torch.float64))
+        sums.ce += float(self._ce(log_q).sum(dtype=torch.float64))
+        sums.kl += float(self._kl(log_q).sum(dtype=torch.float64))
+
+    def add_spliced(self, quality: Quality, logits: Tensor) -> None:
+        """Add a forward pass with a site reconstructed."""
+        log_q = logits.log_softmax(dim=-1)
+        ce = self._ce(log_q)
+        quality.add(ce=ce, kl=self._kl(log_q))
+        n = self.keep[:, :-1].sum(dim=1)
+        quality.sequence_delta_ce.append(((ce - self.ce).sum(dim=1) / n.clamp(min=1))[n > 0].double().cpu())
+
+
+def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
+    """The evaluation sequences as batches of token ids (B, context)."""
+    context = plan.run.data.context
+    per_batch = max(1, 4096 // context)
+    if ce:
+        per_batch = max(1, min(per_batch, LOGIT_BYTES // (4 * context * plan.facts.vocab_size)))
+    for start in range(0, len(sequences), per_batch):
+        yield torch.from_numpy(sequences[start : start + per_batch].astype(np.int64))
+
+
+# --- a run's evaluation -----------------------------------------------------------------------------------------
+
+
+def evaluate_run(
+    suite: Suite, model: LanguageModel | None = None, *, tokens: int = 0, console: Console | None = None
+) -> dict[str, Any]:
+    """Evaluate every published leg and snapshot on the test split; what was measured before is not measured again.
+
+    Writes eval/<id>.json and returns the document that `summary.json` and `saerelay eval --json` share. `model` may be
+    None to load it only if something is left to measure.
+    """
+    plan, paths = suite.plan, suite.directory
+    asked = {"tokens": tokens or plan.run.evaluate.tokens, "ce": _wants_ce(plan)}
+    missing = [leg for leg in suite.legs if not _measured(paths, leg, asked)]
+    if missing:
+        model = model or LanguageModel.load(plan.run.model)
+        wanted = {key: value for leg in missing for key, value in _dictionaries(paths, leg).items()}
+        corpus = Corpus.open(paths.tokens)
+        sequences = corpus.test[: math.ceil(asked["tokens"] / plan.run.data.context)]
+        results = measure(plan, model, sequences, wanted, ce=asked["ce"], console=console)
+        for leg in missing:
+            snapshots = {key.rpartition("@")[2]: r for key, r in results.items() if key.rpartition("@")[0] == leg.id}
+            document = {"schema": SCHEMA_VERSION, "asked": asked, "split": "test", "ablation": "zero, all positions"}
+            document |= {"leg": leg.id, "metrics": results[leg.id], "snapshots": snapshots}
+            write_json(paths.evaluation(leg.id), document)
+    return summary(suite)
+
+
+def _wants_ce(plan: Plan) -> bool:
+    asked = plan.run.evaluate.ce
+    if asked is True and not plan.facts.has_lm_head:
+        raise ModelError(
+            f"evaluate.ce is true, but {plan.facts.name} ({plan.facts.family}) has no language-model head, so there is no "
+            'cross-entropy; set evaluate.ce = "auto" or false, or use a causal language model'
+        )
+    return plan.facts.has_lm_head if asked == "auto" else asked
+
+
+def _measured(paths: RunDirectory, leg: Leg, asked: dict[str, Any]) -> bool:
+    path = paths.evaluation(leg.id)
+    if not path.is_file():
+        return False
+    document = read_json(path)
+    ages = {str(age) for age in leg.snapshots if paths.snapshot(leg.id, age).is_dir()}
+    return document.get("asked") == asked and set(document["snapshots"]) == ages
+
+
+def _dictionaries(paths: RunDirectory, leg: Leg) -> dict[str, tuple[Site, Dictionary]]:
+    """A leg's dictionary under its id, and those of its snapshots under id@age."""
+    found = {leg.id: (leg.site, load_dictionary(paths.leg(leg.id))[0])}
+    for age in leg.snapshots:
+        if paths.snapshot(leg.id, age).is_dir():
+            found[f"{leg.id}@{age}"] = (leg.site, load_dictionary(paths.snapshot(leg.id, age))[0])
+    return found
+
+
+_SHOWN = (
+    "l0 l1 fvu explained_variance mse cossim l2_ratio delta_ce delta_ce_se ce_loss_score ce_loss_without_sae "
+    "ce_loss_with_sae ce_loss_with_ablation kl_div_score kl_div_with_sae kl_div_with_ablation frac_alive"
+).split()
+
+
+def summary(suite: Suite) -> dict[str, Any]:
+    """The document of `summary.json` and `saerelay eval --json`; see docs/run-directory.md."""
+    plan, paths = suite.plan, suite.directory
+    legs = []
+    for leg in suite.legs:
+        document = read_json(paths.evaluation(leg.id))
+        info = read_json(paths.leg(leg.id) / "dictionary.json")
+        legs.append(
+            {
+                "id": leg.id,
+                "role": leg.role,
+                "control_of": leg.control_of or None,
+                "control_kind": leg.control_kind or None,
+                "layer": leg.layer,
+                "module": leg.module,
+                "architecture": leg.dictionary.architecture,
+                "method": leg.method,
+                "parent": leg.parent or None,
+                "tokens": info["tokens"],
+                "moment_tokens": leg.moment_tokens,
+                "refit_tokens": leg.refit_tokens,
+                "n_latents": leg.dictionary.n_latents,
+                "lr": leg.lr,
+                "seed": leg.seed,
+                "seconds": info["seconds"],
+                "n_eval_tokens": document["metrics"]["n_tokens"],
+            }
+            | {name: document["metrics"].get(name) for name in _SHOWN}
+            | {
+                "snapshots": [
+                    {"tokens": int(age), **{name: metrics.get(name) for name in _SHOWN}}
+                    for age, metrics in sorted(document["snapshots"].items(), key=lambda item: int(item[0]))
+                ]
+            }
+        )
+    return {
+        "schema": SCHEMA_VERSION,
+        "model": plan.facts.name,
+        "revision": plan.facts.revision,
+        "legs": legs,
+        "cost": cost(suite, {leg["id"]: leg["seconds"] for leg in legs}),
+    }
+
+
+def cost(suite: Suite, seconds: dict[str, float]) -> dict[str, Any]:
+    """What the suite took, without its controls, which are counted apart, and what all layers from scratch would have.
+
+    `seconds` are those of each leg's own steps. The wall-clock of all layers from scratch is an estimate from the legs
+    that were trained from scratch with the full budget, and the language model's time per token.
+    """
+    plan, paths = suite.plan, suite.directory
+    plain, everything = plan_cost(plan.without_controls()), plan_cost(plan)
+    spent = read_json(paths.cost) if paths.cost.is_file() else {"total": math.nan, "lm": math.nan}
+    controls = sum(seconds[leg.id] for leg in suite.legs if leg.role == "control")
+    full = [leg.id for leg in suite.legs if not leg.parent and leg.budget_tokens >= plan.run.plan.root_tokens]
+    sites = {leg.site for leg in plan.legs}
+    each = sum(seconds[leg_id] for leg_id in full) / len(full) if full else math.nan
+    share = min(1.0, plan.run.plan.root_tokens / everything.lm_tokens)
+    return {
+        "lm_tokens": plain.lm_tokens,
+        "lm_tokens_unique": min(plain.lm_tokens, Corpus.open(paths.tokens).train.size),
+        "sae_samples": plain.sae_samples,
+        "flops": plain.flops,
+        "flops_dense_equivalent": plain.flops_dense_equivalent,
+        "flops_all_from_scratch": plain.flops_all_from_scratch,
+        "seconds": spent["total"] - controls,
+        "seconds_lm": spent["lm"],
+        "seconds_all_from_scratch_estimate": each * len(sites) + share * spent["lm"],
+        "controls": {
+            "sae_samples": everything.sae_samples - plain.sae_samples,
+            "flops": everything.flops - plain.flops,
+            "seconds": controls,
+        },
+    }

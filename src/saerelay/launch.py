@@ -1,0 +1,305 @@
+"""From a recipe to a finished run: compile it, take the directory, tokenise, train. Also the single hop."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from saerelay.checkpoint import (
+    RunDirectory,
+    Suite,
+    load,
+    load_dictionary,
+    load_state,
+    read_plan,
+    sole_writer,
+    write_text,
+)
+from saerelay.corpus import Corpus, prepare
+from saerelay.engine import Trainee
+from saerelay.errors import DataError, PlanError, RunDirectoryError, SaeRelayError
+from saerelay.model import LanguageModel, load_tokenizer, read_facts
+from saerelay.plan import External, Plan, compile_plan, extend_plan, plan_cost
+from saerelay.progress import LiveTable, PlainLog, Silent, Watcher
+from saerelay.recipe import LegSpec, Run, annotated_toml
+from saerelay.spec import format_count
+from saerelay.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.train import train_plan
+
+
+def plan_run(run: Run) -> Plan:
+    """Compile a recipe for the model it names: reads the model's configuration, no weights."""
+    facts = read_facts(run.model)
+    externals = {spec.parent: describe_external(spec.parent) for spec in run.plan.legs if "/" in spec.parent}
+    memory = run.train.memory_gib * 2**30 or 0.7 * device_memory(facts.device)
+    return compile_plan(run, facts, externals=externals, memory_bytes=memory)
+
+
+def describe_external(directory: str) -> External:
+    """What a plan must know of a parent that is a directory."""
+    dictionary, info = load_dictionary(Path(directory))
+    return External(
+        layer=info["layer"],
+        module=info["module"],
+        architecture=dictionary.architecture,
+        n_latents=dictionary.n_latents,
+        k=dictionary.k,
+    )
+
+
+def device_memory(device: str) -> float:
+    """Bytes of memory of a device, free or not."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def train_run(
+    run: Run, out: str | Path, *, resume: bool = False, extend: bool = False, console: Console | None = None
+) -> Suite:
+    """Train everything a recipe asks for into a new directory; returns its suite.
+
+    `resume` continues a run that was interrupted (and starts over where there is no state yet); `extend` adds legs, or
+    tokens to finished legs, to a run. Raises RunDirectoryError if `out` holds something else, DataError if the corpus
+    is too short, LegFailed if a leg had to stop, Interrupted after Ctrl-C.
+    """
+    paths = RunDirectory(Path(out))
+    fresh = not paths.root.exists()
+    check_directory(paths, resume=resume or extend)
+    with sole_writer(paths.root):
+        with remove_on_error(paths.root, fresh):
+            plan = settle_plan(run, paths, extend=extend)
+            check_disk(plan, paths)
+            corpus = tokenise(plan, paths, console)
+            check_corpus(plan, corpus)
+            model = LanguageModel.load(plan.run.model)
+            write_text(paths.recipe, annotated_toml(plan.run))
+            write_text(paths.plan, plan.to_json())
+        with watching(plan, paths, console) as watcher:
+            train_plan(plan, paths, LiveStream(model, corpus.train, plan), watcher, model.device)
+    return load(paths.root)
+
+
+def check_directory(paths: RunDirectory, *, resume: bool) -> None:
+    """Refuse a directory that holds another run, or anything else, before touching it."""
+    if not paths.root.exists():
+        return
+    if not paths.root.is_dir():
+        raise RunDirectoryError(f"{paths.root} is a file; choose another --out")
+    ours = {"state", "tokens", ".tokens.tmp", ".saerelay-demo"}
+    others = [p.name for p in paths.root.iterdir() if p.name not in ours]
+    if paths.plan.is_file():
+        if not resume:
+            raise RunDirectoryError(
+                f"{paths.root} already holds a run; continue it with --resume, or choose another --out"
+            )
+    elif others:
+        raise RunDirectoryError(f"{paths.root} is not empty and holds no run ({others[0]}, ...); choose another --out")
+    elif (paths.root / "state").exists() and not resume:
+        raise RunDirectoryError(
+            f"{paths.root} holds the remains of a run that never began; start it over with --resume"
+        )
+
+
+def settle_plan(run: Run, paths: RunDirectory, *, extend: bool) -> Plan:
+    """The plan of a new run, the old plan of one that is resumed, or the old one with what an extension adds."""
+    if not paths.plan.is_file():
+        return plan_run(run)
+    old = read_plan(paths.root)
+    if not extend:
+        check_same(old, run, paths)
+        return old
+    saved = load_state(paths.state)
+    if saved is None or saved[1]["cursor"] < old.n_tokens:
+        raise RunDirectoryError(f"{paths.root} is not finished; finish it with --resume before extending it")
+    plan = extend_plan(old, plan_run(run))
+    if plan.legs == old.legs:
+        raise RunDirectoryError(
+            f"{paths.root}: the recipe adds nothing to this run; add legs, layers or tokens to extend it"
+        )
+    if plan.n_tokens > old.n_tokens:
+        shutil.rmtree(paths.tokens, ignore_errors=True)
+    return plan
+
+
+FREE_TO_CHANGE = {
+    "train.checkpoint_every",
+    "train.loggers",
+    "train.memory_gib",
+    "evaluate.tokens",
+    "evaluate.ce",
+    "model.device",
+}
+
+
+def check_same(old: Plan, run: Run, paths: RunDirectory) -> None:
+    """A run is resumed with the recipe it began with; otherwise say what changed."""
+    before, after = flat(old.run.model_dump(mode="json")), flat(run.model_dump(mode="json"))
+    changed = [key for key in before | after if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE]
+    if changed:
+        lines = [f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} in the recipe" for key in changed]
+        raise RunDirectoryError(
+            f"{paths.root} was begun with another recipe:\n" + "\n".join(lines) + f"\nresume it with {paths.recipe}, "
+            "choose another --out, or, to add legs or tokens to a finished run, use --extend"
+        )
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one with dotted keys.
+
+    >>> flat({"a": {"b": 1}})
+    {'a.b': 1}
+    """
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
+def check_disk(plan: Plan, paths: RunDirectory) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    needed, free = plan_cost(plan).disk_bytes, shutil.disk_usage(paths.root).free
+    if needed > free:
+        raise RunDirectoryError(
+            f"{paths.root}: the run needs up to {needed / 2**30:.1f} GiB on disk and {free / 2**30:.1f} GiB are free; "
+            "free space, choose another --out, or lower n_latents or the number of snapshots"
+        )
+
+
+def tokenise(plan: Plan, paths: RunDirectory, console: Console | None) -> Corpus:
+    """Open the run's tokens, or make them."""
+    run, context = plan.run, plan.run.data.context
+    n_train = math.ceil(plan.n_tokens / context / run.data.epochs)
+    n_eval = math.ceil(run.evaluate.tokens / context)
+    tokenizer = None if run.data.tokens else load_tokenizer(run.model)
+    if console is None or (paths.tokens / "corpus.json").is_file():
+        return prepare(run, plan.facts, tokenizer, paths.tokens, train_sequences=n_train, eval_sequences=n_eval)
+    with console.status("reading the corpus") as status:
+
+        def tell(n: int) -> None:
+            status.update(f"reading the corpus: {format_count(n)} tokens")
+
+        return prepare(
+            run, plan.facts, tokenizer, paths.tokens, train_sequences=n_train, eval_sequences=n_eval, progress=tell
+        )
+
+
+def check_corpus(plan: Plan, corpus: Corpus) -> None:
+    """Enough training tokens for the plan at the epochs given."""
+    epochs, available = plan.run.data.epochs, corpus.train.size
+    if available * epochs < plan.n_tokens:
+        needed = math.ceil(plan.n_tokens / available)
+        raise DataError(
+            f"the plan needs {plan.n_tokens:,} training tokens and the corpus has {available:,}"
+            + (f" (x {epochs} epochs)" if epochs > 1 else "")
+            + f"; set data.epochs = {needed}, lower plan.root_tokens or transfer_tokens, or give more text"
+        )
+
+
+@contextmanager
+def remove_on_error(root: Path, fresh: bool) -> Iterator[None]:
+    """Leave nothing behind if a new run could not even begin."""
+    try:
+        yield
+    except (SaeRelayError, KeyboardInterrupt):
+        if fresh:
+            shutil.rmtree(root, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterator[Watcher]:
+    """A live table on a terminal, plain lines elsewhere, nothing without a console."""
+    saved = load_state(paths.state)
+    cursor = saved[1]["cursor"] if saved else 0
+    if console is None:
+        yield Silent()
+    elif console.is_terminal:
+        with LiveTable(plan, console, cursor) as table:
+            yield table
+    else:
+        yield PlainLog(plan, cursor, out=console.file)
+
+
+def hop_run(
+    source: str | Path,
+    layer: int,
+    run: Run,
+    out: str | Path,
+    *,
+    tokens: int | None = None,
+    console: Console | None = None,
+) -> Suite:
+    """Transfer one trained dictionary to another layer, into a run directory of its own.
+
+    Method, refit and learning rate are the recipe's; `tokens` are its plan.transfer_tokens unless given, and 0 leaves
+    the hop untrained (the refit, if the recipe asks for it, still sees plan.refit_tokens).
+    """
+    source = Path(source)
+    external = describe_external(str(source))
+    budget = run.plan.transfer_tokens if tokens is None else tokens
+    refit = run.plan.refit
+    module = run.sites.module
+    leg = LegSpec(
+        id=f"L{layer}-from-L{external.layer}",
+        layer=layer,
+        module=module,
+        parent=f"{source.parent}/{source.name}",
+        tokens=budget or (run.plan.refit_tokens if refit else run.train.batch_tokens),
+        refit=refit,
+    )
+    plan = run.plan.model_copy(update={"legs": [leg], "controls": [], "roots": []})
+    if budget == 0:
+        plan = plan.model_copy(update={"refit_tokens": leg.tokens, "refit": refit})
+    hop = run.model_copy(update={"plan": plan})
+    if budget == 0 and not refit:
+        raise PlanError(
+            "--tokens 0 without refit leaves nothing to do after the fold; set plan.refit = true or give tokens"
+        )
+    return train_run(hop, out, console=console)
+
+
+# --- how long it will take --------------------------------------------------------------------------------------
+
+
+def time_plan(plan: Plan, model: LanguageModel) -> dict[str, float]:
+    """Seconds a plan should take here, from one forward pass and a few steps of each shape of leg."""
+    context, device = plan.run.data.context, model.device
+    tokens = torch.randint(plan.facts.vocab_size, (max(1, LM_BATCH_TOKENS // context), context), device=device)
+    deepest = plan.sites[-1]
+    per_token = _seconds(lambda: model.harvest(tokens, [deepest]), device) / tokens.numel()
+    lm = 0.0
+    for start in range(0, plan.n_tokens, plan.block_tokens):
+        if sites := plan.open_sites(start, start + plan.block_tokens):
+            lm += plan.block_tokens * per_token * (sites[-1].layer + 1) / (deepest.layer + 1)
+    steps, known = 0.0, {}
+    for leg in plan.legs:
+        width = plan.facts.width(leg.site)
+        shape = (width, leg.batch_tokens, leg.dictionary)
+        if shape not in known:
+            x = torch.randn(4 * leg.batch_tokens, width, device=device)
+            probe = leg.model_copy(update={"parent": "", "refit_tokens": 0, "budget_tokens": 10**9})
+            trainee = Trainee(probe, plan.run.train, x)
+            known[shape] = _seconds(lambda t=trainee, x=x, b=leg.batch_tokens: t.step(x[:b]), device) / leg.batch_tokens
+        steps += leg.budget_tokens * known[shape]
+    return {"lm": lm, "steps": steps, "total": lm + steps}
+
+
+def _seconds(call: Any, device: torch.device, repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeats // 2]

@@ -1,0 +1,96 @@
+"""Streaming statistics of activations: float32 centred products, summed in float64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Mean and covariance of paired activations of two sites, streamed batch by batch.
+
+    >>> moments = Moments.empty(2, 2)
+    >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+    >>> moments.add(x, 3 * x)
+    >>> moments.mean_target.tolist(), moments.cross.tolist()
+    ([3.0, 3.0], [[3.0, 0.0], [0.0, 3.0]])
+
+    Shapes: source width S, target width T. Products are centred on the first batch's mean before they are formed in
+    float32, so that a large common offset costs no precision.
+    """
+
+    n_source: int
+    """Width S."""
+    n_tokens: int
+    shift: Tensor
+    """float64 (S + T): the first batch's mean."""
+    total: Tensor
+    """float64 (S + T): Σ (x − shift)."""
+    products: Tensor
+    """float64 (S + T, S + T): Σ (x − shift)(x − shift)ᵀ."""
+
+    @classmethod
+    def empty(cls, n_source: int, n_target: int) -> "Moments":
+        """Moments of nothing yet."""
+        n = n_source + n_target
+        zeros = torch.zeros(n, dtype=torch.float64)
+        return cls(n_source, 0, zeros.clone(), zeros.clone(), torch.zeros(n, n, dtype=torch.float64))
+
+    def add(self, source: Tensor, target: Tensor) -> None:
+        """Take in activations (B, S) and (B, T) of the same tokens."""
+        for start in range(0, source.shape[0], 4096):
+            x = torch.cat([source[start : start + 4096], target[start : start + 4096]], dim=1).float()
+            if self.n_tokens == 0:
+                self.shift = x.mean(dim=0).double().cpu()
+            x = x - self.shift.to(x)
+            self.n_tokens += x.shape[0]
+            self.total += x.sum(dim=0).double().cpu()
+            self.products += (x.T @ x).double().cpu()
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 (S + T)."""
+        return self.shift + self.total / self.n_tokens
+
+    @property
+    def covariance(self) -> Tensor:
+        """float64 (S + T, S + T), divided by the number of tokens."""
+        offset = self.total / self.n_tokens
+        return self.products / self.n_tokens - torch.outer(offset, offset)
+
+    @property
+    def mean_source(self) -> Tensor:
+        """float64 (S)."""
+        return self.mean[: self.n_source]
+
+    @property
+    def mean_target(self) -> Tensor:
+        """float64 (T)."""
+        return self.mean[self.n_source :]
+
+    @property
+    def cov_source(self) -> Tensor:
+        """float64 (S, S)."""
+        return self.covariance[: self.n_source, : self.n_source]
+
+    @property
+    def cov_target(self) -> Tensor:
+        """float64 (T, T)."""
+        return self.covariance[self.n_source :, self.n_source :]
+
+    @property
+    def cross(self) -> Tensor:
+        """float64 (T, S): covariance of target with source."""
+        return self.covariance[self.n_source :, : self.n_source]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors."""
+        counts = torch.tensor([self.n_source, self.n_tokens])
+        return {"counts": counts, "shift": self.shift, "total": self.total, "products": self.products}
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> "Moments":
+        """Undo `state`."""
+        n_source, n_tokens = state["counts"].tolist()
+        return cls(n_source, n_tokens, state["shift"], state["total"], state["products"])

@@ -1,0 +1,43 @@
+"""`saerelay demo`: the whole of it on the built-in model, in minutes, offline."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from saerelay.checkpoint import RunDirectory, write_json, write_text
+from saerelay.errors import RunDirectoryError
+from saerelay.evaluate import evaluate_run
+from saerelay.figures import quality_figure
+from saerelay.launch import train_run
+from saerelay.recipe import DictionarySpec, EvaluateSpec, PlanSpec, Run, TrainSpec
+
+MARK = ".saerelay-demo"
+"""Marks a directory that a demo made, so that the next demo may replace it."""
+
+DEMO = Run(
+    dictionary=DictionarySpec(expansion=16, k=24),
+    plan=PlanSpec(preset="hub", root_tokens=2_000_000, transfer_tokens=250_000, controls=[2, 6]),
+    train=TrainSpec(batch_tokens=512),
+    evaluate=EvaluateSpec(tokens=65_536),
+)
+"""One root, transferred to all other layers, and from-scratch controls for two of them."""
+
+
+def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> dict[str, Any]:
+    """Train, transfer, evaluate and draw; replaces an earlier demo in `out`, and nothing else.
+
+    Raises RunDirectoryError if `out` holds anything but a demo.
+    """
+    if out.exists():
+        if not (out / MARK).is_file():
+            raise RunDirectoryError(f"{out} holds something that is no demo; move it away or choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    write_text(out / MARK, "made by `saerelay demo`; the next demo replaces this directory\n")
+    suite = train_run(run, out, console=console)
+    summary = evaluate_run(suite, None, console=console)
+    write_json(RunDirectory(out).root / "summary.json", summary)
+    quality_figure(summary, out / "quality.png")
+    return summary

@@ -1,0 +1,123 @@
+"""Tables for people: a plan before it runs, a suite's quality after."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from saerelay.plan import Cost, Plan
+from saerelay.spec import format_count
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row a leg: what is trained where, from whom, when, with how many tokens."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("leg", "role", "from", "method", "starts at", "tokens", "latents", "lr"):
+        table.add_column(name, justify="right" if name in ("starts at", "tokens", "latents", "lr") else "left")
+    for leg in plan.legs:
+        table.add_row(
+            leg.id,
+            leg.role if leg.role != "control" else f"control ({leg.control_kind.replace('_', ' ')})",
+            leg.parent or "scratch",
+            f"{leg.method}{' + refit' if leg.refit_tokens else ''}" if leg.method else "",
+            format_count(leg.fold_at),
+            format_count(leg.budget_tokens),
+            str(leg.dictionary.n_latents),
+            f"{leg.lr:.1e}",
+        )
+    return table
+
+
+def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Table:
+    """What a plan takes."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("language model reads", f"{format_count(cost.lm_tokens)} tokens")
+    table.add_row("SAEs train on", f"{format_count(cost.sae_samples)} activations, over {len(plan.legs)} legs")
+    table.add_row(
+        "operations",
+        f"{_flops(cost.flops)} executed ({_flops(cost.flops_dense_equivalent)} if dense); "
+        f"all layers from scratch: {_flops(cost.flops_all_from_scratch)}",
+    )
+    if seconds:
+        table.add_row(
+            "time",
+            f"{_duration(seconds['total'])} here (language model {_duration(seconds['lm'])}, "
+            f"SAE steps {_duration(seconds['steps'])}; from a short timing)",
+        )
+    table.add_row("memory", f"{cost.memory_bytes / 2**30:.2f} GiB of weights, training state and activations")
+    table.add_row("disk", f"{cost.disk_bytes / 2**30:.2f} GiB")
+    return table
+
+
+def quality_table(summary: dict[str, Any]) -> Table:
+    """A row for each leg, and its controls below it, layer by layer."""
+    title = f"{summary['model']}: held-out quality of every leg"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    columns = ("layer", "SAE", "tokens", "L0", "FVU", "ΔCE (nats)", "CE score", "alive")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("layer", "SAE") else "right")
+    legs = summary["legs"]
+    shown = sorted((leg for leg in legs if leg["role"] != "control"), key=lambda leg: (leg["layer"], leg["module"]))
+    for leg in shown:
+        table.add_row(f"{leg['layer']}", *_quality(leg, _origin(leg)), style="bold")
+        for control in (other for other in legs if other["control_of"] == leg["id"]):
+            kind = "equal tokens" if control["control_kind"] == "equal_tokens" else "full budget"
+            table.add_row("", *_quality(control, f"  control: from scratch, {kind}"), style="dim")
+        for snapshot in leg["snapshots"]:
+            table.add_row("", *_quality(snapshot, "  snapshot, mid-run"), style="dim")
+    return table
+
+
+def _origin(leg: dict[str, Any]) -> str:
+    if not leg["parent"]:
+        return "from scratch"
+    return f"{leg['method']}{' + refit' if leg['refit_tokens'] else ''} from {leg['parent']}"
+
+
+def _quality(leg: dict[str, Any], origin: str) -> list[str]:
+    def number(name: str, digits: int) -> str:
+        return "-" if leg.get(name) is None else f"{leg[name]:.{digits}f}"
+
+    delta = number("delta_ce", 4)
+    if leg.get("delta_ce_se") is not None:
+        delta += f" ± {leg['delta_ce_se']:.4f}"
+    alive = "-" if leg["frac_alive"] is None else f"{leg['frac_alive']:.1%}"
+    tokens = format_count(leg["tokens"])
+    return [origin, tokens, number("l0", 1), number("fvu", 4), delta, number("ce_loss_score", 4), alive]
+
+
+def cost_lines(summary: dict[str, Any]) -> list[Text]:
+    """What the suite cost beside the same layers all from scratch."""
+    cost = summary["cost"]
+    layers = len({(leg["layer"], leg["module"]) for leg in summary["legs"]})
+    lines = [
+        f"This suite: {_seconds(cost['seconds'])}, {_flops(cost['flops'])}, {format_count(cost['sae_samples'])} activations "
+        f"seen by SAEs, {format_count(cost['lm_tokens'])} tokens read by the language model.",
+        f"All {layers} layers from scratch at the full budget: {_seconds(cost['seconds_all_from_scratch_estimate'])} "
+        f"(estimated from the legs above that were), {_flops(cost['flops_all_from_scratch'])}.",
+    ]
+    if cost["controls"]["seconds"]:
+        lines.append(
+            f"Controls took another {_seconds(cost['controls']['seconds'])}, not counted above; nor is evaluation."
+        )
+    lines.append(
+        "ΔCE: rise of the model's loss with the SAE in place, ± standard error over sequences. FVU: lower is better."
+    )
+    return [Text(line) for line in lines]
+
+
+def _seconds(value: float | None) -> str:
+    return "unknown time" if value is None or value != value else _duration(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _flops(value: float) -> str:
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e9:.3g} GFLOP"

@@ -1,0 +1,244 @@
+"""Runs a plan: the file to read first.
+
+Each block: one forward pass of the language model feeds all open sites; legs whose parents are ready are folded from
+them; every live leg steps in lockstep; legs that have spent their budget are published. The state is saved between any
+two batches, and a run that was killed continues from there to the same bits.
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saerelay.checkpoint import (
+    RunDirectory,
+    load_dictionary,
+    load_state,
+    prefixed,
+    publish,
+    save_state,
+    truncate_metrics,
+    under,
+    write_json,
+)
+from saerelay.dictionaries import Dictionary, calibrate_threshold
+from saerelay.engine import Cohort, Trainee
+from saerelay.errors import LegFailed
+from saerelay.moments import Moments
+from saerelay.plan import Leg, Plan
+from saerelay.progress import Watcher
+from saerelay.stream import AbstractStream, Block
+from saerelay.transfer import fold, map_between
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; the state was saved."""
+
+
+@dataclass
+class Training:
+    """Everything that changes while a plan runs; `state` and `restore` are all of resume."""
+
+    plan: Plan
+    cohort: Cohort
+    cursor: int = 0
+    moments: dict[str, Moments] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "lm": 0.0, "fits": 0.0})
+
+    def save(self, paths: RunDirectory) -> None:
+        """Write the resume state."""
+        tensors: dict[str, Tensor] = {}
+        for leg_id, trainee in self.cohort.trainees.items():
+            tensors |= prefixed(f"leg/{leg_id}", trainee.state())
+        for leg_id, moments in self.moments.items():
+            tensors |= prefixed(f"moments/{leg_id}", moments.state())
+        facts = {"cursor": self.cursor, "failures": self.failures, "seconds": self.seconds}
+        facts |= {"live": list(self.cohort.trainees), "moments": list(self.moments), "machine": machine()}
+        save_state(paths.state, tensors, facts)
+
+    @classmethod
+    def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device) -> "Training":
+        """Take up the saved state, or start at zero where there is none."""
+        self = cls(plan, Cohort(plan.run.train.batch_tokens))
+        if saved := load_state(paths.state):
+            tensors, facts = saved
+            self.cursor, self.failures, self.seconds = facts["cursor"], facts["failures"], facts["seconds"]
+            for leg_id in facts["live"]:
+                state = {name: t.to(device) for name, t in under(f"leg/{leg_id}", tensors).items()}
+                self.cohort.add(Trainee.restore(plan.leg(leg_id), plan.run.train, state))
+            self.moments = {i: Moments.restore(under(f"moments/{i}", tensors)) for i in facts["moments"]}
+        return self
+
+
+def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher: Watcher, device: torch.device) -> None:
+    """Run a plan to its end, from the saved state if there is one.
+
+    Raises Interrupted after a signal (state saved) and LegFailed at the end if a leg had to stop.
+    """
+    now = Training.restore(plan, paths, device)
+    truncate_metrics(paths.metrics, now.cursor)
+    last_saved, began = now.cursor, time.perf_counter() - now.seconds["total"]
+    with stop_requests() as stop, paths.metrics.open("a", encoding="utf-8") as log:
+        while now.cursor < plan.n_tokens:
+            number, offset = divmod(now.cursor, plan.block_tokens)
+            sites = plan.open_sites(now.cursor, now.cursor + plan.block_tokens)
+            if not sites:
+                now.cursor += plan.block_tokens
+                continue
+            with timed(now.seconds, "lm"):
+                block = stream.block(number, sites)
+            if offset == 0:
+                with timed(now.seconds, "fits"):
+                    begin_legs(now, block, paths)
+                    gather_moments(now, block)
+            for index in range(offset // block.batch_tokens, block.n_batches):
+                now.cohort.step(block.batch(index))
+                now.cursor += block.batch_tokens
+                end_legs(now, block, paths, log)
+                watcher.tick(now.cursor)
+                if stop.is_set() or now.cursor - last_saved >= plan.run.train.checkpoint_every:
+                    now.seconds["total"] = time.perf_counter() - began
+                    log.flush()
+                    now.save(paths)
+                    last_saved = now.cursor
+                if stop.is_set():
+                    raise Interrupted
+            report(now, now.cohort.live, log, watcher)
+    now.seconds["total"] = time.perf_counter() - began
+    now.save(paths)
+    write_json(paths.cost, now.seconds)
+    if now.failures:
+        lines = [f"leg {leg_id} stopped: {why}" for leg_id, why in now.failures.items()]
+        raise LegFailed(
+            "\n".join([*lines, f"its last good state is in {paths.root}/legs/ID/snapshots; all other legs are done"])
+        )
+
+
+def begin_legs(now: Training, block: Block, paths: RunDirectory) -> None:
+    """Bring to life the legs whose age is 0 at this block: from scratch, or folded from their parents."""
+    for leg in now.plan.legs:
+        if leg.fold_at != now.cursor:
+            continue
+        if leg.parent in now.failures:
+            now.failures[leg.id] = f"its parent {leg.parent} stopped"
+            continue
+        rows = block.rows(leg.site)
+        inherited = inherit(now, leg, paths) if leg.parent else None
+        if inherited is not None and inherited.architecture == "batchtopk":
+            inherited = calibrate_threshold(inherited.to(rows.device), rows[:8192], leg.dictionary.k)
+        now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited))
+        if 0 in leg.snapshots:
+            publish_leg(now, now.cohort[leg.id], block, paths)
+
+
+def inherit(now: Training, leg: Leg, paths: RunDirectory) -> Dictionary:
+    """The parent as it is now, folded to the leg's site."""
+    if leg.parent in now.cohort:
+        source = now.cohort[leg.parent].canonical().to("cpu")
+    else:
+        source = load_dictionary(paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(leg.parent))[0]
+    assert leg.method is not None
+    width = now.plan.facts.width(leg.site)
+    return fold(source, map_between(leg.method, width, now.moments.pop(leg.id, None)))
+
+
+def gather_moments(now: Training, block: Block) -> None:
+    """Feed the moments of the hops that are coming."""
+    for leg in now.plan.legs:
+        if leg.start <= now.cursor < leg.fold_at:
+            source, width = now.plan.parent_site(leg), now.plan.facts.width(leg.site)
+            now.moments.setdefault(leg.id, Moments.empty(width, width)).add(block.rows(source), block.rows(leg.site))
+
+
+def end_legs(now: Training, block: Block, paths: RunDirectory, log: Any) -> None:
+    """Publish snapshots that are due, and legs that are done."""
+    for trainee in list(now.cohort.trainees.values()):
+        if trainee.age in trainee.leg.snapshots or trainee.done:
+            publish_leg(now, trainee, block, paths)
+        if trainee.failure:
+            now.failures[trainee.leg.id] = trainee.failure
+        if trainee.done:
+            report(now, [trainee], log, None)
+            now.cohort.remove(trainee.leg.id)
+
+
+def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -> None:
+    """Write the dictionary of a leg that is done, or a snapshot of one that is not (or that failed)."""
+    leg, plan = trainee.leg, now.plan
+    finished = trainee.done and not trainee.failure
+    info = {
+        "leg": leg.model_dump(mode="json"),
+        "layer": leg.layer,
+        "module": leg.module,
+        "model": plan.facts.name,
+        "revision": plan.facts.revision,
+        "tokens": trainee.age,
+        "finished": finished,
+        "failure": trainee.failure or None,
+        "n_dead": int(trainee.dead().sum()),
+        "dead_after_tokens": leg.dead_after_tokens,
+        "seconds": round(trainee.seconds, 3),
+    }
+    directory = paths.leg(leg.id) if finished else paths.snapshot(leg.id, trainee.age)
+    publish(directory, trainee.canonical(block.rows(leg.site)), info)
+
+
+def report(now: Training, trainees: list[Trainee], log: Any, watcher: Watcher | None) -> None:
+    """One line a leg to metrics.jsonl, and to whoever watches."""
+    for trainee in trainees:
+        if progress := trainee.look():
+            line = {"cursor": now.cursor, "leg": trainee.leg.id} | progress._asdict()
+            log.write(
+                json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()})
+                + "\n"
+            )
+            if watcher:
+                watcher.leg(trainee.leg.id, progress)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time spent inside to `seconds[name]`."""
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def machine() -> dict[str, Any]:
+    """What bitwise equality depends on."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -1,0 +1,228 @@
+"""Transfer of a dictionary between sites by closed form: affine maps, `fold`, and the decoder refit.
+
+Works on plain tensors; no language model is needed:
+
+>>> import torch
+>>> from saerelay.dictionaries import Dictionary
+>>> from saerelay.moments import Moments
+>>> x_source = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+>>> x_target = 2 * x_source + 1
+>>> moments = Moments.empty(8, 8)
+>>> moments.add(x_source, x_target)
+>>> sae = Dictionary(architecture="relu", W_enc=torch.eye(8), b_enc=torch.zeros(8), W_dec=torch.eye(8),
+...                  b_dec=torch.zeros(8))
+>>> hopped = fold(sae, affine(moments))
+>>> bool((hopped(x_target) - (2 * sae(x_source) + 1)).abs().max() < 1e-3)
+True
+
+Shapes: S source width, T target width, F latents, K active ones, B tokens.
+"""
+
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from saerelay.dictionaries import Dictionary, unit_decoder
+from saerelay.errors import TransferError
+from saerelay.kernels import Codes, encode_sparse, join_codes, products
+from saerelay.moments import Moments
+from saerelay.recipe import Method
+
+__all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes", "rescale", "Refit"]
+
+RIDGE = 1e-6
+"""Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """Two maps between the activations of a source and a target, fitted apart: x_t ≈ A x_s + c and x_s ≈ B x_t + b."""
+
+    A: Tensor
+    """(T, S)."""
+    c: Tensor
+    """(T)."""
+    B: Tensor
+    """(S, T)."""
+    b: Tensor
+    """(S)."""
+
+
+def identity(width: int) -> AffineMap:
+    """The plain copy of Ghilardi et al. 2024: A = B = I, c = b = 0."""
+    eye, zeros = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    return AffineMap(eye, zeros, eye, zeros)
+
+
+def rescale(moments: Moments) -> AffineMap:
+    """Match mean and size: A = r·I with r the ratio of centred RMS norms, c = m_t − r·m_s, and the exact inverse."""
+    r = (moments.cov_target.trace() / moments.cov_source.trace()).sqrt()
+    eye = torch.eye(moments.n_source, dtype=torch.float64)
+    return _through_means(moments, r * eye, eye / r)
+
+
+def procrustes(moments: Moments) -> AffineMap:
+    """Best rotation times scale between centred activations (Schönemann 1966), and its exact inverse.
+
+    A = r·Q with UΣVᵀ the SVD of the cross-covariance (T, S), Q = UVᵀ and r = tr Σ / tr cov_s.
+    """
+    U, sigma, Vt = torch.linalg.svd(moments.cross)
+    Q, r = U @ Vt, sigma.sum() / moments.cov_source.trace()
+    return _through_means(moments, r * Q, Q.T / r)
+
+
+def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
+    """Ridge regression each way; B is fitted for itself, never the inverse of an ill-conditioned A.
+
+    A = C_ts (C_ss + λI)⁻¹ with λ = `ridge` × mean variance of the source; B likewise with the roles exchanged.
+    """
+    A = _regress(moments.cov_source, moments.cross.T, ridge).T
+    B = _regress(moments.cov_target, moments.cross, ridge).T
+    return _through_means(moments, A, B)
+
+
+def _regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    damped = cov + ridge * cov.diagonal().mean() * torch.eye(cov.shape[0], dtype=cov.dtype)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+
+
+def _through_means(moments: Moments, A: Tensor, B: Tensor) -> AffineMap:
+    m_s, m_t = moments.mean_source, moments.mean_target
+    return AffineMap(A, m_t - A @ m_s, B, m_s - B @ m_t)
+
+
+def map_between(method: Method, width: int, moments: Moments | None) -> AffineMap:
+    """The map of a method; all but identity need moments."""
+    if method == "identity":
+        return identity(width)
+    if moments is None or moments.n_tokens <= 2 * width:
+        seen = 0 if moments is None else moments.n_tokens
+        raise TransferError(
+            f"method {method} fits a {width}-dimensional map on {seen} tokens; raise plan.moment_tokens over {2 * width}"
+        )
+    match method:
+        case "rescale":
+            return rescale(moments)
+        case "procrustes":
+            return procrustes(moments)
+        case "affine":
+            return affine(moments)
+        case unreachable:
+            assert_never(unreachable)
+
+
+def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
+    """Carry a canonical dictionary of the source's activations to the target's.
+
+    With n_j = ‖A w_j‖ for decoder row w_j: W_dec' = (W_dec Aᵀ)/n, b_dec' = A b_dec + c, W_enc' = n∘(W_enc B),
+    b_enc' = n∘(b_enc + W_enc b), θ' = n∘θ. Exact for ReLU and JumpReLU under an invertible map with B = A⁻¹; TopK
+    re-ranks its latents by n; BatchTopK's one threshold has to be calibrated again (`calibrate_threshold`).
+    """
+    d, m = dictionary, between
+    if d.d_model != m.A.shape[1]:
+        raise TransferError(
+            f"the dictionary reads activations of width {d.d_model}, the map starts from width {m.A.shape[1]}; "
+            "a transfer needs a source and a target of the same width"
+        )
+    W_enc, W_dec = d.W_enc.double(), d.W_dec.double()
+    A, B, c, b = (t.to(W_enc) for t in (m.A, m.B, m.c, m.b))
+    carried = replace(
+        d,
+        W_enc=W_enc @ B,
+        b_enc=d.b_enc.double() + W_enc @ b,
+        W_dec=W_dec @ A.T,
+        b_dec=A @ d.b_dec.double() + c,
+        threshold=None if d.threshold is None else d.threshold.double(),
+    )
+    return unit_decoder(carried).to(d.W_enc.dtype)
+
+
+class Refit:
+    """Refit of a dictionary's decoder on the tokens it will be used on, by ridge towards the decoder it has.
+
+    Minimises Σ‖x − b_dec − W_decᵀ z‖² + λ Σ_j g_j ‖w_j − w_j⁰‖² over W_dec and b_dec, with codes z fixed, g_j = Σ z_j²
+    plus its mean (so that a rare latent moves little and one that never fires not at all) and λ = `ridge`. Codes are
+    kept sparse, activations are not kept; the normal equations are solved by conjugate gradients, so no (F, F) matrix
+    is ever formed.
+    """
+
+    def __init__(self, dictionary: Dictionary, ridge: float = 0.01) -> None:
+        self.dictionary = dictionary
+        self.ridge = ridge
+        self.codes: list[Codes] = []
+        self.target = torch.zeros_like(dictionary.W_dec)
+        """Σ z (x − x_hat)ᵀ, (F, D)."""
+        self.residual = torch.zeros_like(dictionary.b_dec)
+        """Σ (x − x_hat), (D)."""
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations (B, D)."""
+        codes = encode_sparse(self.dictionary, x)
+        ops = products(x.device)
+        residual = x - ops.decode(codes, self.dictionary.W_dec) - self.dictionary.b_dec
+        self.target += ops.transposed(codes, residual)
+        self.residual += residual.sum(dim=0)
+        self.codes.append(codes)
+
+    def solve(self, *, tolerance: float = 1e-4, max_iterations: int = 200) -> Dictionary:
+        """The dictionary with its new decoder, rows of unit norm (their norms go into the encoder)."""
+        d, ops = self.dictionary, products(self.target.device)
+        if not self.codes:
+            return d
+        codes = join_codes(self.codes)
+        n = codes.n_rows
+        squares = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values.square())
+        mean = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values) / n
+        damping = self.ridge * (squares + squares.mean())
+
+        def normal(W: Tensor) -> Tensor:
+            """(ZᵀZ − n·mean·meanᵀ + damping) W: the bias is eliminated."""
+            product = ops.transposed(codes, ops.decode(codes, W))
+            return product + damping[:, None] * W - n * torch.outer(mean, mean @ W)
+
+        goal = self.target - torch.outer(mean, self.residual)
+        diagonal = (squares - n * mean.square() + damping).clamp(min=1e-12)
+        change = conjugate_gradients(normal, goal, diagonal, tolerance, max_iterations)
+        return unit_decoder(replace(d, W_dec=d.W_dec + change, b_dec=d.b_dec + self.residual / n - mean @ change))
+
+    def state(self) -> dict[str, Tensor]:
+        """What was accumulated, as tensors; the dictionary apart."""
+        state = {"target": self.target, "residual": self.residual}
+        if self.codes:
+            codes = join_codes(self.codes)
+            state |= {"row_starts": codes.row_starts, "columns": codes.columns, "values": codes.values}
+        return state
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Undo `state`."""
+        self.target, self.residual = state["target"], state["residual"]
+        if "columns" in state:
+            self.codes = [Codes(state["row_starts"], state["columns"], state["values"], self.dictionary.n_latents)]
+
+
+def conjugate_gradients(normal, goal: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int) -> Tensor:  # noqa: ANN001
+    """Solve normal(X) = goal for X (F, D), column by column side by side, preconditioned by `diagonal` (F).
+
+    `normal` is symmetric and positive definite; stops when ‖residual‖ ≤ tolerance·‖goal‖ in every column
+    (Hestenes and Stiefel 1952).
+    """
+    X = torch.zeros_like(goal)
+    R = goal.clone()
+    Z = R / diagonal[:, None]
+    P = Z.clone()
+    rz = (R * Z).sum(dim=0)
+    enough = (tolerance * goal.norm(dim=0)).clamp(min=1e-30)
+    for _ in range(max_iterations):
+        if bool((R.norm(dim=0) <= enough).all()):
+            break
+        Q = normal(P)
+        step = rz / (P * Q).sum(dim=0).clamp(min=1e-30)
+        X += step * P
+        R -= step * Q
+        Z = R / diagonal[:, None]
+        rz_next = (R * Z).sum(dim=0)
+        P = Z + (rz_next / rz.clamp(min=1e-30)) * P
+        rz = rz_next
+    return X

@@ -1,0 +1,450 @@
+"""Facts, harvests and splices of every model family against transformers' own hidden states and the sum of the parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import errors as hub
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from saerelay import model as model_module
+from saerelay.errors import ModelError, PlanError
+from saerelay.model import LanguageModel, load_tokenizer, read_facts
+from saerelay.recipe import ModelSpec
+from saerelay.site import MODULE_KINDS, ModuleKind, Site
+
+SMALL = {"vocab_size": 101, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
+COMMON = SMALL | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+GROUPED = COMMON | {"num_key_value_heads": 2}
+WIDE = GROUPED | {"head_dim": 16}  # 4 heads x 16 = 64, twice the model's width
+ONE_EOS = {"eos_token_id": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox_parallel": ("gpt_neox", COMMON | ONE_EOS | {"use_parallel_residual": True}),
+    "neox_sequential": ("gpt_neox", COMMON | ONE_EOS | {"use_parallel_residual": False}),
+    "gpt2": ("gpt2", SMALL | {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32, "eos_token_id": 2}),
+    "llama": ("llama", GROUPED),
+    "mistral": ("mistral", GROUPED | ONE_EOS | {"sliding_window": None}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", WIDE),
+    "gemma": ("gemma", WIDE),
+    "gemma2": ("gemma2", WIDE),
+    "gemma3": ("gemma3_text", WIDE),
+    "bert": ("bert", COMMON | ONE_EOS),
+    "falcon": ("falcon", COMMON | {"parallel_attn": True, "num_kv_heads": 4}),  # adds to mlp_out in place
+}
+POST_NORM = {"gemma2", "gemma3"}
+TOKENS = torch.arange(3, 17).reshape(2, 7)
+ALL = [Site(layer, kind) for layer in range(3) for kind in MODULE_KINDS]
+
+
+def build(directory: Path, family: str, **changes: Any) -> Path:
+    """A random model, all of whose weights (norms and biases too) matter, saved as transformers saves it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(FAMILIES[family][0], **FAMILIES[family][1] | changes)
+    model = (AutoModel if family == "bert" else AutoModelForCausalLM).from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    return directory
+
+
+def spec_of(directory: Path, **changes: Any) -> ModelSpec:
+    return ModelSpec(**{"name": str(directory), "dtype": "float32", "device": "cpu"} | changes)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: build(tmp_path_factory.mktemp(name), name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def model(family: str, directories: dict[str, Path]) -> LanguageModel:
+    return LanguageModel.load(spec_of(directories[family]))
+
+
+@pytest.fixture(scope="session")
+def llama(directories: dict[str, Path]) -> LanguageModel:
+    return LanguageModel.load(spec_of(directories["llama"]))
+
+
+@pytest.fixture(scope="session")
+def found(model: LanguageModel) -> dict[Site, Tensor]:
+    return model.harvest(TOKENS, ALL)
+
+
+@pytest.fixture(scope="session")
+def reference(family: str, directories: dict[str, Path]) -> Any:
+    return AutoModel.from_pretrained(directories[family]).eval()
+
+
+def last_norm(reference: Any) -> Any:
+    names = ("norm", "ln_f", "final_layer_norm")
+    return next((getattr(reference, name) for name in names if hasattr(reference, name)), torch.nn.Identity())
+
+
+def test_residual_stream_is_transformers_hidden_states(found: dict[Site, Tensor], reference: Any) -> None:
+    with torch.no_grad():
+        output = reference(input_ids=TOKENS, output_hidden_states=True)
+        for layer in range(3):
+            assert_close(found[Site(layer, "resid_pre")], output.hidden_states[layer], rtol=0, atol=0)
+        for layer in range(2):
+            assert_close(found[Site(layer)], output.hidden_states[layer + 1], rtol=0, atol=0)
+        assert_close(last_norm(reference)(found[Site(2)]), output.last_hidden_state, rtol=0, atol=0)
+
+
+def test_a_layer_adds_what_attention_and_mlp_give(family: str, found: dict[Site, Tensor], reference: Any) -> None:
+    for i in range(3):
+        pre, attention, mlp = (found[Site(i, kind)] for kind in ("resid_pre", "attn_out", "mlp_out"))
+        total = pre + attention + mlp
+        if family == "bert":  # norms after each addition
+            layer = reference.encoder.layer[i]
+            total = layer.output.LayerNorm(layer.attention.output.LayerNorm(pre + attention) + mlp).detach()
+        assert_close(found[Site(i)], total, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_out_and_mlp_out_are_told_apart(family: str, found: dict[Site, Tensor], reference: Any) -> None:
+    """Their sum does not say which is which; what the output projection makes of attn_z does."""
+    paths = ("layers.1", "h.1", "encoder.layer.1")
+    layer = next(m for name, m in reference.named_modules() if name in paths)
+    names = ("self_attn.o_proj", "attention.dense", "attn.c_proj", "attention.output.dense", "self_attention.dense")
+    projection = next(m for name, m in layer.named_modules() if name in names)
+    with torch.no_grad():
+        out = projection(found[Site(1, "attn_z")])
+        if family in POST_NORM:
+            out = layer.post_attention_layernorm(out)
+    assert_close(found[Site(1, "attn_out")], out, rtol=1e-5, atol=1e-5)
+
+
+def test_facts(family: str, model: LanguageModel, reference: Any) -> None:
+    facts = model.facts
+    assert (facts.family, facts.n_layers, facts.d_model) == (FAMILIES[family][0], 3, 32)
+    assert facts.d_attn_z == (64 if "head_dim" in FAMILIES[family][1] else 32)
+    assert (facts.vocab_size, facts.bos_token_id, facts.eos_token_id) == (101, 1, 2)
+    assert facts.max_context == (2048 if family == "falcon" else 32) or family == "falcon"
+    assert facts.has_lm_head == (family != "bert")
+    parameters = dict(model._model.named_parameters())
+    assert facts.model_params == sum(p.numel() for p in parameters.values())
+    in_layer_1 = sum(p.numel() for name, p in parameters.items() if ".1." in name)
+    assert facts.layer_params == in_layer_1
+    assert not any(p.requires_grad for p in parameters.values()) and not model._model.training
+
+
+def test_harvested_tensors_are_plain_copies(model: LanguageModel, found: dict[Site, Tensor]) -> None:
+    assert list(found) == ALL
+    for site, x in found.items():
+        assert x.shape == (2, 7, model.facts.width(site)) and x.dtype == torch.float32
+        assert not x.is_inference() and not x.requires_grad
+    assert len({x.data_ptr() for x in found.values()}) == len(ALL)
+    weight = torch.ones(32, requires_grad=True)
+    (found[Site(0)] @ weight).sum().backward()  # an inference tensor could not be saved for backward
+    for site in (Site(1), Site(2, "mlp_out")):
+        assert torch.equal(model.harvest(TOKENS, [site])[site], found[site])
+
+
+@pytest.mark.parametrize("kind", MODULE_KINDS)
+def test_harvest_stops_at_the_deepest_site(model: LanguageModel, kind: ModuleKind) -> None:
+    calls: list[str] = []
+    base, head = model._model.base_model, model._model.get_output_embeddings()
+    watched = {f"layer {i}": layer for i, layer in enumerate(model._layers)} | {"norm": last_norm(base), "head": head}
+    done = [m.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, m in watched.items() if m]
+    begun = [m.register_forward_pre_hook(lambda *_, n=n: calls.append(f"to {n}")) for n, m in watched.items() if m]
+    try:
+        model.harvest(TOKENS, [Site(1, kind), Site(0)])
+        assert calls == ["to layer 0", "layer 0", "to layer 1", "layer 1"][: 4 if kind == "resid_post" else 3]
+        calls.clear()
+        model.harvest(TOKENS, [Site(2)])
+        assert calls[-1] == "layer 2"
+        calls.clear()
+        assert model.harvest(TOKENS, []) == {} and calls == []
+    finally:
+        for handle in done + begun:
+            handle.remove()
+    assert_close(model.harvest(TOKENS, [Site(0)])[Site(0)].isfinite().all(), torch.tensor(True))
+
+
+def test_splice(family: str, model: LanguageModel, found: dict[Site, Tensor]) -> None:
+    if family == "bert":
+        with pytest.raises(ModelError, match=r"\(bert\) has no language-model head. CE metrics need one"):
+            model.logits(TOKENS)
+        return
+    logits = model.logits(TOKENS)
+    assert logits.shape == (2, 7, 101) and logits.dtype == torch.float32
+    for site in ALL:
+        with model.splice(site, lambda x: x):
+            assert torch.equal(model.logits(TOKENS), logits), site
+        with model.splice(site, lambda x, site=site: found[site].double()):
+            assert torch.equal(model.logits(TOKENS), logits), site
+        with model.splice(site, torch.zeros_like):
+            assert not torch.allclose(model.logits(TOKENS), logits), site
+            assert not model.harvest(TOKENS, [site])[site].any()
+    others = TOKENS.flip(0, 1)
+    there = model.harvest(others, [Site(2)])[Site(2)]
+    with model.splice(Site(2), lambda _: there):
+        assert torch.equal(model.logits(TOKENS), model.logits(others))
+    assert torch.equal(model.logits(TOKENS), logits)
+
+
+def test_splice_goes_when_its_block_fails(llama: LanguageModel) -> None:
+    logits = llama.logits(TOKENS)
+    with pytest.raises(AssertionError, match=r"L1: spliced \(2, 7, 31\) into \(2, 7, 32\)"):
+        with llama.splice(Site(1), lambda x: x[..., 1:]):
+            llama.logits(TOKENS)
+    assert torch.equal(llama.logits(TOKENS), logits)
+
+
+def test_layers_that_return_tuples(llama: LanguageModel) -> None:
+    """Older transformers and models with code of their own return (hidden, ...)."""
+    logits, handles = llama.logits(TOKENS), []
+    clean = llama.harvest(TOKENS, [Site(0)])[Site(0)]
+    outer = llama._layers[0].register_forward_hook(lambda m, a, out: (out, "weights"))
+    try:
+        handles = [llama.splice(Site(0), lambda x: x * 0)]
+        with handles[0]:
+            after = llama._layers[0].register_forward_hook(lambda m, a, out: (out[0] + clean) if out[1] else None)
+            assert torch.equal(llama.logits(TOKENS), logits)
+            after.remove()
+    finally:
+        outer.remove()
+
+
+def test_bfloat16(directories: dict[str, Path]) -> None:
+    model = LanguageModel.load(spec_of(directories["llama"], dtype="bfloat16"))
+    assert model.harvest(TOKENS, [Site(1)])[Site(1)].dtype == torch.bfloat16
+    with model.splice(Site(1), lambda x: x.float()):
+        assert model.logits(TOKENS).dtype == torch.float32
+
+
+def test_sites_that_are_not_there(llama: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"^L3.attn_z: .* has 3 layers; layers go from 0 to 2$"):
+        llama.check_site(Site(3, "attn_z"))
+    with pytest.raises(PlanError, match="layers go from 0 to 2"):
+        llama.harvest(TOKENS, [Site(0), Site(3)])
+    with pytest.raises(PlanError, match="layers go from 0 to 2"), llama.splice(Site(7), lambda x: x):
+        pass
+    config = AutoConfig.for_model("mamba", **SMALL | {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 4})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    facts = read_facts(spec_of(tmp_path))
+    assert (facts.n_layers, facts.d_attn_z, facts.max_context) == (3, 0, 0)
+    mamba = LanguageModel.load(spec_of(tmp_path))
+    mamba.check_site(Site(1))
+    told = (
+        r"L1.mlp_out: .*family mamba\. Looked for mlp.dense_4h_to_h, mlp, .*These work there: resid_post, resid_pre\."
+    )
+    with pytest.raises(ModelError, match=told):
+        mamba.check_site(Site(1, "mlp_out"))
+
+
+def test_scaled_blocks_are_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("granite", **GROUPED | {"residual_multiplier": 0.5})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    granite = LanguageModel.load(spec_of(tmp_path))
+    with pytest.raises(ModelError, match="These work there: resid_post, resid_pre, attn_z"):
+        granite.check_site(Site(0, "attn_out"))
+
+
+def test_a_backbone_without_its_head_has_none(directories: dict[str, Path], tmp_path: Path) -> None:
+    backbone = AutoModel.from_pretrained(directories["llama"])
+    backbone.save_pretrained(tmp_path)
+    model = LanguageModel.load(spec_of(tmp_path))
+    assert not model.facts.has_lm_head
+    tokens = LanguageModel.load(spec_of(directories["llama"])).harvest(TOKENS, [Site(2)])[Site(2)]
+    assert torch.equal(model.harvest(TOKENS, [Site(2)])[Site(2)], tokens)
+
+
+def test_missing_weights_are_an_error(directories: dict[str, Path], tmp_path: Path) -> None:
+    AutoModel.from_pretrained(directories["llama"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ModelError, match=r"lack 1 tensors \(lm_head.weight\), which would be random"):
+        LanguageModel.load(spec_of(tmp_path))
+
+
+def test_the_demo_model_and_its_tokenizer() -> None:
+    facts, tokenizer = read_facts(ModelSpec()), load_tokenizer(ModelSpec())
+    assert (facts.name, facts.max_context, facts.has_lm_head, facts.vocab_size) == ("demo", 512, True, 4096)
+    assert (facts.bos_token_id, facts.eos_token_id) == (0, 0)
+    assert tokenizer.is_fast and len(tokenizer) == 4096
+    assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
+    assert facts.dtype in ("float32", "bfloat16")
+
+
+def test_tokenizer_decides_on_special_tokens(directories: dict[str, Path], tmp_path: Path) -> None:
+    build(tmp_path, "bert")
+    words = {"[CLS]": 0, "[SEP]": 1, "[UNK]": 2, "hi": 3}
+    tokenizer = transformers.BertTokenizerFast(
+        vocab=words, cls_token="[CLS]", sep_token="[SEP]", pad_token="[UNK]", mask_token="[UNK]"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    facts = read_facts(spec_of(tmp_path))
+    assert (facts.bos_token_id, facts.eos_token_id) == (0, 1)
+    with pytest.raises(ModelError, match="has no fast tokenizer. Put a tokenizer.json beside its config.json, or give"):
+        load_tokenizer(spec_of(directories["llama"]))
+
+
+def test_roberta_positions_start_after_padding(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("roberta", **COMMON | {"pad_token_id": 1, "max_position_embeddings": 34})
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = LanguageModel.load(spec_of(tmp_path))
+    assert model.facts.max_context == 32
+    model.harvest(torch.full((1, 32), 5), [Site(0)])
+    with pytest.raises(IndexError):
+        model.harvest(torch.full((1, 33), 5), [Site(0)])
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let every download fail, as late as possible, so that transformers wraps the error as it does."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(transformers.utils.hub, name, fail)
+
+
+def http_error(kind: type[hub.HfHubHTTPError]) -> Exception:
+    error = kind.__new__(kind, "denied")
+    Exception.__init__(error, "denied")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (
+            http_error(hub.GatedRepoError),
+            '"no/x" is gated: accept the licence at https://huggingface.co/no/x and run `hf auth login`.',
+        ),
+        (http_error(hub.RepositoryNotFoundError), '"no/x" is not on the hub. Check the name'),
+        (http_error(hub.RevisionNotFoundError), '"no/x" has no revision "v9"'),
+        (http_error(hub.HfHubHTTPError), "Check the name, the network, or pass a local directory."),
+        (hub.LocalEntryNotFoundError("away"), "Check the name, the network, or pass a local directory."),
+        (hub.OfflineModeIsEnabled("off"), "Check the name, the network, or pass a local directory."),
+        (hub.HTTPError("no route"), "Check the name, the network, or pass a local directory."),
+        (OSError("disk on fire"), "cannot be loaded. Check its files, .*disk on fire"),
+    ],
+)
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
+    raising(monkeypatch, error)
+    for function in (read_facts, load_tokenizer, LanguageModel.load):
+        with pytest.raises(ModelError, match=told) as caught:
+            function(ModelSpec(name="no/x", revision="v9"))
+        assert caught.value.__suppress_context__ and "\n" not in str(caught.value)
+
+
+def test_malformed_names_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def online(*_: object, **__: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr("huggingface_hub.file_download._request_wrapper", online, raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", online)
+    for name in ("bad name!!", "a/b/c"):
+        with pytest.raises(ModelError, match="is neither a directory nor a possible hub id"):
+            read_facts(ModelSpec(name=name))
+
+
+def test_hub_commit_is_the_revision(monkeypatch: pytest.MonkeyPatch, directories: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(directories["llama"])
+    config._commit_hash = "c0ffee"
+    asked = []
+
+    def pretend(source: str, **options: Any) -> Any:
+        asked.append((source, options["revision"], "local_files_only" in options))
+        return config
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", pretend)
+    raising(monkeypatch, OSError("no file"))
+    assert read_facts(ModelSpec(name="some/llama", revision="main")).revision == "c0ffee"
+    assert asked == [("some/llama", "main", False)]
+
+
+def test_local_directories(tmp_path: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for name in ("./gone", "/no/where", "~/no/where", "file"):
+        with pytest.raises(ModelError, match="no such directory. Pass one with a config.json"):
+            read_facts(ModelSpec(name=name))
+    with pytest.raises(ModelError, match="has no config.json, so it holds no Hugging Face model"):
+        read_facts(spec_of(tmp_path))
+    for text in ("{bad", "{}", '{"model_type": "nosuch"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match="cannot be loaded. Check its files, and that transformers knows"):
+            read_facts(spec_of(tmp_path))
+    (tmp_path / "here").symlink_to(directories["llama"])
+    assert read_facts(spec_of(Path("here"))).family == "llama"
+
+
+def test_bad_weights(tmp_path: Path, directories: dict[str, Path]) -> None:
+    (tmp_path / "config.json").write_text((directories["llama"] / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match="no weights as safetensors. If it has pickled ones .*, convert them once"):
+        LanguageModel.load(spec_of(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"rubbish" * 10)
+    with pytest.raises(ModelError, match="cannot be loaded.*header"):
+        LanguageModel.load(spec_of(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes((directories["mistral"] / "model.safetensors").read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        LanguageModel.load(spec_of(tmp_path))
+
+
+def test_encoder_decoders_and_foreign_code_are_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("t5", vocab_size=101, d_model=32, num_layers=2, num_heads=2, d_ff=16, d_kv=8)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(t5\) is not one stack of layers that all tokens pass"):
+        read_facts(spec_of(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
+    with pytest.raises(ModelError, match="needs Python code of its own.*set model.trust_remote_code = true"):
+        read_facts(spec_of(tmp_path))
+
+
+def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1", "mps"):
+        with pytest.raises(ModelError, match=f'device "{device}" is not there: .* Use device = "auto" or "cpu"'):
+            read_facts(ModelSpec(device=device))
+    with pytest.raises(ModelError, match='no device "gpu"; use "auto", "cpu", "cuda", "cuda:1" or "mps"'):
+        read_facts(ModelSpec(device="gpu"))
+    assert read_facts(ModelSpec()).device == "cpu"
+    for fast, dtype in ((True, "bfloat16"), (False, "float32")):
+        for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, probe, lambda fast=fast: fast)
+        assert read_facts(ModelSpec()).dtype == dtype
+    assert read_facts(ModelSpec(dtype="float16")).dtype == "float16"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    facts = read_facts(ModelSpec())
+    assert (facts.device, facts.dtype) == ("cuda", "bfloat16")
+
+
+def test_loading_is_silent_and_leaves_settings_alone(
+    directories: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    def settings() -> tuple[bool, bool, int]:
+        return logging.is_progress_bar_enabled(), are_progress_bars_disabled(), logging.get_verbosity()
+
+    for enable in (logging.disable_progress_bar, logging.enable_progress_bar):
+        enable()
+        before = settings()
+        LanguageModel.load(spec_of(directories["llama"]))
+        assert settings() == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_one_function_maps_sites_to_modules() -> None:
+    source = Path(model_module.__file__).read_text()
+    assert source.count("def _port(") == 1
