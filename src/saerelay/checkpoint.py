@@ -276,7 +276,8 @@ class Suite:
                 f"{self.directory.root}: no dictionary at {site}; there are {', '.join(map(str, self.sites)) or 'none'}"
             )
         raise RunDirectoryError(
-            f"{self.directory.root}: {len(here)} legs at {site}: {', '.join(leg.id for leg in here)}; ask for one by its id"
+            f"{self.directory.root}: {len(here)} legs at {site}: {', '.join(leg.id for leg in here)}; "
+            "ask for one by its id"
         )
 
     def __getitem__(self, key: Site | str) -> Dictionary:

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from mmap import ACCESS_READ, mmap
@@ -89,9 +89,9 @@ def prepare(
     """Tokenise just enough of `run.data` into `directory`, or open what an earlier call for the same run left there.
 
     The train split may come out shorter than asked: `facts.complete` is true then. `tokenizer` may be None where the
-    recipe gives tokens. `progress` is called with the sequences there are so far, of
-    `train_sequences + 2 * eval_sequences`. DataError if the source is missing, unfit, or leaves a split empty; then, or
-    when interrupted, nothing is left in or beside `directory`.
+    recipe gives tokens. `progress` is called with the token positions there are so far in all splits, at most
+    `context * (train_sequences + 2 * eval_sequences)`. DataError if the source is missing, unfit, or leaves a split
+    empty; then, or when interrupted, nothing is left in or beside `directory`.
     """
     assert train_sequences > 0 and eval_sequences > 0, (train_sequences, eval_sequences)
     if (directory / "corpus.json").exists():
@@ -138,7 +138,7 @@ def _shuffled(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER]).permutation(n)
 
 
-# --- opening --------------------------------------------------------------------------------------------------------
+# --- opening ---
 
 
 def _read_facts(directory: Path) -> CorpusFacts:
@@ -172,7 +172,7 @@ def _map_split(path: Path, facts: CorpusFacts, split: Split) -> np.ndarray:
     return array
 
 
-# --- packing --------------------------------------------------------------------------------------------------------
+# --- packing ---
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,8 @@ def _write(
     progress: Callable[[int], None] | None,
 ) -> CorpusFacts:
     """Deal documents to the splits until each has what is wanted (of train and of the others), or the source ends."""
-    n_train, n_eval = wanted
-    packers = {
-        split: _Packer(directory / f"{split}.npy", run.data, facts, n_train if split == "train" else n_eval)
-        for split in SPLITS
+    packers: dict[Split, _Packer] = {
+        split: _Packer(directory / f"{split}.npy", run.data, facts, wanted[split != "train"]) for split in SPLITS
     }
     n_documents, complete = 0, True
     for batch in _batches(source.documents):
@@ -206,7 +204,7 @@ def _write(
         for (packer, _), ids in zip(dealt, _encode([text for _, text in dealt], tokenizer, facts), strict=True):
             packer.add(ids)
         if progress:
-            progress(sum(packer.n_sequences for packer in packers.values()))
+            progress(run.data.context * sum(packer.n_sequences for packer in packers.values()))
         if all(packer.full for packer in packers.values()):
             complete = False
             break
@@ -289,8 +287,7 @@ class _Packer:
 
     def finish(self) -> None:
         """Write the sequences as .npy and remove the raw file."""
-        shape = (self.n_sequences, self.context)
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.n_sequences, self.context)}
         step = max(1, _CHUNK // self.context)
         with self.raw.open("rb") as raw, self.path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
@@ -334,12 +331,12 @@ def _check_splits(packers: "dict[Split, _Packer]", description: str, n_documents
         n_tokens = sum(packer.n_ids for packer in packers.values())
         raise DataError(
             f"{description}: too little for the {' and the '.join(empty)} split, which got no sequence. It holds "
-            f"{n_documents} documents with {n_tokens} tokens; a sequence needs {packers['train'].n_body} tokens, and of "
-            f"{_PERIOD} documents one goes to validation, one to test. Give more documents, or lower data.context."
+            f"{n_documents} documents with {n_tokens} tokens; a sequence needs {packers['train'].n_body} tokens, and "
+            f"of {_PERIOD} documents one goes to validation, one to test. Give more documents, or lower data.context."
         )
 
 
-# --- sources --------------------------------------------------------------------------------------------------------
+# --- sources ---
 
 
 def _open_source(run: Run, facts: ModelFacts) -> _Source:
@@ -382,8 +379,7 @@ def _text_source(data: DataSpec, seed: int) -> _Source:
     total = sum(path.stat().st_size for path in paths)
     cut_at = max(_MIN_PIECE, total // 200) if len(paths) < _MIN_FILES else total
     spans = np.concatenate([_file_spans(path, number, cut_at) for number, path in enumerate(paths)])
-    plural = "s" if len(paths) > 1 else ""
-    description = f"text in {', '.join(data.text)} ({len(paths)} file{plural})"
+    description = f"text in {', '.join(data.text)} (files: {len(paths)})"
     return _Source(description, (_read_span(paths, span, data.column) for span in spans[_shuffled(len(spans), seed)]))
 
 
@@ -454,8 +450,8 @@ def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
     except ValueError as error:
         found = f"not valid JSON ({error})"
     else:
-        if isinstance(row, dict) and isinstance(row.get(column), str):
-            return row[column]
+        if isinstance(row, dict) and isinstance(row.get(column, 0), str | None):
+            return row[column] or ""
         keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         found = f'no text under "{column}"; found {keys}. Name the right one in data.column'
     with path.open("rb") as file:
@@ -471,13 +467,12 @@ _MIN_STRETCHES = 20  # and fewest separators that count as such
 
 def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> _Source:
     tokens = _open_tokens(Path(data.tokens).expanduser(), facts)
-    description = f"tokens in {data.tokens}"
     if tokens.ndim == 2:
         rows = (tokens[i] for i in _shuffled(len(tokens), seed))
     else:
         spans = _token_spans(tokens, data.context, facts)
         rows = (tokens[start:stop] for start, stop in spans[_shuffled(len(spans), seed)])
-    return _Source(description, (_without_bos(row, facts.bos_token_id) for row in rows))
+    return _Source(f"tokens in {data.tokens}", (_without_bos(row, facts.bos_token_id) for row in rows))
 
 
 def _open_tokens(path: Path, facts: ModelFacts) -> np.ndarray:
@@ -543,6 +538,7 @@ def _dataset_source(data: DataSpec, seed: int) -> _Source:
 def _open_dataset(data: DataSpec) -> "Dataset | IterableDataset":
     """A dataset with (at least) the column asked for."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     path = Path(data.dataset).expanduser()
     local = path.is_dir()
@@ -559,11 +555,14 @@ def _open_dataset(data: DataSpec) -> "Dataset | IterableDataset":
             )
         if isinstance(opened, datasets.DatasetDict):
             if data.split not in opened:
-                raise ValueError(f'it has no split "{data.split}" but {", ".join(opened)}')
+                splits = ", ".join(map(str, opened))
+                raise DataError(
+                    f'data.dataset = "{data.dataset}" has no split "{data.split}"; set data.split to one of: {splits}.'
+                )
             opened = opened[data.split]
         assert isinstance(opened, datasets.Dataset | datasets.IterableDataset), type(opened)
         columns = opened.column_names or list(next(iter(opened), {}))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(_dataset_message(data, error)) from None
     if columns and data.column not in columns:
         raise DataError(
@@ -573,19 +572,19 @@ def _open_dataset(data: DataSpec) -> "Dataset | IterableDataset":
     return opened if isinstance(opened, datasets.Dataset) or not columns else opened.select_columns([data.column])
 
 
-def _dataset_texts(dataset: "Dataset | IterableDataset", data: DataSpec) -> Iterator[str]:
-    import datasets
+def _dataset_texts(rows: Iterable[Any], data: DataSpec) -> Iterator[str]:
+    from datasets.exceptions import DatasetsError
 
     try:
-        for row in dataset:
+        for row in rows:
             text = row[data.column]
             if text is not None and not isinstance(text, str):
                 raise DataError(
-                    f'data.dataset = "{data.dataset}": column "{data.column}" holds {type(text).__name__}, expected text. '
-                    "Set data.column to a column of text, or save token ids as .npy and give data.tokens."
+                    f'data.dataset = "{data.dataset}": the column "{data.column}" holds {type(text).__name__}, '
+                    "expected text. Set data.column to a column of text, or save ids as .npy and give data.tokens."
                 )
             yield text or ""
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(_dataset_message(data, error)) from None
 
 

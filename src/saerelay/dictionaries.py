@@ -82,9 +82,9 @@ class Dictionary:
         named = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def to(self, *args: torch.device | str | torch.dtype) -> "Dictionary":
+    def to(self, device_or_dtype: torch.device | str | torch.dtype) -> "Dictionary":
         """The same dictionary on another device or in another dtype."""
-        return replace(self, **{name: tensor.to(*args) for name, tensor in self.tensors().items()})
+        return replace(self, **{name: tensor.to(device_or_dtype) for name, tensor in self.tensors().items()})
 
 
 def keep_top(pre: Tensor, k: int) -> Tensor:
@@ -135,7 +135,7 @@ def to_canonical(dictionary: Dictionary, mean: Tensor, scale: Tensor) -> Diction
 
 
 def unit_decoder(dictionary: Dictionary) -> Dictionary:
-    """Move the norms of decoder rows into the encoder: the same function for ReLU and JumpReLU; TopK re-ranks by them."""
+    """Move the norms of decoder rows into the encoder: ReLU and JumpReLU stay the same function, TopK re-ranks."""
     norms = dictionary.W_dec.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
     return scale_latents(replace(dictionary, W_dec=dictionary.W_dec / norms[:, None]), norms)

@@ -1,6 +1,6 @@
 """Every error that `saerelay` raises on purpose.
 
-    SaeRelayError                 anything a user can cause; the CLI prints its text, without a traceback, and exits with 2
+    SaeRelayError                 what a user can cause; the CLI prints its text, no traceback, and exits with 2
     ├── RecipeError               run.toml: unknown key, wrong value, impossible combination
     ├── PlanError                 the legs cannot be run as asked: layer out of range, missing parent, k > n_latents
     ├── ModelError                the language model is missing, gated, unreadable, or cannot do what is asked of it

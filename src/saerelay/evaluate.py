@@ -248,8 +248,8 @@ def _wants_ce(plan: Plan) -> bool:
     asked = plan.run.evaluate.ce
     if asked is True and not plan.facts.has_lm_head:
         raise ModelError(
-            f"evaluate.ce is true, but {plan.facts.name} ({plan.facts.family}) has no language-model head, so there is no "
-            'cross-entropy; set evaluate.ce = "auto" or false, or use a causal language model'
+            f"evaluate.ce is true, but {plan.facts.name} ({plan.facts.family}) has no language-model head, so there is "
+            'no cross-entropy; set evaluate.ce = "auto" or false, or use a causal language model'
         )
     return plan.facts.has_lm_head if asked == "auto" else asked
 

@@ -35,6 +35,10 @@ _POST_NORMS = (  # pairs of norms between a block and the residual stream; one w
 )
 _RESCALING = ("Afmoe", "Beam", "Doge", "GPTNeoXJapanese", "HyperCLOVAX", "Inkling", "MiniMaxDecoder")
 """Beginnings of the class names of layers that scale, norm or shift what a block returns before they add it."""
+_NO_TOKENIZER = (
+    "has no fast tokenizer. Put a tokenizer.json beside its config.json, "
+    "or give token ids (`data.tokens`) instead of text."
+)
 _Port = tuple[nn.Module, Literal["input", "output"]]
 
 
@@ -103,10 +107,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder) or not tokenizer.is_fast:
         # without files AutoTokenizer makes an empty one
-        raise ModelError(
-            f'"{spec.name}" has no fast tokenizer. Put a tokenizer.json beside its config.json, '
-            "or give token ids (`data.tokens`) instead of text."
-        )
+        raise ModelError(f'"{spec.name}" {_NO_TOKENIZER}')
     return tokenizer
 
 
@@ -130,9 +131,10 @@ class LanguageModel:
     def load(cls, spec: ModelSpec) -> "LanguageModel":
         """Load weights (safetensors only) onto the device; what `read_facts` raises, and ModelError for bad weights."""
         facts = read_facts(spec)
-        source, options = _source(spec.model_copy(update={"revision": facts.revision}))
+        pinned = spec.model_copy(update={"revision": facts.revision})
         with _explained(spec):
-            config = _read_config(spec)
+            source, options = _source(pinned)
+            config = _read_config(pinned)
             model, report = _auto_class(config).from_pretrained(
                 source,
                 config=config,
@@ -238,7 +240,7 @@ class LanguageModel:
             working = ", ".join(kind for kind in MODULE_KINDS if _port(layer, kind))
             paths = ", ".join(_MLPS if site.module == "mlp_out" else _PROJECTIONS)
             raise ModelError(
-                f"{site}: no {site.module} is known in layer {site.layer} ({type(layer).__name__}) of the family {family}. "
+                f"{site}: no {site.module} is known in layer {site.layer} ({type(layer).__name__}) of {family}. "
                 f"Looked for {paths}, in a layer that adds what they return unscaled. These work there: {working}."
             )
         return port
@@ -417,13 +419,15 @@ def _explain(spec: ModelSpec, error: BaseException) -> str:
         (offline, f"did not come from the hub. Check the name, the network, or pass a local directory. ({text})"),
     )
     chain, link = [error], error
-    while link := link.__cause__ or link.__context__:
+    while (link := link.__cause__ or link.__context__) and link not in chain:
         chain.append(link)
     for kind, remedy in remedies:
         if any(isinstance(e, kind) for e in chain):
             return f'"{name}" {remedy}'
     if "trust_remote_code" in text:
         return f'"{name}" needs Python code of its own. If you trust its authors, set model.trust_remote_code = true.'
+    if "tokenizer" in text:
+        return f'"{name}" {_NO_TOKENIZER} ({text})'
     if isinstance(error, OSError) and ".safetensors" in text:
         return (
             f'"{name}" has no weights as safetensors. If it has pickled ones (pytorch_model.bin), convert them once: '

@@ -179,7 +179,8 @@ def compile_plan(
     """
     if facts.max_context and run.data.context > facts.max_context:
         raise PlanError(
-            f"data.context is {run.data.context}; {facts.name} takes at most {facts.max_context} tokens. Lower data.context."
+            f"data.context is {run.data.context}; {facts.name} takes at most {facts.max_context} tokens; "
+            "lower data.context"
         )
     layers = list(range(facts.n_layers)) if run.sites.layers == "all" else sorted(set(run.sites.layers))
     if not layers:
@@ -224,8 +225,8 @@ def extend_plan(old: Plan, new: Plan) -> Plan:
             legs.append(leg.model_copy(update=more | {"fork_at_tokens": before.budget_tokens}))
         elif changed:
             raise PlanError(
-                f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number of tokens "
-                "can be added. Choose another --out."
+                f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number "
+                "of tokens can be added. Choose another --out."
             )
     return new.model_copy(update={"legs": legs})
 
@@ -473,7 +474,7 @@ def _check_widths(plan: Plan) -> None:
         source, target = plan.parent_site(leg), leg.site
         if plan.facts.width(source) != plan.facts.width(target):
             raise PlanError(
-                f"leg {leg.id}: {source} is {plan.facts.width(source)} wide and {target} is {plan.facts.width(target)}; "
+                f"leg {leg.id}: {source} is {plan.facts.width(source)} wide and {target} {plan.facts.width(target)}; "
                 "a transfer needs equal widths"
             )
 
@@ -482,7 +483,7 @@ def _check_widths(plan: Plan) -> None:
 
 
 class Cost(Spec):
-    """What a plan takes. `flops` counts operations executed, `flops_dense_equivalent` what dense steps would have been."""
+    """What a plan takes; `flops` are operations executed, `flops_dense_equivalent` what dense steps would take."""
 
     lm_tokens: int
     """Token positions read by the language model."""

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Protocol, TextIO
+from typing import IO, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -37,7 +37,7 @@ class Silent:
 class PlainLog:
     """A line every few seconds, for logs and pipes."""
 
-    def __init__(self, plan: Plan, cursor: int = 0, *, every_seconds: float = 10.0, out: TextIO = sys.stderr) -> None:
+    def __init__(self, plan: Plan, cursor: int = 0, *, every_seconds: float = 10.0, out: IO[str] = sys.stderr) -> None:
         self.plan, self.first, self.every, self.out = plan, cursor, every_seconds, out
         self.began = self.told = time.monotonic()
         self.legs: dict[str, engine.Progress] = {}
@@ -52,9 +52,9 @@ class PlainLog:
         left = (self.plan.n_tokens - cursor) / max(rate, 1e-9)
         legs = "  ".join(f"{leg_id} {p.fvu:.4f}" for leg_id, p in list(self.legs.items())[:6])
         more = f" (+{len(self.legs) - 6})" if len(self.legs) > 6 else ""
+        done = f"{format_count(cursor):>6} of {format_count(self.plan.n_tokens)} tokens"
         print(
-            f"{format_count(cursor):>6} of {format_count(self.plan.n_tokens)} tokens  {format_count(int(rate))} tokens/s  "
-            f"{left:.0f} s left  FVU: {legs or '-'}{more}",
+            f"{done}  {format_count(int(rate))} tokens/s  {left:.0f} s left  FVU: {legs or '-'}{more}",
             file=self.out,
             flush=True,
         )

@@ -41,39 +41,45 @@ def tokens_of(value: float, budget: int) -> int:
 class ModelSpec(Spec):
     """Which language model is read."""
 
-    name: str = Field("demo", description='hub id, local directory, or "demo" for the built-in model')
-    revision: str = Field("", description='hub branch, tag or commit; "" is the default branch')
+    name: str = Field(default="demo", description='hub id, local directory, or "demo" for the built-in model')
+    revision: str = Field(default="", description='hub branch, tag or commit; "" is the default branch')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description='"auto": bfloat16 where the hardware multiplies it fast, else float32'
+        default="auto", description='"auto": bfloat16 where the hardware multiplies it fast, else float32'
     )
-    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
-    trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
 
 
 class SitesSpec(Spec):
     """Which activations get a dictionary."""
 
-    layers: Literal["all"] | list[int] = Field("all", description='"all", or a list such as [0, 3, 6]')
-    module: ModuleKind = Field("resid_post", description="resid_post, resid_pre, mlp_out, attn_out or attn_z")
+    layers: Literal["all"] | list[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
+    module: ModuleKind = Field(default="resid_post", description="resid_post, resid_pre, mlp_out, attn_out or attn_z")
 
 
 class DataSpec(Spec):
     """Where tokens come from. At most one of `dataset`, `text`, `tokens`; none means the built-in Python corpus."""
 
-    dataset: str = Field("", description='Hugging Face dataset: hub id (streamed) or a local directory; "" for none')
-    subset: str = Field("", description="the dataset's configuration name, if it has several")
-    split: str = Field("train", description="the dataset's split")
-    column: str = Field("text", description="the dataset's column with the documents")
-    revision: str = Field("", description="the dataset's branch, tag or commit")
-    text: list[str] = Field([], description="text files or directories of text files")
-    tokens: str = Field("", description="a .npy file of token ids (uint16 or uint32, 1-D or 2-D)")
-    context: int = Field(256, ge=4, description="tokens in one sequence")
-    prepend_bos: bool = Field(True, description="start every sequence with the BOS token (never trained on)")
-    epochs: int = Field(1, ge=1, description="how often the corpus may be read")
-    outlier_norm: float = Field(
-        10.0, ge=0, description="leave out positions whose norm is over this multiple of the median; 0 keeps all"
+    dataset: str = Field(
+        default="", description='Hugging Face dataset: hub id (streamed) or a local directory; "" for none'
     )
-    block_tokens: Count = Field(0, ge=0, description="tokens shuffled together; 0 chooses by memory, at most 65536")
+    subset: str = Field(default="", description="the dataset's configuration name, if it has several")
+    split: str = Field(default="train", description="the dataset's split")
+    column: str = Field(default="text", description="the dataset's column with the documents")
+    revision: str = Field(default="", description="the dataset's branch, tag or commit")
+    text: list[str] = Field(default=[], description="text files or directories of text files")
+    tokens: str = Field(default="", description="a .npy file of token ids (uint16 or uint32, 1-D or 2-D)")
+    context: int = Field(default=256, ge=4, description="tokens in one sequence")
+    prepend_bos: bool = Field(default=True, description="start every sequence with the BOS token (never trained on)")
+    epochs: int = Field(default=1, ge=1, description="how often the corpus may be read")
+    outlier_norm: float = Field(
+        default=10.0,
+        ge=0,
+        description="leave out positions whose norm is over this multiple of the median; 0 keeps all",
+    )
+    block_tokens: Count = Field(
+        default=0, ge=0, description="tokens shuffled together; 0 chooses by memory, at most 65536"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
@@ -86,18 +92,24 @@ class DataSpec(Spec):
 class DictionarySpec(Spec):
     """What a dictionary looks like and how sparse it is."""
 
-    architecture: Architecture = Field("topk", description="topk, batchtopk, jumprelu or relu")
-    expansion: float = Field(8, gt=0, description="latents per dimension of the model's activations ...")
-    n_latents: Count = Field(0, ge=0, description="... or their number; 0 takes expansion")
-    k: int = Field(32, ge=1, description="topk, batchtopk: active latents per token")
-    target_l0: float = Field(32.0, gt=0, description="jumprelu: active latents per token to aim for")
-    l1: float = Field(0.05, ge=0, description="relu: weight of the L1 penalty, in normalised units")
-    l0_weight: float = Field(1.0, ge=0, description="jumprelu: weight of the penalty ((L0 - target) / target)^2")
-    bandwidth: float = Field(
-        0.3, gt=0, description="jumprelu: width of the straight-through window, in normalised units"
+    architecture: Architecture = Field(default="topk", description="topk, batchtopk, jumprelu or relu")
+    expansion: float = Field(default=8, gt=0, description="latents per dimension of the model's activations ...")
+    n_latents: Count = Field(default=0, ge=0, description="... or their number; 0 takes expansion")
+    k: int = Field(default=32, ge=1, description="topk, batchtopk: active latents per token")
+    target_l0: float = Field(default=32.0, gt=0, description="jumprelu: active latents per token to aim for")
+    l1: float = Field(default=0.05, ge=0, description="relu: weight of the L1 penalty, in normalised units")
+    l0_weight: float = Field(
+        default=1.0, ge=0, description="jumprelu: weight of the penalty ((L0 - target) / target)^2"
     )
-    aux_weight: float = Field(1 / 32, ge=0, description="topk, batchtopk: weight of the dead latents' loss (AuxK)")
-    normalise: bool = Field(True, description="train on centred, rescaled activations; false reproduces the paper")
+    bandwidth: float = Field(
+        default=0.3, gt=0, description="jumprelu: width of the straight-through window, in normalised units"
+    )
+    aux_weight: float = Field(
+        default=1 / 32, ge=0, description="topk, batchtopk: weight of the dead latents' loss (AuxK)"
+    )
+    normalise: bool = Field(
+        default=True, description="train on centred, rescaled activations; false reproduces the paper"
+    )
 
 
 class LegSpec(Spec):
@@ -107,7 +119,7 @@ class LegSpec(Spec):
     layer: int
     module: ModuleKind | None = None
     parent: str = ""
-    """Id of another leg, or a directory with a dictionary (a leg or a snapshot of another run); "" trains from scratch."""
+    """Id of another leg, or a dictionary's directory (a leg or snapshot of another run); "" trains from scratch."""
     tokens: Count = Field(gt=0)
     fork_at: ShareOrCount = 1.0
     """The parent's age at which this leg starts from it: a share of its tokens or a count."""
@@ -127,55 +139,72 @@ class LegSpec(Spec):
 class PlanSpec(Spec):
     """Who is trained from scratch, who from whom, with how many tokens."""
 
-    preset: Preset = Field("hub", description="scratch, forward, backward, alternate, hub or paper")
-    roots: list[int] = Field([], description="layers trained from scratch; [] lets the preset choose")
+    preset: Preset = Field(default="hub", description="scratch, forward, backward, alternate, hub or paper")
+    roots: list[int] = Field(default=[], description="layers trained from scratch; [] lets the preset choose")
     direction: Literal["auto", "forward", "backward", "both"] = Field(
-        "auto", description="alternate, paper: which neighbour gives: forward (the one below), backward (above), both"
+        default="auto",
+        description="alternate, paper: which neighbour gives: forward (the one below), backward (above), both",
     )
-    root_tokens: Count = Field(2_000_000, gt=0, description="training tokens of a root")
+    root_tokens: Count = Field(default=2_000_000, gt=0, description="training tokens of a root")
     transfer_tokens: Count = Field(
-        250_000, ge=0, description="tokens of a transfer, the refit's included; 0 is zero-shot"
+        default=250_000, ge=0, description="tokens of a transfer, the refit's included; 0 is zero-shot"
     )
-    fork_at: ShareOrCount = Field(1.0, description="when children leave a parent: a share of its tokens, or a count")
-    method: Method = Field("affine", description="identity, rescale, procrustes or affine")
-    refit: bool = Field(True, description="refit the decoder in closed form on the child's first tokens")
-    moment_tokens: Count = Field(200_000, gt=0, description="tokens the map between two layers is fitted on")
-    refit_tokens: Count = Field(100_000, gt=0, description="tokens the decoder is refitted on")
-    controls: list[int] = Field([], description="layers that also get from-scratch controls (equal tokens, and full)")
-    legs: list[LegSpec] = Field([], description="an explicit plan instead of a preset: [[plan.legs]], see the README")
+    fork_at: ShareOrCount = Field(
+        default=1.0, description="when children leave a parent: a share of its tokens, or a count"
+    )
+    method: Method = Field(default="affine", description="identity, rescale, procrustes or affine")
+    refit: bool = Field(default=True, description="refit the decoder in closed form on the child's first tokens")
+    moment_tokens: Count = Field(default=200_000, gt=0, description="tokens the map between two layers is fitted on")
+    refit_tokens: Count = Field(default=100_000, gt=0, description="tokens the decoder is refitted on")
+    controls: list[int] = Field(
+        default=[], description="layers that also get from-scratch controls (equal tokens, and full)"
+    )
+    legs: list[LegSpec] = Field(
+        default=[], description="an explicit plan instead of a preset: [[plan.legs]], see the README"
+    )
 
 
 class TrainSpec(Spec):
     """How a dictionary is trained."""
 
-    batch_tokens: Count = Field(512, gt=0, description="tokens in one training step")
-    lr: Rate = Field(0.0, description='from scratch; "auto" follows the sweep in docs/log.md')
-    transfer_lr: Rate = Field(0.0, description='after a transfer; "auto" likewise')
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's")
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the budget over which the learning rate rises")
-    sparsity_warmup: float = Field(0.05, ge=0, lt=1, description="jumprelu, relu: share over which the penalty rises")
-    decay: float = Field(0.3, ge=0, le=1, description="share of the budget over which the learning rate falls to 0")
-    clip: float = Field(1.0, ge=0, description="largest norm of a gradient; 0 never clips")
-    dead_after: Count = Field(
-        0, ge=0, description="tokens without firing after which a latent is dead; 0: min(10M, a tenth of the budget)"
+    batch_tokens: Count = Field(default=512, gt=0, description="tokens in one training step")
+    lr: Rate = Field(default=0.0, description='from scratch; "auto" follows the sweep in docs/log.md')
+    transfer_lr: Rate = Field(default=0.0, description='after a transfer; "auto" likewise')
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's")
+    warmup: float = Field(
+        default=0.02, ge=0, lt=1, description="share of the budget over which the learning rate rises"
     )
-    seed: int = Field(0, ge=0, description="every random choice follows from it")
-    checkpoint_every: Count = Field("500k", gt=0, description="tokens between two saved states", validate_default=True)  # type: ignore[assignment]
+    sparsity_warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="jumprelu, relu: share over which the penalty rises"
+    )
+    decay: float = Field(
+        default=0.3, ge=0, le=1, description="share of the budget over which the learning rate falls to 0"
+    )
+    clip: float = Field(default=1.0, ge=0, description="largest norm of a gradient; 0 never clips")
+    dead_after: Count = Field(
+        default=0,
+        ge=0,
+        description="tokens without firing after which a latent is dead; 0: min(10M, a tenth of the budget)",
+    )
+    seed: int = Field(default=0, ge=0, description="every random choice follows from it")
+    checkpoint_every: Count = Field(default=500_000, gt=0, description="tokens between two saved states")
     snapshots: list[ShareOrCount] = Field(
-        [], description="ages published beside the end: shares or counts; 0 is right after a hop"
+        default=[], description="ages also published: shares or counts; 0 is right after a hop"
     )
     memory_gib: float = Field(
-        0.0, ge=0, description="split cohorts so that training state stays under this; 0 never splits"
+        default=0.0, ge=0, description="split cohorts so that training state stays under this; 0 never splits"
     )
-    loggers: list[Literal["tensorboard", "wandb"]] = Field([], description="beside metrics.jsonl: tensorboard, wandb")
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(
+        default=[], description="beside metrics.jsonl: tensorboard, wandb"
+    )
 
 
 class EvaluateSpec(Spec):
     """How quality is measured."""
 
-    tokens: Count = Field(131_072, gt=0, description="held-out tokens")
+    tokens: Count = Field(default=131_072, gt=0, description="held-out tokens")
     ce: bool | Literal["auto"] = Field(
-        "auto", description='CE and KL metrics; "auto": if the model has a language-model head'
+        default="auto", description='CE and KL metrics; "auto": if the model has a language-model head'
     )
 
 

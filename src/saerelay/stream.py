@@ -107,7 +107,7 @@ class LiveStream(AbstractStream):
 
 
 def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor]) -> Tensor:
-    """bool (P): not the BOS put in front, and no outlier of norm at the plan's probe site; tokens (sequences, context)."""
+    """bool (P): not the BOS in front, no outlier of norm at the plan's probe site; tokens: (P / context, context)."""
     keep = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     if plan.run.data.prepend_bos:
         keep[:, 0] = False

@@ -90,11 +90,13 @@ def cost_lines(summary: dict[str, Any]) -> list[Text]:
     """What the suite cost beside the same layers all from scratch."""
     cost = summary["cost"]
     layers = len({(leg["layer"], leg["module"]) for leg in summary["legs"]})
+    seen = f"{format_count(cost['sae_samples'])} activations seen by SAEs"
+    read = f"{format_count(cost['lm_tokens'])} tokens read by the language model"
+    scratch = _seconds(cost["seconds_all_from_scratch_estimate"])
     lines = [
-        f"This suite: {_seconds(cost['seconds'])}, {_flops(cost['flops'])}, {format_count(cost['sae_samples'])} activations "
-        f"seen by SAEs, {format_count(cost['lm_tokens'])} tokens read by the language model.",
-        f"All {layers} layers from scratch at the full budget: {_seconds(cost['seconds_all_from_scratch_estimate'])} "
-        f"(estimated from the legs above that were), {_flops(cost['flops_all_from_scratch'])}.",
+        f"This suite: {_seconds(cost['seconds'])}, {_flops(cost['flops'])}, {seen}, {read}.",
+        f"All {layers} layers from scratch at the full budget: {scratch} (estimated from the legs above that were), "
+        f"{_flops(cost['flops_all_from_scratch'])}.",
     ]
     if cost["controls"]["seconds"]:
         lines.append(

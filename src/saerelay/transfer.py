@@ -100,7 +100,8 @@ def map_between(method: Method, width: int, moments: Moments | None) -> AffineMa
     if moments is None or moments.n_tokens <= 2 * width:
         seen = 0 if moments is None else moments.n_tokens
         raise TransferError(
-            f"method {method} fits a {width}-dimensional map on {seen} tokens; raise plan.moment_tokens over {2 * width}"
+            f"method {method} fits a {width}-dimensional map on {seen} tokens; "
+            f"raise plan.moment_tokens over {2 * width}"
         )
     match method:
         case "rescale":
@@ -157,6 +158,7 @@ class Refit:
         self.residual = torch.zeros_like(dictionary.b_dec)
         """Σ (x − x_hat), (D)."""
 
+    @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Take in activations (B, D)."""
         codes = encode_sparse(self.dictionary, x)
@@ -166,6 +168,7 @@ class Refit:
         self.residual += residual.sum(dim=0)
         self.codes.append(codes)
 
+    @torch.no_grad()
     def solve(self, *, tolerance: float = 1e-4, max_iterations: int = 200) -> Dictionary:
         """The dictionary with its new decoder, rows of unit norm (their norms go into the encoder)."""
         d, ops = self.dictionary, products(self.target.device)

@@ -1,0 +1,38 @@
+# `make demo` and `make test` need nothing but Python 3.11 or 3.12 on the path; each makes its own environment.
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' >/dev/null 2>&1 && echo python3.12 || command -v python3.11 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.installed  ## train, transfer and evaluate on the built-in model (minutes, offline)
+	$(BIN)/saerelay demo
+
+test: $(VENV)/.dev  ## the test suite
+	$(BIN)/python -m pytest src tests
+
+check: $(VENV)/.dev  ## formatting, lint, types, import order
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
+	$(BIN)/pyright --pythonpath $(BIN)/python src
+	$(BIN)/python -m pytest tests/test_layering.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format src tests bench
+	$(BIN)/ruff check --fix src tests bench
+
+clean:
+	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, pinned: an unpinned one may bring gigabytes of GPU libraries that a laptop has no use for.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard]'
+	touch $@

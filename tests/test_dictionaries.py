@@ -1,0 +1,164 @@
+"""SAE maths: canonical form, training units, losses."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+
+from saerelay.dictionaries import (
+    Dictionary,
+    aux_loss,
+    calibrate_threshold,
+    initialise,
+    k_aux,
+    keep_top,
+    to_canonical,
+    to_training_units,
+    training_loss,
+    unit_decoder,
+)
+from saerelay.recipe import Architecture, DictionarySpec
+
+D, F, B = 10, 40, 64
+ARCHITECTURES = get_args(Architecture)
+
+
+def random_dictionary(architecture: str, seed: int = 0) -> Dictionary:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    return Dictionary(
+        architecture=architecture,  # type: ignore[arg-type]
+        W_enc=draw(F, D),
+        b_enc=draw(F),
+        W_dec=draw(F, D),
+        b_dec=draw(D),
+        threshold=draw(F).abs() if architecture in ("jumprelu", "batchtopk") else None,
+        k=4 if architecture in ("topk", "batchtopk") else None,
+    )
+
+
+def activations(seed: int = 1) -> torch.Tensor:
+    return 3 * torch.randn(B, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 7
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_encode_is_the_definition_entry_by_entry(architecture: str) -> None:
+    d, x = random_dictionary(architecture), activations()
+    z = d.encode(x)
+    for t in range(B):
+        pre = [float(d.W_enc[j] @ x[t] + d.b_enc[j]) for j in range(F)]
+        top = sorted(range(F), key=lambda j: -pre[j])[:4]
+        for j in range(F):
+            on = {
+                "relu": pre[j] > 0,
+                "topk": pre[j] > 0 and j in top,
+                "jumprelu": d.threshold is not None and pre[j] > d.threshold[j],
+                "batchtopk": d.threshold is not None and pre[j] > d.threshold[j],
+            }[architecture]
+            assert float(z[t, j]) == pytest.approx(pre[j] if on else 0.0, abs=1e-12)
+    assert torch.allclose(d(x), z @ d.W_dec + d.b_dec)
+
+
+def test_threshold_is_strict() -> None:
+    d = replace(random_dictionary("jumprelu"), W_enc=torch.zeros(F, D).double(), b_enc=torch.ones(F).double())
+    assert not replace(d, threshold=torch.ones(F).double()).encode(activations()).any()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_units_are_exact(architecture: str) -> None:
+    d, x = random_dictionary(architecture), activations()
+    mean, scale = torch.randn(D, dtype=torch.float64), torch.tensor(2.5, dtype=torch.float64)
+    inner = to_training_units(d, mean, scale)
+    assert torch.allclose(inner((x - mean) / scale) * scale + mean, d(x))
+    assert torch.allclose(inner.encode((x - mean) / scale) * scale, d.encode(x))
+    back = to_canonical(inner, mean, scale)
+    for name, tensor in d.tensors().items():
+        assert torch.allclose(back.tensors()[name], tensor), name
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+def test_unit_decoder_is_the_same_function(architecture: str) -> None:
+    d, x = random_dictionary(architecture), activations()
+    assert torch.allclose(unit_decoder(d)(x), d(x))
+    assert torch.allclose(unit_decoder(d).W_dec.norm(dim=1), torch.ones(F).double())
+
+
+def test_unit_decoder_leaves_a_zero_row_alone() -> None:
+    d = random_dictionary("relu")
+    d.W_dec[3] = 0
+    assert torch.isfinite(unit_decoder(d).W_dec).all()
+
+
+@pytest.mark.parametrize("l0", [1, 4, 7.5])
+def test_calibrated_threshold_gives_the_l0_asked_for(l0: float) -> None:
+    d, x = random_dictionary("batchtopk"), activations()
+    assert float((calibrate_threshold(d, x, l0).encode(x) > 0).sum(dim=1).double().mean()) == pytest.approx(l0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_initial_dictionary_is_tied_unit_and_better_than_nothing(architecture: str) -> None:
+    x = torch.randn(256, D, generator=torch.Generator().manual_seed(0))
+    spec = DictionarySpec(architecture=architecture, n_latents=F, k=4, target_l0=4)  # type: ignore[arg-type]
+    d = initialise(spec, x, torch.Generator().manual_seed(0))
+    assert torch.allclose(d.W_dec.norm(dim=1), torch.ones(F))
+    assert torch.allclose(torch.nn.functional.cosine_similarity(d.W_enc, d.W_dec), torch.ones(F))
+    assert d.W_enc.data_ptr() != d.W_dec.data_ptr()
+    assert (x - d(x)).square().sum() < x.square().sum()
+
+
+def test_topk_loss_is_the_definition() -> None:
+    spec, d, x = DictionarySpec(n_latents=F, k=4), random_dictionary("topk"), activations()
+    loss = training_loss(spec, d, x)
+    error = (x - d(x)).square().sum()
+    assert torch.allclose(loss.total, error / x.numel()) and torch.allclose(loss.squared_error, error)
+    assert int(loss.n_active) == int((d.encode(x) > 0).sum())
+
+
+def test_raw_units_divide_by_tokens_only() -> None:
+    d, x = random_dictionary("relu"), activations()
+    spec = DictionarySpec(architecture="relu", n_latents=F, l1=0.3, normalise=False)
+    expected = ((x - d(x)).square().sum() + 0.5 * 0.3 * d.encode(x).sum()) / B
+    assert torch.allclose(training_loss(spec, d, x, sparsity=0.5).total, expected)
+
+
+def test_batchtopk_keeps_k_per_token_on_average() -> None:
+    spec = DictionarySpec(architecture="batchtopk", n_latents=F, k=4)
+    assert int(training_loss(spec, random_dictionary("batchtopk"), activations()).n_active) == 4 * B
+
+
+def test_jumprelu_gradients_are_the_straight_through_formulas() -> None:
+    """Rajamanoharan et al. 2024, eq. 11 and 12, written out for one latent and no decoder."""
+    spec = DictionarySpec(architecture="jumprelu", n_latents=F, target_l0=4, bandwidth=0.5, l0_weight=2.0)
+    d, x = random_dictionary("jumprelu"), activations()
+    assert d.threshold is not None
+    parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
+    training_loss(spec, replace(d, **parameters), x, sparsity=0.5).total.backward()
+    pre = d.pre_activations(x)
+    window = ((pre - d.threshold).abs() < 0.25).double()
+    g = 2 * (d(x) - x) / x.numel() @ d.W_dec.T
+    l0 = (pre > d.threshold).double().sum() / B
+    to_l0 = 0.5 * 2.0 * 2 * (l0 / 4 - 1) / 4 / B
+    expected = -((g * d.threshold + to_l0) * window).sum(dim=0) / 0.5
+    assert torch.allclose(parameters["threshold"].grad, expected)  # type: ignore[arg-type]
+
+
+def test_aux_loss_is_the_unexplained_share_of_the_residual() -> None:
+    d, x = random_dictionary("topk"), activations()
+    dead = torch.zeros(F, dtype=torch.bool)
+    assert float(aux_loss(d, d.pre_activations(x), x, dead)) == 0
+    dead[[3, 5, 8]] = True
+    z = d.pre_activations(x)[:, dead].relu()
+    expected = (x - z @ d.W_dec[dead]).square().sum() / x.square().sum()
+    assert torch.allclose(aux_loss(d, d.pre_activations(x), x, dead), expected)
+
+
+def test_k_aux_is_half_the_width() -> None:
+    assert (k_aux(768, 5000), k_aux(768, 7), k_aux(1, 3)) == (384, 7, 1)
+
+
+def test_keep_top_drops_negative_values() -> None:
+    assert keep_top(torch.tensor([[-1.0, -2.0, 3.0]]), 2).tolist() == [[0.0, 0.0, 3.0]]

@@ -1,0 +1,75 @@
+"""A module imports only from modules above it in this list; the design in one place."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saerelay
+
+ORDER = """
+errors spec site recipe plan moments dictionaries kernels transfer engine demo corpus model stream progress checkpoint
+train evaluate tables figures launch showcase cli __main__
+""".split()
+ROOT = Path(saerelay.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "saerelay":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name in ORDER}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("saerelay.")}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    modules = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
+    assert modules == set(ORDER) - {"__main__"} | (modules & {"__main__"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_upwards(path: Path) -> None:
+    module = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if module == "__init__":
+        return
+    allowed = set(ORDER[: ORDER.index(module)]) | {module}
+    assert imports_of(path) <= allowed
+
+
+def test_public_names_are_these_and_all_import() -> None:
+    assert saerelay.__all__ == [
+        "__version__",
+        "AffineMap",
+        "Dictionary",
+        "LanguageModel",
+        "Moments",
+        "Plan",
+        "Refit",
+        "Run",
+        "SaeRelayError",
+        "Site",
+        "Suite",
+        "calibrate_threshold",
+        "evaluate_run",
+        "fold",
+        "hop_run",
+        "load",
+        "load_dictionary",
+        "map_between",
+        "plan_run",
+        "train_run",
+    ]
+    for name in saerelay.__all__:
+        assert getattr(saerelay, name) is not None
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, saerelay, saerelay.cli; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,215 @@
+"""Plans: presets, placing on the axis, costs, refusals."""
+
+import math
+from typing import Any
+
+import pytest
+
+from saerelay.errors import PlanError
+from saerelay.plan import External, ModelFacts, Plan, compile_plan, extend_plan, forward_flops, plan_cost, state_bytes
+from saerelay.recipe import Run
+from saerelay.site import Site
+
+BASE: dict[str, Any] = {
+    "data": {"context": 16, "block_tokens": 256},
+    "dictionary": {"n_latents": 64, "k": 4},
+    "plan": {"root_tokens": 4096, "transfer_tokens": 1024, "moment_tokens": 512, "refit_tokens": 256},
+    "train": {"batch_tokens": 64},
+}
+
+
+def compiled(facts: ModelFacts, memory_bytes: float = math.inf, externals=None, **sections: dict[str, Any]) -> Plan:
+    data = {key: BASE.get(key, {}) | sections.get(key, {}) for key in BASE | sections}
+    return compile_plan(Run.parse(data, source="test"), facts, memory_bytes=memory_bytes, externals=externals)
+
+
+def shape(plan: Plan) -> dict[str, str]:
+    return {leg.id: leg.parent for leg in plan.legs}
+
+
+def test_hub_takes_all_layers_straight_from_one_root(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"preset": "hub"})
+    assert shape(plan) == {"L3": ""} | {f"L{i}-from-L3": "L3" for i in (0, 1, 2, 4, 5)}
+    assert {leg.fold_at for leg in plan.legs if leg.parent} == {4096}
+    assert all(leg.start == 4096 - 512 for leg in plan.legs if leg.parent)
+
+
+def test_hub_with_two_roots_uses_the_nearer_and_prefers_backward(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"preset": "hub", "roots": [1, 5]})
+    assert {leg.layer: leg.parent for leg in plan.legs} == {1: "", 5: "", 0: "L1", 2: "L1", 3: "L5", 4: "L5"}
+
+
+def test_chains_follow_each_other(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"preset": "forward"})
+    assert shape(plan) == {"L0": "", "L1-from-L0": "L0"} | {f"L{i}-from-L{i - 1}": f"L{i - 1}-from-L{i - 2}" for i in range(2, 6)}
+    folds = [leg.fold_at for leg in plan.legs]
+    assert folds == [0] + [4096 + 1024 * i for i in range(5)]
+    plan = compiled(facts, plan={"preset": "backward", "roots": [3]})
+    assert {leg.layer: leg.parent for leg in plan.legs} == {
+        3: "", 2: "L3", 1: "L2-from-L3", 0: "L1-from-L2", 4: "L3", 5: "L4-from-L3"
+    }  # fmt: skip
+
+
+def test_alternate_trains_every_other_layer(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"preset": "alternate"})
+    assert {leg.layer: leg.parent for leg in plan.legs} == {0: "L1", 1: "", 2: "L3", 3: "", 4: "L5", 5: ""}
+    plan = compiled(facts, plan={"preset": "alternate", "direction": "forward"}, sites={"layers": [0, 2, 4]})
+    assert {leg.layer: leg.parent for leg in plan.legs} == {0: "", 2: "L0", 4: ""}
+
+
+def test_paper_is_all_from_scratch_and_both_neighbours(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"preset": "paper"}, sites={"layers": [0, 1, 2]})
+    assert shape(plan) == {
+        "L0": "", "L1": "", "L2": "", "L0-from-L1": "L1", "L1-from-L0": "L0", "L1-from-L2": "L2", "L2-from-L1": "L1"
+    }  # fmt: skip
+    assert [len(leg.snapshots) for leg in plan.legs] == [9, 9, 9, 4, 4, 4, 4]
+
+
+def test_scratch_has_no_parents(facts: ModelFacts) -> None:
+    assert set(shape(compiled(facts, plan={"preset": "scratch"})).values()) == {""}
+
+
+@pytest.mark.parametrize("preset", ["hub", "forward", "backward", "alternate", "scratch", "paper"])
+def test_one_layer_is_a_root(facts: ModelFacts, preset: str) -> None:
+    assert shape(compiled(facts, plan={"preset": preset}, sites={"layers": [2]})) == {"L2": ""}
+
+
+def test_controls_have_equal_tokens_and_the_full_budget(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"controls": [1]})
+    equal, full = plan.leg("L1-scratch-equal"), plan.leg("L1-scratch-full")
+    transfer = plan.leg("L1-from-L3")
+    assert equal.control_of == full.control_of == transfer.id and (equal.parent, full.parent) == ("", "")
+    assert equal.budget_tokens == transfer.budget_tokens + transfer.moment_tokens
+    assert full.budget_tokens == plan.leg("L3").budget_tokens and full.start == 0
+    with pytest.raises(PlanError, match="layer 3, which is not reached by a transfer"):
+        compiled(facts, plan={"controls": [3]})
+
+
+def test_children_may_fork_inside_the_roots_pass(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"fork_at": 0.5})
+    child = plan.leg("L2-from-L3")
+    assert (child.fold_at, child.fork_at_tokens, plan.n_tokens) == (2048, 2048, 4096)
+    plan = compiled(facts, plan={"fork_at": 1000})
+    assert plan.leg("L2-from-L3").fork_at_tokens == 1024
+
+
+def test_a_fork_before_the_moments_are_in_waits_for_them(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"fork_at": 100})
+    assert plan.leg("L2-from-L3").start == 0 and plan.leg("L2-from-L3").fork_at_tokens == 512
+
+
+def test_identity_needs_no_moments(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"method": "identity", "refit": False})
+    assert all(leg.moment_tokens == leg.refit_tokens == 0 for leg in plan.legs)
+
+
+def test_sites_are_open_for_training_and_for_coming_hops(facts: ModelFacts) -> None:
+    plan = compiled(facts, data={"outlier_norm": 0})
+    assert plan.open_sites(0, 256) == [Site(3)]
+    assert plan.open_sites(4096 - 512, 4096 - 256) == [Site(i) for i in range(6)]
+    assert plan.open_sites(4096, 4352) == [Site(i) for i in (0, 1, 2, 4, 5)]
+    assert plan.open_sites(plan.n_tokens, plan.n_tokens + 256) == []
+    probed = compiled(facts)
+    assert probed.probe_site == Site(3) and Site(3) in probed.open_sites(4096, 4352)
+
+
+def test_cohorts_that_do_not_fit_are_split(facts: ModelFacts) -> None:
+    whole = compiled(facts, plan={"preset": "scratch"})
+    one = state_bytes(whole.legs[0], facts)
+    split = compiled(facts, memory_bytes=2.5 * one, plan={"preset": "scratch"})
+    assert sorted(leg.start for leg in split.legs) == [0, 0, 4096, 4096, 8192, 8192]
+    assert plan_cost(split).lm_tokens == 3 * plan_cost(whole).lm_tokens
+    with pytest.raises(PlanError, match="alone needs .* lower n_latents or raise train.memory_gib"):
+        compiled(facts, memory_bytes=0.5 * one)
+
+
+def test_explicit_legs(facts: ModelFacts) -> None:
+    legs = [
+        {"id": "a", "layer": 1, "tokens": "2k"},
+        {"id": "b", "layer": 2, "parent": "a", "tokens": 512, "fork_at": 0.5, "method": "rescale", "refit": False, "lr": 1e-3},
+        {"id": "c", "layer": 1, "tokens": 512, "n_latents": 32, "seed": 7, "batch_tokens": 32, "after": "b"},
+        {"id": "d", "layer": 2, "tokens": 640, "control_of": "b", "control_kind": "full"},
+    ]
+    plan = compiled(facts, plan={"legs": legs})
+    a, b, c, d = plan.legs
+    assert (a.budget_tokens, b.parent, b.method, b.refit_tokens, b.lr) == (2048, "a", "rescale", 0, 1e-3)
+    assert (c.dictionary.n_latents, c.seed, c.batch_tokens) == (32, 7, 32) and c.start >= b.end
+    assert (d.role, d.control_of, d.control_kind) == ("control", "b", "full")
+
+
+@pytest.mark.parametrize(
+    ("leg", "message"),
+    [
+        ({"parent": "nobody"}, 'leg x names "nobody", which is no leg of this plan'),
+        ({"parent": "x"}, "legs wait for each other: x -> x"),
+        ({"layer": 9}, "layer 9 is out of range: paper-model has layers 0 to 5"),
+        ({"k": 100}, "dictionary.k is 100 but there are only 64 latents; lower k or raise n_latents"),
+        ({"batch_tokens": 48}, "batch_tokens 48 does not divide train.batch_tokens 64"),
+        ({"parent": "y", "n_latents": 32}, "asks for 32 latents, its parent y has 64"),
+        ({"parent": "y", "module": "attn_z"}, "L1 is 16 wide and L1.attn_z 24; a transfer needs equal widths"),
+        ({"id": "y"}, "two legs have the id y"),
+    ],
+)
+def test_refusals(facts: ModelFacts, leg: dict[str, Any], message: str) -> None:
+    legs = [{"id": "y", "layer": 1, "tokens": 512}, {"id": "x", "layer": 1, "tokens": 512} | leg]
+    with pytest.raises(PlanError, match=message.replace("(", r"\(")):
+        compiled(facts, plan={"legs": legs})
+
+
+def test_refusals_of_whole_recipes(facts: ModelFacts) -> None:
+    with pytest.raises(PlanError, match="layer 6 is out of range"):
+        compiled(facts, sites={"layers": [1, 6]})
+    with pytest.raises(PlanError, match="takes at most 64 tokens"):
+        compiled(facts, data={"context": 128})
+    with pytest.raises(PlanError, match="must be a multiple of train.batch_tokens"):
+        compiled(facts, data={"context": 16, "block_tokens": 100})
+
+
+def test_a_parent_outside_the_plan(facts: ModelFacts) -> None:
+    outside = External(layer=4, module="resid_post", architecture="batchtopk", n_latents=48, k=3)
+    leg = {"id": "x", "layer": 1, "parent": "runs/a/legs/L4", "tokens": 512}
+    plan = compiled(facts, externals={"runs/a/legs/L4": outside}, plan={"legs": [leg]}, data={"outlier_norm": 0})
+    assert plan.parent_site(plan.legs[0]) == Site(4)
+    assert plan.legs[0].dictionary.architecture == "batchtopk" and plan.legs[0].dictionary.n_latents == 48
+    assert plan.open_sites(0, 256) == [Site(1), Site(4)] and plan.open_sites(512, 768) == [Site(1)]
+
+
+def test_block_size_is_from_shapes_alone(facts: ModelFacts) -> None:
+    plan = compiled(facts, data={"context": 16, "block_tokens": 0})
+    assert plan.block_tokens % 64 == 0 and plan.block_tokens == compiled(facts, data={"block_tokens": 0}).block_tokens
+
+
+def test_a_plan_survives_its_file(facts: ModelFacts) -> None:
+    import json
+
+    plan = compiled(facts, plan={"controls": [1]})
+    assert Plan.parse(json.loads(plan.to_json()), source="plan.json") == plan
+
+
+def test_cost_counts_what_runs(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"preset": "scratch"}, sites={"layers": [1, 2]}, data={"outlier_norm": 0})
+    cost = plan_cost(plan)
+    lm = 4096 * forward_flops(facts, 3, 16)
+    assert cost.lm_tokens == 4096 and cost.sae_samples == 2 * 4096
+    assert cost.flops == pytest.approx(lm + 2 * 4096 * (2 * 16 * 64 + 8 * 16 * 4)) == cost.flops_all_from_scratch
+    assert cost.flops_dense_equivalent == pytest.approx(lm + 2 * 4096 * 12 * 16 * 64)
+
+
+def test_transfer_costs_less_than_all_from_scratch(facts: ModelFacts) -> None:
+    cost = plan_cost(compiled(facts, plan={"fork_at": 0.5}))
+    assert cost.flops < cost.flops_all_from_scratch
+
+
+def test_an_extension_adds_legs_and_tokens_after_the_end(facts: ModelFacts) -> None:
+    old = compiled(facts, sites={"layers": [2, 3]})
+    new = extend_plan(old, compiled(facts, plan={"root_tokens": 6144}, sites={"layers": [2, 3, 4]}))
+    assert new.legs[: len(old.legs)] == old.legs
+    more = new.leg("L4+2.05k") if new.has("L4+2.05k") else new.leg("L3+2.05k")
+    assert (more.parent, more.budget_tokens, more.method, more.start) == ("L3", 2048, "identity", old.n_tokens)
+    assert all(leg.start >= old.n_tokens for leg in new.legs[len(old.legs) :])
+
+
+def test_an_extension_does_not_change_what_is_finished(facts: ModelFacts) -> None:
+    old = compiled(facts)
+    with pytest.raises(PlanError, match="is finished and the recipe changes its dictionary"):
+        extend_plan(old, compiled(facts, dictionary={"n_latents": 64, "k": 8}))

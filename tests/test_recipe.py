@@ -1,0 +1,109 @@
+"""What users write: counts, unknown keys, the annotated recipe."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saerelay.errors import PlanError, RecipeError
+from saerelay.recipe import Run, annotated_toml, tokens_of
+from saerelay.site import MODULE_KINDS, Site
+from saerelay.spec import format_count, parse_count
+
+REQUIRED = {
+    "model": "name revision dtype device",
+    "sites": "layers module",
+    "data": "dataset split column revision text tokens context prepend_bos epochs",
+    "dictionary": "architecture expansion n_latents k target_l0 l1 normalise",
+    "plan": "preset roots direction root_tokens transfer_tokens fork_at method refit controls",
+    "train": "batch_tokens lr transfer_lr betas warmup sparsity_warmup decay seed checkpoint_every snapshots",
+    "evaluate": "tokens",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "n"), [("50M", 50_000_000), ("1.5B", 1_500_000_000), ("250k", 250_000), ("12", 12), ("1_000", 1000), (7, 7)]
+)
+def test_counts(text: object, n: int) -> None:
+    assert parse_count(text) == n
+
+
+@pytest.mark.parametrize("text", ["50 millions", "M", "1.5", "-3k", "1e6", ""])
+def test_no_counts(text: str) -> None:
+    with pytest.raises(ValueError, match="is no"):
+        parse_count(text)
+
+
+@given(st.integers(1, 999), st.sampled_from(["", "k", "M", "B"]))
+def test_counts_come_back(n: int, suffix: str) -> None:
+    assert parse_count(format_count(parse_count(f"{n}{suffix}"))) == parse_count(f"{n}{suffix}")  # type: ignore[arg-type]
+
+
+def test_annotated_recipe_is_the_defaults_with_every_key_uncommented() -> None:
+    data = tomllib.loads(annotated_toml(Run()))
+    assert Run.parse(data, source="run.toml") == Run()
+    for section, keys in REQUIRED.items():
+        assert set(keys.split()) <= set(data[section])
+
+
+def test_any_recipe_survives_being_written() -> None:
+    run = Run.parse(
+        {"sites": {"layers": [1, 2]}, "train": {"lr": 3e-5, "snapshots": [0, 0.5, "2M"]}, "plan": {"fork_at": "1M"}}, source="x"
+    )
+    assert Run.parse(tomllib.loads(annotated_toml(run)), source="x") == run
+
+
+def error_of(data: dict) -> str:
+    with pytest.raises(RecipeError) as caught:
+        Run.parse(data, source="run.toml")
+    return str(caught.value)
+
+
+def test_errors_name_the_key_and_the_remedy() -> None:
+    assert error_of({"plan": {"presset": "hub"}}) == 'run.toml: unknown key "plan.presset"; did you mean "preset"?'
+    assert 'unknown key "trian"; did you mean "train"?' in error_of({"trian": {}})
+    assert "valid keys: name, revision" in error_of({"model": {"xyz": 1}})
+    assert "sites.module" in error_of({"sites": {"module": "resid"}}) and "'resid_post'" in error_of({"sites": {"module": "q"}})
+    assert '"5 mil" is no count' in error_of({"plan": {"root_tokens": "5 mil"}})
+    assert "dataset and text are given; keep one" in error_of({"data": {"dataset": "a", "text": ["b"]}})
+    assert 'plan.legs.0.layers"; did you mean "layer"?' in error_of({"plan": {"legs": [{"id": "a", "layers": 1, "tokens": 5}]}})
+    assert "plan.legs.0.id" in error_of({"plan": {"legs": [{"id": "../x", "layer": 1, "tokens": 5}]}})
+
+
+def test_recipe_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file. Write one with `saerelay init"):
+        Run.from_toml(tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_text("[plan\n")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        Run.from_toml(tmp_path / "bad.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Run.from_toml(tmp_path / "binary.toml")
+
+
+def test_learning_rates_may_be_auto() -> None:
+    assert Run.parse({"train": {"lr": "auto", "transfer_lr": 1e-4}}, source="x").train.transfer_lr == 1e-4
+
+
+def test_shares_and_counts() -> None:
+    assert [tokens_of(v, 1000) for v in (0.25, 1.0, 1, 40)] == [250, 1000, 1, 40]
+
+
+@given(st.integers(0, 200), st.sampled_from(MODULE_KINDS))
+def test_sites_come_back_from_text(layer: int, module) -> None:
+    assert Site.parse(str(Site(layer, module))) == Site(layer, module)
+
+
+@pytest.mark.parametrize("text", ["3", "L3.mlp", "L-1", "L3.mlp_out.x", "l3"])
+def test_texts_that_are_no_site(text: str) -> None:
+    with pytest.raises(PlanError, match="is no site"):
+        Site.parse(text)
+
+
+def test_impossible_sites() -> None:
+    with pytest.raises(PlanError, match='unknown module "mlp"; one of: resid_post'):
+        Site(1, "mlp")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="negative"):
+        Site(-1)

@@ -1,0 +1,216 @@
+"""Moments, the four maps, fold and refit, each against its definition."""
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dictionaries import ARCHITECTURES, B, D, F, activations, random_dictionary
+
+from saerelay.errors import TransferError
+from saerelay.kernels import Codes, encode_sparse, join_codes
+from saerelay.moments import Moments
+from saerelay.recipe import Method
+from saerelay.transfer import (
+    AffineMap,
+    Refit,
+    affine,
+    conjugate_gradients,
+    fold,
+    identity,
+    map_between,
+    procrustes,
+    rescale,
+)
+
+
+def pair(n: int = 4000, seed: int = 0, offset: float = 5.0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D, generator=g) * torch.linspace(0.2, 3, D) + offset
+    y = x @ torch.randn(D, D, generator=g) / D**0.5 + 0.3 * torch.randn(n, D, generator=g) - 2 * offset
+    return x, y
+
+
+def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    moments = Moments.empty(x.shape[1], y.shape[1])
+    for part_x, part_y in zip(x.split(700), y.split(700), strict=True):
+        moments.add(part_x, part_y)
+    return moments
+
+
+def test_moments_are_mean_and_covariance_even_with_a_large_offset() -> None:
+    x, y = pair(offset=500.0)
+    moments = moments_of(x, y)
+    joint = torch.cat([x, y], dim=1).double()
+    assert torch.allclose(moments.mean, joint.mean(dim=0), rtol=1e-9)
+    expected = torch.cov(joint.T, correction=0)
+    assert (moments.covariance - expected).abs().max() < 1e-5 * expected.diagonal().max()
+    assert torch.allclose(moments.cross, moments.covariance[D:, :D])
+    again = Moments.restore(moments.state())
+    assert torch.equal(again.covariance, moments.covariance) and again.n_tokens == 4000
+
+
+def test_affine_is_least_squares_both_ways() -> None:
+    x, y = pair()
+    m = affine(moments_of(x, y), ridge=0.0)
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    for source, target, A, c in ((x, y, m.A, m.c), (y, x, m.B, m.b)):
+        solution = torch.linalg.lstsq(torch.cat([source.double(), ones], dim=1), target.double()).solution
+        assert torch.allclose(A, solution[:-1].T, atol=1e-5) and torch.allclose(c, solution[-1], atol=1e-4)
+
+
+def test_ridge_shrinks_the_map() -> None:
+    moments = moments_of(*pair())
+    assert affine(moments, ridge=1.0).A.norm() < affine(moments).A.norm()
+
+
+def test_rescale_matches_mean_and_size_and_inverts() -> None:
+    x, y = pair()
+    m = rescale(moments_of(x, y))
+    mapped = x.double() @ m.A.T + m.c
+    assert torch.allclose(mapped.mean(dim=0), y.double().mean(dim=0), atol=1e-4)
+    assert torch.allclose(mapped.var(dim=0).sum(), y.double().var(dim=0).sum(), rtol=1e-4)
+    assert torch.allclose(mapped @ m.B.T + m.b, x.double(), atol=1e-6)
+
+
+def test_procrustes_recovers_a_rotation_and_beats_any_other() -> None:
+    g = torch.Generator().manual_seed(3)
+    Q = torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64)).Q
+    x = torch.randn(3000, D, generator=g)
+    m = procrustes(moments_of(x, (2.5 * x.double() @ Q.T + 1).float()))
+    assert torch.allclose(m.A, 2.5 * Q, atol=1e-5) and torch.allclose(m.A @ m.B, torch.eye(D).double(), atol=1e-9)
+    x, y = pair()
+    m = procrustes(moments_of(x, y))
+    best = (y.double() - x.double() @ m.A.T - m.c).square().sum()
+    for _ in range(20):
+        turn = torch.matrix_exp(0.05 * (S := torch.randn(D, D, generator=g, dtype=torch.float64)) - 0.05 * S.T)
+        A = m.A @ turn
+        c = y.double().mean(dim=0) - A @ x.double().mean(dim=0)
+        assert (y.double() - x.double() @ A.T - c).square().sum() >= best
+
+
+def test_methods_fit_better_and_better() -> None:
+    x, y = pair()
+    moments = moments_of(x, y)
+    errors = []
+    for method in get_args(Method):
+        m = map_between(method, D, moments)
+        errors.append(float((y.double() - x.double() @ m.A.T - m.c).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_fold_is_exact_under_an_invertible_map(architecture: str, seed: int) -> None:
+    """decode'(encode'(A x + c)) = A decode(encode(x)) + c, with random invertible A and B = A⁻¹."""
+    g = torch.Generator().manual_seed(seed)
+    A = torch.eye(D).double() + 0.3 * torch.randn(D, D, generator=g, dtype=torch.float64)
+    c = torch.randn(D, generator=g, dtype=torch.float64)
+    B_ = torch.linalg.inv(A)
+    d, x = random_dictionary(architecture, seed), activations(seed + 1)
+    hopped = fold(d, AffineMap(A, c, B_, -B_ @ c))
+    scale = 1 + float(torch.linalg.cond(A)) * x.abs().max()
+    assert torch.allclose(hopped(x @ A.T + c), d(x) @ A.T + c, atol=1e-9 * float(scale))
+    assert torch.allclose(hopped.W_dec.norm(dim=1), torch.ones(F).double())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fold_is_the_formula_of_the_design(architecture: str) -> None:
+    d = random_dictionary(architecture)
+    g = torch.Generator().manual_seed(1)
+    m = AffineMap(*(torch.randn(*s, generator=g, dtype=torch.float64) for s in ((D, D), (D,), (D, D), (D,))))
+    n = torch.stack([(m.A @ w).norm() for w in d.W_dec])
+    f = fold(d, m)
+    assert torch.allclose(f.W_dec, torch.stack([m.A @ w for w in d.W_dec]) / n[:, None])
+    assert torch.allclose(f.b_dec, m.A @ d.b_dec + m.c)
+    assert torch.allclose(f.W_enc, n[:, None] * (d.W_enc @ m.B))
+    assert torch.allclose(f.b_enc, n * (d.b_enc + d.W_enc @ m.b))
+    if d.threshold is not None and f.threshold is not None:
+        assert torch.allclose(f.threshold, n * d.threshold)
+
+
+def test_identity_on_unit_rows_changes_nothing() -> None:
+    d = random_dictionary("topk")
+    d.W_dec.div_(d.W_dec.norm(dim=1, keepdim=True))
+    f = fold(d, identity(D))
+    for name, tensor in d.tensors().items():
+        assert torch.allclose(f.tensors()[name], tensor, atol=1e-14), name
+
+
+def test_fold_refuses_another_width() -> None:
+    with pytest.raises(TransferError, match="reads activations of width 10, the map starts from width 7"):
+        fold(random_dictionary("topk"), identity(7))
+
+
+def test_a_map_needs_enough_tokens() -> None:
+    x, y = pair(n=15)
+    with pytest.raises(TransferError, match="fits a 10-dimensional map on 15 tokens; raise plan.moment_tokens over 20"):
+        map_between("affine", D, moments_of(x, y))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_refit_is_the_ridge_solution(architecture: str) -> None:
+    """Against the normal equations, solved densely with the bias as one more column."""
+    d, x = random_dictionary(architecture), activations()
+    refit = Refit(d, ridge=0.05)
+    for part in x.split(17):
+        refit.add(part)
+    z = d.encode(x)
+    squares = z.square().sum(dim=0)
+    damping = 0.05 * (squares + squares.mean())
+    design = torch.cat([z, torch.ones(B, 1, dtype=torch.float64)], dim=1)
+    penalty = torch.cat([damping, torch.zeros(1, dtype=torch.float64)]).diag()
+    change = torch.linalg.solve(design.T @ design + penalty, design.T @ (x - d(x)))
+    W, b = d.W_dec + change[:-1], d.b_dec + change[-1]
+    solved = refit.solve(tolerance=1e-12, max_iterations=2000)
+    norms = W.norm(dim=1)
+    assert torch.allclose(solved.W_dec * norms[:, None], W, atol=1e-8)
+    assert torch.allclose(solved.b_dec, b, atol=1e-7)
+    assert torch.allclose(solved.W_enc, d.W_enc * norms[:, None], atol=1e-8)
+
+
+def test_refit_lowers_the_error_of_its_own_codes_and_leaves_silent_latents() -> None:
+    d, x = random_dictionary("relu"), activations()
+    d.b_enc[5] = -1e6
+    refit = Refit(d)
+    refit.add(x)
+    solved = refit.solve()
+    assert (x - solved(x)).square().sum() < (x - d(x)).square().sum()
+    assert torch.allclose(solved.W_dec[5], d.W_dec[5] / d.W_dec[5].norm())
+
+
+def test_refit_continues_from_its_state() -> None:
+    d, x = random_dictionary("topk"), activations()
+    whole, half = Refit(d), Refit(d)
+    for part in x.split(16):
+        whole.add(part)
+    for part in x[:32].split(16):
+        half.add(part)
+    resumed = Refit(d)
+    resumed.restore(half.state())
+    for part in x[32:].split(16):
+        resumed.add(part)
+    for name, tensor in whole.solve().tensors().items():
+        assert torch.equal(resumed.solve().tensors()[name], tensor), name
+
+
+def test_refit_of_nothing_is_the_dictionary() -> None:
+    d = random_dictionary("topk")
+    assert torch.equal(Refit(d).solve().W_dec, d.W_dec)
+
+
+def test_conjugate_gradients_solve() -> None:
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(30, 30, generator=g, dtype=torch.float64)
+    M, goal = root @ root.T + torch.eye(30).double(), torch.randn(30, 4, generator=g, dtype=torch.float64)
+    X = conjugate_gradients(lambda P: M @ P, goal, M.diagonal(), 1e-12, 500)
+    assert torch.allclose(M @ X, goal, atol=1e-8)
+
+
+def test_join_of_codes_from_batches_is_the_codes_of_all() -> None:
+    d, x = random_dictionary("topk"), activations()
+    parts: list[Codes] = [encode_sparse(d, part) for part in x.split(9)]
+    joined, whole = join_codes(parts), encode_sparse(d, x)
+    assert torch.equal(joined.row_starts, whole.row_starts) and torch.equal(joined.columns, whole.columns)
