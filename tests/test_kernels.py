@@ -14,12 +14,18 @@ OPS = [pytest.param(reference, id="reference")] + ([pytest.param(cpu, id="mkl")]
 D, F, B = 12, 50, 33
 
 
-def example(architecture: str, seed: int, dtype: torch.dtype = torch.float64) -> tuple[DictionarySpec, Dictionary, torch.Tensor]:
+def example(
+    architecture: str, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[DictionarySpec, Dictionary, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(B, D, generator=g, dtype=dtype)
     spec = DictionarySpec(architecture=architecture, n_latents=F, k=5)  # type: ignore[arg-type]
     d = initialise(spec, x, g)
-    return spec, replace(d, b_enc=torch.randn(F, generator=g, dtype=dtype), b_dec=torch.randn(D, generator=g, dtype=dtype)), x
+    return (
+        spec,
+        replace(d, b_enc=torch.randn(F, generator=g, dtype=dtype), b_dec=torch.randn(D, generator=g, dtype=dtype)),
+        x,
+    )
 
 
 @pytest.mark.parametrize("ops", OPS)
@@ -56,7 +62,9 @@ def test_products_equal_dense_ones(ops) -> None:
 
 
 def dense(codes: Codes) -> torch.Tensor:
-    return codes.values.new_zeros(codes.n_rows, codes.n_latents).index_put((codes.rows(), codes.columns.long()), codes.values)
+    return codes.values.new_zeros(codes.n_rows, codes.n_latents).index_put(
+        (codes.rows(), codes.columns.long()), codes.values
+    )
 
 
 def test_selections_equal_their_definitions() -> None:

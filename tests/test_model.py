@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from logging import Handler, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_harvested_tensors_are_plain_copies(model: LanguageModel, found: dict[Si
     weight = torch.ones(32, requires_grad=True)
     (found[Site(0)] @ weight).sum().backward()  # an inference tensor could not be saved for backward
     for site in (Site(1), Site(2, "mlp_out")):
-        assert torch.equal(model.harvest(TOKENS, [site])[site], found[site])
+        assert torch.equal(model.harvest(TOKENS, [site, site])[site], found[site])
 
 
 @pytest.mark.parametrize("kind", MODULE_KINDS)
@@ -240,12 +241,15 @@ def test_sites_that_are_not_there(llama: LanguageModel, tmp_path: Path) -> None:
         mamba.check_site(Site(1, "mlp_out"))
 
 
-def test_scaled_blocks_are_refused(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("granite", **GROUPED | {"residual_multiplier": 0.5})
+@pytest.mark.parametrize("name, changes", [("granite", {"residual_multiplier": 0.5}), ("doge", {})])
+def test_blocks_that_are_rescaled_are_refused(tmp_path: Path, name: str, changes: dict[str, float]) -> None:
+    config = AutoConfig.for_model(name, **GROUPED | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    granite = LanguageModel.load(spec_of(tmp_path))
-    with pytest.raises(ModelError, match="These work there: resid_post, resid_pre, attn_z"):
-        granite.check_site(Site(0, "attn_out"))
+    model = LanguageModel.load(spec_of(tmp_path))
+    model.check_site(Site(0, "attn_z"))
+    for kind in ("attn_out", "mlp_out"):
+        with pytest.raises(ModelError, match="These work there: resid_post, resid_pre, attn_z"):
+            model.check_site(Site(0, kind))
 
 
 def test_a_backbone_without_its_head_has_none(directories: dict[str, Path], tmp_path: Path) -> None:
@@ -277,6 +281,13 @@ def test_the_demo_model_and_its_tokenizer() -> None:
 def test_models_without_tokenizer(family: str, directories: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="has no fast tokenizer. Put a tokenizer.json beside its config.json, or give"):
         load_tokenizer(spec_of(directories[family]))
+
+
+def test_a_slow_tokenizer_is_refused(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = transformers.ByT5Tokenizer()
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: slow)
+    with pytest.raises(ModelError, match="has no fast tokenizer"):
+        load_tokenizer(spec_of(directories["llama"]))
 
 
 def test_tokenizer_decides_on_special_tokens(tmp_path: Path) -> None:
@@ -372,13 +383,20 @@ def test_hub_commit_is_the_revision(monkeypatch: pytest.MonkeyPatch, directories
     asked = set()
 
     def pretend(source: str, **options: Any) -> Any:
-        asked.add((source, options["revision"], "local_files_only" in options))
+        asked.add((source, options.get("revision"), options.get("local_files_only", False)))
         return config
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", pretend)
     raising(monkeypatch, OSError("no file"))
     assert read_facts(ModelSpec(name="some/llama", revision="main")).revision == "c0ffee"
     assert asked == {("some/llama", "main", False)}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretend)
+    with pytest.raises(TypeError):  # what stands for the model here cannot be unpacked
+        LanguageModel.load(ModelSpec(name="some/llama", revision="main"))
+    assert asked == {("some/llama", "main", False), ("some/llama", "c0ffee", False)}
+    asked.clear()
+    read_facts(spec_of(directories["gpt2"]))
+    assert asked == {(str(directories["gpt2"]), None, True)}
 
 
 def test_local_directories(tmp_path: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +467,9 @@ def test_loading_is_silent_and_leaves_settings_alone(tmp_path: Path, capfd: pyte
     def settings() -> tuple[bool, bool, int]:
         return logging.is_progress_bar_enabled(), are_progress_bars_disabled(), logging.get_verbosity()
 
-    before = settings()
+    before, records, handler = settings(), [], Handler()
+    handler.emit = records.append
+    getLogger("transformers").addHandler(handler)
     config = AutoConfig.for_model("bert", **COMMON | ONE_EOS)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path)  # its head is left over, its pooler is missing
     capfd.readouterr()
@@ -461,9 +481,10 @@ def test_loading_is_silent_and_leaves_settings_alone(tmp_path: Path, capfd: pyte
             LanguageModel.load(spec_of(tmp_path))
             assert settings() == changed
     finally:
+        getLogger("transformers").removeHandler(handler)
         logging.set_verbosity(before[2])
         if before[0]:
             logging.enable_progress_bar()
         if before[1]:
             disable_progress_bars()
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not [r for r in records if "Loading" in r.msg or "LOAD" in r.msg]

@@ -41,7 +41,9 @@ def test_hub_with_two_roots_uses_the_nearer_and_prefers_backward(facts: ModelFac
 
 def test_chains_follow_each_other(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"preset": "forward"})
-    assert shape(plan) == {"L0": "", "L1-from-L0": "L0"} | {f"L{i}-from-L{i - 1}": f"L{i - 1}-from-L{i - 2}" for i in range(2, 6)}
+    assert shape(plan) == {"L0": "", "L1-from-L0": "L0"} | {
+        f"L{i}-from-L{i - 1}": f"L{i - 1}-from-L{i - 2}" for i in range(2, 6)
+    }
     folds = [leg.fold_at for leg in plan.legs]
     assert folds == [0] + [4096 + 1024 * i for i in range(5)]
     plan = compiled(facts, plan={"preset": "backward", "roots": [3]})
@@ -126,7 +128,16 @@ def test_cohorts_that_do_not_fit_are_split(facts: ModelFacts) -> None:
 def test_explicit_legs(facts: ModelFacts) -> None:
     legs = [
         {"id": "a", "layer": 1, "tokens": "2k"},
-        {"id": "b", "layer": 2, "parent": "a", "tokens": 512, "fork_at": 0.5, "method": "rescale", "refit": False, "lr": 1e-3},
+        {
+            "id": "b",
+            "layer": 2,
+            "parent": "a",
+            "tokens": 512,
+            "fork_at": 0.5,
+            "method": "rescale",
+            "refit": False,
+            "lr": 1e-3,
+        },
         {"id": "c", "layer": 1, "tokens": 512, "n_latents": 32, "seed": 7, "batch_tokens": 32, "after": "b"},
         {"id": "d", "layer": 2, "tokens": 640, "control_of": "b", "control_kind": "full"},
     ]

@@ -24,7 +24,8 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize(
-    ("text", "n"), [("50M", 50_000_000), ("1.5B", 1_500_000_000), ("250k", 250_000), ("12", 12), ("1_000", 1000), (7, 7)]
+    ("text", "n"),
+    [("50M", 50_000_000), ("1.5B", 1_500_000_000), ("250k", 250_000), ("12", 12), ("1_000", 1000), (7, 7)],
 )
 def test_counts(text: object, n: int) -> None:
     assert parse_count(text) == n
@@ -50,7 +51,8 @@ def test_annotated_recipe_is_the_defaults_with_every_key_uncommented() -> None:
 
 def test_any_recipe_survives_being_written() -> None:
     run = Run.parse(
-        {"sites": {"layers": [1, 2]}, "train": {"lr": 3e-5, "snapshots": [0, 0.5, "2M"]}, "plan": {"fork_at": "1M"}}, source="x"
+        {"sites": {"layers": [1, 2]}, "train": {"lr": 3e-5, "snapshots": [0, 0.5, "2M"]}, "plan": {"fork_at": "1M"}},
+        source="x",
     )
     assert Run.parse(tomllib.loads(annotated_toml(run)), source="x") == run
 
@@ -65,10 +67,14 @@ def test_errors_name_the_key_and_the_remedy() -> None:
     assert error_of({"plan": {"presset": "hub"}}) == 'run.toml: unknown key "plan.presset"; did you mean "preset"?'
     assert 'unknown key "trian"; did you mean "train"?' in error_of({"trian": {}})
     assert "valid keys: name, revision" in error_of({"model": {"xyz": 1}})
-    assert "sites.module" in error_of({"sites": {"module": "resid"}}) and "'resid_post'" in error_of({"sites": {"module": "q"}})
+    assert "sites.module" in error_of({"sites": {"module": "resid"}}) and "'resid_post'" in error_of(
+        {"sites": {"module": "q"}}
+    )
     assert '"5 mil" is no count' in error_of({"plan": {"root_tokens": "5 mil"}})
     assert "dataset and text are given; keep one" in error_of({"data": {"dataset": "a", "text": ["b"]}})
-    assert 'plan.legs.0.layers"; did you mean "layer"?' in error_of({"plan": {"legs": [{"id": "a", "layers": 1, "tokens": 5}]}})
+    assert 'plan.legs.0.layers"; did you mean "layer"?' in error_of(
+        {"plan": {"legs": [{"id": "a", "layers": 1, "tokens": 5}]}}
+    )
     assert "plan.legs.0.id" in error_of({"plan": {"legs": [{"id": "../x", "layer": 1, "tokens": 5}]}})
 
 

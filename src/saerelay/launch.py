@@ -93,7 +93,7 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
         return
     if not paths.root.is_dir():
         raise RunDirectoryError(f"{paths.root} is a file; choose another --out")
-    ours = {"state", "tokens", ".tokens.tmp", ".saerelay-demo"}
+    ours = {"state", "tokens", ".tokens.partial", ".saerelay-demo"}
     others = [p.name for p in paths.root.iterdir() if p.name not in ours]
     if paths.plan.is_file():
         if not resume:

@@ -1,0 +1,140 @@
+"""Learning-rate sweep: one dictionary from scratch, or hopped, on activations held in memory; a JSON line for each run.
+
+    python bench/sweep.py --layer 4 --tokens 1000000 --lr 1e-3 2e-3 4e-3 --batch 512
+    python bench/sweep.py --layer 4 --source 5 --source-tokens 2000000 --tokens 250000 --lr 3e-4 1e-3
+
+Held out by document; FVU on `--eval-tokens` of the test split. Any model and corpus of a recipe: --recipe run.toml.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from saerelay.corpus import prepare
+from saerelay.engine import Trainee
+from saerelay.evaluate import Quality
+from saerelay.launch import plan_run
+from saerelay.model import LanguageModel, load_tokenizer
+from saerelay.moments import Moments
+from saerelay.plan import Leg
+from saerelay.recipe import DictionarySpec, Run, TrainSpec
+from saerelay.site import Site
+from saerelay.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.transfer import fold, map_between
+
+
+def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Shuffled training rows and test rows of each layer."""
+    run = run.model_copy(update={"sites": run.sites.model_copy(update={"layers": layers})})
+    plan = plan_run(run)
+    sites = [Site(layer, run.sites.module) for layer in layers]
+    model = LanguageModel.load(run.model)
+    context = run.data.context
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = None if run.data.tokens else load_tokenizer(run.model)
+        wanted = {"train_sequences": n_train // context + 512, "eval_sequences": n_test // context}
+        corpus = prepare(run, plan.facts, tokenizer, Path(folder) / "tokens", **wanted)
+        stream = LiveStream(model, corpus.train, plan)
+        train: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        for number in range(-(-n_train // plan.block_tokens)):
+            block = stream.block(number, plan.open_sites(0, 1))
+            for layer, site in zip(layers, sites, strict=True):
+                train[layer].append(block.rows(site).bfloat16())
+        test: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        tokens = torch.from_numpy(corpus.test.astype("int64"))
+        skip = int(run.data.prepend_bos)
+        for part in tokens.split(max(1, LM_BATCH_TOKENS // context)):
+            for site, x in model.harvest(part, sites).items():
+                test[site.layer].append(x[:, skip:].flatten(0, 1).float())
+        seen = corpus.train.size
+    print(json.dumps({"training_tokens_unique": seen, "test_tokens": tokens.numel()}), flush=True)
+    return {layer: (torch.cat(train[layer]), torch.cat(test[layer])) for layer in layers}
+
+
+def train(leg: Leg, spec: TrainSpec, x: torch.Tensor, inherited=None) -> Trainee:
+    """Train to the budget; rows are reused when they run out."""
+    trainee = Trainee(leg, spec, x[:32768].float(), inherited)
+    position = 0
+    while not trainee.done:
+        trainee.step(x[position : position + leg.batch_tokens].float())
+        position = (position + leg.batch_tokens) % (len(x) - leg.batch_tokens)
+    return trainee
+
+
+def quality(trainee: Trainee, x_train: torch.Tensor, x_test: torch.Tensor) -> dict[str, float]:
+    """FVU, L0 and live latents on the test rows."""
+    dictionary, result = trainee.canonical(x_train[:8192].float()), Quality()
+    for part in x_test.split(4096):
+        result.add_reconstruction(dictionary, part)
+    shown = result.result(None)
+    return {name: round(shown[name], 5) for name in ("fvu", "l0", "frac_alive")} | {"n_dead": int(trainee.dead().sum())}
+
+
+def main() -> None:
+    """Parse, sweep, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--layer", type=int, default=4)
+    parser.add_argument("--source", type=int)
+    parser.add_argument("--source-tokens", type=int, default=2_000_000)
+    parser.add_argument("--source-lr", type=float, default=2e-3)
+    parser.add_argument("--method", nargs="+", default=["affine"])
+    parser.add_argument("--refit-tokens", type=int, nargs="+", default=[100_352])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--batch", type=int, nargs="+", default=[512])
+    parser.add_argument("--decay", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--warmup", type=float, nargs="+", default=[0.02])
+    parser.add_argument("--aux", type=float, nargs="+", default=[1 / 32])
+    parser.add_argument("--beta2", type=float, nargs="+", default=[0.999])
+    parser.add_argument("--dead-after", type=int, default=0)
+    parser.add_argument("--architecture", default="topk")
+    parser.add_argument("--n-latents", type=int, default=3072)
+    parser.add_argument("--k", type=int, default=24)
+    parser.add_argument("--l1", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--bandwidth", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--eval-tokens", type=int, default=65_536)
+    args = parser.parse_args()
+    run = Run.from_toml(args.recipe) if args.recipe else Run()
+    layers = sorted({args.layer} | ({args.source} if args.source is not None else set()))
+    n_rows = max([*args.tokens, args.source_tokens if args.source is not None else 0])
+    rows = harvest(run, layers, n_rows, args.eval_tokens)
+    x, x_test = rows[args.layer]
+    parent, moments = None, None
+    common = dict(role="root", module=run.sites.module, seed=0)
+    if args.source is not None:
+        spec = DictionarySpec(architecture=args.architecture, n_latents=args.n_latents, k=args.k)
+        n = args.source_tokens
+        leg = Leg(id="source", layer=args.source, dictionary=spec, budget_tokens=n, batch_tokens=512, lr=args.source_lr,
+                  dead_after_tokens=n // 10, **common)  # fmt: skip
+        source = train(leg, TrainSpec(), rows[args.source][0])
+        print(json.dumps({"source": args.source, **quality(source, *rows[args.source])}), flush=True)
+        parent = source.canonical(rows[args.source][0][:8192].float())
+        moments = Moments.empty(x.shape[1], x.shape[1])
+        moments.add(rows[args.source][0][:200_000].float(), x[:200_000].float())
+    grid = [
+        dict(method=m, refit=r, tokens=t, lr=lr, batch=b, decay=d, warmup=w, aux=a, beta2=b2, l1=l1, bandwidth=bw)
+        for m in (args.method if parent else [""]) for r in (args.refit_tokens if parent else [0]) for t in args.tokens
+        for lr in args.lr for b in args.batch for d in args.decay for w in args.warmup for a in args.aux
+        for b2 in args.beta2 for l1 in args.l1 for bw in args.bandwidth
+    ]  # fmt: skip
+    for c in grid:
+        spec = DictionarySpec(architecture=args.architecture, n_latents=args.n_latents, k=args.k, aux_weight=c["aux"],
+                              l1=c["l1"], bandwidth=c["bandwidth"], target_l0=args.k)  # fmt: skip
+        budget = max(c["batch"], c["tokens"] // c["batch"] * c["batch"])
+        leg = Leg(id="x", layer=args.layer, dictionary=spec, budget_tokens=budget, batch_tokens=c["batch"], lr=c["lr"],
+                  refit_tokens=min(c["refit"], budget), dead_after_tokens=args.dead_after or budget // 10, **common)  # fmt: skip
+        began = time.perf_counter()
+        inherited = fold(parent, map_between(c["method"], x.shape[1], moments)) if parent else None
+        schedule = TrainSpec(batch_tokens=c["batch"], decay=c["decay"], warmup=c["warmup"], betas=(0.9, c["beta2"]))
+        trainee = train(leg, schedule, x, inherited)
+        seconds = time.perf_counter() - began
+        print(json.dumps(c | quality(trainee, x, x_test) | {"seconds": round(seconds, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
