@@ -127,7 +127,8 @@ def main() -> None:
                               l1=c["l1"], bandwidth=c["bandwidth"], target_l0=args.k)  # fmt: skip
         budget = max(c["batch"], c["tokens"] // c["batch"] * c["batch"])
         leg = Leg(id="x", layer=args.layer, dictionary=spec, budget_tokens=budget, batch_tokens=c["batch"], lr=c["lr"],
-                  refit_tokens=min(c["refit"], budget), dead_after_tokens=args.dead_after or budget // 10, **common)  # fmt: skip
+                  refit_tokens=min(c["refit"], budget), dead_after_tokens=args.dead_after or budget // 10,
+                  **common)  # fmt: skip
         began = time.perf_counter()
         inherited = fold(parent, map_between(c["method"], x.shape[1], moments)) if parent else None
         schedule = TrainSpec(batch_tokens=c["batch"], decay=c["decay"], warmup=c["warmup"], betas=(0.9, c["beta2"]))

@@ -391,7 +391,7 @@ def test_hub_commit_is_the_revision(monkeypatch: pytest.MonkeyPatch, directories
     assert read_facts(ModelSpec(name="some/llama", revision="main")).revision == "c0ffee"
     assert asked == {("some/llama", "main", False)}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretend)
-    with pytest.raises(TypeError):  # what stands for the model here cannot be unpacked
+    with pytest.raises(ModelError, match="too many values to unpack"):  # a configuration is no (model, report)
         LanguageModel.load(ModelSpec(name="some/llama", revision="main"))
     assert asked == {("some/llama", "main", False), ("some/llama", "c0ffee", False)}
     asked.clear()

@@ -32,7 +32,7 @@ from saerelay.checkpoint import (
 )
 from saerelay.dictionaries import Dictionary, calibrate_threshold
 from saerelay.engine import Cohort, Trainee
-from saerelay.errors import LegFailed
+from saerelay.errors import LegFailed, TransferError
 from saerelay.moments import Moments
 from saerelay.plan import Leg, Plan
 from saerelay.progress import Watcher
@@ -133,7 +133,11 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory) -> None:
             now.failures[leg.id] = f"its parent {leg.parent} stopped"
             continue
         rows = block.rows(leg.site)
-        inherited = inherit(now, leg, paths) if leg.parent else None
+        try:
+            inherited = inherit(now, leg, paths) if leg.parent else None
+        except TransferError as error:
+            now.failures[leg.id] = str(error)
+            continue
         if inherited is not None and inherited.architecture == "batchtopk":
             inherited = calibrate_threshold(inherited.to(rows.device), rows[:8192], leg.dictionary.k)
         now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited))

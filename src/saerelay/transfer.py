@@ -103,6 +103,8 @@ def map_between(method: Method, width: int, moments: Moments | None) -> AffineMa
             f"method {method} fits a {width}-dimensional map on {seen} tokens; "
             f"raise plan.moment_tokens over {2 * width}"
         )
+    if not bool(torch.isfinite(moments.products).all()):
+        raise TransferError(f"method {method}: the activations it was to be fitted on are not all finite")
     match method:
         case "rescale":
             return rescale(moments)

@@ -1,0 +1,220 @@
+"""Running plans: resume to the same bits after any interruption, lockstep, failures, publication."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saerelay.checkpoint import RunDirectory, load, load_dictionary, load_state, write_text
+from saerelay.engine import Progress
+from saerelay.errors import LegFailed
+from saerelay.plan import ModelFacts, Plan, compile_plan
+from saerelay.recipe import Run
+from saerelay.site import Site
+from saerelay.stream import AbstractStream, Block, TensorStream
+from saerelay.train import Interrupted, train_plan
+
+D = 16
+
+
+class Watch:
+    """Stands by, and may pull the plug."""
+
+    def __init__(self, kill_at: int = -1, ask_at: int = -1) -> None:
+        self.kill_at, self.ask_at = kill_at, ask_at
+        self.seen: list[str] = []
+
+    def tick(self, cursor: int) -> None:
+        if cursor == self.kill_at:
+            raise MemoryError("killed")
+        if cursor == self.ask_at:
+            signal.raise_signal(signal.SIGINT)
+
+    def leg(self, leg_id: str, progress: Progress) -> None:
+        self.seen.append(leg_id)
+
+
+def make_plan(facts: ModelFacts, **plan: Any) -> Plan:
+    sections = {
+        "sites": {"layers": [0, 1, 2]},
+        "data": {"context": 16, "block_tokens": 512, "outlier_norm": 0},
+        "dictionary": {"n_latents": 48, "k": 4, "architecture": plan.pop("architecture", "topk")},
+        "plan": {"root_tokens": 4096, "transfer_tokens": 2048, "moment_tokens": 1024, "refit_tokens": 512} | plan,
+        "train": {"batch_tokens": 64, "checkpoint_every": 640, "lr": 3e-3, "transfer_lr": 1e-3},
+    }
+    return compile_plan(Run.parse(sections, source="test"), facts)
+
+
+def make_stream(facts: ModelFacts) -> TensorStream:
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(8192, 30, generator=g) * (torch.rand(8192, 30, generator=g) < 0.1)
+    x = weights @ torch.randn(30, D, generator=g) + 4
+    tensors = {}
+    for layer in range(3):
+        x = x + 0.3 * torch.tanh(x @ torch.randn(D, D, generator=g) / 4)
+        tensors[Site(layer)] = x
+    return TensorStream(tensors, block_tokens=512, batch_tokens=64)
+
+
+def run(
+    plan: Plan, root: Path, facts: ModelFacts, watch: Watch | None = None, stream: AbstractStream | None = None
+) -> None:
+    paths = RunDirectory(root)
+    if not paths.plan.is_file():
+        write_text(paths.plan, plan.to_json())
+    train_plan(plan, paths, stream or make_stream(facts), watch or Watch(), torch.device("cpu"))
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(root.glob("legs/**/dictionary.json")):
+        dictionary, _ = load_dictionary(path.parent)
+        found |= {f"{path.parent.relative_to(root)}/{name}": tensor for name, tensor in dictionary.tensors().items()}
+    return found
+
+
+def assert_same(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys() and left
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def log(root: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds",)} for line in lines]
+
+
+@pytest.fixture
+def whole(tmp_path: Path, facts: ModelFacts) -> Path:
+    run(make_plan(facts, controls=[2], preset="hub", roots=[1]), tmp_path / "whole", facts)
+    return tmp_path / "whole"
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    suite = load(whole)
+    assert list(suite) == ["L1", "L0-from-L1", "L2-from-L1", "L2-scratch-equal", "L2-scratch-full"]
+    assert suite.leg_at(Site(2)).id == "L2-from-L1" and suite[Site(2)].n_latents == 48
+    info = json.loads((whole / "legs/L0-from-L1/dictionary.json").read_text())
+    assert (info["tokens"], info["finished"], info["leg"]["method"]) == (2048, True, "affine")
+    assert log(whole)[0]["leg"] and {line["leg"] for line in log(whole)} == set(suite)
+
+
+@pytest.mark.parametrize("killed_at", [64, 640, 704, 3072, 3136, 3584, 4096, 4160, 4608, 4672, 6080])
+def test_killed_anywhere_and_resumed_gives_the_same_bits(
+    whole: Path, tmp_path: Path, facts: ModelFacts, killed_at: int
+) -> None:
+    plan, root = make_plan(facts, controls=[2], preset="hub", roots=[1]), tmp_path / "killed"
+    with pytest.raises(MemoryError):
+        run(plan, root, facts, Watch(kill_at=killed_at))
+    run(plan, root, facts)
+    assert_same(whole, root)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("asked_at", [3200, 4352])
+def test_ctrl_c_saves_between_any_two_batches(
+    tmp_path: Path, facts: ModelFacts, architecture: str, asked_at: int
+) -> None:
+    plan = make_plan(facts, preset="forward", architecture=architecture, fork_at=0.75)
+    run(plan, tmp_path / "a", facts)
+    with pytest.raises(Interrupted):
+        run(plan, tmp_path / "b", facts, Watch(ask_at=asked_at))
+    saved = load_state(tmp_path / "b/state")
+    assert saved is not None and asked_at <= saved[1]["cursor"] <= asked_at + 64
+    run(plan, tmp_path / "b", facts)
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_log_is_cut_back_to_the_saved_cursor(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
+    plan, root = make_plan(facts, controls=[2], preset="hub", roots=[1]), tmp_path / "killed"
+    with pytest.raises(MemoryError):
+        run(plan, root, facts, Watch(kill_at=3008))
+    run(plan, root, facts)
+    positions = [(line["cursor"], line["leg"]) for line in log(root)]
+    assert positions == [(line["cursor"], line["leg"]) for line in log(whole)] and len(set(positions)) == len(positions)
+
+
+def test_legs_alone_equal_legs_in_company(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
+    """Rows do not shift when legs come and go: the root and a control alone give the same bits."""
+    for leg_id, layer in (("L1", 1), ("L2-scratch-full", 2)):
+        alone = make_plan(facts, legs=[{"id": leg_id, "layer": layer, "tokens": 4096}])
+        run(alone, tmp_path / leg_id, facts)
+        for name, tensor in load(whole)[leg_id].tensors().items():
+            assert torch.equal(load(tmp_path / leg_id)[leg_id].tensors()[name], tensor), name
+
+
+def test_a_finished_run_run_again_changes_nothing(whole: Path, facts: ModelFacts) -> None:
+    before = weights(whole)
+    run(make_plan(facts, controls=[2], preset="hub", roots=[1]), whole, facts)
+    after = weights(whole)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_snapshots_are_published_and_change_nothing(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
+    plan = make_plan(facts, controls=[2], preset="hub", roots=[1])
+    legs = [leg.model_copy(update={"snapshots": [0, 1024] if leg.parent else [1024, 2048]}) for leg in plan.legs]
+    run(plan.model_copy(update={"legs": legs}), tmp_path / "s", facts)
+    for leg_id in load(whole):
+        for name, tensor in load(whole)[leg_id].tensors().items():
+            assert torch.equal(load(tmp_path / "s")[leg_id].tensors()[name], tensor)
+    assert (tmp_path / "s/legs/L0-from-L1/snapshots/0/dictionary.json").is_file()
+    _, info = load_dictionary(tmp_path / "s/legs/L1/snapshots/1024")
+    assert (info["tokens"], info["finished"]) == (1024, False)
+
+
+def test_a_parent_in_another_directory(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
+    from saerelay.launch import describe_external
+
+    source = str(whole / "legs/L1")
+    leg = {"id": "x", "layer": 2, "parent": source, "tokens": 1024}
+    sections = make_plan(facts).run.model_dump(mode="json")
+    sections["plan"] |= {"legs": [leg]}
+    plan = compile_plan(Run.parse(sections, source="test"), facts, externals={source: describe_external(source)})
+    run(plan, tmp_path / "x", facts)
+    assert load(tmp_path / "x")["x"].n_latents == 48
+
+
+class Poisoned(AbstractStream):
+    """Infinities at one site from one block on."""
+
+    def __init__(self, stream: TensorStream, site: Site, from_block: int) -> None:
+        self.stream, self.site, self.from_block = stream, site, from_block
+
+    def block(self, number: int, sites) -> Block:
+        block = self.stream.block(number, sites)
+        if number >= self.from_block and self.site in block.activations:
+            block.activations[self.site].fill_(math.inf)
+        return block
+
+
+def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: ModelFacts, whole: Path) -> None:
+    plan = make_plan(facts, controls=[2], preset="hub", roots=[1])
+    with pytest.raises(LegFailed, match="leg L2-scratch-full stopped: the loss became") as caught:
+        run(plan, tmp_path / "f", facts, stream=Poisoned(make_stream(facts), Site(2), 6))
+    assert caught.value.exit_code == 1
+    suite = load(tmp_path / "f")
+    assert {"L1", "L0-from-L1", "L2-scratch-equal"} <= set(suite) and "L2-scratch-full" not in set(suite)
+    kept, info = load_dictionary(tmp_path / "f/legs/L2-scratch-full/snapshots/3072")
+    assert info["failure"] and all(torch.isfinite(t).all() for t in kept.tensors().values())
+    assert "L2-from-L1 stopped: method affine" in str(caught.value)
+    for name, tensor in load(whole)["L0-from-L1"].tensors().items():
+        assert torch.equal(suite["L0-from-L1"].tensors()[name], tensor)
+
+
+def test_children_of_a_failed_parent_are_named(tmp_path: Path, facts: ModelFacts) -> None:
+    plan = make_plan(facts, preset="hub", roots=[1])
+    with pytest.raises(LegFailed, match="leg L0-from-L1 stopped: its parent L1 stopped"):
+        run(plan, tmp_path / "f", facts, stream=Poisoned(make_stream(facts), Site(1), 2))
+
+
+def test_batchtopk_is_published_with_the_l0_it_was_trained_for(tmp_path: Path, facts: ModelFacts) -> None:
+    run(make_plan(facts, preset="hub", roots=[1], architecture="batchtopk"), tmp_path / "b", facts)
+    x = make_stream(facts).tensors
+    for layer in range(3):
+        z = load(tmp_path / "b")[Site(layer)].encode(x[Site(layer)])
+        assert float((z > 0).sum(dim=1).float().mean()) == pytest.approx(4, rel=0.1)
