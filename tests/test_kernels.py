@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saerelay.dictionaries import Dictionary, initialise, training_loss
-from saerelay.kernels import Codes, cpu, encode_sparse, join_codes, products, reference, sparse_step
+from saerelay.kernels import cpu, dense_codes, encode_sparse, join_codes, products, reference, sparse_step, split_codes
 from saerelay.kernels.codes import nonzero_codes, top_codes, top_codes_of_batch
 from saerelay.recipe import DictionarySpec
 
@@ -61,32 +61,28 @@ def test_products_equal_dense_ones(ops) -> None:
         assert torch.allclose(ops.sampled(codes, x, W), (x @ W.T)[rows, columns])
 
 
-def dense(codes: Codes) -> torch.Tensor:
-    return codes.values.new_zeros(codes.n_rows, codes.n_latents).index_put(
-        (codes.rows(), codes.columns.long()), codes.values
-    )
-
-
 def test_selections_equal_their_definitions() -> None:
     pre = torch.randn(B, F, generator=torch.Generator().manual_seed(0))
-    kept = dense(top_codes(pre, 4))
+    kept = dense_codes(top_codes(pre, 4))
     for row, source in zip(kept, pre, strict=True):
         floor = source.sort().values[-4]
         assert torch.equal(row, torch.where(source >= floor, source, 0.0).relu())
     floor = pre.flatten().sort().values[-4 * B]
-    assert torch.equal(dense(top_codes_of_batch(pre, 4)), torch.where(pre >= floor, pre, 0.0).relu())
+    assert torch.equal(dense_codes(top_codes_of_batch(pre, 4)), torch.where(pre >= floor, pre, 0.0).relu())
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
 def test_encode_sparse_equals_encode(architecture: str) -> None:
     _, d, x = example(architecture, 0)
-    assert torch.equal(dense(encode_sparse(d, x)), d.encode(x))
+    assert torch.equal(dense_codes(encode_sparse(d, x)), d.encode(x))
 
 
 def test_joined_codes_are_the_batches_one_after_the_other() -> None:
     z = torch.randn(B, F).relu()
     parts = [nonzero_codes(z[:10]), nonzero_codes(z[10:11]), nonzero_codes(z[11:])]
-    assert torch.equal(dense(join_codes(parts)), z)
+    assert torch.equal(dense_codes(join_codes(parts)), z)
+    for part, expected in zip(split_codes(join_codes(parts), 7), z.split(7), strict=True):
+        assert torch.equal(dense_codes(part), expected)
 
 
 def test_without_mkl_the_reference_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

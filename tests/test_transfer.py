@@ -151,7 +151,8 @@ def test_a_map_needs_enough_tokens() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_refit_is_the_ridge_solution(architecture: str) -> None:
+@pytest.mark.parametrize("direct", [True, False])
+def test_refit_is_the_ridge_solution(architecture: str, direct: bool) -> None:
     """Against the normal equations, solved densely with the bias as one more column."""
     d, x = random_dictionary(architecture), activations()
     refit = Refit(d, ridge=0.05)
@@ -164,7 +165,7 @@ def test_refit_is_the_ridge_solution(architecture: str) -> None:
     penalty = torch.cat([damping, torch.zeros(1, dtype=torch.float64)]).diag()
     change = torch.linalg.solve(design.T @ design + penalty, design.T @ (x - d(x)))
     W, b = d.W_dec + change[:-1], d.b_dec + change[-1]
-    solved = refit.solve(tolerance=1e-12, max_iterations=2000)
+    solved = refit.solve(direct=direct, tolerance=1e-12, max_iterations=2000)
     norms = W.norm(dim=1)
     assert torch.allclose(solved.W_dec * norms[:, None], W, atol=1e-8)
     assert torch.allclose(solved.b_dec, b, atol=1e-7)

@@ -26,12 +26,14 @@ from torch import Tensor
 
 from saerelay.dictionaries import Dictionary, unit_decoder
 from saerelay.errors import TransferError
-from saerelay.kernels import Codes, encode_sparse, join_codes, products
+from saerelay.kernels import Codes, dense_codes, encode_sparse, join_codes, products, split_codes
 from saerelay.moments import Moments
 from saerelay.recipe import Method
 
 __all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes", "rescale", "Refit"]
 
+DIRECT_LATENTS = 16_384
+"""Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
 RIDGE = 1e-6
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
 
@@ -147,8 +149,7 @@ class Refit:
 
     Minimises Σ‖x − b_dec − W_decᵀ z‖² + λ Σ_j g_j ‖w_j − w_j⁰‖² over W_dec and b_dec, with codes z fixed, g_j = Σ z_j²
     plus its mean (so that a rare latent moves little and one that never fires not at all) and λ = `ridge`. Codes are
-    kept sparse, activations are not kept; the normal equations are solved by conjugate gradients, so no (F, F) matrix
-    is ever formed.
+    kept sparse; activations are not kept.
     """
 
     def __init__(self, dictionary: Dictionary, ridge: float = 0.01) -> None:
@@ -171,8 +172,11 @@ class Refit:
         self.codes.append(codes)
 
     @torch.no_grad()
-    def solve(self, *, tolerance: float = 1e-4, max_iterations: int = 200) -> Dictionary:
-        """The dictionary with its new decoder, rows of unit norm (their norms go into the encoder)."""
+    def solve(self, *, direct: bool | None = None, tolerance: float = 1e-3, max_iterations: int = 200) -> Dictionary:
+        """The dictionary with its new decoder, rows of unit norm (their norms go into the encoder).
+
+        `direct` factors the (F, F) matrix, the default up to 16384 latents; above, conjugate gradients never form it.
+        """
         d, ops = self.dictionary, products(self.target.device)
         if not self.codes:
             return d
@@ -181,15 +185,20 @@ class Refit:
         squares = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values.square())
         mean = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values) / n
         damping = self.ridge * (squares + squares.mean())
+        goal = self.target - torch.outer(mean, self.residual)
 
         def normal(W: Tensor) -> Tensor:
             """(ZᵀZ − n·mean·meanᵀ + damping) W: the bias is eliminated."""
             product = ops.transposed(codes, ops.decode(codes, W))
             return product + damping[:, None] * W - n * torch.outer(mean, mean @ W)
 
-        goal = self.target - torch.outer(mean, self.residual)
-        diagonal = (squares - n * mean.square() + damping).clamp(min=1e-12)
-        change = conjugate_gradients(normal, goal, diagonal, tolerance, max_iterations)
+        if d.n_latents <= DIRECT_LATENTS if direct is None else direct:
+            matrix = gram(codes).addr_(mean, mean, alpha=-n)
+            matrix.diagonal().add_(damping)
+            change = torch.cholesky_solve(goal, torch.linalg.cholesky(matrix))
+        else:
+            diagonal = (squares - n * mean.square() + damping).clamp(min=1e-12)
+            change = conjugate_gradients(normal, goal, diagonal, tolerance, max_iterations)
         return unit_decoder(replace(d, W_dec=d.W_dec + change, b_dec=d.b_dec + self.residual / n - mean @ change))
 
     def state(self) -> dict[str, Tensor]:
@@ -205,6 +214,14 @@ class Refit:
         self.target, self.residual = state["target"], state["residual"]
         if "columns" in state:
             self.codes = [Codes(state["row_starts"], state["columns"], state["values"], self.dictionary.n_latents)]
+
+
+def gram(codes: Codes) -> Tensor:
+    """ZᵀZ (F, F) of codes: one factor stays sparse, so 2·K·F operations a token."""
+    total = codes.values.new_zeros(codes.n_latents, codes.n_latents)
+    for rows in split_codes(codes, 2048):
+        total += products(total.device).transposed(rows, dense_codes(rows))
+    return total
 
 
 def conjugate_gradients(normal, goal: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int) -> Tensor:  # noqa: ANN001

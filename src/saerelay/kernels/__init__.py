@@ -11,10 +11,18 @@ from torch import Tensor
 
 from saerelay.dictionaries import Dictionary, Loss, error_divisor, k_aux
 from saerelay.kernels import cpu, reference
-from saerelay.kernels.codes import Codes, join_codes, nonzero_codes, top_codes, top_codes_of_batch
+from saerelay.kernels.codes import (
+    Codes,
+    dense_codes,
+    join_codes,
+    nonzero_codes,
+    split_codes,
+    top_codes,
+    top_codes_of_batch,
+)
 from saerelay.recipe import DictionarySpec
 
-__all__ = ["Codes", "encode_sparse", "join_codes", "products", "sparse_step"]
+__all__ = ["Codes", "dense_codes", "encode_sparse", "join_codes", "products", "sparse_step", "split_codes"]
 
 
 def products(device: torch.device) -> ModuleType:

@@ -82,3 +82,19 @@ def join_codes(parts: list[Codes]) -> Codes:
     last = torch.tensor([ends[-1]], dtype=torch.int32, device=parts[0].columns.device)
     columns, values = torch.cat([p.columns for p in parts]), torch.cat([p.values for p in parts])
     return Codes(torch.cat([*starts, last]), columns, values, parts[0].n_latents)
+
+
+def split_codes(codes: Codes, n_rows: int) -> list[Codes]:
+    """The codes of a batch, cut into batches of at most `n_rows` tokens."""
+    parts = []
+    for first in range(0, codes.n_rows, n_rows):
+        starts = codes.row_starts[first : first + n_rows + 1]
+        low, high = int(starts[0]), int(starts[-1])
+        parts.append(Codes(starts - low, codes.columns[low:high], codes.values[low:high], codes.n_latents))
+    return parts
+
+
+def dense_codes(codes: Codes) -> Tensor:
+    """Z itself, (B, F)."""
+    z = codes.values.new_zeros(codes.n_rows, codes.n_latents)
+    return z.index_put_((codes.rows(), codes.columns.long()), codes.values)
