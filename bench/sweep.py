@@ -41,7 +41,7 @@ def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int,
         stream = LiveStream(model, corpus.train, plan)
         train: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
         for number in range(-(-n_train // plan.block_tokens)):
-            block = stream.block(number, plan.open_sites(0, 1))
+            block = stream.block(number, sorted({*sites, *([plan.probe_site] if plan.probe_site else [])}))
             for layer, site in zip(layers, sites, strict=True):
                 train[layer].append(block.rows(site).bfloat16())
         test: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}

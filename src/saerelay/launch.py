@@ -27,10 +27,11 @@ from saerelay.engine import Trainee
 from saerelay.errors import DataError, PlanError, RunDirectoryError, SaeRelayError
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
 from saerelay.plan import External, Plan, compile_plan, extend_plan, plan_cost
-from saerelay.progress import LiveTable, PlainLog, Silent, Watcher
+from saerelay.progress import LiveTable, PlainLog, Watcher
 from saerelay.recipe import LegSpec, Run, annotated_toml
 from saerelay.spec import format_count
 from saerelay.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.trackers import Several, asked_for, check_installed
 from saerelay.train import train_plan
 
 
@@ -76,6 +77,7 @@ def train_run(
     with sole_writer(paths.root):
         with remove_on_error(paths.root, fresh):
             plan = settle_plan(run, paths, extend=extend)
+            check_installed(plan)
             check_disk(plan, paths)
             corpus = tokenise(plan, paths, console)
             check_corpus(plan, corpus)
@@ -219,13 +221,14 @@ def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterat
     """A live table on a terminal, plain lines elsewhere, nothing without a console."""
     saved = load_state(paths.state)
     cursor = saved[1]["cursor"] if saved else 0
+    others = asked_for(plan, paths.root)
     if console is None:
-        yield Silent()
+        yield Several(others)
     elif console.is_terminal:
         with LiveTable(plan, console, cursor) as table:
-            yield table
+            yield Several([table, *others])
     else:
-        yield PlainLog(plan, cursor, out=console.file)
+        yield Several([PlainLog(plan, cursor, out=console.file), *others])
 
 
 def hop_run(

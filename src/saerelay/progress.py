@@ -24,16 +24,6 @@ class Watcher(Protocol):
         """A leg's averages since it was last heard of."""
 
 
-class Silent:
-    """Shows nothing."""
-
-    def tick(self, cursor: int) -> None:
-        """See `Watcher`."""
-
-    def leg(self, leg_id: str, progress: engine.Progress) -> None:
-        """See `Watcher`."""
-
-
 class PlainLog:
     """A line every few seconds, for logs and pipes."""
 

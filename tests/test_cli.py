@@ -1,0 +1,330 @@
+"""The command line, from outside: what a stranger types, and what they get wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import saerelay as sr
+from saerelay.checkpoint import load_dictionary
+from saerelay.cli import app, main
+
+torch.set_num_threads(1)
+RECIPE = """
+[model]
+name = "{model}"
+dtype = "float32"
+device = "cpu"
+[data]
+tokens = "{tokens}"
+context = 16
+block_tokens = 1024
+prepend_bos = false
+[dictionary]
+n_latents = 64
+k = 4
+[plan]
+preset = "hub"
+root_tokens = "8k"
+transfer_tokens = "4k"
+moment_tokens = "2k"
+refit_tokens = "1k"
+controls = [0]
+[train]
+batch_tokens = 64
+checkpoint_every = "2k"
+[evaluate]
+tokens = "1k"
+"""
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, tokens, a recipe and a finished run."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    root = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(root / "model")
+    rng = np.random.default_rng(0)
+    steps = rng.integers(1, 4, size=60_000).cumsum() % 100 + 1
+    np.save(root / "tokens.npy", steps.astype(np.uint16))
+    (root / "run.toml").write_text(RECIPE.format(model=root / "model", tokens=root / "tokens.npy"))
+    sr.train_run(sr.Run.from_toml(root / "run.toml"), root / "run")
+    return root
+
+
+def changed(place: Path, tmp_path: Path, old: str = "", new: str = "") -> Path:
+    """The recipe with a line changed (or `new` added in front)."""
+    text = (place / "run.toml").read_text()
+    assert old in text
+    (tmp_path / "run.toml").write_text(text.replace(old, new) if old else new + text)
+    return tmp_path / "run.toml"
+
+
+def call(
+    *arguments: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the program in this process."""
+    monkeypatch.setattr(sys, "argv", ["saerelay", *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 0
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def refused(place: Path, out: Path, recipe: Path, match: str, **fixtures: Any) -> None:
+    """Exit code 2, one message with these words, no traceback, nothing written."""
+    code, stdout, stderr = call("train", recipe, "--out", out, **fixtures)
+    assert code == 2 and re.search(match, stderr), stderr
+    assert "Traceback" not in stderr and stdout == "" and not out.exists()
+
+
+CASES = {
+    "unknown key": ("k = 4", "kay = 4", r'unknown key "dictionary.kay"; did you mean "k"\?'),
+    "unknown section": ("[evaluate]", "[evalute]", r'unknown key "evalute"; did you mean "evaluate"'),
+    "wrong type": ('root_tokens = "8k"', 'root_tokens = "eight"', r'"eight" is no count'),
+    "layer out of range": ("[data]", "[sites]\nlayers = [0, 3]\n[data]", r"layer 3 is out of range: .* has layers 0 to 2"),
+    "unknown module": ("[data]", '[sites]\nmodule = "mlp"\n[data]', r"sites.module: Input should be 'resid_post'"),
+    "k too large": ("k = 4", "k = 65", r"dictionary.k is 65 but there are only 64 latents"),
+    "model missing": ("/model", "/modle", r"modle: no such directory"),
+    "context too long": ("context = 16", "context = 128", r"takes at most 64 tokens"),
+    "tokens missing": ("tokens.npy", "token.npy", r"token.npy"),
+    "too few tokens": ('root_tokens = "8k"', 'root_tokens = "80k"', r"needs [\d,]+ training tokens and the corpus has [\d,]+.*epochs"),
+    "parent missing": ("[train]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "b"\ntokens = 64\n[train]', r'names "b", which is no leg'),
+    "parent directory missing": (
+        "[train]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64\n[train]', r"no/where: no dictionary here"
+    ),
+    "logger not installed": ("[train]", '[train]\nloggers = ["wandb"]', r"asks for wandb, which is not installed; pip install"),
+    "ragged block": ("block_tokens = 1024", "block_tokens = 1000", r"must be a multiple of train.batch_tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bad_recipes_are_refused(place: Path, tmp_path: Path, case: str, capsys, monkeypatch) -> None:
+    old, new, match = CASES[case]
+    refused(place, tmp_path / "out", changed(place, tmp_path, old, new), match, capsys=capsys, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top", "match"),
+    [(np.int64, 100, "int64.*uint16"), (np.uint16, 101, "101.*vocabulary"), (np.float32, 5, "float32.*uint16")],
+)
+def test_bad_tokens_are_refused(place: Path, tmp_path: Path, dtype, top: int, match: str, capsys, monkeypatch) -> None:
+    np.save(tmp_path / "bad.npy", np.full(40_000, top, dtype=dtype))
+    recipe = changed(place, tmp_path, str(place / "tokens.npy"), str(tmp_path / "bad.npy"))
+    refused(place, tmp_path / "out", recipe, f"(?s){match}", capsys=capsys, monkeypatch=monkeypatch)
+
+
+def test_not_enough_disk_is_refused(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    refused(place, tmp_path / "out", place / "run.toml", "GiB are free", capsys=capsys, monkeypatch=monkeypatch)
+
+
+def test_a_taken_directory_is_never_overwritten(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    before = sorted(p.stat().st_mtime_ns for p in (place / "run").rglob("*.safetensors"))
+    code, _, stderr = call("train", place / "run.toml", "--out", place / "run", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "already holds a run; continue it with --resume" in stderr
+    assert sorted(p.stat().st_mtime_ns for p in (place / "run").rglob("*.safetensors")) == before
+    (tmp_path / "thesis.txt").write_text("precious")
+    code, _, stderr = call("train", place / "run.toml", "--out", tmp_path, capsys=capsys, monkeypatch=monkeypatch)
+    assert (
+        code == 2 and "is not empty and holds no run" in stderr and (tmp_path / "thesis.txt").read_text() == "precious"
+    )
+
+
+def test_resume_with_another_recipe_says_what_changed(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    recipe = changed(place, tmp_path, "k = 4", "k = 5")
+    code, _, stderr = call("train", recipe, "--out", place / "run", "--resume", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "dictionary.k: 4 in the run, 5 in the recipe" in stderr
+
+
+def test_a_second_process_on_the_same_run_is_refused(place: Path, capsys, monkeypatch) -> None:
+    import filelock
+
+    with filelock.FileLock(place / "run/state/lock"):
+        arguments = ("train", place / "run.toml", "--out", place / "run", "--resume")
+        code, _, stderr = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "another process is training this run" in stderr
+
+
+def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) -> None:
+    code, stdout, _ = call("eval", place / "run", "--json", capsys=capsys, monkeypatch=monkeypatch)
+    document = json.loads(stdout)
+    assert code == 0 and document["schema"] == 1
+    roles = {
+        leg["id"]: (leg["role"], leg["control_of"], leg["control_kind"], leg["parent"]) for leg in document["legs"]
+    }
+    assert roles == {
+        "L1": ("root", None, None, None),
+        "L0-from-L1": ("transfer", None, None, "L1"),
+        "L2-from-L1": ("transfer", None, None, "L1"),
+        "L0-scratch-equal": ("control", "L0-from-L1", "equal_tokens", None),
+        "L0-scratch-full": ("control", "L0-from-L1", "full", None),
+    }
+    wanted = "layer module architecture method tokens l0 fvu explained_variance delta_ce ce_loss_score kl_div_score frac_alive"
+    assert all(set(wanted.split()) <= set(leg) for leg in document["legs"])
+    cost = "lm_tokens lm_tokens_unique sae_samples flops flops_dense_equivalent flops_all_from_scratch seconds"
+    assert all(document["cost"][name] > 0 for name in cost.split())
+    code, stdout, _ = call("eval", place / "run", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "affine + refit from L1" in stdout and "control: from scratch, equal tokens" in stdout
+
+
+def test_plan_trains_nothing(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, stdout, _ = call("plan", place / "run.toml", capsys=capsys, monkeypatch=monkeypatch)
+    shown = " ".join(stdout.split())
+    assert code == 0 and "L0-from-L1" in shown and "language model reads" in shown and "from a short timing" in shown
+    assert not list(tmp_path.iterdir())
+    code, stdout, _ = call("plan", place / "run.toml", "--json", "--no-timing", capsys=capsys, monkeypatch=monkeypatch)
+    assert len(json.loads(stdout)["plan"]["legs"]) == 5
+
+
+def test_python_reads_a_run(place: Path) -> None:
+    suite = sr.load(place / "run")
+    sae = suite[sr.Site(0)]
+    x = torch.randn(7, 32)
+    z = sae.encode(x)
+    assert z.shape == (7, 64) and sae.decode(z).shape == (7, 32) and int((z > 0).sum(dim=1).max()) <= 4
+    assert torch.equal(suite["L0-from-L1"].W_enc, sae.W_enc)
+    with pytest.raises(sr.SaeRelayError, match="no dictionary at L9; there are L0, L1, L2"):
+        suite[sr.Site(9)]
+    with pytest.raises(sr.SaeRelayError, match='no leg "L7"'):
+        suite["L7"]
+    with pytest.raises(sr.SaeRelayError, match="no run here"):
+        sr.load(place / "nowhere")
+
+
+def test_several_legs_at_a_site_are_listed(place: Path, tmp_path: Path) -> None:
+    run = sr.Run.from_toml(changed(place, tmp_path, 'preset = "hub"', 'preset = "paper"'))
+    run = run.model_copy(update={"plan": run.plan.model_copy(update={"controls": []})})
+    suite = sr.train_run(run, tmp_path / "paper")
+    with pytest.raises(sr.SaeRelayError, match="3 legs at L1: L1, L1-from-L0, L1-from-L2; ask for one by its id"):
+        suite[sr.Site(1)]
+    assert suite["L1-from-L2"].n_latents == 64
+    assert len(list((tmp_path / "paper/legs/L1/snapshots").iterdir())) == 9
+
+
+@pytest.mark.parametrize("tokens", ["2k", "0"])
+def test_hop_carries_one_dictionary_to_another_layer(
+    place: Path, tmp_path: Path, tokens: str, capsys, monkeypatch
+) -> None:
+    source = place / "run/legs/L1"
+    arguments = ["hop", "--from", source, "--to-layer", 2, "--recipe", place / "run.toml", "--out", tmp_path / "x"]
+    code, stdout, stderr = call(*arguments, "--tokens", tokens, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "L2-from-L1" in stdout, stderr
+    hopped, info = load_dictionary(tmp_path / "x/legs/L2-from-L1")
+    assert hopped.n_latents == 64 and info["tokens"] == (2048 if tokens == "2k" else 1024)
+    code, stdout, _ = call("eval", tmp_path / "x", "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert json.loads(stdout)["legs"][0]["fvu"] < 1
+    for wrong, match in ((place / "run", "no dictionary here"), (place / "nowhere", "no dictionary here")):
+        arguments[2], arguments[-1] = wrong, tmp_path / "y"
+        code, _, stderr = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2 and match in stderr and not (tmp_path / "y").exists()
+
+
+def test_a_finished_run_can_be_extended(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    small = changed(place, tmp_path, "controls = [0]", "controls = []")
+    assert call("train", small, "--out", tmp_path / "r", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    before = sr.load(tmp_path / "r")["L0-from-L1"]
+    code, _, stderr = call("train", small, "--out", tmp_path / "r", "--extend", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "adds nothing" in stderr
+    text = small.read_text().replace('transfer_tokens = "4k"', 'transfer_tokens = "6k"')
+    small.write_text(text)
+    code, _, stderr = call("train", small, "--out", tmp_path / "r", "--extend", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, stderr
+    suite = sr.load(tmp_path / "r")
+    assert suite.leg_at(sr.Site(0)).id == "L0-from-L1+1.98k" and suite.leg_at(sr.Site(0)).parent == "L0-from-L1"
+    assert torch.equal(suite["L0-from-L1"].W_enc, before.W_enc)
+    assert not torch.equal(suite[sr.Site(0)].W_enc, before.W_enc)
+
+
+def test_tensorboard_gets_scalars(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = changed(place, tmp_path, "[train]", '[train]\nloggers = ["tensorboard"]')
+    sr.train_run(sr.Run.from_toml(recipe), tmp_path / "tb")
+    assert list((tmp_path / "tb/tensorboard").glob("events.*"))
+    for leg in sr.load(place / "run"):
+        ours, theirs = sr.load(tmp_path / "tb")[leg], sr.load(place / "run")[leg]
+        assert torch.equal(ours.W_enc, theirs.W_enc)
+
+
+def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "saerelay", "train", str(recipe), "--out", str(out), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_from_outside_and_resumed_gives_the_same_bits(place: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """SIGKILL at an arbitrary instant after the first saved state, and Ctrl-C, both finish to the same weights."""
+    recipe = changed(place, tmp_path, 'root_tokens = "8k"', 'root_tokens = "30k"')
+    whole = sr.train_run(sr.Run.from_toml(recipe), tmp_path / "whole")
+    process = start(recipe, tmp_path / "killed")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed/state/state.safetensors").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130), stderr
+    if how == signal.SIGINT:
+        assert "Continue with the same command and --resume" in stderr and "Traceback" not in stderr
+    process = start(recipe, tmp_path / "killed", "--resume")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    resumed = sr.load(tmp_path / "killed")
+    assert list(resumed) == list(whole)
+    for leg in whole:
+        for name, tensor in whole[leg].tensors().items():
+            assert torch.equal(tensor, resumed[leg].tensors()[name]), (leg, name)
+
+
+def test_resume_without_state_starts_over(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "new/state").mkdir(parents=True)
+    code, _, stderr = call(
+        "train", place / "run.toml", "--out", tmp_path / "new", capsys=capsys, monkeypatch=monkeypatch
+    )
+    assert code == 2 and "start it over with --resume" in stderr
+    arguments = ("train", place / "run.toml", "--out", tmp_path / "new", "--resume")
+    assert call(*arguments, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    assert torch.equal(sr.load(tmp_path / "new")["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
+
+
+def test_commands_and_options_are_these() -> None:
+    """The recipe is the interface; a new option needs a reason."""
+    from typer.main import get_command
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    options = {name: {o for p in c.params for o in p.opts if o.startswith("--")} for name, c in commands.items()}
+    assert options == {
+        "init": set(),
+        "plan": {"--json", "--timing"},
+        "train": {"--out", "--resume", "--extend"},
+        "eval": {"--json", "--tokens"},
+        "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens"},
+        "demo": {"--out"},
+    }
+
+
+def test_help_and_init() -> None:
+    runner = CliRunner()
+    assert "relay it to the others" in " ".join(runner.invoke(app, ["--help"]).output.replace("│", "").split())
+    assert runner.invoke(app, ["--version"]).output.strip() == sr.__version__
+    assert "[dictionary]" in runner.invoke(app, ["init"]).output
