@@ -74,7 +74,7 @@ def check_installed(plan: Plan) -> None:
     for name in plan.run.train.loggers:
         if find_spec(name) is None:
             raise RecipeError(
-                f'train.loggers asks for {name}, which is not installed; pip install "saerelay[{name}]", or take it out '
+                f"train.loggers asks for {name}, which is not installed; pip install 'saerelay[{name}]', or take it out "
                 "(metrics.jsonl is always written)"
             )
 
