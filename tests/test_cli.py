@@ -285,7 +285,7 @@ def test_killed_from_outside_and_resumed_gives_the_same_bits(place: Path, tmp_pa
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == (-9 if how == signal.SIGKILL else 130), stderr
     if how == signal.SIGINT:
-        assert "Continue with the same command and --resume" in stderr and "Traceback" not in stderr
+        assert f"--out {tmp_path}/killed --resume" in stderr and "Traceback" not in stderr
     process = start(recipe, tmp_path / "killed", "--resume")
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr

@@ -11,12 +11,12 @@ import torch
 
 from saerelay.checkpoint import RunDirectory, load, load_dictionary, load_state, write_text
 from saerelay.engine import Progress
-from saerelay.errors import LegFailed
+from saerelay.errors import Interrupted, LegFailed
 from saerelay.plan import ModelFacts, Plan, compile_plan
 from saerelay.recipe import Run
 from saerelay.site import Site
 from saerelay.stream import AbstractStream, Block, TensorStream
-from saerelay.train import Interrupted, train_plan
+from saerelay.train import train_plan
 
 D = 16
 

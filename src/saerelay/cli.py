@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from saerelay import __version__
-from saerelay.errors import SaeRelayError
+from saerelay.errors import Interrupted, SaeRelayError
 
 app = typer.Typer(
     help="Sparse autoencoders for every layer of a language model: train one, relay it to the others.",
@@ -139,15 +139,13 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
 
 def main() -> None:
     """Entry point: user errors are one message and an exit code, never a traceback."""
-    from saerelay.train import Interrupted
-
     try:
         app()
     except SaeRelayError as error:
         print(f"saerelay: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Interrupted:
-        print("stopped; the state is saved. Continue with the same command and --resume.", file=sys.stderr)
+    except Interrupted as command:
+        print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)

@@ -43,6 +43,12 @@ def sparsity_weight(leg: Leg, spec: TrainSpec, age: int) -> float:
     return min(1.0, (age - leg.refit_tokens) / whole) if whole else 1.0
 
 
+def takes_sparse_step(leg: Leg, device: torch.device) -> bool:
+    """Whether a leg is trained by `kernels.sparse_step`: TopK and BatchTopK, where sparse products are fast and give
+    the same bits each time. Elsewhere autograd on dense codes is both."""
+    return device.type == "cpu" and leg.dictionary.architecture in ARCHITECTURES_WITH_SPARSE_STEP
+
+
 class Progress(NamedTuple):
     """How training went since the last look."""
 
@@ -68,7 +74,7 @@ class Trainee:
         self, leg: Leg, spec: TrainSpec, first: Tensor, inherited: Dictionary | None = None, *, dense: bool = False
     ) -> None:
         self.leg, self.spec = leg, spec
-        self.dense = dense or leg.dictionary.architecture not in ARCHITECTURES_WITH_SPARSE_STEP
+        self.dense = dense or not takes_sparse_step(leg, first.device)
         first = first.float()
         self.mean, self.scale = _units(first) if leg.dictionary.normalise else _no_units(first)
         if inherited is None:
@@ -126,11 +132,8 @@ class Trainee:
             self._constrain_parameters()
             self.last_fired[loss.fired] = self.age + self.leg.batch_tokens
             variance = (x - x.mean(dim=0)).square().sum()
-            self._sums += torch.stack(
-                [loss.total.detach(), loss.squared_error, variance, loss.n_active.float()]
-            ).double()
+            self._sums.append(torch.stack([loss.total.detach(), loss.squared_error, variance, loss.n_active.float()]))
             self._rows += x.shape[0]
-            self._steps += 1
 
     def _gradients(self, x: Tensor) -> Loss:
         """Set the gradient of every parameter."""
@@ -176,18 +179,18 @@ class Trainee:
     # --- what the log shows -------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self.mean.device)
-        self._rows, self._steps = 0, 0
+        self._sums: list[Tensor] = []
+        self._rows = 0
 
     def look(self) -> Progress | None:
         """Averages since the last look, or None if no gradient step was taken."""
-        if not self._steps:
+        if not self._sums:
             return None
-        loss, error, variance, active = self._sums.tolist()
+        loss, error, variance, active = torch.stack(self._sums).cpu().double().sum(dim=0).tolist()
         rate = learning_rate(self.leg, self.spec, self.age - self.leg.batch_tokens)
         progress = Progress(
             age=self.age,
-            loss=loss / self._steps,
+            loss=loss / len(self._sums),
             fvu=error / max(variance, 1e-30),
             l0=active / self._rows,
             n_dead=int(self.dead().sum()),
@@ -216,7 +219,7 @@ class Trainee:
         """Undo `state`."""
         self = cls.__new__(cls)
         self.leg, self.spec = leg, spec
-        self.dense = leg.dictionary.architecture not in ARCHITECTURES_WITH_SPARSE_STEP
+        self.dense = not takes_sparse_step(leg, state["mean"].device)
         self.mean, self.scale, self.last_fired = state["mean"], state["scale"], state["last_fired"]
         self.age, self.seconds, self.failure = int(state["age"]), float(state["seconds"]), failure
         named = {key.removeprefix("parameter."): t for key, t in state.items() if key.startswith("parameter.")}
@@ -240,9 +243,10 @@ class Trainee:
 
 def _units(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D) and scale (scalar): the centred activations over `scale` have mean square 1 in each dimension."""
-    mean = x.double().mean(dim=0)
-    scale = (x.double() - mean).square().mean().sqrt().clamp(min=1e-12)
-    return mean.float(), scale.float()
+    exact = x.cpu().double()
+    mean = exact.mean(dim=0)
+    scale = (exact - mean).square().mean().sqrt().clamp(min=1e-12)
+    return mean.to(x), scale.to(x)
 
 
 def _no_units(x: Tensor) -> tuple[Tensor, Tensor]:

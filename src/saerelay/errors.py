@@ -8,6 +8,7 @@
     ├── TransferError             source and target do not fit together
     ├── RunDirectoryError         the output directory is taken, locked, unreadable, or of another run
     └── LegFailed                 training of at least one leg stopped (non-finite loss); the CLI exits with 1
+    Interrupted                   Ctrl-C: no error; the state was saved; the CLI exits with 130
 
 A message says what is wrong, where, what was expected and found, and the remedy.
 """
@@ -41,6 +42,10 @@ class TransferError(SaeRelayError):
 
 class RunDirectoryError(SaeRelayError):
     """The run directory cannot be used."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the state was saved, and the text is the command that continues."""
 
 
 class LegFailed(SaeRelayError):

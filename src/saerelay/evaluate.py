@@ -19,7 +19,7 @@ from torch import Tensor
 from saerelay.checkpoint import RunDirectory, Suite, load_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
-from saerelay.errors import ModelError
+from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.kernels import encode_sparse, products
 from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan, plan_cost
@@ -228,6 +228,8 @@ def evaluate_run(
     None to load it only if something is left to measure.
     """
     plan, paths = suite.plan, suite.directory
+    if not suite.legs:
+        raise RunDirectoryError(f"{paths.root}: no leg is finished yet; finish the run with `saerelay train --resume`")
     asked = {"tokens": tokens or plan.run.evaluate.tokens, "ce": _wants_ce(plan)}
     missing = [leg for leg in suite.legs if not _measured(paths, leg, asked)]
     if missing:
@@ -330,7 +332,7 @@ def cost(suite: Suite, seconds: dict[str, float]) -> dict[str, Any]:
     """
     plan, paths = suite.plan, suite.directory
     plain, everything = plan_cost(plan.without_controls()), plan_cost(plan)
-    spent = read_json(paths.cost) if paths.cost.is_file() else {"total": math.nan, "lm": math.nan}
+    spent = read_json(paths.cost)["seconds"] if paths.cost.is_file() else {"total": math.nan, "lm": math.nan}
     controls = sum(seconds[leg.id] for leg in suite.legs if leg.role == "control")
     full = [leg.id for leg in suite.legs if not leg.parent and leg.budget_tokens >= plan.run.plan.root_tokens]
     sites = {leg.site for leg in plan.legs}

@@ -42,11 +42,11 @@ class Moments:
         for start in range(0, source.shape[0], 4096):
             x = torch.cat([source[start : start + 4096], target[start : start + 4096]], dim=1).float()
             if self.n_tokens == 0:
-                self.shift = x.mean(dim=0).double().cpu()
+                self.shift = x.mean(dim=0).cpu().double()
             x = x - self.shift.to(x)
             self.n_tokens += x.shape[0]
-            self.total += x.sum(dim=0).double().cpu()
-            self.products += (x.T @ x).double().cpu()
+            self.total += x.sum(dim=0).cpu().double()
+            self.products += (x.T @ x).cpu().double()
 
     @property
     def mean(self) -> Tensor:

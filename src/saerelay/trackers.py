@@ -52,7 +52,7 @@ class WandB:
     """The same scalars in a Weights & Biases run named after the directory; resuming continues it."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         name = directory.resolve().name
         config: dict[str, Any] = plan.run.model_dump(mode="json")
@@ -74,8 +74,8 @@ def check_installed(plan: Plan) -> None:
     for name in plan.run.train.loggers:
         if find_spec(name) is None:
             raise RecipeError(
-                f"train.loggers asks for {name}, which is not installed; pip install 'saerelay[{name}]', or take it out "
-                "(metrics.jsonl is always written)"
+                f"train.loggers asks for {name}, which is not installed; pip install 'saerelay[{name}]', or take it "
+                "out (metrics.jsonl is always written)"
             )
 
 

@@ -32,16 +32,12 @@ from saerelay.checkpoint import (
 )
 from saerelay.dictionaries import Dictionary, calibrate_threshold
 from saerelay.engine import Cohort, Trainee
-from saerelay.errors import LegFailed, TransferError
+from saerelay.errors import Interrupted, LegFailed, TransferError
 from saerelay.moments import Moments
 from saerelay.plan import Leg, Plan
 from saerelay.progress import Watcher
 from saerelay.stream import AbstractStream, Block
 from saerelay.transfer import fold, map_between
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the state was saved."""
 
 
 @dataclass
@@ -54,6 +50,8 @@ class Training:
     moments: dict[str, Moments] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "lm": 0.0, "fits": 0.0})
+    positions: dict[str, int] = field(default_factory=lambda: {"read": 0, "left_out": 0})
+    """Token positions read, and those not trained on: BOS and outlier norms."""
 
     def save(self, paths: RunDirectory) -> None:
         """Write the resume state."""
@@ -62,7 +60,8 @@ class Training:
             tensors |= prefixed(f"leg/{leg_id}", trainee.state())
         for leg_id, moments in self.moments.items():
             tensors |= prefixed(f"moments/{leg_id}", moments.state())
-        facts = {"cursor": self.cursor, "failures": self.failures, "seconds": self.seconds}
+        facts: dict[str, Any] = {"cursor": self.cursor, "failures": self.failures}
+        facts |= {"seconds": self.seconds, "positions": self.positions}
         facts |= {"live": list(self.cohort.trainees), "moments": list(self.moments), "machine": machine()}
         save_state(paths.state, tensors, facts)
 
@@ -72,7 +71,8 @@ class Training:
         self = cls(plan, Cohort(plan.run.train.batch_tokens))
         if saved := load_state(paths.state):
             tensors, facts = saved
-            self.cursor, self.failures, self.seconds = facts["cursor"], facts["failures"], facts["seconds"]
+            self.cursor, self.failures = facts["cursor"], facts["failures"]
+            self.seconds, self.positions = facts["seconds"], facts["positions"]
             for leg_id in facts["live"]:
                 state = {name: t.to(device) for name, t in under(f"leg/{leg_id}", tensors).items()}
                 self.cohort.add(Trainee.restore(plan.leg(leg_id), plan.run.train, state))
@@ -101,6 +101,8 @@ def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher:
                 with timed(now.seconds, "fits"):
                     begin_legs(now, block, paths)
                     gather_moments(now, block)
+                now.positions["read"] += block.keep.numel()
+                now.positions["left_out"] += int((~block.keep).sum())
             for index in range(offset // block.batch_tokens, block.n_batches):
                 now.cohort.step(block.batch(index))
                 now.cursor += block.batch_tokens
@@ -112,11 +114,11 @@ def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher:
                     now.save(paths)
                     last_saved = now.cursor
                 if stop.is_set():
-                    raise Interrupted
+                    raise Interrupted(f"saerelay train {paths.recipe} --out {paths.root} --resume")
             report(now, now.cohort.live, log, watcher)
     now.seconds["total"] = time.perf_counter() - began
     now.save(paths)
-    write_json(paths.cost, now.seconds)
+    write_json(paths.cost, {"seconds": now.seconds, "positions": now.positions})
     if now.failures:
         lines = [f"leg {leg_id} stopped: {why}" for leg_id, why in now.failures.items()]
         raise LegFailed(
