@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from saerelay.cost import forward_flops, plan_cost
 from saerelay.errors import PlanError
-from saerelay.plan import External, ModelFacts, Plan, compile_plan, extend_plan, forward_flops, plan_cost, state_bytes
+from saerelay.plan import External, ModelFacts, Plan, compile_plan, extend_plan, state_bytes
 from saerelay.recipe import Run
 from saerelay.site import Site
 

@@ -37,9 +37,9 @@ def plan(
     timing: Annotated[bool, typer.Option(help="load the model and time a few steps")] = True,
 ) -> None:
     """Show what would be trained, from whom, and what it would take; trains nothing."""
+    from saerelay.cost import plan_cost
     from saerelay.launch import plan_run, time_plan
     from saerelay.model import LanguageModel
-    from saerelay.plan import plan_cost
     from saerelay.recipe import Run
     from saerelay.tables import plan_facts, plan_table
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from saerelay.checkpoint import RunDirectory, Suite, load_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
+from saerelay.cost import plan_cost
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.kernels import encode_sparse, products
 from saerelay.model import LanguageModel
-from saerelay.plan import Leg, Plan, plan_cost
+from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions
 

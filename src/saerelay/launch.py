@@ -23,10 +23,11 @@ from saerelay.checkpoint import (
     write_text,
 )
 from saerelay.corpus import Corpus, prepare
+from saerelay.cost import plan_cost
 from saerelay.engine import Trainee
 from saerelay.errors import DataError, PlanError, RunDirectoryError, SaeRelayError
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
-from saerelay.plan import External, Plan, compile_plan, extend_plan, plan_cost
+from saerelay.plan import External, Plan, compile_plan, extend_plan
 from saerelay.progress import LiveTable, PlainLog, Watcher
 from saerelay.recipe import LegSpec, Run, annotated_toml
 from saerelay.spec import format_count

@@ -21,6 +21,7 @@ from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec, format_count
 
 SCHEMA_VERSION = 1
+ARCHITECTURES_WITH_SPARSE_STEP: tuple[Architecture, ...] = ("topk", "batchtopk")
 MAX_BLOCK_TOKENS = 65_536
 BLOCK_BYTES = 2**30
 """Activations of one block stay under this, when the recipe lets us choose its size."""
@@ -457,7 +458,7 @@ def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, f
     candidates = sorted({earliest, *(block * math.ceil(other.end / block) for other in legs)})
     for start in (s for s in candidates if s >= earliest):
         placed = leg.model_copy(update={"start": start})
-        if _peak([*legs, placed], facts) <= memory_bytes:
+        if peak_state_bytes([*legs, placed], facts) <= memory_bytes:
             break
     else:
         raise AssertionError("after the last leg's end there is room for one")
@@ -479,26 +480,6 @@ def _check_widths(plan: Plan) -> None:
             )
 
 
-# --- costs ------------------------------------------------------------------------------------------------------
-
-
-class Cost(Spec):
-    """What a plan takes; `flops` are operations executed, `flops_dense_equivalent` what dense steps would take."""
-
-    lm_tokens: int
-    """Token positions read by the language model."""
-    sae_samples: int
-    """Activations trained on, summed over legs."""
-    flops: float
-    flops_dense_equivalent: float
-    flops_all_from_scratch: float
-    """The same layers, each from scratch with root_tokens, all sharing one forward pass, executed the same way."""
-    memory_bytes: float
-    """Largest training state of all live legs, one block's activations and the language model."""
-    disk_bytes: float
-    """Published dictionaries, snapshots, the saved state twice over, and the tokens."""
-
-
 def parameters(leg: Leg, facts: ModelFacts) -> int:
     """Parameters of a leg's dictionary."""
     return leg.dictionary.n_latents * (2 * facts.width(leg.site) + 1) + facts.width(leg.site)
@@ -509,70 +490,5 @@ def state_bytes(leg: Leg, facts: ModelFacts) -> float:
     return 16.0 * parameters(leg, facts)
 
 
-def _peak(legs: Sequence[Leg], facts: ModelFacts) -> float:
+def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts) -> float:
     return max(sum(state_bytes(o, facts) for o in legs if o.start <= leg.start < o.end) for leg in legs)
-
-
-def step_flops(dictionary: DictionarySpec, width: int) -> tuple[float, float]:
-    """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
-    dense = 12.0 * width * dictionary.n_latents
-    if dictionary.architecture in ("topk", "batchtopk"):
-        return 2.0 * width * dictionary.n_latents + 8.0 * width * dictionary.k, dense
-    return dense, dense
-
-
-def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
-    """Operations of the language model's first `n_layers` layers for one token, attention included."""
-    return n_layers * (2.0 * facts.layer_params + 4.0 * context * facts.d_attn_z)
-
-
-def plan_cost(plan: Plan) -> Cost:
-    """Predict a plan's cost from shapes alone."""
-    facts, context, block = plan.facts, plan.run.data.context, plan.block_tokens
-    lm_tokens, flops = 0, 0.0
-    for start in range(0, plan.n_tokens, block):
-        sites = plan.open_sites(start, start + block)
-        if sites:
-            lm_tokens += block
-            flops += block * forward_flops(facts, max(s.layer for s in sites) + 1, context)
-    dense = flops
-    for leg in plan.legs:
-        width = facts.width(leg.site)
-        executed, equivalent = step_flops(leg.dictionary, width)
-        trained = leg.budget_tokens - leg.refit_tokens
-        fits = leg.moment_tokens * 8.0 * width**2 + leg.refit_tokens * (2.0 * width * leg.dictionary.n_latents)
-        flops += trained * executed + fits
-        dense += trained * equivalent + fits
-    weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
-    live = _peak(plan.legs, facts)
-    activations = 4.0 * block * sum(facts.width(site) for site in plan.sites)
-    return Cost(
-        lm_tokens=lm_tokens,
-        sae_samples=sum(leg.budget_tokens for leg in plan.legs),
-        flops=flops,
-        flops_dense_equivalent=dense,
-        flops_all_from_scratch=_all_from_scratch(plan),
-        memory_bytes=live + activations + facts.model_params * (4 if facts.dtype == "float32" else 2),
-        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / plan.run.data.epochs,
-    )
-
-
-def _all_from_scratch(plan: Plan) -> float:
-    facts, tokens = plan.facts, plan.run.plan.root_tokens
-    own = {leg.site: leg for leg in plan.legs if leg.role != "control"}
-    steps = sum(step_flops(leg.dictionary, facts.width(site))[0] for site, leg in own.items())
-    return tokens * (steps + forward_flops(facts, max(site.layer for site in own) + 1, plan.run.data.context))
-
-
-def describe(plan: Plan) -> list[str]:
-    """One line a leg: what it is, from whom, with how many tokens."""
-    lines = []
-    for leg in plan.legs:
-        origin = f"{leg.method} from {leg.parent}" if leg.parent else "from scratch"
-        lines.append(
-            f"{leg.id}: {leg.role}, {origin}, {format_count(leg.budget_tokens)} tokens from {format_count(leg.start)}"
-        )
-    return lines
-
-
-ARCHITECTURES_WITH_SPARSE_STEP: tuple[Architecture, ...] = ("topk", "batchtopk")

@@ -5,7 +5,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from saerelay.plan import Cost, Plan
+from saerelay.cost import Cost
+from saerelay.plan import Plan
 from saerelay.spec import format_count
 
 

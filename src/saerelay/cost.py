@@ -1,0 +1,73 @@
+"""What a plan takes, from shapes alone: tokens, operations, memory, disk."""
+
+from saerelay.plan import ARCHITECTURES_WITH_SPARSE_STEP, ModelFacts, Plan, parameters, peak_state_bytes
+from saerelay.recipe import DictionarySpec
+from saerelay.spec import Spec
+
+
+class Cost(Spec):
+    """What a plan takes; `flops` are operations executed, `flops_dense_equivalent` what dense steps would take."""
+
+    lm_tokens: int
+    """Token positions read by the language model."""
+    sae_samples: int
+    """Activations trained on, summed over legs."""
+    flops: float
+    flops_dense_equivalent: float
+    flops_all_from_scratch: float
+    """The same layers, each from scratch with root_tokens, all sharing one forward pass, executed the same way."""
+    memory_bytes: float
+    """Largest training state of all live legs, one block's activations and the language model."""
+    disk_bytes: float
+    """Published dictionaries, snapshots, the saved state twice over, and the tokens."""
+
+
+def step_flops(dictionary: DictionarySpec, width: int) -> tuple[float, float]:
+    """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
+    dense = 12.0 * width * dictionary.n_latents
+    if dictionary.architecture in ARCHITECTURES_WITH_SPARSE_STEP:
+        return 2.0 * width * dictionary.n_latents + 8.0 * width * dictionary.k, dense
+    return dense, dense
+
+
+def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
+    """Operations of the language model's first `n_layers` layers for one token, attention included."""
+    return n_layers * (2.0 * facts.layer_params + 4.0 * context * facts.d_attn_z)
+
+
+def plan_cost(plan: Plan) -> Cost:
+    """Predict a plan's cost from shapes alone."""
+    facts, context, block = plan.facts, plan.run.data.context, plan.block_tokens
+    lm_tokens, flops = 0, 0.0
+    for start in range(0, plan.n_tokens, block):
+        sites = plan.open_sites(start, start + block)
+        if sites:
+            lm_tokens += block
+            flops += block * forward_flops(facts, max(s.layer for s in sites) + 1, context)
+    dense = flops
+    for leg in plan.legs:
+        width = facts.width(leg.site)
+        executed, equivalent = step_flops(leg.dictionary, width)
+        trained = leg.budget_tokens - leg.refit_tokens
+        fits = leg.moment_tokens * 8.0 * width**2 + leg.refit_tokens * (2.0 * width * leg.dictionary.n_latents)
+        flops += trained * executed + fits
+        dense += trained * equivalent + fits
+    weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
+    live = peak_state_bytes(plan.legs, facts)
+    activations = 4.0 * block * sum(facts.width(site) for site in plan.sites)
+    return Cost(
+        lm_tokens=lm_tokens,
+        sae_samples=sum(leg.budget_tokens for leg in plan.legs),
+        flops=flops,
+        flops_dense_equivalent=dense,
+        flops_all_from_scratch=_all_from_scratch(plan),
+        memory_bytes=live + activations + facts.model_params * (4 if facts.dtype == "float32" else 2),
+        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / plan.run.data.epochs,
+    )
+
+
+def _all_from_scratch(plan: Plan) -> float:
+    facts, tokens = plan.facts, plan.run.plan.root_tokens
+    own = {leg.site: leg for leg in plan.legs if leg.role != "control"}
+    steps = sum(step_flops(leg.dictionary, facts.width(site))[0] for site, leg in own.items())
+    return tokens * (steps + forward_flops(facts, max(site.layer for site in own) + 1, plan.run.data.context))
