@@ -400,7 +400,7 @@ def _leg(
         refit_tokens=min(budget, _blocks(p.refit_tokens, block)) if refit else 0,
         budget_tokens=budget,
         batch_tokens=batch,
-        lr=lr or auto_lr(dictionary, "transfer" if spec.parent else "scratch", budget),
+        lr=lr or auto_lr("transfer" if spec.parent else "scratch", budget, batch),
         dead_after_tokens=t.dead_after or min(10_000_000, budget // 10),
         snapshots=_snapshots(run, budget, bool(spec.parent)),
         seed=t.seed if spec.seed is None else spec.seed,
@@ -418,9 +418,15 @@ def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:
         )
 
 
-def auto_lr(dictionary: DictionarySpec, kind: Literal["scratch", "transfer"], budget_tokens: int) -> float:
-    """Default learning rates, from the sweep in docs/log.md."""
-    return 2e-3 if kind == "scratch" else 5e-4
+def auto_lr(kind: Literal["scratch", "transfer"], budget_tokens: int, batch_tokens: int) -> float:
+    """Default learning rates, from the sweeps in docs/log.md: they fall with the square root of the budget.
+
+    >>> auto_lr("scratch", 1_000_000, 512), auto_lr("transfer", 250_000, 512)
+    (0.003, 0.0005)
+    """
+    best, at_tokens = (3e-3, 1_000_000) if kind == "scratch" else (5e-4, 250_000)
+    rate = best * math.sqrt(at_tokens / budget_tokens * batch_tokens / 512)
+    return min(max(rate, best / 15), 2 * best)
 
 
 def _snapshots(run: Run, budget: int, transferred: bool) -> list[int]:

@@ -97,7 +97,7 @@ class DictionarySpec(Spec):
     n_latents: Count = Field(default=0, ge=0, description="... or their number; 0 takes expansion")
     k: int = Field(default=32, ge=1, description="topk, batchtopk: active latents per token")
     target_l0: float = Field(default=32.0, gt=0, description="jumprelu: active latents per token to aim for")
-    l1: float = Field(default=0.05, ge=0, description="relu: weight of the L1 penalty, in normalised units")
+    l1: float = Field(default=4.0, ge=0, description="relu: weight of the L1 penalty, in normalised units")
     l0_weight: float = Field(
         default=1.0, ge=0, description="jumprelu: weight of the penalty ((L0 - target) / target)^2"
     )
