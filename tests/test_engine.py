@@ -15,7 +15,7 @@ SPEC = TrainSpec(batch_tokens=B)
 
 
 def leg(leg_id: str = "L0", architecture: str = "topk", **changes: Any) -> Leg:
-    dictionary = DictionarySpec(architecture=architecture, n_latents=F, k=4, target_l0=4)  # type: ignore[arg-type]
+    dictionary = DictionarySpec(architecture=architecture, n_latents=F, k=4, target_l0=4, l1=0.1)  # type: ignore[arg-type]
     defaults: dict[str, Any] = dict(
         id=leg_id, role="root", layer=0, module="resid_post", dictionary=dictionary, budget_tokens=40 * B,
         batch_tokens=B, lr=1e-2, dead_after_tokens=6 * B, seed=0,
@@ -188,6 +188,25 @@ def test_refit_comes_before_gradient_steps_and_helps() -> None:
     for batch in x.split(B)[:40]:
         refitted.step(batch)
     assert refitted.done and refitted.refit is None and fvu(refitted, data(seed=2)) < fvu(start, data(seed=2))
+
+
+def test_refit_counts_what_fires_and_stops_at_infinities() -> None:
+    x = data()
+    parent = trained(leg(), x).canonical()
+    refitted = Trainee(leg(parent="p", refit_tokens=20 * B), SPEC, x, parent)
+    for batch in x.split(B)[:20]:
+        refitted.step(batch)
+    assert refitted.refit is None and int(refitted.dead().sum()) < F / 2
+    poisoned = Trainee(leg(parent="p", refit_tokens=20 * B), SPEC, x, parent)
+    poisoned.step(torch.full_like(x[:B], torch.nan))
+    assert "not finite" in poisoned.failure and poisoned.done
+
+
+def test_an_empty_batch_only_ages() -> None:
+    trainee = Trainee(leg(), SPEC, data())
+    before = trainee.dictionary.W_enc.detach().clone()
+    trainee.step(data()[:0])
+    assert trainee.age == B and torch.equal(trainee.dictionary.W_enc, before)
 
 
 def test_from_scratch_depends_on_seed_and_site_only() -> None:

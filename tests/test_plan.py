@@ -7,21 +7,24 @@ import pytest
 
 from saerelay.cost import forward_flops, plan_cost
 from saerelay.errors import PlanError
-from saerelay.plan import External, ModelFacts, Plan, compile_plan, extend_plan, state_bytes
+from saerelay.plan import External, ModelFacts, Plan, auto_lr, compile_plan, state_bytes
 from saerelay.recipe import Run
 from saerelay.site import Site
 
 BASE: dict[str, Any] = {
     "data": {"context": 16, "block_tokens": 256},
     "dictionary": {"n_latents": 64, "k": 4},
-    "plan": {"root_tokens": 4096, "transfer_tokens": 1024, "moment_tokens": 512, "refit_tokens": 256},
+    "plan": {"root_tokens": 4096, "transfer_tokens": 1024, "moment_tokens": 512, "refit_tokens": 256, "refit": True},
     "train": {"batch_tokens": 64},
 }
 
 
-def compiled(facts: ModelFacts, memory_bytes: float = math.inf, externals=None, **sections: dict[str, Any]) -> Plan:
+def compiled(
+    facts: ModelFacts, memory_bytes=math.inf, externals=None, finished=None, **sections: dict[str, Any]
+) -> Plan:
     data = {key: BASE.get(key, {}) | sections.get(key, {}) for key in BASE | sections}
-    return compile_plan(Run.parse(data, source="test"), facts, memory_bytes=memory_bytes, externals=externals)
+    run = Run.parse(data, source="test")
+    return compile_plan(run, facts, memory_bytes=memory_bytes, externals=externals, finished=finished)
 
 
 def shape(plan: Plan) -> dict[str, str]:
@@ -158,8 +161,9 @@ def test_explicit_legs(facts: ModelFacts) -> None:
         ({"k": 100}, "dictionary.k is 100 but there are only 64 latents; lower k or raise n_latents"),
         ({"batch_tokens": 48}, "batch_tokens 48 does not divide train.batch_tokens 64"),
         ({"parent": "y", "n_latents": 32}, "asks for 32 latents, its parent y has 64"),
-        ({"parent": "y", "module": "attn_z"}, "L1 is 16 wide and L1.attn_z 24; a transfer needs equal widths"),
+        ({"parent": "y", "module": "attn_z"}, "its parent y reads activations 16 wide, L1.attn_z is 24 wide"),
         ({"id": "y"}, "two legs have the id y"),
+        ({"tokens": 0}, "is trained from scratch with 0 tokens"),
     ],
 )
 def test_refusals(facts: ModelFacts, leg: dict[str, Any], message: str) -> None:
@@ -173,12 +177,20 @@ def test_refusals_of_whole_recipes(facts: ModelFacts) -> None:
         compiled(facts, sites={"layers": [1, 6]})
     with pytest.raises(PlanError, match="takes at most 64 tokens"):
         compiled(facts, data={"context": 128})
+    with pytest.raises(PlanError, match="plan.roots names layer 5, which is not among sites.layers"):
+        compiled(facts, sites={"layers": [1, 2]}, plan={"roots": [5]})
+    with pytest.raises(PlanError, match="write controls as legs with control_of"):
+        compiled(facts, plan={"legs": [{"id": "a", "layer": 1, "tokens": 64}], "controls": [1]})
+    with pytest.raises(PlanError, match="fits a 16-dimensional map on 16 tokens; raise plan.moment_tokens over 32"):
+        compiled(
+            facts, data={"context": 16, "block_tokens": 16}, train={"batch_tokens": 16}, plan={"moment_tokens": 16}
+        )
     with pytest.raises(PlanError, match="must be a multiple of train.batch_tokens"):
         compiled(facts, data={"context": 16, "block_tokens": 100})
 
 
 def test_a_parent_outside_the_plan(facts: ModelFacts) -> None:
-    outside = External(layer=4, module="resid_post", architecture="batchtopk", n_latents=48, k=3)
+    outside = External(layer=4, module="resid_post", architecture="batchtopk", n_latents=48, d_model=16, k=3, path="/a")
     leg = {"id": "x", "layer": 1, "parent": "runs/a/legs/L4", "tokens": 512}
     plan = compiled(facts, externals={"runs/a/legs/L4": outside}, plan={"legs": [leg]}, data={"outlier_norm": 0})
     assert plan.parent_site(plan.legs[0]) == Site(4)
@@ -213,15 +225,44 @@ def test_transfer_costs_less_than_all_from_scratch(facts: ModelFacts) -> None:
 
 
 def test_an_extension_adds_legs_and_tokens_after_the_end(facts: ModelFacts) -> None:
-    old = compiled(facts, sites={"layers": [2, 3]})
-    new = extend_plan(old, compiled(facts, plan={"root_tokens": 6144}, sites={"layers": [2, 3, 4]}))
-    assert new.legs[: len(old.legs)] == old.legs
-    more = new.leg("L4+2.05k") if new.has("L4+2.05k") else new.leg("L3+2.05k")
-    assert (more.parent, more.budget_tokens, more.method, more.start) == ("L3", 2048, "identity", old.n_tokens)
-    assert all(leg.start >= old.n_tokens for leg in new.legs[len(old.legs) :])
+    old = compiled(facts, sites={"layers": [2, 3]}, plan={"controls": [2]})
+    sections = {"sites": {"layers": [2, 3, 4]}, "plan": {"root_tokens": 6144, "controls": [2]}}
+    new = compiled(facts, finished=old, **sections)
+    assert new.legs[: len(old.legs)] == old.legs and new.block_tokens == old.block_tokens
+    more, child = new.leg("L3+6.14k"), new.leg("L4-from-L3")
+    assert (more.parent, more.role, more.budget_tokens, more.method) == ("L3", "root", 2048, "identity")
+    control = new.leg("L2-scratch-full+6.14k")
+    assert (control.role, control.control_of, control.control_kind) == ("control", "L2-from-L3", "full")
+    assert more.start == child.start == old.n_tokens and new.n_tokens <= old.n_tokens + 2048
+    assert compiled(facts, finished=new, **sections).legs == new.legs
+    sections["plan"] = sections["plan"] | {"root_tokens": 8192}
+    again = compiled(facts, finished=new, **sections).leg("L3+8.19k")
+    assert (again.parent, again.budget_tokens) == ("L3+6.14k", 2048)
+
+
+def test_an_extension_keeps_the_roots_and_the_probe(facts: ModelFacts) -> None:
+    old = compiled(facts, sites={"layers": [0, 1]})
+    new = compiled(facts, finished=old)
+    assert {leg.layer for leg in new.legs if not leg.parent} == {leg.layer for leg in old.legs if not leg.parent}
+    assert new.probe == old.probe
 
 
 def test_an_extension_does_not_change_what_is_finished(facts: ModelFacts) -> None:
     old = compiled(facts)
     with pytest.raises(PlanError, match="is finished and the recipe changes its dictionary"):
-        extend_plan(old, compiled(facts, dictionary={"n_latents": 64, "k": 8}))
+        compiled(facts, finished=old, dictionary={"n_latents": 64, "k": 8})
+
+
+def test_untrained_hops_live_for_one_block(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"transfer_tokens": 0, "refit": False})
+    child = plan.leg("L2-from-L3")
+    assert (child.budget_tokens, child.refit_tokens, child.fold_at) == (0, 0, 4096) and plan.n_tokens == 4096 + 256
+    plan = compiled(facts, plan={"transfer_tokens": 0})
+    assert plan.leg("L2-from-L3").budget_tokens == plan.leg("L2-from-L3").refit_tokens == 256
+
+
+def test_default_rates_fall_with_the_budget() -> None:
+    rates = [auto_lr("scratch", n, 512) for n in (10**5, 10**6, 4 * 10**6, 10**9)]
+    assert rates == pytest.approx([6e-3, 3e-3, 1.5e-3, 2e-4]) and auto_lr("scratch", 10**6, 128) == pytest.approx(
+        1.5e-3
+    )

@@ -43,7 +43,14 @@ def make_plan(facts: ModelFacts, **plan: Any) -> Plan:
         "sites": {"layers": [0, 1, 2]},
         "data": {"context": 16, "block_tokens": 512, "outlier_norm": 0},
         "dictionary": {"n_latents": 48, "k": 4, "architecture": plan.pop("architecture", "topk")},
-        "plan": {"root_tokens": 4096, "transfer_tokens": 2048, "moment_tokens": 1024, "refit_tokens": 512} | plan,
+        "plan": {
+            "root_tokens": 4096,
+            "transfer_tokens": 2048,
+            "moment_tokens": 1024,
+            "refit_tokens": 512,
+            "refit": True,
+        }
+        | plan,
         "train": {"batch_tokens": 64, "checkpoint_every": 640, "lr": 3e-3, "transfer_lr": 1e-3},
     }
     return compile_plan(Run.parse(sections, source="test"), facts)

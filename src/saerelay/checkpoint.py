@@ -177,17 +177,17 @@ def _check_shapes(dictionary: Dictionary, n_latents: int, d_model: int, path: Pa
 
 # --- resume state -----------------------------------------------------------------------------------------------
 
-_STATE = "state.safetensors"
+STATE_FILE = "state.safetensors"
 
 
 def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write the whole resume state as one file, so that it is there whole or not at all."""
-    _write_tensors(directory / _STATE, tensors, {"facts": json.dumps(dict(facts))})
+    _write_tensors(directory / STATE_FILE, tensors, {"facts": json.dumps(dict(facts))})
 
 
 def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The last saved state, or None if there is none."""
-    path = directory / _STATE
+    path = directory / STATE_FILE
     if not path.is_file():
         return None
     try:
@@ -211,7 +211,10 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def sole_writer(root: Path) -> Iterator[None]:
     """Hold the run's lock: a second process on the same run is refused."""
-    (root / "state").mkdir(parents=True, exist_ok=True)
+    try:
+        (root / "state").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{root}: cannot be made ({error.strerror}); choose another --out") from None
     lock = filelock.FileLock(root / "state" / "lock")
     try:
         lock.acquire(timeout=0)

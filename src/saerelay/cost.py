@@ -1,6 +1,6 @@
 """What a plan takes, from shapes alone: tokens, operations, memory, disk."""
 
-from saerelay.plan import ARCHITECTURES_WITH_SPARSE_STEP, ModelFacts, Plan, parameters, peak_state_bytes
+from saerelay.plan import ARCHITECTURES_WITH_SPARSE_STEP, Leg, ModelFacts, Plan, parameters, peak_state_bytes
 from saerelay.recipe import DictionarySpec
 from saerelay.spec import Spec
 
@@ -22,12 +22,21 @@ class Cost(Spec):
     """Published dictionaries, snapshots, the saved state twice over, and the tokens."""
 
 
-def step_flops(dictionary: DictionarySpec, width: int) -> tuple[float, float]:
+def step_flops(dictionary: DictionarySpec, facts: ModelFacts, width: int) -> tuple[float, float]:
     """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
     dense = 12.0 * width * dictionary.n_latents
-    if dictionary.architecture in ARCHITECTURES_WITH_SPARSE_STEP:
+    if dictionary.architecture in ARCHITECTURES_WITH_SPARSE_STEP and facts.device == "cpu":
         return 2.0 * width * dictionary.n_latents + 8.0 * width * dictionary.k, dense
     return dense, dense
+
+
+def fit_flops(leg: Leg, width: int) -> float:
+    """Operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky."""
+    F, moments = leg.dictionary.n_latents, leg.moment_tokens * 8.0 * width**2
+    if not leg.refit_tokens:
+        return moments
+    codes = leg.refit_tokens * (2.0 * width * F + 2.0 * leg.dictionary.k * (F + 2 * width))
+    return moments + codes + F**3 / 3 + 2.0 * F**2 * width
 
 
 def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
@@ -47,9 +56,9 @@ def plan_cost(plan: Plan) -> Cost:
     dense = flops
     for leg in plan.legs:
         width = facts.width(leg.site)
-        executed, equivalent = step_flops(leg.dictionary, width)
+        executed, equivalent = step_flops(leg.dictionary, facts, width)
         trained = leg.budget_tokens - leg.refit_tokens
-        fits = leg.moment_tokens * 8.0 * width**2 + leg.refit_tokens * (2.0 * width * leg.dictionary.n_latents)
+        fits = fit_flops(leg, width)
         flops += trained * executed + fits
         dense += trained * equivalent + fits
     weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
@@ -69,5 +78,5 @@ def plan_cost(plan: Plan) -> Cost:
 def _all_from_scratch(plan: Plan) -> float:
     facts, tokens = plan.facts, plan.run.plan.root_tokens
     own = {leg.site: leg for leg in plan.legs if leg.role != "control"}
-    steps = sum(step_flops(leg.dictionary, facts.width(site))[0] for site, leg in own.items())
+    steps = sum(step_flops(leg.dictionary, facts, facts.width(site))[0] for site, leg in own.items())
     return tokens * (steps + forward_flops(facts, max(site.layer for site in own) + 1, plan.run.data.context))

@@ -111,14 +111,21 @@ class Trainee:
         began = time.perf_counter()
         x = self._normalised(x)
         if self.refit is not None:
-            self.refit.add(x)
-        else:
+            self._refit(self.refit, x)
+        elif x.shape[0]:
             self._train(x)
         self.age += 0 if self.failure else self.leg.batch_tokens
-        if self.refit is not None and self.age >= self.leg.refit_tokens:
-            self._adopt(self.refit.solve())
-            self.refit = None
         self.seconds += time.perf_counter() - began
+
+    def _refit(self, refit: Refit, x: Tensor) -> None:
+        """Gather for the refit; solve it with the last batch."""
+        codes, age = refit.add(x), self.age + self.leg.batch_tokens
+        self.last_fired[codes.columns[codes.values > 0].long()] = age
+        if not bool(torch.isfinite(refit.residual).all()):
+            self.failure = f"activations that are not finite at age {self.age} tokens"
+        elif age >= self.leg.refit_tokens:
+            self._adopt(refit.solve())
+            self.refit = None
 
     def _train(self, x: Tensor) -> None:
         loss = self._gradients(x)

@@ -25,7 +25,7 @@ from saerelay.kernels import encode_sparse, products
 from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
-from saerelay.stream import kept_positions
+from saerelay.stream import kept_positions, load_model
 
 SCHEMA_VERSION = 1
 LOGIT_BYTES = 2**28
@@ -231,10 +231,11 @@ def evaluate_run(
     plan, paths = suite.plan, suite.directory
     if not suite.legs:
         raise RunDirectoryError(f"{paths.root}: no leg is finished yet; finish the run with `saerelay train --resume`")
-    asked = {"tokens": tokens or plan.run.evaluate.tokens, "ce": _wants_ce(plan)}
+    available = int(Corpus.open(paths.tokens).test.size)
+    asked = {"tokens": min(tokens or plan.run.evaluate.tokens, available), "ce": _wants_ce(plan)}
     missing = [leg for leg in suite.legs if not _measured(paths, leg, asked)]
     if missing:
-        model = model or LanguageModel.load(plan.run.model)
+        model = model or load_model(plan)
         wanted = {key: value for leg in missing for key, value in _dictionaries(paths, leg).items()}
         corpus = Corpus.open(paths.tokens)
         sequences = corpus.test[: math.ceil(asked["tokens"] / plan.run.data.context)]

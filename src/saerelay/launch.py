@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,26 @@ from saerelay.checkpoint import (
 from saerelay.corpus import Corpus, prepare
 from saerelay.cost import plan_cost
 from saerelay.engine import Trainee
-from saerelay.errors import DataError, PlanError, RunDirectoryError, SaeRelayError
+from saerelay.errors import DataError, RunDirectoryError, SaeRelayError
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
-from saerelay.plan import External, Plan, compile_plan, extend_plan
+from saerelay.plan import External, Plan, compile_plan
 from saerelay.progress import LiveTable, PlainLog, Watcher
 from saerelay.recipe import LegSpec, Run, annotated_toml
 from saerelay.spec import format_count
-from saerelay.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.stream import LM_BATCH_TOKENS, LiveStream, load_model
 from saerelay.trackers import Several, asked_for, check_installed
-from saerelay.train import train_plan
+from saerelay.train import machine, train_plan
 
 
-def plan_run(run: Run) -> Plan:
-    """Compile a recipe for the model it names: reads the model's configuration, no weights."""
+def plan_run(run: Run, finished: Plan | None = None) -> Plan:
+    """Compile a recipe for the model it names: reads the model's configuration, no weights.
+
+    With a `finished` plan, what the recipe adds to it is placed after its end.
+    """
     facts = read_facts(run.model)
     externals = {spec.parent: describe_external(spec.parent) for spec in run.plan.legs if "/" in spec.parent}
     memory = run.train.memory_gib * 2**30 or 0.7 * device_memory(facts.device)
-    return compile_plan(run, facts, externals=externals, memory_bytes=memory)
+    return compile_plan(run, facts, externals=externals, memory_bytes=memory, finished=finished)
 
 
 def describe_external(directory: str) -> External:
@@ -52,7 +55,9 @@ def describe_external(directory: str) -> External:
         module=info["module"],
         architecture=dictionary.architecture,
         n_latents=dictionary.n_latents,
+        d_model=dictionary.d_model,
         k=dictionary.k,
+        path=str(Path(directory).resolve()),
     )
 
 
@@ -81,10 +86,9 @@ def train_run(
             check_installed(plan)
             check_disk(plan, paths)
             corpus = tokenise(plan, paths, console)
-            check_corpus(plan, corpus)
-            model = LanguageModel.load(plan.run.model)
-            write_text(paths.recipe, annotated_toml(plan.run))
+            model = load_model(plan)
             write_text(paths.plan, plan.to_json())
+            write_text(paths.recipe, annotated_toml(plan.run))
         with watching(plan, paths, console) as watcher:
             train_plan(plan, paths, LiveStream(model, corpus.train, plan), watcher, model.device)
     return load(paths.root)
@@ -96,7 +100,7 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
         return
     if not paths.root.is_dir():
         raise RunDirectoryError(f"{paths.root} is a file; choose another --out")
-    ours = {"state", "tokens", ".tokens.partial", ".saerelay-demo"}
+    ours = {"state", "tokens", "tokens.new", ".tokens.new.partial", ".plan.json.tmp", ".saerelay-demo"}
     others = [p.name for p in paths.root.iterdir() if p.name not in ours]
     if paths.plan.is_file():
         if not resume:
@@ -114,44 +118,54 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
 def settle_plan(run: Run, paths: RunDirectory, *, extend: bool) -> Plan:
     """The plan of a new run, the old plan of one that is resumed, or the old one with what an extension adds."""
     if not paths.plan.is_file():
-        return plan_run(run)
+        plan = plan_run(run)
+        shutil.rmtree(paths.tokens, ignore_errors=True)  # of a run that never began, perhaps with another recipe
+        return plan
     old = read_plan(paths.root)
     if not extend:
-        check_same(old, run, paths)
-        return old
+        check_same(old, run, paths, FREE_TO_CHANGE)
+        free = {key: value for key, value in flat(run.model_dump()).items() if key in FREE_TO_CHANGE}
+        return old.model_copy(update={"run": Run.parse(nested(flat(old.run.model_dump()) | free), source="resume")})
+    check_same(old, run, paths, FREE_TO_CHANGE | {"sites.layers"}, but="plan.")
     saved = load_state(paths.state)
     if saved is None or saved[1]["cursor"] < old.n_tokens:
         raise RunDirectoryError(f"{paths.root} is not finished; finish it with --resume before extending it")
-    plan = extend_plan(old, plan_run(run))
+    plan = plan_run(run, finished=old)
     if plan.legs == old.legs:
         raise RunDirectoryError(
             f"{paths.root}: the recipe adds nothing to this run; add legs, layers or tokens to extend it"
         )
-    if plan.n_tokens > old.n_tokens:
-        shutil.rmtree(paths.tokens, ignore_errors=True)
     return plan
 
 
 FREE_TO_CHANGE = {
-    "train.checkpoint_every",
-    "train.loggers",
-    "train.memory_gib",
-    "evaluate.tokens",
-    "evaluate.ce",
-    "model.device",
+    *("train.checkpoint_every", "train.loggers", "train.memory_gib", "evaluate.tokens", "evaluate.ce"),
 }
 
 
-def check_same(old: Plan, run: Run, paths: RunDirectory) -> None:
-    """A run is resumed with the recipe it began with; otherwise say what changed."""
+def check_same(old: Plan, run: Run, paths: RunDirectory, free: set[str], but: str = "\0") -> None:
+    """A run goes on with the recipe it began with, `free` keys and those beginning with `but` aside."""
     before, after = flat(old.run.model_dump(mode="json")), flat(run.model_dump(mode="json"))
-    changed = [key for key in before | after if before.get(key) != after.get(key) and key not in FREE_TO_CHANGE]
-    if changed:
+    changed = [key for key in before | after if before.get(key) != after.get(key) and key not in free]
+    if changed := [key for key in changed if not key.startswith(but)]:
         lines = [f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} in the recipe" for key in changed]
         raise RunDirectoryError(
             f"{paths.root} was begun with another recipe:\n" + "\n".join(lines) + f"\nresume it with {paths.recipe}, "
             "choose another --out, or, to add legs or tokens to a finished run, use --extend"
         )
+
+
+def nested(data: dict[str, Any]) -> dict[str, Any]:
+    """Undo `flat`, one level deep.
+
+    >>> nested({"a.b": 1, "a.c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        section, _, name = key.partition(".")
+        result.setdefault(section, {})[name] = value
+    return result
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -168,6 +182,8 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_disk(plan: Plan, paths: RunDirectory) -> None:
     """Refuse to begin what the disk cannot hold."""
+    if paths.plan.is_file():
+        return  # a run that goes on has taken its space
     needed, free = plan_cost(plan).disk_bytes, shutil.disk_usage(paths.root).free
     if needed > free:
         raise RunDirectoryError(
@@ -177,21 +193,32 @@ def check_disk(plan: Plan, paths: RunDirectory) -> None:
 
 
 def tokenise(plan: Plan, paths: RunDirectory, console: Console | None) -> Corpus:
-    """Open the run's tokens, or make them."""
-    run, context = plan.run, plan.run.data.context
-    n_train = math.ceil(plan.n_tokens / context / run.data.epochs)
-    n_eval = math.ceil(run.evaluate.tokens / context)
-    tokenizer = None if run.data.tokens else load_tokenizer(run.model)
-    if console is None or (paths.tokens / "corpus.json").is_file():
-        return prepare(run, plan.facts, tokenizer, paths.tokens, train_sequences=n_train, eval_sequences=n_eval)
-    with console.status("reading the corpus") as status:
-
-        def tell(n: int) -> None:
-            status.update(f"reading the corpus: {format_count(n)} tokens")
-
-        return prepare(
-            run, plan.facts, tokenizer, paths.tokens, train_sequences=n_train, eval_sequences=n_eval, progress=tell
+    """The run's tokens: those it has, if they are enough for the plan, or new ones that take their place."""
+    data, context = plan.run.data, plan.run.data.context
+    here = (paths.tokens / "corpus.json").is_file()
+    if here and Corpus.open(paths.tokens).train.size * data.epochs >= plan.n_tokens:
+        return Corpus.open(paths.tokens)
+    tokenizer = None if data.tokens else load_tokenizer(plan.run.model)
+    fresh = paths.tokens.with_name("tokens.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with console.status("reading the corpus") if console else nullcontext() as status:
+        prepare(
+            plan.run,
+            plan.facts,
+            tokenizer,
+            fresh,
+            train_sequences=math.ceil(plan.n_tokens / context),
+            eval_sequences=math.ceil(plan.run.evaluate.tokens / context),
+            progress=lambda n: status.update(f"reading the corpus: {format_count(n)} tokens") if status else None,
         )
+    try:
+        check_corpus(plan, Corpus.open(fresh))
+    except DataError:
+        shutil.rmtree(fresh)
+        raise
+    shutil.rmtree(paths.tokens, ignore_errors=True)
+    fresh.replace(paths.tokens)
+    return Corpus.open(paths.tokens)
 
 
 def check_corpus(plan: Plan, corpus: Corpus) -> None:
@@ -222,6 +249,11 @@ def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterat
     """A live table on a terminal, plain lines elsewhere, nothing without a console."""
     saved = load_state(paths.state)
     cursor = saved[1]["cursor"] if saved else 0
+    if saved and console and saved[1]["machine"] != machine():
+        console.print(
+            f"note: this run was begun with {saved[1]['machine']}, this is {machine()}: it goes on, but not to "
+            "bitwise the weights of an uninterrupted run"
+        )
     others = asked_for(plan, paths.root)
     if console is None:
         yield Several(others)
@@ -244,30 +276,15 @@ def hop_run(
     """Transfer one trained dictionary to another layer, into a run directory of its own.
 
     Method, refit and learning rate are the recipe's; `tokens` are its plan.transfer_tokens unless given, and 0 leaves
-    the hop untrained (the refit, if the recipe asks for it, still sees plan.refit_tokens).
+    the hop untrained (the refit, if the recipe asks for one, still sees plan.refit_tokens).
     """
     source = Path(source)
     external = describe_external(str(source))
     budget = run.plan.transfer_tokens if tokens is None else tokens
-    refit = run.plan.refit
-    module = run.sites.module
-    leg = LegSpec(
-        id=f"L{layer}-from-L{external.layer}",
-        layer=layer,
-        module=module,
-        parent=f"{source.parent}/{source.name}",
-        tokens=budget or (run.plan.refit_tokens if refit else run.train.batch_tokens),
-        refit=refit,
-    )
+    name, parent = f"L{layer}-from-L{external.layer}", f"{source.parent}/{source.name}"
+    leg = LegSpec(id=name, layer=layer, parent=parent, tokens=budget)
     plan = run.plan.model_copy(update={"legs": [leg], "controls": [], "roots": []})
-    if budget == 0:
-        plan = plan.model_copy(update={"refit_tokens": leg.tokens, "refit": refit})
-    hop = run.model_copy(update={"plan": plan})
-    if budget == 0 and not refit:
-        raise PlanError(
-            "--tokens 0 without refit leaves nothing to do after the fold; set plan.refit = true or give tokens"
-        )
-    return train_run(hop, out, console=console)
+    return train_run(run.model_copy(update={"plan": plan}), out, console=console)
 
 
 # --- how long it will take --------------------------------------------------------------------------------------

@@ -349,8 +349,8 @@ def _count(module: nn.Module) -> int:
 
 def _resolve_device(asked: str) -> torch.device:
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if asked == "auto":
-        return torch.device(next(kind for kind, n in counts.items() if n))
+    if asked == "auto":  # mps only when asked for: nobody has run it there yet
+        return torch.device("cuda" if counts["cuda"] else "cpu")
     try:
         device = torch.device(asked)
     except RuntimeError:

@@ -13,7 +13,7 @@ reaches the age it forks at, so that both share the language model's forward pas
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from saerelay.errors import PlanError
 from saerelay.recipe import Architecture, DictionarySpec, LegId, LegSpec, Method, Run, tokens_of
@@ -66,7 +66,10 @@ class External(Spec):
     module: ModuleKind
     architecture: Architecture
     n_latents: int
+    d_model: int
     k: int | None
+    path: str
+    """Its directory, absolute."""
 
 
 class Leg(Spec):
@@ -108,8 +111,8 @@ class Leg(Spec):
 
     @property
     def end(self) -> int:
-        """Cursor at which it retires."""
-        return self.fold_at + self.budget_tokens
+        """Cursor at which it retires; an untrained one lives for one batch."""
+        return self.fold_at + max(self.budget_tokens, self.batch_tokens)
 
 
 class Plan(Spec):
@@ -121,7 +124,9 @@ class Plan(Spec):
     block_tokens: int
     legs: list[Leg]
     externals: dict[str, External] = {}
-    """Parents outside this plan, by their directory."""
+    """Parents outside this plan, by their directory as the recipe gives it."""
+    probe: int | None
+    """Layer at which outlier norms are looked for, whichever sites are open; none if they are kept."""
 
     def leg(self, leg_id: str) -> Leg:
         """The leg with an id."""
@@ -143,8 +148,8 @@ class Plan(Spec):
 
     @property
     def probe_site(self) -> Site | None:
-        """Where outlier norms are looked for, whichever sites are open: the middle one; none if they are kept."""
-        return self.sites[len(self.sites) // 2] if self.run.data.outlier_norm else None
+        """Where outlier norms are looked for."""
+        return None if self.probe is None else Site(self.probe, self.run.sites.module)
 
     def open_sites(self, start: int, stop: int) -> list[Site]:
         """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop."""
@@ -171,12 +176,19 @@ class Plan(Spec):
 
 
 def compile_plan(
-    run: Run, facts: ModelFacts, *, externals: dict[str, External] | None = None, memory_bytes: float = math.inf
+    run: Run,
+    facts: ModelFacts,
+    *,
+    externals: dict[str, External] | None = None,
+    memory_bytes: float = math.inf,
+    finished: "Plan | None" = None,
 ) -> Plan:
     """Turn a recipe into a plan; raises PlanError if it cannot be run.
 
-    `externals` describes the parents that are directories. Legs are started as early as their
-    parents and `memory_bytes` (training state of all live legs) allow.
+    `externals` describes the parents that are directories. Legs are started as early as their parents and
+    `memory_bytes` (training state of all live legs) allow. With a `finished` plan, its legs stay as they are and what
+    the recipe adds starts where it ended: new legs, and for a leg that got a larger budget one that continues it (its
+    rate warms up and decays again, so the result is not that of a longer first run).
     """
     if facts.max_context and run.data.context > facts.max_context:
         raise PlanError(
@@ -190,55 +202,63 @@ def compile_plan(
     for layer in sorted(wanted):
         if not 0 <= layer < facts.n_layers:
             raise PlanError(f"layer {layer} is out of range: {facts.name} has layers 0 to {facts.n_layers - 1}")
+    if finished and not run.plan.roots:
+        roots = sorted({leg.layer for leg in finished.legs if leg.role == "root"})
+        run = run.model_copy(update={"plan": run.plan.model_copy(update={"roots": roots})})
     specs = run.plan.legs or preset_legs(run, layers)
-    block_tokens = choose_block(run, facts, specs)
-    legs: list[Leg] = []
+    if run.plan.legs and run.plan.controls:
+        raise PlanError(
+            "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
+        )
+    block_tokens = finished.block_tokens if finished else choose_block(run, facts, specs)
+    begin = finished.n_tokens if finished else 0
+    legs = list(finished.legs) if finished else []
     for spec in _parents_first(specs):
-        legs.append(_leg(spec, run, facts, block_tokens, legs, externals or {}))
-        _schedule(legs, spec, block_tokens, memory_bytes, facts)
-    order = {spec.id: i for i, spec in enumerate(specs)}
-    legs.sort(key=lambda leg: order[leg.id])
-    plan = Plan(run=run, facts=facts, block_tokens=block_tokens, legs=legs, externals=externals or {})
+        leg = _leg(spec, run, facts, block_tokens, legs, externals or {})
+        before = next((old for old in (finished.legs if finished else ()) if old.id == leg.id), None)
+        added = _continuation(before, leg, legs) if before else leg
+        if added is None:
+            continue
+        legs.append(added)
+        _schedule(legs, spec, block_tokens, memory_bytes, facts, begin)
+    if not finished:
+        order = {spec.id: i for i, spec in enumerate(specs)}
+        legs.sort(key=lambda leg: order[leg.id])
+    sites = sorted({leg.site for leg in legs})
+    probe = finished.probe if finished else sites[len(sites) // 2].layer if run.data.outlier_norm else None
+    plan = Plan(run=run, facts=facts, block_tokens=block_tokens, legs=legs, externals=externals or {}, probe=probe)
     _check_widths(plan)
     return plan
 
 
-def extend_plan(old: Plan, new: Plan) -> Plan:
-    """A finished plan with what a new one adds: legs it does not have, and tokens for legs that got a larger budget.
-
-    A leg's extra tokens become a leg of their own that continues from the finished one (its rate warms up and decays
-    again, so the result is not that of a longer first run). Everything new starts where the old plan ended.
-    """
-    if old.block_tokens != new.block_tokens:
-        new = compile_plan(_with_block(new.run, old.block_tokens), new.facts, externals=new.externals)
-    legs, begin = list(old.legs), old.n_tokens
-    for leg in new.legs:
-        before = next((o for o in old.legs if o.id == leg.id), None)
-        if before is None:
-            legs.append(leg.model_copy(update={"start": leg.start + begin}))
-            continue
-        placed = {name: getattr(before, name) for name in ("start", "fork_at_tokens", "snapshots", "dead_after_tokens")}
-        changed = [k for k, v in leg.model_copy(update=placed).model_dump().items() if v != before.model_dump()[k]]
-        extra = leg.budget_tokens - before.budget_tokens
-        if changed == ["budget_tokens"] and extra > 0:
-            more = {"id": f"{leg.id}+{format_count(extra)}", "parent": leg.id, "method": "identity", "start": begin}
-            more |= {"budget_tokens": extra, "moment_tokens": 0, "refit_tokens": 0, "role": "transfer", "snapshots": []}
-            legs.append(leg.model_copy(update=more | {"fork_at_tokens": before.budget_tokens}))
-        elif changed:
-            raise PlanError(
-                f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number "
-                "of tokens can be added. Choose another --out."
-            )
-    return new.model_copy(update={"legs": legs})
-
-
-def _with_block(run: Run, block_tokens: int) -> Run:
-    return run.model_copy(update={"data": run.data.model_copy(update={"block_tokens": block_tokens})})
+def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
+    """What a recipe adds to a finished leg: a leg with the tokens it lacks, or nothing; other changes are refused."""
+    scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "lr", "moment_tokens", "budget_tokens"}
+    old, new = before.model_dump(exclude=scheduled), leg.model_dump(exclude=scheduled)
+    if changed := [key for key in new if new[key] != old[key]]:
+        raise PlanError(
+            f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number of tokens "
+            "can be added. Choose another --out."
+        )
+    last, seen = before, before.budget_tokens
+    while more := next(
+        (other for other in legs if other.parent == last.id and other.id.startswith(f"{leg.id}+")), None
+    ):
+        last, seen = more, seen + more.budget_tokens
+    extra = leg.budget_tokens - seen
+    if extra <= 0:
+        return None
+    added = {"id": f"{leg.id}+{format_count(leg.budget_tokens)}", "parent": last.id, "method": "identity"}
+    return leg.model_copy(
+        update=added | {"budget_tokens": extra, "moment_tokens": 0, "refit_tokens": 0, "snapshots": []}
+    )
 
 
 def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
     """The legs a preset means, as if they had been written out."""
     p = run.plan
+    if outside := sorted(set(p.roots) - set(layers)):
+        raise PlanError(f"plan.roots names layer {outside[0]}, which is not among sites.layers ({layers})")
     parents = preset_parents(run, layers)
     roots = sorted({layer for layer in layers if layer not in parents or p.preset == "paper"})
     legs = [_scratch(f"{_name(run, layer)}", layer, p.root_tokens) for layer in roots]
@@ -246,10 +266,7 @@ def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
         for source in sources:
             parent = _name(run, source) if source in roots else f"{_name(run, source)}-from-L{parents[source][0]}"
             leg_id = f"{_name(run, layer)}-from-L{source}"
-            tokens = max(1, p.transfer_tokens)
-            legs.append(LegSpec(id=leg_id, layer=layer, parent=parent, tokens=tokens, fork_at=p.fork_at))
-    if p.transfer_tokens == 0:
-        raise PlanError("plan.transfer_tokens is 0; to look at a hop without training, use `saerelay hop --tokens 0`")
+            legs.append(LegSpec(id=leg_id, layer=layer, parent=parent, tokens=p.transfer_tokens, fork_at=p.fork_at))
     for layer in p.controls:
         legs += _controls(run, layer, [leg for leg in legs if leg.layer == layer and leg.parent])
     return legs
@@ -302,13 +319,10 @@ def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
 def _controls(run: Run, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
     if not transfers:
         raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")
-    transfer, p = transfers[0], run.plan
-    name = _name(run, layer)
-    equal = transfer.tokens + (p.moment_tokens if p.method != "identity" else 0)
-    common: dict[str, Any] = {"layer": layer, "control_of": transfer.id}
+    name, common = _name(run, layer), {"layer": layer, "control_of": transfers[0].id}
     return [
-        LegSpec(id=f"{name}-scratch-equal", tokens=equal, control_kind="equal_tokens", **common),
-        LegSpec(id=f"{name}-scratch-full", tokens=p.root_tokens, control_kind="full", **common),
+        LegSpec(id=f"{name}-scratch-equal", tokens=0, control_kind="equal_tokens", **common),
+        LegSpec(id=f"{name}-scratch-full", tokens=run.plan.root_tokens, control_kind="full", **common),
     ]
 
 
@@ -323,7 +337,7 @@ def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
             )
         return run.data.block_tokens
     bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * max(1, len({(s.layer, s.module) for s in specs}))
-    shortest = min(spec.tokens for spec in specs)
+    shortest = min((spec.tokens for spec in specs if spec.tokens), default=0)
     wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, 16 * run.train.batch_tokens))
     return step * max(1, wanted // step)
 
@@ -379,9 +393,15 @@ def _leg(
     batch = spec.batch_tokens or t.batch_tokens
     if t.batch_tokens % batch:
         raise PlanError(f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {t.batch_tokens}")
-    budget = batch * math.ceil(spec.tokens / batch)
     method = (spec.method or p.method) if spec.parent else None
     refit = bool(spec.parent) and (p.refit if spec.refit is None else spec.refit)
+    refit_tokens = _blocks(p.refit_tokens, block) if refit else 0
+    budget = batch * math.ceil(spec.tokens / batch) or refit_tokens
+    if spec.control_of and not budget:
+        transfer = next(leg for leg in legs if leg.id == spec.control_of)
+        budget = batch * math.ceil((transfer.moment_tokens + transfer.budget_tokens) / batch)
+    if not budget and not spec.parent:
+        raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; give it some")
     role: Literal["root", "transfer", "control"] = (
         "control" if spec.control_of else "transfer" if spec.parent else "root"
     )
@@ -397,11 +417,11 @@ def _leg(
         parent=spec.parent,
         method=method,
         moment_tokens=_blocks(p.moment_tokens, block) if method not in (None, "identity") else 0,
-        refit_tokens=min(budget, _blocks(p.refit_tokens, block)) if refit else 0,
+        refit_tokens=min(budget, refit_tokens),
         budget_tokens=budget,
         batch_tokens=batch,
         lr=lr or auto_lr("transfer" if spec.parent else "scratch", budget, batch),
-        dead_after_tokens=t.dead_after or min(10_000_000, budget // 10),
+        dead_after_tokens=t.dead_after or max(1, min(10_000_000, budget // 10)),
         snapshots=_snapshots(run, budget, bool(spec.parent)),
         seed=t.seed if spec.seed is None else spec.seed,
     )
@@ -422,10 +442,10 @@ def auto_lr(kind: Literal["scratch", "transfer"], budget_tokens: int, batch_toke
     """Default learning rates, from the sweeps in docs/log.md: they fall with the square root of the budget.
 
     >>> auto_lr("scratch", 1_000_000, 512), auto_lr("transfer", 250_000, 512)
-    (0.003, 0.0005)
+    (0.003, 0.0007)
     """
-    best, at_tokens = (3e-3, 1_000_000) if kind == "scratch" else (5e-4, 250_000)
-    rate = best * math.sqrt(at_tokens / budget_tokens * batch_tokens / 512)
+    best, at_tokens = (3e-3, 1_000_000) if kind == "scratch" else (7e-4, 250_000)
+    rate = best * math.sqrt(at_tokens / max(1, budget_tokens) * batch_tokens / 512)
     return min(max(rate, best / 15), 2 * best)
 
 
@@ -444,15 +464,14 @@ def _blocks(tokens: int, block: int) -> int:
     return block * max(1, round(tokens / block))
 
 
-def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, facts: ModelFacts) -> None:
-    """Place the last leg on the axis: as early as its parent, `after` and memory allow."""
+def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, facts: ModelFacts, begin: int) -> None:
+    """Place the last leg on the axis: from `begin` on, as early as its parent, `after` and memory allow."""
     leg = legs.pop()
     parent = next((other for other in legs if other.id == leg.parent), None)
-    earliest = 0
+    earliest = begin
     if parent:
         forked = parent.fold_at + tokens_of(spec.fork_at, parent.budget_tokens)
-        earliest = max(0, block * math.ceil(forked / block) - leg.moment_tokens)
-        earliest = max(earliest, parent.start)
+        earliest = max(begin, parent.start, block * math.ceil(forked / block) - leg.moment_tokens)
     if spec.after:
         earliest = max(earliest, block * math.ceil(next(o for o in legs if o.id == spec.after).end / block))
     needed = state_bytes(leg, facts)
@@ -478,11 +497,23 @@ def _check_widths(plan: Plan) -> None:
     for leg in plan.legs:
         if not leg.parent:
             continue
-        source, target = plan.parent_site(leg), leg.site
-        if plan.facts.width(source) != plan.facts.width(target):
+        source, target = plan.parent_site(leg), plan.facts.width(leg.site)
+        outside = plan.externals.get(leg.parent)
+        found = outside.d_model if outside else plan.facts.width(source)
+        if found != target:
             raise PlanError(
-                f"leg {leg.id}: {source} is {plan.facts.width(source)} wide and {target} {plan.facts.width(target)}; "
+                f"leg {leg.id}: its parent {leg.parent} reads activations {found} wide, {leg.site} is {target} wide; "
                 "a transfer needs equal widths"
+            )
+        if outside and outside.layer >= plan.facts.n_layers:
+            raise PlanError(
+                f"leg {leg.id}: its parent {leg.parent} is of layer {outside.layer}, and {plan.facts.name} has layers "
+                f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
+            )
+        if leg.method != "identity" and leg.moment_tokens <= 2 * target:
+            raise PlanError(
+                f"leg {leg.id}: method {leg.method} fits a {target}-dimensional map on {leg.moment_tokens} tokens; "
+                f"raise plan.moment_tokens over {2 * target}"
             )
 
 

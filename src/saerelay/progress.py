@@ -40,11 +40,11 @@ class PlainLog:
         self.told = now
         rate = (cursor - self.first) / max(now - self.began, 1e-9)
         left = (self.plan.n_tokens - cursor) / max(rate, 1e-9)
-        legs = "  ".join(f"{leg_id} {p.fvu:.4f}" for leg_id, p in list(self.legs.items())[:6])
+        legs = "  ".join(f"{leg_id} {p.fvu:.4f}/{p.l0:.1f}" for leg_id, p in list(self.legs.items())[:6])
         more = f" (+{len(self.legs) - 6})" if len(self.legs) > 6 else ""
         done = f"{format_count(cursor):>6} of {format_count(self.plan.n_tokens)} tokens"
         print(
-            f"{done}  {format_count(int(rate))} tokens/s  {left:.0f} s left  FVU: {legs or '-'}{more}",
+            f"{done}  {format_count(int(rate))} tokens/s  {left:.0f} s left  FVU/L0: {legs or '-'}{more}",
             file=self.out,
             flush=True,
         )

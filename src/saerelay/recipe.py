@@ -120,18 +120,19 @@ class LegSpec(Spec):
     module: ModuleKind | None = None
     parent: str = ""
     """Id of another leg, or a dictionary's directory (a leg or snapshot of another run); "" trains from scratch."""
-    tokens: Count = Field(gt=0)
+    tokens: Count = Field(ge=0)
+    """Training tokens, the refit's included; 0 leaves a transfer untrained (but refitted, if it is to be)."""
     fork_at: ShareOrCount = 1.0
     """The parent's age at which this leg starts from it: a share of its tokens or a count."""
     method: Method | None = None
     refit: bool | None = None
     control_of: str = ""
     control_kind: Literal["equal_tokens", "full"] = "equal_tokens"
-    batch_tokens: Count | None = None
+    batch_tokens: Count | None = Field(default=None, ge=1)
     lr: Rate | None = None
-    n_latents: Count | None = None
-    k: int | None = None
-    seed: int | None = None
+    n_latents: Count | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=0)
     after: str = ""
     """Start when this leg has ended (a leg from scratch starts at once otherwise)."""
 
@@ -153,8 +154,10 @@ class PlanSpec(Spec):
         default=1.0, description="when children leave a parent: a share of its tokens, or a count"
     )
     method: Method = Field(default="affine", description="identity, rescale, procrustes or affine")
-    refit: bool = Field(default=True, description="refit the decoder in closed form on the child's first tokens")
-    moment_tokens: Count = Field(default=200_000, gt=0, description="tokens the map between two layers is fitted on")
+    refit: bool = Field(
+        default=False, description="refit the decoder in closed form on the child's first tokens; best without training"
+    )
+    moment_tokens: Count = Field(default=100_000, gt=0, description="tokens the map between two layers is fitted on")
     refit_tokens: Count = Field(default=100_000, gt=0, description="tokens the decoder is refitted on")
     controls: list[int] = Field(
         default=[], description="layers that also get from-scratch controls (equal tokens, and full)"
@@ -192,7 +195,7 @@ class TrainSpec(Spec):
         default=[], description="ages also published: shares or counts; 0 is right after a hop"
     )
     memory_gib: float = Field(
-        default=0.0, ge=0, description="split cohorts so that training state stays under this; 0 never splits"
+        default=0.0, ge=0, description="split cohorts whose training state exceeds this; 0: 70 % of the device's memory"
     )
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="beside metrics.jsonl: tensorboard, wandb"
@@ -236,16 +239,15 @@ def annotated_toml(run: Run) -> str:
             text = f"{key} = {_toml_value(key, getattr(section, key))}"
             lines.append(f"{text:<34}# {field.description}")
         lines.append("")
+    for leg in run.plan.legs:
+        given = leg.model_dump(exclude_unset=True, exclude_none=True)
+        lines += ["[[plan.legs]]", *(f"{key} = {_toml_value(key, value)}" for key, value in given.items()), ""]
     return "\n".join(lines)
 
 
 def _toml_value(key: str, value: Any) -> str:
     if key in ("lr", "transfer_lr") and value == 0:
         return '"auto"'
-    if isinstance(value, float) and 0 < value < 1e-3:
-        return f"{value:g}"
-    if isinstance(value, tuple):
-        value = list(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value:_}"
-    return json.dumps(value)
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

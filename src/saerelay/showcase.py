@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from saerelay.checkpoint import RunDirectory, write_json, write_text
+from saerelay.checkpoint import STATE_FILE, RunDirectory, sole_writer, write_json, write_text
 from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import evaluate_run
 from saerelay.figures import quality_figure
@@ -33,10 +33,14 @@ def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> dict[str, A
     if out.exists():
         if not (out / MARK).is_file():
             raise RunDirectoryError(f"{out} holds something that is no demo; move it away or choose another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+        with sole_writer(out):
+            for entry in out.iterdir():
+                if entry.name not in ("state", MARK):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            (out / "state" / STATE_FILE).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARK, "made by `saerelay demo`; the next demo replaces this directory\n")
-    suite = train_run(run, out, console=console)
+    suite = train_run(run, out, resume=True, console=console)
     summary = evaluate_run(suite, None, console=console)
     write_json(RunDirectory(out).root / "summary.json", summary)
     quality_figure(summary, out / "quality.png")

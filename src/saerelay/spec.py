@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import tomllib
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -29,7 +30,7 @@ def parse_count(value: object) -> object:
     match = re.fullmatch(r"\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([kMB]?)\s*", value)
     if not match:
         raise ValueError(f'"{value}" is no count; write a number, or one with k, M or B, like "250k" or "50M"')
-    exact = float(match[1].replace("_", "")) * _SUFFIXES[match[2]]
+    exact = Decimal(match[1].replace("_", "")) * _SUFFIXES[match[2]]
     if exact != int(exact):
         raise ValueError(f'"{value}" is not a whole number')
     return int(exact)
@@ -38,12 +39,12 @@ def parse_count(value: object) -> object:
 def format_count(n: int) -> str:
     """Write a count as people say it.
 
-    >>> format_count(2_000_000), format_count(262_144), format_count(12)
-    ('2M', '262k', '12')
+    >>> format_count(2_000_000), format_count(262_144), format_count(999_936), format_count(12)
+    ('2M', '262k', '1M', '12')
     """
     for suffix in ("B", "M", "k"):
-        if n >= _SUFFIXES[suffix]:
-            return f"{n / _SUFFIXES[suffix]:.3g}{suffix}"
+        if n >= 0.9995 * _SUFFIXES[suffix]:
+            return f"{n / _SUFFIXES[suffix]:.{3 if n < 999.5 * _SUFFIXES[suffix] else 4}g}{suffix}"
     return str(n)
 
 

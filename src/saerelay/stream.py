@@ -1,8 +1,8 @@
 """The seam between training and the outside: activations of many sites, block by block, in a fixed random order.
 
-A block is a run of raw token positions. Which positions it holds, the order they are shuffled in, and which of them are
-left out (BOS, outlier norms) depend on the seed and the block's number alone, never on which sites are open: rows do
-not shift when legs come and go, and a stream has no state to save.
+A block is a run of raw token positions: sequences drawn from the whole corpus without replacement. Which it holds, the
+order positions are shuffled in, and which of them are left out (BOS, outlier norms) depend on the seed and the block's
+number alone, never on which sites are open: rows do not shift when legs come and go, and a stream has no state to save.
 """
 
 from abc import ABC, abstractmethod
@@ -86,12 +86,13 @@ class LiveStream(AbstractStream):
 
     def __init__(self, model: LanguageModel, sequences: np.ndarray, plan: Plan) -> None:
         self.model, self.sequences, self.plan = model, sequences, plan
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`."""
         plan = self.plan
         per_block = plan.block_tokens // plan.run.data.context
-        index = np.arange(number * per_block, (number + 1) * per_block) % len(self.sequences)
+        index = self.read_order(number * per_block, per_block)
         tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
         harvested: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for part in tokens.split(max(1, LM_BATCH_TOKENS // plan.run.data.context)):
@@ -105,6 +106,19 @@ class LiveStream(AbstractStream):
             batch_tokens=plan.run.train.batch_tokens,
         )
 
+    def read_order(self, first: int, n: int) -> np.ndarray:
+        """Which sequences are read as the first-th and the n - 1 after it: a new permutation of all in every epoch.
+
+        Long documents fill many sequences in a row; without this a short leg would see only a few of them.
+        """
+        total, parts = len(self.sequences), []
+        for epoch in range(first // total, (first + n - 1) // total + 1):
+            if epoch != self.epoch:
+                generator = np.random.default_rng(seed_from("order", self.plan.run.train.seed, epoch))
+                self.epoch, self.order = epoch, generator.permutation(total)
+            parts.append(self.order[max(0, first - epoch * total) : first + n - epoch * total])
+        return np.concatenate(parts)
+
 
 def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor]) -> Tensor:
     """bool (P): not the BOS in front, no outlier of norm at the plan's probe site; tokens: (P / context, context)."""
@@ -114,5 +128,16 @@ def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor]) 
     keep = keep.flatten()
     if plan.probe_site:
         norms = activations[plan.probe_site].float().norm(dim=1)
-        keep &= norms <= plan.run.data.outlier_norm * norms[keep].median()
+        keep &= norms <= plan.run.data.outlier_norm * norms[keep].nanmedian()
     return keep
+
+
+def load_model(plan: Plan) -> LanguageModel:
+    """The model a plan was made for: same revision, same dtype, with every module the plan reads."""
+    facts = plan.facts
+    model = LanguageModel.load(plan.run.model.model_copy(update={"revision": facts.revision, "dtype": facts.dtype}))
+    for leg in plan.legs:
+        model.check_site(leg.site)
+        if leg.parent:
+            model.check_site(plan.parent_site(leg))
+    return model

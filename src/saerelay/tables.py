@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(
             leg.id,
             leg.role if leg.role != "control" else f"control ({leg.control_kind.replace('_', ' ')})",
-            leg.parent or "scratch",
+            escape(leg.parent) or "scratch",
             f"{leg.method}{' + refit' if leg.refit_tokens else ''}" if leg.method else "",
             format_count(leg.fold_at),
             format_count(leg.budget_tokens),
@@ -52,7 +53,7 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
 
 def quality_table(summary: dict[str, Any]) -> Table:
     """A row for each leg, and its controls below it, layer by layer."""
-    title = f"{summary['model']}: held-out quality of every leg"
+    title = f"{escape(summary['model'])}: held-out quality of every leg"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     columns = ("layer", "SAE", "tokens", "L0", "FVU", "ΔCE (nats)", "CE score", "alive")
     for name in columns:
@@ -72,7 +73,7 @@ def quality_table(summary: dict[str, Any]) -> Table:
 def _origin(leg: dict[str, Any]) -> str:
     if not leg["parent"]:
         return "from scratch"
-    return f"{leg['method']}{' + refit' if leg['refit_tokens'] else ''} from {leg['parent']}"
+    return f"{leg['method']}{' + refit' if leg['refit_tokens'] else ''} from {escape(leg['parent'])}"
 
 
 def _quality(leg: dict[str, Any], origin: str) -> list[str]:

@@ -9,6 +9,7 @@ from saerelay import engine
 from saerelay.errors import RecipeError
 from saerelay.plan import Plan
 from saerelay.progress import Watcher
+from saerelay.spec import seed_from
 
 SHOWN = ("loss", "fvu", "l0", "n_dead", "learning_rate")
 
@@ -55,9 +56,10 @@ class WandB:
         import wandb  # pyright: ignore[reportMissingImports]
 
         name = directory.resolve().name
+        run_id = f"{name}-{seed_from('wandb', str(directory.resolve())):x}"
         config: dict[str, Any] = plan.run.model_dump(mode="json")
         self.run: Any = wandb.init(
-            project="saerelay", name=name, id=name, dir=str(directory), config=config, resume="allow"
+            project="saerelay", name=name, id=run_id, dir=str(directory), config=config, resume="allow"
         )
 
     def tick(self, cursor: int) -> None:

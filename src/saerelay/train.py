@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -114,7 +115,9 @@ def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher:
                     now.save(paths)
                     last_saved = now.cursor
                 if stop.is_set():
-                    raise Interrupted(f"saerelay train {paths.recipe} --out {paths.root} --resume")
+                    raise Interrupted(
+                        f"saerelay train {quote(str(paths.recipe))} --out {quote(str(paths.root))} --resume"
+                    )
             report(now, now.cohort.live, log, watcher)
     now.seconds["total"] = time.perf_counter() - began
     now.save(paths)
@@ -152,7 +155,8 @@ def inherit(now: Training, leg: Leg, paths: RunDirectory) -> Dictionary:
     if leg.parent in now.cohort:
         source = now.cohort[leg.parent].canonical().to("cpu")
     else:
-        source = load_dictionary(paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(leg.parent))[0]
+        directory = paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(now.plan.externals[leg.parent].path)
+        source = load_dictionary(directory)[0]
     assert leg.method is not None
     width = now.plan.facts.width(leg.site)
     return fold(source, map_between(leg.method, width, now.moments.pop(leg.id, None)))

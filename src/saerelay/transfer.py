@@ -162,14 +162,15 @@ class Refit:
         """Σ (x − x_hat), (D)."""
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Take in activations (B, D)."""
+    def add(self, x: Tensor) -> Codes:
+        """Take in activations (B, D); their codes."""
         codes = encode_sparse(self.dictionary, x)
         ops = products(x.device)
         residual = x - ops.decode(codes, self.dictionary.W_dec) - self.dictionary.b_dec
         self.target += ops.transposed(codes, residual)
         self.residual += residual.sum(dim=0)
         self.codes.append(codes)
+        return codes
 
     @torch.no_grad()
     def solve(self, *, direct: bool | None = None, tolerance: float = 1e-3, max_iterations: int = 200) -> Dictionary:
@@ -195,7 +196,10 @@ class Refit:
         if d.n_latents <= DIRECT_LATENTS if direct is None else direct:
             matrix = gram(codes).addr_(mean, mean, alpha=-n)
             matrix.diagonal().add_(damping)
-            change = torch.cholesky_solve(goal, torch.linalg.cholesky(matrix))
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if int(failed):
+                raise TransferError("the decoder refit met activations that are not finite")
+            change = torch.cholesky_solve(goal, factor)
         else:
             diagonal = (squares - n * mean.square() + damping).clamp(min=1e-12)
             change = conjugate_gradients(normal, goal, diagonal, tolerance, max_iterations)
