@@ -109,9 +109,9 @@ CASES = {
     "context too long": ("context = 16", "context = 128", r"takes at most 64 tokens"),
     "tokens missing": ("tokens.npy", "token.npy", r"token.npy"),
     "too few tokens": ('root_tokens = "8k"', 'root_tokens = "80k"', r"needs [\d,]+ training tokens and the corpus has [\d,]+.*epochs"),
-    "parent missing": ("[train]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "b"\ntokens = 64\n[train]', r'names "b", which is no leg'),
+    "parent missing": ("controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "b"\ntokens = 64', r'names "b", which is no leg'),
     "parent directory missing": (
-        "[train]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64\n[train]', r"no/where: no dictionary here"
+        "controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64', r"no/where: no dictionary here"
     ),
     "logger not installed": ("[train]", '[train]\nloggers = ["wandb"]', r"asks for wandb, which is not installed; pip install"),
     "ragged block": ("block_tokens = 1024", "block_tokens = 1000", r"must be a multiple of train.batch_tokens"),

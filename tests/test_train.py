@@ -19,6 +19,7 @@ from saerelay.stream import AbstractStream, Block, TensorStream
 from saerelay.train import train_plan
 
 D = 16
+REFIT = {"refit_tokens": 512, "refit": True}
 
 
 class Watch:
