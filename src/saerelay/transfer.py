@@ -152,7 +152,7 @@ class Refit:
     kept sparse; activations are not kept.
     """
 
-    def __init__(self, dictionary: Dictionary, ridge: float = 0.3) -> None:
+    def __init__(self, dictionary: Dictionary, ridge: float = 0.1) -> None:
         self.dictionary = dictionary
         self.ridge = ridge
         self.codes: list[Codes] = []
