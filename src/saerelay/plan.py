@@ -442,9 +442,9 @@ def auto_lr(kind: Literal["scratch", "transfer"], budget_tokens: int, batch_toke
     """Default learning rates, from the sweeps in docs/log.md: they fall with the square root of the budget.
 
     >>> auto_lr("scratch", 1_000_000, 512), auto_lr("transfer", 250_000, 512)
-    (0.003, 0.0007)
+    (0.003, 0.001)
     """
-    best, at_tokens = (3e-3, 1_000_000) if kind == "scratch" else (7e-4, 250_000)
+    best, at_tokens = (3e-3, 1_000_000) if kind == "scratch" else (1e-3, 250_000)
     rate = best * math.sqrt(at_tokens / max(1, budget_tokens) * batch_tokens / 512)
     return min(max(rate, best / 15), 2 * best)
 
