@@ -47,7 +47,7 @@ def quality_figure(summary: dict[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     first = legs[0]
     l0 = sum(leg["l0"] for leg in legs) / len(legs)
     figure.suptitle(
