@@ -51,7 +51,8 @@ def test_the_plain_log_is_one_line_at_a_time(plan: Plan) -> None:
 def summary() -> dict[str, Any]:
     leg = {
         "id": "L1", "role": "root", "control_of": None, "control_kind": None, "layer": 1, "module": "resid_post",
-        "seed": 0, "architecture": "topk", "method": None, "parent": None, "tokens": 2000, "refit_tokens": 0, "n_latents": 64,
+        "seed": 0, "architecture": "topk", "method": None, "parent": None,
+        "tokens": 2000, "refit_tokens": 0, "n_latents": 64,
         "n_eval_tokens": 100, "l0": 4.0, "fvu": 0.1, "delta_ce": 0.01, "delta_ce_se": 0.001, "ce_loss_score": 0.99,
         "frac_alive": 0.5, "snapshots": [],
     }  # fmt: skip
