@@ -326,6 +326,43 @@ def test_epochs_are_only_used_when_the_corpus_is_short(place: Path, tmp_path: Pa
     assert torch.equal(suite["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("module", ["attn_z", "mlp_out"])
+def test_other_modules_and_architectures_go_the_whole_way(
+    place: Path, tmp_path: Path, architecture: str, module: str, capsys, monkeypatch
+) -> None:
+    new = f'architecture = "{architecture}"\ntarget_l0 = 4\nl1 = 0.3\nk = 4'
+    recipe = changed(place, tmp_path, "k = 4", new)
+    recipe.write_text(recipe.read_text().replace("[data]", f'[sites]\nmodule = "{module}"\n[data]'))
+    assert call("train", recipe, "--out", tmp_path / "r", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    code, stdout, stderr = call("eval", tmp_path / "r", "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, stderr
+    legs = json.loads(stdout)["legs"]
+    assert {leg["module"] for leg in legs} == {module} and all(leg["fvu"] < 1.05 for leg in legs)
+    assert sr.load(tmp_path / "r")[sr.Site(1, module)].architecture == architecture  # type: ignore[arg-type]
+    if architecture == "batchtopk":
+        assert all(leg["l0"] == pytest.approx(4, rel=0.35) for leg in legs)
+
+
+def test_an_encoder_goes_the_whole_way_without_ce(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    recipe = changed(place, tmp_path, str(place / "model"), str(tmp_path / "bert"))
+    assert call("train", recipe, "--out", tmp_path / "r", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    code, stdout, _ = call("eval", tmp_path / "r", "--json", capsys=capsys, monkeypatch=monkeypatch)
+    legs = json.loads(stdout)["legs"]
+    assert code == 0 and all(leg["delta_ce"] is None and 0 < leg["fvu"] < 1.05 for leg in legs)
+    assert call("eval", tmp_path / "r", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    recipe.write_text(recipe.read_text() + "ce = true\n")
+    refused(place, tmp_path / "x", recipe, "has no language-model head", capsys=capsys, monkeypatch=monkeypatch)
+
+
 def test_tensorboard_gets_scalars(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     recipe = changed(place, tmp_path, "[train]", '[train]\nloggers = ["tensorboard"]')

@@ -137,14 +137,14 @@ def test_density_counts_latents() -> None:
 
 
 def test_ce_of_a_model_without_a_head_is_refused(setting) -> None:
-    from saerelay.evaluate import _wants_ce
+    from saerelay.evaluate import wants_ce
 
     plan = setting[0]
     headless = plan.model_copy(update={"facts": plan.facts.model_copy(update={"has_lm_head": False})})
     asked = headless.model_copy(update={"run": Run.parse({"evaluate": {"ce": True}}, source="t")})
-    assert _wants_ce(headless) is False
+    assert wants_ce(headless) is False
     with pytest.raises(ModelError, match="has no language-model head, so there is no cross-entropy; set evaluate.ce"):
-        _wants_ce(asked)
+        wants_ce(asked)
 
 
 def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:

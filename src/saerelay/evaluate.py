@@ -232,7 +232,7 @@ def evaluate_run(
     if not suite.legs:
         raise RunDirectoryError(f"{paths.root}: no leg is finished yet; finish the run with `saerelay train --resume`")
     available = int(Corpus.open(paths.tokens).test.size)
-    asked = {"tokens": min(tokens or plan.run.evaluate.tokens, available), "ce": _wants_ce(plan)}
+    asked = {"tokens": min(tokens or plan.run.evaluate.tokens, available), "ce": wants_ce(plan)}
     missing = [leg for leg in suite.legs if not _measured(paths, leg, asked)]
     if missing:
         model = model or load_model(plan)
@@ -248,7 +248,8 @@ def evaluate_run(
     return summary(suite)
 
 
-def _wants_ce(plan: Plan) -> bool:
+def wants_ce(plan: Plan) -> bool:
+    """Whether CE and KL are measured; ModelError if they are asked of a model without a language-model head."""
     asked = plan.run.evaluate.ce
     if asked is True and not plan.facts.has_lm_head:
         raise ModelError(

@@ -26,6 +26,7 @@ from saerelay.corpus import Corpus, prepare
 from saerelay.cost import plan_cost
 from saerelay.engine import Trainee
 from saerelay.errors import DataError, RunDirectoryError, SaeRelayError
+from saerelay.evaluate import wants_ce
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
 from saerelay.plan import External, Plan, compile_plan
 from saerelay.progress import LiveTable, PlainLog, Watcher
@@ -84,6 +85,7 @@ def train_run(
         with remove_on_error(paths.root, fresh):
             plan = settle_plan(run, paths, extend=extend)
             check_installed(plan)
+            wants_ce(plan)
             check_disk(plan, paths)
             corpus = tokenise(plan, paths, console)
             model = load_model(plan)

@@ -34,7 +34,7 @@ __all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes
 
 DIRECT_LATENTS = 16_384
 """Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
-RIDGE = 1e-6
+RIDGE = 1e-3
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
 
 
