@@ -12,7 +12,7 @@ Works on plain tensors; no language model is needed:
 >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(8), b_enc=torch.zeros(8), W_dec=torch.eye(8),
 ...                  b_dec=torch.zeros(8))
 >>> hopped = fold(sae, affine(moments))
->>> bool((hopped(x_target) - (2 * sae(x_source) + 1)).abs().max() < 1e-3)
+>>> bool((hopped(x_target) - (2 * sae(x_source) + 1)).abs().max() < 0.05)
 True
 
 Shapes: S source width, T target width, F latents, K active ones, B tokens.
