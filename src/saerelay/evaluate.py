@@ -179,6 +179,7 @@ class Logits:
         self.keep = keep.view_as(tokens)
         self.next = tokens[:, 1:, None]
         self.log_p = logits.log_softmax(dim=-1)
+        self.p = self.log_p.exp()
         self.ce = self._ce(self.log_p)
 
     def _ce(self, log_p: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class Logits:
 
     def _kl(self, log_q: Tensor) -> Tensor:
         """KL(clean ‖ changed) (B, C); zero where the position is not kept."""
-        return (self.log_p.exp() * (self.log_p - log_q)).sum(dim=-1) * self.keep
+        return (self.p * (self.log_p - log_q)).sum(dim=-1) * self.keep
 
     def add_ablation(self, sums: Ablation, logits: Tensor) -> None:
         """Add a forward pass with a site ablated."""
