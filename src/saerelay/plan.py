@@ -337,7 +337,8 @@ def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
             )
         return run.data.block_tokens
     bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * max(1, len({(s.layer, s.module) for s in specs}))
-    shortest = min((spec.tokens for spec in specs if spec.tokens), default=0)
+    longest = max(spec.tokens for spec in specs)
+    shortest = min(spec.tokens for spec in specs if spec.tokens >= longest / 16)  # others are hardly trained
     wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, 16 * run.train.batch_tokens))
     return step * max(1, wanted // step)
 

@@ -11,12 +11,13 @@ from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import evaluate_run
 from saerelay.figures import quality_figure
 from saerelay.launch import train_run
-from saerelay.recipe import DictionarySpec, EvaluateSpec, PlanSpec, Run, TrainSpec
+from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, PlanSpec, Run, TrainSpec
 
 MARK = ".saerelay-demo"
 """Marks a directory that a demo made, so that the next demo may replace it."""
 
 DEMO = Run(
+    data=DataSpec(epochs=2),  # only needed where the standard library comes without its tests (Debian's)
     dictionary=DictionarySpec(expansion=16, k=24),
     plan=PlanSpec(preset="hub", root_tokens=2_000_000, transfer_tokens=250_000, controls=[2, 6]),
     train=TrainSpec(batch_tokens=512),
