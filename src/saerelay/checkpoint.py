@@ -90,17 +90,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically; NaN and infinities become null."""
-    write_text(path, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """The same data with NaN and infinities, which JSON does not know, as None."""
     match data:
         case float():
             return data if abs(data) < float("inf") else None
         case dict():
-            return {key: _finite(value) for key, value in data.items()}
+            return {key: finite(value) for key, value in data.items()}
         case list() | tuple():
-            return [_finite(value) for value in data]
+            return [finite(value) for value in data]
         case _:
             return data
 
@@ -185,15 +186,28 @@ def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
     _write_tensors(directory / STATE_FILE, tensors, {"facts": json.dumps(dict(facts))})
 
 
-def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The last saved state, or None if there is none."""
+def state_facts(directory: Path) -> dict[str, Any] | None:
+    """What the last saved state says of itself, without its tensors, or None if there is none."""
     path = directory / STATE_FILE
     if not path.is_file():
         return None
+    with _damage_named(path), safetensors.safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["facts"])
+
+
+def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The last saved state, or None if there is none."""
+    facts = state_facts(directory)
+    if facts is None:
+        return None
+    with _damage_named(directory / STATE_FILE):
+        return load_file(directory / STATE_FILE), facts
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-        return load_file(path), facts
+        yield
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise RunDirectoryError(f"{path}: damaged ({error}); delete it to start the run over") from None
 

@@ -1,6 +1,6 @@
 """What a plan takes, from shapes alone: tokens, operations, memory, disk."""
 
-from saerelay.plan import ARCHITECTURES_WITH_SPARSE_STEP, Leg, ModelFacts, Plan, parameters, peak_state_bytes
+from saerelay.plan import Leg, ModelFacts, Plan, parameters, peak_state_bytes, takes_sparse_step
 from saerelay.recipe import DictionarySpec
 from saerelay.spec import Spec
 
@@ -25,7 +25,7 @@ class Cost(Spec):
 def step_flops(dictionary: DictionarySpec, facts: ModelFacts, width: int) -> tuple[float, float]:
     """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
     dense = 12.0 * width * dictionary.n_latents
-    if dictionary.architecture in ARCHITECTURES_WITH_SPARSE_STEP and facts.device == "cpu":
+    if takes_sparse_step(dictionary.architecture, facts.device):
         return 2.0 * width * dictionary.n_latents + 8.0 * width * dictionary.k, dense
     return dense, dense
 

@@ -22,7 +22,7 @@ from saerelay.dictionaries import (
     training_loss,
 )
 from saerelay.kernels import sparse_step
-from saerelay.plan import ARCHITECTURES_WITH_SPARSE_STEP, Leg
+from saerelay.plan import ARCHITECTURES_WITH_SPARSE_STEP, Leg, takes_sparse_step
 from saerelay.recipe import TrainSpec
 from saerelay.site import Site
 from saerelay.spec import seed_from
@@ -41,12 +41,6 @@ def sparsity_weight(leg: Leg, spec: TrainSpec, age: int) -> float:
     """Share of the sparsity penalty in force at `age`: a linear warm-up."""
     whole = spec.sparsity_warmup * (leg.budget_tokens - leg.refit_tokens)
     return min(1.0, (age - leg.refit_tokens) / whole) if whole else 1.0
-
-
-def takes_sparse_step(leg: Leg, device: torch.device) -> bool:
-    """Whether a leg is trained by `kernels.sparse_step`: TopK and BatchTopK, where sparse products are fast and give
-    the same bits each time. Elsewhere autograd on dense codes is both."""
-    return device.type == "cpu" and leg.dictionary.architecture in ARCHITECTURES_WITH_SPARSE_STEP
 
 
 class Progress(NamedTuple):
@@ -74,7 +68,7 @@ class Trainee:
         self, leg: Leg, spec: TrainSpec, first: Tensor, inherited: Dictionary | None = None, *, dense: bool = False
     ) -> None:
         self.leg, self.spec = leg, spec
-        self.dense = dense or not takes_sparse_step(leg, first.device)
+        self.dense = dense or not takes_sparse_step(leg.dictionary.architecture, first.device.type)
         first = first.float()
         self.mean, self.scale = _units(first) if leg.dictionary.normalise else _no_units(first)
         if inherited is None:
@@ -226,7 +220,7 @@ class Trainee:
         """Undo `state`."""
         self = cls.__new__(cls)
         self.leg, self.spec = leg, spec
-        self.dense = not takes_sparse_step(leg, state["mean"].device)
+        self.dense = not takes_sparse_step(leg.dictionary.architecture, state["mean"].device.type)
         self.mean, self.scale, self.last_fired = state["mean"], state["scale"], state["last_fired"]
         self.age, self.seconds, self.failure = int(state["age"]), float(state["seconds"]), failure
         named = {key.removeprefix("parameter."): t for key, t in state.items() if key.startswith("parameter.")}

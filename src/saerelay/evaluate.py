@@ -232,14 +232,13 @@ def evaluate_run(
     plan, paths = suite.plan, suite.directory
     if not suite.legs:
         raise RunDirectoryError(f"{paths.root}: no leg is finished yet; finish the run with `saerelay train --resume`")
-    available = int(Corpus.open(paths.tokens).test.size)
-    asked = {"tokens": min(tokens or plan.run.evaluate.tokens, available), "ce": wants_ce(plan)}
+    test = Corpus.open(paths.tokens).test
+    asked = {"tokens": min(tokens or plan.run.evaluate.tokens, int(test.size)), "ce": wants_ce(plan)}
     missing = [leg for leg in suite.legs if not _measured(paths, leg, asked)]
     if missing:
         model = model or load_model(plan)
         wanted = {key: value for leg in missing for key, value in _dictionaries(paths, leg).items()}
-        corpus = Corpus.open(paths.tokens)
-        sequences = corpus.test[: math.ceil(asked["tokens"] / plan.run.data.context)]
+        sequences = test[: math.ceil(asked["tokens"] / plan.run.data.context)]
         results = measure(plan, model, sequences, wanted, ce=asked["ce"], console=console)
         for leg in missing:
             snapshots = {key.rpartition("@")[2]: r for key, r in results.items() if key.rpartition("@")[0] == leg.id}

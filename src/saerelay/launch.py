@@ -17,9 +17,9 @@ from saerelay.checkpoint import (
     Suite,
     load,
     load_dictionary,
-    load_state,
     read_plan,
     sole_writer,
+    state_facts,
     write_text,
 )
 from saerelay.corpus import Corpus, prepare
@@ -129,8 +129,8 @@ def settle_plan(run: Run, paths: RunDirectory, *, extend: bool) -> Plan:
         free = {key: value for key, value in flat(run.model_dump()).items() if key in FREE_TO_CHANGE}
         return old.model_copy(update={"run": Run.parse(nested(flat(old.run.model_dump()) | free), source="resume")})
     check_same(old, run, paths, FREE_TO_CHANGE | {"sites.layers"}, but="plan.")
-    saved = load_state(paths.state)
-    if saved is None or saved[1]["cursor"] < old.n_tokens:
+    saved = state_facts(paths.state)
+    if saved is None or saved["cursor"] < old.n_tokens:
         raise RunDirectoryError(f"{paths.root} is not finished; finish it with --resume before extending it")
     plan = plan_run(run, finished=old)
     if plan.legs == old.legs:
@@ -140,16 +140,14 @@ def settle_plan(run: Run, paths: RunDirectory, *, extend: bool) -> Plan:
     return plan
 
 
-FREE_TO_CHANGE = {
-    *("train.checkpoint_every", "train.loggers", "train.memory_gib", "evaluate.tokens", "evaluate.ce"),
-}
+FREE_TO_CHANGE = {"train.checkpoint_every", "train.loggers", "train.memory_gib", "evaluate.tokens", "evaluate.ce"}
 
 
 def check_same(old: Plan, run: Run, paths: RunDirectory, free: set[str], but: str = "\0") -> None:
     """A run goes on with the recipe it began with, `free` keys and those beginning with `but` aside."""
     before, after = flat(old.run.model_dump(mode="json")), flat(run.model_dump(mode="json"))
-    changed = [key for key in before | after if before.get(key) != after.get(key) and key not in free]
-    if changed := [key for key in changed if not key.startswith(but)]:
+    watched = [key for key in before | after if key not in free and not key.startswith(but)]
+    if changed := [key for key in watched if before.get(key) != after.get(key)]:
         lines = [f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} in the recipe" for key in changed]
         raise RunDirectoryError(
             f"{paths.root} was begun with another recipe:\n" + "\n".join(lines) + f"\nresume it with {paths.recipe}, "
@@ -249,11 +247,11 @@ def remove_on_error(root: Path, fresh: bool) -> Iterator[None]:
 @contextmanager
 def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterator[Watcher]:
     """A live table on a terminal, plain lines elsewhere, nothing without a console."""
-    saved = load_state(paths.state)
-    cursor = saved[1]["cursor"] if saved else 0
-    if saved and console and saved[1]["machine"] != machine():
+    saved = state_facts(paths.state)
+    cursor = saved["cursor"] if saved else 0
+    if saved and console and saved["machine"] != machine():
         console.print(
-            f"note: this run was begun with {saved[1]['machine']}, this is {machine()}: it goes on, but not to "
+            f"note: this run was begun with {saved['machine']}, this is {machine()}: it goes on, but not to "
             "bitwise the weights of an uninterrupted run"
         )
     others = asked_for(plan, paths.root)

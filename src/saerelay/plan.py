@@ -59,6 +59,14 @@ class ModelFacts(Spec):
         return self.d_attn_z if site.module == "attn_z" else self.d_model
 
 
+def takes_sparse_step(architecture: Architecture, device: str) -> bool:
+    """Whether training is by `kernels.sparse_step`: where sparse products are fast and give the same bits each time.
+
+    Elsewhere autograd on dense codes is both.
+    """
+    return device == "cpu" and architecture in ARCHITECTURES_WITH_SPARSE_STEP
+
+
 class External(Spec):
     """A parent outside the plan: what its dictionary.json says."""
 
@@ -261,7 +269,7 @@ def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
         raise PlanError(f"plan.roots names layer {outside[0]}, which is not among sites.layers ({layers})")
     parents = preset_parents(run, layers)
     roots = sorted({layer for layer in layers if layer not in parents or p.preset == "paper"})
-    legs = [_scratch(f"{_name(run, layer)}", layer, p.root_tokens) for layer in roots]
+    legs = [LegSpec(id=_name(run, layer), layer=layer, tokens=p.root_tokens) for layer in roots]
     for layer, sources in sorted(parents.items()):
         for source in sources:
             parent = _name(run, source) if source in roots else f"{_name(run, source)}-from-L{parents[source][0]}"
@@ -274,10 +282,6 @@ def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
 
 def _name(run: Run, layer: int) -> str:
     return str(Site(layer, run.sites.module))
-
-
-def _scratch(leg_id: str, layer: int, tokens: int) -> LegSpec:
-    return LegSpec(id=leg_id, layer=layer, tokens=tokens)
 
 
 def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:

@@ -6,7 +6,6 @@ two batches, and a run that was killed continues from there to the same bits.
 """
 
 import json
-import math
 import signal
 import threading
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from saerelay.checkpoint import (
     RunDirectory,
+    finite,
     load_dictionary,
     load_state,
     prefixed,
@@ -208,10 +208,7 @@ def report(now: Training, trainees: list[Trainee], log: Any, watcher: Watcher | 
     for trainee in trainees:
         if progress := trainee.look():
             line = {"cursor": now.cursor, "leg": trainee.leg.id} | progress._asdict()
-            log.write(
-                json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()})
-                + "\n"
-            )
+            log.write(json.dumps(finite(line)) + "\n")
             if watcher:
                 watcher.leg(trainee.leg.id, progress)
 
