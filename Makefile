@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' >/de
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format bench-env clean
 
 demo: $(VENV)/.installed  ## train, transfer and evaluate on the built-in model (minutes, offline)
 	$(BIN)/saerelay demo
@@ -21,8 +21,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format src tests bench
 	$(BIN)/ruff check --fix src tests bench
 
+bench-env: .peers/.installed  ## this package and the tools that bench/step.py compares with, in .peers
+
 clean:
-	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) .peers runs/demo .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +37,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard]'
+	touch $@
+
+.peers/.installed: pyproject.toml bench/peers.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.peers/bin/pip install --quiet --disable-pip-version-check -e . -r bench/peers.txt
+	.peers/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
 	touch $@

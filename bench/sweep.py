@@ -43,7 +43,7 @@ def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int,
         for number in range(-(-n_train // plan.block_tokens)):
             block = stream.block(number, sorted({*sites, *([plan.probe_site] if plan.probe_site else [])}))
             for layer, site in zip(layers, sites, strict=True):
-                train[layer].append(block.rows(site).bfloat16())
+                train[layer] += [rows[site].bfloat16() for rows in block.chunks([site])]
         test: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
         tokens = torch.from_numpy(corpus.test.astype("int64"))
         skip = int(run.data.prepend_bos)

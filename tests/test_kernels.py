@@ -5,9 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saerelay.dictionaries import Dictionary, initialise, training_loss
-from saerelay.kernels import cpu, dense_codes, encode_sparse, join_codes, products, reference, sparse_step, split_codes
-from saerelay.kernels.codes import nonzero_codes, top_codes, top_codes_of_batch
+from saerelay.dictionaries import Dictionary, Loss, initialise, keep_top, keep_top_of_batch, training_loss
+from saerelay.kernels import (
+    cpu,
+    dense_codes,
+    encode_sparse,
+    join_codes,
+    products,
+    reference,
+    sparse_step,
+    split_codes,
+    step,
+)
+from saerelay.kernels.select import GROUP, at_least, nonzero_codes, top_codes, top_codes_of_batch
+from saerelay.kernels.step import ROWS, codes_of_batch
 from saerelay.recipe import DictionarySpec
 
 OPS = [pytest.param(reference, id="reference")] + ([pytest.param(cpu, id="mkl")] if cpu.available() else [])
@@ -15,11 +26,11 @@ D, F, B = 12, 50, 33
 
 
 def example(
-    architecture: str, seed: int, dtype: torch.dtype = torch.float64
+    architecture: str, seed: int, dtype: torch.dtype = torch.float64, *, B: int = B, F: int = F, k: int = 5
 ) -> tuple[DictionarySpec, Dictionary, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(B, D, generator=g, dtype=dtype)
-    spec = DictionarySpec(architecture=architecture, n_latents=F, k=5)  # type: ignore[arg-type]
+    spec = DictionarySpec(architecture=architecture, n_latents=F, k=k, target_l0=k)  # type: ignore[arg-type]
     d = initialise(spec, x, g)
     return (
         spec,
@@ -28,9 +39,21 @@ def example(
     )
 
 
+def stepped(spec: DictionarySpec, d: Dictionary, x: torch.Tensor, **options) -> tuple[Loss, dict[str, torch.Tensor]]:
+    """Loss and all gradients of a sparse step, its latents in two pieces."""
+    step = sparse_step(spec, d, x, **options)
+    trained = {name: t for name, t in d.tensors().items() if name != "threshold" or spec.architecture == "jumprelu"}
+    gradients = {name: torch.full_like(t, torch.nan) for name, t in trained.items()}
+    for latents in (slice(0, 17), slice(17, d.n_latents)):
+        step.gradients(latents, {name: g[latents] for name, g in gradients.items() if name != "b_dec"})
+    return step.loss, gradients | {"b_dec": step.b_dec}
+
+
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-@pytest.mark.parametrize("n_dead", [0, 1, 20, F])
+@pytest.mark.parametrize(
+    ("architecture", "n_dead"),
+    [("relu", 0), ("jumprelu", 0), *((name, n) for name in ("topk", "batchtopk") for n in (0, 1, 20, F))],
+)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_sparse_step_equals_autograd(ops, architecture: str, n_dead: int, normalise: bool) -> None:
     for seed in range(3):
@@ -38,14 +61,90 @@ def test_sparse_step_equals_autograd(ops, architecture: str, n_dead: int, normal
         spec = spec.model_copy(update={"normalise": normalise})
         dead = torch.randperm(F, generator=torch.Generator().manual_seed(seed)) < n_dead
         parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
-        expected = training_loss(spec, replace(d, **parameters), x, dead=dead)
+        expected = training_loss(spec, replace(d, **parameters), x, dead=dead, sparsity=0.7)
         expected.total.backward()
-        loss, gradients = sparse_step(spec, d, x, dead=dead, ops=ops)
+        loss, gradients = stepped(spec, d, x, dead=dead, sparsity=0.7, ops=ops)
         assert torch.allclose(loss.total, expected.total.detach(), rtol=1e-12)
         assert torch.allclose(loss.squared_error, expected.squared_error, rtol=1e-12)
         assert int(loss.n_active) == int(expected.n_active) and torch.equal(loss.fired, expected.fired)
         for name, gradient in gradients.items():
             assert torch.allclose(gradient, parameters[name].grad, rtol=1e-10, atol=1e-14), name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+def test_a_batch_in_pieces_with_latents_in_groups_equals_autograd(architecture: str) -> None:
+    """More tokens than one piece, and enough latents that selection goes by groups."""
+    assert ROWS < 600 and 192 >= 4 * GROUP * 3
+    spec, d, x = example(architecture, 0, B=600, F=192, k=3)
+    dead = torch.arange(192) % 5 == 0 if architecture.endswith("topk") else None
+    parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
+    expected = training_loss(spec, replace(d, **parameters), x, dead=dead)
+    expected.total.backward()
+    loss, gradients = stepped(spec, d, x, dead=dead)
+    assert torch.allclose(loss.total, expected.total.detach(), rtol=1e-12)
+    assert torch.equal(loss.fired, expected.fired) and int(loss.n_active) == int(expected.n_active)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, parameters[name].grad, rtol=1e-10, atol=1e-14), name  # type: ignore[arg-type]
+
+
+def test_raw_activations_in_units_equal_normalised_ones() -> None:
+    spec, d, x = example("topk", 0)
+    mean, scale = torch.randn(D, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+    expected, wanted = stepped(spec, d, x)
+    loss, gradients = stepped(spec, d, x * scale + mean, units=(mean, scale))
+    assert torch.allclose(loss.total, expected.total)
+    assert all(torch.allclose(gradients[name], gradient) for name, gradient in wanted.items())
+
+
+def test_variance_is_about_the_mean_of_the_batch() -> None:
+    spec, d, x = example("topk", 0)
+    assert torch.allclose(sparse_step(spec, d, x + 5).variance, (x - x.mean(dim=0)).square().sum())
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+def test_a_bfloat16_encoder_gives_nearly_the_same_gradients(architecture: str) -> None:
+    spec, d, x = example(architecture, 0, torch.float32, B=600, F=192, k=3)
+    dead = torch.arange(192) % 5 == 0 if architecture.endswith("topk") else None
+    _, exact = stepped(spec, d, x, dead=dead)
+    _, half = stepped(spec, d, x, dead=dead, encoder=d.W_enc.bfloat16())
+    for name, gradient in exact.items():
+        assert gradient.dtype == half[name].dtype == torch.float32
+        assert (half[name] - gradient).norm() < 0.1 * gradient.norm(), name
+        assert not torch.equal(half[name], gradient), name
+
+
+def test_the_largest_of_a_batch_are_found_whatever_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of very different sizes of values; and guesses that are far too high."""
+    pre = torch.randn(40, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pre[:10] *= 20
+    expected = keep_top_of_batch(pre, 3)
+    parts = list(pre.split([10, 11, 19]))
+    assert torch.equal(dense_codes(join_codes(codes_of_batch(parts, 120))), expected)
+    monkeypatch.setattr(step, "bound_of_batch", lambda pre, k: pre.max() / 2)
+    assert torch.equal(dense_codes(join_codes(codes_of_batch(parts, 120))), expected)
+
+
+def test_equal_values_do_not_make_a_batch_keep_more() -> None:
+    pre = torch.ones(8, 64)
+    assert sum(codes.values.numel() for codes in codes_of_batch(list(pre.split(3)), 16)) == 16
+    assert dense_codes(top_codes(pre, 1)).sum(dim=1).tolist() == [1.0] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(64, 1), (256, 3), (1024, 16), (100, 7), (64, 64)])
+def test_selection_by_groups_equals_topk(dtype: torch.dtype, n: int, k: int) -> None:
+    pre = torch.randn(50, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    found = dense_codes(top_codes(pre, k))
+    expected = keep_top(pre, k).to(found.dtype)
+    assert torch.equal(found.sort(dim=1).values, expected.sort(dim=1).values)  # bfloat16 has ties
+    assert torch.equal(found[found > 0], pre.to(found.dtype)[found > 0])
+
+
+def test_at_least_is_a_mask() -> None:
+    for n in (64, 50):
+        pre = torch.randn(30, n, generator=torch.Generator().manual_seed(n))
+        found = dense_codes(at_least(pre, torch.tensor(0.7)))
+        assert torch.equal(found, pre * (pre >= 0.7))
 
 
 @pytest.mark.parametrize("ops", OPS)
@@ -56,7 +155,11 @@ def test_products_equal_dense_ones(ops) -> None:
         W, x = torch.randn(F, D, generator=g, dtype=torch.float64), torch.randn(B, D, generator=g, dtype=torch.float64)
         codes = nonzero_codes(z)
         assert torch.allclose(ops.decode(codes, W), z @ W)
-        assert torch.allclose(ops.transposed(codes, x), z.T @ x)
+        rest = x.clone()
+        ops.subtract_decoded(rest, codes, W)
+        assert torch.allclose(rest, x - z @ W)
+        assert torch.allclose(ops.decode(codes, W, out=rest), z @ W) and torch.allclose(rest, z @ W)
+        assert torch.allclose(ops.decode(codes.transposed()[0], x), z.T @ x)
         rows, columns = codes.rows(), codes.columns.long()
         assert torch.allclose(ops.sampled(codes, x, W), (x @ W.T)[rows, columns])
 
@@ -93,7 +196,7 @@ def test_without_mkl_the_reference_is_used(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("ops", OPS)
 def test_float32_is_close_to_float64(ops) -> None:
     spec, d, x = example("topk", 0)
-    _, exact = sparse_step(spec, d, x, ops=ops)
-    _, single = sparse_step(spec, d.to(torch.float32), x.float(), ops=ops)
+    _, exact = stepped(spec, d, x, ops=ops)
+    _, single = stepped(spec, d.to(torch.float32), x.float(), ops=ops)
     for name, gradient in exact.items():
         assert (single[name] - gradient).norm() < 1e-5 * gradient.norm(), name

@@ -10,8 +10,8 @@ import pytest
 import saerelay
 
 ORDER = """
-errors spec site recipe plan cost moments dictionaries kernels transfer engine demo sources corpus model stream progress
-trackers checkpoint train evaluate tables figures launch showcase cli __main__
+errors spec site recipe plan cost moments dictionaries threads kernels transfer engine demo sources corpus model cache
+stream progress trackers checkpoint train evaluate tables figures launch showcase cli __main__
 """.split()
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))

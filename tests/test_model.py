@@ -1,7 +1,8 @@
 """Every model family against transformers' own hidden states and the sum of the parts; errors and their remedies."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from logging import Handler, getLogger
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -165,25 +167,50 @@ def test_harvested_tensors_are_plain_copies(model: LanguageModel, found: dict[Si
         assert torch.equal(model.harvest(TOKENS, [site, site])[site], found[site])
 
 
-@pytest.mark.parametrize("kind", MODULE_KINDS)
-def test_harvest_stops_at_the_deepest_site(model: LanguageModel, kind: ModuleKind) -> None:
-    calls: list[str] = []
-    base, head = model._model.base_model, model._model.get_output_embeddings()
-    watched = {f"layer {i}": layer for i, layer in enumerate(model._layers)} | {"norm": last_norm(base), "head": head}
-    done = [m.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, m in watched.items() if m]
-    begun = [m.register_forward_pre_hook(lambda *_, n=n: calls.append(f"to {n}")) for n, m in watched.items() if m]
+def passage(model: LanguageModel, run: Callable[[], object]) -> list[tuple[str, nn.Module]]:
+    """Every beginning and end of a module's call, in order."""
+    events: list[tuple[str, nn.Module]] = []
+    ours = set(model._model.modules())
+    handles = [
+        register_module_forward_pre_hook(lambda m, _: events.append(("begin", m)) if m in ours else None),
+        register_module_forward_hook(lambda m, *_: events.append(("end", m)) if m in ours else None),
+    ]
     try:
-        model.harvest(TOKENS, [Site(1, kind), Site(0)])
-        assert calls == ["to layer 0", "layer 0", "to layer 1", "layer 1"][: 4 if kind == "resid_post" else 3]
-        calls.clear()
-        model.harvest(TOKENS, [Site(2)])
-        assert calls[-1] == "layer 2"
-        calls.clear()
-        assert model.harvest(TOKENS, []) == {} and calls == []
+        run()
     finally:
-        for handle in done + begun:
+        for handle in handles:
             handle.remove()
-    assert_close(model.harvest(TOKENS, [Site(0)])[Site(0)].isfinite().all(), torch.tensor(True))
+    return events
+
+
+@pytest.mark.parametrize("kind", MODULE_KINDS)
+def test_harvest_runs_nothing_behind_the_deepest_site(model: LanguageModel, kind: ModuleKind) -> None:
+    """Its calls are those of a whole forward up to the site's module: no attention, MLP, norm or head after it."""
+    with torch.no_grad():
+        whole = passage(model, lambda: model._model.base_model(input_ids=TOKENS, use_cache=False))
+    for layer in range(3):
+        module, side = model._locate(Site(layer, kind))
+        n = whole.index(("begin" if side == "input" else "end", module)) + 1
+        sites = [Site(0, "resid_pre"), Site(layer, kind)]
+        assert passage(model, partial(model.harvest, TOKENS, sites)) == whole[:n]
+        assert n < len(whole)
+    assert passage(model, lambda: model.harvest(TOKENS, [])) == [] and model.harvest(TOKENS, []) == {}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model._layers.modules())
+
+
+def test_visitors_see_what_harvest_copies(model: LanguageModel, found: dict[Site, Tensor]) -> None:
+    seen: dict[Site, Tensor] = {}
+    kept = {site: torch.empty_like(x) for site, x in found.items()}
+
+    def look(site: Site, x: Tensor) -> None:
+        assert x.is_inference() and torch.is_inference_mode_enabled()
+        kept[site].copy_(x)
+        seen[site] = x
+
+    model.visit(TOKENS, {site: partial(look, site) for site in ALL})
+    for site in ALL:
+        assert torch.equal(kept[site], found[site]) and not kept[site].is_inference()
+    assert seen.keys() == found.keys() and not torch.is_inference_mode_enabled()
 
 
 def test_splice(family: str, model: LanguageModel, found: dict[Site, Tensor]) -> None:

@@ -1,51 +1,144 @@
-"""Blocks: what is kept, in which order, and that nothing depends on which sites are open."""
+"""Blocks: what is kept, in which order, that nothing depends on which sites are open, and what memory they take."""
+
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saerelay.model import LanguageModel, read_facts
 from saerelay.plan import Plan, compile_plan
 from saerelay.recipe import Run
 from saerelay.site import Site
-from saerelay.stream import LiveStream, kept_positions
+from saerelay.stream import LM_BATCH_TOKENS, Block, LiveStream, TensorStream, kept_positions, shuffled
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def setting() -> tuple[Plan, LiveStream]:
+def make_plan(block_tokens: int = 128, context: int = 16, dtype: str = "float32", bos: bool = True) -> Plan:
     sections = {
-        "model": {"dtype": "float32", "device": "cpu"},
+        "model": {"dtype": dtype, "device": "cpu"},
         "sites": {"layers": [1, 3]},
-        "data": {"context": 16, "block_tokens": 128, "epochs": 3},
+        "data": {"context": context, "block_tokens": block_tokens, "epochs": 3, "prepend_bos": bos},
         "dictionary": {"n_latents": 64, "k": 8},
         "train": {"batch_tokens": 32},
     }
     run = Run.parse(sections, source="test")
-    plan = compile_plan(run, read_facts(run.model))
-    sequences = np.random.default_rng(0).integers(1, 4096, size=(20, 16)).astype(np.uint16)
+    return compile_plan(run, read_facts(run.model))
+
+
+def make_stream(plan: Plan, n_sequences: int = 20) -> LiveStream:
+    shape = (n_sequences, plan.run.data.context)
+    sequences = np.random.default_rng(0).integers(1, 4096, size=shape).astype(np.uint16)
     sequences[:, 0] = 0
-    return plan, LiveStream(LanguageModel.load(run.model), sequences, plan)
+    return LiveStream(LanguageModel.load(plan.run.model), sequences, plan)
+
+
+@pytest.fixture(scope="module")
+def setting() -> tuple[Plan, LiveStream]:
+    plan = make_plan()
+    return plan, make_stream(plan)
+
+
+def copied(block: Block) -> list[dict[Site, torch.Tensor]]:
+    """All batches, so that the next block may take this one's place."""
+    return [{site: x.clone() for site, x in block.batch(i).items()} for i in range(block.n_batches)]
 
 
 def test_rows_do_not_shift_when_sites_come_and_go(setting) -> None:
     _, stream = setting
-    both, one = stream.block(2, [Site(1), Site(3)]), stream.block(2, [Site(1), Site(3), Site(5)])
-    for index in range(both.n_batches):
+    two = copied(stream.block(2, [Site(1), Site(3)]))
+    three = copied(stream.block(2, [Site(1), Site(3), Site(5)]))
+    for ours, theirs in zip(two, three, strict=True):
         for site in (Site(1), Site(3)):
-            assert torch.equal(both.batch(index)[site], one.batch(index)[site])
+            assert torch.equal(ours[site], theirs[site])
 
 
-def test_batches_are_the_kept_rows_each_once_and_sites_stay_aligned(setting) -> None:
-    plan, stream = setting
-    block = stream.block(0, [Site(1), Site(3)])
-    rows = torch.cat([block.batch(i)[Site(3)] for i in range(block.n_batches)])
-    assert torch.equal(rows, block.rows(Site(3))) and rows.shape[0] == 128 - 8
-    tokens = torch.from_numpy(stream.sequences[stream.read_order(0, 8)].astype(np.int64))
-    flat = stream.model.harvest(tokens, [Site(1)])[Site(1)].flatten(0, 1)
-    order = block.order[block.keep[block.order]]
-    assert torch.allclose(block.rows(Site(1)), flat[order], atol=1e-3) and 0 not in (order % 16)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batches_are_the_kept_rows_in_shuffled_order(dtype: str) -> None:
+    """The definition: harvest in corpus order, whole, and take the rows by the order and the mask."""
+    plan = make_plan(block_tokens=2 * LM_BATCH_TOKENS, context=64, dtype=dtype)
+    stream, sites = make_stream(plan, 200), [Site(1), Site(3), Site(2, "mlp_out")]
+    index = stream.sequences_of(1)
+    tokens = torch.from_numpy(stream.sequences[index].astype(np.int64))
+    parts = [stream.model.harvest(part, sites) for part in tokens.split(LM_BATCH_TOKENS // 64)]
+    whole = {site: torch.cat([part[site].flatten(0, 1) for part in parts]) for site in sites}
+    order = shuffled(plan.block_tokens, plan.run.train.seed, 1)
+    keep = kept_positions(plan, tokens, whole)
+    assert not keep[::64].any() and 0.9 < keep.float().mean() < 1
+    block = stream.block(1, sites)
+    for i, batch in enumerate(copied(block)):
+        positions = order[32 * i : 32 * i + 32]
+        positions = positions[keep[positions]]
+        for site in sites:
+            assert torch.equal(batch[site], whole[site][positions].float()) and batch[site].dtype == torch.float32
+    everything = order[keep[order]]
+    for site in sites:
+        assert torch.equal(block.rows(site, n=100), whole[site][everything[:100]].float())
+        assert torch.equal(block.rows(site, n=10**9), whole[site][everything].float())
+        chunks = list(block.chunks([site, Site(1)], n=1000))
+        assert torch.equal(torch.cat([rows[site] for rows in chunks]), block.rows(site))
+        assert torch.equal(torch.cat([rows[Site(1)] for rows in chunks]), block.rows(Site(1)))
+
+
+def test_a_tensor_stream_gives_each_row_once_and_starts_again() -> None:
+    x = torch.arange(24.0)[:, None]
+    stream = TensorStream({Site(0): x, Site(1): -x}, block_tokens=16, batch_tokens=4)
+    blocks = [torch.cat([batch[Site(0)] for batch in copied(stream.block(n, [Site(0)]))]) for n in range(3)]
+    assert sorted(torch.cat(blocks).flatten().tolist()) == sorted(2 * list(range(24)))
+    assert blocks[1].flatten().tolist() == [(16 + i) % 24 for i in shuffled(16, 0, 1).tolist()]
+    assert torch.equal(stream.block(1, [Site(1)]).rows(Site(1)), -blocks[1])
+
+
+class Large(TorchDispatchMode):
+    """Keeps what has a storage of `at_least` bytes, from whichever operation."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__()
+        self.at_least, self.found = at_least, dict[int, torch.Tensor]()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.at_least:
+                self.found[x.untyped_storage().data_ptr()] = x
+        return result
+
+
+def test_a_block_is_one_buffer_a_site_and_batches_are_views_of_it() -> None:
+    """Nothing else as large as a buffer is ever made, neither in filling nor in reading it."""
+    plan = make_plan(block_tokens=6 * LM_BATCH_TOKENS, context=64, bos=False)
+    stream, sites = make_stream(plan, 400), [Site(1), Site(3)]
+    size = plan.block_tokens * plan.facts.d_model * 4
+    with Large(size) as large:
+        block = stream.block(0, sites)
+        buffers = {block.activations[site].data_ptr() for site in sites}
+        assert set(large.found) == buffers and len(buffers) == 2
+        for i in range(block.n_batches):
+            block.batch(i)
+        assert sum(len(rows[Site(1)]) for rows in block.chunks(sites)) == int(block.keep.sum())
+        block.rows(Site(1), n=2048)
+        block = stream.block(1, sites)
+        assert {x.data_ptr() for x in block.activations.values()} == set(large.found) == buffers
+    assert all(x.nbytes == size for x in block.activations.values())
+    whole = next(i for i in range(block.n_batches) if block.batch(i)[Site(1)].shape[0] == 32)
+    assert block.batch(whole)[Site(1)].untyped_storage().data_ptr() == block.activations[Site(1)].data_ptr()
+    closed = weakref.ref(block.activations[Site(1)])
+    large.found.clear()
+    assert list(stream.block(2, [Site(3)]).activations) == [Site(3)] and closed() is None
+
+
+def test_what_a_block_gives_may_meet_autograd() -> None:
+    """Views of the buffers, too."""
+    plan = make_plan(bos=False)
+    block = make_stream(plan).block(0, [Site(1), Site(3)])
+    whole = next(i for i in range(block.n_batches) if block.batch(i)[Site(1)].shape[0] == 32)
+    for x in (block.batch(whole)[Site(1)], block.rows(Site(1)), next(block.chunks([Site(1)]))[Site(1)]):
+        weight = torch.ones(x.shape[1], requires_grad=True)
+        assert not x.is_inference() and not x.requires_grad
+        (x @ weight).square().sum().backward()
+        assert weight.grad is not None
 
 
 def test_every_epoch_reads_every_sequence_once_in_a_new_order(setting) -> None:
@@ -67,3 +160,5 @@ def test_outliers_of_norm_are_left_out_at_every_site(setting) -> None:
     keep = kept_positions(plan, tokens, {plan.probe_site: x})
     left_out = {i for i in range(32) if not keep[i]}
     assert left_out == {0, 16, 5, 7}
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kept_positions(plan, tokens, {plan.probe_site: x[order]}, order), keep[order])

@@ -1,5 +1,7 @@
 """What a plan takes, from shapes alone: tokens, operations, memory, disk."""
 
+from collections import Counter
+
 from saerelay.plan import Leg, ModelFacts, Plan, parameters, peak_state_bytes, takes_sparse_step
 from saerelay.recipe import DictionarySpec
 from saerelay.spec import Spec
@@ -17,16 +19,19 @@ class Cost(Spec):
     flops_all_from_scratch: float
     """The same layers, each from scratch with root_tokens, all sharing one forward pass, executed the same way."""
     memory_bytes: float
-    """Largest training state of all live legs, one block's activations and the language model."""
+    """Largest training state of all live legs, one block's activations at the sites then open, the language model."""
     disk_bytes: float
     """Published dictionaries, snapshots, the saved state twice over, and the tokens."""
+    cache_bytes: float
+    """What `data.cache` takes if nothing is in it yet and no sequence is read twice; 0 without one."""
 
 
 def step_flops(dictionary: DictionarySpec, facts: ModelFacts, width: int) -> tuple[float, float]:
     """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
     dense = 12.0 * width * dictionary.n_latents
-    if takes_sparse_step(dictionary.architecture, facts.device):
-        return 2.0 * width * dictionary.n_latents + 8.0 * width * dictionary.k, dense
+    if takes_sparse_step(facts.device):
+        active = dictionary.target_l0 if dictionary.architecture == "jumprelu" else dictionary.k
+        return 2.0 * width * dictionary.n_latents + 8.0 * width * active, dense
     return dense, dense
 
 
@@ -47,11 +52,12 @@ def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
 def plan_cost(plan: Plan) -> Cost:
     """Predict a plan's cost from shapes alone."""
     facts, context, block = plan.facts, plan.run.data.context, plan.block_tokens
-    lm_tokens, flops = 0, 0.0
+    lm_tokens, flops, read = 0, 0.0, Counter[int]()
     for start in range(0, plan.n_tokens, block):
         sites = plan.open_sites(start, start + block)
         if sites:
             lm_tokens += block
+            read[sum(facts.width(site) for site in sites)] += block
             flops += block * forward_flops(facts, max(s.layer for s in sites) + 1, context)
     dense = flops
     for leg in plan.legs:
@@ -63,15 +69,17 @@ def plan_cost(plan: Plan) -> Cost:
         dense += trained * equivalent + fits
     weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
     live = peak_state_bytes(plan.legs, facts)
-    activations = 4.0 * block * sum(facts.width(site) for site in plan.sites)
+    value_bytes = 4.0 if facts.dtype == "float32" else 2.0
+    buffer_bytes = 2.0 if plan.run.data.cache else value_bytes
     return Cost(
         lm_tokens=lm_tokens,
         sae_samples=sum(leg.budget_tokens for leg in plan.legs),
         flops=flops,
         flops_dense_equivalent=dense,
         flops_all_from_scratch=_all_from_scratch(plan),
-        memory_bytes=live + activations + facts.model_params * (4 if facts.dtype == "float32" else 2),
+        memory_bytes=live + buffer_bytes * block * max(read) + value_bytes * facts.model_params,
         disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / plan.run.data.epochs,
+        cache_bytes=2.0 * sum(width * n for width, n in read.items()) if plan.run.data.cache else 0.0,
     )
 
 

@@ -4,6 +4,7 @@ Everything scheduled is a pure function of a leg's own age (tokens it has seen);
 `Trainee.state`. Lockstep is a loop over trainees, so that one that retires cannot change another's bits.
 """
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,12 +22,16 @@ from saerelay.dictionaries import (
     to_training_units,
     training_loss,
 )
-from saerelay.kernels import sparse_step
-from saerelay.plan import ARCHITECTURES_WITH_SPARSE_STEP, Leg, takes_sparse_step
+from saerelay.kernels import Step, latent_pieces, sparse_step
+from saerelay.plan import Leg, takes_sparse_step
 from saerelay.recipe import TrainSpec
 from saerelay.site import Site
 from saerelay.spec import seed_from
+from saerelay.threads import alone, in_parallel
 from saerelay.transfer import Refit
+
+ARCHITECTURES_WITH_AUX = ("topk", "batchtopk")
+_scratch = threading.local()
 
 
 def learning_rate(leg: Leg, spec: TrainSpec, age: int) -> float:
@@ -57,6 +62,82 @@ class Progress(NamedTuple):
     """Time spent in this leg's steps since the run began."""
 
 
+class AutogradStep(NamedTuple):
+    """A batch that went forward and back by autograd on dense codes: what `kernels.Step` is tested against."""
+
+    loss: Loss
+    variance: Tensor
+    whole: dict[str, Tensor]
+    """Gradients of all latents, by name."""
+
+    @property
+    def b_dec(self) -> Tensor:
+        """∂loss/∂b_dec (D)."""
+        return self.whole["b_dec"]
+
+    def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
+        """Write the gradients of some latents, by parameter name, into the tensors given."""
+        for name, gradient in into.items():
+            gradient.copy_(self.whole[name][latents])
+
+
+class Adam(NamedTuple):
+    """One step of Adam (Kingma and Ba 2015), in one pass over memory."""
+
+    lr: float
+    betas: tuple[float, float]
+    n_steps: Tensor
+    shrink: Tensor | None
+    """What gradients are divided by."""
+
+    def move(self, triples: list["Triple"], gradients: list[Tensor]) -> None:
+        """Move parameters and their moments."""
+        torch._fused_adam_(  # pyright: ignore  # what torch.optim.Adam(fused=True) calls, which cannot take parts
+            [parameter for parameter, _, _ in triples],
+            gradients,
+            [mean for _, mean, _ in triples],
+            [square for _, _, square in triples],
+            [],
+            [self.n_steps] * len(triples),
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self.shrink,
+        )
+
+
+Triple = tuple[Tensor, Tensor, Tensor]
+"""A parameter, the running mean of its gradient and that of its square."""
+
+
+class Part:
+    """Some latents of a dictionary in training; parts are worked on side by side."""
+
+    def __init__(self, latents: slice, triples: dict[str, Triple]) -> None:
+        self.latents = latents
+        self.triples = {name: (p[latents], m[latents], s[latents]) for name, (p, m, s) in triples.items()}
+
+    def differentiate(self, step: "Step | AutogradStep", gradients: dict[str, Tensor]) -> Tensor:
+        """Write the gradients of these latents; Σ of their squares."""
+        mine = {name: gradient[self.latents] for name, gradient in gradients.items()}
+        step.gradients(self.latents, mine)
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in mine.values()]).square().sum()
+
+    def update(self, gradients: dict[str, Tensor], adam: Adam, encoder: Tensor | None) -> None:
+        """Move these latents; decoder rows keep unit norm, thresholds stay positive; `encoder` follows W_enc."""
+        adam.move(list(self.triples.values()), [gradients[name][self.latents] for name in self.triples])
+        W_dec = self.triples["W_dec"][0]
+        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        if "threshold" in self.triples:
+            self.triples["threshold"][0].clamp_(min=0)
+        if encoder is not None:
+            encoder[self.latents].copy_(self.triples["W_enc"][0])
+
+
 class Trainee:
     """One dictionary in training, in training units (x − mean)/scale.
 
@@ -68,15 +149,16 @@ class Trainee:
         self, leg: Leg, spec: TrainSpec, first: Tensor, inherited: Dictionary | None = None, *, dense: bool = False
     ) -> None:
         self.leg, self.spec = leg, spec
-        self.dense = dense or not takes_sparse_step(leg.dictionary.architecture, first.device.type)
+        self.dense = dense or not takes_sparse_step(first.device.type)
         first = first.float()
-        self.mean, self.scale = _units(first) if leg.dictionary.normalise else _no_units(first)
-        if inherited is None:
-            generator = torch.Generator().manual_seed(seed_from("init", leg.seed, str(leg.site)))
-            dictionary = initialise(leg.dictionary, self._normalised(first[:4096]), generator)
-        else:
-            dictionary = to_training_units(inherited.to(first.device), self.mean, self.scale)
-        self._adopt(dictionary)
+        with alone():
+            self.mean, self.scale = _units(first) if leg.dictionary.normalise else _no_units(first)
+            if inherited is None:
+                generator = torch.Generator().manual_seed(seed_from("init", leg.seed, str(leg.site)))
+                dictionary = initialise(leg.dictionary, self._normalised(first[:1024]), generator)
+            else:
+                dictionary = to_training_units(inherited.to(first.device), self.mean, self.scale)
+            self._adopt(dictionary)
         self.age = 0
         self.last_fired = torch.zeros(dictionary.n_latents, dtype=torch.int64, device=first.device)
         self.refit = Refit(self.dictionary) if leg.refit_tokens else None
@@ -103,11 +185,11 @@ class Trainee:
     def step(self, x: Tensor) -> None:
         """Take in one batch of raw activations (B, D): a refit step first, then gradient steps."""
         began = time.perf_counter()
-        x = self._normalised(x)
         if self.refit is not None:
-            self._refit(self.refit, x)
+            self._refit(self.refit, (x.float() - self.mean) / self.scale)
         elif x.shape[0]:
-            self._train(x)
+            with alone():
+                self._train(x)
         self.age += 0 if self.failure else self.leg.batch_tokens
         self.seconds += time.perf_counter() - began
 
@@ -122,60 +204,94 @@ class Trainee:
             self.refit = None
 
     def _train(self, x: Tensor) -> None:
-        loss = self._gradients(x)
-        if not bool(torch.isfinite(loss.total)):
-            self.failure = f"the loss became {float(loss.total)} at age {self.age} tokens"
+        """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
+        dead = self.dead() if self.leg.dictionary.architecture in ARCHITECTURES_WITH_AUX else None
+        step = self._dense_step(x, dead) if self.dense else self._sparse_step(x, dead)
+        if not bool(torch.isfinite(step.loss.total)):
+            self.failure = f"the loss became {float(step.loss.total)} at age {self.age} tokens"
             return
         with torch.no_grad():
-            self._constrain_gradients()
-            self.optimizer.param_groups[0]["lr"] = learning_rate(self.leg, self.spec, self.age)
-            self.optimizer.step()
-            self._constrain_parameters()
-            self.last_fired[loss.fired] = self.age + self.leg.batch_tokens
-            variance = (x - x.mean(dim=0)).square().sum()
-            self._sums.append(torch.stack([loss.total.detach(), loss.squared_error, variance, loss.n_active.float()]))
+            gradients = self._scratch()
+            squares = in_parallel(lambda part: part.differentiate(step, gradients), self.parts)
+            squares.append(step.b_dec.square().sum())
+            norm = torch.stack(squares).sum().sqrt()
+            shrink = (norm / self.spec.clip).clamp(min=1) if self.spec.clip else None
+            if shrink is not None and shrink.device.type == "cpu" and float(shrink) == 1:
+                shrink = None
+            self.adam_steps += 1
+            adam = Adam(learning_rate(self.leg, self.spec, self.age), self.spec.betas, self.adam_steps, shrink)
+            in_parallel(lambda part: part.update(gradients, adam, self.encoder), self.parts)
+            adam.move([self.bias], [step.b_dec])
+            self.last_fired[step.loss.fired] = self.age + self.leg.batch_tokens
+            seen = (step.loss.total, step.loss.squared_error, step.variance, step.loss.n_active)
+            self._sums.append(torch.stack([number.detach().float() for number in seen]))
             self._rows += x.shape[0]
 
-    def _gradients(self, x: Tensor) -> Loss:
-        """Set the gradient of every parameter."""
-        spec, d = self.leg.dictionary, self.dictionary
-        dead = self.dead() if spec.architecture in ARCHITECTURES_WITH_SPARSE_STEP else None
-        if self.dense:
-            self.optimizer.zero_grad()
-            loss = training_loss(spec, d, x, dead=dead, sparsity=sparsity_weight(self.leg, self.spec, self.age))
+    def _sparse_step(self, x: Tensor, dead: Tensor | None) -> Step:
+        return sparse_step(
+            self.leg.dictionary,
+            self.dictionary,
+            x,
+            units=(self.mean, self.scale),
+            dead=dead,
+            sparsity=sparsity_weight(self.leg, self.spec, self.age),
+            encoder=self._encoder(x),
+        )
+
+    def _dense_step(self, x: Tensor, dead: Tensor | None) -> AutogradStep:
+        x = self._normalised(x)
+        parameters = {name: t.detach().requires_grad_() for name, t in self.dictionary.tensors().items()}
+        sparsity = sparsity_weight(self.leg, self.spec, self.age)
+        with torch.enable_grad():
+            dictionary = replace(self.dictionary, **parameters)
+            loss = training_loss(self.leg.dictionary, dictionary, x, dead=dead, sparsity=sparsity)
             loss.total.backward()
-            return loss
-        with torch.no_grad():
-            loss, gradients = sparse_step(spec, d, x, dead=dead)
-        for name, gradient in gradients.items():
-            getattr(d, name).grad = gradient
-        return loss
+        gradients = {name: t.grad for name, t in parameters.items() if t.grad is not None}
+        return AutogradStep(loss, (x - x.mean(dim=0)).square().sum(), gradients)
+
+    def _encoder(self, x: Tensor) -> Tensor:
+        """W_enc in the dtype that the product with it runs in, kept up to date by `_update`."""
+        half = self.spec.precision == "bfloat16" or (self.spec.precision == "auto" and x.dtype == torch.bfloat16)
+        if not half:
+            return self.dictionary.W_enc.detach()
+        if self.encoder is None:
+            self.encoder = self.dictionary.W_enc.detach().bfloat16()
+        return self.encoder
 
     def dead(self) -> Tensor:
         """Bool (F): latents that have not fired for the leg's dead window."""
         return self.last_fired <= self.age - self.leg.dead_after_tokens
-
-    def _constrain_gradients(self) -> None:
-        """Clip the common norm; drop what would only lengthen decoder rows."""
-        d = self.dictionary
-        if self.spec.clip:
-            torch.nn.utils.clip_grad_norm_([p for p in d.tensors().values() if p.grad is not None], self.spec.clip)
-        assert d.W_dec.grad is not None
-        d.W_dec.grad -= torch.linalg.vecdot(d.W_dec.grad, d.W_dec)[:, None] * d.W_dec
-
-    def _constrain_parameters(self) -> None:
-        self.dictionary.W_dec.div_(self.dictionary.W_dec.norm(dim=1, keepdim=True))
-        if self.dictionary.threshold is not None:
-            self.dictionary.threshold.clamp_(min=0)
 
     def _normalised(self, x: Tensor) -> Tensor:
         return (x.float() - self.mean) / self.scale
 
     def _adopt(self, dictionary: Dictionary) -> None:
         """Train this dictionary from now on, with a fresh optimizer."""
-        parameters = {name: t.detach().clone().requires_grad_() for name, t in dictionary.tensors().items()}
-        self.dictionary = replace(dictionary, **parameters)
-        self.optimizer = torch.optim.Adam(list(parameters.values()), lr=self.leg.lr, betas=self.spec.betas, fused=True)
+        self.dictionary = replace(dictionary, **{name: t.detach().clone() for name, t in dictionary.tensors().items()})
+        trained = self.dictionary.tensors()
+        if dictionary.architecture == "batchtopk":
+            del trained["threshold"]  # calibrated when published
+        self.encoder: Tensor | None = None
+        self.mean_gradients = {name: torch.zeros_like(t) for name, t in trained.items()}
+        self.mean_squares = {name: torch.zeros_like(t) for name, t in trained.items()}
+        self.adam_steps = torch.zeros((), device=self.dictionary.W_enc.device)
+        self._divide()
+
+    def _divide(self) -> None:
+        """Cut parameters and Adam's moments into parts, which are views."""
+        moments = {name: (self.mean_gradients[name], self.mean_squares[name]) for name in self.mean_gradients}
+        triples = {name: (self.dictionary.tensors()[name], *both) for name, both in moments.items()}
+        self.bias = triples.pop("b_dec")
+        self.parts = [Part(latents, triples) for latents in latent_pieces(self.dictionary)]
+
+    def _scratch(self) -> dict[str, Tensor]:
+        """Room for the gradients: what this thread used last, if it fits, since new memory costs as much as a pass."""
+        shapes = {name: t.shape for name, t in self.dictionary.tensors().items() if name in self.parts[0].triples}
+        last = getattr(_scratch, "gradients", {})
+        device = self.dictionary.W_enc.device
+        if {name: t.shape for name, t in last.items()} != shapes or last["W_enc"].device != device:
+            _scratch.gradients = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+        return _scratch.gradients
 
     # --- what the log shows -------------------------------------------------------------------------------------
 
@@ -206,9 +322,9 @@ class Trainee:
     def state(self) -> dict[str, Tensor]:
         """Everything that is not a function of age."""
         state = {f"parameter.{name}": tensor.detach() for name, tensor in self.dictionary.tensors().items()}
-        for name, parameter in self.dictionary.tensors().items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"adam.{key}.{name}"] = value
+        state |= {f"adam.exp_avg.{name}": tensor for name, tensor in self.mean_gradients.items()}
+        state |= {f"adam.exp_avg_sq.{name}": tensor for name, tensor in self.mean_squares.items()}
+        state["adam.step"] = self.adam_steps
         state |= {"mean": self.mean, "scale": self.scale, "last_fired": self.last_fired}
         state |= {"age": torch.tensor(self.age), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         if self.refit is not None:
@@ -220,20 +336,16 @@ class Trainee:
         """Undo `state`."""
         self = cls.__new__(cls)
         self.leg, self.spec = leg, spec
-        self.dense = not takes_sparse_step(leg.dictionary.architecture, state["mean"].device.type)
+        self.dense = not takes_sparse_step(state["mean"].device.type)
         self.mean, self.scale, self.last_fired = state["mean"], state["scale"], state["last_fired"]
         self.age, self.seconds, self.failure = int(state["age"]), float(state["seconds"]), failure
         named = {key.removeprefix("parameter."): t for key, t in state.items() if key.startswith("parameter.")}
         k = leg.dictionary.k if leg.dictionary.architecture in ("topk", "batchtopk") else None
         self._adopt(Dictionary(architecture=leg.dictionary.architecture, k=k, **named))
-        for name, parameter in self.dictionary.tensors().items():
-            moments = {
-                key: state[f"adam.{key}.{name}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"adam.{key}.{name}" in state
-            }
-            if moments:
-                self.optimizer.state[parameter] = moments
+        self.mean_gradients = {name: state[f"adam.exp_avg.{name}"] for name in self.mean_gradients}
+        self.mean_squares = {name: state[f"adam.exp_avg_sq.{name}"] for name in self.mean_squares}
+        self.adam_steps = state["adam.step"]
+        self._divide()
         self.refit = None
         if "refit.target" in state:
             self.refit = Refit(self.dictionary)
@@ -296,8 +408,21 @@ class Cohort:
 
     def step(self, activations: Mapping[Site, Tensor]) -> None:
         """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into its own batches."""
-        for trainee in self.live:
-            parts = self.batch_tokens // trainee.leg.batch_tokens
-            for x in activations[trainee.leg.site].tensor_split(parts):
-                if not trainee.done:
-                    trainee.step(x)
+        live = self.live
+        gradient_steps = [t for t in live if t.refit is None and activations[t.leg.site].device.type == "cpu"]
+        side_by_side = gradient_steps[: len(gradient_steps) // torch.get_num_threads() * torch.get_num_threads()]
+        for trainee in live:
+            if trainee not in side_by_side:
+                self._step(trainee, activations[trainee.leg.site])
+        before, began = [t.seconds for t in side_by_side], time.perf_counter()
+        with alone():
+            in_parallel(lambda t: self._step(t, activations[t.leg.site]), side_by_side)
+        took = [t.seconds - was for t, was in zip(side_by_side, before, strict=True)]
+        share = (time.perf_counter() - began) / sum(took) if took else 0.0
+        for trainee, was, own in zip(side_by_side, before, took, strict=True):
+            trainee.seconds = was + own * share
+
+    def _step(self, trainee: Trainee, rows: Tensor) -> None:
+        for x in rows.tensor_split(self.batch_tokens // trainee.leg.batch_tokens):
+            if not trainee.done:
+                trainee.step(x)

@@ -9,9 +9,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
+from saerelay.cache import ActivationCache
 from saerelay.checkpoint import (
     RunDirectory,
     Suite,
@@ -87,12 +89,11 @@ def train_run(
             check_installed(plan)
             wants_ce(plan)
             check_disk(plan, paths)
-            corpus = tokenise(plan, paths, console)
-            model = load_model(plan)
+            stream = open_stream(plan, tokenise(plan, paths, console).train)
             write_text(paths.plan, plan.to_json())
             write_text(paths.recipe, annotated_toml(plan.run))
         with watching(plan, paths, console) as watcher:
-            train_plan(plan, paths, LiveStream(model, corpus.train, plan), watcher, model.device)
+            train_plan(plan, paths, stream, watcher, stream.device)
     return load(paths.root)
 
 
@@ -190,6 +191,29 @@ def check_disk(plan: Plan, paths: RunDirectory) -> None:
             f"{paths.root}: the run needs up to {needed / 2**30:.1f} GiB on disk and {free / 2**30:.1f} GiB are free; "
             "free space, choose another --out, or lower n_latents or the number of snapshots"
         )
+
+
+def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
+    """The plan's activations of sequences (N, context), with the language model, unless all of them are in data.cache.
+
+    Raises DataError if the cache is damaged, or if what it lacks does not fit on its disk.
+    """
+    if not plan.run.data.cache:
+        return LiveStream(load_model(plan), sequences, plan)
+    cache = ActivationCache(plan)
+    stream = LiveStream(None, sequences, plan, cache)
+    needed = stream.uncached_bytes()
+    place = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise DataError(
+            f"{cache.folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
+            'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
+            "fewer tokens or layers"
+        )
+    if needed:
+        stream.model = load_model(plan)
+    return stream
 
 
 def tokenise(plan: Plan, paths: RunDirectory, console: Console | None) -> Corpus:

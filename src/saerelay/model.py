@@ -4,8 +4,10 @@ Whatever depends on how Hugging Face models are built is here, and the map from 
 In shapes: B sequences, C positions, D width of the activations at a site, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, final
@@ -111,6 +113,22 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
+def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
+    """What tells a model's weights and code from others', as JSON: a hub revision, or the files of a directory.
+
+    >>> sorted(weights_identity(ModelSpec(), read_facts(ModelSpec())))
+    ['config', 'files']
+    """
+    source, options = _source(spec)
+    if "local_files_only" not in options:
+        return {"name": facts.name, "revision": facts.revision}
+    files = [path for path in sorted(Path(source).iterdir()) if path.suffix in (".safetensors", ".py")]
+    return {
+        "config": hashlib.sha256((Path(source) / "config.json").read_bytes()).hexdigest(),
+        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    }
+
+
 @final
 class LanguageModel:
     """A frozen language model whose activations are read, and replaced, at sites.
@@ -155,33 +173,48 @@ class LanguageModel:
         """Raise PlanError if the model has no such layer, ModelError if its layers have no such module."""
         self._locate(site)
 
-    @torch.no_grad()
-    def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
-        """Read activations (B,C,D) at all sites from one forward over tokens (B,C), which stops at the deepest site.
+    @torch.inference_mode()
+    def visit(self, tokens: Tensor, visitors: Mapping[Site, Callable[[Tensor], object]]) -> None:
+        """Show each visitor the activations (B,C,D) at its site, in one forward over tokens (B,C).
 
-        Every position attends as in a sequence without padding. The tensors are the caller's: detached copies, in the
-        model's dtype, on its device. Raises what `check_site` raises.
+        The forward ends at the deepest site: nothing behind it runs. Every position attends as in a sequence without
+        padding. A visitor sees the model's own tensor, in inference mode: it copies what it wants, and neither keeps
+        nor changes it. Raises what `check_site` raises.
         """
-        wanted, found = list(dict.fromkeys(sites)), {}
+        waiting = set(visitors)
 
-        def keep(site: Site) -> Callable[[Tensor], Tensor]:
-            def copy(x: Tensor) -> Tensor:
-                found[site] = x.clone()  # some layers add to it in place; and one tensor may serve two sites
-                if len(found) == len(wanted):
+        def shown_to(site: Site) -> Callable[[Tensor], Tensor]:
+            def show(x: Tensor) -> Tensor:
+                visitors[site](x)
+                waiting.discard(site)
+                if not waiting:
                     raise _Stop
                 return x
 
-            return copy
+            return show
 
-        if wanted:
-            with ExitStack() as stack:
-                for site in wanted:
-                    stack.enter_context(self.splice(site, keep(site)))
-                try:
-                    self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-                except _Stop:
-                    pass
-        assert len(found) == len(wanted), f"asked for {wanted}, the forward passed {list(found)}"
+        if not visitors:
+            return
+        with suppress(_Stop), ExitStack() as stack:
+            for site in visitors:
+                stack.enter_context(self.splice(site, shown_to(site)))
+            self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        assert not waiting, f"asked for {list(visitors)}, the forward did not pass {waiting}"
+
+    def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
+        """Read activations (B,C,D) at all sites from one forward over tokens (B,C), which stops at the deepest site.
+
+        The tensors are the caller's: plain copies that may meet autograd, in the model's dtype, on its device. See
+        `visit`, which copies nothing.
+        """
+        found: dict[Site, Tensor] = {}
+
+        def copy(site: Site, x: Tensor) -> None:
+            with torch.inference_mode(False):
+                found[site] = x.clone()
+
+        wanted = dict.fromkeys(sites)
+        self.visit(tokens, {site: partial(copy, site) for site in wanted})
         return {site: found[site] for site in wanted}
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ reaches the age it forks at, so that both share the language model's forward pas
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 from saerelay.errors import PlanError
@@ -21,7 +22,6 @@ from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec, format_count
 
 SCHEMA_VERSION = 1
-ARCHITECTURES_WITH_SPARSE_STEP: tuple[Architecture, ...] = ("topk", "batchtopk")
 MAX_BLOCK_TOKENS = 65_536
 BLOCK_BYTES = 2**30
 """Activations of one block stay under this, when the recipe lets us choose its size."""
@@ -59,12 +59,9 @@ class ModelFacts(Spec):
         return self.d_attn_z if site.module == "attn_z" else self.d_model
 
 
-def takes_sparse_step(architecture: Architecture, device: str) -> bool:
-    """Whether training is by `kernels.sparse_step`: where sparse products are fast and give the same bits each time.
-
-    Elsewhere autograd on dense codes is both.
-    """
-    return device == "cpu" and architecture in ARCHITECTURES_WITH_SPARSE_STEP
+def takes_sparse_step(device: str) -> bool:
+    """Whether training is by `kernels.sparse_step`: processors, and GPUs with Triton. Elsewhere it is by autograd."""
+    return device == "cpu" or (device.startswith("cuda") and find_spec("triton") is not None)
 
 
 class External(Spec):

@@ -77,6 +77,9 @@ class DataSpec(Spec):
         ge=0,
         description="leave out positions whose norm is over this multiple of the median; 0 keeps all",
     )
+    cache: str = Field(
+        default="", description='directory for activations (bfloat16) that several epochs or runs read; "" for none'
+    )
     block_tokens: Count = Field(
         default=0, ge=0, description="tokens shuffled together; 0 chooses by memory, at most 65536"
     )
@@ -171,6 +174,9 @@ class TrainSpec(Spec):
     """How a dictionary is trained."""
 
     batch_tokens: Count = Field(default=512, gt=0, description="tokens in one training step")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description='of the encoder product; "auto": bfloat16 where the model runs in it'
+    )
     lr: Rate = Field(default=0.0, description='from scratch; "auto" follows the sweep in docs/log.md')
     transfer_lr: Rate = Field(default=0.0, description='after a transfer; "auto" likewise')
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's")

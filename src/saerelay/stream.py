@@ -6,13 +6,16 @@ number alone, never on which sites are open: rows do not shift when legs come an
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saerelay.cache import ActivationCache, sequence_ids
 from saerelay.model import LanguageModel
 from saerelay.plan import Plan
 from saerelay.site import Site
@@ -24,34 +27,50 @@ LM_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Activations of one block. P positions, D model width."""
+    """Activations of one block, in shuffled order; valid until its stream is asked for the next. P positions, D width.
+
+    What it gives may be views of the stream's buffers: to be read, not written to.
+    """
 
     activations: dict[Site, Tensor]
-    """(P, D) for each open site, in the model's dtype, in corpus order."""
+    """(P, D) for each open site, in the dtype the model has there."""
     keep: Tensor
-    """bool (P): positions that are trained on."""
-    order: Tensor
-    """int64 (P): the shuffled order."""
+    """bool (P): rows that are trained on."""
     batch_tokens: int
 
     @property
     def n_batches(self) -> int:
         """Batches in this block."""
-        return self.order.shape[0] // self.batch_tokens
+        return self.keep.shape[0] // self.batch_tokens
 
     def batch(self, index: int) -> dict[Site, Tensor]:
-        """The kept rows (at most batch_tokens, D) of one batch, float32, the same positions at every site."""
-        positions = self.order[index * self.batch_tokens : (index + 1) * self.batch_tokens]
-        positions = positions[self.keep[positions]]
-        return {site: x[positions].float() for site, x in self.activations.items()}
+        """The kept rows (at most batch_tokens, D) of one batch, as stored, the same positions at every site."""
+        return self._kept(self.activations, index * self.batch_tokens, (index + 1) * self.batch_tokens)
 
-    def rows(self, site: Site) -> Tensor:
-        """All kept rows (≤ P, D) of a site, float32, in shuffled order."""
-        return self.activations[site][self.order[self.keep[self.order]]].float()
+    def chunks(self, sites: Iterable[Site], n: int = 4096) -> Iterator[dict[Site, Tensor]]:
+        """All kept rows of some sites, float32, in shuffled order, from n positions at a time."""
+        for start in range(0, self.keep.shape[0], n):
+            yield {site: x.float() for site, x in self._kept(sites, start, start + n).items()}
+
+    def rows(self, site: Site, n: int = 32_768) -> Tensor:
+        """The first n kept rows (at most n, D) of a site, float32, in shuffled order."""
+        return self.activations[site].index_select(0, self.keep.nonzero()[:n, 0]).float()
+
+    def _kept(self, sites: Iterable[Site], start: int, stop: int) -> dict[Site, Tensor]:
+        """Kept rows in [start, stop), copied only where some are left out."""
+        slices = {site: self.activations[site][start:stop] for site in sites}
+        keep = self.keep[start:stop]
+        if not bool(keep.all()):
+            positions = keep.nonzero()[:, 0]
+            slices = {site: x.index_select(0, positions) for site, x in slices.items()}
+        return slices
 
 
 class AbstractStream(ABC):
-    """Gives block `number` with the activations of the sites asked for; the same call gives the same bits."""
+    """Gives block `number` with the activations of the sites asked for; the same call gives the same bits.
+
+    A block may be gone once the next is asked for.
+    """
 
     @abstractmethod
     def block(self, number: int, sites: Sequence[Site]) -> Block:
@@ -72,39 +91,107 @@ class TensorStream(AbstractStream):
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`."""
         n = next(iter(self.tensors.values())).shape[0]
-        positions = torch.arange(number * self.block_tokens, (number + 1) * self.block_tokens) % n
+        positions = (number * self.block_tokens + shuffled(self.block_tokens, self.seed, number)) % n
         return Block(
             activations={site: self.tensors[site][positions] for site in sites},
             keep=torch.ones(self.block_tokens, dtype=torch.bool),
-            order=shuffled(self.block_tokens, self.seed, number),
             batch_tokens=self.batch_tokens,
         )
 
 
 class LiveStream(AbstractStream):
-    """Activations computed by the language model as they are needed, from sequences (N, context) of token ids."""
+    """Activations computed by the language model as they are needed, from sequences (N, context) of token ids.
 
-    def __init__(self, model: LanguageModel, sequences: np.ndarray, plan: Plan) -> None:
-        self.model, self.sequences, self.plan = model, sequences, plan
+    Each open site has one buffer (P, D), which all blocks share: the model's activations go from its forward straight
+    to their shuffled place. With a cache they are rounded to bfloat16, read from it where it has them and added to it
+    where not; `model` may be None if it has them all.
+    """
+
+    def __init__(
+        self, model: LanguageModel | None, sequences: np.ndarray, plan: Plan, cache: ActivationCache | None = None
+    ) -> None:
+        self.model, self.sequences, self.plan, self.cache = model, sequences, plan, cache
+        self.ids = sequence_ids(sequences) if cache else np.empty(0, dtype=np.int64)
+        self.buffers: dict[Site, Tensor] = {}
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are."""
+        return self.model.device if self.model else torch.device(self.plan.facts.device)
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`."""
-        plan = self.plan
-        per_block = plan.block_tokens // plan.run.data.context
-        index = self.read_order(number * per_block, per_block)
+        plan, index = self.plan, self.sequences_of(number)
         tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
-        harvested: dict[Site, list[Tensor]] = {site: [] for site in sites}
-        for part in tokens.split(max(1, LM_BATCH_TOKENS // plan.run.data.context)):
-            for site, x in self.model.harvest(part.to(self.model.device), sites).items():
-                harvested[site].append(x.flatten(0, 1))
-        activations = {site: torch.cat(parts) for site, parts in harvested.items()}
+        if self.device.type == "cuda":  # one transfer a block, which no forward waits for
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        order = shuffled(plan.block_tokens, plan.run.train.seed, number).to(self.device)
+        slots = order.argsort().view(tokens.shape)  # where each position goes
+        for closed in self.buffers.keys() - set(sites):
+            del self.buffers[closed]
+        if self.cache:
+            self._read_or_compute(self.cache, self.ids[index], tokens, slots, sites)
+        else:
+            self._compute(tokens, slots, sites)
         return Block(
-            activations=activations,
-            keep=kept_positions(plan, tokens.to(self.model.device), activations),
-            order=shuffled(plan.block_tokens, plan.run.train.seed, number).to(self.model.device),
+            activations=self.buffers,
+            keep=kept_positions(plan, tokens, self.buffers, order),
             batch_tokens=plan.run.train.batch_tokens,
         )
+
+    def _compute(self, tokens: Tensor, slots: Tensor, sites: Sequence[Site], lacking: np.ndarray | None = None) -> None:
+        """Run the model over tokens (S, context) into slots (S, context), without batches that lack no sequence."""
+        size = max(1, LM_BATCH_TOKENS // self.plan.run.data.context)
+        for start in range(0, tokens.shape[0], size):
+            part = slice(start, start + size)
+            if lacking is None or lacking[part].any():
+                assert self.model, "everything was in the cache when the run began"
+                self.model.visit(tokens[part], {site: partial(self._put, site, slots[part]) for site in sites})
+
+    def _put(self, site: Site, slots: Tensor, x: Tensor) -> None:
+        """Copy activations (..., D) to their slots (...) of a site's buffer."""
+        x = (x.bfloat16() if self.cache else x).flatten(0, -2).contiguous()
+        if site not in self.buffers:
+            with torch.inference_mode(False):  # rows of it may meet autograd
+                self.buffers[site] = x.new_empty(self.plan.block_tokens, x.shape[1])
+        buffer = self.buffers[site]
+        if x.device.type == "cpu" and all(n * x.itemsize % 16 == 0 for n in (x.shape[1], x.storage_offset())):
+            buffer, x = buffer.view(torch.complex128), x.view(torch.complex128)  # wide words: half the time
+        buffer.index_copy_(0, slots.flatten(), x)
+
+    def _read_or_compute(
+        self, cache: ActivationCache, ids: np.ndarray, tokens: Tensor, slots: Tensor, sites: Sequence[Site]
+    ) -> None:
+        """Fill the buffers from the cache; where it lacks sequences at a site, from the model, and add them to it."""
+        lacking = {site: cache.lacking(site, ids) for site in sites}
+        computed = [site for site in sites if lacking[site].any()]
+        if computed:
+            self._compute(tokens, slots, computed, np.any([lacking[site] for site in computed], axis=0))
+        for site in sites:
+            known = np.flatnonzero(~lacking[site])
+            for position, x in cache.read(site, ids[known]):
+                self._put(site, slots[known[position]], x.to(self.device))
+            new = np.flatnonzero(lacking[site])
+            for start in range(0, len(new), cache.per_shard):
+                part = new[start : start + cache.per_shard]
+                rows = self.buffers[site].index_select(0, slots[part].flatten())
+                cache.write(site, ids[part], rows.view(*slots[part].shape, -1).cpu())
+
+    def uncached_bytes(self) -> int:
+        """Bytes that the whole plan, read through, would add to the cache."""
+        assert self.cache
+        plan, found = self.plan, defaultdict[Site, set[int]](set)
+        for start in range(0, plan.n_tokens, plan.block_tokens):
+            ids = self.ids[self.sequences_of(start // plan.block_tokens)]
+            for site in plan.open_sites(start, start + plan.block_tokens):
+                found[site].update(ids[self.cache.lacking(site, ids)].tolist())
+        return sum(len(ids) * self.cache.bytes_per_sequence(site) for site, ids in found.items())
+
+    def sequences_of(self, number: int) -> np.ndarray:
+        """Which sequences block `number` holds: int64 (P / context)."""
+        per_block = self.plan.block_tokens // self.plan.run.data.context
+        return self.read_order(number * per_block, per_block)
 
     def read_order(self, first: int, n: int) -> np.ndarray:
         """Which sequences are read as the first-th and the n - 1 after it: a new permutation of all in every epoch.
@@ -120,14 +207,17 @@ class LiveStream(AbstractStream):
         return np.concatenate(parts)
 
 
-def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor]) -> Tensor:
-    """bool (P): not the BOS in front, no outlier of norm at the plan's probe site; tokens: (P / context, context)."""
+def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor], order: Tensor | None = None) -> Tensor:
+    """bool (P): not the BOS in front, no outlier of norm at the plan's probe site; tokens: (P / context, context).
+
+    `order` (P) is that of the activations' rows, if they are not in the tokens' order; the result has the same.
+    """
     keep = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     if plan.run.data.prepend_bos:
         keep[:, 0] = False
-    keep = keep.flatten()
+    keep = keep.flatten() if order is None else keep.flatten()[order]
     if plan.probe_site:
-        norms = activations[plan.probe_site].float().norm(dim=1)
+        norms = torch.cat([x.float().norm(dim=1) for x in activations[plan.probe_site].split(4096)])
         keep &= norms <= plan.run.data.outlier_norm * norms[keep].nanmedian()
     return keep
 

@@ -48,6 +48,12 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
         )
     table.add_row("memory", f"{cost.memory_bytes / 2**30:.2f} GiB of weights, training state and activations")
     table.add_row("disk", f"{cost.disk_bytes / 2**30:.2f} GiB")
+    if cost.cache_bytes:
+        table.add_row(
+            "cache",
+            f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.run.data.cache)} "
+            "(less what is there already, and what is read again)",
+        )
     return table
 
 

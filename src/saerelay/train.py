@@ -40,6 +40,9 @@ from saerelay.progress import Watcher
 from saerelay.stream import AbstractStream, Block
 from saerelay.transfer import fold, map_between
 
+FIRST_ROWS, THRESHOLD_ROWS = 32_768, 8_192
+"""Rows at which a leg looks when it begins (units, initialisation), and that calibrate BatchTopK's threshold."""
+
 
 @dataclass
 class Training:
@@ -137,14 +140,14 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory) -> None:
         if leg.parent in now.failures:
             now.failures[leg.id] = f"its parent {leg.parent} stopped"
             continue
-        rows = block.rows(leg.site)
+        rows = block.rows(leg.site, FIRST_ROWS)
         try:
             inherited = inherit(now, leg, paths) if leg.parent else None
         except TransferError as error:
             now.failures[leg.id] = str(error)
             continue
         if inherited is not None and inherited.architecture == "batchtopk":
-            inherited = calibrate_threshold(inherited.to(rows.device), rows[:8192], leg.dictionary.k)
+            inherited = calibrate_threshold(inherited.to(rows.device), rows[:THRESHOLD_ROWS], leg.dictionary.k)
         now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited))
         if 0 in leg.snapshots:
             publish_leg(now, now.cohort[leg.id], block, paths)
@@ -167,7 +170,9 @@ def gather_moments(now: Training, block: Block) -> None:
     for leg in now.plan.legs:
         if leg.start <= now.cursor < leg.fold_at:
             source, width = now.plan.parent_site(leg), now.plan.facts.width(leg.site)
-            now.moments.setdefault(leg.id, Moments.empty(width, width)).add(block.rows(source), block.rows(leg.site))
+            moments = now.moments.setdefault(leg.id, Moments.empty(width, width))
+            for rows in block.chunks([source, leg.site]):
+                moments.add(rows[source], rows[leg.site])
 
 
 def end_legs(now: Training, block: Block, paths: RunDirectory, log: Any) -> None:
@@ -200,7 +205,7 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
         "seconds": round(trainee.seconds, 3),
     }
     directory = paths.leg(leg.id) if finished else paths.snapshot(leg.id, trainee.age)
-    publish(directory, trainee.canonical(block.rows(leg.site)), info)
+    publish(directory, trainee.canonical(block.rows(leg.site, THRESHOLD_ROWS)), info)
 
 
 def report(now: Training, trainees: list[Trainee], log: Any, watcher: Watcher | None) -> None:

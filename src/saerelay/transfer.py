@@ -167,7 +167,7 @@ class Refit:
         codes = encode_sparse(self.dictionary, x)
         ops = products(x.device)
         residual = x - ops.decode(codes, self.dictionary.W_dec) - self.dictionary.b_dec
-        self.target += ops.transposed(codes, residual)
+        self.target += ops.decode(codes.transposed()[0], residual)
         self.residual += residual.sum(dim=0)
         self.codes.append(codes)
         return codes
@@ -190,7 +190,7 @@ class Refit:
 
         def normal(W: Tensor) -> Tensor:
             """(ZᵀZ − n·mean·meanᵀ + damping) W: the bias is eliminated."""
-            product = ops.transposed(codes, ops.decode(codes, W))
+            product = ops.decode(codes.transposed()[0], ops.decode(codes, W))
             return product + damping[:, None] * W - n * torch.outer(mean, mean @ W)
 
         if d.n_latents <= DIRECT_LATENTS if direct is None else direct:
@@ -224,7 +224,7 @@ def gram(codes: Codes) -> Tensor:
     """ZᵀZ (F, F) of codes: one factor stays sparse, so 2·K·F operations a token."""
     total = codes.values.new_zeros(codes.n_latents, codes.n_latents)
     for rows in split_codes(codes, 2048):
-        total += products(total.device).transposed(rows, dense_codes(rows))
+        total += products(total.device).decode(rows.transposed()[0], dense_codes(rows))
     return total
 
 

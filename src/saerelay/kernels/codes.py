@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 
@@ -41,36 +42,27 @@ class Codes:
     def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
         """Zᵀ's row starts (F + 1), columns (n_active), and the order that takes `values` there; found once."""
         if not self._transpose:
-            narrow = np.uint16 if self.n_latents <= 2**16 else np.uint32  # 16-bit keys get numpy's radix sort
-            order = torch.from_numpy(np.argsort(self.columns.cpu().numpy().astype(narrow), kind="stable"))
-            order = order.to(self.columns.device)
-            starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=self.columns.device)
-            starts[1:] = torch.bincount(self.columns, minlength=self.n_latents).cumsum(0)
-            self._transpose.append((starts, self.rows()[order].int(), order))
+            self._transpose.append(self._by_counting() if self.columns.device.type == "cpu" else self._by_sorting())
         return self._transpose[0]
 
+    def transposed(self, latents: slice = slice(None)) -> tuple["Codes", Tensor]:
+        """Some rows of Zᵀ (F, B), and where their values stand among ours."""
+        starts, rows, order = self.transpose()
+        if latents != slice(None) and (latents.start, latents.stop) != (0, self.n_latents):
+            low, high = int(starts[latents.start]), int(starts[latents.stop])
+            starts, rows, order = starts[latents.start : latents.stop + 1] - low, rows[low:high], order[low:high]
+        return Codes(starts, rows, self.values[order], self.n_rows), order
 
-def top_codes(pre: Tensor, k: int) -> Codes:
-    """The k largest pre-activations (B, F) of each row, negative ones as zero (TopK)."""
-    values, columns = pre.topk(k, dim=1, sorted=False)
-    row_starts = torch.arange(0, columns.numel() + 1, k, dtype=torch.int32, device=pre.device)
-    return Codes(row_starts, columns.flatten().int(), values.flatten().relu(), pre.shape[1])
+    def _by_counting(self) -> tuple[Tensor, Tensor, Tensor]:
+        places = np.arange(self.columns.shape[0], dtype=np.int32)
+        shape = (self.n_rows, self.n_latents)
+        z = csr_matrix((places, self.columns.numpy(), self.row_starts.numpy()), shape=shape, copy=False).tocsc()
+        return torch.from_numpy(z.indptr), torch.from_numpy(z.indices), torch.from_numpy(z.data)
 
-
-def top_codes_of_batch(pre: Tensor, k: int) -> Codes:
-    """The k·B largest pre-activations of a batch (B, F), negative ones as zero (BatchTopK)."""
-    flat = pre.flatten().topk(k * pre.shape[0], sorted=False).indices.sort().values
-    row_starts = torch.zeros(pre.shape[0] + 1, dtype=torch.int32, device=pre.device)
-    row_starts[1:] = torch.bincount(flat // pre.shape[1], minlength=pre.shape[0]).cumsum(0)
-    return Codes(row_starts, (flat % pre.shape[1]).int(), pre.flatten()[flat].relu(), pre.shape[1])
-
-
-def nonzero_codes(z: Tensor) -> Codes:
-    """The non-zero entries of dense codes (B, F)."""
-    row_starts = torch.zeros(z.shape[0] + 1, dtype=torch.int32, device=z.device)
-    row_starts[1:] = (z != 0).sum(dim=1).cumsum(0)
-    rows, columns = z.nonzero(as_tuple=True)
-    return Codes(row_starts, columns.int(), z[rows, columns], z.shape[1])
+    def _by_sorting(self) -> tuple[Tensor, Tensor, Tensor]:
+        columns, order = self.columns.sort(stable=True)
+        latents = torch.arange(self.n_latents + 1, dtype=torch.int32, device=columns.device)
+        return torch.searchsorted(columns, latents, out_int32=True), self.rows()[order].int(), order
 
 
 def join_codes(parts: list[Codes]) -> Codes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saerelay.kernels.codes import Codes
+from saerelay.kernels.select import top_codes as top_codes
 
 
 def available() -> bool:
@@ -16,24 +17,34 @@ def available() -> bool:
     return torch.backends.mkl.is_available()
 
 
-def _compressed(row_starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(row_starts, columns, values, shape, check_invariants=False)
+def decode(codes: Codes, W: Tensor, out: Tensor | None = None) -> Tensor:
+    """Z W: (B, F) sparse times (F, D) -> (B, D), into `out` if given."""
+    return _compressed(codes) @ W if out is None else torch.addmm(out, _compressed(codes), W, beta=0, out=out)
 
 
-def decode(codes: Codes, W: Tensor) -> Tensor:
-    """Z W: (B, F) sparse times (F, D) -> (B, D)."""
-    return _compressed(codes.row_starts, codes.columns, codes.values, (codes.n_rows, codes.n_latents)) @ W
+def subtract_decoded(x: Tensor, codes: Codes, W: Tensor) -> None:
+    """x −= Z W, in place: (B, D)."""
+    torch.addmm(x, _compressed(codes), W, alpha=-1, out=x)
 
 
-def transposed(codes: Codes, g: Tensor) -> Tensor:
-    """Zᵀ g: (F, B) sparse times (B, D) -> (F, D)."""
-    starts, columns, order = codes.transpose()
-    return _compressed(starts, columns, codes.values[order], (codes.n_latents, codes.n_rows)) @ g
+def decode_pair(
+    codes: Codes, first: Tensor, x: Tensor, second: Tensor, g: Tensor, first_out: Tensor, second_out: Tensor
+) -> None:
+    """Zᵀx and Zᵀg of codes (F, B), with `first` and `second` (n_active) as values, into two (F, D); x, g (B, D)."""
+    decode(codes.with_values(first), x, out=first_out)
+    decode(codes.with_values(second), g, out=second_out)
 
 
 def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
     """g Wᵀ at the codes' places: (B, D), (F, D) -> (n_active,)."""
-    places = _compressed(codes.row_starts, codes.columns, codes.values, (codes.n_rows, codes.n_latents))
-    return torch.sparse.sampled_addmm(places, g, W.T, beta=0.0).values()
+    return torch.sparse.sampled_addmm(_compressed(codes), g, W.T, beta=0.0).values()
+
+
+def _compressed(codes: Codes) -> Tensor:
+    shape = (codes.n_rows, codes.n_latents)
+    return torch.sparse_csr_tensor(codes.row_starts, codes.columns, codes.values, shape, check_invariants=False)
+
+
+with warnings.catch_warnings():  # torch says once that these tensors are in beta; not in a thread, nor to our users
+    warnings.simplefilter("ignore", UserWarning)
+    _compressed(Codes(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), 1))

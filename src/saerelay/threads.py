@@ -1,0 +1,103 @@
+"""Cores shared by pieces of work, each computed by one thread on its own.
+
+torch splits single operations over cores, which costs a barrier each and leaves cores idle in whatever does not split.
+Here whole pieces go to threads that compute alone: pieces of one training step, or whole steps of several dictionaries.
+Pieces are cut by shapes, never by the number of threads, so the bits of a result do not depend on it.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+_mine = threading.local()
+"""`n_threads`: how many threads this one may share its work with, itself included. `busy`: it works on a piece."""
+_lock = threading.Lock()
+_helpers: list["SimpleQueue[Callable[[], None]]"] = []
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this thread compute with one core, so that `in_parallel` can use the others; numbers under 1e-38 are zero.
+
+    Denormal numbers, which the moments of dead latents decay to, would slow Adam down tenfold.
+    """
+    if getattr(_mine, "n_threads", 0):
+        yield
+        return
+    _mine.n_threads = torch.get_num_threads()
+    flushing = _flushes_denormals()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_mine.n_threads)
+        torch.set_flush_denormal(flushing)
+        _mine.n_threads = 0
+
+
+def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> list[R]:
+    """`[function(item) for item in items]`, side by side on the cores that `alone` left free, if it did.
+
+    >>> with alone():
+    ...     in_parallel(lambda x: x * x, range(5))
+    [0, 1, 4, 9, 16]
+    """
+    work = list(items)
+    n_helpers = min(getattr(_mine, "n_threads", 0), len(work)) - 1
+    if n_helpers < 1 or getattr(_mine, "busy", False):
+        return [function(item) for item in work]
+    results: list = [None] * len(work)
+    todo = iter(range(len(work)))  # shared: each thread takes the next
+    finished: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def take() -> None:
+        error = None
+        _mine.busy = True
+        try:
+            for i in todo:
+                results[i] = function(work[i])
+        except BaseException as problem:
+            error = problem
+        _mine.busy = False
+        finished.put(error)
+
+    for helper in _first_helpers(n_helpers):
+        helper.put(take)
+    take()
+    for error in [finished.get() for _ in range(n_helpers + 1)]:
+        if error is not None:
+            raise error
+    return results
+
+
+def _first_helpers(n: int) -> "list[SimpleQueue[Callable[[], None]]]":
+    """Queues of threads that each run what they are given, with one core."""
+    with _lock:
+        while len(_helpers) < n:
+            queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+            ready = threading.Event()
+
+            def serve(queue: "SimpleQueue[Callable[[], None]]" = queue, ready: threading.Event = ready) -> None:
+                torch.set_num_threads(1)
+                torch.set_flush_denormal(True)
+                ready.set()
+                while True:
+                    queue.get()()
+
+            threading.Thread(target=serve, name=f"saerelay-{len(_helpers)}", daemon=True).start()
+            ready.wait()
+            _helpers.append(queue)
+        return _helpers[:n]
+
+
+def _flushes_denormals() -> bool:
+    smallest = 5e-324
+    return smallest * 1.0 == 0
