@@ -9,7 +9,7 @@ hits all alike. Every step is that of a dictionary in mid-training: all start fr
 activations, with thresholds (JumpReLU) or biases (ReLU) at which L0 is k, and a learning rate so small that they stay
 there; L0 at the timed parameters is measured and printed. With `--dead`, a share of the latents has encoder rows so
 short that they never fire, and is marked dead in each tool's own books. The floor is the encoder product x W_encᵀ
-alone, in bf16.
+alone, in bf16, into memory that is there already.
 
 `--quality` trains every contestant from its own initialisation on the same batches in the same order, with the same
 share of warm-up and decay and the same window after which a latent is dead, at each of `--quality-lrs`, and keeps the
@@ -133,10 +133,12 @@ def time_steps(name: str, kind: Architecture, dead_share: float, args: argparse.
     who = entries(kind, device, ours_only=args.ours_only, compiled=args.compile)
     made: dict[Entry, Contestant] = {entry: entry.make(task, batches[0], start) for entry in who}
     narrow = [x.bfloat16() for x in batches]
-    W, W16 = data.directions, data.directions.bfloat16()
+    W, W16 = data.directions.T, data.directions.T.bfloat16()
+    out = torch.empty(shape.batch, shape.n_latents, device=device)  # new memory each time would double the floor
+    out16 = out.bfloat16()
     calls: dict[tuple[str, str], Callable[[int], object]] = {
-        ("floor", "bf16"): lambda i: torch.nn.functional.linear(narrow[i], W16),
-        ("floor", "f32"): lambda i: torch.nn.functional.linear(batches[i], W),
+        ("floor", "bf16"): lambda i: torch.mm(narrow[i], W16, out=out16),
+        ("floor", "f32"): lambda i: torch.mm(batches[i], W, out=out),
     }
     for entry, contestant in made.items():
         calls[entry.tool, entry.setting] = lambda i, contestant=contestant: contestant.step(batches[i])

@@ -100,7 +100,7 @@ class Step:
 
 
 class Aux(NamedTuple):
-    """AuxK's part of a step, on every fourth token (see `dictionaries.aux_loss`)."""
+    """AuxK's part of a step, on every 16th token (see `dictionaries.aux_loss`)."""
 
     dead: Tensor
     """int64 (N)."""
@@ -164,7 +164,10 @@ def sparse_step(
     ops = ops or products(x.device)
     low = d.W_enc if encoder is None else encoder
     B, architecture = x.shape[0], spec.architecture
-    shift = d.threshold - spec.bandwidth / 2 if architecture == "jumprelu" else None  # where windows begin
+    shift = None  # where JumpReLU's windows begin
+    if architecture == "jumprelu":
+        assert d.threshold is not None
+        shift = d.threshold - spec.bandwidth / 2
     bias = (d.b_enc if shift is None else d.b_enc - shift).to(low)
     inputs, residuals = (x.new_empty(x.shape, dtype=d.W_dec.dtype) for _ in range(2))
     divisor = error_divisor(spec, x)
@@ -172,7 +175,7 @@ def sparse_step(
     W_dead = None if index is None or index.numel() == 0 else d.W_dec[index].to(low)
 
     def pre_activations(rows: slice) -> Tensor:
-        """(rows, F), less where JumpReLU's windows begin."""
+        """(rows, F), less `shift`."""
         if units is None:
             inputs[rows] = x[rows]
         else:

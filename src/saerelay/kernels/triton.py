@@ -17,8 +17,8 @@ from saerelay.kernels import select
 from saerelay.kernels.codes import Codes
 
 try:
-    import triton
-    import triton.language as tl
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 except ImportError:  # `available` tells
     triton: Any = None
     tl: Any = None
