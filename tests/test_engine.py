@@ -73,7 +73,7 @@ def test_training_learns(architecture: str) -> None:
     assert torch.allclose(end.dictionary.W_dec.norm(dim=1), torch.ones(F))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
 def test_sparse_and_dense_training_agree(architecture: str) -> None:
     x = data()
     sparse, dense = trained(leg(architecture=architecture), x), trained(leg(architecture=architecture), x, dense=True)
@@ -118,12 +118,60 @@ def test_many_in_lockstep_equal_each_alone() -> None:
     assert [cohort[i].age for i in "abcde"] == [40 * B, 40 * B, 10 * B, 40 * B, 40 * B]
 
 
+def test_a_half_precision_product_learns_as_much() -> None:
+    x = data()
+    half = Trainee(leg(), TrainSpec(batch_tokens=B, precision="bfloat16"), x)
+    single = Trainee(leg(), TrainSpec(batch_tokens=B, precision="float32"), x)
+    for batch in x.split(B)[:40]:
+        half.step(batch)
+        single.step(batch)
+    assert half.encoder is not None and torch.equal(half.encoder, half.dictionary.W_enc.bfloat16())
+    assert single.encoder is None and not torch.equal(half.dictionary.W_enc, single.dictionary.W_enc)
+    assert fvu(half, data(seed=1)) == pytest.approx(fvu(single, data(seed=1)), rel=0.02)
+
+
+def test_precision_follows_the_activations_unless_given() -> None:
+    x = data()[:B]
+    for precision, dtype, expected in [
+        ("auto", torch.float32, False),
+        ("auto", torch.bfloat16, True),
+        ("float32", torch.bfloat16, False),
+        ("bfloat16", torch.float32, True),
+    ]:
+        trainee = Trainee(leg(), TrainSpec(batch_tokens=B, precision=precision), x)  # type: ignore[arg-type]
+        trainee.step(x.to(dtype))
+        assert (trainee.encoder is not None) == expected, (precision, dtype)
+        assert all(tensor.dtype != torch.bfloat16 for tensor in trainee.state().values())
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+def test_training_without_mkl_learns_the_same(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = data()
+    with_mkl = trained(leg(architecture=architecture), x)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    without = trained(leg(architecture=architecture), x)
+    assert fvu(without, x) == pytest.approx(fvu(with_mkl, x), rel=0.02)
+
+
+def test_two_widths_in_turn_do_not_share_room_for_gradients() -> None:
+    x = data()
+    wide = leg("wide", dictionary=DictionarySpec(n_latents=2 * F, k=4))
+    alone, in_turn, other = Trainee(leg(), SPEC, x), Trainee(leg(), SPEC, x), Trainee(wide, SPEC, x)
+    for batch in x.split(B)[:10]:
+        alone.step(batch)
+    for batch in x.split(B)[:10]:
+        in_turn.step(batch)
+        other.step(batch)
+    assert same(alone, in_turn)
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
 @pytest.mark.parametrize("pause", [1, 3, 17])
-def test_restored_state_continues_to_the_same_bits(architecture: str, pause: int) -> None:
-    x = data()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restored_state_continues_to_the_same_bits(architecture: str, pause: int, dtype: torch.dtype) -> None:
+    x = data().to(dtype)
     the_leg = leg(architecture=architecture, refit_tokens=4 * B, parent="p")
-    parent = trained(leg(architecture=architecture), x).canonical(x)
+    parent = trained(leg(architecture=architecture), x).canonical(x.float())
     whole, paused = Trainee(the_leg, SPEC, x, parent), Trainee(the_leg, SPEC, x, parent)
     batches = x.split(B)
     for batch in batches[:pause]:

@@ -356,10 +356,10 @@ class Trainee:
 
 def _units(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D) and scale (scalar): the centred activations over `scale` have mean square 1 in each dimension."""
-    exact = x.cpu().double()
-    mean = exact.mean(dim=0)
-    scale = (exact - mean).square().mean().sqrt().clamp(min=1e-12)
-    return mean.to(x), scale.to(x)
+    parts = x.cpu().split(4096)
+    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
+    square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
+    return mean.to(x), square.sqrt().clamp(min=1e-12).to(x)
 
 
 def _no_units(x: Tensor) -> tuple[Tensor, Tensor]:

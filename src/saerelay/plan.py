@@ -341,7 +341,9 @@ def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
     longest = max(spec.tokens for spec in specs)
     shortest = min(spec.tokens for spec in specs if spec.tokens >= longest / 16)  # others are hardly trained
     wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, 16 * run.train.batch_tokens))
-    return step * max(1, wanted // step)
+    wanted = max(step, wanted)
+    n_blocks = max(1, math.ceil(longest / wanted))
+    return step * math.ceil(longest / n_blocks / step)  # equal blocks: the last is not read in vain
 
 
 def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:

@@ -51,7 +51,7 @@ class Codes:
         if latents != slice(None) and (latents.start, latents.stop) != (0, self.n_latents):
             low, high = int(starts[latents.start]), int(starts[latents.stop])
             starts, rows, order = starts[latents.start : latents.stop + 1] - low, rows[low:high], order[low:high]
-        return Codes(starts, rows, self.values[order], self.n_rows), order
+        return Codes(starts, rows, self.values.index_select(0, order), self.n_rows), order
 
     def _by_counting(self) -> tuple[Tensor, Tensor, Tensor]:
         places = np.arange(self.columns.shape[0], dtype=np.int32)

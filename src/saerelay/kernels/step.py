@@ -28,7 +28,7 @@ from saerelay.recipe import DictionarySpec
 from saerelay.threads import in_parallel
 
 ROWS = 256
-"""Tokens in a piece."""
+"""Tokens in a piece, or half of a batch that has fewer than two."""
 NUMBERS, MAX_PIECES = 2**18, 16
 """Numbers in a piece of the weights, if that does not make too many pieces."""
 
@@ -90,7 +90,7 @@ class Step:
     def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
         """Write the gradients of some latents, by parameter name, into the tensors given."""
         z, places = self.codes.transposed(latents)
-        to_pre, values = self.to_pre[places], z.values * self.to_x_hat
+        to_pre, values = self.to_pre.index_select(0, places), z.values * self.to_x_hat
         self.ops.decode_pair(z, to_pre, self.x, values, self.residuals, into["W_enc"], into["W_dec"])
         into["b_enc"].copy_(row_sums(z.with_values(to_pre)))
         if self.to_threshold is not None:
@@ -119,9 +119,9 @@ class Aux(NamedTuple):
         if low == high:
             return
         mine, z, to_z = self.dead[low:high] - latents.start, self.z[:, low:high], self.to_z[:, low:high]
-        x = x[::AUX_EVERY].to(z.dtype)
-        for name, gradient in (("W_enc", to_z.T @ x), ("b_enc", to_z.sum(dim=0)), ("W_dec", z.T @ self.g)):
-            gradients[name].index_add_(0, mine, gradient.to(gradients[name]) * self.scale)
+        to_W_enc = to_z.T @ x[::AUX_EVERY]
+        for name, gradient in (("W_enc", to_W_enc), ("b_enc", to_z.sum(dim=0)), ("W_dec", z.T @ self.g)):
+            gradients[name].index_add_(0, mine, gradient * self.scale)
 
 
 def row_sums(codes: Codes) -> Tensor:
@@ -172,7 +172,7 @@ def sparse_step(
     inputs, residuals = (x.new_empty(x.shape, dtype=d.W_dec.dtype) for _ in range(2))
     divisor = error_divisor(spec, x)
     index = dead.nonzero().squeeze(1) if dead is not None and spec.aux_weight else None
-    W_dead = None if index is None or index.numel() == 0 else d.W_dec[index].to(low)
+    W_dead = None if index is None or index.numel() == 0 else d.W_dec[index]
 
     def pre_activations(rows: slice) -> Tensor:
         """(rows, F), less `shift`."""
@@ -200,10 +200,12 @@ def sparse_step(
 
     def aux_part(pre: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         assert index is not None and W_dead is not None
-        values, columns = pre[:, index].topk(k_aux(x.shape[1], index.numel()), dim=1, sorted=False)
-        z = pre.new_zeros(pre.shape[0], index.numel()).scatter_(1, columns, values.relu())
-        missing = residual - z @ W_dead
-        aux_g = (-2 * missing).to(z.dtype)
+        values, columns = pre[:, index].to(W_dead).topk(k_aux(x.shape[1], index.numel()), dim=1, sorted=False)
+        z = W_dead.new_zeros(pre.shape[0], index.numel()).scatter_(1, columns, values.relu())
+        missing = (
+            residual - z @ W_dead
+        )  # not in bf16: oneDNN would compile, and keep, a kernel for every number of dead
+        aux_g = -2 * missing
         return z, (aux_g @ W_dead.T) * (z > 0), aux_g, missing.square().sum(), residual.square().sum()
 
     def whole(rows: slice) -> _Part:
@@ -211,7 +213,7 @@ def sparse_step(
         codes = ops.top_codes(pre, spec.k) if architecture == "topk" else at_least(pre, pre.new_zeros(1, 1))
         return backward(rows, pre, codes)
 
-    row_pieces = pieces(B, -(-B // ROWS), x.device)
+    row_pieces = pieces(B, max(-(-B // ROWS), min(2, -(-B // 64))), x.device)
     if architecture == "batchtopk":
         pres = in_parallel(pre_activations, row_pieces)
         chosen = codes_of_batch(pres, spec.k * B)
