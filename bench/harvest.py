@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from report import memory
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from saerelay.cache import ActivationCache
@@ -51,12 +52,6 @@ def bare(stream: LiveStream, number: int, layer: int) -> None:
             except Stop:
                 pass
     handle.remove()
-
-
-def memory(name: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def peak(call: Callable[[], object]) -> int:

@@ -8,7 +8,6 @@ alone. JSON on stdout.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from report import print_json
 
 from saerelay.engine import Cohort, Trainee
 from saerelay.plan import Leg
@@ -116,10 +116,7 @@ def main() -> None:
     points = [
         {"curve": name} | vars(shape) | measure(shape, args.reps) for name, shapes in CURVES.items() for shape in shapes
     ]
-    text = json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "points": points}, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    print_json({"threads": torch.get_num_threads(), "torch": torch.__version__, "points": points}, args.json)
     if args.figure:
         draw(points, args.figure)
 

@@ -28,18 +28,17 @@ import contextlib
 import gc
 import json
 import logging
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from peers import Contestant, Entry, Start, Task, entries, shifted
+from report import machine, print_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -279,24 +278,6 @@ TIMING_COLUMNS = {"median_ms": "median ms", "min_ms": "min ms", "tokens_per_s": 
 QUALITY_COLUMNS = {"lr": "lr", "fvu": "FVU", "l0": "L0", "n_dead": "dead", "median_ms": "step ms", "seconds": "s"}
 
 
-def machine(device: str) -> dict:
-    """What the numbers depend on."""
-    versions = {}
-    for package in ("saerelay", "torch", "sae-lens", "dictionary-learning", "eai-sparsify", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu.get("cpu_name", platform.machine()),
-        "instructions": [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if cpu.get(name)],
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
 def main() -> None:
     """Parse, measure, print: JSON on stdout, tables on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -342,10 +323,7 @@ def main() -> None:
                     console.print("fastest setting of each peer over ours:", ratios, end="\n\n")
                     torch._dynamo.reset()
                     gc.collect()
-    text = json.dumps(document, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    print_json(document, args.json)
 
 
 if __name__ == "__main__":

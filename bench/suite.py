@@ -41,6 +41,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from report import machine, memory, print_json
+
 CONTEXT, LM_TOKENS, TEST_TOKENS = 256, 4096, 16_384
 SPARE_TOKENS = 65_536
 """Read beyond the budget: by us to fill the last block, by SAELens to fill its buffer."""
@@ -82,10 +84,9 @@ class Job:
         return str(Path(self.folder) / self.model)
 
 
-def memory(name: str) -> float:
-    """VmRSS or VmHWM of this process, in MiB (Linux); unlike ru_maxrss, the latter does not begin with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024, 1)
+def mebibytes(name: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    return round(memory(name) / 2**20, 1)
 
 
 @dataclass
@@ -158,9 +159,9 @@ def ours(job: Job, dtype: str = "auto") -> dict:
     stream = open_stream(plan, sequences(job, "train")[: plan.n_tokens // CONTEXT])
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         paths = RunDirectory(Path(folder))
-        baseline, began = memory("VmRSS"), time.perf_counter()
+        baseline, began = mebibytes("VmRSS"), time.perf_counter()
         train_plan(plan, paths, stream, Several([]), stream.device)
-        wall, peak = time.perf_counter() - began, memory("VmHWM")
+        wall, peak = time.perf_counter() - began, mebibytes("VmHWM")
         legs = {leg.layer: load_dictionary(paths.leg(leg.id)) for leg in plan.legs}
         lm = read_json(paths.cost)["seconds"]["lm"]
     steps = sum(info["seconds"] for _, info in legs.values())
@@ -216,9 +217,9 @@ def saelens(
     store.get_batch_tokens = clock.wrap("tokens", store.get_batch_tokens)
     store.get_multi_hook_data_loader = lambda: iter(clock.wrap("loader", partial(next, loader())), None)
     SAETrainer.step = clock.wrap("sae_step", SAETrainer.step)
-    baseline, began = memory("VmRSS"), time.perf_counter()
+    baseline, began = mebibytes("VmRSS"), time.perf_counter()
     saes = runner.run()
-    wall, peak, spent = time.perf_counter() - began, memory("VmHWM"), clock.seconds
+    wall, peak, spent = time.perf_counter() - began, mebibytes("VmHWM"), clock.seconds
     parts = {"lm": spent["lm"], "shuffle": spent["loader"] - spent["lm"] - spent["tokens"]}
     parts |= {"sae_step": spent["sae_step"], "rest": wall - spent["loader"] - spent["sae_step"] + spent["tokens"]}
     result = {"wall_s": wall, "peak_mib": peak, "baseline_mib": baseline, "parts": parts}
@@ -368,13 +369,8 @@ def main() -> None:
             show(rows, job)
             document["runs"] += [run for taken in runs.values() for run in taken]
             document["rows"] += rows
-    from step import machine
-
     document["machine"] = machine("cpu")
-    text = json.dumps(document, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    print_json(document, args.json)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,29 @@
 """Shared by all tests."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
 from saerelay.plan import ModelFacts  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a random GPT-NeoX: 3 layers, 32 wide, 101 tokens."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    GPTNeoXForCausalLM(config).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

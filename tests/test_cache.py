@@ -30,17 +30,10 @@ SITES = [Site(0), Site(1), Site(2)]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A tiny model, and documents that fill one sequence each, so that other splits have the same sequences."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
     root = tmp_path_factory.mktemp("cache")
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    GPTNeoXForCausalLM(config).save_pretrained(root / "model")
+    shutil.copytree(tiny_model, root / "model")
     tokens = np.random.default_rng(0).integers(1, 101, size=(480, 15)).astype(np.uint16)
     np.save(root / "tokens.npy", tokens)
     return root

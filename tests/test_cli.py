@@ -50,17 +50,10 @@ tokens = "1k"
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A tiny model, tokens, a recipe and a finished run."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
     root = tmp_path_factory.mktemp("cli")
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    GPTNeoXForCausalLM(config).save_pretrained(root / "model")
+    shutil.copytree(tiny_model, root / "model")
     rng = np.random.default_rng(0)
     steps = rng.integers(1, 4, size=60_000).cumsum() % 100 + 1
     np.save(root / "tokens.npy", steps.astype(np.uint16))

@@ -176,8 +176,8 @@ class Trainee:
 
         A BatchTopK threshold is calibrated on raw activations `x` (B, D) so that mean L0 is k there.
         """
-        detached = replace(self.dictionary, **{n: t.detach().clone() for n, t in self.dictionary.tensors().items()})
-        dictionary = to_canonical(detached, self.mean, self.scale)
+        now = replace(self.dictionary, **{name: t.clone() for name, t in self.dictionary.tensors().items()})
+        dictionary = to_canonical(now, self.mean, self.scale)
         if x is not None and dictionary.architecture == "batchtopk":
             dictionary = calibrate_threshold(dictionary, x[:8192].float(), self.leg.dictionary.k)
         return dictionary
@@ -186,7 +186,7 @@ class Trainee:
         """Take in one batch of raw activations (B, D): a refit step first, then gradient steps."""
         began = time.perf_counter()
         if self.refit is not None:
-            self._refit(self.refit, (x.float() - self.mean) / self.scale)
+            self._refit(self.refit, self._normalised(x))
         elif x.shape[0]:
             with alone():
                 self._train(x)
@@ -253,9 +253,9 @@ class Trainee:
         """W_enc in the dtype that the product with it runs in, kept up to date by `_update`."""
         half = self.spec.precision == "bfloat16" or (self.spec.precision == "auto" and x.dtype == torch.bfloat16)
         if not half:
-            return self.dictionary.W_enc.detach()
+            return self.dictionary.W_enc
         if self.encoder is None:
-            self.encoder = self.dictionary.W_enc.detach().bfloat16()
+            self.encoder = self.dictionary.W_enc.bfloat16()
         return self.encoder
 
     def dead(self) -> Tensor:
@@ -321,7 +321,7 @@ class Trainee:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is not a function of age."""
-        state = {f"parameter.{name}": tensor.detach() for name, tensor in self.dictionary.tensors().items()}
+        state = {f"parameter.{name}": tensor for name, tensor in self.dictionary.tensors().items()}
         state |= {f"adam.exp_avg.{name}": tensor for name, tensor in self.mean_gradients.items()}
         state |= {f"adam.exp_avg_sq.{name}": tensor for name, tensor in self.mean_squares.items()}
         state["adam.step"] = self.adam_steps

@@ -28,9 +28,7 @@ def top_codes(pre: Tensor, k: int) -> Codes:
         maxima, group = groups.amax(1).topk(k, dim=1, sorted=False)
         bound, group = maxima.amin(dim=1, keepdim=True), group.flatten()
         rows = torch.arange(B).repeat_interleave(k)
-        members = groups[rows, :, group]
-        hit, member = (members >= bound[rows]).nonzero(as_tuple=True)
-        values, columns = _widest(rows[hit], members[hit, member], group[hit] + member * (F // GROUP), B, k)
+        values, columns = _widest(*_reaching(groups, rows, group, bound), B, k)
     row_starts = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=pre.device)
     return Codes(row_starts, columns.flatten().int(), values.flatten().relu().to(_wide(pre)), F)
 
@@ -52,9 +50,14 @@ def at_least(pre: Tensor, bound: Tensor) -> Codes:
         return _codes(pre, rows, columns, pre[rows, columns])
     groups = _groups(pre)
     rows, group = (groups.amax(1) >= bound).nonzero(as_tuple=True)
+    return _codes(pre, *_reaching(groups, rows, group, bound))
+
+
+def _reaching(groups: Tensor, rows: Tensor, group: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and value of those members of some rows' groups that are at least the row's bound (B, 1)."""
     members = groups[rows, :, group]
     hit, member = (members >= bound[rows]).nonzero(as_tuple=True)
-    return _codes(pre, rows[hit], group[hit] + member * (pre.shape[1] // GROUP), members[hit, member])
+    return rows[hit], group[hit] + member * groups.shape[2], members[hit, member]
 
 
 def _codes(pre: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Codes:
@@ -101,7 +104,7 @@ def _groups(pre: Tensor) -> Tensor:
     return pre.view(pre.shape[0], GROUP, -1)
 
 
-def _widest(rows: Tensor, values: Tensor, columns: Tensor, n_rows: int, k: int) -> tuple[Tensor, Tensor]:
+def _widest(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row's entries, which come row by row: values and columns (B, k)."""
     counts = torch.bincount(rows, minlength=n_rows)
     width = max(k, int(counts.max()))  # a row of NaN has fewer

@@ -5,7 +5,7 @@ it so. On a CPU the batch is cut into pieces of tokens whose pre-activations sta
 for pieces of latents. Shapes: B tokens, D model width, F latents, N dead latents.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
@@ -160,8 +160,7 @@ def sparse_step(
     With e = x_hat − x and g = 2e/divisor: ∂W_dec = Zᵀg, ∂pre = g W_decᵀ where z > 0, ∂W_enc = (∂pre)ᵀx, and biases are
     sums over tokens. `encoder` is a copy of W_enc in the dtype that the product with it runs in.
     """
-    d = replace(dictionary, **{name: tensor.detach() for name, tensor in dictionary.tensors().items()})
-    ops = ops or products(x.device)
+    d, ops = dictionary, ops or products(x.device)
     low = d.W_enc if encoder is None else encoder
     B, architecture = x.shape[0], spec.architecture
     shift = None  # where JumpReLU's windows begin
@@ -202,9 +201,7 @@ def sparse_step(
         assert index is not None and W_dead is not None
         values, columns = pre[:, index].to(W_dead).topk(k_aux(x.shape[1], index.numel()), dim=1, sorted=False)
         z = W_dead.new_zeros(pre.shape[0], index.numel()).scatter_(1, columns, values.relu())
-        missing = (
-            residual - z @ W_dead
-        )  # not in bf16: oneDNN would compile, and keep, a kernel for every number of dead
+        missing = residual - z @ W_dead  # not in bf16: oneDNN would keep a compiled kernel for each number of dead
         aux_g = -2 * missing
         return z, (aux_g @ W_dead.T) * (z > 0), aux_g, missing.square().sum(), residual.square().sum()
 
