@@ -250,7 +250,7 @@ class Trainee:
         return AutogradStep(loss, (x - x.mean(dim=0)).square().sum(), gradients)
 
     def _encoder(self, x: Tensor) -> Tensor:
-        """W_enc in the dtype that the product with it runs in, kept up to date by `_update`."""
+        """W_enc in the dtype that the product with it runs in; `Part.update` keeps the copy up to date."""
         half = self.spec.precision == "bfloat16" or (self.spec.precision == "auto" and x.dtype == torch.bfloat16)
         if not half:
             return self.dictionary.W_enc
