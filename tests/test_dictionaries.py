@@ -13,6 +13,8 @@ from saerelay.dictionaries import (
     initialise,
     k_aux,
     keep_top,
+    match_l0,
+    mean_l0,
     to_canonical,
     to_training_units,
     training_loss,
@@ -162,3 +164,18 @@ def test_k_aux_is_half_the_width() -> None:
 
 def test_keep_top_drops_negative_values() -> None:
     assert keep_top(torch.tensor([[-1.0, -2.0, 3.0]]), 2).tolist() == [[0.0, 0.0, 3.0]]
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("l0", [2, 7.5])
+def test_matched_l0_is_the_one_asked_for(architecture: str, l0: float) -> None:
+    d, x = random_dictionary(architecture), 3 * activations()  # where thresholds and biases no longer fit
+    matched = match_l0(d, x, l0)
+    assert mean_l0(matched, x) == pytest.approx(l0, abs=1 / len(x))
+    assert mean_l0(d, x) != pytest.approx(l0, abs=0.1)
+    assert torch.equal(matched.W_enc, d.W_enc) and torch.equal(matched.W_dec, d.W_dec)
+
+
+def test_matching_l0_leaves_topk_alone() -> None:
+    d = random_dictionary("topk")
+    assert match_l0(d, activations(), 2) is d

@@ -43,7 +43,7 @@ def make_plan(facts: ModelFacts, **plan: Any) -> Plan:
     sections = {
         "sites": {"layers": [0, 1, 2]},
         "data": {"context": 16, "block_tokens": 512, "outlier_norm": 0},
-        "dictionary": {"n_latents": 48, "k": 4, "architecture": plan.pop("architecture", "topk")},
+        "dictionary": {"n_latents": 48, "k": 4, "target_l0": 4.0, "architecture": plan.pop("architecture", "topk")},
         "plan": {
             "root_tokens": 4096,
             "transfer_tokens": 2048,
@@ -226,3 +226,19 @@ def test_batchtopk_is_published_with_the_l0_it_was_trained_for(tmp_path: Path, f
     for layer in range(3):
         z = load(tmp_path / "b")[Site(layer)].encode(x[Site(layer)])
         assert float((z > 0).sum(dim=1).float().mean()) == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "batchtopk"])
+def test_a_hop_to_larger_activations_starts_at_the_right_l0(facts: ModelFacts, tmp_path: Path, architecture: str) -> None:
+    """The paper's layer 10 -> 11: norms jump threefold, and a copy's L0 explodes."""
+    stream = make_stream(facts)
+    stream.tensors[Site(1)] = 3 * stream.tensors[Site(0)] + 5
+    legs = [{"id": "L0", "layer": 0, "tokens": 2048}]
+    legs += [{"id": m, "layer": 1, "parent": "L0", "tokens": 0, "method": m} for m in ("identity", "rescale")]
+    plan = make_plan(facts, architecture=architecture, legs=legs, refit=False)
+    run(plan, tmp_path / "a", facts, stream=stream)
+    l0 = {leg: load_dictionary(tmp_path / "a/legs" / leg)[1]["l0"] for leg in ("L0", "identity", "rescale")}
+    wanted = l0["L0"] if architecture == "relu" else plan.legs[0].dictionary.l0
+    assert l0["rescale"] == pytest.approx(wanted, rel=0.05)
+    if architecture != "batchtopk":
+        assert l0["identity"] > 1.3 * l0["rescale"]

@@ -30,8 +30,7 @@ def step_flops(dictionary: DictionarySpec, facts: ModelFacts, width: int) -> tup
     """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
     dense = 12.0 * width * dictionary.n_latents
     if takes_sparse_step(facts.device):
-        active = dictionary.target_l0 if dictionary.architecture == "jumprelu" else dictionary.k
-        return 2.0 * width * dictionary.n_latents + 8.0 * width * active, dense
+        return 2.0 * width * dictionary.n_latents + 8.0 * width * (dictionary.l0 or dictionary.k), dense
     return dense, dense
 
 

@@ -103,13 +103,52 @@ def keep_top_of_batch(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(flat).scatter(0, indices, values.relu()).view_as(pre)
 
 
+@torch.no_grad()
 def calibrate_threshold(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
     """Give all latents the one threshold at which mean L0 on activations x (B, D) is `l0` (BatchTopK at inference)."""
-    with torch.no_grad():
-        pre = dictionary.pre_activations(x).flatten()
-        keep = min(round(l0 * x.shape[0]), pre.numel() - 1)
-        threshold = pre.topk(keep + 1, sorted=False).values.min().clamp(min=0)
+    threshold = _reached(dictionary.pre_activations(x), l0).clamp(min=0)
     return replace(dictionary, threshold=threshold.expand(dictionary.n_latents).clone())
+
+
+@torch.no_grad()
+def match_l0(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
+    """Shift what decides which latents are active until mean L0 on activations x (B, D) is `l0`.
+
+    BatchTopK: its one threshold. JumpReLU: all thresholds times one factor. ReLU: one number is added to all biases.
+    TopK has no other L0 than k. A dictionary that does not reach `l0` with all it has is left at what it reaches.
+
+    >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(4), b_enc=torch.ones(4), W_dec=torch.eye(4),
+    ...                  b_dec=torch.zeros(4))
+    >>> x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    >>> round(float((match_l0(sae, x, 1.0).encode(x) > 0).sum(dim=1).float().mean()), 2)
+    1.0
+    """
+    d = dictionary
+    match d.architecture:
+        case "topk":
+            return d
+        case "batchtopk":
+            return calibrate_threshold(d, x, l0)
+        case "relu":
+            return replace(d, b_enc=d.b_enc - _reached(d.pre_activations(x), l0))
+        case "jumprelu":
+            assert d.threshold is not None
+            factor = _reached(d.pre_activations(x) / d.threshold.clamp(min=1e-12), l0).clamp(min=1e-3)
+            return replace(d, threshold=d.threshold * factor)
+        case unreachable:
+            assert_never(unreachable)
+
+
+@torch.no_grad()
+def mean_l0(dictionary: Dictionary, x: Tensor) -> float:
+    """Mean number of active latents on activations x (B, D)."""
+    return sum(int((dictionary.encode(part) > 0).sum()) for part in x.split(1024)) / max(1, len(x))
+
+
+def _reached(scores: Tensor, l0: float) -> Tensor:
+    """The level that l0·B of the scores (B, F) are above."""
+    n = min(round(l0 * scores.shape[0]), scores.numel() - 1)
+    return scores.flatten().topk(n + 1, sorted=False).values.min()
 
 
 # --- training units ---------------------------------------------------------------------------------------------
@@ -174,7 +213,8 @@ def initialise(spec: DictionarySpec, x: Tensor, generator: torch.Generator) -> D
         k=spec.k if spec.architecture in ("topk", "batchtopk") else None,
     )
     if dictionary.threshold is not None:
-        dictionary = calibrate_threshold(dictionary, x, spec.target_l0 if spec.architecture == "jumprelu" else spec.k)
+        assert spec.l0 is not None
+        dictionary = calibrate_threshold(dictionary, x, spec.l0)
     x_hat = dictionary(x)
     alpha = ((x * x_hat).sum() / (x_hat * x_hat).sum()).clamp(min=1e-3)
     return scale_latents(dictionary, alpha.expand(spec.n_latents))

@@ -153,18 +153,25 @@ class Trainee:
         first = first.float()
         with alone():
             self.mean, self.scale = _units(first) if leg.dictionary.normalise else _no_units(first)
+            power = spec.whitening if leg.dictionary.normalise else 0.0
+            self.whitening = whitening_matrix(self._normalised(first), power) if power else None
             if inherited is None:
                 generator = torch.Generator().manual_seed(seed_from("init", leg.seed, str(leg.site)))
                 dictionary = initialise(leg.dictionary, self._normalised(first[:1024]), generator)
             else:
                 dictionary = to_training_units(inherited.to(first.device), self.mean, self.scale)
+            self.refit = Refit(dictionary) if leg.refit_tokens else None
             self._adopt(dictionary)
         self.age = 0
         self.last_fired = torch.zeros(dictionary.n_latents, dtype=torch.int64, device=first.device)
-        self.refit = Refit(self.dictionary) if leg.refit_tokens else None
         self.failure = ""
         self.seconds = 0.0
         self._forget()
+
+    @property
+    def whitened(self) -> bool:
+        """Whether `dictionary.W_enc` reads x times `whitening`; not while a refit is gathering."""
+        return self.whitening is not None and self.refit is None
 
     @property
     def done(self) -> bool:
@@ -177,6 +184,8 @@ class Trainee:
         A BatchTopK threshold is calibrated on raw activations `x` (B, D) so that mean L0 is k there.
         """
         now = replace(self.dictionary, **{name: t.clone() for name, t in self.dictionary.tensors().items()})
+        if self.whitened:
+            now = replace(now, W_enc=now.W_enc @ self.whitening)
         dictionary = to_canonical(now, self.mean, self.scale)
         if x is not None and dictionary.architecture == "batchtopk":
             dictionary = calibrate_threshold(dictionary, x[:8192].float(), self.leg.dictionary.k)
@@ -200,8 +209,8 @@ class Trainee:
         if not bool(torch.isfinite(refit.residual).all()):
             self.failure = f"activations that are not finite at age {self.age} tokens"
         elif age >= self.leg.refit_tokens:
-            self._adopt(refit.solve())
             self.refit = None
+            self._adopt(refit.solve())
 
     def _train(self, x: Tensor) -> None:
         """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
@@ -236,6 +245,7 @@ class Trainee:
             dead=dead,
             sparsity=sparsity_weight(self.leg, self.spec, self.age),
             encoder=self._encoder(x),
+            whitening=self.whitening,
         )
 
     def _dense_step(self, x: Tensor, dead: Tensor | None) -> AutogradStep:
@@ -244,6 +254,8 @@ class Trainee:
         sparsity = sparsity_weight(self.leg, self.spec, self.age)
         with torch.enable_grad():
             dictionary = replace(self.dictionary, **parameters)
+            if self.whitened:
+                dictionary = replace(dictionary, W_enc=dictionary.W_enc @ self.whitening)
             loss = training_loss(self.leg.dictionary, dictionary, x, dead=dead, sparsity=sparsity)
             loss.total.backward()
         gradients = {name: t.grad for name, t in parameters.items() if t.grad is not None}
@@ -266,7 +278,16 @@ class Trainee:
         return (x.float() - self.mean) / self.scale
 
     def _adopt(self, dictionary: Dictionary) -> None:
-        """Train this dictionary from now on, with a fresh optimizer."""
+        """Train this dictionary, of activations in training units, from now on, with a fresh optimizer."""
+        self._hold(dictionary)
+        if self.whitened:
+            assert self.whitening is not None
+            W_enc = torch.linalg.solve(self.whitening.double(), dictionary.W_enc.double(), left=False)
+            self.dictionary = replace(self.dictionary, W_enc=W_enc.float())
+            self._divide()
+
+    def _hold(self, dictionary: Dictionary) -> None:
+        """Take these parameters as they are, with a fresh optimizer."""
         self.dictionary = replace(dictionary, **{name: t.detach().clone() for name, t in dictionary.tensors().items()})
         trained = self.dictionary.tensors()
         if dictionary.architecture == "batchtopk":
@@ -326,6 +347,7 @@ class Trainee:
         state |= {f"adam.exp_avg_sq.{name}": tensor for name, tensor in self.mean_squares.items()}
         state["adam.step"] = self.adam_steps
         state |= {"mean": self.mean, "scale": self.scale, "last_fired": self.last_fired}
+        state |= {} if self.whitening is None else {"whitening": self.whitening}
         state |= {"age": torch.tensor(self.age), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         if self.refit is not None:
             state |= {f"refit.{key}": value for key, value in self.refit.state().items()}
@@ -338,10 +360,11 @@ class Trainee:
         self.leg, self.spec = leg, spec
         self.dense = not takes_sparse_step(state["mean"].device.type)
         self.mean, self.scale, self.last_fired = state["mean"], state["scale"], state["last_fired"]
+        self.whitening = state.get("whitening")
         self.age, self.seconds, self.failure = int(state["age"]), float(state["seconds"]), failure
         named = {key.removeprefix("parameter."): t for key, t in state.items() if key.startswith("parameter.")}
         k = leg.dictionary.k if leg.dictionary.architecture in ("topk", "batchtopk") else None
-        self._adopt(Dictionary(architecture=leg.dictionary.architecture, k=k, **named))
+        self._hold(Dictionary(architecture=leg.dictionary.architecture, k=k, **named))
         self.mean_gradients = {name: state[f"adam.exp_avg.{name}"] for name in self.mean_gradients}
         self.mean_squares = {name: state[f"adam.exp_avg_sq.{name}"] for name in self.mean_squares}
         self.adam_steps = state["adam.step"]
@@ -360,6 +383,22 @@ def _units(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
     square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
     return mean.to(x), square.sqrt().clamp(min=1e-12).to(x)
+
+
+def whitening_matrix(x: Tensor, power: float) -> Tensor:
+    """(C + λI)^-power of the covariance C of x (B, D), in training units; λ is a thousandth of the mean variance.
+
+    An encoder that reads x times this learns as if its gradient were multiplied by C^(-2·power): directions of little
+    variance keep up (as in K-FAC, Martens and Grosse 2015, and Shampoo, Gupta et al. 2018, of which this is the
+    input's half, held fixed). Entries are rounded to bfloat16, so that products in it change nothing.
+
+    >>> x = torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 0.25])
+    >>> (x @ whitening_matrix(x, 0.5)).std(dim=0).round(decimals=1)
+    tensor([1.0000, 1.0000])
+    """
+    variances, axes = torch.linalg.eigh((x.T @ x / len(x)).double())
+    damped = variances + 1e-3 * variances.mean()
+    return ((axes * damped**-power) @ axes.T).bfloat16().float()
 
 
 def _no_units(x: Tensor) -> tuple[Tensor, Tensor]:

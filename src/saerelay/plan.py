@@ -425,7 +425,7 @@ def _leg(
         budget_tokens=budget,
         batch_tokens=batch,
         lr=lr or auto_lr("transfer" if spec.parent else "scratch", budget, batch),
-        dead_after_tokens=t.dead_after or max(1, min(10_000_000, budget // 10)),
+        dead_after_tokens=t.dead_after or max(batch, min(10_000_000, budget // 50)),
         snapshots=_snapshots(run, budget, bool(spec.parent)),
         seed=t.seed if spec.seed is None else spec.seed,
     )
@@ -433,11 +433,10 @@ def _leg(
 
 def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:
     """No more active latents than there are."""
-    wanted = dictionary.target_l0 if dictionary.architecture == "jumprelu" else dictionary.k
-    if dictionary.architecture != "relu" and wanted > dictionary.n_latents:
+    if dictionary.l0 is not None and dictionary.l0 > dictionary.n_latents:
         key = "target_l0" if dictionary.architecture == "jumprelu" else "k"
         raise PlanError(
-            f"leg {leg_id}: dictionary.{key} is {wanted:g} but there are only {dictionary.n_latents} latents; "
+            f"leg {leg_id}: dictionary.{key} is {dictionary.l0:g} but there are only {dictionary.n_latents} latents; "
             f"lower {key} or raise n_latents"
         )
 

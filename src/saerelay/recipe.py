@@ -115,6 +115,12 @@ class DictionarySpec(Spec):
     )
 
 
+    @property
+    def l0(self) -> float | None:
+        """Active latents per token that are asked for; ReLU's follow from its penalty."""
+        return {"relu": None, "jumprelu": self.target_l0}.get(self.architecture, float(self.k))
+
+
 class LegSpec(Spec):
     """One leg of an explicit plan: `[[plan.legs]]`."""
 
@@ -179,7 +185,13 @@ class TrainSpec(Spec):
     )
     lr: Rate = Field(default=0.0, description='from scratch; "auto" follows the sweep in docs/log.md')
     transfer_lr: Rate = Field(default=0.0, description='after a transfer; "auto" likewise')
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's")
+    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="Adam's")
+    whitening: float = Field(
+        default=0.25,
+        ge=0,
+        le=0.5,
+        description="the encoder reads activations times their covariance to minus this power: it learns faster; 0: as is",
+    )
     warmup: float = Field(
         default=0.02, ge=0, lt=1, description="share of the budget over which the learning rate rises"
     )
@@ -193,7 +205,7 @@ class TrainSpec(Spec):
     dead_after: Count = Field(
         default=0,
         ge=0,
-        description="tokens without firing after which a latent is dead; 0: min(10M, a tenth of the budget)",
+        description="tokens without firing after which a latent is dead; 0: min(10M, a fiftieth of the budget)",
     )
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
     checkpoint_every: Count = Field(default=500_000, gt=0, description="tokens between two saved states")

@@ -31,7 +31,7 @@ from saerelay.checkpoint import (
     under,
     write_json,
 )
-from saerelay.dictionaries import Dictionary, calibrate_threshold
+from saerelay.dictionaries import Dictionary, match_l0, mean_l0
 from saerelay.engine import Cohort, Trainee
 from saerelay.errors import Interrupted, LegFailed, TransferError
 from saerelay.moments import Moments
@@ -40,8 +40,8 @@ from saerelay.progress import Watcher
 from saerelay.stream import AbstractStream, Block
 from saerelay.transfer import fold, map_between
 
-FIRST_ROWS, THRESHOLD_ROWS = 32_768, 8_192
-"""Rows at which a leg looks when it begins (units, initialisation), and that calibrate BatchTopK's threshold."""
+FIRST_ROWS, L0_ROWS = 32_768, 8_192
+"""Rows at which a leg looks when it begins (units, initialisation), and on which L0 is measured and set."""
 
 
 @dataclass
@@ -142,27 +142,31 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory) -> None:
             continue
         rows = block.rows(leg.site, FIRST_ROWS)
         try:
-            inherited = inherit(now, leg, paths) if leg.parent else None
+            inherited = inherit(now, leg, block, paths) if leg.parent else None
         except TransferError as error:
             now.failures[leg.id] = str(error)
             continue
-        if inherited is not None and inherited.architecture == "batchtopk":
-            inherited = calibrate_threshold(inherited.to(rows.device), rows[:THRESHOLD_ROWS], leg.dictionary.k)
         now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited))
         if 0 in leg.snapshots:
             publish_leg(now, now.cohort[leg.id], block, paths)
 
 
-def inherit(now: Training, leg: Leg, paths: RunDirectory) -> Dictionary:
-    """The parent as it is now, folded to the leg's site."""
+def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Dictionary:
+    """The parent as it is now, folded to the leg's site; its L0 is what it was, or what the recipe asks for."""
     if leg.parent in now.cohort:
-        source = now.cohort[leg.parent].canonical().to("cpu")
+        source = now.cohort[leg.parent].canonical()
+        info = {"l0": mean_l0(source, block.rows(now.plan.parent_site(leg), L0_ROWS))}
+        source = source.to("cpu")
     else:
         directory = paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(now.plan.externals[leg.parent].path)
-        source = load_dictionary(directory)[0]
+        source, info = load_dictionary(directory)
     assert leg.method is not None
     width = now.plan.facts.width(leg.site)
-    return fold(source, map_between(leg.method, width, now.moments.pop(leg.id, None)))
+    folded = fold(source, map_between(leg.method, width, now.moments.pop(leg.id, None)))
+    if leg.method == "identity" and source.architecture != "batchtopk":
+        return folded  # the paper's: a copy to the bit
+    l0, rows = leg.dictionary.l0 or info.get("l0"), block.rows(leg.site, L0_ROWS)
+    return match_l0(folded.to(rows.device), rows, l0) if l0 else folded
 
 
 def gather_moments(now: Training, block: Block) -> None:
@@ -205,7 +209,9 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
         "seconds": round(trainee.seconds, 3),
     }
     directory = paths.leg(leg.id) if finished else paths.snapshot(leg.id, trainee.age)
-    publish(directory, trainee.canonical(block.rows(leg.site, THRESHOLD_ROWS)), info)
+    rows = block.rows(leg.site, L0_ROWS)
+    dictionary = trainee.canonical(rows)
+    publish(directory, dictionary, info | {"l0": mean_l0(dictionary, rows)})
 
 
 def report(now: Training, trainees: list[Trainee], log: Any, watcher: Watcher | None) -> None:

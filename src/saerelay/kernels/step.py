@@ -71,7 +71,7 @@ class Step:
     ops: ModuleType
     loss: Loss
     x: Tensor
-    """(B, D), in training units."""
+    """What the encoder read (B, D)."""
     residuals: Tensor
     """x − x_hat (B, D), in training units."""
     to_x_hat: float
@@ -153,12 +153,14 @@ def sparse_step(
     dead: Tensor | None = None,
     sparsity: float = 1.0,
     encoder: Tensor | None = None,
+    whitening: Tensor | None = None,
     ops: ModuleType | None = None,
 ) -> Step:
     """Take a batch x (B, D) forward, raw if `units` (mean, scale) are given, else in training units.
 
     With e = x_hat − x and g = 2e/divisor: ∂W_dec = Zᵀg, ∂pre = g W_decᵀ where z > 0, ∂W_enc = (∂pre)ᵀx, and biases are
-    sums over tokens. `encoder` is a copy of W_enc in the dtype that the product with it runs in.
+    sums over tokens. `encoder` is a copy of W_enc in the dtype that the product with it runs in; with `whitening`
+    (D, D), the encoder reads x times it.
     """
     d, ops = dictionary, ops or products(x.device)
     low = d.W_enc if encoder is None else encoder
@@ -169,6 +171,7 @@ def sparse_step(
         shift = d.threshold - spec.bandwidth / 2
     bias = (d.b_enc if shift is None else d.b_enc - shift).to(low)
     inputs, residuals = (x.new_empty(x.shape, dtype=d.W_dec.dtype) for _ in range(2))
+    encoded = inputs if whitening is None else torch.empty_like(inputs)
     divisor = error_divisor(spec, x)
     index = dead.nonzero().squeeze(1) if dead is not None and spec.aux_weight else None
     W_dead = None if index is None or index.numel() == 0 else d.W_dec[index]
@@ -179,7 +182,11 @@ def sparse_step(
             inputs[rows] = x[rows]
         else:
             torch.sub(x[rows].to(inputs.dtype), units[0], out=inputs[rows]).div_(units[1])
-        return torch.nn.functional.linear(inputs[rows].to(low.dtype), low, bias)
+        read = inputs[rows].to(low.dtype)
+        if whitening is not None:
+            read = read @ whitening.to(low.dtype)
+            encoded[rows] = read
+        return torch.nn.functional.linear(read, low, bias)
 
     def backward(rows: slice, pre: Tensor, codes: Codes) -> _Part:
         window = None
@@ -217,7 +224,7 @@ def sparse_step(
         parts = in_parallel(lambda i: backward(row_pieces[i], pres[i], chosen[i]), range(len(row_pieces)))
     else:
         parts = in_parallel(whole, row_pieces)
-    return _assemble(spec, d, ops, inputs, residuals, divisor, sparsity, index, parts)
+    return _assemble(spec, d, ops, encoded, residuals, divisor, sparsity, index, parts)
 
 
 def codes_of_batch(pres: list[Tensor], n: int) -> list[Codes]:
@@ -241,7 +248,7 @@ def _assemble(
     spec: DictionarySpec,
     d: Dictionary,
     ops: ModuleType,
-    inputs: Tensor,
+    x: Tensor,
     residuals: Tensor,
     divisor: float,
     sparsity: float,
@@ -258,9 +265,9 @@ def _assemble(
         total, to_z = total + weight * z_sum, to_z + weight
     elif spec.architecture == "jumprelu":
         assert d.threshold is not None
-        excess = n_active / len(inputs) / spec.target_l0 - 1
+        excess = n_active / len(x) / spec.target_l0 - 1
         total = total + sparsity * spec.l0_weight * excess**2
-        to_step = sparsity * spec.l0_weight * 2 * excess / (spec.target_l0 * len(inputs))
+        to_step = sparsity * spec.l0_weight * 2 * excess / (spec.target_l0 * len(x))
         window = torch.cat([part.window for part in parts if part.window is not None])
         to_threshold = (to_z * d.threshold[codes.columns] + to_step) * window / -spec.bandwidth
     aux = None
@@ -274,6 +281,6 @@ def _assemble(
         aux = Aux(index, z, aux_to_z, aux_g, scale)
     fired = d.b_enc.new_zeros(d.n_latents).scatter_reduce_(0, codes.columns.long(), codes.values, "amax") > 0
     return Step(
-        spec, d, ops, Loss(total, error, n_active.long(), fired), inputs, residuals, -2 / divisor, codes, to_z * active,
-        to_threshold, square - x_sum.square().sum() / len(inputs), residual_sum * (-2 / divisor), aux,
+        spec, d, ops, Loss(total, error, n_active.long(), fired), x, residuals, -2 / divisor, codes, to_z * active,
+        to_threshold, square - x_sum.square().sum() / len(x), residual_sum * (-2 / divisor), aux,
     )  # fmt: skip
