@@ -54,9 +54,6 @@ def test_learning_rate_rises_holds_and_falls_to_zero() -> None:
     rates = [learning_rate(leg(), spec, age) for age in range(0, 40 * B, B)]
     assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
     assert set(rates[4:33]) == {0.01} and rates[-1] == pytest.approx(0.01 / 8)
-    assert rates == [
-        learning_rate(leg(refit_tokens=B, budget_tokens=41 * B), spec, age + B) for age in range(0, 40 * B, B)
-    ]
 
 
 def test_sparsity_penalty_warms_up() -> None:
@@ -170,7 +167,7 @@ def test_two_widths_in_turn_do_not_share_room_for_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restored_state_continues_to_the_same_bits(architecture: str, pause: int, dtype: torch.dtype) -> None:
     x = data().to(dtype)
-    the_leg = leg(architecture=architecture, refit_tokens=4 * B, parent="p")
+    the_leg = leg(architecture=architecture, parent="p")
     parent = trained(leg(architecture=architecture), x).canonical(x.float())
     whole, paused = Trainee(the_leg, SPEC, x, parent), Trainee(the_leg, SPEC, x, parent)
     batches = x.split(B)
@@ -225,29 +222,6 @@ def test_dead_latents_are_counted_by_tokens_and_revived_by_aux_loss() -> None:
     assert int(without.dead().sum()) >= 40
     assert int(Trainee(leg(), SPEC, x, killed).dead().sum()) == 0
     assert int(with_aux.dead().sum()) <= int(without.dead().sum())
-
-
-def test_refit_comes_before_gradient_steps_and_helps() -> None:
-    x = data()
-    parent = trained(leg(), x).canonical()
-    parent.W_dec.add_(0.2 * torch.randn(F, D, generator=torch.Generator().manual_seed(0)))
-    start = Trainee(leg(parent="p"), SPEC, x, parent)
-    refitted = Trainee(leg(parent="p", refit_tokens=40 * B), SPEC, x, parent)
-    for batch in x.split(B)[:40]:
-        refitted.step(batch)
-    assert refitted.done and refitted.refit is None and fvu(refitted, data(seed=2)) < fvu(start, data(seed=2))
-
-
-def test_refit_counts_what_fires_and_stops_at_infinities() -> None:
-    x = data()
-    parent = trained(leg(), x).canonical()
-    refitted = Trainee(leg(parent="p", refit_tokens=20 * B), SPEC, x, parent)
-    for batch in x.split(B)[:20]:
-        refitted.step(batch)
-    assert refitted.refit is None and int(refitted.dead().sum()) < F / 2
-    poisoned = Trainee(leg(parent="p", refit_tokens=20 * B), SPEC, x, parent)
-    poisoned.step(torch.full_like(x[:B], torch.nan))
-    assert "not finite" in poisoned.failure and poisoned.done
 
 
 def test_an_empty_batch_only_ages() -> None:

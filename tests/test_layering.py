@@ -50,7 +50,6 @@ def test_public_names_are_these_and_all_import() -> None:
         "LanguageModel",
         "Moments",
         "Plan",
-        "Refit",
         "Run",
         "SaeRelayError",
         "Site",

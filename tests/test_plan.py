@@ -258,11 +258,18 @@ def test_untrained_hops_live_for_one_block(facts: ModelFacts) -> None:
     child = plan.leg("L2-from-L3")
     assert (child.budget_tokens, child.refit_tokens, child.fold_at) == (0, 0, 4096) and plan.n_tokens == 4096 + 256
     plan = compiled(facts, plan={"transfer_tokens": 0})
-    assert plan.leg("L2-from-L3").budget_tokens == plan.leg("L2-from-L3").refit_tokens == 256
+    assert (plan.leg("L2-from-L3").budget_tokens, plan.leg("L2-from-L3").refit_tokens) == (0, 256)
 
 
-def test_default_rates_fall_with_the_budget() -> None:
-    rates = [auto_lr("scratch", n, 512) for n in (10**5, 10**6, 4 * 10**6, 10**9)]
-    assert rates == pytest.approx([6e-3, 3e-3, 1.5e-3, 2e-4]) and auto_lr("scratch", 10**6, 128) == pytest.approx(
-        1.5e-3
-    )
+def test_default_rates_fall_with_budget_and_width() -> None:
+    rates = [auto_lr(192, n, 512) for n in (10**5, 10**6, 4 * 10**6, 10**9)]
+    assert rates == pytest.approx([8e-3, 4e-3, 2e-3, 4e-3 / 6])
+    assert [auto_lr(384, 10**6, 512), auto_lr(192, 10**6, 128)] == pytest.approx([2e-3, 2e-3])
+
+
+def test_only_a_hop_without_a_rate_of_its_own_takes_it_from_its_map(facts: ModelFacts) -> None:
+    by_map = compiled(facts).leg("L2-from-L3")
+    copied = compiled(facts, plan={"method": "identity"}).leg("L2-from-L3")
+    given = compiled(facts, train={"batch_tokens": 64, "transfer_lr": 1e-3}).leg("L2-from-L3")
+    assert (by_map.lr_by_map, copied.lr_by_map, given.lr_by_map) == (True, False, False)
+    assert copied.lr == by_map.lr / 8 and given.lr == 1e-3

@@ -229,7 +229,9 @@ def test_batchtopk_is_published_with_the_l0_it_was_trained_for(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu", "batchtopk"])
-def test_a_hop_to_larger_activations_starts_at_the_right_l0(facts: ModelFacts, tmp_path: Path, architecture: str) -> None:
+def test_a_hop_to_larger_activations_starts_at_the_right_l0(
+    facts: ModelFacts, tmp_path: Path, architecture: str
+) -> None:
     """The paper's layer 10 -> 11: norms jump threefold, and a copy's L0 explodes."""
     stream = make_stream(facts)
     stream.tensors[Site(1)] = 3 * stream.tensors[Site(0)] + 5
@@ -239,6 +241,6 @@ def test_a_hop_to_larger_activations_starts_at_the_right_l0(facts: ModelFacts, t
     run(plan, tmp_path / "a", facts, stream=stream)
     l0 = {leg: load_dictionary(tmp_path / "a/legs" / leg)[1]["l0"] for leg in ("L0", "identity", "rescale")}
     wanted = l0["L0"] if architecture == "relu" else plan.legs[0].dictionary.l0
-    assert l0["rescale"] == pytest.approx(wanted, rel=0.05)
+    assert l0["rescale"] == pytest.approx(wanted, rel=0.15)  # set and measured on different 512 tokens
     if architecture != "batchtopk":
         assert l0["identity"] > 1.3 * l0["rescale"]

@@ -1,5 +1,6 @@
 """Moments, the four maps, fold and refit, each against its definition."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,13 +15,15 @@ from saerelay.moments import Moments
 from saerelay.recipe import Method
 from saerelay.transfer import (
     AffineMap,
-    Refit,
     affine,
     conjugate_gradients,
     fold,
     identity,
     map_between,
     procrustes,
+    rate_share,
+    refit,
+    unexplained,
     rescale,
 )
 
@@ -155,9 +158,6 @@ def test_a_map_needs_enough_tokens() -> None:
 def test_refit_is_the_ridge_solution(architecture: str, direct: bool) -> None:
     """Against the normal equations, solved densely with the bias as one more column."""
     d, x = random_dictionary(architecture), activations()
-    refit = Refit(d, ridge=0.05)
-    for part in x.split(17):
-        refit.add(part)
     z = d.encode(x)
     squares = z.square().sum(dim=0)
     damping = 0.05 * (squares + squares.mean())
@@ -165,7 +165,7 @@ def test_refit_is_the_ridge_solution(architecture: str, direct: bool) -> None:
     penalty = torch.cat([damping, torch.zeros(1, dtype=torch.float64)]).diag()
     change = torch.linalg.solve(design.T @ design + penalty, design.T @ (x - d(x)))
     W, b = d.W_dec + change[:-1], d.b_dec + change[-1]
-    solved = refit.solve(direct=direct, tolerance=1e-12, max_iterations=2000)
+    solved = refit(d, x.split(17), ridge=0.05, direct=direct, tolerance=1e-12, max_iterations=2000)
     norms = W.norm(dim=1)
     assert torch.allclose(solved.W_dec * norms[:, None], W, atol=1e-8)
     assert torch.allclose(solved.b_dec, b, atol=1e-7)
@@ -175,31 +175,23 @@ def test_refit_is_the_ridge_solution(architecture: str, direct: bool) -> None:
 def test_refit_lowers_the_error_of_its_own_codes_and_leaves_silent_latents() -> None:
     d, x = random_dictionary("relu"), activations()
     d.b_enc[5] = -1e6
-    refit = Refit(d)
-    refit.add(x)
-    solved = refit.solve()
+    solved = refit(d, [x])
     assert (x - solved(x)).square().sum() < (x - d(x)).square().sum()
     assert torch.allclose(solved.W_dec[5], d.W_dec[5] / d.W_dec[5].norm())
 
 
-def test_refit_continues_from_its_state() -> None:
-    d, x = random_dictionary("topk"), activations()
-    whole, half = Refit(d), Refit(d)
-    for part in x.split(16):
-        whole.add(part)
-    for part in x[:32].split(16):
-        half.add(part)
-    resumed = Refit(d)
-    resumed.restore(half.state())
-    for part in x[32:].split(16):
-        resumed.add(part)
-    for name, tensor in whole.solve().tensors().items():
-        assert torch.equal(resumed.solve().tensors()[name], tensor), name
-
-
 def test_refit_of_nothing_is_the_dictionary() -> None:
     d = random_dictionary("topk")
-    assert torch.equal(Refit(d).solve().W_dec, d.W_dec)
+    assert torch.equal(refit(d, []).W_dec, d.W_dec)
+
+
+def test_refit_leaves_a_silent_dictionary_and_refuses_infinities() -> None:
+    d, x = random_dictionary("relu"), activations()
+    silent = replace(d, b_enc=d.b_enc - 1e6)
+    norms = d.W_dec.norm(dim=1, keepdim=True)
+    assert torch.allclose(refit(silent, [x]).W_dec * norms, d.W_dec)
+    with pytest.raises(TransferError, match="not finite"):
+        refit(d, [torch.full_like(x, torch.inf)])
 
 
 def test_conjugate_gradients_solve() -> None:
@@ -215,3 +207,16 @@ def test_join_of_codes_from_batches_is_the_codes_of_all() -> None:
     parts: list[Codes] = [encode_sparse(d, part) for part in x.split(9)]
     joined, whole = join_codes(parts), encode_sparse(d, x)
     assert torch.equal(joined.row_starts, whole.row_starts) and torch.equal(joined.columns, whole.columns)
+
+
+def test_unexplained_is_one_minus_r_squared_of_the_map() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, D, generator=g, dtype=torch.float64)
+    y = x @ torch.randn(D, D, generator=g, dtype=torch.float64) + 2 * torch.randn(4000, D, generator=g) + 5
+    moments = moments_of(x, y)
+    m = affine(moments)
+    left = (y - x @ m.A.T - m.c).square().sum() / (y - y.mean(dim=0)).square().sum()
+    assert unexplained(moments) == pytest.approx(float(left), rel=1e-4)
+    assert unexplained(moments_of(x, 3 * x + 1)) == pytest.approx(0, abs=1e-4)
+    assert rate_share(moments) == pytest.approx(min(1, 2.75 * float(left)), rel=1e-4)
+    assert rate_share(moments_of(x, 3 * x + 1)) == 0.03

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from saerelay.recipe import Run as Run
     from saerelay.site import Site as Site
     from saerelay.transfer import AffineMap as AffineMap
-    from saerelay.transfer import Refit as Refit
     from saerelay.transfer import fold as fold
     from saerelay.transfer import map_between as map_between
 
@@ -39,7 +38,6 @@ _HOMES = {
     "LanguageModel": "model",
     "Moments": "moments",
     "Plan": "plan",
-    "Refit": "transfer",
     "Run": "recipe",
     "SaeRelayError": "errors",
     "Site": "site",

@@ -13,7 +13,7 @@ class Cost(Spec):
     lm_tokens: int
     """Token positions read by the language model."""
     sae_samples: int
-    """Activations trained on, summed over legs."""
+    """Activations trained or refitted on, summed over legs."""
     flops: float
     flops_dense_equivalent: float
     flops_all_from_scratch: float
@@ -62,17 +62,16 @@ def plan_cost(plan: Plan) -> Cost:
     for leg in plan.legs:
         width = facts.width(leg.site)
         executed, equivalent = step_flops(leg.dictionary, facts, width)
-        trained = leg.budget_tokens - leg.refit_tokens
         fits = fit_flops(leg, width)
-        flops += trained * executed + fits
-        dense += trained * equivalent + fits
+        flops += leg.budget_tokens * executed + fits
+        dense += leg.budget_tokens * equivalent + fits
     weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
     live = peak_state_bytes(plan.legs, facts)
     value_bytes = 4.0 if facts.dtype == "float32" else 2.0
     buffer_bytes = 2.0 if plan.run.data.cache else value_bytes
     return Cost(
         lm_tokens=lm_tokens,
-        sae_samples=sum(leg.budget_tokens for leg in plan.legs),
+        sae_samples=sum(leg.budget_tokens + leg.refit_tokens for leg in plan.legs),
         flops=flops,
         flops_dense_equivalent=dense,
         flops_all_from_scratch=_all_from_scratch(plan),

@@ -28,7 +28,6 @@ from saerelay.recipe import TrainSpec
 from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.threads import alone, in_parallel
-from saerelay.transfer import Refit
 
 ARCHITECTURES_WITH_AUX = ("topk", "batchtopk")
 _scratch = threading.local()
@@ -36,16 +35,16 @@ _scratch = threading.local()
 
 def learning_rate(leg: Leg, spec: TrainSpec, age: int) -> float:
     """Rate of the step that a leg takes at `age`: linear warm-up, constant, linear decay to zero."""
-    trained, total = age - leg.refit_tokens, leg.budget_tokens - leg.refit_tokens
-    rise = (trained + leg.batch_tokens) / (spec.warmup * total) if spec.warmup else 1.0
-    fall = (total - trained) / (spec.decay * total) if spec.decay else 1.0
+    total = leg.budget_tokens
+    rise = (age + leg.batch_tokens) / (spec.warmup * total) if spec.warmup else 1.0
+    fall = (total - age) / (spec.decay * total) if spec.decay else 1.0
     return leg.lr * min(1.0, rise, fall)
 
 
 def sparsity_weight(leg: Leg, spec: TrainSpec, age: int) -> float:
     """Share of the sparsity penalty in force at `age`: a linear warm-up."""
-    whole = spec.sparsity_warmup * (leg.budget_tokens - leg.refit_tokens)
-    return min(1.0, (age - leg.refit_tokens) / whole) if whole else 1.0
+    whole = spec.sparsity_warmup * leg.budget_tokens
+    return min(1.0, age / whole) if whole else 1.0
 
 
 class Progress(NamedTuple):
@@ -142,13 +141,21 @@ class Trainee:
     """One dictionary in training, in training units (x − mean)/scale.
 
     `first` are raw activations (B, D) of its site that fix mean and scale; `inherited` is the folded parent, in
-    canonical form, or None to start from scratch. `dense` forces the autograd reference.
+    canonical form, or None to start from scratch; `lr_share` multiplies the leg's learning rate. `dense` forces the
+    autograd reference.
     """
 
     def __init__(
-        self, leg: Leg, spec: TrainSpec, first: Tensor, inherited: Dictionary | None = None, *, dense: bool = False
+        self,
+        leg: Leg,
+        spec: TrainSpec,
+        first: Tensor,
+        inherited: Dictionary | None = None,
+        *,
+        lr_share: float = 1.0,
+        dense: bool = False,
     ) -> None:
-        self.leg, self.spec = leg, spec
+        self.leg, self.spec, self.lr_share = leg, spec, lr_share
         self.dense = dense or not takes_sparse_step(first.device.type)
         first = first.float()
         with alone():
@@ -160,7 +167,9 @@ class Trainee:
                 dictionary = initialise(leg.dictionary, self._normalised(first[:1024]), generator)
             else:
                 dictionary = to_training_units(inherited.to(first.device), self.mean, self.scale)
-            self.refit = Refit(dictionary) if leg.refit_tokens else None
+            if self.whitening is not None:
+                W_enc = torch.linalg.solve(self.whitening.double(), dictionary.W_enc.double(), left=False)
+                dictionary = replace(dictionary, W_enc=W_enc.float())
             self._adopt(dictionary)
         self.age = 0
         self.last_fired = torch.zeros(dictionary.n_latents, dtype=torch.int64, device=first.device)
@@ -169,14 +178,13 @@ class Trainee:
         self._forget()
 
     @property
-    def whitened(self) -> bool:
-        """Whether `dictionary.W_enc` reads x times `whitening`; not while a refit is gathering."""
-        return self.whitening is not None and self.refit is None
-
-    @property
     def done(self) -> bool:
         """Whether the budget is spent, or training failed."""
         return self.age >= self.leg.budget_tokens or bool(self.failure)
+
+    def learning_rate(self, age: int) -> float:
+        """Rate of the step that it takes at `age`."""
+        return self.lr_share * learning_rate(self.leg, self.spec, age)
 
     def canonical(self, x: Tensor | None = None) -> Dictionary:
         """The dictionary as it is now, for raw activations.
@@ -184,7 +192,7 @@ class Trainee:
         A BatchTopK threshold is calibrated on raw activations `x` (B, D) so that mean L0 is k there.
         """
         now = replace(self.dictionary, **{name: t.clone() for name, t in self.dictionary.tensors().items()})
-        if self.whitened:
+        if self.whitening is not None:
             now = replace(now, W_enc=now.W_enc @ self.whitening)
         dictionary = to_canonical(now, self.mean, self.scale)
         if x is not None and dictionary.architecture == "batchtopk":
@@ -192,25 +200,13 @@ class Trainee:
         return dictionary
 
     def step(self, x: Tensor) -> None:
-        """Take in one batch of raw activations (B, D): a refit step first, then gradient steps."""
+        """Take one gradient step on a batch of raw activations (B, D)."""
         began = time.perf_counter()
-        if self.refit is not None:
-            self._refit(self.refit, self._normalised(x))
-        elif x.shape[0]:
+        if x.shape[0]:
             with alone():
                 self._train(x)
         self.age += 0 if self.failure else self.leg.batch_tokens
         self.seconds += time.perf_counter() - began
-
-    def _refit(self, refit: Refit, x: Tensor) -> None:
-        """Gather for the refit; solve it with the last batch."""
-        codes, age = refit.add(x), self.age + self.leg.batch_tokens
-        self.last_fired[codes.columns[codes.values > 0].long()] = age
-        if not bool(torch.isfinite(refit.residual).all()):
-            self.failure = f"activations that are not finite at age {self.age} tokens"
-        elif age >= self.leg.refit_tokens:
-            self.refit = None
-            self._adopt(refit.solve())
 
     def _train(self, x: Tensor) -> None:
         """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
@@ -228,7 +224,7 @@ class Trainee:
             if shrink is not None and shrink.device.type == "cpu" and float(shrink) == 1:
                 shrink = None
             self.adam_steps += 1
-            adam = Adam(learning_rate(self.leg, self.spec, self.age), self.spec.betas, self.adam_steps, shrink)
+            adam = Adam(self.learning_rate(self.age), self.spec.betas, self.adam_steps, shrink)
             in_parallel(lambda part: part.update(gradients, adam, self.encoder), self.parts)
             adam.move([self.bias], [step.b_dec])
             self.last_fired[step.loss.fired] = self.age + self.leg.batch_tokens
@@ -254,7 +250,7 @@ class Trainee:
         sparsity = sparsity_weight(self.leg, self.spec, self.age)
         with torch.enable_grad():
             dictionary = replace(self.dictionary, **parameters)
-            if self.whitened:
+            if self.whitening is not None:
                 dictionary = replace(dictionary, W_enc=dictionary.W_enc @ self.whitening)
             loss = training_loss(self.leg.dictionary, dictionary, x, dead=dead, sparsity=sparsity)
             loss.total.backward()
@@ -278,16 +274,7 @@ class Trainee:
         return (x.float() - self.mean) / self.scale
 
     def _adopt(self, dictionary: Dictionary) -> None:
-        """Train this dictionary, of activations in training units, from now on, with a fresh optimizer."""
-        self._hold(dictionary)
-        if self.whitened:
-            assert self.whitening is not None
-            W_enc = torch.linalg.solve(self.whitening.double(), dictionary.W_enc.double(), left=False)
-            self.dictionary = replace(self.dictionary, W_enc=W_enc.float())
-            self._divide()
-
-    def _hold(self, dictionary: Dictionary) -> None:
-        """Take these parameters as they are, with a fresh optimizer."""
+        """Train these parameters from now on, with a fresh optimizer; W_enc reads x times `whitening`."""
         self.dictionary = replace(dictionary, **{name: t.detach().clone() for name, t in dictionary.tensors().items()})
         trained = self.dictionary.tensors()
         if dictionary.architecture == "batchtopk":
@@ -325,14 +312,13 @@ class Trainee:
         if not self._sums:
             return None
         loss, error, variance, active = torch.stack(self._sums).cpu().double().sum(dim=0).tolist()
-        rate = learning_rate(self.leg, self.spec, self.age - self.leg.batch_tokens)
         progress = Progress(
             age=self.age,
             loss=loss / len(self._sums),
             fvu=error / max(variance, 1e-30),
             l0=active / self._rows,
             n_dead=int(self.dead().sum()),
-            learning_rate=rate,
+            learning_rate=self.learning_rate(self.age - self.leg.batch_tokens),
             seconds=self.seconds,
         )
         self._forget()
@@ -349,8 +335,7 @@ class Trainee:
         state |= {"mean": self.mean, "scale": self.scale, "last_fired": self.last_fired}
         state |= {} if self.whitening is None else {"whitening": self.whitening}
         state |= {"age": torch.tensor(self.age), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
-        if self.refit is not None:
-            state |= {f"refit.{key}": value for key, value in self.refit.state().items()}
+        state["lr_share"] = torch.tensor(self.lr_share, dtype=torch.float64)
         return state
 
     @classmethod
@@ -361,18 +346,15 @@ class Trainee:
         self.dense = not takes_sparse_step(state["mean"].device.type)
         self.mean, self.scale, self.last_fired = state["mean"], state["scale"], state["last_fired"]
         self.whitening = state.get("whitening")
+        self.lr_share = float(state["lr_share"])
         self.age, self.seconds, self.failure = int(state["age"]), float(state["seconds"]), failure
         named = {key.removeprefix("parameter."): t for key, t in state.items() if key.startswith("parameter.")}
         k = leg.dictionary.k if leg.dictionary.architecture in ("topk", "batchtopk") else None
-        self._hold(Dictionary(architecture=leg.dictionary.architecture, k=k, **named))
+        self._adopt(Dictionary(architecture=leg.dictionary.architecture, k=k, **named))
         self.mean_gradients = {name: state[f"adam.exp_avg.{name}"] for name in self.mean_gradients}
         self.mean_squares = {name: state[f"adam.exp_avg_sq.{name}"] for name in self.mean_squares}
         self.adam_steps = state["adam.step"]
         self._divide()
-        self.refit = None
-        if "refit.target" in state:
-            self.refit = Refit(self.dictionary)
-            self.refit.restore({key.removeprefix("refit."): t for key, t in state.items() if key.startswith("refit.")})
         self._forget()
         return self
 
@@ -448,7 +430,7 @@ class Cohort:
     def step(self, activations: Mapping[Site, Tensor]) -> None:
         """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into its own batches."""
         live = self.live
-        gradient_steps = [t for t in live if t.refit is None and activations[t.leg.site].device.type == "cpu"]
+        gradient_steps = [t for t in live if activations[t.leg.site].device.type == "cpu"]
         side_by_side = gradient_steps[: len(gradient_steps) // torch.get_num_threads() * torch.get_num_threads()]
         for trainee in live:
             if trainee not in side_by_side:

@@ -90,7 +90,7 @@ class Quality:
             result |= self._downstream(ablated)
         return result
 
-    def _downstream(self, ablated: "Ablation") -> dict[str, float]:
+    def _downstream(self, ablated: "Ablation") -> dict[str, Any]:
         ce, kl = self.sums["ce"] / ablated.n_ce, self.sums["kl"] / ablated.n_kl
         clean, zero, kl_zero = ablated.ce_clean / ablated.n_ce, ablated.ce / ablated.n_ce, ablated.kl / ablated.n_kl
         deltas = torch.cat(self.sequence_delta_ce)
@@ -101,6 +101,7 @@ class Quality:
             "ce_loss_with_ablation": zero,
             "delta_ce": ce - clean,
             "delta_ce_se": spread / math.sqrt(len(deltas)),
+            "sequence_delta_ce": [round(float(delta), 6) for delta in deltas],
             "ce_loss_score": (zero - ce) / (zero - clean) if zero != clean else math.nan,
             "kl_div_with_sae": kl,
             "kl_div_with_ablation": kl_zero,
@@ -305,7 +306,7 @@ def summary(suite: Suite) -> dict[str, Any]:
                 "moment_tokens": leg.moment_tokens,
                 "refit_tokens": leg.refit_tokens,
                 "n_latents": leg.dictionary.n_latents,
-                "lr": leg.lr,
+                "lr": info.get("lr", leg.lr),
                 "seed": leg.seed,
                 "seconds": info["seconds"],
                 "n_eval_tokens": document["metrics"]["n_tokens"],

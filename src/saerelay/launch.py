@@ -300,7 +300,7 @@ def hop_run(
     """Transfer one trained dictionary to another layer, into a run directory of its own.
 
     Method, refit and learning rate are the recipe's; `tokens` are its plan.transfer_tokens unless given, and 0 leaves
-    the hop untrained (the refit, if the recipe asks for one, still sees plan.refit_tokens).
+    the hop untrained.
     """
     source = Path(source)
     external = describe_external(str(source))
@@ -330,7 +330,7 @@ def time_plan(plan: Plan, model: LanguageModel) -> dict[str, float]:
         shape = (width, leg.batch_tokens, leg.dictionary)
         if shape not in known:
             x = torch.randn(4 * leg.batch_tokens, width, device=device)
-            probe = leg.model_copy(update={"parent": "", "refit_tokens": 0, "budget_tokens": 10**9})
+            probe = leg.model_copy(update={"parent": "", "budget_tokens": 10**9})
             trainee = Trainee(probe, plan.run.train, x)
             known[shape] = _seconds(lambda t=trainee, x=x, b=leg.batch_tokens: t.step(x[:b]), device) / leg.batch_tokens
         steps += leg.budget_tokens * known[shape]

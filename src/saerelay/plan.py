@@ -2,12 +2,12 @@
 
 All legs live on one axis, the cursor: raw token positions read from the corpus. A leg's life on it:
 
-    start ── moment_tokens ──> fold ── refit_tokens ──> train ───────────────> end
-            (the map from its     (closed-form decoder    (gradient steps)
-             parent is fitted)      refit, if asked)
-                                 └──────────── budget_tokens ────────────────┘
+    start ── moment_tokens ──> fold_at ── budget_tokens ──> end
+            (the map from its parent      (gradient steps)
+             is fitted; then fold and
+             decoder refit, at once)
 
-A leg from scratch has neither moments nor refit. Starts lie on block borders; a child's moments end where its parent
+A leg from scratch has no moments, nor has a plain copy. Starts lie on block borders; a child's moments end where its parent
 reaches the age it forks at, so that both share the language model's forward pass.
 """
 
@@ -22,6 +22,8 @@ from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec, format_count
 
 SCHEMA_VERSION = 1
+COPY_RATE = 1 / 8
+"""Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
 MAX_BLOCK_TOKENS = 65_536
 BLOCK_BYTES = 2**30
 """Activations of one block stay under this, when the recipe lets us choose its size."""
@@ -95,10 +97,13 @@ class Leg(Spec):
     start: int = 0
     moment_tokens: int = 0
     refit_tokens: int = 0
+    """Tokens that the decoder is refitted on: of the last block of the moments, or, without moments, of its first."""
     budget_tokens: int
-    """Tokens the SAE sees: the refit's and the training's."""
+    """Tokens trained on."""
     batch_tokens: int
     lr: float
+    """Largest learning rate; if `lr_by_map`, times `transfer.rate_share` of the map it hops by."""
+    lr_by_map: bool = False
     dead_after_tokens: int
     snapshots: list[int] = []
     """Ages published beside the end."""
@@ -238,7 +243,16 @@ def compile_plan(
 
 def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     """What a recipe adds to a finished leg: a leg with the tokens it lacks, or nothing; other changes are refused."""
-    scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "lr", "moment_tokens", "budget_tokens"}
+    scheduled = {
+        "start",
+        "fork_at_tokens",
+        "snapshots",
+        "dead_after_tokens",
+        "lr",
+        "lr_by_map",
+        "moment_tokens",
+        "budget_tokens",
+    }
     old, new = before.model_dump(exclude=scheduled), leg.model_dump(exclude=scheduled)
     if changed := [key for key in new if new[key] != old[key]]:
         raise PlanError(
@@ -254,6 +268,8 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     if extra <= 0:
         return None
     added = {"id": f"{leg.id}+{format_count(leg.budget_tokens)}", "parent": last.id, "method": "identity"}
+    if leg.lr_by_map:
+        added |= {"lr_by_map": False, "lr": COPY_RATE * leg.lr}
     return leg.model_copy(
         update=added | {"budget_tokens": extra, "moment_tokens": 0, "refit_tokens": 0, "snapshots": []}
     )
@@ -399,8 +415,7 @@ def _leg(
         raise PlanError(f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {t.batch_tokens}")
     method = (spec.method or p.method) if spec.parent else None
     refit = bool(spec.parent) and (p.refit if spec.refit is None else spec.refit)
-    refit_tokens = _blocks(p.refit_tokens, block) if refit else 0
-    budget = batch * math.ceil(spec.tokens / batch) or refit_tokens
+    budget = batch * math.ceil(spec.tokens / batch)
     if spec.control_of and not budget:
         transfer = next(leg for leg in legs if leg.id == spec.control_of)
         budget = batch * math.ceil((transfer.moment_tokens + transfer.budget_tokens) / batch)
@@ -409,7 +424,8 @@ def _leg(
     role: Literal["root", "transfer", "control"] = (
         "control" if spec.control_of else "transfer" if spec.parent else "root"
     )
-    lr = spec.lr or (t.transfer_lr if spec.parent else t.lr)
+    given_lr = spec.lr or (t.transfer_lr if spec.parent else t.lr)
+    lr = given_lr or auto_lr(facts.width(site), budget, batch) * (COPY_RATE if method == "identity" else 1)
     return Leg(
         id=spec.id,
         role=role,
@@ -421,10 +437,11 @@ def _leg(
         parent=spec.parent,
         method=method,
         moment_tokens=_blocks(p.moment_tokens, block) if method not in (None, "identity") else 0,
-        refit_tokens=min(budget, refit_tokens),
+        refit_tokens=min(p.refit_tokens, block) if refit else 0,
         budget_tokens=budget,
         batch_tokens=batch,
-        lr=lr or auto_lr("transfer" if spec.parent else "scratch", budget, batch),
+        lr=lr,
+        lr_by_map=not given_lr and method not in (None, "identity"),
         dead_after_tokens=t.dead_after or max(batch, min(10_000_000, budget // 50)),
         snapshots=_snapshots(run, budget, bool(spec.parent)),
         seed=t.seed if spec.seed is None else spec.seed,
@@ -441,15 +458,18 @@ def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:
         )
 
 
-def auto_lr(kind: Literal["scratch", "transfer"], budget_tokens: int, batch_tokens: int) -> float:
-    """Default learning rates, from the sweeps in docs/log.md: they fall with the square root of the budget.
+def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
+    """Default learning rate from scratch: 4e-3 at width 192, 1M tokens and batches of 512, from docs/log.md's sweeps.
 
-    >>> auto_lr("scratch", 1_000_000, 512), auto_lr("transfer", 250_000, 512)
-    (0.003, 0.001)
+    It falls with the width (as Adam's rate of a layer with that many inputs should: Yang et al. 2022, table 8) and
+    with the square root of the budget.
+
+    >>> auto_lr(192, 1_000_000, 512), auto_lr(768, 4_000_000, 512)
+    (0.004, 0.0005)
     """
-    best, at_tokens = (3e-3, 1_000_000) if kind == "scratch" else (1e-3, 250_000)
-    rate = best * math.sqrt(at_tokens / max(1, budget_tokens) * batch_tokens / 512)
-    return min(max(rate, best / 15), 2 * best)
+    best = 4e-3 * 192 / width
+    rate = best * math.sqrt(1e6 / max(1, budget_tokens) * batch_tokens / 512)
+    return min(max(rate, best / 6), 2 * best)
 
 
 def _snapshots(run: Run, budget: int, transferred: bool) -> list[int]:

@@ -114,7 +114,6 @@ class DictionarySpec(Spec):
         default=True, description="train on centred, rescaled activations; false reproduces the paper"
     )
 
-
     @property
     def l0(self) -> float | None:
         """Active latents per token that are asked for; ReLU's follow from its penalty."""
@@ -130,7 +129,7 @@ class LegSpec(Spec):
     parent: str = ""
     """Id of another leg, or a dictionary's directory (a leg or snapshot of another run); "" trains from scratch."""
     tokens: Count = Field(ge=0)
-    """Training tokens, the refit's included; 0 leaves a transfer untrained (but refitted, if it is to be)."""
+    """Training tokens; 0 leaves a transfer untrained (but refitted, if it is to be)."""
     fork_at: ShareOrCount = 1.0
     """The parent's age at which this leg starts from it: a share of its tokens or a count."""
     method: Method | None = None
@@ -156,18 +155,14 @@ class PlanSpec(Spec):
         description="alternate, paper: which neighbour gives: forward (the one below), backward (above), both",
     )
     root_tokens: Count = Field(default=2_000_000, gt=0, description="training tokens of a root")
-    transfer_tokens: Count = Field(
-        default=250_000, ge=0, description="tokens of a transfer, the refit's included; 0 is zero-shot"
-    )
+    transfer_tokens: Count = Field(default=250_000, ge=0, description="training tokens of a transfer; 0 is zero-shot")
     fork_at: ShareOrCount = Field(
         default=1.0, description="when children leave a parent: a share of its tokens, or a count"
     )
     method: Method = Field(default="affine", description="identity, rescale, procrustes or affine")
-    refit: bool = Field(
-        default=False, description="refit the decoder in closed form on the child's first tokens; best without training"
-    )
+    refit: bool = Field(default=True, description="refit the decoder in closed form after a hop, on tokens of the map")
     moment_tokens: Count = Field(default=100_000, gt=0, description="tokens the map between two layers is fitted on")
-    refit_tokens: Count = Field(default=100_000, gt=0, description="tokens the decoder is refitted on")
+    refit_tokens: Count = Field(default=65_536, gt=0, description="tokens the decoder is refitted on, at most a block")
     controls: list[int] = Field(
         default=[], description="layers that also get from-scratch controls (equal tokens, and full)"
     )

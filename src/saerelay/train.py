@@ -38,7 +38,7 @@ from saerelay.moments import Moments
 from saerelay.plan import Leg, Plan
 from saerelay.progress import Watcher
 from saerelay.stream import AbstractStream, Block
-from saerelay.transfer import fold, map_between
+from saerelay.transfer import fold, map_between, rate_share, refit
 
 FIRST_ROWS, L0_ROWS = 32_768, 8_192
 """Rows at which a leg looks when it begins (units, initialisation), and on which L0 is measured and set."""
@@ -103,7 +103,7 @@ def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher:
                 block = stream.block(number, sites)
             if offset == 0:
                 with timed(now.seconds, "fits"):
-                    begin_legs(now, block, paths)
+                    begin_legs(now, block, paths, hops=False)
                     gather_moments(now, block)
                 now.positions["read"] += block.keep.numel()
                 now.positions["left_out"] += int((~block.keep).sum())
@@ -111,6 +111,9 @@ def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher:
                 now.cohort.step(block.batch(index))
                 now.cursor += block.batch_tokens
                 end_legs(now, block, paths, log)
+                if now.cursor % plan.block_tokens == 0:
+                    with timed(now.seconds, "fits"):
+                        begin_legs(now, block, paths, hops=True)
                 watcher.tick(now.cursor)
                 if stop.is_set() or now.cursor - last_saved >= plan.run.train.checkpoint_every:
                     now.seconds["total"] = time.perf_counter() - began
@@ -132,27 +135,33 @@ def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher:
         )
 
 
-def begin_legs(now: Training, block: Block, paths: RunDirectory) -> None:
-    """Bring to life the legs whose age is 0 at this block: from scratch, or folded from their parents."""
+def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) -> None:
+    """Bring to life the legs whose age is 0 here: from scratch or copied at a block's start, or, `hops`, at its end.
+
+    A hop's map and refit are made from the blocks before it, so that its own tokens are all new to it.
+    """
     for leg in now.plan.legs:
-        if leg.fold_at != now.cursor:
+        if leg.fold_at != now.cursor or hops != (leg.start < leg.fold_at):
             continue
         if leg.parent in now.failures:
             now.failures[leg.id] = f"its parent {leg.parent} stopped"
             continue
-        rows = block.rows(leg.site, FIRST_ROWS)
         try:
-            inherited = inherit(now, leg, block, paths) if leg.parent else None
+            inherited, lr_share = inherit(now, leg, block, paths) if leg.parent else (None, 1.0)
         except TransferError as error:
             now.failures[leg.id] = str(error)
             continue
-        now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited))
+        rows = block.rows(leg.site, FIRST_ROWS)
+        now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited, lr_share=lr_share))
         if 0 in leg.snapshots:
             publish_leg(now, now.cohort[leg.id], block, paths)
 
 
-def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Dictionary:
-    """The parent as it is now, folded to the leg's site; its L0 is what it was, or what the recipe asks for."""
+def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float]:
+    """The parent as it is now, folded to the leg's site and refitted, at the L0 that is asked for (or that it had).
+
+    Also the share of the leg's learning rate that this hop calls for.
+    """
     if leg.parent in now.cohort:
         source = now.cohort[leg.parent].canonical()
         info = {"l0": mean_l0(source, block.rows(now.plan.parent_site(leg), L0_ROWS))}
@@ -161,12 +170,14 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Dicti
         directory = paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(now.plan.externals[leg.parent].path)
         source, info = load_dictionary(directory)
     assert leg.method is not None
-    width = now.plan.facts.width(leg.site)
-    folded = fold(source, map_between(leg.method, width, now.moments.pop(leg.id, None)))
-    if leg.method == "identity" and source.architecture != "batchtopk":
-        return folded  # the paper's: a copy to the bit
-    l0, rows = leg.dictionary.l0 or info.get("l0"), block.rows(leg.site, L0_ROWS)
-    return match_l0(folded.to(rows.device), rows, l0) if l0 else folded
+    moments, rows = now.moments.pop(leg.id, None), block.rows(leg.site, L0_ROWS)
+    folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
+    lr_share = rate_share(moments) if leg.lr_by_map and moments else 1.0
+    if leg.refit_tokens:
+        folded = refit(folded, block.rows(leg.site, leg.refit_tokens).split(4096))
+    l0 = leg.dictionary.l0 or info.get("l0")
+    copied = leg.method == "identity" and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
+    return folded if copied or not l0 else match_l0(folded, rows, l0), lr_share
 
 
 def gather_moments(now: Training, block: Block) -> None:
@@ -204,6 +215,7 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
         "tokens": trainee.age,
         "finished": finished,
         "failure": trainee.failure or None,
+        "lr": trainee.lr_share * leg.lr,
         "n_dead": int(trainee.dead().sum()),
         "dead_after_tokens": leg.dead_after_tokens,
         "seconds": round(trainee.seconds, 3),

@@ -18,6 +18,7 @@ True
 Shapes: S source width, T target width, F latents, K active ones, B tokens.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -30,7 +31,8 @@ from saerelay.kernels import Codes, dense_codes, encode_sparse, join_codes, prod
 from saerelay.moments import Moments
 from saerelay.recipe import Method
 
-__all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes", "rescale", "Refit"]
+__all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes", "rate_share", "refit",
+           "rescale", "unexplained"]  # fmt: skip
 
 DIRECT_LATENTS = 16_384
 """Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
@@ -83,6 +85,21 @@ def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
     A = _regress(moments.cov_source, moments.cross.T, ridge).T
     B = _regress(moments.cov_target, moments.cross, ridge).T
     return _through_means(moments, A, B)
+
+
+def unexplained(moments: Moments, ridge: float = RIDGE) -> float:
+    """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1."""
+    A = _regress(moments.cov_source, moments.cross.T, ridge).T
+    left = moments.cov_target.trace() - 2 * (A * moments.cross).sum() + ((A @ moments.cov_source) * A).sum()
+    return float((left / moments.cov_target.trace()).clamp(0, 1))
+
+
+def rate_share(moments: Moments) -> float:
+    """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
+
+    2.75·(1 − R²), between 0.03 and 1; from the sweeps in docs/log.md, where 1 − R² went from .03 to .17.
+    """
+    return min(max(2.75 * unexplained(moments), 0.03), 1.0)
 
 
 def _regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -144,80 +161,65 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
     return unit_decoder(carried).to(d.W_enc.dtype)
 
 
-class Refit:
-    """Refit of a dictionary's decoder on the tokens it will be used on, by ridge towards the decoder it has.
+@torch.no_grad()
+def refit(
+    dictionary: Dictionary,
+    x: Iterable[Tensor],
+    ridge: float = 0.1,
+    *,
+    direct: bool | None = None,
+    tolerance: float = 1e-3,
+    max_iterations: int = 200,
+) -> Dictionary:
+    """Refit a dictionary's decoder on activations x, batches (B, D), by ridge towards the decoder it has.
 
     Minimises Σ‖x − b_dec − W_decᵀ z‖² + λ Σ_j g_j ‖w_j − w_j⁰‖² over W_dec and b_dec, with codes z fixed, g_j = Σ z_j²
     plus its mean (so that a rare latent moves little and one that never fires not at all) and λ = `ridge`. Codes are
-    kept sparse; activations are not kept.
+    kept, sparse; activations are not. `direct` factors the (F, F) matrix, the default up to 16384 latents; above,
+    conjugate gradients never form it. Rows of the new decoder have unit norm: their norms go into the encoder.
+
+    >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
+    ...                  b_dec=torch.zeros(2))
+    >>> x = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
+    >>> better = refit(sae, [3 * x, 3 * x + 1])
+    >>> bool((better(3 * x) - 3 * x).norm() < 1e-3 * x.norm())
+    True
+
+    Raises TransferError if activations are not finite.
     """
+    d, kept = dictionary, []
+    ops = products(d.W_dec.device)
+    target, residual_sum = torch.zeros_like(d.W_dec), torch.zeros_like(d.b_dec)
+    for batch in x:
+        codes = encode_sparse(d, batch)
+        residual = batch - ops.decode(codes, d.W_dec) - d.b_dec
+        target += ops.decode(codes.transposed()[0], residual)
+        residual_sum += residual.sum(dim=0)
+        kept.append(codes)
+    if not kept:
+        return d
+    if not bool(torch.isfinite(residual_sum).all()):
+        raise TransferError("the decoder refit met activations that are not finite")
+    codes = join_codes(kept)
+    n = codes.n_rows
+    squares = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values.square())
+    mean = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values) / n
+    damping = (ridge * (squares + squares.mean())).clamp(min=1e-12)
+    goal = target - torch.outer(mean, residual_sum)
 
-    def __init__(self, dictionary: Dictionary, ridge: float = 0.1) -> None:
-        self.dictionary = dictionary
-        self.ridge = ridge
-        self.codes: list[Codes] = []
-        self.target = torch.zeros_like(dictionary.W_dec)
-        """Σ z (x − x_hat)ᵀ, (F, D)."""
-        self.residual = torch.zeros_like(dictionary.b_dec)
-        """Σ (x − x_hat), (D)."""
+    def normal(W: Tensor) -> Tensor:
+        """(ZᵀZ − n·mean·meanᵀ + damping) W: the bias is eliminated."""
+        product = ops.decode(codes.transposed()[0], ops.decode(codes, W))
+        return product + damping[:, None] * W - n * torch.outer(mean, mean @ W)
 
-    @torch.no_grad()
-    def add(self, x: Tensor) -> Codes:
-        """Take in activations (B, D); their codes."""
-        codes = encode_sparse(self.dictionary, x)
-        ops = products(x.device)
-        residual = x - ops.decode(codes, self.dictionary.W_dec) - self.dictionary.b_dec
-        self.target += ops.decode(codes.transposed()[0], residual)
-        self.residual += residual.sum(dim=0)
-        self.codes.append(codes)
-        return codes
-
-    @torch.no_grad()
-    def solve(self, *, direct: bool | None = None, tolerance: float = 1e-3, max_iterations: int = 200) -> Dictionary:
-        """The dictionary with its new decoder, rows of unit norm (their norms go into the encoder).
-
-        `direct` factors the (F, F) matrix, the default up to 16384 latents; above, conjugate gradients never form it.
-        """
-        d, ops = self.dictionary, products(self.target.device)
-        if not self.codes:
-            return d
-        codes = join_codes(self.codes)
-        n = codes.n_rows
-        squares = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values.square())
-        mean = torch.zeros_like(d.b_enc).index_add_(0, codes.columns, codes.values) / n
-        damping = self.ridge * (squares + squares.mean())
-        goal = self.target - torch.outer(mean, self.residual)
-
-        def normal(W: Tensor) -> Tensor:
-            """(ZᵀZ − n·mean·meanᵀ + damping) W: the bias is eliminated."""
-            product = ops.decode(codes.transposed()[0], ops.decode(codes, W))
-            return product + damping[:, None] * W - n * torch.outer(mean, mean @ W)
-
-        if d.n_latents <= DIRECT_LATENTS if direct is None else direct:
-            matrix = gram(codes).addr_(mean, mean, alpha=-n)
-            matrix.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            if int(failed):
-                raise TransferError("the decoder refit met activations that are not finite")
-            change = torch.cholesky_solve(goal, factor)
-        else:
-            diagonal = (squares - n * mean.square() + damping).clamp(min=1e-12)
-            change = conjugate_gradients(normal, goal, diagonal, tolerance, max_iterations)
-        return unit_decoder(replace(d, W_dec=d.W_dec + change, b_dec=d.b_dec + self.residual / n - mean @ change))
-
-    def state(self) -> dict[str, Tensor]:
-        """What was accumulated, as tensors; the dictionary apart."""
-        state = {"target": self.target, "residual": self.residual}
-        if self.codes:
-            codes = join_codes(self.codes)
-            state |= {"row_starts": codes.row_starts, "columns": codes.columns, "values": codes.values}
-        return state
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Undo `state`."""
-        self.target, self.residual = state["target"], state["residual"]
-        if "columns" in state:
-            self.codes = [Codes(state["row_starts"], state["columns"], state["values"], self.dictionary.n_latents)]
+    if d.n_latents <= DIRECT_LATENTS if direct is None else direct:
+        matrix = gram(codes).addr_(mean, mean, alpha=-n)
+        matrix.diagonal().add_(damping)
+        change = torch.cholesky_solve(goal, torch.linalg.cholesky(matrix))
+    else:
+        diagonal = (squares - n * mean.square() + damping).clamp(min=1e-12)
+        change = conjugate_gradients(normal, goal, diagonal, tolerance, max_iterations)
+    return unit_decoder(replace(d, W_dec=d.W_dec + change, b_dec=d.b_dec + residual_sum / n - mean @ change))
 
 
 def gram(codes: Codes) -> Tensor:
@@ -228,7 +230,9 @@ def gram(codes: Codes) -> Tensor:
     return total
 
 
-def conjugate_gradients(normal, goal: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int) -> Tensor:  # noqa: ANN001
+def conjugate_gradients(
+    normal: Callable[[Tensor], Tensor], goal: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int
+) -> Tensor:
     """Solve normal(X) = goal for X (F, D), column by column side by side, preconditioned by `diagonal` (F).
 
     `normal` is symmetric and positive definite; stops when ‖residual‖ ≤ tolerance·‖goal‖ in every column
