@@ -39,9 +39,10 @@ from scipy.spatial.distance import squareform
 
 from saerelay.checkpoint import RunDirectory, load, write_json, write_text
 from saerelay.corpus import Corpus, prepare
+from saerelay.cost import plan_cost
 from saerelay.dictionaries import Dictionary
 from saerelay.engine import Trainee
-from saerelay.errors import LegFailed
+from saerelay.errors import Interrupted, LegFailed
 from saerelay.evaluate import evaluate_run, measure, wants_ce
 from saerelay.launch import open_stream, plan_run, train_run
 from saerelay.model import load_tokenizer, read_facts
@@ -101,6 +102,8 @@ class Job:
     def samples(self) -> int:
         """Activations trained on."""
         p = self.run.plan
+        if not p.legs:
+            return plan_cost(plan_run(self.run)).sae_samples
         return sum(leg.tokens or (p.refit_tokens if leg.refit else 0) for leg in p.legs)
 
 
@@ -496,7 +499,10 @@ def main() -> None:
     if args.list:
         console.print(f"{'sum':<22}{'':>10} {sum(job.samples for job in jobs):>12,} samples")
     else:
-        do_all(study, jobs, out, console)
+        try:
+            do_all(study, jobs, out, console)
+        except Interrupted:
+            raise SystemExit("stopped, and saved: the same command goes on") from None
 
 
 if __name__ == "__main__":
