@@ -65,11 +65,13 @@ class Study:
     n_layers: int
     scratch: Sequence[int]
     hops: Sequence[int]
-    """The longest only for affine, from the layer above, at seed 0."""
+    """The longest only from the layer above, at seed 0."""
     repeated: Sequence[int]
     """Hops of the other seeds, of some methods."""
     usual: int
     """One hop's budget where only one is tried."""
+    copy_lr: float
+    """Learning rate of plain copies, the best of docs/log.md's sweep: they have no map to take one from."""
     scale: float = 1.0
 
     @property
@@ -114,7 +116,7 @@ def open_study(model: str, text: Path | None, out: Path, scale: float) -> Study:
     """The study of a model; splits the text into documents first."""
     if model == "demo":
         scratch, hops = (125_000, 250_000, 500_000, 1_000_000, 2_000_000), (31_000, 62_000, 125_000, 250_000, 500_000)
-        study = Study("demo", DEMO, 0, scratch, hops, (62_000, 125_000), 250_000)
+        study = Study("demo", DEMO, 0, scratch, hops, (62_000, 125_000), 250_000, 1e-3)
     else:
         directory = model
         if model == "minilm":
@@ -133,7 +135,7 @@ def open_study(model: str, text: Path | None, out: Path, scale: float) -> Study:
             }
         )
         scratch, hops = (62_000, 125_000, 250_000, 500_000, 1_000_000), (50_000, 100_000, 200_000, 400_000)
-        study = Study(Path(model).name, run, 0, scratch, hops, (50_000, 100_000), 200_000)
+        study = Study(Path(model).name, run, 0, scratch, hops, (50_000, 100_000), 200_000, 2.5e-3)
     data = study.run.data.model_copy(update={"cache": str(out / "activations"), "epochs": 12})
     plan = PlanSpec(preset="scratch", moment_tokens=2 * BLOCK, refit_tokens=BLOCK)
     study = replace(study, scale=scale, n_layers=read_facts(study.run.model).n_layers)
@@ -188,7 +190,7 @@ def scratch(study: Study, seed: int) -> Job:
         for layer in (middle - 1, middle + 1):
             leg_id = f"L{middle}-L{layer}-fork{share}-{format_count(study.usual)}"
             parent = f"L{middle}-{format_count(study.full)}"
-            legs.append(hop(study, leg_id, layer, parent, study.usual, "affine", fork_at=share))
+            legs.append(hop(study, leg_id, layer, parent, study.usual, "affine", True, fork_at=share))
     return Job(f"scratch-s{seed}", with_legs(study, seed, legs))
 
 
@@ -201,8 +203,8 @@ def hop(
     study: Study, leg_id: str, layer: int, parent: str, budget: int, method: Method, refit: bool = False, **more: Any
 ) -> LegSpec:
     """A transferred leg; a budget of 0 is zero-shot."""
-    tokens = study.scaled(budget)
-    return LegSpec(id=leg_id, layer=layer, parent=parent, tokens=tokens, method=method, refit=refit, **more)
+    tokens, lr = study.scaled(budget), study.copy_lr if method == "identity" else None
+    return LegSpec(id=leg_id, layer=layer, parent=parent, tokens=tokens, method=method, refit=refit, lr=lr, **more)
 
 
 def parent_of(study: Study, out: Path, layer: int, seed: int) -> str:
@@ -213,9 +215,9 @@ def parent_of(study: Study, out: Path, layer: int, seed: int) -> str:
 def hops(study: Study, out: Path, seed: int) -> list[Job]:
     """One job a target layer: from the layer below and the layer above, every method and budget."""
     variants: list[tuple[Method, bool, Sequence[int]]] = [
-        ("identity", False, (0, *study.hops[:-1])),
-        ("affine", False, (0, *study.hops)),
-        ("affine", True, (0, *study.hops[:-1])),
+        ("identity", False, (0, *study.hops)),
+        ("affine", True, (0, *study.hops)),
+        ("affine", False, (0, study.repeated[-1])),
         ("rescale", False, (0, study.repeated[-1])),
         ("procrustes", False, (0, study.repeated[-1])),
     ]
@@ -255,15 +257,15 @@ def far(study: Study, out: Path) -> Job:
         name = f"L{source}-L{target}"
         legs += [
             hop(study, f"{name}-straight-refit-0", target, origin, 0, "affine", refit=True),
-            hop(study, f"{name}-straight-affine-{label}", target, origin, budget, "affine"),
+            hop(study, f"{name}-straight-refit-{label}", target, origin, budget, "affine", refit=True),
             hop(study, f"{name}-straight-identity-{label}", target, origin, budget, "identity"),
         ]
         last = {
             kind: origin if target == source - 1 else f"L{source}-L{target + 1}-{kind}"
-            for kind in ("chain-refit-0", f"chain-affine-{label}")
+            for kind in ("chain-refit-0", f"chain-refit-{label}")
         }
         legs += [
-            hop(study, f"{name}-{kind}", target, parent, 0 if "refit" in kind else budget, "affine", "refit" in kind)
+            hop(study, f"{name}-{kind}", target, parent, 0 if kind.endswith("-0") else budget, "affine", refit=True)
             for kind, parent in last.items()
         ]
     return Job("far-s0", with_legs(study, 0, legs))
