@@ -174,7 +174,7 @@ class PlanSpec(Spec):
         default=0.0, ge=0, description="... or the FVU wanted, as a multiple of scratch at root_tokens; 0 is 1.05"
     )
     survey_tokens: Count = Field(
-        default=0, ge=0, description="auto: tokens of the longest pilot; 0 is root_tokens / 16"
+        default=0, ge=0, description="auto: tokens of the longest pilot; 0 is root_tokens / 10, or 40 a latent"
     )
     stop: bool = Field(default=True, description="let legs that have a goal end when they have reached it")
     roots: list[int] = Field(default=[], description="layers trained from scratch; [] lets the preset choose")

@@ -31,7 +31,9 @@ LONG = "long"
 """Id of the long pilot."""
 MAP_ROWS = 16_384
 """Rows that the maps of the survey are fitted on, at least."""
-REACH = 3
+TOKENS_PER_LATENT = 40
+"""Of the long pilot, at least; the curves have no floor to be seen when the short ones get less than a quarter."""
+REACH = 2
 """Layers further apart than this exchange no dictionaries, unless one of them is the hub."""
 
 
@@ -99,7 +101,7 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     p, batch = run.plan, run.train.batch_tokens
     layers = list(range(facts.n_layers)) if run.sites.layers == "all" else sorted(set(run.sites.layers))
     hub = p.roots[0] if p.roots else layers[5 * len(layers) // 8]
-    long = batch * max(8, (p.survey_tokens or p.root_tokens // 10) // batch)
+    long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
     pilot, tuned = batch * (long // 4 // batch), batch * (long // 8 // batch)
     legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=pilot) for layer in layers]
     legs.append(LegSpec(id=LONG, layer=hub, tokens=long))
@@ -115,6 +117,13 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     return compiled.model_copy(
         update={"legs": [leg.model_copy(update={"snapshots": [before_decay(leg, run)]}) for leg in compiled.legs]}
     )
+
+
+def pilot_tokens(run: Run, facts: ModelFacts) -> int:
+    """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
+    d, root = run.dictionary, run.plan.root_tokens
+    n_latents = d.n_latents or round(d.expansion * facts.width(Site(0, run.sites.module)))
+    return max(root // 10, min(root // 4, TOKENS_PER_LATENT * n_latents))
 
 
 def before_decay(leg: Leg, run: Run) -> int:

@@ -41,7 +41,7 @@ from saerelay.site import Site
 from saerelay.stream import AbstractStream, Block
 from saerelay.transfer import fold, map_between
 
-FIRST_ROWS, THRESHOLD_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 8_192
+FIRST_ROWS, THRESHOLD_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
 """Rows at which a leg looks when it begins (units, initialisation), that calibrate BatchTopK's threshold, and of the
 validation split on which goals are measured."""
 
