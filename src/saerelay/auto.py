@@ -1,10 +1,11 @@
 """From a survey to a plan: learning curves, the cheapest tree at a quality, and the quality that a budget buys.
 
-Three laws, each with few free parameters; docs/log.md has the data they were found on:
+Four laws with few free parameters; docs/log.md has the data they were found on:
 
-    scratch    FVU(l, n) = floor(l) + slope(l) / √n                             after n tokens at layer l
-    hop        FVU(p → t) = FVU(t, n) + gap(p, t)                               zero-shot, from a parent worth n tokens
-    child      FVU = FVU(t, n + m) + gap(p, t) / (1 + m / half(n))              after m tokens of its own
+    hub        FVU(n) = floor + slope / √n                                     after n tokens from scratch
+    scratch    FVU(l, n) = FVU(l, n₀) · (FVU(hub, n) / FVU(hub, n₀)) ^ power(l)     at any layer
+    hop        FVU(p → t) = FVU(t, n) + gap(p, t)                              zero-shot, from a parent worth n tokens
+    child      FVU = FVU(t, n + m) + gap(p, t) / (1 + m / half(n))             after m tokens of its own
 
 A gap does not depend on how well the parent is trained; half(n) grows as √n. A dictionary is worth the tokens from
 scratch that reach its FVU, so a child's child starts from what the child is worth.
@@ -12,7 +13,7 @@ scratch that reach its FVU, so a child's child starts from what the child is wor
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import geometric_mean
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ SLACK = 1.5
 """A leg that may stop early gets this multiple of the tokens it is predicted to need, unless there is a budget."""
 ROOT_MULTIPLES = (1.0, 1.5, 2.0, 3.0)
 """Roots trained beyond what their own goal needs make all hops from them cheaper; these multiples are tried."""
+DOUBT = 1.25
+"""A root other than the hub must be that much cheaper: its curve is less known."""
 FORWARD_SHARES = (0.0, 0.5, 1.0)
 """Shares of a forward pass that a leg is charged while the tree is chosen: legs that run side by side share it."""
 
@@ -38,21 +41,31 @@ FORWARD_SHARES = (0.0, 0.5, 1.0)
 class Curves:
     """The laws above, fitted to a survey."""
 
-    floor: dict[int, float]
-    slope: dict[int, float]
+    floor: float
+    slope: float
+    pilot_tokens: int
+    """n₀."""
+    pilot: dict[int, float]
+    """FVU(l, n₀)."""
+    power: dict[int, float]
     gap: dict[tuple[int, int], float]
     """FVU that a hop from one layer to another adds, for the pairs surveyed."""
     half: float
     """Tokens that close half of a gap, after a parent worth `half_at` tokens."""
     half_at: int
 
+    def hub(self, tokens: float) -> float:
+        """FVU at the hub after some tokens from scratch."""
+        return self.floor + self.slope / math.sqrt(tokens)
+
     def scratch(self, layer: int, tokens: float) -> float:
         """FVU at a layer after some tokens from scratch."""
-        return self.floor[layer] + self.slope[layer] / math.sqrt(tokens)
+        return self.pilot[layer] * (self.hub(tokens) / self.hub(self.pilot_tokens)) ** self.power[layer]
 
     def worth(self, layer: int, fvu: float) -> float:
         """Tokens from scratch that reach an FVU at a layer; infinite if none do."""
-        return (self.slope[layer] / (fvu - self.floor[layer])) ** 2 if fvu > self.floor[layer] else math.inf
+        at_hub = self.hub(self.pilot_tokens) * (fvu / self.pilot[layer]) ** (1 / self.power[layer])
+        return (self.slope / (at_hub - self.floor)) ** 2 if at_hub > self.floor else math.inf
 
     def child(self, parent: int, layer: int, worth: float, tokens: float) -> float:
         """FVU of a child after some tokens, whose parent is worth `worth` tokens from scratch."""
@@ -73,29 +86,32 @@ class Curves:
 def fit_curves(survey: Survey) -> Curves:
     """Fit the laws to what was measured.
 
-    A layer's curve goes through its own pilot and through what the long pilot's tokens are estimated to give it: the
-    mean, weighted by the inverse of their variances, of the long pilot's hop less its gap (good near the hub), and of
-    the layer's pilot times the hub's improvement (better far away).
+    The hub's curve goes through its two pilots. Another layer's power is the mean, weighted by the inverse of their
+    variances, of two estimates: from the long pilot's hop to it, less the gap (good near the hub), and half-way between
+    the hub's and what the two layers gain in the decay (rough, but good anywhere).
     """
     short, long, hub = survey.pilot_tokens, survey.long_tokens, survey.hub
     pilot = {layer.layer: layer.fvu for layer in survey.layers}
-    gap = {(hop.source, hop.target): max(0.0, hop.fvu - pilot[hop.target]) for hop in survey.hops}
-    floor, slope = {}, {}
-    for layer, fvu in pilot.items():
-        later = survey.long_fvu
-        if layer != hub:
-            carried, scaled = survey.long_hops[layer] - gap[hub, layer], fvu * survey.long_fvu / pilot[hub]
-            precision = [1 / (0.1 * gap[hub, layer] + 0.01 * fvu) ** 2, 1 / (0.15 * scaled) ** 2]
-            later = (precision[0] * carried + precision[1] * scaled) / sum(precision)
-        rise = 1 / math.sqrt(short) - 1 / math.sqrt(long)
-        slope[layer] = max(0.0, min((fvu - later) / rise, fvu * math.sqrt(short)))
-        floor[layer] = fvu - slope[layer] / math.sqrt(short)
-    curves = Curves(floor, slope, gap, half=float(short), half_at=long)
-    halves = [short / 4]
+    decay = {layer.layer: math.log(layer.decay_gain - 1e-9) for layer in survey.layers}
+    slope = max(0.0, pilot[hub] - survey.long_fvu) / (1 / math.sqrt(short) - 1 / math.sqrt(long))
+    slope = min(slope, pilot[hub] * math.sqrt(short))
+    rise = min(-1e-9, math.log(survey.long_fvu / pilot[hub]))
+    power = {hub: 1.0}
+    for hop in survey.hops:
+        if hop.source == hub:
+            layer, gap = hop.target, hop.fvu - pilot[hop.target]
+            carried = max(survey.long_hops[layer] - gap, 0.1 * pilot[layer])
+            estimates = (math.log(carried / pilot[layer]) / rise, (1 + decay[layer] / decay[hub]) / 2)
+            weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2)]
+            mean = sum(w * value for w, value in zip(weights, estimates, strict=True)) / sum(weights)
+            power[layer] = min(max(mean, 0.5), 2.0)
+    gaps = {(hop.source, hop.target): max(hop.fvu - pilot[hop.target], (1 - hop.r2) / 2) for hop in survey.hops}
+    curves = Curves(pilot[hub] - slope / math.sqrt(short), slope, short, pilot, power, gaps, short / 2, long)
+    halves = []
     for layer, fvu in survey.tuned.items():
-        left = (fvu - curves.scratch(layer, long + survey.tuned_tokens)) / max(gap[hub, layer], 1e-9)
-        halves.append(survey.tuned_tokens / (1 / min(max(left, 0.05), 0.95) - 1))
-    return Curves(floor, slope, gap, half=geometric_mean(halves), half_at=long)
+        left = (fvu - curves.scratch(layer, long + survey.tuned_tokens)) / gaps[hub, layer]
+        halves.append(survey.tuned_tokens / (1 / min(max(left, 0.1), 0.9) - 1))
+    return replace(curves, half=geometric_mean(halves)) if halves else curves
 
 
 class Tree(NamedTuple):
@@ -115,6 +131,8 @@ class Charges(NamedTuple):
     per_read_token: dict[int, float]
     """A token read by the language model up to a layer."""
     moment_tokens: int
+    root_price: dict[int, float]
+    """What is charged for a root, as a multiple of its cost."""
 
 
 def cheapest(
@@ -146,6 +164,7 @@ def cheapest(
         if tokens < math.inf:
             read = tokens + (0 if parent is None else charges.moment_tokens)
             cost = tokens * charges.per_sample + read * charges.per_read_token[layer]
+            cost *= charges.root_price[layer] if parent is None else 1
             graph.add_edge("scratch" if parent is None else parent, layer, cost=cost)
     try:
         tree = nx.minimum_spanning_arborescence(graph, attr="cost")
@@ -173,6 +192,10 @@ class Choice(NamedTuple):
     """Of these legs; the survey's is apart."""
     seconds: float
     seconds_lm: float
+
+    def time(self) -> dict[str, float]:
+        """Seconds predicted, from the survey's: as of `time_plan`."""
+        return {"lm": self.seconds_lm, "steps": self.seconds - self.seconds_lm, "total": self.seconds}
 
 
 def choose(run: Run, facts: ModelFacts, survey: Survey, memory_bytes: float = math.inf) -> Choice:
@@ -211,7 +234,7 @@ def choose_at(
 ) -> Choice | None:
     """The cheapest plan in which every layer meets its goal; true plans decide between a few trees."""
     unit = parse_budget(run.plan.budget)[1] if run.plan.budget else "hours"
-    reference = {layer: curves.scratch(layer, run.plan.root_tokens) for layer in curves.floor}
+    reference = {layer: curves.scratch(layer, run.plan.root_tokens) for layer in curves.pilot}
     goals = {layer: ratio * fvu for layer, fvu in reference.items()}
     found = list[Choice]()
     for share in FORWARD_SHARES:
@@ -224,7 +247,7 @@ def choose_at(
             tree = cheapest(curves, goals, price, roots=run.plan.roots, multiple=multiple, overtrained=roots)
             if tree:
                 legs = tree_legs(tree, run, survey)
-                plan = compile_plan(with_legs(run, legs), facts, memory_bytes=memory_bytes)
+                plan = compile_plan(with_legs(run, survey, legs), facts, memory_bytes=memory_bytes)
                 cost = plan_cost(plan)
                 lm = cost.lm_flops * survey.cost.seconds_per_lm_flop
                 seconds = lm + cost.sae_samples * survey.cost.seconds_per_sample
@@ -252,6 +275,7 @@ def charges(run: Run, facts: ModelFacts, survey: Survey, unit: str, share: float
         per_sample=per_sample,
         per_read_token={layer: share * per_lm_flop * forward_flops(facts, layer + 1, context) for layer in layers},
         moment_tokens=run.plan.moment_tokens,
+        root_price={layer: 1.0 if layer == survey.hub else DOUBT for layer in layers},
     )
 
 
@@ -274,16 +298,18 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
     ]
 
 
-def with_legs(run: Run, legs: list[LegSpec]) -> Run:
-    """The recipe with an explicit plan."""
-    return run.model_copy(update={"plan": run.plan.model_copy(update={"legs": legs, "controls": []})})
+def with_legs(run: Run, survey: Survey, legs: list[LegSpec]) -> Run:
+    """The recipe with an explicit plan, and the survey's blocks."""
+    plan = run.plan.model_copy(update={"legs": legs, "controls": []})
+    data = run.data.model_copy(update={"block_tokens": survey.block_tokens})
+    return run.model_copy(update={"plan": plan, "data": data})
 
 
-def written_out(run: Run, choice: Choice) -> Run:
+def written_out(run: Run, survey: Survey, choice: Choice) -> Run:
     """The recipe with the legs chosen: with slack where they may stop early and no budget forbids it, and controls."""
     slack = SLACK if run.plan.stop and not run.plan.budget else 1.0
     batch = run.train.batch_tokens
     legs = [leg.model_copy(update={"tokens": batch * math.ceil(slack * leg.tokens / batch)}) for leg in choice.legs]
     for layer in run.plan.controls:
         legs += control_legs(run, layer, [leg for leg in legs if leg.layer == layer and leg.parent])
-    return with_legs(run, legs)
+    return with_legs(run, survey, legs)

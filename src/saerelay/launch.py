@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def settle_plan(run: Run, paths: RunDirectory, *, extend: bool, console: Console
     if not paths.plan.is_file():
         if run.plan.surveyed:
             survey, choice = survey_run(run, paths, console)
-            return plan_run(written_out(run, choice)).model_copy(update={"run": run})
+            return plan_run(written_out(run, survey, choice)).model_copy(update={"run": run})
         plan = plan_run(run)
         shutil.rmtree(paths.tokens, ignore_errors=True)  # of a run that never began, perhaps with another recipe
         return plan
@@ -237,6 +238,15 @@ def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[
     write_text(paths.survey, survey.to_json())
     shutil.rmtree(inner.root)
     return survey, choose(run, facts, survey, memory)
+
+
+def survey_once(run: Run, console: Console | None) -> tuple[Survey, Choice]:
+    """A survey, and the legs chosen by it, that leave no files behind."""
+    with TemporaryDirectory(prefix="saerelay-survey-") as place:
+        try:
+            return survey_run(run, RunDirectory(Path(place)), console)
+        except Interrupted:
+            raise KeyboardInterrupt from None
 
 
 def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:

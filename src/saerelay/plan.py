@@ -179,6 +179,11 @@ class Plan(Spec):
         """What a user would run who believes us."""
         return self.model_copy(update={"legs": [leg for leg in self.legs if leg.role != "control"]})
 
+    def ended_after(self, tokens: dict[str, int]) -> "Plan":
+        """The plan as it was run, with the tokens that legs had when they ended."""
+        legs = [leg.model_copy(update={"budget_tokens": tokens.get(leg.id, leg.budget_tokens)}) for leg in self.legs]
+        return self.model_copy(update={"legs": legs})
+
     def parent_site(self, leg: Leg) -> Site:
         """Where a leg's parent reads."""
         if self.has(leg.parent):

@@ -18,7 +18,7 @@ from saerelay.cost import forward_flops, plan_cost
 from saerelay.dictionaries import Dictionary, calibrate_threshold
 from saerelay.engine import fvu
 from saerelay.moments import Moments
-from saerelay.plan import Leg, ModelFacts, Plan, compile_plan
+from saerelay.plan import Leg, ModelFacts, Plan, choose_block, compile_plan
 from saerelay.recipe import LegSpec, Run
 from saerelay.site import Site
 from saerelay.spec import Spec
@@ -84,6 +84,8 @@ class Survey(Spec):
     long_tokens: int
     layers: list[SurveyedLayer]
     hops: list[SurveyedHop]
+    block_tokens: int
+    """Of the pilots; the plan has the same, since what is learned from few tokens depends on how they are shuffled."""
     long_fvu: float
     """Of the hub's long pilot, with `long_tokens`."""
     long_hops: dict[int, float]
@@ -111,7 +113,8 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     plain = {"preset": "hub", "roots": [], "budget": "", "fvu_ratio": 0.0, "controls": [], "refit": False}
     plan = p.model_copy(update=plain | {"legs": legs, "method": "affine", "moment_tokens": min(p.moment_tokens, long)})
     train = run.train.model_copy(update={"snapshots": [], "loggers": []})
-    data = run.data.model_copy(update={"cache": ""})
+    block = choose_block(run, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
+    data = run.data.model_copy(update={"cache": "", "block_tokens": block})
     update = {"plan": plan, "train": train, "data": data, "sites": run.sites.model_copy(update={"layers": layers})}
     compiled = compile_plan(run.model_copy(update=update), facts, memory_bytes=memory_bytes)
     return compiled.model_copy(
@@ -169,6 +172,7 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
         hub=long.layer,
         pilot_tokens=min(leg.budget_tokens for leg in pilots.values()),
         long_tokens=long.budget_tokens,
+        block_tokens=plan.block_tokens,
         layers=layers,
         hops=sorted(hops, key=lambda hop: (hop.source, hop.target)),
         long_fvu=final[LONG],
