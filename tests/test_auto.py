@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -95,14 +96,17 @@ def test_no_tree_is_cheaper(seed: int) -> None:
     prices = {layer: rng.uniform(0, 2) for layer in layers}
     price = Charges(1.0, prices, moment_tokens=rng.randrange(8000), root_price=dict.fromkeys(layers, 1.0))
 
+    @cache
+    def child_tokens(parent: int, layer: int) -> float:
+        return c.child_tokens(parent, layer, c.worth(parent, goals[parent]), goals[layer])
+
     def cost(parents: tuple[int | None, ...]) -> float:
         total = 0.0
         for layer, parent in enumerate(parents):
             if parent is None:
                 total += c.worth(layer, goals[layer]) * (1 + prices[layer])
             elif (parent, layer) in c.gap:
-                tokens = c.child_tokens(parent, layer, c.worth(parent, goals[parent]), goals[layer])
-                total += tokens * (1 + prices[layer]) + price.moment_tokens * prices[layer]
+                total += child_tokens(parent, layer) * (1 + prices[layer]) + price.moment_tokens * prices[layer]
             else:
                 return math.inf
         return total

@@ -14,6 +14,7 @@ scratch that reach its FVU, so a child's child starts from what the child is wor
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import geometric_mean
 from typing import NamedTuple
 
@@ -143,10 +144,12 @@ def cheapest(
     roots: Sequence[int] = (),
     multiple: float = 1.0,
     overtrained: Sequence[int] = (),
+    flat: bool = False,
 ) -> Tree | None:
     """The arborescence of least cost in which every layer meets its goal, or None.
 
-    Only `roots` are trained from scratch if there are any; those `overtrained` get `multiple` times the tokens.
+    Only `roots` are trained from scratch if there are any; those `overtrained` get `multiple` times the tokens, and are
+    the only parents if `flat`.
     """
     worth = {
         layer: curves.worth(layer, goal) * (multiple if layer in overtrained else 1) for layer, goal in goals.items()
@@ -155,7 +158,7 @@ def cheapest(
     for layer, goal in goals.items():
         if not roots or layer in roots:
             needed[None, layer] = worth[layer]
-        for parent in goals:
+        for parent in overtrained if flat else goals:
             if (parent, layer) in curves.gap and layer not in overtrained:
                 needed[parent, layer] = curves.child_tokens(parent, layer, worth[parent], goal)
     graph = nx.DiGraph()
@@ -236,23 +239,24 @@ def choose_at(
     unit = parse_budget(run.plan.budget)[1] if run.plan.budget else "hours"
     reference = {layer: curves.scratch(layer, run.plan.root_tokens) for layer in curves.pilot}
     goals = {layer: ratio * fvu for layer, fvu in reference.items()}
-    found = list[Choice]()
+    only, trees = run.plan.roots, list[Tree | None]()
     for share in FORWARD_SHARES:
         price = charges(run, facts, survey, unit, share)
-        tree = cheapest(curves, goals, price, roots=run.plan.roots)
+        tree = cheapest(curves, goals, price, roots=only)
+        roots = [layer for layer, parent in tree.parents.items() if parent is None] if tree else only or [survey.hub]
+        for multiple, flat in product(ROOT_MULTIPLES, (False, True)):
+            trees.append(cheapest(curves, goals, price, roots=only, multiple=multiple, overtrained=roots, flat=flat))
+        trees.append(cheapest(replace(curves, gap={}), goals, price, roots=only))  # all from scratch, in one pass
+    found = list[Choice]()
+    for tree in trees:
         if tree is None:
-            return None
-        roots = [layer for layer, parent in tree.parents.items() if parent is None]
-        for multiple in ROOT_MULTIPLES:
-            tree = cheapest(curves, goals, price, roots=run.plan.roots, multiple=multiple, overtrained=roots)
-            if tree:
-                legs = tree_legs(tree, run, survey)
-                plan = compile_plan(with_legs(run, survey, legs), facts, memory_bytes=memory_bytes)
-                cost = plan_cost(plan)
-                lm = cost.lm_flops * survey.cost.seconds_per_lm_flop
-                seconds = lm + cost.sae_samples * survey.cost.seconds_per_sample
-                found.append(Choice(ratio, reference, legs, cost, seconds, lm))
-    return min(found, key=lambda choice: spent(choice, unit))
+            continue
+        legs = tree_legs(tree, run, survey)
+        cost = plan_cost(compile_plan(with_legs(run, survey, legs), facts, memory_bytes=memory_bytes))
+        lm = cost.lm_flops * survey.cost.seconds_per_lm_flop
+        seconds = lm + cost.sae_samples * survey.cost.seconds_per_sample
+        found.append(Choice(ratio, reference, legs, cost, seconds, lm))
+    return min(found, key=lambda choice: spent(choice, unit), default=None)
 
 
 def spent(choice: Choice, unit: str) -> float:
@@ -306,10 +310,14 @@ def with_legs(run: Run, survey: Survey, legs: list[LegSpec]) -> Run:
 
 
 def written_out(run: Run, survey: Survey, choice: Choice) -> Run:
-    """The recipe with the legs chosen: with slack where they may stop early and no budget forbids it, and controls."""
+    """The recipe with the legs chosen: with slack where they may stop early and no budget forbids it.
+
+    Controls are those of the layers that a transfer reaches; which these are, the recipe could not know.
+    """
     slack = SLACK if run.plan.stop and not run.plan.budget else 1.0
     batch = run.train.batch_tokens
     legs = [leg.model_copy(update={"tokens": batch * math.ceil(slack * leg.tokens / batch)}) for leg in choice.legs]
     for layer in run.plan.controls:
-        legs += control_legs(run, layer, [leg for leg in legs if leg.layer == layer and leg.parent])
+        if transfers := [leg for leg in legs if leg.layer == layer and leg.parent]:
+            legs += control_legs(run, layer, transfers)
     return with_legs(run, survey, legs)

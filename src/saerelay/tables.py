@@ -41,8 +41,8 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
         ),
         Text(
             f"The survey took {_duration(taken.seconds)}, {_flops(taken.flops)}, {format_count(taken.sae_samples)} "
-            f"activations, {format_count(taken.lm_tokens)} tokens of the language model; what follows comes on top. The "
-            f"bound, the language model alone: {_flops(choice.cost.lm_flops)}, {_duration(choice.seconds_lm)}."
+            f"activations, {format_count(taken.lm_tokens)} tokens of the language model; what follows comes on top. "
+            f"The bound, the language model alone: {_flops(choice.cost.lm_flops)}, {_duration(choice.seconds_lm)}."
         ),
     ]
 
