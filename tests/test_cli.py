@@ -107,6 +107,9 @@ CASES = {
         "controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64', r"no/where: no dictionary here"
     ),
     "logger not installed": ("[train]", '[train]\nloggers = ["wandb"]', r"asks for wandb, which is not installed; pip install"),
+    "wrong budget": ("controls = [0]", 'budget = "soon"', r'plan.budget: "soon" is no budget; write "10M tokens"'),
+    "two aims": ("controls = [0]", 'budget = "1 hours"\nfvu_ratio = 1.1', r"budget and fvu_ratio are given; keep one"),
+    "aim without auto": ("controls = [0]", "fvu_ratio = 1.1", r'belong to preset = "auto"'),
     "ragged block": ("block_tokens = 1024", "block_tokens = 1000", r"must be a multiple of train.batch_tokens"),
 }  # fmt: skip
 
@@ -407,6 +410,56 @@ def test_resume_without_state_starts_over(place: Path, tmp_path: Path, capsys, m
     assert torch.equal(sr.load(tmp_path / "new")["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
 
 
+AUTO = 'preset = "auto"\nbudget = "60k tokens"\nsurvey_tokens = "4k"'
+
+
+def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    fixtures: dict[str, Any] = {"capsys": capsys, "monkeypatch": monkeypatch}
+    recipe, planned = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "planned.toml"
+    code, shown, stderr = call("plan", recipe, "--write", planned, **fixtures)
+    assert code == 0 and all(len(line) <= 120 for line in shown.splitlines()), stderr
+    for part in ("survey", "pilot FVU", "predicted", "Basis: pilots of", "The survey took", "ratio", "The bound"):
+        assert part.lower() in " ".join(shown.split()).lower(), part
+    explicit = sr.Run.from_toml(planned)
+    assert {leg.layer for leg in explicit.plan.legs} == {0, 1, 2} and not explicit.plan.surveyed
+    code, _, stderr = call("plan", recipe, "--write", planned, **fixtures)
+    assert code == 2 and "exists; choose another --write" in stderr
+    document = json.loads(call("plan", recipe, "--json", **fixtures)[1])
+    assert len(document["survey"]["layers"]) == 3 and document["cost"]["sae_samples"] <= 60_000
+    assert call("train", recipe, "--out", tmp_path / "run", **fixtures)[0] == 0
+    survey = (tmp_path / "run/survey.json").read_text()
+    assert not (tmp_path / "run/survey").exists() and json.loads(survey)["asked"]["plan"]["preset"] == "auto"
+    code, _, stderr = call("train", recipe, "--out", tmp_path / "run", "--extend", **fixtures)
+    assert code == 2 and "write the plan out" in stderr
+    code, table, _ = call("eval", tmp_path / "run", **fixtures)
+    assert code == 0 and "predicted" in table and "validation" in table
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    for leg in summary["legs"]:
+        known = leg["role"] != "control"
+        assert (leg["predicted_fvu"] is not None) == known and leg["validation_fvu"] > 0
+    assert summary["cost"]["survey"]["sae_samples"] + summary["cost"]["sae_samples"] <= 60_000
+    assert call("train", planned, "--out", tmp_path / "again", **fixtures)[0] == 0
+    assert call("plan", place / "run.toml", "--write", planned.with_name("x"), **fixtures)[0] == 2
+
+
+def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
+    place: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    recipe, out = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "killed"
+    whole = sr.train_run(sr.Run.from_toml(recipe), tmp_path / "whole")
+    process = start(recipe, out)
+    deadline = time.monotonic() + 60
+    while not (out / "survey/state/state.safetensors").is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--out {out} --resume" in stderr, stderr
+    assert call("train", recipe, "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    for leg in whole:
+        for name, tensor in whole[leg].tensors().items():
+            assert torch.equal(tensor, sr.load(out)[leg].tensors()[name]), (leg, name)
+
+
 def test_commands_and_options_are_these() -> None:
     """The recipe is the interface; a new option needs a reason."""
     from typer.main import get_command
@@ -415,7 +468,7 @@ def test_commands_and_options_are_these() -> None:
     options = {name: {o for p in c.params for o in p.opts if o.startswith("--")} for name, c in commands.items()}
     assert options == {
         "init": set(),
-        "plan": {"--json", "--timing"},
+        "plan": {"--json", "--timing", "--write"},
         "train": {"--out", "--resume", "--extend"},
         "eval": {"--json", "--tokens"},
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens"},

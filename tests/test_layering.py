@@ -11,7 +11,7 @@ import saerelay
 
 ORDER = """
 errors spec site recipe plan cost moments dictionaries threads kernels transfer engine demo sources corpus model cache
-stream progress trackers checkpoint train evaluate tables figures launch showcase cli __main__
+stream progress trackers checkpoint train survey auto evaluate tables figures launch showcase cli __main__
 """.split()
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))

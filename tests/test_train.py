@@ -244,3 +244,74 @@ def test_a_hop_to_larger_activations_starts_at_the_right_l0(
     assert l0["rescale"] == pytest.approx(wanted, rel=0.15)  # set and measured on different 512 tokens
     if architecture != "batchtopk":
         assert l0["identity"] > 1.3 * l0["rescale"]
+
+
+GOALS = [
+    {"id": "a", "layer": 1, "tokens": 6144, "goal_fvu": 0.5, "decay_gain": 0.9},
+    {"id": "b", "layer": 0, "parent": "a", "tokens": 4096, "goal_fvu": 1e-4, "predicted_fvu": 0.2},
+    {"id": "c", "layer": 2, "parent": "a", "tokens": 4096, "goal_fvu": 0.6},
+]
+
+
+class Counting(AbstractStream):
+    """Remembers which sites were asked for."""
+
+    def __init__(self, stream: TensorStream) -> None:
+        self.stream, self.asked = stream, list[tuple[int, list[Site]]]()
+
+    def block(self, number: int, sites) -> Block:
+        self.asked.append((number, list(sites)))
+        return self.stream.block(number, sites)
+
+
+def run_to_goals(plan: Plan, root: Path, facts: ModelFacts, watch: Watch | None = None) -> Counting:
+    paths, stream = RunDirectory(root), Counting(make_stream(facts))
+    write_text(paths.plan, plan.to_json())
+    train_plan(plan, paths, stream, watch or Watch(), torch.device("cpu"), make_stream(facts))
+    return stream
+
+
+def tokens_seen(root: Path, leg_id: str) -> int:
+    return load_dictionary(root / "legs" / leg_id)[1]["tokens"]
+
+
+@pytest.fixture
+def early(tmp_path: Path, facts: ModelFacts) -> Path:
+    run_to_goals(make_plan(facts, legs=GOALS), tmp_path / "early", facts)
+    return tmp_path / "early"
+
+
+def test_a_leg_ends_when_it_will_meet_its_goal(early: Path, tmp_path: Path, facts: ModelFacts) -> None:
+    """It decays first, the others run to their budgets, and what nobody needs is not read."""
+    plan = make_plan(facts, legs=GOALS)
+    assert 1536 <= tokens_seen(early, "a") < 6144 and tokens_seen(early, "c") < 4096
+    assert tokens_seen(early, "b") == 4096
+    info = load_dictionary(early / "legs/a")[1]
+    assert info["leg"]["budget_tokens"] == 6144 and info["validation_fvu"] <= 0.5
+    last = [json.loads(line) for line in (early / "metrics.jsonl").read_text().splitlines() if '"leg": "a"' in line][-1]
+    assert last["learning_rate"] < 0.1 * plan.leg("a").lr
+    stream = run_to_goals(plan, tmp_path / "again", facts)
+    assert not any(Site(2) in sites for number, sites in stream.asked if number * 512 >= plan.leg("c").fold_at + 3584)
+    assert len(stream.asked) < plan.n_tokens // 512
+
+
+@pytest.mark.parametrize("killed_at", [1536, 1600, 2176, 2240, 6144, 7680, 7744, 8192])
+def test_killed_around_a_stop_and_resumed_gives_the_same_bits(
+    early: Path, tmp_path: Path, facts: ModelFacts, killed_at: int
+) -> None:
+    plan, root = make_plan(facts, legs=GOALS), tmp_path / "killed"
+    with pytest.raises((MemoryError, Interrupted)):
+        run_to_goals(plan, root, facts, Watch(ask_at=killed_at) if killed_at % 512 else Watch(kill_at=killed_at))
+    run_to_goals(plan, root, facts)
+    assert_same(early, root)
+    assert [tokens_seen(root, leg.id) for leg in plan.legs] == [tokens_seen(early, leg.id) for leg in plan.legs]
+
+
+def test_goals_that_are_not_met_or_not_to_be_kept_change_nothing(tmp_path: Path, facts: ModelFacts) -> None:
+    far = [leg | {"goal_fvu": 1e-4} for leg in GOALS]
+    run_to_goals(make_plan(facts, legs=far), tmp_path / "far", facts)
+    run_to_goals(make_plan(facts, legs=GOALS, stop=False), tmp_path / "off", facts)
+    bare = [{key: value for key, value in leg.items() if "fvu" not in key} for leg in GOALS]
+    run(make_plan(facts, legs=bare), tmp_path / "bare", facts)
+    assert_same(tmp_path / "far", tmp_path / "bare")
+    assert_same(tmp_path / "off", tmp_path / "bare")

@@ -42,6 +42,11 @@ class RunDirectory:
         return self.root / "plan.json"
 
     @property
+    def survey(self) -> Path:
+        """What the survey behind preset = "auto" measured; its own run is in `survey/` while it lasts."""
+        return self.root / "survey.json"
+
+    @property
     def metrics(self) -> Path:
         """The training log."""
         return self.root / "metrics.jsonl"

@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from saerelay import __version__
-from saerelay.errors import Interrupted, SaeRelayError
+from saerelay.errors import Interrupted, RecipeError, SaeRelayError
+
+if TYPE_CHECKING:
+    from saerelay.recipe import Run
 
 app = typer.Typer(
     help="Sparse autoencoders for every layer of a language model: train one, relay it to the others.",
@@ -35,15 +38,22 @@ def plan(
     recipe: Recipe,
     as_json: Json = False,
     timing: Annotated[bool, typer.Option(help="load the model and time a few steps")] = True,
+    write: Annotated[Path | None, typer.Option(help="preset auto: a new recipe with the legs written out")] = None,
 ) -> None:
-    """Show what would be trained, from whom, and what it would take; trains nothing."""
+    """Show what would be trained, from whom, and what it would take; with preset auto, after a survey."""
     from saerelay.cost import plan_cost
     from saerelay.launch import plan_run, time_plan
     from saerelay.model import LanguageModel
     from saerelay.recipe import Run
     from saerelay.tables import plan_facts, plan_table
 
-    compiled = plan_run(Run.from_toml(recipe))
+    run = Run.from_toml(recipe)
+    if run.plan.surveyed:
+        plan_auto(run, as_json, write)
+        return
+    if write:
+        raise RecipeError(f'{recipe}: --write is for preset = "auto"; this recipe needs no survey')
+    compiled = plan_run(run)
     cost = plan_cost(compiled)
     seconds = time_plan(compiled, LanguageModel.load(compiled.run.model)) if timing else None
     if as_json:
@@ -53,6 +63,32 @@ def plan(
     console.print(plan_table(compiled))
     console.print()
     console.print(plan_facts(compiled, cost, seconds))
+
+
+def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
+    """Survey, and show or write what was chosen."""
+    from saerelay.auto import written_out
+    from saerelay.checkpoint import write_text
+    from saerelay.launch import plan_run, survey_once
+    from saerelay.recipe import annotated_toml
+    from saerelay.tables import choice_lines, plan_facts, plan_table, survey_table
+
+    if write and write.exists():
+        raise RecipeError(f"{write} exists; choose another --write")
+    survey, choice = survey_once(run, Console(stderr=True))
+    explicit = written_out(run, survey, choice)
+    if write:
+        write_text(write, annotated_toml(explicit))
+    compiled, seconds = plan_run(explicit), choice.time()
+    if as_json:
+        parts = {"plan": compiled.model_dump(mode="json"), "cost": choice.cost.model_dump(), "seconds": seconds}
+        parts |= {"survey": survey.model_dump(mode="json", exclude={"asked"}), "fvu_ratio": choice.ratio}
+        print(json.dumps(parts | {"fvu_from_scratch": choice.reference}))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for shown in (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice)):
+        console.print(shown)
+    console.print(plan_facts(compiled, choice.cost, seconds))
 
 
 @app.command()

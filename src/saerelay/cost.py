@@ -15,6 +15,8 @@ class Cost(Spec):
     sae_samples: int
     """Activations trained or refitted on, summed over legs."""
     flops: float
+    lm_flops: float
+    """Those of the language model among them: what a suite cannot go below."""
     flops_dense_equivalent: float
     flops_all_from_scratch: float
     """The same layers, each from scratch with root_tokens, all sharing one forward pass, executed the same way."""
@@ -58,7 +60,7 @@ def plan_cost(plan: Plan) -> Cost:
             lm_tokens += block
             read[sum(facts.width(site) for site in sites)] += block
             flops += block * forward_flops(facts, max(s.layer for s in sites) + 1, context)
-    dense = flops
+    lm_flops = dense = flops
     for leg in plan.legs:
         width = facts.width(leg.site)
         executed, equivalent = step_flops(leg.dictionary, facts, width)
@@ -73,6 +75,7 @@ def plan_cost(plan: Plan) -> Cost:
         lm_tokens=lm_tokens,
         sae_samples=sum(leg.budget_tokens + leg.refit_tokens for leg in plan.legs),
         flops=flops,
+        lm_flops=lm_flops,
         flops_dense_equivalent=dense,
         flops_all_from_scratch=_all_from_scratch(plan),
         memory_bytes=live + buffer_bytes * block * max(read) + value_bytes * facts.model_params,

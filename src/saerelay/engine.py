@@ -4,6 +4,7 @@ Everything scheduled is a pure function of a leg's own age (tokens it has seen);
 `Trainee.state`. Lockstep is a loop over trainees, so that one that retires cannot change another's bits.
 """
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from saerelay.dictionaries import (
     to_training_units,
     training_loss,
 )
-from saerelay.kernels import Step, latent_pieces, sparse_step
+from saerelay.kernels import Step, encode_sparse, latent_pieces, products, sparse_step
 from saerelay.plan import Leg, takes_sparse_step
 from saerelay.recipe import TrainSpec
 from saerelay.site import Site
@@ -45,6 +46,25 @@ def sparsity_weight(leg: Leg, spec: TrainSpec, age: int) -> float:
     """Share of the sparsity penalty in force at `age`: a linear warm-up."""
     whole = spec.sparsity_warmup * leg.budget_tokens
     return min(1.0, age / whole) if whole else 1.0
+
+
+def check_due(leg: Leg, spec: TrainSpec, age: int) -> bool:
+    """Whether a leg with a goal is measured at `age`: from a quarter of its budget on, 16 times in all of it."""
+    total = leg.budget_tokens
+    every = spec.batch_tokens * max(1, total // (16 * spec.batch_tokens))
+    earliest = max(0.25, spec.warmup, spec.sparsity_warmup)
+    return bool(leg.goal_fvu) and age % every == 0 and earliest * total <= age < (1 - spec.decay) * total
+
+
+@torch.no_grad()
+def fvu(dictionary: Dictionary, x: Tensor) -> float:
+    """Share of the variance of activations x (B, D) that a canonical dictionary leaves unexplained."""
+    error = 0.0
+    for part in x.split(4096):
+        codes = encode_sparse(dictionary, part)
+        x_hat = products(part.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+        error += float((part - x_hat).square().sum(dtype=torch.float64))
+    return error / float((x - x.mean(dim=0)).square().sum(dtype=torch.float64))
 
 
 class Progress(NamedTuple):
@@ -208,6 +228,17 @@ class Trainee:
         self.age += 0 if self.failure else self.leg.batch_tokens
         self.seconds += time.perf_counter() - began
 
+    def check(self, x: Tensor) -> None:
+        """Begin the decay now if, after it, FVU on held-out activations x (B, D) will meet the leg's goal.
+
+        The budget becomes that of which the tokens seen so far are the share before the decay.
+        """
+        assert self.leg.goal_fvu
+        if fvu(self.canonical(x), x) * self.leg.decay_gain <= self.leg.goal_fvu:
+            batch = self.leg.batch_tokens
+            total = batch * math.ceil(self.age / (1 - self.spec.decay) / batch)
+            self.leg = self.leg.model_copy(update={"budget_tokens": total, "goal_fvu": None})
+
     def _train(self, x: Tensor) -> None:
         """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
         dead = self.dead() if self.leg.dictionary.architecture in ARCHITECTURES_WITH_AUX else None
@@ -334,15 +365,18 @@ class Trainee:
         state["adam.step"] = self.adam_steps
         state |= {"mean": self.mean, "scale": self.scale, "last_fired": self.last_fired}
         state |= {} if self.whitening is None else {"whitening": self.whitening}
-        state |= {"age": torch.tensor(self.age), "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
-        state["lr_share"] = torch.tensor(self.lr_share, dtype=torch.float64)
+        state |= {"age": torch.tensor(self.age), "budget": torch.tensor(self.leg.budget_tokens)}
+        state |= {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("seconds", "lr_share")}
         return state
 
     @classmethod
     def restore(cls, leg: Leg, spec: TrainSpec, state: Mapping[str, Tensor], failure: str = "") -> "Trainee":
         """Undo `state`."""
         self = cls.__new__(cls)
-        self.leg, self.spec = leg, spec
+        budget = int(state["budget"])
+        ending = budget < leg.budget_tokens
+        self.leg = leg.model_copy(update={"budget_tokens": budget, "goal_fvu": None}) if ending else leg
+        self.spec = spec
         self.dense = not takes_sparse_step(state["mean"].device.type)
         self.mean, self.scale, self.last_fired = state["mean"], state["scale"], state["last_fired"]
         self.whitening = state.get("whitening")

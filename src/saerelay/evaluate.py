@@ -26,6 +26,7 @@ from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
+from saerelay.survey import Survey
 
 SCHEMA_VERSION = 1
 LOGIT_BYTES = 2**28
@@ -309,6 +310,9 @@ def summary(suite: Suite) -> dict[str, Any]:
                 "lr": info.get("lr", leg.lr),
                 "seed": leg.seed,
                 "seconds": info["seconds"],
+                "goal_fvu": leg.goal_fvu,
+                "predicted_fvu": leg.predicted_fvu,
+                "validation_fvu": info.get("validation_fvu"),
                 "n_eval_tokens": document["metrics"]["n_tokens"],
             }
             | {name: document["metrics"].get(name) for name in _SHOWN}
@@ -324,26 +328,30 @@ def summary(suite: Suite) -> dict[str, Any]:
         "model": plan.facts.name,
         "revision": plan.facts.revision,
         "legs": legs,
-        "cost": cost(suite, {leg["id"]: leg["seconds"] for leg in legs}),
+        "cost": cost(suite, {leg["id"]: leg["seconds"] for leg in legs}, {leg["id"]: leg["tokens"] for leg in legs}),
     }
 
 
-def cost(suite: Suite, seconds: dict[str, float]) -> dict[str, Any]:
+def cost(suite: Suite, seconds: dict[str, float], tokens: dict[str, int]) -> dict[str, Any]:
     """What the suite took, without its controls, which are counted apart, and what all layers from scratch would have.
 
-    `seconds` are those of each leg's own steps. The wall-clock of all layers from scratch is an estimate from the legs
-    that were trained from scratch with the full budget, and the language model's time per token.
+    `seconds` are those of each leg's own steps, `tokens` those it saw before it ended. The wall-clock of all layers
+    from scratch is an estimate from the legs that were trained from scratch, and the language model's time per token.
     """
-    plan, paths = suite.plan, suite.directory
+    plan, paths = suite.plan.ended_after(tokens), suite.directory
     plain, everything = plan_cost(plan.without_controls()), plan_cost(plan)
-    spent = read_json(paths.cost)["seconds"] if paths.cost.is_file() else {"total": math.nan, "lm": math.nan}
+    took = read_json(paths.cost) if paths.cost.is_file() else {}
+    spent, positions = took.get("seconds", {"total": math.nan, "lm": math.nan}), took.get("positions", {})
     controls = sum(seconds[leg.id] for leg in suite.legs if leg.role == "control")
-    full = [leg.id for leg in suite.legs if not leg.parent and leg.budget_tokens >= plan.run.plan.root_tokens]
+    scratch = [leg.id for leg in suite.legs if not leg.parent]
     sites = {leg.site for leg in plan.legs}
-    each = sum(seconds[leg_id] for leg_id in full) / len(full) if full else math.nan
+    n_seen = sum(tokens[leg_id] for leg_id in scratch)
+    each = plan.run.plan.root_tokens * sum(seconds[leg_id] for leg_id in scratch) / n_seen if scratch else math.nan
     share = min(1.0, plan.run.plan.root_tokens / everything.lm_tokens)
     return {
         "lm_tokens": plain.lm_tokens,
+        "lm_tokens_held_out": positions.get("held_out", 0),
+        "survey": Survey.from_json(paths.survey).cost.model_dump() if paths.survey.is_file() else None,
         "lm_tokens_unique": min(plain.lm_tokens, Corpus.open(paths.tokens).train.size),
         "sae_samples": plain.sae_samples,
         "flops": plain.flops,

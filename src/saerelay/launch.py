@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
+from saerelay.auto import Choice, choose, written_out
 from saerelay.cache import ActivationCache
 from saerelay.checkpoint import (
     RunDirectory,
@@ -27,16 +30,17 @@ from saerelay.checkpoint import (
 from saerelay.corpus import Corpus, prepare
 from saerelay.cost import plan_cost
 from saerelay.engine import Trainee
-from saerelay.errors import DataError, RunDirectoryError, SaeRelayError
+from saerelay.errors import DataError, Interrupted, RunDirectoryError, SaeRelayError
 from saerelay.evaluate import wants_ce
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
-from saerelay.plan import External, Plan, compile_plan
+from saerelay.plan import External, ModelFacts, Plan, compile_plan
 from saerelay.progress import LiveTable, PlainLog, Watcher
 from saerelay.recipe import LegSpec, Run, annotated_toml
 from saerelay.spec import format_count
 from saerelay.stream import LM_BATCH_TOKENS, LiveStream, load_model
+from saerelay.survey import Survey, measure_survey, survey_plan
 from saerelay.trackers import Several, asked_for, check_installed
-from saerelay.train import machine, train_plan
+from saerelay.train import HELD_OUT_ROWS, machine, train_plan
 
 
 def plan_run(run: Run, finished: Plan | None = None) -> Plan:
@@ -46,8 +50,12 @@ def plan_run(run: Run, finished: Plan | None = None) -> Plan:
     """
     facts = read_facts(run.model)
     externals = {spec.parent: describe_external(spec.parent) for spec in run.plan.legs if "/" in spec.parent}
-    memory = run.train.memory_gib * 2**30 or 0.7 * device_memory(facts.device)
-    return compile_plan(run, facts, externals=externals, memory_bytes=memory, finished=finished)
+    return compile_plan(run, facts, externals=externals, memory_bytes=memory_allowed(run, facts), finished=finished)
+
+
+def memory_allowed(run: Run, facts: ModelFacts) -> float:
+    """Bytes that the training state of all live legs may take."""
+    return run.train.memory_gib * 2**30 or 0.7 * device_memory(facts.device)
 
 
 def describe_external(directory: str) -> External:
@@ -85,15 +93,17 @@ def train_run(
     check_directory(paths, resume=resume or extend)
     with sole_writer(paths.root):
         with remove_on_error(paths.root, fresh):
-            plan = settle_plan(run, paths, extend=extend)
+            plan = settle_plan(run, paths, extend=extend, console=console)
             check_installed(plan)
             wants_ce(plan)
             check_disk(plan, paths)
-            stream = open_stream(plan, tokenise(plan, paths, console).train)
+            corpus = tokenise(plan, paths, console)
+            stream = open_stream(plan, corpus.train)
             write_text(paths.plan, plan.to_json())
             write_text(paths.recipe, annotated_toml(plan.run))
+        validation = open_validation(plan, stream, corpus) if any(leg.predicted_fvu for leg in plan.legs) else None
         with watching(plan, paths, console) as watcher:
-            train_plan(plan, paths, stream, watcher, stream.device)
+            train_plan(plan, paths, stream, watcher, stream.device, validation)
     return load(paths.root)
 
 
@@ -104,6 +114,7 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
     if not paths.root.is_dir():
         raise RunDirectoryError(f"{paths.root} is a file; choose another --out")
     ours = {"state", "tokens", "tokens.new", ".tokens.new.partial", ".plan.json.tmp", ".saerelay-demo"}
+    ours |= {"survey", "survey.json", ".survey.json.tmp"}
     others = [p.name for p in paths.root.iterdir() if p.name not in ours]
     if paths.plan.is_file():
         if not resume:
@@ -118,9 +129,12 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
         )
 
 
-def settle_plan(run: Run, paths: RunDirectory, *, extend: bool) -> Plan:
+def settle_plan(run: Run, paths: RunDirectory, *, extend: bool, console: Console | None) -> Plan:
     """The plan of a new run, the old plan of one that is resumed, or the old one with what an extension adds."""
     if not paths.plan.is_file():
+        if run.plan.surveyed:
+            survey, choice = survey_run(run, paths, console)
+            return plan_run(written_out(run, survey, choice)).model_copy(update={"run": run})
         plan = plan_run(run)
         shutil.rmtree(paths.tokens, ignore_errors=True)  # of a run that never began, perhaps with another recipe
         return plan
@@ -193,6 +207,55 @@ def check_disk(plan: Plan, paths: RunDirectory) -> None:
         )
 
 
+def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[Survey, Choice]:
+    """What a survey measures of a recipe's layers, and the legs chosen by it; a finished survey is not made again.
+
+    It lives in `survey/` of the run directory until it is done, and is resumed there after an interruption.
+    """
+    facts = read_facts(run.model)
+    memory = memory_allowed(run, facts)
+    if paths.survey.is_file():
+        survey = Survey.from_json(paths.survey)
+        if survey.asked == run:
+            return survey, choose(run, facts, survey, memory)
+    plan, inner = survey_plan(run, facts, memory), RunDirectory(paths.root / "survey")
+    if not inner.plan.is_file() or read_plan(inner.root) != plan:
+        shutil.rmtree(inner.root, ignore_errors=True)
+        shutil.rmtree(paths.tokens, ignore_errors=True)
+        write_text(inner.recipe, annotated_toml(run))
+        write_text(inner.plan, plan.to_json())
+    corpus = tokenise(plan, paths, console, at_least=run.plan.root_tokens)
+    stream = open_stream(plan, corpus.train)
+    if console:
+        console.print("surveying the layers")
+    try:
+        with watching(plan, inner, console) as watcher:
+            train_plan(plan, inner, stream, watcher, stream.device)
+    except Interrupted:
+        again = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
+        raise Interrupted(again) from None
+    survey = measure_survey(run, plan, inner, stream, open_validation(plan, stream, corpus))
+    write_text(paths.survey, survey.to_json())
+    shutil.rmtree(inner.root)
+    return survey, choose(run, facts, survey, memory)
+
+
+def survey_once(run: Run, console: Console | None) -> tuple[Survey, Choice]:
+    """A survey, and the legs chosen by it, that leave no files behind."""
+    with TemporaryDirectory(prefix="saerelay-survey-") as place:
+        try:
+            return survey_run(run, RunDirectory(Path(place)), console)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+
+
+def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:
+    """Blocks of HELD_OUT_ROWS positions of the validation split."""
+    context = plan.run.data.context
+    small = plan.model_copy(update={"block_tokens": context * math.ceil(HELD_OUT_ROWS / context)})
+    return LiveStream(stream.model or load_model(plan), corpus.validation, small)
+
+
 def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
     """The plan's activations of sequences (N, context), with the language model, unless all of them are in data.cache.
 
@@ -216,8 +279,11 @@ def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
     return stream
 
 
-def tokenise(plan: Plan, paths: RunDirectory, console: Console | None) -> Corpus:
-    """The run's tokens: those it has, if they are enough for the plan, or new ones that take their place."""
+def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_least: int = 0) -> Corpus:
+    """The run's tokens: those it has, if they are enough for the plan, or new ones that take their place.
+
+    `at_least` so many are taken if the corpus has them.
+    """
     data, context = plan.run.data, plan.run.data.context
     here = (paths.tokens / "corpus.json").is_file()
     if here and Corpus.open(paths.tokens).train.size * data.epochs >= plan.n_tokens:
@@ -231,7 +297,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None) -> Corpus
             plan.facts,
             tokenizer,
             fresh,
-            train_sequences=math.ceil(plan.n_tokens / context),
+            train_sequences=math.ceil(max(plan.n_tokens, at_least) / context),
             eval_sequences=math.ceil(plan.run.evaluate.tokens / context),
             progress=lambda n: status.update(f"reading the corpus: {format_count(n)} tokens") if status else None,
         )

@@ -12,7 +12,7 @@ parent reaches the age it forks at, so that both share the language model's forw
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib.util import find_spec
 from typing import Literal
 
@@ -108,6 +108,12 @@ class Leg(Spec):
     snapshots: list[int] = []
     """Ages published beside the end."""
     seed: int
+    goal_fvu: float | None = None
+    """FVU on held-out rows of the validation split at which it may end early."""
+    decay_gain: float = 0.9
+    """FVU after the learning rate's decay over that before it, as far as known; with a goal only."""
+    predicted_fvu: float | None = None
+    """What a survey predicts of it, on the same rows; changes nothing."""
 
     @property
     def site(self) -> Site:
@@ -161,9 +167,12 @@ class Plan(Spec):
         """Where outlier norms are looked for."""
         return None if self.probe is None else Site(self.probe, self.run.sites.module)
 
-    def open_sites(self, start: int, stop: int) -> list[Site]:
-        """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop."""
-        sites = {leg.site for leg in self.legs if leg.start < stop and start < leg.end}
+    def open_sites(self, start: int, stop: int, ended: Container[str] = ()) -> list[Site]:
+        """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop.
+
+        Legs that `ended` before their budget was spent need nothing.
+        """
+        sites = {leg.site for leg in self.legs if leg.start < stop and start < leg.end and leg.id not in ended}
         for leg in self.legs:
             if leg.moment_tokens and leg.start < stop and start < leg.fold_at:
                 sites.add(self.parent_site(leg))
@@ -174,6 +183,11 @@ class Plan(Spec):
     def without_controls(self) -> "Plan":
         """What a user would run who believes us."""
         return self.model_copy(update={"legs": [leg for leg in self.legs if leg.role != "control"]})
+
+    def ended_after(self, tokens: dict[str, int]) -> "Plan":
+        """The plan as it was run, with the tokens that legs had when they ended."""
+        legs = [leg.model_copy(update={"budget_tokens": tokens.get(leg.id, leg.budget_tokens)}) for leg in self.legs]
+        return self.model_copy(update={"legs": legs})
 
     def parent_site(self, leg: Leg) -> Site:
         """Where a leg's parent reads."""
@@ -243,16 +257,8 @@ def compile_plan(
 
 def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     """What a recipe adds to a finished leg: a leg with the tokens it lacks, or nothing; other changes are refused."""
-    scheduled = {
-        "start",
-        "fork_at_tokens",
-        "snapshots",
-        "dead_after_tokens",
-        "lr",
-        "lr_by_map",
-        "moment_tokens",
-        "budget_tokens",
-    }
+    scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "moment_tokens", "budget_tokens"}
+    scheduled |= {"lr", "lr_by_map", "goal_fvu", "decay_gain", "predicted_fvu"}
     old, new = before.model_dump(exclude=scheduled), leg.model_dump(exclude=scheduled)
     if changed := [key for key in new if new[key] != old[key]]:
         raise PlanError(
@@ -289,7 +295,7 @@ def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
             leg_id = f"{_name(run, layer)}-from-L{source}"
             legs.append(LegSpec(id=leg_id, layer=layer, parent=parent, tokens=p.transfer_tokens, fork_at=p.fork_at))
     for layer in p.controls:
-        legs += _controls(run, layer, [leg for leg in legs if leg.layer == layer and leg.parent])
+        legs += control_legs(run, layer, [leg for leg in legs if leg.layer == layer and leg.parent])
     return legs
 
 
@@ -331,9 +337,15 @@ def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
             both = {layer: {"forward": below, "backward": above} for layer, (below, above) in neighbours.items()}
             kinds = ("forward", "backward") if p.direction in ("auto", "both") else (p.direction,)
             return {layer: [s for kind in kinds if (s := pair[kind]) is not None] for layer, pair in both.items()}
+        case "auto":
+            raise PlanError(
+                'preset = "auto" plans from a survey, which this command does not make; write the plan out with '
+                "`saerelay plan run.toml --write planned.toml` and use that recipe"
+            )
 
 
-def _controls(run: Run, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
+def control_legs(run: Run, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
+    """From-scratch controls of a layer that is reached by transfers."""
     if not transfers:
         raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")
     name, common = _name(run, layer), {"layer": layer, "control_of": transfers[0].id}
@@ -445,6 +457,9 @@ def _leg(
         dead_after_tokens=t.dead_after or max(batch, min(10_000_000, budget // 50)),
         snapshots=_snapshots(run, budget, bool(spec.parent)),
         seed=t.seed if spec.seed is None else spec.seed,
+        goal_fvu=spec.goal_fvu,
+        decay_gain=spec.decay_gain,
+        predicted_fvu=spec.predicted_fvu,
     )
 
 

@@ -3,14 +3,14 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from saerelay.site import ModuleKind
 from saerelay.spec import Count, Spec, parse_count
 
 Architecture = Literal["topk", "batchtopk", "jumprelu", "relu"]
 Method = Literal["identity", "rescale", "procrustes", "affine"]
-Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "paper"]
+Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "paper", "auto"]
 
 
 def _share_or_count(value: object) -> object:
@@ -36,6 +36,23 @@ def tokens_of(value: float, budget: int) -> int:
     (500, 300)
     """
     return round(value * budget) if isinstance(value, float) and value <= 1 else int(value)
+
+
+def parse_budget(text: str) -> tuple[float, str]:
+    """A budget as (amount, "tokens" | "FLOPs" | "hours").
+
+    >>> parse_budget("10M tokens"), parse_budget("5e14 FLOPs"), parse_budget("1.5 hours")
+    ((10000000.0, 'tokens'), (500000000000000.0, 'FLOPs'), (1.5, 'hours'))
+    """
+    amount, _, unit = text.strip().partition(" ")
+    unit = {"tokens": "tokens", "flops": "FLOPs", "hours": "hours", "hour": "hours"}.get(unit.strip().lower(), "")
+    try:
+        value = float(amount) if unit != "tokens" else float(parse_count(amount))  # type: ignore[arg-type]
+    except ValueError:
+        value = 0.0
+    if not unit or not 0 < value < float("inf"):
+        raise ValueError(f'"{text}" is no budget; write "10M tokens", "5e14 FLOPs" or "1.5 hours"')
+    return value, unit
 
 
 class ModelSpec(Spec):
@@ -143,12 +160,28 @@ class LegSpec(Spec):
     seed: int | None = Field(default=None, ge=0)
     after: str = ""
     """Start when this leg has ended (a leg from scratch starts at once otherwise)."""
+    goal_fvu: float | None = Field(default=None, gt=0)
+    """FVU on validation documents at which it may end early (see plan.stop)."""
+    decay_gain: float = Field(default=0.9, gt=0, le=1)
+    """FVU after the learning rate's decay over that before it: what a leg with a goal counts on."""
+    predicted_fvu: float | None = Field(default=None, gt=0)
+    """What a survey predicts of it, on validation documents; changes nothing."""
 
 
 class PlanSpec(Spec):
     """Who is trained from scratch, who from whom, with how many tokens."""
 
-    preset: Preset = Field(default="hub", description="scratch, forward, backward, alternate, hub or paper")
+    preset: Preset = Field(default="hub", description="scratch, forward, backward, alternate, hub, paper or auto")
+    budget: str = Field(
+        default="", description='auto: what the run may take: "10M tokens" trained on, "5e14 FLOPs" or "1.5 hours" ...'
+    )
+    fvu_ratio: float = Field(
+        default=0.0, ge=0, description="... or the FVU wanted, as a multiple of scratch at root_tokens; 0 is 1.05"
+    )
+    survey_tokens: Count = Field(
+        default=0, ge=0, description="auto: tokens of the longest pilot; 0 is root_tokens / 10, or 40 a latent"
+    )
+    stop: bool = Field(default=True, description="let legs that have a goal end when they have reached it")
     roots: list[int] = Field(default=[], description="layers trained from scratch; [] lets the preset choose")
     direction: Literal["auto", "forward", "backward", "both"] = Field(
         default="auto",
@@ -169,6 +202,26 @@ class PlanSpec(Spec):
     legs: list[LegSpec] = Field(
         default=[], description="an explicit plan instead of a preset: [[plan.legs]], see the README"
     )
+
+    @field_validator("budget")
+    @classmethod
+    def _known_unit(cls, budget: str) -> str:
+        if budget:
+            parse_budget(budget)
+        return budget
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> "PlanSpec":
+        if self.budget and self.fvu_ratio:
+            raise ValueError("budget and fvu_ratio are given; keep one of them: each follows from the other")
+        if self.preset != "auto" and (self.budget or self.fvu_ratio):
+            raise ValueError('budget and fvu_ratio belong to preset = "auto"; set it, or remove them')
+        return self
+
+    @property
+    def surveyed(self) -> bool:
+        """Whether its legs are chosen by a survey."""
+        return self.preset == "auto" and not self.legs
 
 
 class TrainSpec(Spec):

@@ -6,17 +6,60 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from saerelay.auto import Choice
 from saerelay.cost import Cost
 from saerelay.plan import Plan
 from saerelay.spec import format_count
+from saerelay.survey import Survey
 
 
-def plan_table(plan: Plan) -> Table:
-    """One row a leg: what is trained where, from whom, when, with how many tokens."""
+def survey_table(survey: Survey) -> Table:
+    """One row a layer: what was measured of it, and of the hops to it from its neighbours."""
+    table = Table(box=None, pad_edge=False, title="survey", title_justify="left")
+    columns = ("layer", "norm", "pilot FVU", "R² from below", "above", "angle", "above ", "FVU after hop", "above  ")
+    for name in columns:
+        table.add_column(name, justify="right")
+    layers, hops = [layer.layer for layer in survey.layers], {(hop.source, hop.target): hop for hop in survey.hops}
+    for i, layer in enumerate(survey.layers):
+        near = [hops.get((layers[j], layer.layer)) if 0 <= j < len(layers) else None for j in (i - 1, i + 1)]
+        row = [f"{layer.layer}", f"{layer.rms_norm:.4g}", f"{layer.fvu:.4f}"]
+        for name in ("r2", "angle", "fvu"):
+            row += ["-" if hop is None else f"{getattr(hop, name):.4f}" for hop in near]
+        table.add_row(*row)
+    return table
+
+
+def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
+    """What a choice rests on, and what it is predicted to take."""
+    taken, tuned = survey.cost, ", ".join(map(str, survey.tuned)) or "none"
+    return [
+        Text(
+            f"Predicted: every layer at no more than {choice.ratio:.3f} times the FVU of scratch with root_tokens, on "
+            f"validation rows. Basis: pilots of {format_count(survey.pilot_tokens)} tokens at all layers and of "
+            f"{format_count(survey.long_tokens)} at layer {survey.hub}, fine-tunes of "
+            f"{format_count(survey.tuned_tokens)} after hops to {tuned}."
+        ),
+        Text(
+            f"The survey took {_duration(taken.seconds)}, {_flops(taken.flops)}, {format_count(taken.sae_samples)} "
+            f"activations, {format_count(taken.lm_tokens)} tokens of the language model; what follows comes on top. "
+            f"The bound, the language model alone: {_flops(choice.cost.lm_flops)}, {_duration(choice.seconds_lm)}."
+        ),
+    ]
+
+
+def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
+    """One row a leg: what is trained where, from whom, when, with how many tokens.
+
+    With the FVU that each layer would have from scratch, predictions stand beside it.
+    """
     table = Table(box=None, pad_edge=False)
-    for name in ("leg", "role", "from", "method", "starts at", "tokens", "latents", "lr"):
-        table.add_column(name, justify="right" if name in ("starts at", "tokens", "latents", "lr") else "left")
+    right = ("starts at", "tokens", "latents", "lr", "FVU", "ratio")
+    for name in ("leg", "role", "from", "method", *right[: 6 if reference else 4]):
+        table.add_column(name, justify="right" if name in right else "left")
     for leg in plan.legs:
+        predicted = [""] * 2 if reference else []
+        if reference and leg.predicted_fvu:
+            predicted = [f"{leg.predicted_fvu:.4f}", f"{leg.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(
             leg.id,
             leg.role if leg.role != "control" else f"control ({leg.control_kind.replace('_', ' ')})",
@@ -26,6 +69,7 @@ def plan_table(plan: Plan) -> Table:
             format_count(leg.budget_tokens),
             str(leg.dictionary.n_latents),
             f"{leg.lr:.1e}",
+            *predicted,
         )
     return table
 
@@ -61,18 +105,19 @@ def quality_table(summary: dict[str, Any]) -> Table:
     """A row for each leg, and its controls below it, layer by layer."""
     title = f"{escape(summary['model'])}: held-out quality of every leg"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    columns = ("layer", "SAE", "tokens", "L0", "FVU", "ΔCE (nats)", "CE score", "alive")
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("layer", "SAE") else "right")
     legs = summary["legs"]
+    predicted = any(leg["predicted_fvu"] for leg in legs)
+    columns = ["layer", "SAE", "tokens", "L0", "FVU", "ΔCE (nats)", "CE score", "alive"]
+    for name in columns + ["predicted", "validation"] * predicted:
+        table.add_column(name, justify="left" if name in ("layer", "SAE") else "right")
     shown = sorted((leg for leg in legs if leg["role"] != "control"), key=lambda leg: (leg["layer"], leg["module"]))
     for leg in shown:
-        table.add_row(f"{leg['layer']}", *_quality(leg, _origin(leg)), style="bold")
+        table.add_row(f"{leg['layer']}", *_quality(leg, _origin(leg), predicted), style="bold")
         for control in (other for other in legs if other["control_of"] == leg["id"]):
             kind = "equal tokens" if control["control_kind"] == "equal_tokens" else "full budget"
-            table.add_row("", *_quality(control, f"  control: from scratch, {kind}"), style="dim")
+            table.add_row("", *_quality(control, f"  control: from scratch, {kind}", predicted), style="dim")
         for snapshot in leg["snapshots"]:
-            table.add_row("", *_quality(snapshot, "  snapshot, mid-run"), style="dim")
+            table.add_row("", *_quality(snapshot, "  snapshot, mid-run", predicted), style="dim")
     return table
 
 
@@ -82,7 +127,7 @@ def _origin(leg: dict[str, Any]) -> str:
     return f"{leg['method']}{' + refit' if leg['refit_tokens'] else ''} from {escape(leg['parent'])}"
 
 
-def _quality(leg: dict[str, Any], origin: str) -> list[str]:
+def _quality(leg: dict[str, Any], origin: str, predicted: bool) -> list[str]:
     def number(name: str, digits: int) -> str:
         return "-" if leg.get(name) is None else f"{leg[name]:.{digits}f}"
 
@@ -90,8 +135,10 @@ def _quality(leg: dict[str, Any], origin: str) -> list[str]:
     if leg.get("delta_ce_se") is not None:
         delta += f" ± {leg['delta_ce_se']:.4f}"
     alive = "-" if leg["frac_alive"] is None else f"{leg['frac_alive']:.1%}"
-    tokens = format_count(leg["tokens"])
-    return [origin, tokens, number("l0", 1), number("fvu", 4), delta, number("ce_loss_score", 4), alive]
+    tokens, own = format_count(leg["tokens"]), [number("l0", 1), number("fvu", 4), delta, number("ce_loss_score", 4)]
+    return [origin, tokens, *own, alive, number("predicted_fvu", 4), number("validation_fvu", 4)][
+        : 9 if predicted else 7
+    ]
 
 
 def cost_lines(summary: dict[str, Any]) -> list[Text]:

@@ -32,16 +32,18 @@ from saerelay.checkpoint import (
     write_json,
 )
 from saerelay.dictionaries import Dictionary, match_l0, mean_l0
-from saerelay.engine import Cohort, Trainee
+from saerelay.engine import Cohort, Trainee, check_due, fvu
 from saerelay.errors import Interrupted, LegFailed, TransferError
 from saerelay.moments import Moments
 from saerelay.plan import Leg, Plan
 from saerelay.progress import Watcher
+from saerelay.site import Site
 from saerelay.stream import AbstractStream, Block
 from saerelay.transfer import fold, map_between, rate_share, refit
 
-FIRST_ROWS, L0_ROWS = 32_768, 8_192
-"""Rows at which a leg looks when it begins (units, initialisation), and on which L0 is measured and set."""
+FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
+"""Rows at which a leg looks when it begins (units, initialisation), on which L0 is measured and set, and of the
+validation split on which goals are measured."""
 
 
 @dataclass
@@ -53,9 +55,16 @@ class Training:
     cursor: int = 0
     moments: dict[str, Moments] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "lm": 0.0, "fits": 0.0})
-    positions: dict[str, int] = field(default_factory=lambda: {"read": 0, "left_out": 0})
-    """Token positions read, and those not trained on: BOS and outlier norms."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0})
+    positions: dict[str, int] = field(default_factory=lambda: {"read": 0, "left_out": 0, "held_out": 0})
+    """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
+    held_out: dict[Site, Tensor] = field(default_factory=dict)
+    """Validation activations of all sites, if legs have goals."""
+
+    @property
+    def ended(self) -> set[str]:
+        """Legs whose time has come and that do not live any more (or never did)."""
+        return {leg.id for leg in self.plan.legs if leg.fold_at < self.cursor and leg.id not in self.cohort}
 
     def save(self, paths: RunDirectory) -> None:
         """Write the resume state."""
@@ -84,20 +93,30 @@ class Training:
         return self
 
 
-def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher: Watcher, device: torch.device) -> None:
-    """Run a plan to its end, from the saved state if there is one.
+def train_plan(
+    plan: Plan,
+    paths: RunDirectory,
+    stream: AbstractStream,
+    watcher: Watcher,
+    device: torch.device,
+    validation: AbstractStream | None = None,
+) -> None:
+    """Run a plan to its end, from the saved state if there is one; `validation` is for legs with a goal.
 
     Raises Interrupted after a signal (state saved) and LegFailed at the end if a leg had to stop.
     """
     now = Training.restore(plan, paths, device)
     truncate_metrics(paths.metrics, now.cursor)
     last_saved, began = now.cursor, time.perf_counter() - now.seconds["total"]
+    if validation and now.cursor < plan.n_tokens:
+        now.held_out, n_read = hold_out(plan, validation)
+        now.positions["held_out"] += n_read
     with stop_requests() as stop, paths.metrics.open("a", encoding="utf-8") as log:
         while now.cursor < plan.n_tokens:
             number, offset = divmod(now.cursor, plan.block_tokens)
-            sites = plan.open_sites(now.cursor, now.cursor + plan.block_tokens)
+            sites = plan.open_sites(now.cursor, (number + 1) * plan.block_tokens, now.ended)
             if not sites:
-                now.cursor += plan.block_tokens
+                now.cursor = (number + 1) * plan.block_tokens
                 continue
             with timed(now.seconds, "lm"):
                 block = stream.block(number, sites)
@@ -110,6 +129,7 @@ def train_plan(plan: Plan, paths: RunDirectory, stream: AbstractStream, watcher:
             for index in range(offset // block.batch_tokens, block.n_batches):
                 now.cohort.step(block.batch(index))
                 now.cursor += block.batch_tokens
+                check_goals(now)
                 end_legs(now, block, paths, log)
                 if now.cursor % plan.block_tokens == 0:
                     with timed(now.seconds, "fits"):
@@ -190,6 +210,20 @@ def gather_moments(now: Training, block: Block) -> None:
                 moments.add(rows[source], rows[leg.site])
 
 
+def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor], int]:
+    """The rows (at most HELD_OUT_ROWS, D) on which goals are measured, and how many positions were read for them."""
+    block = validation.block(0, plan.sites)
+    return {site: block.rows(site, HELD_OUT_ROWS) for site in plan.sites}, block.keep.numel()
+
+
+def check_goals(now: Training) -> None:
+    """Measure the legs with a goal that are due, and let those begin their decay that will meet it."""
+    for trainee in now.cohort.live if now.held_out and now.plan.run.plan.stop else []:
+        if check_due(trainee.leg, now.plan.run.train, trainee.age):
+            with timed(now.seconds, "goals"):
+                trainee.check(now.held_out[trainee.leg.site])
+
+
 def end_legs(now: Training, block: Block, paths: RunDirectory, log: Any) -> None:
     """Publish snapshots that are due, and legs that are done."""
     for trainee in list(now.cohort.trainees.values()):
@@ -204,7 +238,7 @@ def end_legs(now: Training, block: Block, paths: RunDirectory, log: Any) -> None
 
 def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -> None:
     """Write the dictionary of a leg that is done, or a snapshot of one that is not (or that failed)."""
-    leg, plan = trainee.leg, now.plan
+    plan, leg = now.plan, now.plan.leg(trainee.leg.id)
     finished = trainee.done and not trainee.failure
     info = {
         "leg": leg.model_dump(mode="json"),
@@ -223,7 +257,10 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
     directory = paths.leg(leg.id) if finished else paths.snapshot(leg.id, trainee.age)
     rows = block.rows(leg.site, L0_ROWS)
     dictionary = trainee.canonical(rows)
-    publish(directory, dictionary, info | {"l0": mean_l0(dictionary, rows)})
+    info["l0"] = mean_l0(dictionary, rows)
+    if leg.site in now.held_out:
+        info["validation_fvu"] = fvu(dictionary, now.held_out[leg.site])
+    publish(directory, dictionary, info)
 
 
 def report(now: Training, trainees: list[Trainee], log: Any, watcher: Watcher | None) -> None:

@@ -1,0 +1,323 @@
+"""From a survey to a plan: learning curves, the cheapest tree at a quality, and the quality that a budget buys.
+
+Four laws with few free parameters; docs/log.md has the data they were found on:
+
+    hub        FVU(n) = floor + slope / √n                                     after n tokens from scratch
+    scratch    FVU(l, n) = FVU(l, n₀) · (FVU(hub, n) / FVU(hub, n₀)) ^ power(l)     at any layer
+    hop        FVU(p → t) = FVU(t, n) + gap(p, t)                              zero-shot, from a parent worth n tokens
+    child      FVU = FVU(t, n + m) + gap(p, t) / (1 + m / half(n))             after m tokens of its own
+
+A gap does not depend on how well the parent is trained; half(n) grows as √n. A dictionary is worth the tokens from
+scratch that reach its FVU, so a child's child starts from what the child is worth.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from statistics import geometric_mean
+from typing import NamedTuple
+
+import networkx as nx
+
+from saerelay.cost import Cost, forward_flops, plan_cost, step_flops
+from saerelay.errors import PlanError
+from saerelay.plan import ModelFacts, compile_plan, control_legs
+from saerelay.recipe import LegSpec, Run, parse_budget
+from saerelay.site import Site
+from saerelay.survey import Survey
+
+DEFAULT_RATIO = 1.05
+SLACK = 1.5
+"""A leg that may stop early gets this multiple of the tokens it is predicted to need, unless there is a budget."""
+ROOT_MULTIPLES = (1.0, 1.5, 2.0, 3.0)
+"""Roots trained beyond what their own goal needs make all hops from them cheaper; these multiples are tried."""
+DOUBT = 1.25
+"""A root other than the hub must be that much cheaper: its curve is less known."""
+FORWARD_SHARES = (0.0, 0.5, 1.0)
+"""Shares of a forward pass that a leg is charged while the tree is chosen: legs that run side by side share it."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The laws above, fitted to a survey."""
+
+    floor: float
+    slope: float
+    pilot_tokens: int
+    """n₀."""
+    pilot: dict[int, float]
+    """FVU(l, n₀)."""
+    power: dict[int, float]
+    gap: dict[tuple[int, int], float]
+    """FVU that a hop from one layer to another adds, for the pairs surveyed."""
+    half: float
+    """Tokens that close half of a gap, after a parent worth `half_at` tokens."""
+    half_at: int
+
+    def hub(self, tokens: float) -> float:
+        """FVU at the hub after some tokens from scratch."""
+        return self.floor + self.slope / math.sqrt(tokens)
+
+    def scratch(self, layer: int, tokens: float) -> float:
+        """FVU at a layer after some tokens from scratch."""
+        return self.pilot[layer] * (self.hub(tokens) / self.hub(self.pilot_tokens)) ** self.power[layer]
+
+    def worth(self, layer: int, fvu: float) -> float:
+        """Tokens from scratch that reach an FVU at a layer; infinite if none do."""
+        at_hub = self.hub(self.pilot_tokens) * (fvu / self.pilot[layer]) ** (1 / self.power[layer])
+        return (self.slope / (at_hub - self.floor)) ** 2 if at_hub > self.floor else math.inf
+
+    def child(self, parent: int, layer: int, worth: float, tokens: float) -> float:
+        """FVU of a child after some tokens, whose parent is worth `worth` tokens from scratch."""
+        half = self.half * math.sqrt(worth / self.half_at)
+        return self.scratch(layer, worth + tokens) + self.gap[parent, layer] / (1 + tokens / half)
+
+    def child_tokens(self, parent: int, layer: int, worth: float, fvu: float) -> float:
+        """Tokens after which a child has an FVU; infinite if scratch would need fewer."""
+        low, high = 0.0, self.worth(layer, fvu)
+        if not high < math.inf or self.child(parent, layer, worth, high) > fvu:
+            return math.inf
+        while high - low > 256:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.child(parent, layer, worth, middle) <= fvu else (middle, high)
+        return 0.0 if self.child(parent, layer, worth, 0) <= fvu else high
+
+
+def fit_curves(survey: Survey) -> Curves:
+    """Fit the laws to what was measured.
+
+    The hub's curve goes through its two pilots. Another layer's power is the mean, weighted by the inverse of their
+    variances, of two estimates: from the long pilot's hop to it, less the gap (good near the hub), and half-way between
+    the hub's and what the two layers gain in the decay (rough, but good anywhere).
+    """
+    short, long, hub = survey.pilot_tokens, survey.long_tokens, survey.hub
+    pilot = {layer.layer: layer.fvu for layer in survey.layers}
+    decay = {layer.layer: math.log(layer.decay_gain - 1e-9) for layer in survey.layers}
+    slope = max(0.0, pilot[hub] - survey.long_fvu) / (1 / math.sqrt(short) - 1 / math.sqrt(long))
+    slope = min(slope, pilot[hub] * math.sqrt(short))
+    rise = min(-1e-9, math.log(survey.long_fvu / pilot[hub]))
+    power = {hub: 1.0}
+    for hop in survey.hops:
+        if hop.source == hub:
+            layer, gap = hop.target, hop.fvu - pilot[hop.target]
+            carried = max(survey.long_hops[layer] - gap, 0.1 * pilot[layer])
+            estimates = (math.log(carried / pilot[layer]) / rise, (1 + decay[layer] / decay[hub]) / 2)
+            weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2)]
+            mean = sum(w * value for w, value in zip(weights, estimates, strict=True)) / sum(weights)
+            power[layer] = min(max(mean, 0.5), 2.0)
+    gaps = {(hop.source, hop.target): max(hop.fvu - pilot[hop.target], (1 - hop.r2) / 2) for hop in survey.hops}
+    curves = Curves(pilot[hub] - slope / math.sqrt(short), slope, short, pilot, power, gaps, short / 2, long)
+    halves = []
+    for layer, fvu in survey.tuned.items():
+        left = (fvu - curves.scratch(layer, long + survey.tuned_tokens)) / gaps[hub, layer]
+        halves.append(survey.tuned_tokens / (1 / min(max(left, 0.1), 0.9) - 1))
+    return replace(curves, half=geometric_mean(halves)) if halves else curves
+
+
+class Tree(NamedTuple):
+    """Who is trained from whom (None: from scratch), and on how many tokens."""
+
+    parents: dict[int, int | None]
+    tokens: dict[int, float]
+    fvu: dict[int, float]
+    """Predicted of each layer."""
+
+
+class Charges(NamedTuple):
+    """What the edges of a tree cost, in a budget's unit."""
+
+    per_sample: float
+    """A token in training."""
+    per_read_token: dict[int, float]
+    """A token read by the language model up to a layer."""
+    moment_tokens: int
+    root_price: dict[int, float]
+    """What is charged for a root, as a multiple of its cost."""
+
+
+def cheapest(
+    curves: Curves,
+    goals: dict[int, float],
+    charges: Charges,
+    *,
+    roots: Sequence[int] = (),
+    multiple: float = 1.0,
+    overtrained: Sequence[int] = (),
+    flat: bool = False,
+) -> Tree | None:
+    """The arborescence of least cost in which every layer meets its goal, or None.
+
+    Only `roots` are trained from scratch if there are any; those `overtrained` get `multiple` times the tokens, and are
+    the only parents if `flat`.
+    """
+    worth = {
+        layer: curves.worth(layer, goal) * (multiple if layer in overtrained else 1) for layer, goal in goals.items()
+    }
+    needed = dict[tuple[int | None, int], float]()
+    for layer, goal in goals.items():
+        if not roots or layer in roots:
+            needed[None, layer] = worth[layer]
+        for parent in overtrained if flat else goals:
+            if (parent, layer) in curves.gap and layer not in overtrained:
+                needed[parent, layer] = curves.child_tokens(parent, layer, worth[parent], goal)
+    graph = nx.DiGraph()
+    graph.add_nodes_from(["scratch", *goals])
+    for (parent, layer), tokens in needed.items():
+        if tokens < math.inf:
+            read = tokens + (0 if parent is None else charges.moment_tokens)
+            cost = tokens * charges.per_sample + read * charges.per_read_token[layer]
+            cost *= charges.root_price[layer] if parent is None else 1
+            graph.add_edge("scratch" if parent is None else parent, layer, cost=cost)
+    try:
+        tree = nx.minimum_spanning_arborescence(graph, attr="cost")
+    except nx.NetworkXException:
+        return None
+    parents = {layer: None if parent == "scratch" else parent for parent, layer in tree.edges}
+    tokens = {layer: needed[parents[layer], layer] for layer in goals}
+    fvu = {layer: curves.scratch(layer, tokens[layer]) if parents[layer] is None else goals[layer] for layer in goals}
+    for layer, parent in parents.items():
+        if parent is not None and not tokens[layer]:
+            fvu[layer] = curves.child(parent, layer, worth[parent], 0)
+    return Tree(parents, tokens, fvu)
+
+
+class Choice(NamedTuple):
+    """What was chosen, and what it is predicted to take."""
+
+    ratio: float
+    """FVU of every layer, at most, over what scratch with root_tokens is predicted to reach."""
+    reference: dict[int, float]
+    """That FVU from scratch."""
+    legs: list[LegSpec]
+    """As predicted: without slack and controls."""
+    cost: Cost
+    """Of these legs; the survey's is apart."""
+    seconds: float
+    seconds_lm: float
+
+    def time(self) -> dict[str, float]:
+        """Seconds predicted, from the survey's: as of `time_plan`."""
+        return {"lm": self.seconds_lm, "steps": self.seconds - self.seconds_lm, "total": self.seconds}
+
+
+def choose(run: Run, facts: ModelFacts, survey: Survey, memory_bytes: float = math.inf) -> Choice:
+    """The cheapest tree at the quality asked for, or the best that the budget buys, the survey's cost included."""
+    curves = fit_curves(survey)
+
+    def at(ratio: float) -> Choice | None:
+        return choose_at(ratio, curves, run, facts, survey, memory_bytes)
+
+    if not run.plan.budget:
+        ratio = run.plan.fvu_ratio or DEFAULT_RATIO
+        if choice := at(ratio):
+            return choice
+        raise PlanError(f"plan.fvu_ratio is {ratio}, which no number of tokens is predicted to reach; raise it")
+    amount, unit = parse_budget(run.plan.budget)
+    taken = {"tokens": survey.cost.sae_samples, "FLOPs": survey.cost.flops, "hours": survey.cost.seconds / 3600}[unit]
+    low, high, best = math.log(0.5), math.log(10), at(10)
+    if best is None or spent(best, unit) + taken > amount:
+        least = f"{spent(best, unit) + taken:.3g}" if best else "more"
+        raise PlanError(
+            f"plan.budget is {run.plan.budget}, of which the survey takes {taken:.3g}; at least {least} {unit} bring "
+            "every layer to ten times the FVU of scratch at root_tokens. Raise the budget, or lower plan.survey_tokens"
+        )
+    while high - low > 2e-3:
+        middle = (low + high) / 2
+        choice = at(math.exp(middle))
+        if choice and spent(choice, unit) + taken <= amount:
+            high, best = middle, choice
+        else:
+            low = middle
+    return best
+
+
+def choose_at(
+    ratio: float, curves: Curves, run: Run, facts: ModelFacts, survey: Survey, memory_bytes: float
+) -> Choice | None:
+    """The cheapest plan in which every layer meets its goal; true plans decide between a few trees."""
+    unit = parse_budget(run.plan.budget)[1] if run.plan.budget else "hours"
+    reference = {layer: curves.scratch(layer, run.plan.root_tokens) for layer in curves.pilot}
+    goals = {layer: ratio * fvu for layer, fvu in reference.items()}
+    only, trees = run.plan.roots, list[Tree | None]()
+    for share in FORWARD_SHARES:
+        price = charges(run, facts, survey, unit, share)
+        tree = cheapest(curves, goals, price, roots=only)
+        roots = [layer for layer, parent in tree.parents.items() if parent is None] if tree else only or [survey.hub]
+        for multiple, flat in product(ROOT_MULTIPLES, (False, True)):
+            trees.append(cheapest(curves, goals, price, roots=only, multiple=multiple, overtrained=roots, flat=flat))
+        trees.append(cheapest(replace(curves, gap={}), goals, price, roots=only))  # all from scratch, in one pass
+    found = list[Choice]()
+    for tree in trees:
+        if tree is None:
+            continue
+        legs = tree_legs(tree, run, survey)
+        cost = plan_cost(compile_plan(with_legs(run, survey, legs), facts, memory_bytes=memory_bytes))
+        lm = cost.lm_flops * survey.cost.seconds_per_lm_flop
+        seconds = lm + cost.sae_samples * survey.cost.seconds_per_sample
+        found.append(Choice(ratio, reference, legs, cost, seconds, lm))
+    return min(found, key=lambda choice: spent(choice, unit), default=None)
+
+
+def spent(choice: Choice, unit: str) -> float:
+    """What a plan takes, in a budget's unit."""
+    return {"tokens": choice.cost.sae_samples, "FLOPs": choice.cost.flops, "hours": choice.seconds / 3600}[unit]
+
+
+def charges(run: Run, facts: ModelFacts, survey: Survey, unit: str, share: float) -> Charges:
+    """What the edges of a tree cost, in a budget's unit; a leg pays `share` of the forward passes that it reads."""
+    width = facts.width(Site(0, run.sites.module))
+    layers, context = [layer.layer for layer in survey.layers], run.data.context
+    n_latents = run.dictionary.n_latents or round(run.dictionary.expansion * width)
+    step = step_flops(run.dictionary.model_copy(update={"n_latents": n_latents}), facts, width)[0]
+    per_sample, per_lm_flop = {
+        "tokens": (1.0, 0.0),
+        "FLOPs": (step, 1.0),
+        "hours": (survey.cost.seconds_per_sample, survey.cost.seconds_per_lm_flop),
+    }[unit]
+    return Charges(
+        per_sample=per_sample,
+        per_read_token={layer: share * per_lm_flop * forward_flops(facts, layer + 1, context) for layer in layers},
+        moment_tokens=run.plan.moment_tokens,
+        root_price={layer: 1.0 if layer == survey.hub else DOUBT for layer in layers},
+    )
+
+
+def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
+    """A tree as legs."""
+    name = {layer: str(Site(layer, run.sites.module)) for layer in tree.parents}
+    ids = {layer: name[layer] if p is None else f"{name[layer]}-from-L{p}" for layer, p in tree.parents.items()}
+    gains = {layer.layer: layer.decay_gain for layer in survey.layers}
+    return [
+        LegSpec(
+            id=ids[layer],
+            layer=layer,
+            parent="" if parent is None else ids[parent],
+            tokens=run.train.batch_tokens * math.ceil(tree.tokens[layer] / run.train.batch_tokens),
+            goal_fvu=round(tree.fvu[layer], 5),
+            predicted_fvu=round(tree.fvu[layer], 5),
+            decay_gain=round(gains[layer] if parent is None else survey.tuned_decay_gain, 3),
+        )
+        for layer, parent in sorted(tree.parents.items())
+    ]
+
+
+def with_legs(run: Run, survey: Survey, legs: list[LegSpec]) -> Run:
+    """The recipe with an explicit plan, and the survey's blocks."""
+    plan = run.plan.model_copy(update={"legs": legs, "controls": []})
+    data = run.data.model_copy(update={"block_tokens": survey.block_tokens})
+    return run.model_copy(update={"plan": plan, "data": data})
+
+
+def written_out(run: Run, survey: Survey, choice: Choice) -> Run:
+    """The recipe with the legs chosen: with slack where they may stop early and no budget forbids it.
+
+    Controls are those of the layers that a transfer reaches; which these are, the recipe could not know.
+    """
+    slack = SLACK if run.plan.stop and not run.plan.budget else 1.0
+    batch = run.train.batch_tokens
+    legs = [leg.model_copy(update={"tokens": batch * math.ceil(slack * leg.tokens / batch)}) for leg in choice.legs]
+    for layer in run.plan.controls:
+        if transfers := [leg for leg in legs if leg.layer == layer and leg.parent]:
+            legs += control_legs(run, layer, transfers)
+    return with_legs(run, survey, legs)

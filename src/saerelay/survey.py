@@ -1,0 +1,242 @@
+"""The survey behind `preset = "auto"`: a short pass over the training split that measures what a plan is chosen by.
+
+It is a small run of its own (`survey/` in the run directory): pilots from scratch at every layer, one long pilot at a
+middle layer, the hub, and short fine-tunes after hops from it. Every point of a curve is a run with its own decay.
+What they are worth is measured on rows of the validation split, as is the worth of every hop without training.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from saerelay.checkpoint import RunDirectory, Suite, load, load_dictionary, read_json
+from saerelay.cost import forward_flops, plan_cost
+from saerelay.dictionaries import Dictionary, match_l0
+from saerelay.engine import fvu
+from saerelay.moments import Moments
+from saerelay.plan import Leg, ModelFacts, Plan, choose_block, compile_plan
+from saerelay.recipe import LegSpec, Run
+from saerelay.site import Site
+from saerelay.spec import Spec
+from saerelay.stream import AbstractStream, LiveStream
+from saerelay.train import hold_out
+from saerelay.transfer import AffineMap, affine, fold, refit
+
+SCHEMA_VERSION = 1
+LONG = "long"
+"""Id of the long pilot."""
+MAP_ROWS = 16_384
+"""Rows that the maps of the survey are fitted on, at least."""
+TOKENS_PER_LATENT = 40
+"""Of the long pilot, at least; the curves have no floor to be seen when the short ones get less than a quarter."""
+REACH = 2
+"""Layers further apart than this exchange no dictionaries, unless one of them is the hub."""
+
+
+class SurveyedLayer(Spec):
+    """A layer, and its pilot from scratch."""
+
+    layer: int
+    rms_norm: float
+    """√ E‖x − E x‖²."""
+    fvu: float
+    """Of the pilot, with `pilot_tokens`."""
+    decay_gain: float
+    """Its FVU over that before the learning rate's decay."""
+
+
+class SurveyedHop(Spec):
+    """An affine hop between two layers, without training after it."""
+
+    source: int
+    target: int
+    r2: float
+    """Share of the target's variance that the affine map explains."""
+    angle: float
+    """Mean angle between the activations of a token at the two layers, over π."""
+    fvu: float
+    """Of the source's pilot, carried to the target."""
+
+
+class SurveyCost(Spec):
+    """What the survey took, and the rates from which hours are predicted."""
+
+    lm_tokens: int
+    sae_samples: int
+    flops: float
+    seconds: float
+    seconds_per_sample: float
+    """Of an SAE's training step, for one token."""
+    seconds_per_lm_flop: float
+
+
+class Survey(Spec):
+    """What was measured: `survey.json`. All FVUs are on the same rows of the validation split."""
+
+    schema_version: int = SCHEMA_VERSION
+    asked: Run
+    hub: int
+    pilot_tokens: int
+    long_tokens: int
+    layers: list[SurveyedLayer]
+    hops: list[SurveyedHop]
+    block_tokens: int
+    """Of the pilots; the plan has the same, since what is learned from few tokens depends on how they are shuffled."""
+    long_fvu: float
+    """Of the hub's long pilot, with `long_tokens`."""
+    long_hops: dict[int, float]
+    """Of the long pilot carried to each other layer."""
+    tuned_tokens: int
+    tuned: dict[int, float]
+    """Of the long pilot carried to some layers and trained there on `tuned_tokens`."""
+    tuned_decay_gain: float
+    """Their FVU over that before the decay, mean."""
+    cost: SurveyCost
+
+
+def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
+    """The pilots, as a plan like any other."""
+    p, batch = run.plan, run.train.batch_tokens
+    layers = list(range(facts.n_layers)) if run.sites.layers == "all" else sorted(set(run.sites.layers))
+    hub = p.roots[0] if p.roots else layers[5 * len(layers) // 8]
+    long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
+    pilot, tuned = batch * (long // 4 // batch), batch * (long // 8 // batch)
+    legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=pilot) for layer in layers]
+    legs.append(LegSpec(id=LONG, layer=hub, tokens=long))
+    at = layers.index(hub)
+    for layer in [layers[i] for i in (at - 1, at + 2) if 0 <= i < len(layers)]:
+        legs.append(LegSpec(id=f"L{layer}-tuned", layer=layer, parent=LONG, tokens=tuned))
+    plain = {"preset": "hub", "roots": [], "budget": "", "fvu_ratio": 0.0, "controls": []}
+    plan = p.model_copy(update=plain | {"legs": legs, "method": "affine", "moment_tokens": min(p.moment_tokens, long)})
+    train = run.train.model_copy(update={"snapshots": [], "loggers": []})
+    block = choose_block(run, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
+    data = run.data.model_copy(update={"cache": "", "block_tokens": block})
+    update = {"plan": plan, "train": train, "data": data, "sites": run.sites.model_copy(update={"layers": layers})}
+    compiled = compile_plan(run.model_copy(update=update), facts, memory_bytes=memory_bytes)
+    return compiled.model_copy(
+        update={"legs": [leg.model_copy(update={"snapshots": [before_decay(leg, run)]}) for leg in compiled.legs]}
+    )
+
+
+def pilot_tokens(run: Run, facts: ModelFacts) -> int:
+    """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
+    d, root = run.dictionary, run.plan.root_tokens
+    n_latents = d.n_latents or round(d.expansion * facts.width(Site(0, run.sites.module)))
+    return max(root // 10, min(root // 4, TOKENS_PER_LATENT * n_latents))
+
+
+def before_decay(leg: Leg, run: Run) -> int:
+    """Age at which a leg's decay begins."""
+    return run.train.batch_tokens * max(1, round((1 - run.train.decay) * leg.budget_tokens / run.train.batch_tokens))
+
+
+@torch.no_grad()
+def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream) -> Survey:
+    """Measure what the run of a survey's plan has trained, and the layers themselves."""
+    began, suite = time.perf_counter(), load(paths.root)
+    pilots = {leg.site: leg for leg in plan.legs if not leg.parent and leg.id != LONG}
+    long = plan.leg(LONG)
+    rows, n_read = gather(plan, stream, max(MAP_ROWS, 4 * max(plan.facts.width(site) for site in pilots)))
+    held_out, n_held_out = hold_out(plan, validation)
+    hops, long_hops = list[SurveyedHop](), dict[int, float]()
+    for a, b in pairs(sorted(pilots), long.site):
+        moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
+        moments.add(rows[a], rows[b])
+        there = affine(moments)
+        for source, target, between in ((a, b, there), (b, a, AffineMap(there.B, there.b, there.A, there.c))):
+            hop = {
+                "source": source.layer,
+                "target": target.layer,
+                "r2": r2(between, held_out[source], held_out[target]),
+            }
+            value = fvu(carry(suite[pilots[source].id], between, rows[target], asked), held_out[target])
+            hops.append(SurveyedHop(**hop, angle=angle(held_out[source], held_out[target]), fvu=value))
+            if source == long.site:
+                long_hops[target.layer] = fvu(carry(suite[LONG], between, rows[target], asked), held_out[target])
+    final = {leg.id: fvu(suite[leg.id].to(stream.device), held_out[leg.site]) for leg in plan.legs}
+    gain = {}
+    for leg in plan.legs:
+        before = load_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))[0].to(stream.device)
+        gain[leg.id] = min(1.0, final[leg.id] / fvu(before, held_out[leg.site]))
+    layers = [
+        SurveyedLayer(layer=site.layer, rms_norm=rms_norm(held_out[site]), fvu=final[leg.id], decay_gain=gain[leg.id])
+        for site, leg in sorted(pilots.items())
+    ]
+    tuned = [leg for leg in plan.legs if leg.parent]
+    return Survey(
+        asked=asked,
+        hub=long.layer,
+        pilot_tokens=min(leg.budget_tokens for leg in pilots.values()),
+        long_tokens=long.budget_tokens,
+        block_tokens=plan.block_tokens,
+        layers=layers,
+        hops=sorted(hops, key=lambda hop: (hop.source, hop.target)),
+        long_fvu=final[LONG],
+        long_hops=long_hops,
+        tuned_tokens=max((leg.budget_tokens for leg in tuned), default=0),
+        tuned={leg.layer: final[leg.id] for leg in tuned},
+        tuned_decay_gain=mean([gain[leg.id] for leg in tuned] or [1.0]),
+        cost=survey_cost(plan, suite, n_read + n_held_out, time.perf_counter() - began),
+    )
+
+
+def gather(plan: Plan, stream: AbstractStream, n: int) -> tuple[dict[Site, Tensor], int]:
+    """At least n rows (n, D) of every site, from the first blocks; and how many positions were read for them."""
+    found = {site: list[Tensor]() for site in plan.sites}
+    n_blocks = math.ceil(n / plan.block_tokens)
+    for number in range(n_blocks):
+        block = stream.block(number, plan.sites)
+        for site, parts in found.items():
+            parts.append(block.rows(site, n))
+    return {site: torch.cat(parts)[:n] for site, parts in found.items()}, n_blocks * plan.block_tokens
+
+
+def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
+    """Sites near each other, and the hub with all."""
+    for i, a in enumerate(sites):
+        for j, b in enumerate(sites[i + 1 :], i + 1):
+            if j - i <= REACH or hub in (a, b):
+                yield a, b
+
+
+def carry(dictionary: Dictionary, between: AffineMap, rows: Tensor, asked: Run) -> Dictionary:
+    """A dictionary folded through a map, and refitted if hops are to be, on rows (B, D) of the target."""
+    folded = fold(dictionary.to(rows.device), between)
+    if asked.plan.refit:
+        folded = refit(folded, rows.split(4096))
+    return match_l0(folded, rows[:8192], asked.dictionary.l0) if asked.dictionary.l0 else folded
+
+
+def r2(between: AffineMap, source: Tensor, target: Tensor) -> float:
+    """Share of the variance of `target` (B, T) that the map of `source` (B, S) explains."""
+    residual = target - source @ between.A.T.to(source) - between.c.to(source)
+    return 1 - float(residual.square().sum() / (target - target.mean(dim=0)).square().sum())
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """Mean angle between rows (B, D) of the same tokens, over π."""
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1).arccos().mean() / math.pi)
+
+
+def rms_norm(x: Tensor) -> float:
+    """√ E‖x − E x‖² of rows (B, D)."""
+    return float((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt())
+
+
+def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds: float) -> SurveyCost:
+    """What the survey took, its measuring included."""
+    cost, seconds = plan_cost(plan), read_json(suite.directory.cost)["seconds"]
+    steps = sum(load_dictionary(suite.directory.leg(leg.id))[1]["seconds"] for leg in suite.legs)
+    forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.run.data.context)
+    return SurveyCost(
+        lm_tokens=cost.lm_tokens + measured_tokens,
+        sae_samples=cost.sae_samples,
+        flops=cost.flops + measured_tokens * forward,
+        seconds=seconds["total"] + measured_seconds,
+        seconds_per_sample=steps / cost.sae_samples,
+        seconds_per_lm_flop=seconds["lm"] / cost.lm_flops,
+    )

@@ -1,0 +1,204 @@
+"""The choice behind preset auto: laws recovered from what they give, the cheapest tree, budgets; on paper."""
+
+import itertools
+import math
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+
+from saerelay.auto import DOUBT, Charges, Choice, Curves, cheapest, choose, fit_curves, spent, with_legs, written_out
+from saerelay.errors import PlanError, RecipeError
+from saerelay.plan import ModelFacts, compile_plan
+from saerelay.recipe import Run
+from saerelay.survey import Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay, survey_plan
+
+LAYERS, HUB, SHORT, LONG, TUNED = range(6), 3, 4096, 16384, 2048
+
+
+def laws(seed: int = 0) -> Curves:
+    """Laws of a model with six layers, the farther apart the dearer the hop."""
+    rng = random.Random(seed)
+    pairs = [(p, t) for p, t in itertools.permutations(LAYERS, 2) if abs(p - t) <= 2 or HUB in (p, t)]
+    return Curves(
+        floor=0.05,
+        slope=8.0,
+        pilot_tokens=SHORT,
+        pilot={layer: rng.uniform(0.1, 0.3) if layer != HUB else 0.05 + 8 / 64 for layer in LAYERS},
+        power={layer: rng.uniform(0.8, 1.4) if layer != HUB else 1.0 for layer in LAYERS},
+        gap={(p, t): 0.004 * abs(p - t) * rng.uniform(0.5, 2) for p, t in pairs},
+        half=3000.0,
+        half_at=LONG,
+    )
+
+
+def surveyed(c: Curves, **plan: Any) -> Survey:
+    """What a survey would find if the laws were exact."""
+    return Survey(
+        asked=recipe(**plan),
+        hub=HUB,
+        pilot_tokens=SHORT,
+        long_tokens=LONG,
+        block_tokens=1024,
+        layers=[SurveyedLayer(layer=i, rms_norm=1, fvu=c.pilot[i], decay_gain=0.9 ** c.power[i]) for i in LAYERS],
+        hops=[
+            SurveyedHop(source=p, target=t, r2=1 - gap, angle=0.1, fvu=c.pilot[t] + gap)
+            for (p, t), gap in c.gap.items()
+        ],
+        long_fvu=c.hub(LONG),
+        long_hops={t: c.scratch(t, LONG) + gap for (p, t), gap in c.gap.items() if p == HUB},
+        tuned_tokens=TUNED,
+        tuned={t: c.child(HUB, t, LONG, TUNED) for t in (2, 5)},
+        tuned_decay_gain=0.95,
+        cost=SurveyCost(
+            lm_tokens=20_000, sae_samples=50_000, flops=1e9, seconds=1.0, seconds_per_sample=1e-5,
+            seconds_per_lm_flop=1e-12,
+        ),
+    )  # fmt: skip
+
+
+def recipe(**plan: Any) -> Run:
+    sections = {
+        "data": {"context": 16},
+        "dictionary": {"n_latents": 64, "k": 4},
+        "plan": {"preset": "auto", "root_tokens": 131_072, "moment_tokens": 1024} | plan,
+        "train": {"batch_tokens": 64},
+    }
+    return Run.parse(sections, source="test")
+
+
+def test_the_laws_are_recovered_from_what_they_give() -> None:
+    truth = laws()
+    found = fit_curves(surveyed(truth))
+    assert (found.floor, found.slope) == pytest.approx((truth.floor, truth.slope))
+    assert found.gap == pytest.approx(truth.gap) and found.half == pytest.approx(truth.half, rel=0.15)
+    for layer in LAYERS:
+        assert found.scratch(layer, 131_072) == pytest.approx(truth.scratch(layer, 131_072), rel=0.05)
+
+
+def test_tokens_and_fvu_are_inverses() -> None:
+    c = laws()
+    for layer in LAYERS:
+        assert c.worth(layer, c.scratch(layer, 50_000)) == pytest.approx(50_000)
+        assert c.worth(layer, 1e-3) == math.inf
+    needed = c.child_tokens(3, 2, 40_000, c.child(3, 2, 40_000, 9_000))
+    assert needed == pytest.approx(9_000, abs=256)
+    assert c.child_tokens(3, 2, 40_000, 1.0) == 0 and c.child_tokens(3, 2, 10.0, 1e-3) == math.inf
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_tree_is_cheaper(seed: int) -> None:
+    """Against all assignments of parents to five layers that are trees."""
+    rng, layers = random.Random(seed), range(5)
+    c = laws(seed)
+    goals = {layer: c.scratch(layer, 60_000) * rng.uniform(1, 1.2) for layer in layers}
+    prices = {layer: rng.uniform(0, 2) for layer in layers}
+    price = Charges(1.0, prices, moment_tokens=rng.randrange(8000), root_price=dict.fromkeys(layers, 1.0))
+
+    @cache
+    def child_tokens(parent: int, layer: int) -> float:
+        return c.child_tokens(parent, layer, c.worth(parent, goals[parent]), goals[layer])
+
+    def cost(parents: tuple[int | None, ...]) -> float:
+        total = 0.0
+        for layer, parent in enumerate(parents):
+            if parent is None:
+                total += c.worth(layer, goals[layer]) * (1 + prices[layer])
+            elif (parent, layer) in c.gap:
+                total += child_tokens(parent, layer) * (1 + prices[layer]) + price.moment_tokens * prices[layer]
+            else:
+                return math.inf
+        return total
+
+    def is_tree(parents: tuple[int | None, ...]) -> bool:
+        for layer in layers:
+            seen, at = set[int](), layer
+            while (up := parents[at]) is not None:
+                if at in seen:
+                    return False
+                seen.add(at)
+                at = up
+        return True
+
+    choices = [[None, *(p for p in layers if p != layer)] for layer in layers]
+    least = min(cost(parents) for parents in itertools.product(*choices) if is_tree(parents))
+    tree = cheapest(c, goals, price)
+    assert tree and cost(tuple(tree.parents[layer] for layer in layers)) == pytest.approx(least)
+
+
+def test_a_layer_whose_hops_are_dear_becomes_a_root(facts: ModelFacts) -> None:
+    c = laws()
+    c = Curves(**{**c.__dict__, "gap": {pair: 0.5 if 0 in pair else gap for pair, gap in c.gap.items()}})
+    price = Charges(1.0, dict.fromkeys(LAYERS, 0.0), 0, dict.fromkeys(LAYERS, 1.0))
+    goals = {layer: c.scratch(layer, 60_000) for layer in LAYERS}
+    tree = cheapest(c, goals, price)
+    assert tree and tree.parents[0] is None and sum(parent is None for parent in tree.parents.values()) < 6
+    only = cheapest(c, goals, price, roots=[3])
+    assert only is None or [layer for layer, parent in only.parents.items() if parent is None] == [3]
+
+
+def chosen(facts: ModelFacts, **plan: Any) -> Choice:
+    survey = surveyed(laws(), **plan)
+    return choose(survey.asked, facts, survey)
+
+
+def test_a_ratio_is_kept_by_every_leg(facts: ModelFacts) -> None:
+    choice = chosen(facts, fvu_ratio=1.1)
+    assert sorted(leg.layer for leg in choice.legs) == list(LAYERS)
+    for leg in choice.legs:
+        assert leg.predicted_fvu and leg.predicted_fvu <= 1.1 * choice.reference[leg.layer] * 1.001
+    assert chosen(facts, fvu_ratio=1.02).cost.flops > choice.cost.flops > chosen(facts, fvu_ratio=1.5).cost.flops
+
+
+@pytest.mark.parametrize(("budget", "amount", "unit"), [
+    ("300k tokens", 3e5, "tokens"), ("6e9 FLOPs", 6e9, "FLOPs"), ("0.002 hours", 0.002, "hours")
+])  # fmt: skip
+def test_a_budget_is_used_and_kept(facts: ModelFacts, budget: str, amount: float, unit: str) -> None:
+    choice = chosen(facts, budget=budget)
+    taken = {"tokens": 50_000, "FLOPs": 1e9, "hours": 1 / 3600}[unit]
+    assert 0.9 * amount < spent(choice, unit) + taken <= amount
+
+
+def test_a_budget_too_small_is_refused(facts: ModelFacts) -> None:
+    with pytest.raises(PlanError, match="plan.budget is 40k tokens, of which the survey takes 5e\\+04; at least"):
+        chosen(facts, budget="40k tokens")
+    with pytest.raises(PlanError, match="no number of tokens is predicted to reach; raise it"):
+        chosen(facts, fvu_ratio=0.1)
+
+
+@pytest.mark.parametrize(("plan", "message"), [
+    ({"budget": "ten tokens"}, '"ten tokens" is no budget; write "10M tokens", "5e14 FLOPs" or "1.5 hours"'),
+    ({"budget": "10M"}, '"10M" is no budget'),
+    ({"budget": "-1 hours"}, "is no budget"),
+    ({"budget": "1 hours", "fvu_ratio": 1.1}, "keep one of them"),
+    ({"preset": "hub", "fvu_ratio": 1.1}, 'belong to preset = "auto"'),
+])  # fmt: skip
+def test_wrong_aims_are_refused(plan: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(**plan)
+
+
+def test_the_choice_is_a_plan_like_any_other(facts: ModelFacts) -> None:
+    survey = surveyed(laws(), controls=[1])
+    choice = choose(survey.asked, facts, survey)
+    plan = compile_plan(written_out(survey.asked, survey, choice), facts)
+    legs = {leg.id: leg for leg in plan.legs}
+    assert sum(leg.role == "control" for leg in plan.legs) == 2
+    for spec in choice.legs:
+        leg = legs[spec.id]
+        assert (leg.goal_fvu, leg.predicted_fvu, leg.parent) == (spec.goal_fvu, spec.predicted_fvu, spec.parent)
+        assert leg.budget_tokens == pytest.approx(1.5 * spec.tokens, abs=64)
+    bounded = surveyed(laws(), budget="300k tokens")
+    exact = choose(bounded.asked, facts, bounded)
+    assert compile_plan(written_out(bounded.asked, bounded, exact), facts).legs[0].budget_tokens == exact.legs[0].tokens
+    assert with_legs(survey.asked, survey, choice.legs).data.block_tokens == 1024 and DOUBT >= 1
+
+
+def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
+    plan = survey_plan(recipe(survey_tokens=16_384), facts)
+    tokens = {leg.id: leg.budget_tokens for leg in plan.legs}
+    assert tokens == {f"L{i}": 4096 for i in LAYERS} | {"long": 16_384, "L2-tuned": 2048, "L5-tuned": 2048}
+    assert all(leg.snapshots == [before_decay(leg, plan.run)] for leg in plan.legs)
+    assert plan.run.plan.preset != "auto" and plan.leg("L2-tuned").parent == "long"
+    assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}
