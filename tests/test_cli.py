@@ -110,6 +110,7 @@ CASES = {
     "wrong budget": ("controls = [0]", 'budget = "soon"', r'plan.budget: "soon" is no budget; write "10M tokens"'),
     "two aims": ("controls = [0]", 'budget = "1 hours"\nfvu_ratio = 1.1', r"budget and fvu_ratio are given; keep one"),
     "aim without auto": ("controls = [0]", "fvu_ratio = 1.1", r'belong to preset = "auto"'),
+    "auto from nowhere": ("controls = [0]", "roots = [7]", r"plan.roots names layer 7|layer 7 is out of range"),
     "ragged block": ("block_tokens = 1024", "block_tokens = 1000", r"must be a multiple of train.batch_tokens"),
 }  # fmt: skip
 
@@ -454,6 +455,11 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and f"--out {out} --resume" in stderr, stderr
+    recipe.write_text(recipe.read_text().replace("60k tokens", "5k tokens"))
+    code, _, stderr = call("train", recipe, "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "of which the survey takes" in stderr and (out / "survey.json").is_file()
+    recipe.write_text(recipe.read_text().replace("5k tokens", "60k tokens"))
+    monkeypatch.setattr("saerelay.launch.measure_survey", None)
     assert call("train", recipe, "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     for leg in whole:
         for name, tensor in whole[leg].tensors().items():

@@ -28,6 +28,8 @@ from saerelay.site import Site
 from saerelay.survey import Survey
 
 DEFAULT_RATIO = 1.05
+MOST = 10
+"""Goals that are worth more than so many root_tokens from scratch are not extrapolated to."""
 SLACK = 1.5
 """A leg that may stop early gets this multiple of the tokens it is predicted to need, unless there is a budget."""
 ROOT_MULTIPLES = (1.0, 1.5, 2.0, 3.0)
@@ -212,7 +214,10 @@ def choose(run: Run, facts: ModelFacts, survey: Survey, memory_bytes: float = ma
         ratio = run.plan.fvu_ratio or DEFAULT_RATIO
         if choice := at(ratio):
             return choice
-        raise PlanError(f"plan.fvu_ratio is {ratio}, which no number of tokens is predicted to reach; raise it")
+        raise PlanError(
+            f"plan.fvu_ratio is {ratio}, which {MOST} x root_tokens from scratch are not predicted to reach; raise one "
+            "of them"
+        )
     amount, unit = parse_budget(run.plan.budget)
     taken = {"tokens": survey.cost.sae_samples, "FLOPs": survey.cost.flops, "hours": survey.cost.seconds / 3600}[unit]
     low, high, best = math.log(0.5), math.log(10), at(10)
@@ -239,6 +244,8 @@ def choose_at(
     unit = parse_budget(run.plan.budget)[1] if run.plan.budget else "hours"
     reference = {layer: curves.scratch(layer, run.plan.root_tokens) for layer in curves.pilot}
     goals = {layer: ratio * fvu for layer, fvu in reference.items()}
+    if any(curves.worth(layer, goal) > MOST * run.plan.root_tokens for layer, goal in goals.items()):
+        return None
     only, trees = run.plan.roots, list[Tree | None]()
     for share in FORWARD_SHARES:
         price = charges(run, facts, survey, unit, share)

@@ -214,11 +214,11 @@ def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[
     """
     facts = read_facts(run.model)
     memory = memory_allowed(run, facts)
+    plan, inner = survey_plan(run, facts, memory), RunDirectory(paths.root / "survey")
     if paths.survey.is_file():
         survey = Survey.from_json(paths.survey)
-        if survey.asked == run:
+        if survey_plan(survey.asked, facts, memory) == plan:  # whatever the budget or the ratio was
             return survey, choose(run, facts, survey, memory)
-    plan, inner = survey_plan(run, facts, memory), RunDirectory(paths.root / "survey")
     if not inner.plan.is_file() or read_plan(inner.root) != plan:
         shutil.rmtree(inner.root, ignore_errors=True)
         shutil.rmtree(paths.tokens, ignore_errors=True)
@@ -325,11 +325,11 @@ def check_corpus(plan: Plan, corpus: Corpus) -> None:
 
 @contextmanager
 def remove_on_error(root: Path, fresh: bool) -> Iterator[None]:
-    """Leave nothing behind if a new run could not even begin."""
+    """Leave nothing behind if a new run could not even begin, its survey aside."""
     try:
         yield
     except (SaeRelayError, KeyboardInterrupt):
-        if fresh:
+        if fresh and not (root / "survey").exists() and not (root / "survey.json").exists():
             shutil.rmtree(root, ignore_errors=True)
         raise
 

@@ -101,7 +101,9 @@ class Survey(Spec):
 def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
     """The pilots, as a plan like any other."""
     p, batch = run.plan, run.train.batch_tokens
-    layers = list(range(facts.n_layers)) if run.sites.layers == "all" else sorted(set(run.sites.layers))
+    plain = p.model_copy(update={"preset": "hub", "budget": "", "fvu_ratio": 0.0, "stop": True, "controls": []})
+    usual = compile_plan(run.model_copy(update={"plan": plain}), facts)  # refuses what no plan can have
+    layers = sorted({leg.layer for leg in usual.legs})
     hub = p.roots[0] if p.roots else layers[5 * len(layers) // 8]
     long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
     pilot, tuned = batch * (long // 4 // batch), batch * (long // 8 // batch)
@@ -110,8 +112,8 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     at = layers.index(hub)
     for layer in [layers[i] for i in (at - 1, at + 2) if 0 <= i < len(layers)]:
         legs.append(LegSpec(id=f"L{layer}-tuned", layer=layer, parent=LONG, tokens=tuned))
-    plain = {"preset": "hub", "roots": [], "budget": "", "fvu_ratio": 0.0, "controls": []}
-    plan = p.model_copy(update=plain | {"legs": legs, "method": "affine", "moment_tokens": min(p.moment_tokens, long)})
+    moments = {"method": "affine", "moment_tokens": min(p.moment_tokens, long)}
+    plan = plain.model_copy(update=moments | {"legs": legs, "roots": []})
     train = run.train.model_copy(update={"snapshots": [], "loggers": []})
     block = choose_block(run, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
     data = run.data.model_copy(update={"cache": "", "block_tokens": block})
