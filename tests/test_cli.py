@@ -182,7 +182,7 @@ def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) 
     cost = "lm_tokens lm_tokens_unique sae_samples flops flops_dense_equivalent flops_all_from_scratch seconds"
     assert all(document["cost"][name] > 0 for name in cost.split())
     code, stdout, _ = call("eval", place / "run", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "affine from L1" in stdout and "control: from scratch, equal tokens" in stdout
+    assert code == 0 and "affine + refit from L1" in stdout and "control: from scratch, equal tokens" in stdout
 
 
 def test_plan_trains_nothing(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -54,7 +54,7 @@ def summary() -> dict[str, Any]:
         "seed": 0, "architecture": "topk", "method": None, "parent": None,
         "tokens": 2000, "refit_tokens": 0, "n_latents": 64,
         "n_eval_tokens": 100, "l0": 4.0, "fvu": 0.1, "delta_ce": 0.01, "delta_ce_se": 0.001, "ce_loss_score": 0.99,
-        "frac_alive": 0.5, "snapshots": [],
+        "frac_alive": 0.5, "snapshots": [], "goal_fvu": None, "predicted_fvu": None,
     }  # fmt: skip
     child = leg | {"id": "L0-from-L1", "role": "transfer", "layer": 0, "method": "affine", "parent": "[bold]x[/y]"}
     control = leg | {"id": "c", "role": "control", "control_of": "L0-from-L1", "control_kind": "full", "layer": 0}
