@@ -47,6 +47,7 @@ def surveyed(c: Curves, **plan: Any) -> Survey:
             for (p, t), gap in c.gap.items()
         ],
         long_fvu=c.hub(LONG),
+        long_decay_gain=0.85,
         long_hops={t: c.scratch(t, LONG) + gap for (p, t), gap in c.gap.items() if p == HUB},
         tuned_tokens=TUNED,
         tuned={t: c.child(HUB, t, LONG, TUNED) for t in (2, 5)},
@@ -185,6 +186,7 @@ def test_the_choice_is_a_plan_like_any_other(facts: ModelFacts) -> None:
     plan = compile_plan(written_out(survey.asked, survey, choice), facts)
     legs = {leg.id: leg for leg in plan.legs}
     assert sum(leg.role == "control" for leg in plan.legs) == 2
+    assert [spec.decay_gain for spec in choice.legs if spec.layer == HUB] == [0.85]
     for spec in choice.legs:
         leg = legs[spec.id]
         assert (leg.goal_fvu, leg.predicted_fvu, leg.parent) == (spec.goal_fvu, spec.predicted_fvu, spec.parent)

@@ -294,7 +294,10 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
     """A tree as legs."""
     name = {layer: str(Site(layer, run.sites.module)) for layer in tree.parents}
     ids = {layer: name[layer] if p is None else f"{name[layer]}-from-L{p}" for layer, p in tree.parents.items()}
-    gains = {layer.layer: layer.decay_gain for layer in survey.layers}
+    pilots = {
+        layer.layer: layer.decay_gain for layer in survey.layers
+    }  # longer legs gain more: as the long pilot shows
+    gains = {layer: min(1.0, gain * survey.long_decay_gain / pilots[survey.hub]) for layer, gain in pilots.items()}
     return [
         LegSpec(
             id=ids[layer],

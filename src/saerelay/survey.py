@@ -88,6 +88,7 @@ class Survey(Spec):
     """Of the pilots; the plan has the same, since what is learned from few tokens depends on how they are shuffled."""
     long_fvu: float
     """Of the hub's long pilot, with `long_tokens`."""
+    long_decay_gain: float
     long_hops: dict[int, float]
     """Of the long pilot carried to each other layer."""
     tuned_tokens: int
@@ -178,6 +179,7 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
         layers=layers,
         hops=sorted(hops, key=lambda hop: (hop.source, hop.target)),
         long_fvu=final[LONG],
+        long_decay_gain=gain[LONG],
         long_hops=long_hops,
         tuned_tokens=max((leg.budget_tokens for leg in tuned), default=0),
         tuned={leg.layer: final[leg.id] for leg in tuned},
