@@ -195,6 +195,13 @@ def test_encode_sparse_equals_encode(architecture: str) -> None:
     assert torch.equal(dense_codes(encode_sparse(d, x)), d.encode(x))
 
 
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_gram_of_codes_is_that_of_dense_ones(architecture: str) -> None:
+    _, d, x = example(architecture, 0, B=300, F=2100)
+    z = encode_sparse(d, x)
+    assert torch.allclose(z.gram(), dense_codes(z).T @ dense_codes(z), rtol=1e-12)
+
+
 def test_joined_codes_are_the_batches_one_after_the_other() -> None:
     z = torch.randn(B, F).relu()
     parts = [nonzero_codes(z[:10]), nonzero_codes(z[10:11]), nonzero_codes(z[11:])]

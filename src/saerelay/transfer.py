@@ -27,7 +27,7 @@ from torch import Tensor
 
 from saerelay.dictionaries import Dictionary, unit_decoder
 from saerelay.errors import TransferError
-from saerelay.kernels import Codes, dense_codes, encode_sparse, join_codes, products, split_codes
+from saerelay.kernels import encode_sparse, join_codes, products
 from saerelay.moments import Moments
 from saerelay.recipe import Method
 
@@ -213,21 +213,13 @@ def refit(
         return product + damping[:, None] * W - n * torch.outer(mean, mean @ W)
 
     if d.n_latents <= DIRECT_LATENTS if direct is None else direct:
-        matrix = gram(codes).addr_(mean, mean, alpha=-n)
+        matrix = codes.gram().addr_(mean, mean, alpha=-n)
         matrix.diagonal().add_(damping)
         change = torch.cholesky_solve(goal, torch.linalg.cholesky(matrix))
     else:
         diagonal = (squares - n * mean.square() + damping).clamp(min=1e-12)
         change = conjugate_gradients(normal, goal, diagonal, tolerance, max_iterations)
     return unit_decoder(replace(d, W_dec=d.W_dec + change, b_dec=d.b_dec + residual_sum / n - mean @ change))
-
-
-def gram(codes: Codes) -> Tensor:
-    """ZᵀZ (F, F) of codes: one factor stays sparse, so 2·K·F operations a token."""
-    total = codes.values.new_zeros(codes.n_latents, codes.n_latents)
-    for rows in split_codes(codes, 2048):
-        total += products(total.device).decode(rows.transposed()[0], dense_codes(rows))
-    return total
 
 
 def conjugate_gradients(

@@ -53,10 +53,27 @@ class Codes:
             starts, rows, order = starts[latents.start : latents.stop + 1] - low, rows[low:high], order[low:high]
         return Codes(starts, rows, self.values.index_select(0, order), self.n_rows), order
 
-    def _by_counting(self) -> tuple[Tensor, Tensor, Tensor]:
-        places = np.arange(self.columns.shape[0], dtype=np.int32)
+    def gram(self) -> Tensor:
+        """ZᵀZ (F, F), dense; made from the pairs that are active together, so K² operations a token (on a CPU)."""
+        total = self.values.new_zeros(self.n_latents, self.n_latents)
+        if total.device.type != "cpu":
+            for part in split_codes(self, 4096):
+                z = dense_codes(part)
+                total.addmm_(z.T, z)
+            return total
+        z = self._scipy(self.values.numpy())
+        z_t = z.T.tocsr()
+        for first in range(0, self.n_latents, 2048):
+            rows = slice(first, first + 2048)
+            total[rows] = torch.from_numpy((z_t[rows] @ z).toarray())
+        return total
+
+    def _scipy(self, values: np.ndarray) -> csr_matrix:
         shape = (self.n_rows, self.n_latents)
-        z = csr_matrix((places, self.columns.numpy(), self.row_starts.numpy()), shape=shape, copy=False).tocsc()
+        return csr_matrix((values, self.columns.numpy(), self.row_starts.numpy()), shape=shape, copy=False)
+
+    def _by_counting(self) -> tuple[Tensor, Tensor, Tensor]:
+        z = self._scipy(np.arange(self.columns.shape[0], dtype=np.int32)).tocsc()
         return torch.from_numpy(z.indptr), torch.from_numpy(z.indices), torch.from_numpy(z.data)
 
     def _by_sorting(self) -> tuple[Tensor, Tensor, Tensor]:
