@@ -288,7 +288,7 @@ def suites(study: Study) -> list[Job]:
     usual, half = study.scaled(study.usual), study.scaled(study.full) // 2
     wanted: dict[str, dict[str, Any]] = {
         "scratch": {"preset": "scratch"},
-        "alternate-paper": {"preset": "alternate", "method": "identity", "transfer_tokens": half},
+        "alternate-paper": {"preset": "alternate", "method": "identity", "refit": False, "transfer_tokens": half},
         "alternate": {"preset": "alternate", "transfer_tokens": usual},
         "hub": {"preset": "hub", "transfer_tokens": usual},
         "chain": {"preset": "backward", "transfer_tokens": usual},
