@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dictionaries import ARCHITECTURES, B, D, F, activations, random_dictionary
 
+from saerelay.dictionaries import Dictionary
 from saerelay.errors import TransferError
 from saerelay.kernels import Codes, encode_sparse, join_codes
 from saerelay.moments import Moments
@@ -24,6 +25,7 @@ from saerelay.transfer import (
     rate_share,
     refit,
     rescale,
+    revive,
     unexplained,
 )
 
@@ -220,3 +222,30 @@ def test_unexplained_is_one_minus_r_squared_of_the_map() -> None:
     assert unexplained(moments_of(x, 3 * x + 1)) == pytest.approx(0, abs=1e-4)
     assert rate_share(moments) == pytest.approx(min(1, 2.75 * float(left)), rel=1e-4)
     assert rate_share(moments_of(x, 3 * x + 1)) == 0.03
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_revived_latents_fire_and_others_stay(architecture: str) -> None:
+    d = random_dictionary(architecture)
+    x = torch.randn(2000, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    d.b_enc[[3, 8, 20]] = -1e6
+    again = revive(d, x)
+    others = torch.ones(F, dtype=torch.bool)
+    others[(d.encode(x) > 0).sum(dim=0) == 0] = False
+    assert not others[[3, 8, 20]].any()
+    assert ((again.encode(x) > 0).sum(dim=0)[~others] > 0).all()
+    assert torch.equal(again.W_enc[others], d.W_enc[others]) and torch.equal(again.W_dec[others], d.W_dec[others])
+    assert torch.allclose(again.W_dec[~others].norm(dim=1), torch.ones(1, dtype=torch.float64))
+    assert torch.equal(revive(d, x).W_enc, again.W_enc) and not torch.equal(revive(d, x, 1).W_enc, again.W_enc)
+
+
+def test_nothing_is_revived_where_nothing_is_silent() -> None:
+    x = torch.randn(20_000, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    d = Dictionary(
+        architecture="relu",
+        W_enc=torch.eye(D).double(),
+        b_enc=torch.zeros(D).double(),
+        W_dec=torch.eye(D).double(),
+        b_dec=torch.zeros(D).double(),
+    )
+    assert revive(d, x) is d

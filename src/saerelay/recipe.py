@@ -193,7 +193,9 @@ class PlanSpec(Spec):
         default=1.0, description="when children leave a parent: a share of its tokens, or a count"
     )
     method: Method = Field(default="affine", description="identity, rescale, procrustes or affine")
-    refit: bool = Field(default=True, description="refit the decoder in closed form after a hop, on tokens of the map")
+    refit: bool = Field(
+        default=True, description="after a hop: revive silent latents, refit the decoder in closed form"
+    )
     moment_tokens: Count = Field(default=100_000, gt=0, description="tokens the map between two layers is fitted on")
     refit_tokens: Count = Field(default=65_536, gt=0, description="tokens the decoder is refitted on, at most a block")
     controls: list[int] = Field(

@@ -24,7 +24,7 @@ from saerelay.site import Site
 from saerelay.spec import Spec
 from saerelay.stream import AbstractStream, LiveStream
 from saerelay.train import hold_out
-from saerelay.transfer import AffineMap, affine, fold, refit
+from saerelay.transfer import AffineMap, affine, fold, refit, revive
 
 SCHEMA_VERSION = 1
 LONG = "long"
@@ -211,7 +211,7 @@ def carry(dictionary: Dictionary, between: AffineMap, rows: Tensor, asked: Run) 
     """A dictionary folded through a map, and refitted if hops are to be, on rows (B, D) of the target."""
     folded = fold(dictionary.to(rows.device), between)
     if asked.plan.refit:
-        folded = refit(folded, rows.split(4096))
+        folded = refit(revive(folded, rows), rows.split(4096))
     return match_l0(folded, rows[:8192], asked.dictionary.l0) if asked.dictionary.l0 else folded
 
 

@@ -38,8 +38,9 @@ from saerelay.moments import Moments
 from saerelay.plan import Leg, Plan
 from saerelay.progress import Watcher
 from saerelay.site import Site
+from saerelay.spec import seed_from
 from saerelay.stream import AbstractStream, Block
-from saerelay.transfer import fold, map_between, rate_share, refit
+from saerelay.transfer import fold, map_between, rate_share, refit, revive
 
 FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
 """Rows at which a leg looks when it begins (units, initialisation), on which L0 is measured and set, and of the
@@ -178,7 +179,7 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) 
 
 
 def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float]:
-    """The parent as it is now, folded to the leg's site and refitted, at the L0 that is asked for (or that it had).
+    """The parent as it is now, folded to the leg's site, revived, refitted, at the L0 that is asked for (or it had).
 
     Also the share of the leg's learning rate that this hop calls for.
     """
@@ -194,7 +195,8 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
     folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
     lr_share = rate_share(moments) if leg.lr_by_map and moments else 1.0
     if leg.refit_tokens:
-        folded = refit(folded, block.rows(leg.site, leg.refit_tokens).split(4096))
+        seen = block.rows(leg.site, leg.refit_tokens)
+        folded = refit(revive(folded, seen, seed_from("revive", leg.seed, leg.id)), seen.split(4096))
     l0 = leg.dictionary.l0 or info.get("l0")
     copied = leg.method == "identity" and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
     return folded if copied or not l0 else match_l0(folded, rows, l0), lr_share

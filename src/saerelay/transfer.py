@@ -32,10 +32,12 @@ from saerelay.moments import Moments
 from saerelay.recipe import Method
 
 __all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes", "rate_share", "refit",
-           "rescale", "unexplained"]  # fmt: skip
+           "rescale", "revive", "unexplained"]  # fmt: skip
 
 DIRECT_LATENTS = 16_384
 """Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
+SAMPLE_ROWS = 8_192
+"""Tokens on which revived latents are set to fire as often as they should."""
 RIDGE = 1e-3
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
 
@@ -159,6 +161,51 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
         threshold=None if d.threshold is None else d.threshold.double(),
     )
     return unit_decoder(carried).to(d.W_enc.dtype)
+
+
+@torch.no_grad()
+def revive(dictionary: Dictionary, x: Tensor, seed: int = 0) -> Dictionary:
+    """Give latents that are silent on activations x (B, D) something of x to stand for; others stay as they are.
+
+    Silent is what fires on less than one token in 16,384. Each takes up the residual r of a token drawn with
+    probability ∝ ‖r‖², like Bricken et al. 2023, but its encoder is the matched filter for r in what x is otherwise,
+    C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon 1969), and its bias lets it fire about a third as often as the mean
+    latent. The decoder is best refitted after this.
+    """
+    d, few = dictionary, x[:SAMPLE_ROWS]
+    counts, residuals = torch.zeros_like(d.b_enc), []
+    for part in x.split(4096):
+        codes = encode_sparse(d, part)
+        counts += torch.bincount(codes.columns[codes.values > 0].long(), minlength=d.n_latents)
+        residuals.append(part - products(x.device).decode(codes, d.W_dec) - d.b_dec)
+    silent = (counts * 16_384 < len(x)).nonzero()[:, 0]
+    if not len(silent):
+        return d
+    residual = torch.cat(residuals)
+    chances = residual.square().sum(dim=1).double().cpu()
+    if not bool(chances.sum() > 0) or not bool(torch.isfinite(chances).all()):
+        return d
+    drawn = torch.multinomial(chances, len(silent), replacement=True, generator=torch.Generator().manual_seed(seed))
+    directions = torch.nn.functional.normalize(residual[drawn.to(x.device)], dim=1)
+    mean = x.mean(dim=0)
+    cov = (x - mean).T.double() @ (x - mean).double() / len(x)
+    filters = _regress(cov, directions.T.double(), RIDGE).T
+    filters = (filters / (filters * directions).sum(dim=1, keepdim=True)).to(x)
+    often = max(1, round(float(counts.sum()) / len(x) / d.n_latents / 3 * len(few)))
+    passed = torch.cat(
+        [((few - mean) @ part.T).topk(often, dim=0).values[-1] for part in filters.split(1024)]
+    )  # what each filter gives on the `often`-th of the tokens it answers to most
+    if d.architecture == "topk":
+        assert d.k is not None
+        bar = torch.cat([d.pre_activations(part).topk(d.k, dim=1).values[:, -1] for part in few.split(1024)]).mean()
+    else:
+        bar = torch.zeros(()).to(x) if d.threshold is None else d.threshold[silent]
+    return replace(
+        d,
+        W_enc=d.W_enc.index_copy(0, silent, filters),
+        b_enc=d.b_enc.index_copy(0, silent, bar - passed - filters @ mean),
+        W_dec=d.W_dec.index_copy(0, silent, directions),
+    )
 
 
 @torch.no_grad()
