@@ -54,14 +54,16 @@ def test_public_names_are_these_and_all_import() -> None:
         "SaeRelayError",
         "Site",
         "Suite",
-        "calibrate_threshold",
         "evaluate_run",
         "fold",
         "hop_run",
         "load",
         "load_dictionary",
         "map_between",
+        "match_l0",
         "plan_run",
+        "refit",
+        "revive",
         "train_run",
     ]
     for name in saerelay.__all__:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saerelay.checkpoint import load as load
     from saerelay.checkpoint import load_dictionary as load_dictionary
     from saerelay.dictionaries import Dictionary as Dictionary
-    from saerelay.dictionaries import calibrate_threshold as calibrate_threshold
+    from saerelay.dictionaries import match_l0 as match_l0
     from saerelay.errors import SaeRelayError as SaeRelayError
     from saerelay.evaluate import evaluate_run as evaluate_run
     from saerelay.launch import hop_run as hop_run
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from saerelay.transfer import AffineMap as AffineMap
     from saerelay.transfer import fold as fold
     from saerelay.transfer import map_between as map_between
+    from saerelay.transfer import refit as refit
+    from saerelay.transfer import revive as revive
 
 __version__ = "0.1.0"
 
@@ -42,14 +44,16 @@ _HOMES = {
     "SaeRelayError": "errors",
     "Site": "site",
     "Suite": "checkpoint",
-    "calibrate_threshold": "dictionaries",
     "evaluate_run": "evaluate",
     "fold": "transfer",
     "hop_run": "launch",
     "load": "checkpoint",
     "load_dictionary": "checkpoint",
     "map_between": "transfer",
+    "match_l0": "dictionaries",
     "plan_run": "launch",
+    "refit": "transfer",
+    "revive": "transfer",
     "train_run": "launch",
 }
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
