@@ -48,8 +48,11 @@ def save(figure: Any, path: Path) -> None:
 
 def tokens_axis(panel: Any, label: str) -> None:
     """Logarithmic, in counts that people say."""
+    from matplotlib.ticker import LogLocator
+
     panel.set(xscale="log", xlabel=label)
     panel.xaxis.set_major_formatter(lambda x, _: format_count(round(x)))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_minor_formatter("")
     panel.grid(alpha=0.3)
 
@@ -76,8 +79,8 @@ def draw_curves(r: Results, path: Path) -> None:
         panel.title.set_fontsize(9)
         panel.yaxis.set_major_formatter("{x:.2f}")
         panel.yaxis.set_minor_formatter("{x:.2f}")
-        panel.tick_params(which="both", labelsize=7)
         tokens_axis(panel, "samples" if layer >= columns else "")
+        panel.tick_params(which="both", labelsize=7)
     for panel in panels[:, 0]:
         panel.set_ylabel("FVU, held out")
     panels[0, 0].legend(fontsize=6.5)
