@@ -114,6 +114,8 @@ def draw_head_start(models: Sequence[Results], path: Path) -> None:
 
 def draw_distance(models: Sequence[Results], path: Path) -> None:
     """FVU over the own control, against the distance from the source."""
+    from matplotlib.ticker import LogLocator, MultipleLocator
+
     figure, panels = subplots(1, len(models))
     for r, panel in zip(models, panels.flat, strict=True):
         rows = distance_table(r)
@@ -124,8 +126,10 @@ def draw_distance(models: Sequence[Results], path: Path) -> None:
             panel.plot(at, ratios, f"{marker}{style}", ms=4, label=column)
         panel.axhline(1, color="grey", lw=1)
         panel.set(title=r.model, xlabel="layers below the source", yscale="log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter("{x:.1f}")
-        panel.yaxis.set_minor_formatter("{x:.1f}")
+        panel.yaxis.set_minor_formatter("")
+        panel.xaxis.set_major_locator(MultipleLocator(1))
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("FVU / own full-budget leg")
     panels[0, 0].legend(fontsize=7)

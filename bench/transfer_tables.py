@@ -474,7 +474,7 @@ def reuse_table(r: Results) -> list[Row]:
     unique = r.summaries["reuse-s0"]["cost"]["lm_tokens_unique"] if legs else 0
     return [
         {"unique tokens": unique, "read": label.replace("x", "× "), "samples": points[0].tokens}
-        | {("scratch" if p.kind == "scratch" else "hop, affine"): r.ratio(p) for p in points}
+        | {("scratch" if p.kind == "scratch" else "hop"): r.ratio(p) for p in points}
         for label, points in by_label(legs).items()
     ]
 
