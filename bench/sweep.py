@@ -24,7 +24,7 @@ from saerelay.plan import Leg
 from saerelay.recipe import DictionarySpec, Run, TrainSpec
 from saerelay.site import Site
 from saerelay.stream import LM_BATCH_TOKENS, LiveStream
-from saerelay.transfer import fold, map_between
+from saerelay.transfer import fold, map_between, refit
 
 
 def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -83,14 +83,15 @@ def main() -> None:
     parser.add_argument("--source-tokens", type=int, default=2_000_000)
     parser.add_argument("--source-lr", type=float, default=2e-3)
     parser.add_argument("--method", nargs="+", default=["affine"])
-    parser.add_argument("--refit-tokens", type=int, nargs="+", default=[100_352])
+    parser.add_argument("--refit", type=int, nargs="+", choices=[0, 1], default=[1])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--batch", type=int, nargs="+", default=[512])
     parser.add_argument("--decay", type=float, nargs="+", default=[0.3])
     parser.add_argument("--warmup", type=float, nargs="+", default=[0.02])
     parser.add_argument("--aux", type=float, nargs="+", default=[1 / 32])
-    parser.add_argument("--beta2", type=float, nargs="+", default=[0.999])
+    parser.add_argument("--beta2", type=float, nargs="+", default=[0.99])
+    parser.add_argument("--whitening", type=float, nargs="+", default=[0.25])
     parser.add_argument("--dead-after", type=int, default=0)
     parser.add_argument("--architecture", default="topk")
     parser.add_argument("--n-latents", type=int, default=3072)
@@ -110,28 +111,31 @@ def main() -> None:
         spec = DictionarySpec(architecture=args.architecture, n_latents=args.n_latents, k=args.k)
         n = args.source_tokens
         leg = Leg(id="source", layer=args.source, dictionary=spec, budget_tokens=n, batch_tokens=512, lr=args.source_lr,
-                  dead_after_tokens=n // 10, **common)  # fmt: skip
+                  dead_after_tokens=n // 50, **common)  # fmt: skip
         source = train(leg, TrainSpec(), rows[args.source][0])
         print(json.dumps({"source": args.source, **quality(source, *rows[args.source])}), flush=True)
         parent = source.canonical(rows[args.source][0][:8192].float())
         moments = Moments.empty(x.shape[1], x.shape[1])
         moments.add(rows[args.source][0][:200_000].float(), x[:200_000].float())
     grid = [
-        dict(method=m, refit=r, tokens=t, lr=lr, batch=b, decay=d, warmup=w, aux=a, beta2=b2, l1=l1, bandwidth=bw)
-        for m in (args.method if parent else [""]) for r in (args.refit_tokens if parent else [0]) for t in args.tokens
+        dict(method=m, refit=r, tokens=t, lr=lr, batch=b, decay=d, warmup=w, aux=a, beta2=b2, whitening=p, l1=l1,
+             bandwidth=bw)
+        for m in (args.method if parent else [""]) for r in (args.refit if parent else [0]) for t in args.tokens
         for lr in args.lr for b in args.batch for d in args.decay for w in args.warmup for a in args.aux
-        for b2 in args.beta2 for l1 in args.l1 for bw in args.bandwidth
+        for b2 in args.beta2 for p in args.whitening for l1 in args.l1 for bw in args.bandwidth
     ]  # fmt: skip
     for c in grid:
         spec = DictionarySpec(architecture=args.architecture, n_latents=args.n_latents, k=args.k, aux_weight=c["aux"],
                               l1=c["l1"], bandwidth=c["bandwidth"], target_l0=args.k)  # fmt: skip
         budget = max(c["batch"], c["tokens"] // c["batch"] * c["batch"])
         leg = Leg(id="x", layer=args.layer, dictionary=spec, budget_tokens=budget, batch_tokens=c["batch"], lr=c["lr"],
-                  refit_tokens=min(c["refit"], budget), dead_after_tokens=args.dead_after or budget // 10,
-                  **common)  # fmt: skip
+                  dead_after_tokens=args.dead_after or max(c["batch"], budget // 50), **common)  # fmt: skip
         began = time.perf_counter()
         inherited = fold(parent, map_between(c["method"], x.shape[1], moments)) if parent else None
-        schedule = TrainSpec(batch_tokens=c["batch"], decay=c["decay"], warmup=c["warmup"], betas=(0.9, c["beta2"]))
+        if inherited and c["refit"]:
+            inherited = refit(inherited, x[:65_536].float().split(4096))
+        schedule = TrainSpec(batch_tokens=c["batch"], decay=c["decay"], warmup=c["warmup"], betas=(0.9, c["beta2"]),
+                             whitening=c["whitening"])  # fmt: skip
         trainee = train(leg, schedule, x, inherited)
         seconds = time.perf_counter() - began
         print(json.dumps(c | quality(trainee, x, x_test) | {"seconds": round(seconds, 1)}), flush=True)

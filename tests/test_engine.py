@@ -244,3 +244,26 @@ def test_raw_units_when_not_normalised() -> None:
     trainee = trained(leg(dictionary=spec, lr=1e-3), x)
     assert float(trainee.scale) == 1 and not trainee.mean.any()
     assert fvu(trainee, x) < 1
+
+
+def test_whitening_changes_how_a_leg_learns_not_what_it_is() -> None:
+    x = data() * torch.linspace(0.1, 3, D)
+    parent = trained(leg(), x).canonical()
+    as_it_is, whitened = (Trainee(leg(), TrainSpec(whitening=w), x, parent) for w in (0.0, 0.25))
+    assert as_it_is.whitening is None and whitened.whitening is not None
+    for name, tensor in as_it_is.canonical().tensors().items():
+        assert torch.allclose(whitened.canonical().tensors()[name], tensor, rtol=1e-4, atol=1e-4), name
+    for batch in x.split(B)[:10]:
+        as_it_is.step(batch)
+        whitened.step(batch)
+    assert not torch.allclose(as_it_is.canonical().W_enc, whitened.canonical().W_enc, rtol=1e-3)
+    raw = DictionarySpec(architecture="relu", n_latents=F, normalise=False)
+    assert Trainee(leg(dictionary=raw), TrainSpec(), x).whitening is None
+
+
+def test_a_share_of_the_rate_is_kept_over_a_restart() -> None:
+    trainee = Trainee(leg(lr=1e-2), SPEC, data(), lr_share=0.5)
+    again = Trainee.restore(leg(lr=1e-2), SPEC, trainee.state())
+    assert (
+        again.learning_rate(20 * B) == trainee.learning_rate(20 * B) == 0.5 * learning_rate(leg(lr=1e-2), SPEC, 20 * B)
+    )

@@ -87,6 +87,21 @@ def test_a_batch_in_pieces_with_latents_in_groups_equals_autograd(architecture: 
         assert torch.allclose(gradient, parameters[name].grad, rtol=1e-10, atol=1e-14), name  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+def test_an_encoder_that_reads_whitened_activations_equals_autograd(architecture: str) -> None:
+    spec, d, x = example(architecture, 0)
+    whitening = torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dead = torch.arange(F) % 4 == 0
+    parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
+    reading = replace(d, **parameters | {"W_enc": parameters["W_enc"] @ whitening.T})
+    expected = training_loss(spec, reading, x, dead=dead if architecture.endswith("topk") else None)
+    expected.total.backward()
+    loss, gradients = stepped(spec, d, x, dead=dead if architecture.endswith("topk") else None, whitening=whitening)
+    assert torch.allclose(loss.total, expected.total.detach(), rtol=1e-12)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, parameters[name].grad, rtol=1e-9, atol=1e-13), name  # type: ignore[arg-type]
+
+
 def test_raw_activations_in_units_equal_normalised_ones() -> None:
     spec, d, x = example("topk", 0)
     mean, scale = torch.randn(D, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)

