@@ -146,7 +146,7 @@ def draw_suites(models: Sequence[Results], path: Path) -> None:
             "alternate, identity": ("tab:orange", [row for row in composed(r) if "identity" in row["suite"]]),
             "alternate, affine+refit": ("tab:green", [row for row in composed(r) if "refit" in row["suite"]]),
         }
-        for name, (colour, rows) in kinds.items():
+        for name, (colour, rows) in ((name, kind) for name, kind in kinds.items() if kind[1]):
             at = [row["samples"] for row in rows]
             panel.plot(at, [row["mean FVU ratio"] for row in rows], "o", color=colour, ms=4, label=name)
             panel.plot(at, [row["worst"] for row in rows], "o", color=colour, ms=4, mfc="white")
