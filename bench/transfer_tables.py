@@ -188,17 +188,19 @@ def budget_for(curve: Sequence[tuple[float, float]], fvu: float) -> float | None
 
 
 def scratch_equivalent(curve: Sequence[tuple[float, float]], fvu: float) -> tuple[float, bool]:
-    """The budget at which a falling curve has an FVU, and whether it lies beyond what was measured (same slope)."""
+    """The budget at which a falling curve has an FVU, and whether that lies outside of what was measured.
+
+    Outside, the curve goes on with its last slope, at most 16-fold.
+    """
     x, y = np.log(np.array(curve)).T
     y = np.minimum.accumulate(y)
     wanted = math.log(fvu)
     if y[-1] <= wanted <= y[0]:
         return math.exp(np.interp(-wanted, -y, x)), False
-    i, j = (0, 1) if wanted > y[0] else (-2, -1)
-    slope = (y[j] - y[i]) / (x[j] - x[i])
-    if slope == 0:
-        return math.inf, True
-    return math.exp(min(x[j] + (wanted - y[j]) / slope, 60)), True
+    i, j, sign = (1, 0, -1) if wanted > y[0] else (-2, -1, 1)
+    slope = abs((y[j] - y[i]) / (x[j] - x[i]))
+    steps = abs(wanted - y[j]) / slope if slope else math.inf
+    return math.exp(x[j] + sign * min(steps, math.log(16))), True
 
 
 def by_label(points: Iterable[Point]) -> dict[str, list[Point]]:

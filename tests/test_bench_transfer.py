@@ -31,6 +31,8 @@ def test_scratch_tokens_of_equal_quality_are_marked_where_extrapolated() -> None
         found, beyond = scratch_equivalent(CURVE, 100 * tokens**-0.5)
         assert found == pytest.approx(tokens)
         assert beyond == outside
+    assert scratch_equivalent([(100.0, 2.0), (200.0, 2.0)], 1.0) == (pytest.approx(3200), True), "a flat end"
+    assert scratch_equivalent(CURVE, 1e9) == (pytest.approx(100 / 16), True)
 
 
 def test_intervals_bracket_the_mean() -> None:
