@@ -456,7 +456,6 @@ def fork_table(r: Results) -> list[Row]:
         finished = [
             q for q in r.hops("affine+refit", seed=0) if (q.source, q.layer, q.label) == (p.source, p.layer, p.label)
         ]
-        equal = [q for q in r.scratch(p.layer) if q.label == p.label]
         rows.append(
             {
                 "from → to": f"{p.source} → {p.layer}",
@@ -464,10 +463,17 @@ def fork_table(r: Results) -> list[Row]:
                 "tokens": p.label,
                 "FVU ratio": r.ratio(p),
                 "from the finished root": r.ratio(finished[0]) if finished else None,
-                "scratch, equal tokens": r.ratio(equal[0]) if equal else None,
+                "scratch, equal tokens": scratch_ratio(r, p),
             }
         )
     return rows
+
+
+def scratch_ratio(r: Results, p: Point) -> float:
+    """What scratch has with as many training tokens (log-log between measured budgets), over the control's."""
+    curve = r.scratch(p.layer)
+    tokens, fvu = np.log([q.tokens for q in curve]), np.log([q.fvu for q in curve])
+    return math.exp(np.interp(math.log(p.tokens), tokens, fvu)) / curve[-1].fvu
 
 
 def reuse_table(r: Results) -> list[Row]:
