@@ -172,6 +172,12 @@ def mean_interval(values: Sequence[float]) -> Any:
     return float(x.mean()), float(ci.low), float(ci.high)
 
 
+def geometric_interval(ratios: Sequence[float]) -> Any:
+    """The same of ratios, which are as often halved as doubled."""
+    found = mean_interval(np.log(ratios).tolist())
+    return tuple(map(math.exp, found)) if isinstance(found, tuple) else math.exp(found)
+
+
 def budget_for(curve: Sequence[tuple[float, float]], fvu: float) -> float | None:
     """The smallest budget at which a measured curve of (budget, FVU) is at or under an FVU; None: not at any measured.
 
@@ -326,7 +332,7 @@ def direction_table(r: Results) -> list[Row]:
                     {
                         "hop": kind,
                         "tokens": label,
-                        "FVU backward / forward": mean_interval(ratios),
+                        "FVU backward / forward": geometric_interval(ratios),
                         "backward better": f"{sum(x < 1 for x in ratios)} of {len(ratios)}",
                     }
                 )
