@@ -57,6 +57,15 @@ def tokens_axis(panel: Any, label: str) -> None:
     panel.grid(alpha=0.3)
 
 
+def ratio_axis(panel: Any) -> None:
+    """Ratios upwards of 1, logarithmic."""
+    from matplotlib.ticker import LogLocator
+
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5, 7)))
+    panel.yaxis.set_major_formatter("{x:.1f}")
+    panel.yaxis.set_minor_formatter("")
+
+
 def draw_curves(r: Results, path: Path) -> None:
     """FVU against samples, a panel a layer: scratch, and hops from the better neighbour."""
     columns = math.ceil(len(r.layers) / 2)
@@ -114,7 +123,7 @@ def draw_head_start(models: Sequence[Results], path: Path) -> None:
 
 def draw_distance(models: Sequence[Results], path: Path) -> None:
     """FVU over the own control, against the distance from the source."""
-    from matplotlib.ticker import LogLocator, MultipleLocator
+    from matplotlib.ticker import MultipleLocator
 
     figure, panels = subplots(1, len(models))
     for r, panel in zip(models, panels.flat, strict=True):
@@ -126,9 +135,7 @@ def draw_distance(models: Sequence[Results], path: Path) -> None:
             panel.plot(at, ratios, f"{marker}{style}", ms=4, label=column)
         panel.axhline(1, color="grey", lw=1)
         panel.set(title=r.model, xlabel="layers below the source", yscale="log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5, 7)))
-        panel.yaxis.set_major_formatter("{x:.1f}")
-        panel.yaxis.set_minor_formatter("")
+        ratio_axis(panel)
         panel.xaxis.set_major_locator(MultipleLocator(1))
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("FVU / own full-budget leg")
@@ -151,7 +158,8 @@ def draw_suites(models: Sequence[Results], path: Path) -> None:
             panel.plot(at, [row["mean FVU ratio"] for row in rows], "o", color=colour, ms=4, label=name)
             panel.plot(at, [row["worst"] for row in rows], "o", color=colour, ms=4, mfc="white")
         panel.axhline(1, color="grey", lw=1)
-        panel.set(title=r.model, xlabel="samples / all layers from scratch")
+        panel.set(title=r.model, xlabel="samples / all layers from scratch", yscale="log")
+        ratio_axis(panel)
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("FVU ratio: mean ●, worst ○")
     panels[0, 0].legend(fontsize=7)
