@@ -106,7 +106,7 @@ class Job:
         p = self.run.plan
         if not p.legs:
             return plan_cost(plan_run(self.run)).sae_samples
-        return sum(leg.tokens or (p.refit_tokens if leg.refit else 0) for leg in p.legs)
+        return sum(leg.tokens + (p.refit_tokens if leg.refit else 0) for leg in p.legs)
 
 
 # --- the two models ---------------------------------------------------------------------------------------------
