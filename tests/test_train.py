@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saerelay.checkpoint import RunDirectory, load, load_dictionary, load_state, write_text
-from saerelay.engine import Progress
+from saerelay.engine import Progress, Trainee
 from saerelay.errors import Interrupted, LegFailed
 from saerelay.plan import ModelFacts, Plan, compile_plan
 from saerelay.recipe import Run
@@ -315,3 +315,45 @@ def test_goals_that_are_not_met_or_not_to_be_kept_change_nothing(tmp_path: Path,
     run(make_plan(facts, legs=bare), tmp_path / "bare", facts)
     assert_same(tmp_path / "far", tmp_path / "bare")
     assert_same(tmp_path / "off", tmp_path / "bare")
+
+
+REUSE = [
+    {"id": "a", "layer": 1, "tokens": 2048},
+    {"id": "b", "layer": 0, "parent": "a", "tokens": 3072, "reuse": 3},
+    {"id": "c", "layer": 2, "parent": "a", "tokens": 1024},
+]
+
+
+def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFacts, monkeypatch) -> None:
+    plan = make_plan(facts, legs=REUSE)
+    assert plan.leg("b").end - plan.leg("b").fold_at == 1024 and plan.leg("b").end == plan.leg("c").end
+    seen: dict[str, list[torch.Tensor]] = {}
+    step = Trainee.step
+
+    def watched(self: Trainee, x: torch.Tensor) -> None:
+        seen.setdefault(self.leg.id, []).append(x)
+        step(self, x)
+
+    monkeypatch.setattr(Trainee, "step", watched)
+    run(plan, tmp_path / "whole", facts)
+    rows = {leg: torch.cat(parts).unique(dim=0, return_counts=True) for leg, parts in seen.items()}
+    once = {tuple(row): n for row, n in zip(rows["c"][0][:, :3].tolist(), rows["c"][1].tolist(), strict=True)}
+    assert sum(once.values()) == 1024 and len(once) > 900  # some rows of the stream are alike
+    assert rows["b"][1].tolist() and all(n % 3 == 0 for n in rows["b"][1].tolist()) and int(rows["b"][1].sum()) == 3072
+    assert load_dictionary(tmp_path / "whole/legs/b")[1]["tokens"] == 3072
+    without = make_plan(facts, legs=[REUSE[0], REUSE[2]])
+    run(without, tmp_path / "without", facts)
+    assert all(
+        torch.equal(t, load_dictionary(tmp_path / "without/legs/c")[0].tensors()[name])
+        for name, t in load_dictionary(tmp_path / "whole/legs/c")[0].tensors().items()
+    )
+
+
+@pytest.mark.parametrize("killed_at", [2112, 2560, 2816, 3008])
+def test_a_repeated_block_resumes_to_the_same_bits(tmp_path: Path, facts: ModelFacts, killed_at: int) -> None:
+    plan = make_plan(facts, legs=REUSE)
+    run(plan, tmp_path / "whole", facts)
+    with pytest.raises(Interrupted):
+        run(plan, tmp_path / "killed", facts, Watch(ask_at=killed_at))
+    run(plan, tmp_path / "killed", facts)
+    assert_same(tmp_path / "whole", tmp_path / "killed")

@@ -461,9 +461,12 @@ class Cohort:
         """Those with budget left."""
         return [trainee for trainee in self.trainees.values() if not trainee.done]
 
-    def step(self, activations: Mapping[Site, Tensor]) -> None:
-        """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into its own batches."""
-        live = self.live
+    def step(self, activations: Mapping[Site, Tensor], again: int = 0) -> None:
+        """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into its own batches.
+
+        `again`: only those that train on a block more often than that.
+        """
+        live = [trainee for trainee in self.live if trainee.leg.reuse > again]
         gradient_steps = [t for t in live if activations[t.leg.site].device.type == "cpu"]
         side_by_side = gradient_steps[: len(gradient_steps) // torch.get_num_threads() * torch.get_num_threads()]
         for trainee in live:

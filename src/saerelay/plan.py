@@ -99,7 +99,9 @@ class Leg(Spec):
     refit_tokens: int = 0
     """Tokens that the decoder is refitted on: of the last block of the moments, or, without moments, of its first."""
     budget_tokens: int
-    """Tokens trained on."""
+    """Tokens trained on, repetitions counted."""
+    reuse: int = 1
+    """How often each of its blocks is trained on; its age counts repetitions, so it is that many times the cursor's."""
     batch_tokens: int
     lr: float
     """Largest learning rate; if `lr_by_map`, times `transfer.rate_share` of the map it hops by."""
@@ -128,7 +130,7 @@ class Leg(Spec):
     @property
     def end(self) -> int:
         """Cursor at which it retires; an untrained one lives for one batch."""
-        return self.fold_at + max(self.budget_tokens, self.batch_tokens)
+        return self.fold_at + max(math.ceil(self.budget_tokens / self.reuse), self.batch_tokens)
 
 
 class Plan(Spec):
@@ -451,6 +453,7 @@ def _leg(
         moment_tokens=_blocks(p.moment_tokens, block) if method not in (None, "identity") else 0,
         refit_tokens=min(p.refit_tokens, block) if refit else 0,
         budget_tokens=budget,
+        reuse=spec.reuse or (p.reuse if spec.parent else 1),
         batch_tokens=batch,
         lr=lr,
         lr_by_map=not given_lr and method not in (None, "identity"),
@@ -508,7 +511,7 @@ def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, f
     parent = next((other for other in legs if other.id == leg.parent), None)
     earliest = begin
     if parent:
-        forked = parent.fold_at + tokens_of(spec.fork_at, parent.budget_tokens)
+        forked = parent.fold_at + math.ceil(tokens_of(spec.fork_at, parent.budget_tokens) / parent.reuse)
         earliest = max(begin, parent.start, block * math.ceil(forked / block) - leg.moment_tokens)
     if spec.after:
         earliest = max(earliest, block * math.ceil(next(o for o in legs if o.id == spec.after).end / block))
@@ -526,7 +529,7 @@ def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, f
     else:
         raise AssertionError("after the last leg's end there is room for one")
     if parent:
-        age = min(parent.budget_tokens, max(0, placed.fold_at - parent.fold_at))
+        age = min(parent.budget_tokens, parent.reuse * max(0, placed.fold_at - parent.fold_at))
         placed = placed.model_copy(update={"fork_at_tokens": age})
     legs.append(placed)
 

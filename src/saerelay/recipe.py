@@ -154,6 +154,7 @@ class LegSpec(Spec):
     control_of: str = ""
     control_kind: Literal["equal_tokens", "full"] = "equal_tokens"
     batch_tokens: Count | None = Field(default=None, ge=1)
+    reuse: int | None = Field(default=None, ge=1)
     lr: Rate | None = None
     n_latents: Count | None = Field(default=None, ge=1)
     k: int | None = Field(default=None, ge=1)
@@ -191,6 +192,9 @@ class PlanSpec(Spec):
     transfer_tokens: Count = Field(default=250_000, ge=0, description="training tokens of a transfer; 0 is zero-shot")
     fork_at: ShareOrCount = Field(
         default=1.0, description="when children leave a parent: a share of its tokens, or a count"
+    )
+    reuse: int = Field(
+        default=1, ge=1, description="how often a transfer trains on each block: more samples from fewer tokens"
     )
     method: Method = Field(default="affine", description="identity, rescale, procrustes or affine")
     refit: bool = Field(

@@ -47,6 +47,10 @@ class Block:
         """The kept rows (at most batch_tokens, D) of one batch, as stored, the same positions at every site."""
         return self._kept(self.activations, index * self.batch_tokens, (index + 1) * self.batch_tokens)
 
+    def again(self, index: int, times: int) -> dict[Site, Tensor]:
+        """The batch that legs train on besides batch `index`: each is so once for every number of `times`."""
+        return self.batch((index + times * max(1, self.n_batches * 5 // 13)) % self.n_batches)
+
     def chunks(self, sites: Iterable[Site], n: int = 4096) -> Iterator[dict[Site, Tensor]]:
         """All kept rows of some sites, float32, in shuffled order, from n positions at a time."""
         for start in range(0, self.keep.shape[0], n):

@@ -128,10 +128,11 @@ def train_plan(
                 now.positions["read"] += block.keep.numel()
                 now.positions["left_out"] += int((~block.keep).sum())
             for index in range(offset // block.batch_tokens, block.n_batches):
-                now.cohort.step(block.batch(index))
                 now.cursor += block.batch_tokens
-                check_goals(now)
-                end_legs(now, block, paths, log)
+                for again in range(max((t.leg.reuse for t in now.cohort.live), default=1)):
+                    now.cohort.step(block.again(index, again), again)
+                    check_goals(now, again)
+                    end_legs(now, block, paths, log, again)
                 if now.cursor % plan.block_tokens == 0:
                     with timed(now.seconds, "fits"):
                         begin_legs(now, block, paths, hops=True)
@@ -218,17 +219,17 @@ def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor]
     return {site: block.rows(site, HELD_OUT_ROWS) for site in plan.sites}, block.keep.numel()
 
 
-def check_goals(now: Training) -> None:
+def check_goals(now: Training, again: int) -> None:
     """Measure the legs with a goal that are due, and let those begin their decay that will meet it."""
     for trainee in now.cohort.live if now.held_out and now.plan.run.plan.stop else []:
-        if check_due(trainee.leg, now.plan.run.train, trainee.age):
+        if trainee.leg.reuse > again and check_due(trainee.leg, now.plan.run.train, trainee.age):
             with timed(now.seconds, "goals"):
                 trainee.check(now.held_out[trainee.leg.site])
 
 
-def end_legs(now: Training, block: Block, paths: RunDirectory, log: Any) -> None:
+def end_legs(now: Training, block: Block, paths: RunDirectory, log: Any, again: int) -> None:
     """Publish snapshots that are due, and legs that are done."""
-    for trainee in list(now.cohort.trainees.values()):
+    for trainee in [t for t in now.cohort.trainees.values() if t.leg.reuse > again]:
         if trainee.age in trainee.leg.snapshots or trainee.done:
             publish_leg(now, trainee, block, paths)
         if trainee.failure:
