@@ -102,8 +102,10 @@ class Job:
 
     @property
     def samples(self) -> int:
-        """Activations trained on."""
+        """Activations trained on; what `auto` will choose is not known before its survey."""
         p = self.run.plan
+        if p.preset == "auto":
+            return 0
         if not p.legs:
             return plan_cost(plan_run(self.run)).sae_samples
         return sum(leg.tokens + (p.refit_tokens if leg.refit else 0) for leg in p.legs)
@@ -291,7 +293,7 @@ def suites(study: Study) -> list[Job]:
         "alternate-paper": {"preset": "alternate", "method": "identity", "refit": False, "transfer_tokens": half},
         "alternate": {"preset": "alternate", "transfer_tokens": usual},
         "hub": {"preset": "hub", "transfer_tokens": usual},
-        "chain": {"preset": "backward", "transfer_tokens": usual},
+        "chain": {"preset": "backward", "roots": [5 * study.n_layers // 8], "transfer_tokens": usual},
         "auto": {"preset": "auto"},
     }
     data = study.run.data.model_copy(update={"cache": ""})
@@ -334,9 +336,12 @@ def shared_corpus(study: Study, out: Path) -> Path:
 
 
 def settle(job: Job, corpus: Path, out: Path) -> None:
-    """Give a new run the shared tokens (or some of them) and its plan, from which `train_run` goes on."""
+    """Give a new run the shared tokens (or some of them) and its plan, from which `train_run` goes on.
+
+    `auto` finds its plan by itself, and reads the same documents anyway.
+    """
     paths = RunDirectory(out / job.name)
-    if paths.plan.is_file():
+    if paths.plan.is_file() or job.run.plan.preset == "auto":
         return
     plan = plan_run(job.run)
     shutil.rmtree(paths.root, ignore_errors=True)

@@ -48,6 +48,7 @@ def surveyed(c: Curves, **plan: Any) -> Survey:
         ],
         long_fvu=c.hub(LONG),
         long_decay_gain=0.85,
+        ends={t: c.scratch(t, LONG) for t in (LAYERS[0], LAYERS[-1])},
         long_hops={t: c.scratch(t, LONG) + gap for (p, t), gap in c.gap.items() if p == HUB},
         tuned_tokens=TUNED,
         tuned={t: c.child(HUB, t, LONG, TUNED) for t in (2, 5)},
@@ -200,7 +201,13 @@ def test_the_choice_is_a_plan_like_any_other(facts: ModelFacts) -> None:
 def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
     plan = survey_plan(recipe(survey_tokens=16_384), facts)
     tokens = {leg.id: leg.budget_tokens for leg in plan.legs}
-    assert tokens == {f"L{i}": 4096 for i in LAYERS} | {"long": 16_384, "L2-tuned": 2048, "L5-tuned": 2048}
+    assert tokens == {f"L{i}": 4096 for i in LAYERS} | {
+        "long": 16_384,
+        "long-L0": 16_384,
+        "long-L5": 16_384,
+        "L2-tuned": 2048,
+        "L5-tuned": 2048,
+    }
     assert all(leg.snapshots == [before_decay(leg, plan.run)] for leg in plan.legs)
     assert plan.run.plan.preset != "auto" and plan.leg("L2-tuned").parent == "long"
     assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}

@@ -19,6 +19,7 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 import networkx as nx
+import numpy as np
 
 from saerelay.cost import Cost, forward_flops, plan_cost, step_flops
 from saerelay.errors import PlanError
@@ -89,25 +90,32 @@ class Curves:
 def fit_curves(survey: Survey) -> Curves:
     """Fit the laws to what was measured.
 
-    The hub's curve goes through its two pilots. Another layer's power is the mean, weighted by the inverse of their
-    variances, of two estimates: from the long pilot's hop to it, less the gap (good near the hub), and half-way between
-    the hub's and what the two layers gain in the decay (rough, but good anywhere).
+    The hub's curve goes through its two pilots, and so do those of the first and the last layer. Another layer's power
+    is the mean, weighted by the inverse of their variances, of three estimates: from the long pilot's hop to it, less
+    the gap (good near the hub), half-way between the hub's and what the two layers gain in the decay (rough), and
+    between those of the layers that have a long pilot.
     """
     short, long, hub = survey.pilot_tokens, survey.long_tokens, survey.hub
     pilot = {layer.layer: layer.fvu for layer in survey.layers}
     decay = {layer.layer: math.log(layer.decay_gain - 1e-9) for layer in survey.layers}
     slope = max(0.0, pilot[hub] - survey.long_fvu) / (1 / math.sqrt(short) - 1 / math.sqrt(long))
     slope = min(slope, pilot[hub] * math.sqrt(short))
-    rise = min(-1e-9, math.log(survey.long_fvu / pilot[hub]))
-    power = {hub: 1.0}
+    rise = log_ratio(survey.long_fvu, pilot[hub])
+    power = {hub: 1.0} | {layer: log_ratio(fvu, pilot[layer]) / rise for layer, fvu in survey.ends.items()}
+    known = sorted(power)
     for hop in survey.hops:
-        if hop.source == hub:
+        if hop.source == hub and hop.target not in known:
             layer, gap = hop.target, hop.fvu - pilot[hop.target]
             carried = max(survey.long_hops[layer] - gap, 0.1 * pilot[layer])
-            estimates = (math.log(carried / pilot[layer]) / rise, (1 + decay[layer] / decay[hub]) / 2)
-            weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2)]
+            between = np.interp(layer, known, [math.log(power[end]) for end in known])
+            estimates = (
+                log_ratio(carried, pilot[layer]) / rise,
+                (1 + decay[layer] / decay[hub]) / 2,
+                math.exp(between),
+            )
+            weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2, 0.1)]
             mean = sum(w * value for w, value in zip(weights, estimates, strict=True)) / sum(weights)
-            power[layer] = min(max(mean, 0.5), 2.0)
+            power[layer] = min(max(mean, 0.5), 3.0)
     gaps = {(hop.source, hop.target): max(hop.fvu - pilot[hop.target], (1 - hop.r2) / 2) for hop in survey.hops}
     curves = Curves(pilot[hub] - slope / math.sqrt(short), slope, short, pilot, power, gaps, short / 2, long)
     halves = []
@@ -115,6 +123,11 @@ def fit_curves(survey: Survey) -> Curves:
         left = (fvu - curves.scratch(layer, long + survey.tuned_tokens)) / gaps[hub, layer]
         halves.append(survey.tuned_tokens / (1 / min(max(left, 0.1), 0.9) - 1))
     return replace(curves, half=geometric_mean(halves)) if halves else curves
+
+
+def log_ratio(fvu: float, of: float) -> float:
+    """How far an FVU has fallen from another; below zero even where noise says otherwise."""
+    return min(-1e-9, math.log(fvu / of))
 
 
 class Tree(NamedTuple):
@@ -294,10 +307,8 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
     """A tree as legs."""
     name = {layer: str(Site(layer, run.sites.module)) for layer in tree.parents}
     ids = {layer: name[layer] if p is None else f"{name[layer]}-from-L{p}" for layer, p in tree.parents.items()}
-    pilots = {
-        layer.layer: layer.decay_gain for layer in survey.layers
-    }  # longer legs gain more: as the long pilot shows
-    gains = {layer: min(1.0, gain * survey.long_decay_gain / pilots[survey.hub]) for layer, gain in pilots.items()}
+    pilots = {layer.layer: layer.decay_gain for layer in survey.layers}
+    longer = survey.long_decay_gain / pilots[survey.hub]  # longer legs gain more, as the long pilot shows,
     return [
         LegSpec(
             id=ids[layer],
@@ -306,10 +317,20 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
             tokens=run.train.batch_tokens * math.ceil(tree.tokens[layer] / run.train.batch_tokens),
             goal_fvu=round(tree.fvu[layer], 5),
             predicted_fvu=round(tree.fvu[layer], 5),
-            decay_gain=round(gains[layer] if parent is None else survey.tuned_decay_gain, 3),
+            decay_gain=round(
+                decayed(min(1.0, pilots[layer] * longer), tree.tokens[layer], survey)
+                if parent is None
+                else survey.tuned_decay_gain,
+                3,
+            ),
         )
         for layer, parent in sorted(tree.parents.items())
     ]
+
+
+def decayed(gain: float, tokens: float, survey: Survey) -> float:
+    """What a decay is worth after some tokens: less at the lower rate of a longer leg, about as the rate's root."""
+    return gain ** max(1.0, tokens / survey.long_tokens) ** -0.25
 
 
 def with_legs(run: Run, survey: Survey, legs: list[LegSpec]) -> Run:

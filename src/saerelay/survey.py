@@ -1,8 +1,9 @@
 """The survey behind `preset = "auto"`: a short pass over the training split that measures what a plan is chosen by.
 
-It is a small run of its own (`survey/` in the run directory): pilots from scratch at every layer, one long pilot at a
-middle layer, the hub, and short fine-tunes after hops from it. Every point of a curve is a run with its own decay.
-What they are worth is measured on rows of the validation split, as is the worth of every hop without training.
+It is a small run of its own (`survey/` in the run directory): pilots from scratch at every layer, long pilots at a
+middle layer, the hub, and at the first and the last, and short fine-tunes after hops from the hub. Every point of a
+curve is a run with its own decay. What they are worth is measured on rows of the validation split, as is the worth of
+every hop without training.
 """
 
 import math
@@ -24,7 +25,7 @@ from saerelay.site import Site
 from saerelay.spec import Spec
 from saerelay.stream import AbstractStream, LiveStream
 from saerelay.train import hold_out
-from saerelay.transfer import AffineMap, affine, fold, refit, revive
+from saerelay.transfer import AffineMap, affine, fold
 
 SCHEMA_VERSION = 1
 LONG = "long"
@@ -89,6 +90,8 @@ class Survey(Spec):
     long_fvu: float
     """Of the hub's long pilot, with `long_tokens`."""
     long_decay_gain: float
+    ends: dict[int, float]
+    """FVU of as long pilots at the first and the last layer, where curves are least like the hub's."""
     long_hops: dict[int, float]
     """Of the long pilot carried to each other layer."""
     tuned_tokens: int
@@ -110,6 +113,8 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     pilot, tuned = batch * (long // 4 // batch), batch * (long // 8 // batch)
     legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=pilot) for layer in layers]
     legs.append(LegSpec(id=LONG, layer=hub, tokens=long))
+    for layer in sorted({layers[0], layers[-1]} - {hub}):
+        legs.append(LegSpec(id=f"{LONG}-L{layer}", layer=layer, tokens=long))
     at = layers.index(hub)
     for layer in [layers[i] for i in (at - 1, at + 2) if 0 <= i < len(layers)]:
         legs.append(LegSpec(id=f"L{layer}-tuned", layer=layer, parent=LONG, tokens=tuned))
@@ -141,7 +146,7 @@ def before_decay(leg: Leg, run: Run) -> int:
 def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream) -> Survey:
     """Measure what the run of a survey's plan has trained, and the layers themselves."""
     began, suite = time.perf_counter(), load(paths.root)
-    pilots = {leg.site: leg for leg in plan.legs if not leg.parent and leg.id != LONG}
+    pilots = {leg.site: leg for leg in plan.legs if not leg.parent and not leg.id.startswith(LONG)}
     long = plan.leg(LONG)
     rows, n_read = gather(plan, stream, max(MAP_ROWS, 4 * max(plan.facts.width(site) for site in pilots)))
     held_out, n_held_out = hold_out(plan, validation)
@@ -180,6 +185,7 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
         hops=sorted(hops, key=lambda hop: (hop.source, hop.target)),
         long_fvu=final[LONG],
         long_decay_gain=gain[LONG],
+        ends={leg.layer: final[leg.id] for leg in plan.legs if leg.id.startswith(f"{LONG}-")},
         long_hops=long_hops,
         tuned_tokens=max((leg.budget_tokens for leg in tuned), default=0),
         tuned={leg.layer: final[leg.id] for leg in tuned},
@@ -208,10 +214,11 @@ def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
 
 
 def carry(dictionary: Dictionary, between: AffineMap, rows: Tensor, asked: Run) -> Dictionary:
-    """A dictionary folded through a map, and refitted if hops are to be, on rows (B, D) of the target."""
+    """A dictionary folded through a map, at its L0 on rows (B, D) of the target.
+
+    Without the refit: after it, a pilot's FVU would say more of the target's tokens than of the source's.
+    """
     folded = fold(dictionary.to(rows.device), between)
-    if asked.plan.refit:
-        folded = refit(revive(folded, rows), rows.split(4096))
     return match_l0(folded, rows[:8192], asked.dictionary.l0) if asked.dictionary.l0 else folded
 
 
