@@ -307,8 +307,6 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
     """A tree as legs."""
     name = {layer: str(Site(layer, run.sites.module)) for layer in tree.parents}
     ids = {layer: name[layer] if p is None else f"{name[layer]}-from-L{p}" for layer, p in tree.parents.items()}
-    pilots = {layer.layer: layer.decay_gain for layer in survey.layers}
-    longer = survey.long_decay_gain / pilots[survey.hub]  # longer legs gain more, as the long pilot shows,
     return [
         LegSpec(
             id=ids[layer],
@@ -318,18 +316,21 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
             goal_fvu=round(tree.fvu[layer], 5),
             predicted_fvu=round(tree.fvu[layer], 5),
             decay_gain=round(
-                decayed(min(1.0, pilots[layer] * longer), tree.tokens[layer], survey)
-                if parent is None
-                else survey.tuned_decay_gain,
-                3,
+                decay_gain(layer, tree.tokens[layer], survey) if parent is None else survey.tuned_decay_gain, 3
             ),
         )
         for layer, parent in sorted(tree.parents.items())
     ]
 
 
-def decayed(gain: float, tokens: float, survey: Survey) -> float:
-    """What a decay is worth after some tokens: less at the lower rate of a longer leg, about as the rate's root."""
+def decay_gain(layer: int, tokens: float, survey: Survey) -> float:
+    """What the decay of a leg from scratch is worth: FVU after over before.
+
+    Its pilot's, times what the long pilot's has over the short one's; and less at the lower rate of a longer leg, about
+    as the root of the rate, which falls with the root of the tokens.
+    """
+    pilots = {pilot.layer: pilot.decay_gain for pilot in survey.layers}
+    gain = min(1.0, pilots[layer] * survey.long_decay_gain / pilots[survey.hub])
     return gain ** max(1.0, tokens / survey.long_tokens) ** -0.25
 
 
