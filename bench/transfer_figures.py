@@ -162,7 +162,8 @@ def draw_suites(models: Sequence[Results], path: Path) -> None:
         ratio_axis(panel)
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("FVU ratio: mean ●, worst ○")
-    panels[0, 0].legend(fontsize=7)
+    for panel in panels.flat:
+        panel.legend(fontsize=7)
     save(figure, path)
 
 
