@@ -184,13 +184,15 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
 
     Also the share of the leg's learning rate that this hop calls for.
     """
+    l0 = leg.dictionary.l0
     if leg.parent in now.cohort:
         source = now.cohort[leg.parent].canonical()
-        info = {"l0": mean_l0(source, block.rows(now.plan.parent_site(leg), L0_ROWS))}
+        l0 = l0 or mean_l0(source, block.rows(now.plan.parent_site(leg), L0_ROWS))
         source = source.to("cpu")
     else:
         directory = paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(now.plan.externals[leg.parent].path)
         source, info = load_dictionary(directory)
+        l0 = l0 or info.get("l0")
     assert leg.method is not None
     moments, rows = now.moments.pop(leg.id, None), block.rows(leg.site, L0_ROWS)
     folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
@@ -198,7 +200,6 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
     if leg.refit_tokens:
         seen = block.rows(leg.site, leg.refit_tokens)
         folded = refit(revive(folded, seen, seed_from("revive", leg.seed, leg.id)), seen.split(4096))
-    l0 = leg.dictionary.l0 or info.get("l0")
     copied = leg.method == "identity" and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
     return folded if copied or not l0 else match_l0(folded, rows, l0), lr_share
 
