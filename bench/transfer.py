@@ -46,7 +46,7 @@ from saerelay.errors import Interrupted, LegFailed
 from saerelay.evaluate import evaluate_run, measure, wants_ce
 from saerelay.launch import open_stream, plan_run, train_run
 from saerelay.model import load_tokenizer, read_facts
-from saerelay.plan import Plan
+from saerelay.plan import Plan, hub_of
 from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, LegSpec, Method, ModelSpec, PlanSpec, Preset, Run
 from saerelay.showcase import DEMO
 from saerelay.spec import format_count
@@ -187,7 +187,7 @@ def scratch(study: Study, seed: int) -> Job:
     """All layers from scratch; forks from the hub's root while it trains."""
     budgets = study.scratch if seed == 0 else (study.full,)
     legs = [root(study, layer, budget) for budget in reversed(budgets) for layer in range(study.n_layers)]
-    middle = 5 * study.n_layers // 8
+    middle = hub_of(range(study.n_layers))
     for share in (0.25, 0.5) if seed == 0 else ():
         for layer in (middle - 1, middle + 1):
             leg_id = f"L{middle}-L{layer}-fork{share}-{format_count(study.usual)}"
@@ -275,7 +275,7 @@ def far(study: Study, out: Path) -> Job:
 
 def reuse(study: Study, out: Path) -> Job:
     """Two blocks of unique tokens, read once or several times: by a hop (its map is fitted on them too), by scratch."""
-    target = 5 * study.n_layers // 8 - 1
+    target = hub_of(range(study.n_layers)) - 1
     unique, legs = 2 * study.block, []
     parent = parent_of(study, out, target + 1, 0)
     for times in (1, 2, 4, 8):
@@ -293,7 +293,7 @@ def suites(study: Study) -> list[Job]:
         "alternate-paper": {"preset": "alternate", "method": "identity", "refit": False, "transfer_tokens": half},
         "alternate": {"preset": "alternate", "transfer_tokens": usual},
         "hub": {"preset": "hub", "transfer_tokens": usual},
-        "chain": {"preset": "backward", "roots": [5 * study.n_layers // 8], "transfer_tokens": usual},
+        "chain": {"preset": "backward", "roots": [hub_of(range(study.n_layers))], "transfer_tokens": usual},
         "auto": {"preset": "auto"},
     }
     data = study.run.data.model_copy(update={"cache": ""})

@@ -288,8 +288,8 @@ def charges(run: Run, facts: ModelFacts, survey: Survey, unit: str, share: float
     """What the edges of a tree cost, in a budget's unit; a leg pays `share` of the forward passes that it reads."""
     width = facts.width(Site(0, run.sites.module))
     layers, context = [layer.layer for layer in survey.layers], run.data.context
-    n_latents = run.dictionary.n_latents or round(run.dictionary.expansion * width)
-    step = step_flops(run.dictionary.model_copy(update={"n_latents": n_latents}), facts, width)[0]
+    dictionary = run.dictionary.model_copy(update={"n_latents": run.dictionary.latents(width)})
+    step = step_flops(dictionary, facts, width)[0]
     per_sample, per_lm_flop = {
         "tokens": (1.0, 0.0),
         "FLOPs": (step, 1.0),

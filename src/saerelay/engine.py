@@ -23,7 +23,7 @@ from saerelay.dictionaries import (
     to_training_units,
     training_loss,
 )
-from saerelay.kernels import Step, encode_sparse, latent_pieces, products, sparse_step
+from saerelay.kernels import Step, latent_pieces, reconstruct, sparse_step
 from saerelay.plan import Leg, takes_sparse_step
 from saerelay.recipe import TrainSpec
 from saerelay.site import Site
@@ -59,11 +59,8 @@ def check_due(leg: Leg, spec: TrainSpec, age: int) -> bool:
 @torch.no_grad()
 def fvu(dictionary: Dictionary, x: Tensor) -> float:
     """Share of the variance of activations x (B, D) that a canonical dictionary leaves unexplained."""
-    error = 0.0
-    for part in x.split(4096):
-        codes = encode_sparse(dictionary, part)
-        x_hat = products(part.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
-        error += float((part - x_hat).square().sum(dtype=torch.float64))
+    parts = x.split(4096)
+    error = sum(float((part - reconstruct(dictionary, part)[1]).square().sum(dtype=torch.float64)) for part in parts)
     return error / float((x - x.mean(dim=0)).square().sum(dtype=torch.float64))
 
 

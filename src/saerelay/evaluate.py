@@ -21,7 +21,7 @@ from saerelay.corpus import Corpus
 from saerelay.cost import plan_cost
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import ModelError, RunDirectoryError
-from saerelay.kernels import encode_sparse, products
+from saerelay.kernels import reconstruct
 from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
@@ -50,8 +50,7 @@ class Quality:
 
     def add_reconstruction(self, dictionary: Dictionary, x: Tensor) -> Tensor:
         """Take in kept activations x (B, D), float32; their reconstructions."""
-        codes = encode_sparse(dictionary, x)
-        x_hat = products(x.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+        codes, x_hat = reconstruct(dictionary, x)
         active = codes.values != 0
         norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
         self.add(

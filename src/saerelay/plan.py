@@ -257,6 +257,11 @@ def compile_plan(
     return plan
 
 
+def hub_of(layers: Sequence[int]) -> int:
+    """The layer that others are best transferred from, if nothing more is known: a little above the middle."""
+    return layers[5 * len(layers) // 8]
+
+
 def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     """What a recipe adds to a finished leg: a leg with the tokens it lacks, or nothing; other changes are refused."""
     scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "moment_tokens", "budget_tokens"}
@@ -315,7 +320,7 @@ def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
         case "scratch":
             return {}
         case "hub":
-            root = p.roots or [layers[5 * len(layers) // 8]]
+            root = p.roots or [hub_of(layers)]
             nearest = {layer: min(root, key=lambda r: (abs(r - layer), -r)) for layer in layers if layer not in root}
             return {layer: [source] for layer, source in nearest.items()}
         case "forward" | "backward":
@@ -417,7 +422,7 @@ def _leg(
     if external := externals.get(spec.parent):
         own = external.model_dump(include={"architecture", "n_latents", "k"}, exclude_none=True)
         dictionary = dictionary.model_copy(update=own)
-    n_latents = spec.n_latents or dictionary.n_latents or round(dictionary.expansion * facts.width(site))
+    n_latents = spec.n_latents or dictionary.latents(facts.width(site))
     if spec.parent and n_latents != dictionary.n_latents:
         raise PlanError(
             f"leg {spec.id} asks for {n_latents} latents, its parent {spec.parent} has {dictionary.n_latents}"

@@ -131,6 +131,10 @@ class DictionarySpec(Spec):
         default=True, description="train on centred, rescaled activations; false reproduces the paper"
     )
 
+    def latents(self, width: int) -> int:
+        """Number of latents on activations of a width."""
+        return self.n_latents or round(self.expansion * width)
+
     @property
     def l0(self) -> float | None:
         """Active latents per token that are asked for; ReLU's follow from its penalty."""
@@ -238,7 +242,7 @@ class TrainSpec(Spec):
         default="auto", description='of the encoder product; "auto": bfloat16 where the model runs in it'
     )
     lr: Rate = Field(default=0.0, description='from scratch; "auto" follows the sweep in docs/log.md')
-    transfer_lr: Rate = Field(default=0.0, description='after a transfer; "auto" likewise')
+    transfer_lr: Rate = Field(default=0.0, description='after a transfer; "auto" by what its map leaves unexplained')
     betas: tuple[float, float] = Field(default=(0.9, 0.99), description="Adam's")
     whitening: float = Field(
         default=0.25,

@@ -19,7 +19,7 @@ from saerelay.cost import forward_flops, plan_cost
 from saerelay.dictionaries import Dictionary, match_l0
 from saerelay.engine import fvu
 from saerelay.moments import Moments
-from saerelay.plan import Leg, ModelFacts, Plan, choose_block, compile_plan
+from saerelay.plan import Leg, ModelFacts, Plan, choose_block, compile_plan, hub_of
 from saerelay.recipe import LegSpec, Run
 from saerelay.site import Site
 from saerelay.spec import Spec
@@ -108,7 +108,7 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     plain = p.model_copy(update={"preset": "hub", "budget": "", "fvu_ratio": 0.0, "stop": True, "controls": []})
     usual = compile_plan(run.model_copy(update={"plan": plain}), facts)  # refuses what no plan can have
     layers = sorted({leg.layer for leg in usual.legs})
-    hub = p.roots[0] if p.roots else layers[5 * len(layers) // 8]
+    hub = p.roots[0] if p.roots else hub_of(layers)
     long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
     pilot, tuned = batch * (long // 4 // batch), batch * (long // 8 // batch)
     legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=pilot) for layer in layers]
@@ -132,8 +132,7 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
 
 def pilot_tokens(run: Run, facts: ModelFacts) -> int:
     """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
-    d, root = run.dictionary, run.plan.root_tokens
-    n_latents = d.n_latents or round(d.expansion * facts.width(Site(0, run.sites.module)))
+    root, n_latents = run.plan.root_tokens, run.dictionary.latents(facts.width(Site(0, run.sites.module)))
     return max(root // 10, min(root // 4, TOKENS_PER_LATENT * n_latents))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from saerelay.dictionaries import Dictionary, unit_decoder
 from saerelay.errors import TransferError
-from saerelay.kernels import encode_sparse, join_codes, products
+from saerelay.kernels import join_codes, products, reconstruct
 from saerelay.moments import Moments
 from saerelay.recipe import Method
 
@@ -175,9 +175,9 @@ def revive(dictionary: Dictionary, x: Tensor, seed: int = 0) -> Dictionary:
     d, few = dictionary, x[:SAMPLE_ROWS]
     counts, residuals = torch.zeros_like(d.b_enc), []
     for part in x.split(4096):
-        codes = encode_sparse(d, part)
+        codes, x_hat = reconstruct(d, part)
         counts += torch.bincount(codes.columns[codes.values > 0].long(), minlength=d.n_latents)
-        residuals.append(part - products(x.device).decode(codes, d.W_dec) - d.b_dec)
+        residuals.append(part - x_hat)
     silent = (counts * 16_384 < len(x)).nonzero()[:, 0]
     if not len(silent):
         return d
@@ -238,8 +238,8 @@ def refit(
     ops = products(d.W_dec.device)
     target, residual_sum = torch.zeros_like(d.W_dec), torch.zeros_like(d.b_dec)
     for batch in x:
-        codes = encode_sparse(d, batch)
-        residual = batch - ops.decode(codes, d.W_dec) - d.b_dec
+        codes, x_hat = reconstruct(d, batch)
+        residual = batch - x_hat
         target += ops.decode(codes.transposed()[0], residual)
         residual_sum += residual.sum(dim=0)
         kept.append(codes)

@@ -1,7 +1,7 @@
 """Sparse encoding, decoding and training: what makes a step cost little more than its encoder product."""
 
 from saerelay.kernels.codes import Codes, dense_codes, join_codes, split_codes
-from saerelay.kernels.step import Step, encode_sparse, latent_pieces, products, sparse_step
+from saerelay.kernels.step import Step, encode_sparse, latent_pieces, products, reconstruct, sparse_step
 
 __all__ = [
     "Codes",
@@ -11,6 +11,7 @@ __all__ = [
     "join_codes",
     "latent_pieces",
     "products",
+    "reconstruct",
     "sparse_step",
     "split_codes",
 ]

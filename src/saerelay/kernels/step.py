@@ -50,6 +50,12 @@ def encode_sparse(dictionary: Dictionary, x: Tensor) -> Codes:
     return nonzero_codes(dictionary.encode(x))
 
 
+def reconstruct(dictionary: Dictionary, x: Tensor) -> tuple[Codes, Tensor]:
+    """Sparse codes and reconstruction (B, D) of activations x (B, D): `dictionary(x)` without a dense code."""
+    codes = encode_sparse(dictionary, x)
+    return codes, products(x.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+
+
 def pieces(n: int, n_pieces: int, device: torch.device) -> list[slice]:
     """Cut n rows into about equal slices, by shapes alone; one slice on an accelerator."""
     size = -(-n // n_pieces) if device.type == "cpu" else n
