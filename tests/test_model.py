@@ -515,3 +515,17 @@ def test_loading_is_silent_and_leaves_settings_alone(tmp_path: Path, capfd: pyte
         if before[1]:
             disable_progress_bars()
     assert capfd.readouterr() == ("", "") and not [r for r in records if "Loading" in r.msg or "LOAD" in r.msg]
+
+
+def test_unembedding_is_the_gradient_of_a_logit_up_to_the_norms_size(tiny_model: Path) -> None:
+    spec = ModelSpec(name=str(tiny_model), dtype="float32", device="cpu")
+    model = LanguageModel.load(spec)
+    norm = model._model.base_model.final_layer_norm
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(1))
+    head = model._model.get_output_embeddings()
+    x, direction = torch.randn(2, 32, generator=torch.Generator().manual_seed(2))
+    centred = x - x.mean()
+    direction -= (direction @ centred) / (centred @ centred) * centred  # so that the size of x stays
+    _, change = torch.func.jvp(lambda x: head(norm(x)), (x,), (direction,))
+    assert_close(change * x.std(correction=0), model.unembedding() @ direction, atol=1e-4, rtol=1e-4)

@@ -78,6 +78,30 @@ class RunDirectory:
         """The quality of a leg."""
         return self.root / "eval" / f"{leg_id}.json"
 
+    @property
+    def matrix(self) -> Path:
+        """Every dictionary on every layer."""
+        return self.root / "matrix.json"
+
+    @property
+    def measures(self) -> Path:
+        """What dictionaries have in common: the measures of Ghilardi et al. 2024."""
+        return self.root / "measures.json"
+
+    @property
+    def lineage(self) -> Path:
+        """What became of each latent across layers."""
+        return self.root / "lineage.json"
+
+    def features(self, leg_id: str) -> Path:
+        """What each latent of a leg means."""
+        return self.root / "features" / f"{leg_id}.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all of it."""
+        return self.root / "report"
+
 
 # --- atomic writes ----------------------------------------------------------------------------------------------
 

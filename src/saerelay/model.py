@@ -7,6 +7,7 @@ In shapes: B sequences, C positions, D width of the activations at a site, V voc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -35,6 +36,8 @@ _POST_NORMS = (  # pairs of norms between a block and the residual stream; one w
     ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3, OLMo 2
     ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM 4
 )
+_FINAL_NORMS = ("final_layer_norm", "norm", "ln_f", "final_layernorm", "decoder.final_layer_norm", "final_norm")
+"""Before the unembedding: GPT-NeoX, Llama and most others, GPT-2, Phi, OPT, ModernBERT."""
 _RESCALING = ("Afmoe", "Beam", "Doge", "GPTNeoXJapanese", "HyperCLOVAX", "Inkling", "MiniMaxDecoder")
 """Beginnings of the class names of layers that scale, norm or shift what a block returns before they add it."""
 _NO_TOKENIZER = (
@@ -226,6 +229,25 @@ class LanguageModel:
                 "use a causal LM (`architectures` in its config.json says ...ForCausalLM), or leave CE metrics out."
             )
         return self._model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+
+    @torch.no_grad()
+    def unembedding(self) -> Tensor:
+        """What a direction of the last residual stream adds to each logit: float32 (V,D), with the final norm's gain.
+
+        Of a final LayerNorm the mean is taken out too; the norm's division by the size of the stream is left out, so
+        values compare within a row, not across models. Raises ModelError without an LM head.
+        """
+        if not self.facts.has_lm_head:
+            raise ModelError(f'"{self.facts.name}" ({self.facts.family}) has no language-model head, hence no logits')
+        W_U = self._model.get_output_embeddings().weight.float()
+        norm = _first(self._model.base_model, _FINAL_NORMS)
+        if norm is None:
+            return W_U
+        norm = deepcopy(norm).float()
+        signs = torch.ones(W_U.shape[1]).to(W_U)  # of mean 0 and size 1, so that a norm only multiplies by its gain,
+        signs[1::2] = -1  # which some keep as its distance from 1
+        W_U = W_U * ((norm(signs[None]) - norm(-signs[None])) / (2 * signs))
+        return W_U - W_U.mean(dim=1, keepdim=True) if isinstance(norm, nn.LayerNorm) else W_U
 
     @contextmanager
     def splice(self, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -48,6 +48,13 @@ class Moments:
             self.total += x.sum(dim=0).cpu().double()
             self.products += (x.T @ x).cpu().double()
 
+    def between(self, source: slice, target: slice) -> "Moments":
+        """The moments of two stretches of what was taken in, as those of a pair."""
+        places = torch.cat([torch.arange(len(self.shift))[stretch] for stretch in (source, target)])
+        n_source = len(range(len(self.shift))[source])
+        products = self.products[places][:, places]
+        return Moments(n_source, self.n_tokens, self.shift[places], self.total[places], products)
+
     @property
     def mean(self) -> Tensor:
         """float64 (S + T)."""

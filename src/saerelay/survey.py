@@ -154,7 +154,7 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
         moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
         moments.add(rows[a], rows[b])
         there = affine(moments)
-        for source, target, between in ((a, b, there), (b, a, AffineMap(there.B, there.b, there.A, there.c))):
+        for source, target, between in ((a, b, there), (b, a, there.reversed())):
             hop = {
                 "source": source.layer,
                 "target": target.layer,

@@ -55,6 +55,10 @@ class AffineMap:
     b: Tensor
     """(S)."""
 
+    def reversed(self) -> "AffineMap":
+        """The same, from the target to the source."""
+        return AffineMap(self.B, self.b, self.A, self.c)
+
 
 def identity(width: int) -> AffineMap:
     """The plain copy of Ghilardi et al. 2024: A = B = I, c = b = 0."""

@@ -1,0 +1,60 @@
+"""Maps between the sites of a run: the same as each pair alone gives, however many passes they take."""
+
+import pytest
+import torch
+
+from saerelay import maps
+from saerelay.maps import fit_maps, gather_moments, passes
+from saerelay.model import LanguageModel, read_facts
+from saerelay.moments import Moments
+from saerelay.plan import Plan, compile_plan
+from saerelay.recipe import Run
+from saerelay.site import Site
+from saerelay.stream import LiveStream
+from saerelay.transfer import affine
+
+torch.set_num_threads(1)
+A, B, C = Site(0), Site(1), Site(2)
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_model) -> tuple[Plan, LiveStream]:  # noqa: ANN001
+    data = {"context": 16, "block_tokens": 512}
+    model = {"name": str(tiny_model), "dtype": "float32", "device": "cpu"}
+    run = Run.parse({"model": model, "data": data, "train": {"batch_tokens": 64}}, source="test")
+    plan = compile_plan(run, read_facts(run.model))
+    sequences = torch.randint(1, 101, (128, 16), generator=torch.Generator().manual_seed(0)).numpy()
+    return plan, LiveStream(LanguageModel.load(run.model), sequences, plan)
+
+
+def test_moments_are_those_of_each_pair_alone(setting) -> None:
+    plan, stream = setting
+    found = gather_moments(plan, stream, [(A, C), (B, C)], 1000)
+    for a, b in ((A, C), (B, C)):
+        alone = Moments.empty(32, 32)
+        for number in range(2):
+            block = stream.block(number, sorted({a, b, B}))  # B is the probe site, too
+            alone.add(block.rows(a), block.rows(b))
+        assert found[a, b].n_tokens == alone.n_tokens == 2 * 512 * 15 // 16
+        torch.testing.assert_close(found[a, b].mean, alone.mean)
+        torch.testing.assert_close(found[a, b].covariance, alone.covariance, rtol=1e-4, atol=1e-6)
+
+
+def test_maps_are_the_affine_ones_in_both_directions(setting) -> None:
+    plan, stream = setting
+    fitted = fit_maps(plan, stream, [(B, A), (A, B), (C, C)], tokens=1024)
+    expected = affine(gather_moments(plan, stream, [(A, B)], 1024)[A, B])
+    torch.testing.assert_close(fitted[A, B].A, expected.A)
+    torch.testing.assert_close(fitted[B, A].A, expected.B)
+    torch.testing.assert_close(fitted[B, A].b, expected.c)
+    assert torch.equal(fitted[C, C].A, torch.eye(32, dtype=torch.float64)) and list(fitted) == [(B, A), (A, B), (C, C)]
+
+
+def test_many_passes_give_what_one_gives(setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, stream = setting
+    pairs = [(A, B), (B, C), (A, C)]
+    once = gather_moments(plan, stream, pairs, 512)
+    monkeypatch.setattr(maps, "MOMENT_BYTES", 8 * 64**2)
+    assert passes(plan, pairs) == [[pair] for pair in pairs]
+    for pair, moments in gather_moments(plan, stream, pairs, 512).items():
+        torch.testing.assert_close(moments.covariance, once[pair].covariance, rtol=1e-4, atol=1e-6)
