@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from saerelay.engine import Progress
-from saerelay.figures import quality_figure
+from saerelay.figures import quality_figure, save
 from saerelay.plan import ModelFacts, Plan, compile_plan
 from saerelay.progress import LiveTable, PlainLog
 from saerelay.recipe import Run
@@ -80,7 +80,7 @@ def test_the_figure_is_a_picture(tmp_path: Path, delta: float | None) -> None:
     document = json.loads(json.dumps(summary()))
     for leg in document["legs"]:
         leg["delta_ce"] = delta
-    quality_figure(document, tmp_path / "q.png")
+    save(quality_figure(document), tmp_path / "q.png")
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 

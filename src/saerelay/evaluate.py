@@ -326,6 +326,7 @@ def summary(suite: Suite) -> dict[str, Any]:
         "schema": SCHEMA_VERSION,
         "model": plan.facts.name,
         "revision": plan.facts.revision,
+        "data": Corpus.open(paths.tokens).facts.source,
         "legs": legs,
         "cost": cost(suite, {leg["id"]: leg["seconds"] for leg in legs}, {leg["id"]: leg["tokens"] for leg in legs}),
     }

@@ -9,7 +9,7 @@ from rich.console import Console
 from saerelay.checkpoint import STATE_FILE, RunDirectory, sole_writer, write_json, write_text
 from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import evaluate_run
-from saerelay.figures import quality_figure
+from saerelay.figures import quality_figure, save
 from saerelay.launch import train_run
 from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, PlanSpec, Run, TrainSpec
 
@@ -44,5 +44,5 @@ def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> dict[str, A
     suite = train_run(run, out, resume=True, console=console)
     summary = evaluate_run(suite, None, console=console)
     write_json(RunDirectory(out).root / "summary.json", summary)
-    quality_figure(summary, out / "quality.png")
+    save(quality_figure(summary), out / "quality.png")
     return summary
