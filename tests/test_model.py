@@ -235,6 +235,41 @@ def test_splice(family: str, model: LanguageModel, found: dict[Site, Tensor]) ->
     assert torch.equal(model.logits(TOKENS), logits)
 
 
+def test_resuming_in_the_middle_is_splicing(family: str, model: LanguageModel, found: dict[Site, Tensor]) -> None:
+    if family == "bert":
+        with pytest.raises(ModelError, match=r"\(bert\) has no language-model head. CE metrics need one"):
+            model.forward(TOKENS, ALL)
+        return
+    clean, calls = model.forward(TOKENS, ALL), []
+    assert torch.equal(clean.logits, model.logits(TOKENS))
+    for site in ALL:
+        assert torch.equal(clean.activations[site], found[site]), site
+        x = torch.randn(found[site].shape, generator=torch.Generator().manual_seed(1))
+        with model.splice(site, lambda _, x=x: x.clone()):
+            expected = model.logits(TOKENS)
+        model.resume(clean, site, x)  # tries whether the model can
+        counter = register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+        assert torch.equal(model.resume(clean, site, x), expected), site
+        counter.remove()
+        n_mlps = sum(name.endswith("MLP") for name in calls)
+        assert n_mlps == 3 - site.layer - (site.module == "resid_post"), (site, calls)
+        calls.clear()
+    assert torch.equal(model.logits(TOKENS), clean.logits)
+
+
+def test_a_model_that_cannot_resume_runs_whole(directories: dict[str, Path]) -> None:
+    model = LanguageModel.load(spec_of(directories["llama"]))
+    first, last = model._layers[0], model._layers[2]
+    run, memory = last.forward, {}
+    first.mlp.register_forward_hook(lambda _, __, output: memory.update(x=output))
+    last.forward = lambda x, **options: run(x + memory.pop("x"), **options)  # what later layers of Gemma 3n do
+    clean = model.forward(TOKENS, [Site(1)])
+    x = torch.randn(clean.activations[Site(1)].shape, generator=torch.Generator().manual_seed(1))
+    with model.splice(Site(1), lambda _: x):
+        expected = model.logits(TOKENS)
+    assert torch.equal(model.resume(clean, Site(1), x), expected) and model._resumes == {2: False}
+
+
 def test_splice_goes_when_its_block_fails(llama: LanguageModel) -> None:
     logits = llama.logits(TOKENS)
     with pytest.raises(AssertionError, match=r"L1: spliced \(2, 7, 31\) into \(2, 7, 32\)"):

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -44,6 +45,7 @@ _NO_TOKENIZER = (
     "has no fast tokenizer. Put a tokenizer.json beside its config.json, "
     "or give token ids (`data.tokens`) instead of text."
 )
+_BETWEEN_LAYERS = ("resid_pre", "resid_post")
 _Port = tuple[nn.Module, Literal["input", "output"]]
 
 
@@ -132,6 +134,20 @@ def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """What a whole forward of a language model left behind; see `LanguageModel.forward`."""
+
+    tokens: Tensor
+    """(B,C)."""
+    logits: Tensor
+    """(B,C,V), in the model's dtype."""
+    activations: dict[Site, Tensor]
+    """(B,C,D) at each site asked for."""
+    beside: list[tuple | None]
+    """What each layer returned beside the residual stream, if it returns a tuple."""
+
+
 @final
 class LanguageModel:
     """A frozen language model whose activations are read, and replaced, at sites.
@@ -147,6 +163,7 @@ class LanguageModel:
         self.device = torch.device(facts.device)
         self._model = model.eval().requires_grad_(False).to(self.device)
         self._layers = _find_layers(model, facts.name)
+        self._resumes = dict[int, bool]()  # whether a forward can go on behind the first n layers, where tried
 
     @classmethod
     def load(cls, spec: ModelSpec) -> "LanguageModel":
@@ -223,12 +240,92 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """Predict the next token at every position: float32 (B,C,V) for tokens (B,C); ModelError without an LM head."""
+        return self._logits(tokens).float()
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         if not self.facts.has_lm_head:
             raise ModelError(
                 f'"{self.facts.name}" ({self.facts.family}) has no language-model head. CE metrics need one: '
                 "use a causal LM (`architectures` in its config.json says ...ForCausalLM), or leave CE metrics out."
             )
-        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, sites: Iterable[Site]) -> "Forward":
+        """One whole forward over tokens (B,C), from whose middle others can go on (`resume`).
+
+        >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
+        >>> clean = model.forward(tokens, [Site(3)])
+        >>> changed = model.resume(clean, Site(3), 2 * clean.activations[Site(3)])
+        >>> changed.shape == clean.logits.shape, bool((changed == clean.logits).all())
+        (True, False)
+
+        Raises what `check_site` raises, and ModelError without an LM head.
+        """
+        wanted = dict.fromkeys(sites)
+        residual = {site: Site(site.layer, "resid_pre") for site in wanted if site.module not in _BETWEEN_LAYERS}
+        found, outputs = dict[Site, Tensor](), dict[int, Any]()
+
+        def keep(site: Site, x: Tensor) -> Tensor:
+            found[site] = x.clone()
+            return x
+
+        with ExitStack() as stack:
+            for site in {**wanted, **dict.fromkeys(residual.values())}:
+                stack.enter_context(self.splice(site, partial(keep, site)))
+            for i, layer in enumerate(self._layers):
+                hook = layer.register_forward_hook(lambda _, __, output, i=i: outputs.update({i: output}))
+                stack.callback(hook.remove)
+            logits = self._logits(tokens)
+        beside = [tuple(outputs[i][1:]) if isinstance(outputs[i], tuple | list) else None for i in sorted(outputs)]
+        return Forward(tokens, logits, found, beside)
+
+    @torch.no_grad()
+    def resume(self, clean: "Forward", site: Site, x: Tensor) -> Tensor:
+        """The logits (B,C,V) of an earlier forward with x (B,C,D) at one of its sites; layers before it do not run.
+
+        Where a model passes its layers more than the residual stream, so that starting in the middle does not give back
+        its own logits (tried once a layer), all of it runs.
+        """
+        n = site.layer + (site.module == "resid_post")
+        if n not in self._resumes:
+            self._resumes[n] = self._resumes_after(clean, n, site)
+        with ExitStack() as stack:
+            between = site.module in _BETWEEN_LAYERS
+            if self._resumes[n]:
+                start = x if between else clean.activations[Site(site.layer, "resid_pre")]
+                stack.enter_context(self._skipping(clean, n, start))
+            if not (n and between and self._resumes[n]):
+                stack.enter_context(self.splice(site, lambda _: x.clone()))  # some models add to it in place
+            return self._logits(clean.tokens)
+
+    def _resumes_after(self, clean: "Forward", n: int, site: Site) -> bool:
+        """Whether the model's own activations behind the first n layers give its own logits."""
+        own = clean.activations[site if site.module in _BETWEEN_LAYERS else Site(site.layer, "resid_pre")]
+        try:
+            with self._skipping(clean, n, own):
+                again = self._logits(clean.tokens)
+        except Exception:  # whatever a model says that misses something from the layers before
+            return False
+        return torch.allclose(again, clean.logits, rtol=1e-2, atol=1e-2 * float(clean.logits.abs().max()))
+
+    @contextmanager
+    def _skipping(self, clean: "Forward", n: int, x: Tensor) -> Iterator[None]:
+        """Let the first n layers return x (B,C,D) without running."""
+        dtype = next(iter(clean.activations.values())).dtype
+        x = x.to(dtype, copy=True)
+
+        def instead(beside: tuple | None) -> Callable[..., Any]:
+            return lambda *_, **__: x if beside is None else (x, *beside)
+
+        skipped = list(zip(self._layers[:n], clean.beside, strict=False))
+        try:
+            for layer, beside in skipped:
+                layer.forward = instead(beside)
+            yield
+        finally:
+            for layer, _ in skipped:
+                layer.__dict__.pop("forward", None)
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:
