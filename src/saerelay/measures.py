@@ -79,8 +79,8 @@ def feature_transferability(source: Speaks, target: Speaks, alive: Tensor) -> di
     >>> feature_transferability(a, b, torch.tensor([True]))["transferability"]
     0.6666666666666666
 
-    (shared top 10 logits + shared bottom 10 logits + shared 10 tokens of highest activation) / 30 in the paper, averaged
-    over alive latents: 30.3 % forward, 28.8 % backward there. NaN if none is alive.
+    With ten of each, (shared top logits + shared bottom logits + shared tokens of highest activation) / 30, mean over
+    alive latents: 30.3 % forward and 28.8 % backward in Ghilardi et al. 2024. NaN if none is alive.
     """
     shares = {
         name: float(shared(a, b)[alive].double().mean()) / a.shape[1]
@@ -110,8 +110,8 @@ def transfer_score(transferred: float | None, zero_shot: float | None, from_scra
     >>> transfer_score(0.09, 0.2, 0.1), transfer_score(0.09, 0.1, 0.1)
     (1.1, None)
 
-    0 is as good as zero-shot, 1 as good as from scratch, whichever way the metric runs; but where scratch is *worse* than
-    zero-shot, a score over 0 means worse than zero-shot. None if one is unknown, or scratch equals zero-shot.
+    0 is as good as zero-shot, 1 as good as from scratch, whichever way the metric runs; but where scratch is worse than
+    zero-shot, so is a score over 0. None if one is unknown, or scratch equals zero-shot.
     """
     if transferred is None or zero_shot is None or from_scratch is None or from_scratch == zero_shot:
         return None
@@ -119,7 +119,7 @@ def transfer_score(transferred: float | None, zero_shot: float | None, from_scra
 
 
 def by_offset(cells: Iterable[dict[str, Any]], metric: str, method: str) -> list[dict[str, Any]]:
-    """Means of a metric over cells of matrix.json by offset, target layer − source layer; a cell at home has any method.
+    """Means of a metric over cells of matrix.json by offset, target layer − source layer; cells at home have any method.
 
     >>> cells = [{"source": 0, "target": t, "method": "identity", "fvu": t / 10} for t in (0, 1)]
     >>> by_offset(cells, "fvu", "identity")
@@ -147,11 +147,11 @@ class Prompt:
 
 @torch.no_grad()
 def direct_logit_attribution(dictionary: Dictionary, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest direct effect of a latent on each prompt (N), in logits, and which latent has it (N).
+    """The largest direct effect of a latent on each prompt (N), and which latent has it (N).
 
-    x (N, D) are activations at the last positions, `directions` (N, D) unembeddings of the correct − of the wrong token.
-    A latent's effect is its activation × (decoder row · direction); the norm's division by the stream's size is left
-    out, so values compare between dictionaries of one site's kind, not between models.
+    x (N, D) are activations at the last position, `directions` (N, D) unembeddings of the correct − of the wrong token.
+    A latent's effect is its activation × (decoder row · direction): of the difference of logits, what it writes before
+    the final norm divides by the size of the stream. Values compare within a model, not between models.
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
     ...                  b_dec=torch.zeros(2))
@@ -161,7 +161,9 @@ def direct_logit_attribution(dictionary: Dictionary, x: Tensor, directions: Tens
     """
     best = [
         (dictionary.encode(part) * (direction @ dictionary.W_dec.T)).max(dim=1)
-        for part, direction in zip(*(t.split(max(1, DENSE // dictionary.n_latents)) for t in (x, directions)), strict=True)
+        for part, direction in zip(
+            *(t.split(max(1, DENSE // dictionary.n_latents)) for t in (x, directions)), strict=True
+        )
     ]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
@@ -177,9 +179,9 @@ def at_the_end(model: LanguageModel, prompts: Sequence[Prompt], sites: Sequence[
 
 @torch.no_grad()
 def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int = OWN_PROMPTS) -> list[Prompt]:
-    """Up to n held-out positions, drawn by the run's seed, whose next token the model predicts, against its second choice.
+    """Up to n held-out positions whose next token the model predicts; wrong is its second choice.
 
-    They are looked for in 2·n sequences of (N, context), drawn alike.
+    They are drawn by the run's seed, from at most 2·n sequences of (N, context) that are drawn by it, too.
     """
     generator = np.random.default_rng(plan.run.train.seed)
     found = []
@@ -192,7 +194,7 @@ def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int 
 
 
 def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
-    """Prompts from a file with one JSON object a line: {"prompt": ..., "correct": ..., "wrong": ...}, text or token ids.
+    """Prompts from a file with a JSON object a line: {"prompt": ..., "correct": ..., "wrong": ...}, text or token ids.
 
     A BOS token is put in front if the run has one there. Raises DataError if a line is none, a prompt is empty or too
     long, or an answer is not one token.
@@ -222,8 +224,8 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
                 raise DataError(f'{where}: "{name}" is neither text nor token ids from 0 to {facts.vocab_size - 1}')
             if name != "prompt" and len(ids[name]) != 1:
                 raise DataError(
-                    f'{where}: "{name}" is {parts[name]!r}, which is {len(ids[name])} tokens of {facts.name}; it must be '
-                    "one (most tokenizers want a space in front of a word)"
+                    f'{where}: "{name}" is {parts[name]!r}, which is {len(ids[name])} tokens of {facts.name}; it must '
+                    "be one (most tokenizers want a space in front of a word)"
                 )
         text = start + ids["prompt"]
         if not ids["prompt"] or len(text) > (facts.max_context or math.inf):
@@ -265,8 +267,8 @@ def measures_run(
 ) -> dict[str, Any]:
     """Take all measures of a run's legs and snapshots; writes measures.json and returns it (docs/run-directory.md).
 
-    `tokens` of the test split are the recipe's unless given; `prompts` is a file for `read_prompts`. Transfer scores and
-    offsets need matrix.json, and are null without it.
+    `tokens` of the test split are the recipe's unless given; `prompts` is a file for `read_prompts`. Transfer scores
+    and offsets need matrix.json, and are null without it. Features that are missing are found first, and written.
     """
     plan, paths = suite.plan, suite.directory
     corpus, model = Corpus.open(paths.tokens), model or load_model(plan)
@@ -368,7 +370,7 @@ def from_scratch(suite: Suite, leg: Leg) -> list[Leg]:
 
 
 def similarity(pair: Pair, A: Tensor, device: torch.device) -> dict[str, Any]:
-    """A row of measures.json: the source's latents among the target's, raw, and carried by x_target ≈ A x_source + c."""
+    """A row of measures.json: the source's latents among the target's, raw, and carried by x_target ≈ A x_source."""
     a, b = pair.source, pair.target
     P, Q, alive_p, alive_q = (t.to(device) for t in (a.dictionary.W_dec, b.dictionary.W_dec, a.alive, b.alive))
     return {
@@ -436,7 +438,7 @@ def transfer_scores(
 
 
 def offsets(suite: Suite, matrix: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of measures.json: means by layer offset of each metric and method of matrix.json, and of snapshots by age."""
+    """Rows of measures.json: means by layer offset of metrics and methods of matrix.json, and of snapshots by age."""
     legs = {leg.id for leg in one_a_site(suite)}
     cells = [cell for cell in matrix["cells"] if cell["leg"] in legs]
     rows = []
