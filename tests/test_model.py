@@ -21,6 +21,7 @@ from saerelay.errors import ModelError, PlanError
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
 from saerelay.recipe import ModelSpec
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
+from saerelay.threads import alone, in_parallel
 
 SMALL = {"vocab_size": 101, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
 COMMON = SMALL | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -247,10 +248,13 @@ def test_resuming_in_the_middle_is_splicing(family: str, model: LanguageModel, f
         x = torch.randn(found[site].shape, generator=torch.Generator().manual_seed(1))
         with model.splice(site, lambda _, x=x: x.clone()):
             expected = model.logits(TOKENS)
-        model.resume(clean, site, x)  # tries whether the model can
-        counter = register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
-        assert torch.equal(model.resume(clean, site, x), expected), site
-        counter.remove()
+        with model.resuming(clean, site) as logits_with:  # tries whether the model can
+            counter = register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+            assert torch.equal(logits_with(x), expected), site
+            counter.remove()
+            with alone():
+                own, others = in_parallel(logits_with, [found[site], x])
+        assert torch.equal(own, clean.logits) and torch.equal(others, expected), site
         n_mlps = sum(name.endswith("MLP") for name in calls)
         assert n_mlps == 3 - site.layer - (site.module == "resid_post"), (site, calls)
         calls.clear()
@@ -267,7 +271,8 @@ def test_a_model_that_cannot_resume_runs_whole(directories: dict[str, Path]) -> 
     x = torch.randn(clean.activations[Site(1)].shape, generator=torch.Generator().manual_seed(1))
     with model.splice(Site(1), lambda _: x):
         expected = model.logits(TOKENS)
-    assert torch.equal(model.resume(clean, Site(1), x), expected) and model._resumes == {2: False}
+    with model.resuming(clean, Site(1)) as logits_with:
+        assert torch.equal(logits_with(x), expected) and model._resumes == {2: False}
 
 
 def test_splice_goes_when_its_block_fails(llama: LanguageModel) -> None:

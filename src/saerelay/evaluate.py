@@ -6,8 +6,10 @@ norm), x_hat their reconstructions, E means over positions.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
 from saerelay.survey import Survey
+from saerelay.threads import alone, in_parallel
 
 SCHEMA_VERSION = 1
 LOGIT_BYTES = 2**28
@@ -163,16 +166,43 @@ def measure(
         keep = kept_positions(plan, tokens, flat)
         clean = Logits(forward.logits, tokens, keep) if forward else None
         for site in sites:
-            if forward and clean:
-                clean.add_ablation(ablations[site], model.resume(forward, site, torch.zeros_like(harvested[site])))
-            x = flat[site][keep].float()
-            for key in (key for key, (where, _) in on_device.items() if where == site):
-                x_hat = qualities[key].add_reconstruction(on_device[key][1], x)
-                if forward and clean:
-                    whole = flat[site].clone()
-                    whole[keep] = x_hat.to(whole.dtype)
-                    clean.add_spliced(qualities[key], model.resume(forward, site, whole.view_as(harvested[site])))
+            here = [(qualities[key], d) for key, (where, d) in on_device.items() if where == site]
+            with model.resuming(forward, site) if forward else nullcontext() as logits_with:
+                batch = Batch(harvested[site], keep, flat[site][keep].float(), clean, logits_with)
+                jobs = [partial(batch.add_ablation, ablations[site])] if clean else []
+                jobs += [partial(batch.add_dictionary, *pair) for pair in here]
+                enough = model.device.type == "cpu" and len(jobs) >= torch.get_num_threads()
+                with alone() if enough else nullcontext():
+                    in_parallel(lambda job: job(), jobs)
     return {key: quality.result(ablations[on_device[key][0]] if ce else None) for key, quality in qualities.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch at one site, which many dictionaries are measured on, side by side."""
+
+    whole: Tensor
+    """(B, C, D), as the model has it."""
+    keep: Tensor
+    """bool (B·C)."""
+    x: Tensor
+    """Kept positions (n, D), float32."""
+    clean: "Logits | None"
+    logits_with: Callable[[Tensor], Tensor] | None
+    """The model's logits with something else in place of `whole`."""
+
+    def add_ablation(self, sums: Ablation) -> None:
+        """Add a forward pass with the site zeroed."""
+        assert self.clean and self.logits_with
+        self.clean.add_ablation(sums, self.logits_with(torch.zeros_like(self.whole)))
+
+    def add_dictionary(self, quality: Quality, dictionary: Dictionary) -> None:
+        """Add a dictionary's reconstructions, and a forward pass with them in place."""
+        x_hat = quality.add_reconstruction(dictionary, self.x)
+        if self.clean and self.logits_with:
+            whole = self.whole.clone()
+            whole.view(-1, whole.shape[-1])[self.keep] = x_hat.to(whole.dtype)
+            self.clean.add_spliced(quality, self.logits_with(whole))
 
 
 class Logits:
@@ -249,7 +279,7 @@ def evaluate_run(
     if missing:
         model = model or load_model(plan)
         wanted = {key: value for leg in missing for key, value in _dictionaries(paths, leg).items()}
-        sequences = test[: math.ceil(asked["tokens"] / plan.run.data.context)]
+        sequences = held_out(plan, test, asked["tokens"])
         results = measure(plan, model, sequences, wanted, ce=asked["ce"], console=console)
         for leg in missing:
             snapshots = {key.rpartition("@")[2]: r for key, r in results.items() if key.rpartition("@")[0] == leg.id}
@@ -257,6 +287,11 @@ def evaluate_run(
             document |= {"leg": leg.id, "metrics": results[leg.id], "snapshots": snapshots}
             write_json(paths.evaluation(leg.id), document)
     return summary(suite)
+
+
+def held_out(plan: Plan, split: np.ndarray, tokens: int) -> np.ndarray:
+    """The first sequences (N, context) of a split that have as many tokens, or all it has."""
+    return split[: math.ceil(tokens / plan.run.data.context)]
 
 
 def wants_ce(plan: Plan) -> bool:
@@ -288,7 +323,7 @@ def _dictionaries(paths: RunDirectory, leg: Leg) -> dict[str, tuple[Site, Dictio
     return found
 
 
-_SHOWN = (
+SHOWN = (
     "l0 l1 fvu explained_variance mse cossim l2_ratio delta_ce delta_ce_se ce_loss_score ce_loss_without_sae "
     "ce_loss_with_sae ce_loss_with_ablation kl_div_score kl_div_with_sae kl_div_with_ablation frac_alive"
 ).split()
@@ -324,10 +359,10 @@ def summary(suite: Suite) -> dict[str, Any]:
                 "validation_fvu": info.get("validation_fvu"),
                 "n_eval_tokens": document["metrics"]["n_tokens"],
             }
-            | {name: document["metrics"].get(name) for name in _SHOWN}
+            | {name: document["metrics"].get(name) for name in SHOWN}
             | {
                 "snapshots": [
-                    {"tokens": int(age), **{name: metrics.get(name) for name in _SHOWN}}
+                    {"tokens": int(age), **{name: metrics.get(name) for name in SHOWN}}
                     for age, metrics in sorted(document["snapshots"].items(), key=lambda item: int(item[0]))
                 ]
             }

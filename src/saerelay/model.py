@@ -5,6 +5,7 @@ In shapes: B sequences, C positions, D width of the activations at a site, V voc
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
@@ -252,11 +253,12 @@ class LanguageModel:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, sites: Iterable[Site]) -> "Forward":
-        """One whole forward over tokens (B,C), from whose middle others can go on (`resume`).
+        """One whole forward over tokens (B,C), from whose middle others can go on (`resuming`).
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> clean = model.forward(tokens, [Site(3)])
-        >>> changed = model.resume(clean, Site(3), 2 * clean.activations[Site(3)])
+        >>> with model.resuming(clean, Site(3)) as logits_with:
+        ...     changed = logits_with(2 * clean.activations[Site(3)])
         >>> changed.shape == clean.logits.shape, bool((changed == clean.logits).all())
         (True, False)
 
@@ -280,43 +282,49 @@ class LanguageModel:
         beside = [tuple(outputs[i][1:]) if isinstance(outputs[i], tuple | list) else None for i in sorted(outputs)]
         return Forward(tokens, logits, found, beside)
 
-    @torch.no_grad()
-    def resume(self, clean: "Forward", site: Site, x: Tensor) -> Tensor:
-        """The logits (B,C,V) of an earlier forward with x (B,C,D) at one of its sites; layers before it do not run.
+    @contextmanager
+    def resuming(self, clean: "Forward", site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function that gives the logits (B,C,V) of an earlier forward with other activations x (B,C,D) at a site.
 
-        Where a model passes its layers more than the residual stream, so that starting in the middle does not give back
-        its own logits (tried once a layer), all of it runs.
+        Layers before the site do not run. Where a model passes its layers more than the residual stream, so that
+        starting in the middle does not give back its own logits (tried once a layer), all of it runs. Threads may call
+        the function side by side; elsewhere the model must not be used inside the `with` block.
         """
         n = site.layer + (site.module == "resid_post")
         if n not in self._resumes:
             self._resumes[n] = self._resumes_after(clean, n, site)
-        with ExitStack() as stack:
-            between = site.module in _BETWEEN_LAYERS
-            if self._resumes[n]:
-                start = x if between else clean.activations[Site(site.layer, "resid_pre")]
-                stack.enter_context(self._skipping(clean, n, start))
-            if not (n and between and self._resumes[n]):
-                stack.enter_context(self.splice(site, lambda _: x.clone()))  # some models add to it in place
+        between, given = site.module in _BETWEEN_LAYERS, threading.local()
+
+        @torch.no_grad()
+        def logits(x: Tensor) -> Tensor:
+            given.x = x.to(clean.activations[site].dtype, copy=True)  # some models add to it in place
             return self._logits(clean.tokens)
 
+        with ExitStack() as stack:
+            if self._resumes[n]:
+                before = None if between else clean.activations[Site(site.layer, "resid_pre")]
+                stack.enter_context(self._skipping(clean, n, lambda: given.x if before is None else before.clone()))
+            if not (n and between and self._resumes[n]):
+                stack.enter_context(self.splice(site, lambda _: given.x))
+            yield logits
+
+    @torch.no_grad()
     def _resumes_after(self, clean: "Forward", n: int, site: Site) -> bool:
         """Whether the model's own activations behind the first n layers give its own logits."""
         own = clean.activations[site if site.module in _BETWEEN_LAYERS else Site(site.layer, "resid_pre")]
         try:
-            with self._skipping(clean, n, own):
+            with self._skipping(clean, n, own.clone):
                 again = self._logits(clean.tokens)
         except Exception:  # whatever a model says that misses something from the layers before
             return False
         return torch.allclose(again, clean.logits, rtol=1e-2, atol=1e-2 * float(clean.logits.abs().max()))
 
     @contextmanager
-    def _skipping(self, clean: "Forward", n: int, x: Tensor) -> Iterator[None]:
-        """Let the first n layers return x (B,C,D) without running."""
-        dtype = next(iter(clean.activations.values())).dtype
-        x = x.to(dtype, copy=True)
+    def _skipping(self, clean: "Forward", n: int, x: Callable[[], Tensor]) -> Iterator[None]:
+        """Let the first n layers return x() (B,C,D) without running."""
 
         def instead(beside: tuple | None) -> Callable[..., Any]:
-            return lambda *_, **__: x if beside is None else (x, *beside)
+            return lambda *_, **__: x() if beside is None else (x(), *beside)
 
         skipped = list(zip(self._layers[:n], clean.beside, strict=False))
         try:
