@@ -289,6 +289,7 @@ def measures_run(
         "module": plan.run.sites.module,
         "split": "test",
         "n_tokens": load_features(paths, suite.legs[0].id).facts["n_tokens"],
+        "n_matrix_tokens": matrix["n_tokens"] if matrix else None,
         "map_tokens": map_tokens,
         "similarity": [similarity(p, maps[p.source.leg.site, p.target.leg.site].A, model.device) for p in pairs],
         "transferability": None if W_U is None else transferabilities(suite, trained),
