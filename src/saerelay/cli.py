@@ -131,8 +131,8 @@ def evaluate(
             print(json.dumps(cells))
             return
         console = Console(width=None if sys.stdout.isatty() else 120)
-        for table in matrix_tables(cells):
-            console.print(table)
+        for shown in matrix_tables(cells):
+            console.print(shown)
         return
     summary = evaluate_run(load(run), None, tokens=asked, console=progress)
     write_json(RunDirectory(run).root / "summary.json", summary)
