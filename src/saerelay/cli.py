@@ -117,7 +117,7 @@ def evaluate(
     measures: Annotated[bool, typer.Option("--measures", help="what SAEs have in common, instead")] = False,
     prompts: Annotated[Path | None, typer.Option(help="with --measures: a file of prompts, one JSON a line")] = None,
 ) -> None:
-    """Measure the quality of every leg on held-out documents; with --matrix, of every leg on every layer."""
+    """Measure the quality of every leg on held-out documents; or --matrix or --measures of the whole suite."""
     from saerelay.checkpoint import RunDirectory, load, write_json
     from saerelay.evaluate import evaluate_run
     from saerelay.matrix import matrix_run
@@ -137,8 +137,8 @@ def evaluate(
             print(json.dumps(document))
             return
         console = Console(width=None if sys.stdout.isatty() else 120)
-        for table in matrix_tables(document) if matrix else measures_tables(document):
-            console.print(table)
+        for shown in matrix_tables(document) if matrix else measures_tables(document):
+            console.print(shown)
         return
     summary = evaluate_run(load(run), None, tokens=asked, console=progress)
     write_json(RunDirectory(run).root / "summary.json", summary)

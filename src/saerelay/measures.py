@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from saerelay.checkpoint import Suite, load_dictionary, read_json, write_json
+from saerelay.checkpoint import Suite, finite, load_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError
@@ -302,7 +302,7 @@ def measures_run(
         said = prompts.name if prompts else OWN_TASK
         document["dla"] = {"prompts": said, "n_prompts": len(used), "legs": attributions(model, W_U, trained, used)}
     write_json(paths.measures, document)
-    return document
+    return finite(document)
 
 
 def see(

@@ -8,7 +8,6 @@ from rich.text import Text
 
 from saerelay.auto import Choice
 from saerelay.cost import Cost
-from saerelay.matrix import HOPS
 from saerelay.plan import Plan
 from saerelay.spec import format_count
 from saerelay.survey import Survey
@@ -48,32 +47,28 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
     ]
 
 
-def matrix_tables(matrix: dict[str, Any]) -> list[Table]:
-    """FVU, and ΔCE where it was measured, of every leg on every layer; one table a metric and method."""
-    tables = []
-    home = {cell["leg"]: cell for cell in matrix["cells"] if cell["source"] == cell["target"] and not cell["snapshot"]}
-    for name, title in (("fvu", "FVU"), ("delta_ce", "ΔCE, nats per token")):
-        for method in sorted({cell["method"] for cell in matrix["cells"]}, key=HOPS.index):
-            if home and next(iter(home.values()))[name] is None:
+def matrix_tables(matrix: dict[str, Any]) -> list[Text | Table]:
+    """FVU, and ΔCE where it was measured, of every leg on every layer; one titled table a metric and method."""
+    cells = [cell for cell in matrix["cells"] if not cell["snapshot"]]
+    home = {cell["leg"]: cell for cell in cells if cell["source"] == cell["target"]}
+    shown: list[Text | Table] = []
+    for name, metric in (("fvu", "FVU"), ("delta_ce", "ΔCE (nats per token)")):
+        for method in dict.fromkeys(cell["method"] for cell in cells):
+            if any(cell[name] is None for cell in cells):
                 continue
-            title_ = f"{title} on the activations of each layer, {'as it is' if method == 'identity' else method}"
-            table = Table(box=None, pad_edge=False, title=title_, title_justify="left")
+            table = Table(box=None, pad_edge=False)
             table.add_column("SAE")
             for layer in matrix["layers"]:
-                table.add_column(str(layer), justify="right")
-            for leg, at_home in home.items():
-                cells = {
-                    c["target"]: c
-                    for c in matrix["cells"]
-                    if c["method"] == method and c["leg"] == leg and not c["snapshot"]
-                }
-                cells[at_home["source"]] = at_home
-                shown = [f"{cells[layer][name]:.3f}" for layer in matrix["layers"]]
-                shown[matrix["layers"].index(at_home["source"])] += "*"
-                table.add_row(leg, *shown)
-            table.caption, table.caption_justify = "* at home", "left"
-            tables.append(table)
-    return tables
+                table.add_column(f"on {layer}", justify="right")
+            for leg, own in home.items():
+                row = {c["target"]: f"{c[name]:.3f}" for c in cells if (c["leg"], c["method"]) == (leg, method)}
+                row[own["source"]] = f"[bold]{own[name]:.3f}[/bold]"
+                table.add_row(leg, *(row.get(layer, "-") for layer in matrix["layers"]))
+            how = "as it is (zero-shot)" if method == "identity" else f"after a closed-form hop: {method}"
+            shown += [Text(f"\n{metric} of each SAE on the activations of each layer, {how}"), table]
+    n_tokens, fitted = format_count(matrix["n_tokens"]), format_count(matrix["map_tokens"])
+    shown.append(Text(f"\n{n_tokens} held-out tokens; maps fitted on {fitted} training tokens. Bold: at home."))
+    return shown
 
 
 def measures_tables(measures: dict[str, Any]) -> list[Table]:
