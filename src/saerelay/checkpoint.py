@@ -307,6 +307,13 @@ class Suite:
         return [leg for leg in self.plan.legs if (self.directory.leg(leg.id) / "dictionary.json").is_file()]
 
     @property
+    def standing(self) -> list[Leg]:
+        """The suite itself, by site: published legs that are no control and were not continued by another."""
+        continued = {(leg.parent, leg.site) for leg in self.legs}
+        legs = [leg for leg in self.legs if leg.role != "control" and (leg.id, leg.site) not in continued]
+        return sorted(legs, key=lambda leg: leg.site)
+
+    @property
     def sites(self) -> list[Site]:
         """Sites with a published leg."""
         return sorted({leg.site for leg in self.legs})
@@ -314,8 +321,7 @@ class Suite:
     def leg_at(self, site: Site) -> Leg:
         """The leg that stands for a site."""
         here = [leg for leg in self.legs if leg.site == site]
-        continued = {leg.parent for leg in here}
-        chosen = [leg for leg in here if leg.role != "control" and leg.id not in continued]
+        chosen = [leg for leg in self.standing if leg.site == site]
         if len(chosen) == 1:
             return chosen[0]
         if not here:

@@ -47,6 +47,30 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
     ]
 
 
+def matrix_tables(matrix: dict[str, Any]) -> list[Text | Table]:
+    """FVU, and ΔCE where it was measured, of every leg on every layer; one titled table a metric and method."""
+    cells = [cell for cell in matrix["cells"] if not cell["snapshot"]]
+    home = {cell["leg"]: cell for cell in cells if cell["source"] == cell["target"]}
+    shown: list[Text | Table] = []
+    for name, metric in (("fvu", "FVU"), ("delta_ce", "ΔCE (nats per token)")):
+        for method in dict.fromkeys(cell["method"] for cell in cells):
+            if any(cell[name] is None for cell in cells):
+                continue
+            table = Table(box=None, pad_edge=False)
+            table.add_column("SAE")
+            for layer in matrix["layers"]:
+                table.add_column(f"on {layer}", justify="right")
+            for leg, own in home.items():
+                row = {c["target"]: f"{c[name]:.3f}" for c in cells if (c["leg"], c["method"]) == (leg, method)}
+                row[own["source"]] = f"[bold]{own[name]:.3f}[/bold]"
+                table.add_row(leg, *(row.get(layer, "-") for layer in matrix["layers"]))
+            how = "as it is (zero-shot)" if method == "identity" else f"after a closed-form hop: {method}"
+            shown += [Text(f"\n{metric} of each SAE on the activations of each layer, {how}"), table]
+    n_tokens, fitted = format_count(matrix["n_tokens"]), format_count(matrix["map_tokens"])
+    shown.append(Text(f"\n{n_tokens} held-out tokens; maps fitted on {fitted} training tokens. Bold: at home."))
+    return shown
+
+
 def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     """One row a leg: what is trained where, from whom, when, with how many tokens.
 
