@@ -148,6 +148,29 @@ def evaluate(
         show(summary)
 
 
+@app.command(name="show")
+def show_latent(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    leg: Annotated[str, typer.Argument(help="a leg's id, or a layer")],
+    latent: Annotated[int, typer.Argument(help="a latent's number")],
+    as_json: Json = False,
+) -> None:
+    """Show one latent: where it fires, the tokens it promotes, and what became of it from layer to layer.
+
+    The first time, features and lineage of the whole run are computed.
+    """
+    from saerelay.checkpoint import load
+    from saerelay.lineage import describe_latent
+    from saerelay.tables import latent_view
+
+    document = describe_latent(load(run), leg, latent, console=Console(stderr=True))
+    if as_json:
+        print(json.dumps(document))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(latent_view(document, colour=console.is_terminal and not console.no_color))
+
+
 @app.command()
 def hop(
     source: Annotated[Path, typer.Option("--from", help="a trained SAE: a leg or snapshot directory of a run")],

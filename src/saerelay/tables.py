@@ -1,7 +1,9 @@
 """Tables for people: a plan before it runs, a suite's quality after."""
 
+import unicodedata
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -253,3 +255,94 @@ def _flops(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value / 1e9:.3g} GFLOP"
+
+
+# --- one latent -------------------------------------------------------------------------------------------------
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_VISIBLE = {"\n": "⏎", "\t": "⇥", " ": " "}
+_LONGEST_TOKEN = 40
+
+
+def visible(text: str) -> str:
+    """A token's text with everything that a terminal would not show, or would obey, as something to see.
+
+    >>> print(visible("a\\n\\x1b[2Jb\\u202e\\ud800"))
+    a⏎\\x1b[2Jb\\u202e\ufffd
+    """
+    shown = []
+    for character in text[:_LONGEST_TOKEN]:
+        kind = unicodedata.category(character)
+        if character in _VISIBLE:
+            shown.append(_VISIBLE[character])
+        elif kind == "Cs":
+            shown.append("\ufffd")
+        elif kind[0] in "CZ":
+            shown.append(character.encode("unicode_escape").decode())
+        else:
+            shown.append(character)
+    return "".join(shown) + ("…" if len(text) > _LONGEST_TOKEN else "")
+
+
+def latent_view(document: dict[str, Any], *, colour: bool) -> Group:
+    """One latent for the terminal: how often it fires, on what, for which tokens it speaks, and what became of it.
+
+    Tokens are shaded by activation; without `colour` the strongest of each example stands between »«.
+    """
+    d, leg = document, document["leg"]
+    fires = f"fires on {d['n_fired'] / d['n_tokens']:.3%} of {d['n_tokens']:,} held-out tokens ({d['n_fired']:,})"
+    lines: list[Any] = [Text(f"{leg}, latent {d['latent']} (layer {d['layer']} of {d['model']})", style="bold")]
+    if not d["n_fired"]:
+        lines.append(Text(f"never fires on {d['n_tokens']:,} held-out tokens"))
+    else:
+        lines.append(Text(f"{fires}, max {d['max_activation']:.3g}, mean {d['mean_activation']:.3g} where it does"))
+        lines += [_histogram(d["histogram"]), Text()]
+        lines += [_example(example, d["max_activation"], colour) for example in d["examples"]]
+    lines.append(Text())
+    for name, label in (("top_logits", "promotes  "), ("bottom_logits", "suppresses")):
+        if name in d:
+            tokens = "  ".join(f"'{visible(t['token'])}' {t['value']:+.2f}" for t in d[name])
+            lines.append(Text(f"{label} {tokens}"))
+    for side, found in d["similar"].items():
+        latents = "  ".join(f"{other['latent']} ({other['cosine']:.2f})" for other in found["latents"])
+        lines.append(Text(f"most similar {side}, in {found['leg']}: {latents}"))
+    return Group(*lines, Text(), _lineage_table(d))
+
+
+def _histogram(histogram: dict[str, Any]) -> Text:
+    counts, first = histogram["counts"], histogram["first_edge"]
+    used = [i for i, count in enumerate(counts) if count]
+    most, counts = max(counts), counts[used[0] : used[-1] + 1]
+    bars = "".join(_BARS[-(-8 * count // most)] for count in counts)
+    low, high = (2 ** (first + edge / 2) for edge in (used[0], used[-1] + 1))
+    return Text(f"activations {low:.3g} {bars} {high:.3g}, in steps of √2")
+
+
+def _example(example: dict[str, Any], most: float, colour: bool) -> Text:
+    strongest = example["position"] - example["start"]
+    line = Text(f"{example['activations'][strongest]:8.3g}  ", no_wrap=True, overflow="ellipsis")
+    for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"], strict=True)):
+        share = min(1.0, activation / most)
+        style = f"black on rgb(255,{240 - round(110 * share)},{200 - round(200 * share)})" if activation > 0 else ""
+        shown = visible(token)
+        if i == strongest and not colour:
+            shown = f"»{shown}«"
+        line.append(shown, style=f"bold {style}" if i == strongest else style)
+    return line
+
+
+def _lineage_table(document: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, title="lineage, from layer to layer", title_justify="left")
+    for name in ("layer", "leg", "latent", "decoder cosine", "encoder cosine", "correlation", "status"):
+        table.add_column(name, justify="left" if name in ("leg", "status") else "right")
+    for step in document["lineage"]:
+        table.add_row(*_step(step), style="bold" if step["leg"] == document["leg"] else "")
+    for step in document["relatives"]:
+        table.add_row(*_step(step | {"leg": f"{step['leg']} ({step['kind']})"}), style="dim")
+    return table
+
+
+def _step(step: dict[str, Any]) -> list[str]:
+    names = ("decoder_cosine", "encoder_cosine", "correlation")
+    numbers = ["" if step[name] is None else f"{step[name]:.3f}" for name in names]
+    return [str(step["layer"]), escape(step["leg"]), str(step["latent"]), *numbers, step["status"] or ""]
