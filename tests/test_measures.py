@@ -15,7 +15,7 @@ from saerelay import measures as module
 from saerelay.checkpoint import load_dictionary
 from saerelay.cli import main
 from saerelay.dictionaries import Dictionary
-from saerelay.errors import DataError
+from saerelay.errors import DataError, ModelError
 from saerelay.evaluate import held_out, measure
 from saerelay.matrix import matrix_run
 from saerelay.measures import (
@@ -251,6 +251,23 @@ def test_without_matrix_there_are_no_scores(suite: sr.Suite, model: LanguageMode
     assert again["similarity"] == document["similarity"] and len(measures_tables(again)) == 1
 
 
+def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(
+    suite: sr.Suite, model: LanguageModel, document: dict[str, Any], tmp_path: Path
+) -> None:
+    run = suite.plan.run
+    plan = run.plan.model_copy(update={"preset": "scratch", "root_tokens": 1024})
+    alone = run.model_copy(update={"plan": plan, "sites": run.sites.model_copy(update={"layers": [1]})})
+    lone = sr.train_run(alone, tmp_path / "run")
+    headless = lone.plan.facts.model_copy(update={"has_lm_head": False})
+    lone.plan = lone.plan.model_copy(update={"facts": headless})
+    found = measures_run(lone, LanguageModel(model._model, headless))
+    assert found["similarity"] == [] and found["transferability"] is None and found["dla"] is None
+    assert measures_tables(found) == []
+    with pytest.raises(ModelError, match="no language-model head"):
+        (tmp_path / "p.jsonl").write_text('{"prompt": [5], "correct": 7, "wrong": 8}')
+        measures_run(lone, LanguageModel(model._model, headless), prompts=tmp_path / "p.jsonl")
+
+
 # --- prompts from a file ----------------------------------------------------------------------------------------
 
 
@@ -307,7 +324,8 @@ def test_measures_from_outside(
     path.write_text('{"prompt": [5, 6], "correct": 7, "wrong": 8}\n' * 3)
     command = ["saerelay", "eval", str(suite.directory.root), "--measures", "--prompts", str(path)]
     monkeypatch.setattr("sys.argv", command)
-    main()
+    with pytest.raises(SystemExit, match="0"):
+        main()
     shown = capsys.readouterr().out
     assert "what transfers" in shown and "normalised transfer score" in shown and "3 prompts, prompts.jsonl" in shown
     found = json.loads(suite.directory.measures.read_text())
