@@ -156,7 +156,9 @@ def similarity_figure(
     """Heat map of mean max cosine similarity of the legs that stand for the layers: folded, or raw as in the paper."""
     key = "mmcs_folded" if folded else "mmcs"
     rows = [row for row in measures["similarity"] if row["kind"] == "suite" and not row["snapshot"]]
-    found = {(leg["layer"], leg["layer"]): None for leg in summary["legs"] if leg["role"] != "control"}
+    found: dict[tuple[int, int], float | None] = {
+        (leg["layer"], leg["layer"]): None for leg in summary["legs"] if leg["role"] != "control"
+    }
     found |= {(row["source_layer"], row["target_layer"]): row[key] for row in rows}
     small = "MMCS: mean over a SAE's alive latents of the largest cosine with a decoder row of the other's. "
     small += (
