@@ -1,0 +1,114 @@
+"""`saerelay report`: one page, opened from disk, that shows all of a run; made from files of its directory only.
+
+    report/index.html, style.css, *.js     the page: the summary is in it, all else is drawn from data
+    report/data/                           script files, loaded when they are looked at (see `data`)
+    report/figures/                        PNG, for papers
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+
+from saerelay.checkpoint import Suite, read_json, write_json
+from saerelay.errors import RunDirectoryError
+from saerelay.evaluate import evaluate_run
+from saerelay.features import features_run
+from saerelay.figures import (
+    Theme,
+    lineage_figure,
+    matrix_figure,
+    plan_figure,
+    quality_figure,
+    save,
+    training_figure,
+)
+from saerelay.lineage import lineage_run
+from saerelay.report.data import write_data
+from saerelay.report.story import caption, story
+
+Drawing = Callable[[Theme], Any]
+MARK = ".saerelay-report"
+"""Marks a directory that a report made, so that the next may replace it."""
+ASSETS = ("style.css", "core.js", "charts.js", "features.js")
+
+
+def report_run(suite: Suite, *, console: Console | None = None) -> Path:
+    """Make the report of a run, and first whatever of quality, features and lineage is missing; its index.html.
+
+    What stands in matrix.json and measures.json is shown if they are there; they are not made here. An earlier report
+    is replaced. Raises RunDirectoryError if no leg is finished, or if report/ holds something else.
+    """
+    paths = suite.directory
+    if paths.report.exists() and not (paths.report / MARK).is_file():
+        raise RunDirectoryError(f"{paths.report} holds something that is no report; move it away")
+    summary = evaluate_run(suite, console=console)
+    write_json(paths.root / "summary.json", summary)
+    features_run(suite, console=console)
+    lineage_run(suite, console=console)
+    fresh = paths.root / ".report.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    (fresh / "data").mkdir(parents=True)
+    (fresh / MARK).write_text("made by `saerelay report`; the next report replaces this directory\n")
+    if console:
+        console.print("writing the report's data")
+    write_data(suite, summary, caption(summary), fresh / "data")
+    if console:
+        console.print("drawing figures")
+    figures = write_figures(suite, summary, fresh / "figures")
+    write_page(suite, summary, figures, fresh)
+    shutil.rmtree(paths.report, ignore_errors=True)
+    fresh.replace(paths.report)
+    return paths.report / "index.html"
+
+
+def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Draw all that there is to draw as PNG, for paper and, with "-dark" in its name, for a dark page; what they show."""
+    paths = suite.directory
+    lineage = read_json(paths.lineage)
+    kinds = {link["kind"] for link in lineage["links"]}
+    plan, metrics = read_json(paths.plan), [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    drawings: dict[str, tuple[str, Drawing]] = {
+        "quality": ("Held-out quality by layer", lambda theme: quality_figure(summary, theme=theme)),
+        "plan": ("Who was trained from whom, and when", lambda theme: plan_figure(plan, theme=theme)),
+        "training": ("Training curves", lambda theme: training_figure(summary, metrics, theme=theme)),
+    }
+    for kind, what in (("depth", "from layer to layer"), ("hop", "from parent to child"), ("control", "beside controls")):
+        if kind in kinds:
+            drawings[f"lineage-{kind}"] = (
+                f"What became of latents {what}",
+                lambda theme, kind=kind: lineage_figure(summary, lineage, kind, theme=theme),
+            )
+    if paths.matrix.is_file():
+        matrix = read_json(paths.matrix)
+        for method in dict.fromkeys(cell["method"] for cell in matrix["cells"]):
+            drawings[f"matrix-fvu-{method}"] = (
+                f"FVU of every SAE on every layer, carried by {method}",
+                lambda theme, method=method: matrix_figure(summary, matrix, "fvu", method, theme=theme),
+            )
+    shown = []
+    for name, (what, draw) in drawings.items():
+        for theme, end in (("light", ""), ("dark", "-dark")):
+            figure = draw(theme)
+            save(figure, folder / f"{name}{end}.png")
+        width, height = figure.get_size_inches()
+        shown.append({"name": name, "alt": what, "width": round(100 * width), "height": round(100 * height)})
+    return shown
+
+
+def write_page(suite: Suite, summary: dict[str, Any], figures: list[dict[str, Any]], folder: Path) -> None:
+    """Fill the template, with everything escaped, and put the page's own files beside it."""
+    here = files("saerelay.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(here.joinpath("template.html").read_text(encoding="utf-8"))
+    page = template.render(story(suite.plan, summary), figures=figures, run=suite.directory.root.resolve().name)
+    (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
+    for name in ASSETS:
+        (folder / name).write_bytes(here.joinpath(name).read_bytes())
