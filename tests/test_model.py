@@ -21,6 +21,7 @@ from saerelay.errors import ModelError, PlanError
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
 from saerelay.recipe import ModelSpec
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
+from saerelay.threads import alone, in_parallel
 
 SMALL = {"vocab_size": 101, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
 COMMON = SMALL | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -233,6 +234,45 @@ def test_splice(family: str, model: LanguageModel, found: dict[Site, Tensor]) ->
     with model.splice(Site(2), lambda _: there):
         assert torch.equal(model.logits(TOKENS), model.logits(others))
     assert torch.equal(model.logits(TOKENS), logits)
+
+
+def test_resuming_in_the_middle_is_splicing(family: str, model: LanguageModel, found: dict[Site, Tensor]) -> None:
+    if family == "bert":
+        with pytest.raises(ModelError, match=r"\(bert\) has no language-model head. CE metrics need one"):
+            model.forward(TOKENS, ALL)
+        return
+    clean, calls = model.forward(TOKENS, ALL), []
+    assert torch.equal(clean.logits, model.logits(TOKENS))
+    for site in ALL:
+        assert torch.equal(clean.activations[site], found[site]), site
+        x = torch.randn(found[site].shape, generator=torch.Generator().manual_seed(1))
+        with model.splice(site, lambda _, x=x: x.clone()):
+            expected = model.logits(TOKENS)
+        with model.resuming(clean, site) as logits_with:  # tries whether the model can
+            counter = register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+            assert torch.equal(logits_with(x), expected), site
+            counter.remove()
+            with alone():
+                own, others = in_parallel(logits_with, [found[site], x])
+        assert torch.equal(own, clean.logits) and torch.equal(others, expected), site
+        n_mlps = sum(name.endswith("MLP") for name in calls)
+        assert n_mlps == 3 - site.layer - (site.module == "resid_post"), (site, calls)
+        calls.clear()
+    assert torch.equal(model.logits(TOKENS), clean.logits)
+
+
+def test_a_model_that_cannot_resume_runs_whole(directories: dict[str, Path]) -> None:
+    model = LanguageModel.load(spec_of(directories["llama"]))
+    first, last = model._layers[0], model._layers[2]
+    run, memory = last.forward, {}
+    first.mlp.register_forward_hook(lambda _, __, output: memory.update(x=output))
+    last.forward = lambda x, **options: run(x + memory.pop("x"), **options)  # what later layers of Gemma 3n do
+    clean = model.forward(TOKENS, [Site(1)])
+    x = torch.randn(clean.activations[Site(1)].shape, generator=torch.Generator().manual_seed(1))
+    with model.splice(Site(1), lambda _: x):
+        expected = model.logits(TOKENS)
+    with model.resuming(clean, Site(1)) as logits_with:
+        assert torch.equal(logits_with(x), expected) and model._resumes == {2: False}
 
 
 def test_splice_goes_when_its_block_fails(llama: LanguageModel) -> None:

@@ -143,7 +143,8 @@ def read_json(path: Path) -> Any:
         raise RunDirectoryError(f"{path}: cannot be read ({error})") from None
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors atomically; RunDirectoryError if the disk does not take them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -163,7 +164,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
 
 def publish(directory: Path, dictionary: Dictionary, info: Mapping[str, Any]) -> None:
     """Write dictionary.safetensors and then dictionary.json, whose presence says that both are whole."""
-    _write_tensors(directory / "dictionary.safetensors", {n: t.cpu() for n, t in dictionary.tensors().items()})
+    write_tensors(directory / "dictionary.safetensors", {n: t.cpu() for n, t in dictionary.tensors().items()})
     own = {
         "schema_version": SCHEMA_VERSION,
         "architecture": dictionary.architecture,
@@ -212,7 +213,7 @@ STATE_FILE = "state.safetensors"
 
 def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write the whole resume state as one file, so that it is there whole or not at all."""
-    _write_tensors(directory / STATE_FILE, tensors, {"facts": json.dumps(dict(facts))})
+    write_tensors(directory / STATE_FILE, tensors, {"facts": json.dumps(dict(facts))})
 
 
 def state_facts(directory: Path) -> dict[str, Any] | None:
@@ -306,6 +307,13 @@ class Suite:
         return [leg for leg in self.plan.legs if (self.directory.leg(leg.id) / "dictionary.json").is_file()]
 
     @property
+    def standing(self) -> list[Leg]:
+        """The suite itself, by site: published legs that are no control and were not continued by another."""
+        continued = {(leg.parent, leg.site) for leg in self.legs}
+        legs = [leg for leg in self.legs if leg.role != "control" and (leg.id, leg.site) not in continued]
+        return sorted(legs, key=lambda leg: leg.site)
+
+    @property
     def sites(self) -> list[Site]:
         """Sites with a published leg."""
         return sorted({leg.site for leg in self.legs})
@@ -313,8 +321,7 @@ class Suite:
     def leg_at(self, site: Site) -> Leg:
         """The leg that stands for a site."""
         here = [leg for leg in self.legs if leg.site == site]
-        continued = {leg.parent for leg in here}
-        chosen = [leg for leg in here if leg.role != "control" and leg.id not in continued]
+        chosen = [leg for leg in self.standing if leg.site == site]
         if len(chosen) == 1:
             return chosen[0]
         if not here:

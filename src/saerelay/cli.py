@@ -111,14 +111,30 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="a run directory")],
     as_json: Json = False,
     tokens: Annotated[str, typer.Option(help="held-out tokens, instead of the recipe's")] = "",
+    matrix: Annotated[bool, typer.Option("--matrix", help="every SAE on every layer, instead")] = False,
+    methods: Annotated[str, typer.Option(help="with --matrix: the closed-form hops to try")] = "identity,affine",
+    snapshots: Annotated[bool, typer.Option("--snapshots", help="with --matrix: snapshots of the legs, too")] = False,
 ) -> None:
-    """Measure the quality of every leg on held-out documents."""
+    """Measure the quality of every leg on held-out documents; with --matrix, of every leg on every layer."""
     from saerelay.checkpoint import RunDirectory, load, write_json
     from saerelay.evaluate import evaluate_run
+    from saerelay.matrix import matrix_run
     from saerelay.recipe import EvaluateSpec
+    from saerelay.tables import matrix_tables
 
     asked = EvaluateSpec.parse({"tokens": tokens}, source="--tokens").tokens if tokens else 0
-    summary = evaluate_run(load(run), None, tokens=asked, console=Console(stderr=True))
+    progress = Console(stderr=True)
+    if matrix:
+        names = [name.strip() for name in methods.split(",")]
+        cells = matrix_run(load(run), methods=names, tokens=asked, snapshots=snapshots, console=progress)
+        if as_json:
+            print(json.dumps(cells))
+            return
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        for table in matrix_tables(cells):
+            console.print(table)
+        return
+    summary = evaluate_run(load(run), None, tokens=asked, console=progress)
     write_json(RunDirectory(run).root / "summary.json", summary)
     if as_json:
         print((RunDirectory(run).root / "summary.json").read_text(encoding="utf-8"), end="")

@@ -6,8 +6,10 @@ norm), x_hat their reconstructions, E means over positions.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,13 @@ from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
 from saerelay.survey import Survey
+from saerelay.threads import alone, in_parallel
 
 SCHEMA_VERSION = 1
 LOGIT_BYTES = 2**28
 """Logits of one evaluation batch stay under this."""
+ROWS_BYTES = 2**20
+"""Logits are compared so many at a time on a processor, so that they stay in its cache."""
 
 
 @dataclass
@@ -155,56 +160,91 @@ def measure(
         list(batches(plan, sequences, ce)), "evaluating", console=console, transient=True, disable=silent
     ):
         tokens = tokens.to(model.device)
-        harvested = {site: x.flatten(0, 1) for site, x in model.harvest(tokens, open_sites).items()}
-        keep = kept_positions(plan, tokens, harvested)
-        clean = Logits(model.logits(tokens), tokens, keep) if ce else None
+        forward = model.forward(tokens, open_sites) if ce else None
+        harvested = forward.activations if forward else model.harvest(tokens, open_sites)
+        flat = {site: x.flatten(0, 1) for site, x in harvested.items()}
+        keep = kept_positions(plan, tokens, flat)
+        clean = Logits(forward.logits, tokens, keep) if forward else None
         for site in sites:
-            if clean:
-                with model.splice(site, torch.zeros_like):
-                    clean.add_ablation(ablations[site], model.logits(tokens))
-            for key in (key for key, (where, _) in on_device.items() if where == site):
-                x = harvested[site][keep].float()
-                x_hat = qualities[key].add_reconstruction(on_device[key][1], x)
-                if clean:
-                    whole = harvested[site].clone()
-                    whole[keep] = x_hat.to(whole.dtype)
-                    with model.splice(site, lambda x, whole=whole: whole.view_as(x)):
-                        clean.add_spliced(qualities[key], model.logits(tokens))
+            here = [(qualities[key], d) for key, (where, d) in on_device.items() if where == site]
+            with model.resuming(forward, site) if forward else nullcontext() as logits_with:
+                batch = Batch(harvested[site], keep, flat[site][keep].float(), clean, logits_with)
+                jobs = [partial(batch.add_ablation, ablations[site])] if clean else []
+                jobs += [partial(batch.add_dictionary, *pair) for pair in here]
+                enough = model.device.type == "cpu" and len(jobs) >= torch.get_num_threads()
+                with alone() if enough else nullcontext():
+                    in_parallel(lambda job: job(), jobs)
     return {key: quality.result(ablations[on_device[key][0]] if ce else None) for key, quality in qualities.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch at one site, which many dictionaries are measured on, side by side."""
+
+    whole: Tensor
+    """(B, C, D), as the model has it."""
+    keep: Tensor
+    """bool (B·C)."""
+    x: Tensor
+    """Kept positions (n, D), float32."""
+    clean: "Logits | None"
+    logits_with: Callable[[Tensor], Tensor] | None
+    """The model's logits with something else in place of `whole`."""
+
+    def add_ablation(self, sums: Ablation) -> None:
+        """Add a forward pass with the site zeroed."""
+        assert self.clean and self.logits_with
+        self.clean.add_ablation(sums, self.logits_with(torch.zeros_like(self.whole)))
+
+    def add_dictionary(self, quality: Quality, dictionary: Dictionary) -> None:
+        """Add a dictionary's reconstructions, and a forward pass with them in place."""
+        x_hat = quality.add_reconstruction(dictionary, self.x)
+        if self.clean and self.logits_with:
+            whole = self.whole.clone()
+            whole.view(-1, whole.shape[-1])[self.keep] = x_hat.to(whole.dtype)
+            self.clean.add_spliced(quality, self.logits_with(whole))
+
+
 class Logits:
-    """Clean logits of one batch, and comparisons with changed ones; (B, C, V) for tokens (B, C)."""
+    """Clean logits of one batch, and comparisons with changed ones; (B, C, V) for tokens (B, C).
+
+    Of changed logits s only log Σ exp s, Σ p s with the clean probabilities p, and s of the next token are needed:
+    CE = log Σ exp s − s_next, KL(clean ‖ changed) = Σ p log p − Σ p s + log Σ exp s.
+    """
 
     def __init__(self, logits: Tensor, tokens: Tensor, keep: Tensor) -> None:
         self.keep = keep.view_as(tokens)
         self.next = tokens[:, 1:, None]
-        self.log_p = logits.log_softmax(dim=-1)
-        self.p = self.log_p.exp()
-        self.ce = self._ce(self.log_p)
+        log_p = logits.float().log_softmax(dim=-1)
+        self.p = log_p.exp().flatten(0, 1)
+        self.negative_entropy = torch.linalg.vecdot(self.p, log_p.flatten(0, 1)).view_as(tokens)
+        self.ce = self.compare(logits)[0]
 
-    def _ce(self, log_p: Tensor) -> Tensor:
-        """Cross-entropy (B, C − 1) of each next token; zero where the position is not kept."""
-        return -log_p[:, :-1].gather(-1, self.next).squeeze(-1) * self.keep[:, :-1]
-
-    def _kl(self, log_q: Tensor) -> Tensor:
-        """KL(clean ‖ changed) (B, C); zero where the position is not kept."""
-        return (self.p * (self.log_p - log_q)).sum(dim=-1) * self.keep
+    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """CE (B, C − 1) of each next token and KL from the clean logits (B, C); zero where a position is not kept."""
+        n_rows = max(1, ROWS_BYTES // (4 * logits.shape[-1])) if logits.device.type == "cpu" else len(self.p)
+        totals, products = list[Tensor](), list[Tensor]()
+        for p, part in zip(self.p.split(n_rows), logits.flatten(0, 1).split(n_rows), strict=True):
+            part = part.float()
+            totals.append(part.logsumexp(dim=-1))
+            products.append(torch.linalg.vecdot(p, part))
+        total, product = torch.cat(totals).view_as(self.keep), torch.cat(products).view_as(self.keep)
+        ce = total[:, :-1] - logits[:, :-1].gather(-1, self.next).squeeze(-1)
+        return ce * self.keep[:, :-1], (self.negative_entropy - product + total) * self.keep
 
     def add_ablation(self, sums: Ablation, logits: Tensor) -> None:
         """Add a forward pass with a site ablated."""
-        log_q = logits.log_softmax(dim=-1)
+        ce, kl = self.compare(logits)
         sums.n_ce += int(self.keep[:, :-1].sum())
         sums.n_kl += int(self.keep.sum())
         sums.ce_clean += float(self.ce.sum(dtype=torch.float64))
-        sums.ce += float(self._ce(log_q).sum(dtype=torch.float64))
-        sums.kl += float(self._kl(log_q).sum(dtype=torch.float64))
+        sums.ce += float(ce.sum(dtype=torch.float64))
+        sums.kl += float(kl.sum(dtype=torch.float64))
 
     def add_spliced(self, quality: Quality, logits: Tensor) -> None:
         """Add a forward pass with a site reconstructed."""
-        log_q = logits.log_softmax(dim=-1)
-        ce = self._ce(log_q)
-        quality.add(ce=ce, kl=self._kl(log_q))
+        ce, kl = self.compare(logits)
+        quality.add(ce=ce, kl=kl)
         n = self.keep[:, :-1].sum(dim=1)
         quality.sequence_delta_ce.append(((ce - self.ce).sum(dim=1) / n.clamp(min=1))[n > 0].double().cpu())
 
@@ -239,7 +279,7 @@ def evaluate_run(
     if missing:
         model = model or load_model(plan)
         wanted = {key: value for leg in missing for key, value in _dictionaries(paths, leg).items()}
-        sequences = test[: math.ceil(asked["tokens"] / plan.run.data.context)]
+        sequences = held_out(plan, test, asked["tokens"])
         results = measure(plan, model, sequences, wanted, ce=asked["ce"], console=console)
         for leg in missing:
             snapshots = {key.rpartition("@")[2]: r for key, r in results.items() if key.rpartition("@")[0] == leg.id}
@@ -247,6 +287,11 @@ def evaluate_run(
             document |= {"leg": leg.id, "metrics": results[leg.id], "snapshots": snapshots}
             write_json(paths.evaluation(leg.id), document)
     return summary(suite)
+
+
+def held_out(plan: Plan, split: np.ndarray, tokens: int) -> np.ndarray:
+    """The first sequences (N, context) of a split that have as many tokens, or all it has."""
+    return split[: math.ceil(tokens / plan.run.data.context)]
 
 
 def wants_ce(plan: Plan) -> bool:
@@ -278,7 +323,7 @@ def _dictionaries(paths: RunDirectory, leg: Leg) -> dict[str, tuple[Site, Dictio
     return found
 
 
-_SHOWN = (
+SHOWN = (
     "l0 l1 fvu explained_variance mse cossim l2_ratio delta_ce delta_ce_se ce_loss_score ce_loss_without_sae "
     "ce_loss_with_sae ce_loss_with_ablation kl_div_score kl_div_with_sae kl_div_with_ablation frac_alive"
 ).split()
@@ -314,10 +359,10 @@ def summary(suite: Suite) -> dict[str, Any]:
                 "validation_fvu": info.get("validation_fvu"),
                 "n_eval_tokens": document["metrics"]["n_tokens"],
             }
-            | {name: document["metrics"].get(name) for name in _SHOWN}
+            | {name: document["metrics"].get(name) for name in SHOWN}
             | {
                 "snapshots": [
-                    {"tokens": int(age), **{name: metrics.get(name) for name in _SHOWN}}
+                    {"tokens": int(age), **{name: metrics.get(name) for name in SHOWN}}
                     for age, metrics in sorted(document["snapshots"].items(), key=lambda item: int(item[0]))
                 ]
             }

@@ -60,7 +60,7 @@ _KINDS = {
     "equal_tokens": ("v", "control: scratch, equal tokens"),
     "full": ("^", "control: scratch, full budget"),
 }
-_METHODS = {"identity": "o", "rescale": "v", "procrustes": "s", "affine": "D"}
+_METHODS = {"identity": "o", "rescale": "v", "procrustes": "s", "affine": "D", "affine+refit": "^"}
 _FATES = {"k": "kept", "d": "drifted", "x": "died", "b": "born"}
 _FATE_COLOURS = {
     "light": ("#1b4965", "#5fa8d3", "#b4bcc1", "#ca6702"),
@@ -145,8 +145,8 @@ def matrix_figure(
         if cell["method"] == (method if cell["source"] != cell["target"] else "identity")
     }
     name, definition = METRICS[metric]
-    carried = {"identity": "copied as they are", "affine": "carried by the affine map"}.get(method, f"by {method}")
-    small = f"{definition}. SAEs {carried}, not trained further."
+    carried = {"identity": "copied as they are"}.get(method, f"carried by {method}")
+    small = f"{definition}. SAEs {carried}, not trained at the new layer."
     return _heat_map(theme, summary, f"{name.split(' (')[0]} across layers", small, found, name, matrix["n_tokens"])
 
 
@@ -221,12 +221,9 @@ def offsets_figure(summary: Document, measures: Document, metric: str = "fvu", *
     )
     with _page(theme, summary, f"{name.split(' (')[0]} by offset", small, 2.3, measures["n_tokens"]) as figure:
         axis = figure.subplots()
-        home = [row for row in rows if row["offset"] == 0]
         for (method, marker), colour in zip(_METHODS.items(), _lines(theme), strict=True):
-            points = sorted(
-                [r for r in rows if r["method"] == method and r["offset"]] + home, key=lambda r: r["offset"]
-            )
-            if any(row["offset"] for row in points):
+            points = [row for row in rows if row["method"] == method]
+            if points:
                 x, y = [row["offset"] for row in points], [row["mean"] for row in points]
                 axis.plot(x, y, marker=marker, markersize=3.5, color=colour, label=method)
         means = [row["mean"] for row in rows if row["mean"] is not None]
@@ -318,8 +315,8 @@ def attribution_figure(summary: Document, measures: Document, *, theme: Theme = 
     places, kinds = _places(rows), {leg["id"]: _kind(leg, summary) for leg in summary["legs"]}
     small = (
         "Attribution of a latent: activation at the last position times decoder row · (unembedding of the correct − of "
-        f"the wrong token); largest over latents, mean over {dla['n_prompts']} prompts, ± standard error. "
-        f"Prompts: {dla['prompts']}."
+        f"the wrong token), before the final norm's division; largest over latents, mean over {dla['n_prompts']} "
+        f"prompts, ± standard error. Prompts: {dla['prompts']}."
     )
     with _page(theme, summary, "Direct logit attribution by layer", small, 2.3, measures["n_tokens"]) as figure:
         axis = figure.subplots()
@@ -336,7 +333,7 @@ def attribution_figure(summary: Document, measures: Document, *, theme: Theme = 
                     elinewidth=0.8,
                     label=text,
                 )
-        _dress(axis, theme, ylabel="attribution (logits)")
+        _dress(axis, theme, ylabel="attribution")
         _layer_ticks(axis, [leg["layer"] for leg in summary["legs"]])
         _legend(axis, columns=1)
     return figure
@@ -588,12 +585,13 @@ def _short(value: float) -> str:
 
 
 def _standing(summary: Document) -> set[str]:
-    """Ids of the legs that stand for their layers: no controls, none that was continued, roots first."""
-    legs = [leg for leg in summary["legs"] if leg["role"] != "control"]
-    sites = {leg["id"]: (leg["layer"], leg["module"]) for leg in legs}
-    continued = {leg["parent"] for leg in legs if sites.get(leg["parent"]) == sites[leg["id"]]}
-    last = sorted((leg for leg in legs if leg["id"] not in continued), key=lambda leg: leg["role"] == "root")
-    return set({leg["layer"]: leg["id"] for leg in last}.values())
+    """Ids of the legs that stand for their layers: no controls, none that was continued; of several, the first."""
+    legs, found = [leg for leg in summary["legs"] if leg["role"] != "control"], dict[int, str]()
+    continued = {(leg["parent"], leg["layer"], leg["module"]) for leg in legs}
+    for leg in legs:
+        if (leg["id"], leg["layer"], leg["module"]) not in continued:
+            found.setdefault(leg["layer"], leg["id"])
+    return set(found.values())
 
 
 def _whole_ticks(axis: "Axes", values: Sequence[int]) -> None:

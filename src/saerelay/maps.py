@@ -15,13 +15,19 @@ from saerelay.site import Site
 from saerelay.stream import AbstractStream
 from saerelay.transfer import AffineMap, identity, map_between
 
-MAP_TOKENS = 131_072
-"""Token positions that maps are fitted on, unless told otherwise or the corpus has fewer."""
+MAP_TOKENS = 65_536
+"""Token positions that maps are fitted on at least, unless the corpus has fewer; see `enough_tokens`."""
 MOMENT_BYTES = 2 * 2**30
 """Moments gathered in one pass over the tokens stay under this; more pairs of sites take more passes."""
 
 Pair = tuple[Site, Site]
 """Source and target."""
+
+
+def enough_tokens(plan: Plan, available: int) -> int:
+    """Positions that maps between a plan's sites are fitted on: 64 times the width, in whole blocks, if there are."""
+    wanted = max(MAP_TOKENS, 64 * max(plan.facts.width(site) for site in plan.sites))
+    return max(1, min(math.ceil(wanted / plan.block_tokens), available // plan.block_tokens)) * plan.block_tokens
 
 
 def gather_moments(plan: Plan, stream: AbstractStream, pairs: Iterable[Pair], tokens: int) -> dict[Pair, Moments]:
@@ -58,9 +64,7 @@ def passes(plan: Plan, pairs: Iterable[Pair]) -> list[list[Pair]]:
     return parts
 
 
-def fit_maps(
-    plan: Plan, stream: AbstractStream, pairs: Iterable[Pair], *, tokens: int = MAP_TOKENS
-) -> dict[Pair, AffineMap]:
+def fit_maps(plan: Plan, stream: AbstractStream, pairs: Iterable[Pair], tokens: int) -> dict[Pair, AffineMap]:
     """The affine map of each pair (source, target), fitted on the first `tokens` positions of the training split.
 
     The two directions of a pair share their moments. Sites that are the same have the identity. Raises TransferError

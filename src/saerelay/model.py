@@ -5,9 +5,11 @@ In shapes: B sequences, C positions, D width of the activations at a site, V voc
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -44,6 +46,7 @@ _NO_TOKENIZER = (
     "has no fast tokenizer. Put a tokenizer.json beside its config.json, "
     "or give token ids (`data.tokens`) instead of text."
 )
+_BETWEEN_LAYERS = ("resid_pre", "resid_post")
 _Port = tuple[nn.Module, Literal["input", "output"]]
 
 
@@ -132,6 +135,20 @@ def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """What a whole forward of a language model left behind; see `LanguageModel.forward`."""
+
+    tokens: Tensor
+    """(B,C)."""
+    logits: Tensor
+    """(B,C,V), in the model's dtype."""
+    activations: dict[Site, Tensor]
+    """(B,C,D) at each site asked for."""
+    beside: list[tuple | None]
+    """What each layer returned beside the residual stream, if it returns a tuple."""
+
+
 @final
 class LanguageModel:
     """A frozen language model whose activations are read, and replaced, at sites.
@@ -147,6 +164,7 @@ class LanguageModel:
         self.device = torch.device(facts.device)
         self._model = model.eval().requires_grad_(False).to(self.device)
         self._layers = _find_layers(model, facts.name)
+        self._resumes = dict[int, bool]()  # whether a forward can go on behind the first n layers, where tried
 
     @classmethod
     def load(cls, spec: ModelSpec) -> "LanguageModel":
@@ -223,12 +241,99 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """Predict the next token at every position: float32 (B,C,V) for tokens (B,C); ModelError without an LM head."""
+        return self._logits(tokens).float()
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         if not self.facts.has_lm_head:
             raise ModelError(
                 f'"{self.facts.name}" ({self.facts.family}) has no language-model head. CE metrics need one: '
                 "use a causal LM (`architectures` in its config.json says ...ForCausalLM), or leave CE metrics out."
             )
-        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, sites: Iterable[Site]) -> "Forward":
+        """One whole forward over tokens (B,C), from whose middle others can go on (`resuming`).
+
+        >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
+        >>> clean = model.forward(tokens, [Site(3)])
+        >>> with model.resuming(clean, Site(3)) as logits_with:
+        ...     changed = logits_with(2 * clean.activations[Site(3)])
+        >>> changed.shape == clean.logits.shape, bool((changed == clean.logits).all())
+        (True, False)
+
+        Raises what `check_site` raises, and ModelError without an LM head.
+        """
+        wanted = dict.fromkeys(sites)
+        residual = {site: Site(site.layer, "resid_pre") for site in wanted if site.module not in _BETWEEN_LAYERS}
+        found, outputs = dict[Site, Tensor](), dict[int, Any]()
+
+        def keep(site: Site, x: Tensor) -> Tensor:
+            found[site] = x.clone()
+            return x
+
+        with ExitStack() as stack:
+            for site in {**wanted, **dict.fromkeys(residual.values())}:
+                stack.enter_context(self.splice(site, partial(keep, site)))
+            for i, layer in enumerate(self._layers):
+                hook = layer.register_forward_hook(lambda _, __, output, i=i: outputs.update({i: output}))
+                stack.callback(hook.remove)
+            logits = self._logits(tokens)
+        beside = [tuple(outputs[i][1:]) if isinstance(outputs[i], tuple | list) else None for i in sorted(outputs)]
+        return Forward(tokens, logits, found, beside)
+
+    @contextmanager
+    def resuming(self, clean: "Forward", site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function that gives the logits (B,C,V) of an earlier forward with other activations x (B,C,D) at a site.
+
+        Layers before the site do not run. Where a model passes its layers more than the residual stream, so that
+        starting in the middle does not give back its own logits (tried once a layer), all of it runs. Threads may call
+        the function side by side; elsewhere the model must not be used inside the `with` block.
+        """
+        n = site.layer + (site.module == "resid_post")
+        if n not in self._resumes:
+            self._resumes[n] = self._resumes_after(clean, n, site)
+        between, given = site.module in _BETWEEN_LAYERS, threading.local()
+
+        @torch.no_grad()
+        def logits(x: Tensor) -> Tensor:
+            given.x = x.to(clean.activations[site].dtype, copy=True)  # some models add to it in place
+            return self._logits(clean.tokens)
+
+        with ExitStack() as stack:
+            if self._resumes[n]:
+                before = None if between else clean.activations[Site(site.layer, "resid_pre")]
+                stack.enter_context(self._skipping(clean, n, lambda: given.x if before is None else before.clone()))
+            if not (n and between and self._resumes[n]):
+                stack.enter_context(self.splice(site, lambda _: given.x))
+            yield logits
+
+    @torch.no_grad()
+    def _resumes_after(self, clean: "Forward", n: int, site: Site) -> bool:
+        """Whether the model's own activations behind the first n layers give its own logits."""
+        own = clean.activations[site if site.module in _BETWEEN_LAYERS else Site(site.layer, "resid_pre")]
+        try:
+            with self._skipping(clean, n, own.clone):
+                again = self._logits(clean.tokens)
+        except Exception:  # whatever a model says that misses something from the layers before
+            return False
+        return torch.allclose(again, clean.logits, rtol=1e-2, atol=1e-2 * float(clean.logits.abs().max()))
+
+    @contextmanager
+    def _skipping(self, clean: "Forward", n: int, x: Callable[[], Tensor]) -> Iterator[None]:
+        """Let the first n layers return x() (B,C,D) without running."""
+
+        def instead(beside: tuple | None) -> Callable[..., Any]:
+            return lambda *_, **__: x() if beside is None else (x(), *beside)
+
+        skipped = list(zip(self._layers[:n], clean.beside, strict=False))
+        try:
+            for layer, beside in skipped:
+                layer.forward = instead(beside)
+            yield
+        finally:
+            for layer, _ in skipped:
+                layer.__dict__.pop("forward", None)
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:

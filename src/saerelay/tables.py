@@ -8,6 +8,7 @@ from rich.text import Text
 
 from saerelay.auto import Choice
 from saerelay.cost import Cost
+from saerelay.matrix import HOPS
 from saerelay.plan import Plan
 from saerelay.spec import format_count
 from saerelay.survey import Survey
@@ -45,6 +46,34 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
             f"The bound, the language model alone: {_flops(choice.cost.lm_flops)}, {_duration(choice.seconds_lm)}."
         ),
     ]
+
+
+def matrix_tables(matrix: dict[str, Any]) -> list[Table]:
+    """FVU, and ΔCE where it was measured, of every leg on every layer; one table a metric and method."""
+    tables = []
+    home = {cell["leg"]: cell for cell in matrix["cells"] if cell["source"] == cell["target"] and not cell["snapshot"]}
+    for name, title in (("fvu", "FVU"), ("delta_ce", "ΔCE, nats per token")):
+        for method in sorted({cell["method"] for cell in matrix["cells"]}, key=HOPS.index):
+            if home and next(iter(home.values()))[name] is None:
+                continue
+            title_ = f"{title} on the activations of each layer, {'as it is' if method == 'identity' else method}"
+            table = Table(box=None, pad_edge=False, title=title_, title_justify="left")
+            table.add_column("SAE")
+            for layer in matrix["layers"]:
+                table.add_column(str(layer), justify="right")
+            for leg, at_home in home.items():
+                cells = {
+                    c["target"]: c
+                    for c in matrix["cells"]
+                    if c["method"] == method and c["leg"] == leg and not c["snapshot"]
+                }
+                cells[at_home["source"]] = at_home
+                shown = [f"{cells[layer][name]:.3f}" for layer in matrix["layers"]]
+                shown[matrix["layers"].index(at_home["source"])] += "*"
+                table.add_row(leg, *shown)
+            table.caption, table.caption_justify = "* at home", "left"
+            tables.append(table)
+    return tables
 
 
 def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:

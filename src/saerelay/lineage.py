@@ -1,0 +1,416 @@
+"""What became of each latent: from parent to child, from layer to layer, and beside a control.
+
+Two legs that descend from one root have the same latents at the same index: a transfer never permutes them. Where they
+do not, latents are matched one to one by decoder cosine (optimal assignment). Before anything is compared, the source
+is folded through the affine map between the two layers, whose raw spaces are not comparable. Shapes: F latents of the
+source, G of the target, B kept positions of a batch.
+
+The five states of a latent and its partner: `k`ept (both fire, decoder cosine over KEPT_ABOVE), `d`rifted (both fire,
+cosine not over it), `x` died (the partner does not fire), `b`orn (only the partner fires), `-` silent in both.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from torch import Tensor
+
+from saerelay.checkpoint import RunDirectory, Suite, finite, read_json, write_text
+from saerelay.corpus import Corpus
+from saerelay.dictionaries import Dictionary
+from saerelay.errors import RunDirectoryError
+from saerelay.features import (
+    Collector,
+    encode_batches,
+    held_out,
+    maps_between,
+    most_similar,
+    neighbour_pairs,
+    neighbours,
+    standing,
+    without_features,
+    write_features,
+)
+from saerelay.kernels import Codes, split_codes
+from saerelay.maps import MAP_TOKENS
+from saerelay.model import LanguageModel
+from saerelay.plan import Leg, Plan
+from saerelay.stream import load_model
+from saerelay.transfer import fold
+
+SCHEMA_VERSION = 1
+KEPT_ABOVE = 0.7
+"""Decoder cosine over which a latent counts as the same. On the demo run few are between .3 and .7, and over .7 a
+latent's own partner is the most similar of all latents of the target in more than 99 % of cases; under .3 it never is.
+Paulo and Belrose 2025 draw the line there too."""
+ALIVE_ABOVE = 0
+"""Times that a latent must have fired on the held-out tokens, and more, to be alive: the rule of `frac_alive`."""
+EXACT_LATENTS = 4_096
+"""Assignments of no more latents are optimal over all pairs; larger ones over each latent's CANDIDATES best partners,
+or none, which on 4096 latents takes a seventh of the time (9 s become 1 at 8192) and changes 4 % of the partners, few
+of them with a cosine over a half."""
+CANDIDATES = 32
+PIECE = 2**21
+"""Numbers in a dense piece of the target's codes: 8 MiB."""
+
+Kind = Literal["hop", "depth", "control"]
+_NAMES = {"k": "kept", "d": "drifted", "x": "died", "b": "born", "-": "silent"}
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """What became of a leg's latents in another leg; tensors have an entry for each latent of the source."""
+
+    kind: Kind
+    """hop: parent to child; depth: a layer's leg to the next layer's; control: a leg to its from-scratch control."""
+    source: str
+    target: str
+    source_layer: int
+    target_layer: int
+    partner: Tensor | None
+    """int64 (F): latents of the target, -1 for none; None where latents have kept their index."""
+    decoder_cosine: Tensor
+    """(F): of the folded source with the partner; NaN without one."""
+    encoder_cosine: Tensor
+    correlation: Tensor
+    """(F): Pearson's, of the activations on the same tokens; NaN where one never fires."""
+    status: str
+    """A letter a latent: k, d, x, b or -."""
+
+    def forward(self, latent: int) -> int | None:
+        """The partner of a latent of the source, or None."""
+        partner = latent if self.partner is None else int(self.partner[latent])
+        return None if partner < 0 else partner
+
+    def backward(self, latent: int) -> int | None:
+        """The latent of the source whose partner is `latent`, or None."""
+        if self.partner is None:
+            return latent
+        found = (self.partner == latent).nonzero()
+        return int(found[0, 0]) if len(found) else None
+
+    def shares(self) -> dict[str, float]:
+        """Shares of the source's latents that were kept, drifted, died, were born, and are silent in both; sum 1."""
+        counts = Counter(self.status)
+        return {name: counts[letter] / len(self.status) for letter, name in _NAMES.items()}
+
+
+class Step(NamedTuple):
+    """A latent on its way through the layers, and what the link from the step before it says."""
+
+    leg: str
+    layer: int
+    latent: int
+    decoder_cosine: float | None
+    encoder_cosine: float | None
+    correlation: float | None
+    status: str | None
+    """"kept", "drifted", "died", "born" or "silent"; None, like the numbers, of the first step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lineage:
+    """What became of each latent of a run's legs; the content of lineage.json (see docs/run-directory.md).
+
+    `Lineage.load("runs/a").follow("L3-from-L5", 123)` is latent 123 of layer 3, from the first layer to the last.
+    """
+
+    facts: dict[str, Any]
+    """model, map_tokens, n_tokens, n_sequences, kept_above, alive_above, and `legs`: {id: {layer, n_latents}}."""
+    links: list[Link]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Lineage":
+        """Read a run's lineage.json; RunDirectoryError if there is none, or it is damaged."""
+        path = RunDirectory(Path(directory)).lineage
+        if not path.is_file():
+            raise RunDirectoryError(f"{path}: no lineage here; `saerelay show {directory} LEG LATENT` makes it")
+        data = read_json(path)
+        try:
+            links = [_link_from_json(link) for link in data.pop("links")]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RunDirectoryError(f"{path}: damaged ({error!r}); delete it to have it made again") from None
+        return cls(data, links)
+
+    def link(self, source: str, target: str) -> Link:
+        """The link between two legs, by their ids."""
+        for link in self.links:
+            if (link.source, link.target) == (source, target):
+                return link
+        there = ", ".join(f"{link.source} to {link.target}" for link in self.links) or "none"
+        raise RunDirectoryError(f"no link from {source} to {target}; there are {there}")
+
+    def follow(self, leg: str, latent: int) -> list[Step]:
+        """A latent of a leg, from the first layer to the last, along the depth links that it is on.
+
+        The way ends where a latent has no partner. A leg that no depth link joins (a control) is a way of one step.
+        Raises RunDirectoryError if there is no such leg or latent.
+        """
+        self.check(leg, latent)
+        depth = [link for link in self.links if link.kind == "depth"]
+        first, at = leg, latent
+        while link := next((link for link in depth if link.target == first), None):
+            before = link.backward(at)
+            if before is None:
+                break
+            first, at = link.source, before
+        steps = [Step(first, self.facts["legs"][first]["layer"], at, None, None, None, None)]
+        while link := next((link for link in depth if link.source == steps[-1].leg), None):
+            step = step_along(link, steps[-1].latent)
+            if step is None:
+                break
+            steps.append(step)
+        return steps
+
+    def check(self, leg: str, latent: int) -> None:
+        """Raise RunDirectoryError if there is no such leg, or it has no such latent."""
+        legs = self.facts["legs"]
+        if leg not in legs:
+            raise RunDirectoryError(f'no leg "{leg}" in this lineage; there are {", ".join(legs)}')
+        if not 0 <= latent < legs[leg]["n_latents"]:
+            raise RunDirectoryError(f"{leg} has latents 0 to {legs[leg]['n_latents'] - 1}, none of number {latent}")
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One dict a link: kind, source, target, and its `shares`."""
+        return [{"kind": x.kind, "source": x.source, "target": x.target} | x.shares() for x in self.links]
+
+
+def step_along(link: Link, latent: int) -> Step | None:
+    """The partner of a latent of the source, and how alike they are."""
+    partner = link.forward(latent)
+    if partner is None:
+        return None
+    numbers = (link.decoder_cosine[latent], link.encoder_cosine[latent], link.correlation[latent])
+    known = (None if number != number else float(number) for number in numbers)
+    return Step(link.target, link.target_layer, partner, *known, _NAMES[link.status[latent]])
+
+
+# --- pairs and cosines ------------------------------------------------------------------------------------------
+
+
+def assign(source: Tensor, target: Tensor) -> Tensor:
+    """Match decoder rows (F, D) with rows (G, D), one to one, so that the cosines' sum is largest: int64 (F), -1 none.
+
+    >>> rows = torch.eye(4)
+    >>> assign(rows, rows[[2, 0, 3, 1]]).tolist()
+    [1, 3, 0, 2]
+
+    Exact up to EXACT_LATENTS; beyond, among each row's CANDIDATES most similar ones (see there).
+    """
+    F, G = len(source), len(target)
+    partner = torch.full((F,), -1)
+    if max(F, G) <= EXACT_LATENTS:
+        cosines = _unit(source) @ _unit(target).T
+        rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+    else:
+        latents, cosines = (t.cpu().flatten() for t in most_similar(source, target, CANDIDATES))
+        everyone = torch.arange(F)
+        row = torch.cat([everyone.repeat_interleave(len(latents) // F), everyone])
+        column = torch.cat([latents, G + everyone])  # a column of its own is for a row that goes without
+        cost = torch.cat([2 - cosines, torch.full((F,), 3.0)]).double()  # positive, and highest without
+        graph = csr_matrix((cost.numpy(), (row.numpy(), column.numpy())), shape=(F, G + F))
+        rows, columns = min_weight_full_bipartite_matching(graph)
+        rows, columns = rows[columns < G], columns[columns < G]
+    partner[torch.from_numpy(rows).long()] = torch.from_numpy(columns).long()
+    return partner
+
+
+def paired_cosine(source: Tensor, target: Tensor, partner: Tensor | None) -> Tensor:
+    """Cosine (F) of each row (F, D) with its partner among rows (G, D); NaN without one."""
+    if partner is None:
+        return (_unit(source) * _unit(target)).sum(dim=1)
+    cosines = (_unit(source) * _unit(target)[partner.to(target.device)]).sum(dim=1)
+    return cosines.masked_fill((partner < 0).to(target.device), torch.nan)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+# --- activations on the same tokens -----------------------------------------------------------------------------
+
+
+class Firing:
+    """Sums over tokens of a dictionary's codes: how often, Σz and Σz² of each latent, in float64."""
+
+    def __init__(self, n_latents: int, device: torch.device) -> None:
+        self.count = torch.zeros(n_latents, dtype=torch.long, device=device)
+        self.total, self.squares = (torch.zeros(n_latents, dtype=torch.float64, device=device) for _ in range(2))
+
+    def add(self, codes: Codes) -> None:
+        """Take in a batch."""
+        latents, values = codes.columns.long(), codes.values.double()
+        self.count.index_add_(0, latents, (values > 0).long())
+        self.total.index_add_(0, latents, values)
+        self.squares.index_add_(0, latents, values.square())
+
+
+class Comparison:
+    """Two legs while their codes go by: partners and cosines, known from the start, and Σ z·z' (F) of partners."""
+
+    def __init__(self, kind: Kind, source: Leg, target: Leg, carried: Dictionary, other: Dictionary, by_index: bool):
+        self.kind, self.source, self.target = kind, source, target
+        self.partner = None if by_index else assign(carried.W_dec, other.W_dec).to(other.W_dec.device)
+        self.decoder_cosine = paired_cosine(carried.W_dec, other.W_dec, self.partner)
+        self.encoder_cosine = paired_cosine(carried.W_enc, other.W_enc, self.partner)
+        self.products = torch.zeros_like(self.decoder_cosine, dtype=torch.float64)
+
+    def add(self, source: Codes, target: Codes, scratch: Tensor) -> None:
+        """Take in the codes of a batch; `scratch` (at least G) is zero, and left so."""
+        n_rows, G = len(scratch) // target.n_latents, target.n_latents
+        for z, other in zip(split_codes(source, n_rows), split_codes(target, n_rows), strict=True):
+            places, latents = other.rows() * G + other.columns, z.columns.long()
+            partners = latents if self.partner is None else self.partner[latents]
+            scratch[places] = other.values
+            met = scratch[z.rows() * G + partners.clamp(min=0)] * (partners >= 0)
+            self.products.index_add_(0, latents, (z.values * met).double())
+            scratch[places] = 0
+
+    def link(self, source: Firing, target: Firing, n_tokens: int) -> Link:
+        """What was found."""
+        partner = torch.arange(len(self.products)) if self.partner is None else self.partner
+        count, total, squares = (
+            torch.where(partner >= 0, sums[partner], 0) for sums in (target.count, target.total, target.squares)
+        )
+        covariance = self.products - source.total * total / n_tokens
+        variances = (source.squares - source.total.square() / n_tokens) * (squares - total.square() / n_tokens)
+        correlation = (covariance / variances.sqrt()).masked_fill((source.count == 0) | (count == 0), torch.nan)
+        return Link(
+            kind=self.kind,
+            source=self.source.id,
+            target=self.target.id,
+            source_layer=self.source.layer,
+            target_layer=self.target.layer,
+            partner=None if self.partner is None else self.partner.cpu(),
+            decoder_cosine=self.decoder_cosine.cpu(),
+            encoder_cosine=self.encoder_cosine.cpu(),
+            correlation=correlation.float().cpu(),
+            status=status(self.decoder_cosine, source.count > ALIVE_ABOVE, count > ALIVE_ABOVE),
+        )
+
+
+def status(decoder_cosine: Tensor, source_alive: Tensor, target_alive: Tensor) -> str:
+    """One letter a latent (see the top of this file); all (F), `target_alive` that of its partner.
+
+    >>> yes, no = torch.tensor([True, True, True, False, False]), torch.tensor([True, True, False, True, False])
+    >>> status(torch.tensor([0.9, 0.1, 0.9, 0.9, 0.9]), yes, no)
+    'kdxb-'
+    """
+    kept = (decoder_cosine > KEPT_ABOVE).tolist()
+    letters = []
+    for is_kept, before, after in zip(kept, source_alive.tolist(), target_alive.tolist(), strict=True):
+        letters.append(("k" if is_kept else "d") if before and after else "x" if before else "b" if after else "-")
+    return "".join(letters)
+
+
+# --- a run's lineage --------------------------------------------------------------------------------------------
+
+
+def planned_links(suite: Suite) -> list[tuple[Kind, Leg, Leg]]:
+    """Which legs are compared. A parent outside the run has no link."""
+    published: dict[str, Leg] = {leg.id: leg for leg in suite.legs}
+    links: list[tuple[Kind, Leg, Leg]] = []
+    links += [("hop", published[leg.parent], leg) for leg in suite.legs if leg.parent in published]
+    for leg in standing(suite).values():
+        above = neighbours(suite, leg)["above"]
+        links += [("depth", leg, above)] if above else []
+    return links + [("control", published[leg.control_of], leg) for leg in suite.legs if leg.control_of in published]
+
+
+def ancestor(plan: Plan, leg: Leg) -> str:
+    """The root that a leg's latents have their index from, or the directory of one outside the run."""
+    while leg.parent and plan.has(leg.parent):
+        leg = plan.leg(leg.parent)
+    return leg.parent or leg.id
+
+
+@torch.no_grad()
+def lineage_run(
+    suite: Suite,
+    model: LanguageModel | None = None,
+    *,
+    tokens: int = 0,
+    features: bool = False,
+    console: Console | None = None,
+) -> Lineage:
+    """Find what became of each latent of a run, on the test split, unless it is known already; writes lineage.json.
+
+    With `features`, also what `features_run` does, from the same pass over the tokens. `tokens` are the recipe's
+    `evaluate.tokens` unless given. `model` may be None to load it only if something is left to do.
+    """
+    plan, paths, sequences = suite.plan, suite.directory, held_out(suite, tokens)
+    known = is_known(suite, len(sequences))
+    planned, legs = [] if known else planned_links(suite), without_features(suite, tokens) if features else []
+    if known and not legs:
+        return Lineage.load(paths.root)
+    model, corpus = model or load_model(plan), Corpus.open(paths.tokens)
+    pairs = neighbour_pairs(suite, legs) + [(source.site, target.site) for _, source, target in planned]
+    maps = maps_between(suite, model, corpus, pairs, console)
+    wanted = {leg.id: leg for leg in legs} | ({} if known else {leg.id: leg for leg in suite.legs})
+    dictionaries = {leg_id: (leg.site, suite[leg_id].to(model.device)) for leg_id, leg in wanted.items()}
+    comparisons = []
+    for kind, source, target in planned:
+        carried = fold(dictionaries[source.id][1], maps[source.site, target.site])
+        by_index = ancestor(plan, source) == ancestor(plan, target)
+        comparisons.append(Comparison(kind, source, target, carried, dictionaries[target.id][1], by_index))
+    firing = {key: Firing(d.n_latents, model.device) for key, (_, d) in dictionaries.items()}
+    collectors = {leg.id: Collector(leg.dictionary.n_latents, sequences.shape[1], model.device) for leg in legs}
+    scratch, n_tokens = torch.zeros(max(PIECE, *(len(f.total) for f in firing.values())), device=model.device), 0
+    for batch in encode_batches(plan, model, sequences, dictionaries, console):
+        n_tokens += len(batch.places)
+        for key, codes in batch.codes.items():
+            firing[key].add(codes)
+        for comparison in comparisons:
+            comparison.add(batch.codes[comparison.source.id], batch.codes[comparison.target.id], scratch)
+        for key, collector in collectors.items():
+            collector.add(batch, batch.codes[key])
+    write_features(suite, model, {key: collector.result() for key, collector in collectors.items()}, maps, tokens)
+    if not known:
+        facts = {"schema": SCHEMA_VERSION, "model": plan.facts.name, "map_tokens": min(MAP_TOKENS, corpus.train.size)}
+        facts |= {"n_tokens": n_tokens, "n_sequences": len(sequences)}
+        facts |= {"kept_above": KEPT_ABOVE, "alive_above": ALIVE_ABOVE}
+        facts["legs"] = {leg.id: {"layer": leg.layer, "n_latents": leg.dictionary.n_latents} for leg in suite.legs}
+        links = [c.link(firing[c.source.id], firing[c.target.id], n_tokens) for c in comparisons]
+        document = facts | {"links": [_link_to_json(link) for link in links]}
+        write_text(paths.lineage, json.dumps(finite(document), allow_nan=False, separators=(",", ":")) + "\n")
+    return Lineage.load(paths.root)
+
+
+def is_known(suite: Suite, n_sequences: int) -> bool:
+    """Whether lineage.json is there, on so many sequences, by today's thresholds and for the legs there are."""
+    if not suite.directory.lineage.is_file():
+        return False
+    lineage = Lineage.load(suite.directory.root)
+    asked = {"schema": SCHEMA_VERSION, "n_sequences": n_sequences}
+    asked |= {"kept_above": KEPT_ABOVE, "alive_above": ALIVE_ABOVE}
+    links = [(kind, source.id, target.id) for kind, source, target in planned_links(suite)]
+    return (
+        all(lineage.facts.get(key) == value for key, value in asked.items())
+        and list(lineage.facts["legs"]) == [leg.id for leg in suite.legs]
+        and [(link.kind, link.source, link.target) for link in lineage.links] == links
+    )
+
+
+def _link_to_json(link: Link) -> dict[str, Any]:
+    lists = {
+        name: [round(value, 4) for value in getattr(link, name).tolist()]
+        for name in ("decoder_cosine", "encoder_cosine", "correlation")
+    }
+    by, partner = ("index", None) if link.partner is None else ("assignment", link.partner.tolist())
+    return vars(link) | {"by": by, "partner": partner} | lists
+
+
+def _link_from_json(data: dict[str, Any]) -> Link:
+    def floats(values: list[float | None]) -> Tensor:
+        return torch.tensor([torch.nan if value is None else value for value in values])
+
+    partner = None if data.pop("by") == "index" else torch.tensor(data["partner"])
+    numbers = {name: floats(data[name]) for name in ("decoder_cosine", "encoder_cosine", "correlation")}
+    return Link(**data | {"partner": partner} | numbers)

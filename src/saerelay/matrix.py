@@ -1,0 +1,152 @@
+"""Every dictionary of a suite on every layer: as it is (zero-shot, Ghilardi et al. 2024), and after closed-form hops.
+
+A cell is a dictionary at a site, measured like any other: `evaluate.measure` shares among all cells what does not
+change with the dictionary, and starts the language model at the patched layer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast, get_args
+
+from rich.console import Console
+from torch import Tensor
+
+from saerelay.checkpoint import Suite, load_dictionary, read_json, write_json
+from saerelay.corpus import Corpus
+from saerelay.dictionaries import Dictionary, match_l0
+from saerelay.errors import RecipeError
+from saerelay.evaluate import SHOWN, held_out, measure, wants_ce
+from saerelay.maps import Pair, enough_tokens, gather_moments
+from saerelay.model import LanguageModel
+from saerelay.moments import Moments
+from saerelay.plan import Plan
+from saerelay.recipe import Method
+from saerelay.site import Site
+from saerelay.stream import LiveStream, load_model
+from saerelay.survey import gather
+from saerelay.transfer import fold, map_between, refit
+
+SCHEMA_VERSION = 1
+HOPS: tuple[str, ...] = (*get_args(Method), "affine+refit")
+MATRIX_TOKENS = 8_192
+"""Held-out tokens of each cell, unless told otherwise or the recipe evaluates on fewer."""
+REFIT_ROWS = 32_768
+CELL_BYTES = 4 * 2**30
+"""Folded dictionaries measured in one pass over the tokens stay under this."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A leg, or a snapshot of it, carried to a layer."""
+
+    leg: str
+    tokens: int
+    """Its age."""
+    snapshot: bool
+    source: Site
+    target: Site
+    method: str
+
+
+def matrix_run(
+    suite: Suite,
+    model: LanguageModel | None = None,
+    *,
+    methods: Sequence[str] = ("identity", "affine"),
+    tokens: int = 0,
+    snapshots: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure the suite's legs, without controls, at all its sites; writes matrix.json and returns what is in it.
+
+    `methods` are those of a transfer, or "affine+refit"; `snapshots` adds the legs' snapshots. What was measured
+    before, with the same arguments, is read. Raises RecipeError for an unknown method.
+    """
+    for method in methods:
+        if method not in HOPS:
+            raise RecipeError(f'no method "{method}"; one of: {", ".join(HOPS)}')
+    plan, paths, corpus = suite.plan, suite.directory, Corpus.open(suite.directory.tokens)
+    tokens = min(tokens or min(plan.run.evaluate.tokens, MATRIX_TOKENS), int(corpus.test.size))
+    cells = [cell for method in methods for cell in cells_of(suite, method, snapshots)]
+    asked = {"tokens": tokens, "methods": sorted(methods), "ce": wants_ce(plan), "n_cells": len(cells)}
+    if paths.matrix.is_file() and (found := read_json(paths.matrix)).get("asked") == asked:
+        return found
+    model = model or load_model(plan)
+    map_tokens = enough_tokens(plan, int(corpus.train.size))
+    stream = LiveStream(model, corpus.train, plan)
+    pairs = {(cell.source, cell.target) for cell in cells if cell.source != cell.target and cell.method != "identity"}
+    moments = gather_moments(plan, stream, sorted(pairs), map_tokens)
+    rows = gather(plan, stream, REFIT_ROWS)[0] if needs_rows(suite, methods) else {}
+    results = dict[Cell, dict[str, Any]]()
+    for part in parts(cells, plan):
+        carried = {str(i): (cell.target, carry(suite, cell, moments, rows)) for i, cell in enumerate(part)}
+        measured = measure(plan, model, held_out(plan, corpus.test, tokens), carried, ce=asked["ce"], console=console)
+        results |= {cell: measured[str(i)] for i, cell in enumerate(part)}
+    document = {
+        "schema": SCHEMA_VERSION,
+        "asked": asked,
+        "model": plan.facts.name,
+        "revision": plan.facts.revision,
+        "split": "test",
+        "ablation": "zero, all positions",
+        "n_tokens": next(iter(results.values()))["n_tokens"],
+        "map_tokens": map_tokens,
+        "module": plan.run.sites.module,
+        "layers": [site.layer for site in suite.sites],
+        "cells": [cell_document(cell, result) for cell, result in results.items()],
+    }
+    write_json(paths.matrix, document)
+    return document
+
+
+def cells_of(suite: Suite, method: str, snapshots: bool) -> Iterator[Cell]:
+    """All cells of a method; a leg at home, where there is nothing to carry it over, counts as the identity's."""
+    for leg, target in product(suite.standing, suite.sites):
+        if target == leg.site and method != "identity":
+            continue
+        info = read_json(suite.directory.leg(leg.id) / "dictionary.json")
+        yield Cell(leg.id, info["tokens"], False, leg.site, target, method)
+        for age in leg.snapshots if snapshots else ():
+            if suite.directory.snapshot(leg.id, age).is_dir():
+                yield Cell(leg.id, age, True, leg.site, target, method)
+
+
+def needs_rows(suite: Suite, methods: Sequence[str]) -> bool:
+    """Whether some hop looks at activations of its target, besides their moments."""
+    moved = any(leg.dictionary.architecture != "topk" for leg in suite.standing) and set(methods) != {"identity"}
+    return moved or "affine+refit" in methods
+
+
+def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
+    """The cells by target, cut where their dictionaries would take more than `CELL_BYTES`."""
+    found, size = [list[Cell]()], 0
+    for cell in sorted(cells, key=lambda cell: (cell.target, cell.source)):
+        own = 8 * plan.leg(cell.leg).dictionary.n_latents * plan.facts.width(cell.target)
+        if found[-1] and size + own > CELL_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(cell)
+        size += own
+    return found
+
+
+def carry(suite: Suite, cell: Cell, moments: dict[Pair, Moments], rows: dict[Site, Tensor]) -> Dictionary:
+    """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked."""
+    paths = suite.directory
+    dictionary, info = load_dictionary(paths.snapshot(cell.leg, cell.tokens) if cell.snapshot else paths.leg(cell.leg))
+    if cell.method == "identity":
+        return dictionary
+    method, _, refitted = cell.method.partition("+")
+    between = map_between(cast(Method, method), dictionary.d_model, moments[cell.source, cell.target])
+    folded = fold(dictionary, between)
+    if info.get("l0") and cell.target in rows:
+        folded = match_l0(folded, rows[cell.target][:8192], info["l0"])
+    return refit(folded, rows[cell.target].split(4096)) if refitted else folded
+
+
+def cell_document(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+    """A cell as matrix.json has it."""
+    place = {"leg": cell.leg, "tokens": cell.tokens, "snapshot": cell.snapshot, "method": cell.method}
+    place |= {"source": cell.source.layer, "target": cell.target.layer}
+    return place | {name: result.get(name) for name in SHOWN}
