@@ -32,6 +32,7 @@ from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import LiveStream, kept_positions, load_model
+from saerelay.threads import alone, in_parallel
 from saerelay.transfer import AffineMap, fold
 
 SCHEMA_VERSION = 1
@@ -40,9 +41,9 @@ EXAMPLES, WINDOW = 10, (10, 5)
 NEIGHBOURS, TOKENS = 3, 10
 """Similar latents shown of a neighbouring layer; tokens promoted, and suppressed."""
 ENCODED = 2**20
-"""Pre-activations made at once, if that is not less than 256 tokens' worth: they stay in a processor's cache."""
-DENSE = 2**24
-"""Numbers in the dense pieces of other steps: 64 MiB."""
+"""Pre-activations that a thread makes at once, or 256 tokens' worth: they stay in a processor's cache."""
+DENSE = 2**21
+"""Numbers in a dense piece of anything else: 8 MiB, which the allocator has at hand."""
 OCTAVES = (-32, 32)
 """Powers of two that histograms reach from and to; what is outside counts in the outermost bins."""
 BINS = 2 * (OCTAVES[1] - OCTAVES[0])
@@ -146,8 +147,9 @@ def encode_batches(
         harvested = {site: x.flatten(0, 1) for site, x in model.harvest(tokens, sites).items()}
         places = kept_positions(plan, tokens, harvested).nonzero()[:, 0]
         rows = {site: x[places].float() for site, x in harvested.items()}
-        codes = {key: _encode(d, rows[site]) for key, (site, d) in on_device.items()}
-        yield Coded(first, len(tokens), places, codes)
+        with alone():
+            codes = in_parallel(lambda pair: _encode(*pair), [(d, rows[site]) for site, d in on_device.values()])
+        yield Coded(first, len(tokens), places, dict(zip(on_device, codes, strict=True)))
         first += len(tokens)
 
 
@@ -173,8 +175,7 @@ class Collector:
         self.total = torch.zeros(F, dtype=torch.float64, device=device)
         self.histogram = torch.zeros(F * BINS, dtype=torch.int32, device=device)
         self.best = torch.zeros(F, E, device=device)
-        self.sequence = torch.full((F, E), -1, device=device)
-        self.position = torch.zeros(F, E, dtype=torch.long, device=device)
+        self.place = torch.zeros(F, E, dtype=torch.long, device=device)
         self.around = torch.zeros(F, E, W, device=device)
 
     def add(self, batch: Coded, codes: Codes) -> None:
@@ -201,35 +202,32 @@ class Collector:
         changed = (highest.amax(dim=1) > self.best[:, -1]).nonzero()[:, 0]
         best, order = torch.cat([self.best[changed], highest[changed]], dim=1).sort(dim=1, descending=True, stable=True)
         best, order = best[:, :E], order[:, :E]
-        found = batch.first + torch.arange(S, device=values.device).expand(len(changed), S)
-        self.best[changed] = best
-        self.sequence[changed] = torch.cat([self.sequence[changed], found], dim=1).gather(1, order)
-        self.position[changed] = torch.cat([self.position[changed], where[changed] % C], dim=1).gather(1, order)
-        self.around[changed] = self.around[changed].gather(
-            1, order.clamp(max=E - 1)[..., None].expand_as(self.around[changed])
-        )
         row, slot = ((order >= E) & (best > 0)).nonzero(as_tuple=True)
-        new = changed[row]
-        self.around[new, slot] = self._windows(latents, places, values, new, where[new, order[row, slot] - E], S * C)
+        around = self.around[changed].gather(1, order.clamp(max=E - 1)[..., None].expand(-1, -1, self.around.shape[2]))
+        at = where[changed[row], order[row, slot] - E]
+        around[row, slot] = self._windows(latents, places, values, changed, row, at, S * C)
+        everywhere = torch.cat([self.place[changed], batch.first * C + where[changed]], dim=1)
+        self.best[changed], self.place[changed], self.around[changed] = best, everywhere.gather(1, order), around
 
     def _windows(
-        self, latents: Tensor, places: Tensor, values: Tensor, of: Tensor, at: Tensor, n_places: int
+        self, latents: Tensor, places: Tensor, values: Tensor, some: Tensor, row: Tensor, at: Tensor, n_places: int
     ) -> Tensor:
-        """Activations (n, W) of latents `of` (n, ascending) around places `at` (n), from a batch's codes."""
+        """Activations (n, W) of latents some[row] (n, ascending) around places `at` (n), from a batch's codes."""
         before, after = self.window
-        offsets = torch.arange(-before, after + 1, device=at.device)
-        windows = self.best.new_zeros(len(of), before + 1 + after)
-        step = max(1, DENSE // n_places)
-        for low in range(0, self.best.shape[0], step):
-            mine = (latents >= low) & (latents < low + step)
-            dense = values.new_zeros(step, n_places)
-            dense[latents[mine] - low, places[mine]] = values[mine]
-            start, stop = torch.searchsorted(of, torch.tensor([low, low + step], device=of.device)).tolist()
-            around = at[start:stop, None] + offsets
-            inside = around // self.context == at[start:stop, None] // self.context
-            cut = dense[(of[start:stop] - low)[:, None], around.clamp(0, n_places - 1)]
-            windows[start:stop] = cut * inside
-        return windows
+        around = at[:, None] + torch.arange(-before, after + 1, device=at.device)
+        inside = around // self.context == at[:, None] // self.context
+        rank = latents.new_full((len(self.best),), -1)
+        rank[some] = torch.arange(len(some), device=some.device)
+        ranks, windows, step = rank[latents], self.best.new_zeros(around.shape), max(1, DENSE // n_places)
+        dense = values.new_zeros(step, n_places)
+        for low in range(0, len(some), step):
+            mine = (ranks >= low) & (ranks < low + step)
+            filled = (ranks[mine] - low, places[mine])
+            dense[filled] = values[mine]
+            wanted = slice(*torch.searchsorted(row, torch.tensor([low, low + step], device=row.device)).tolist())
+            windows[wanted] = dense[row[wanted, None] - low, around[wanted].clamp(0, n_places - 1)]
+            dense[filled] = 0
+        return windows * inside
 
     def result(self) -> Features:
         """What the latents mean, without what does not come from activations."""
@@ -241,8 +239,8 @@ class Collector:
             max_activation=self.best[:, 0].cpu(),
             mean_activation=(self.total / self.n_fired.clamp(min=1)).float().cpu(),
             histogram=counts[:, used[0] : used[-1] + 1].clone().cpu(),
-            example_sequence=self.sequence.masked_fill(empty, -1).int().cpu(),
-            example_position=self.position.masked_fill(empty, 0).int().cpu(),
+            example_sequence=(self.place // self.context).masked_fill(empty, -1).int().cpu(),
+            example_position=(self.place % self.context).masked_fill(empty, 0).int().cpu(),
             example_window=self.around.cpu(),
             facts={
                 "n_tokens": self.n_tokens,

@@ -411,6 +411,6 @@ def _link_from_json(data: dict[str, Any]) -> Link:
     def floats(values: list[float | None]) -> Tensor:
         return torch.tensor([torch.nan if value is None else value for value in values])
 
-    partner = None if data.pop("by") == "index" else torch.tensor(data["partner"])
-    numbers = {name: floats(data[name]) for name in ("decoder_cosine", "encoder_cosine", "correlation")}
-    return Link(**data | {"partner": partner} | numbers)
+    own = {"partner": None if data.pop("by") == "index" else torch.tensor(data["partner"])}
+    own |= {name: floats(data[name]) for name in ("decoder_cosine", "encoder_cosine", "correlation")}
+    return Link(**(data | own))
