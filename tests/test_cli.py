@@ -163,6 +163,19 @@ def test_a_second_process_on_the_same_run_is_refused(place: Path, capsys, monkey
     assert code == 2 and "another process is training this run" in stderr
 
 
+def test_eval_matrix_prints_every_sae_on_every_layer(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    code, stdout, _ = call("eval", tmp_path / "run", "--matrix", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "FVU on the activations of each layer, as it is" in stdout
+    assert re.search(r"^L0-from-L1 +\d\.\d{3}\* +\d+\.\d{3} +\d+\.\d{3}$", stdout, re.MULTILINE)
+    options = ("--matrix", "--json", "--methods", "identity, rescale")
+    code, stdout, _ = call("eval", tmp_path / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and len(json.loads(stdout)["cells"]) == 9 + 6
+    options = ("--matrix", "--methods", "rotate")
+    code, stdout, stderr = call("eval", tmp_path / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and stdout == "" and 'no method "rotate"; one of: identity, rescale' in stderr
+
+
 def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) -> None:
     code, stdout, _ = call("eval", place / "run", "--json", capsys=capsys, monkeypatch=monkeypatch)
     document = json.loads(stdout)

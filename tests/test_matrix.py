@@ -1,0 +1,102 @@
+"""The cross-layer matrix: the same numbers as one evaluation a cell, and hops as they are defined."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import saerelay as sr
+from saerelay import matrix
+from saerelay.corpus import Corpus
+from saerelay.errors import RecipeError
+from saerelay.evaluate import measure
+from saerelay.maps import enough_tokens, fit_maps
+from saerelay.matrix import matrix_run
+from saerelay.stream import LiveStream, load_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def suite(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> sr.Suite:
+    root = tmp_path_factory.mktemp("matrix")
+    tokens = torch.randint(1, 101, (40_000,), generator=torch.Generator().manual_seed(0)).numpy().astype("uint16")
+    np.save(root / "tokens.npy", tokens)
+    sections = {
+        "model": {"name": str(tiny_model), "dtype": "float32", "device": "cpu"},
+        "data": {"tokens": str(root / "tokens.npy"), "context": 16, "block_tokens": 1024},
+        "dictionary": {"architecture": "batchtopk", "n_latents": 64, "k": 4},
+        "plan": {
+            "preset": "forward",
+            "root_tokens": "4k",
+            "transfer_tokens": "2k",
+            "moment_tokens": "1k",
+            "controls": [1],
+        },
+        "train": {"batch_tokens": 64, "snapshots": ["1k"]},
+        "evaluate": {"tokens": "1k"},
+    }
+    return sr.train_run(sr.Run.parse(sections, source="test"), root / "run")
+
+
+def test_cells_are_evaluations(suite: sr.Suite) -> None:
+    document = matrix_run(suite, methods=["identity", "affine"])
+    assert document == json.loads(suite.directory.matrix.read_text())
+    cells = {(c["leg"], c["target"], c["method"]): c for c in document["cells"]}
+    legs = [leg.id for leg in suite.standing]
+    assert len(legs) == 3 and len(cells) == 9 + 6 and not any("scratch" in leg for leg in legs)
+    plan, model, corpus = suite.plan, load_model(suite.plan), Corpus.open(suite.directory.tokens)
+    stream, n = LiveStream(model, corpus.train, plan), enough_tokens(plan, int(corpus.train.size))
+    for leg in suite.standing:
+        for target in suite.sites:
+            alone = {"x": (target, suite[leg.id])}
+            expected = measure(plan, model, corpus.test[:64], alone, ce=True)["x"]
+            found = cells[leg.id, target.layer, "identity"]
+            for name in ("fvu", "l0", "delta_ce", "ce_loss_score", "kl_div_score"):
+                assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+            if target != leg.site:
+                between = fit_maps(plan, stream, [(leg.site, target)], n)[leg.site, target]
+                rows = matrix.gather(plan, stream, matrix.REFIT_ROWS)[0][target][:8192]
+                l0 = json.loads((suite.directory.leg(leg.id) / "dictionary.json").read_text())["l0"]
+                carried = sr.match_l0(sr.fold(suite[leg.id], between), rows, l0)
+                expected = measure(plan, model, corpus.test[:64], {"x": (target, carried)}, ce=True)["x"]
+                assert cells[leg.id, target.layer, "affine"]["fvu"] == pytest.approx(expected["fvu"], rel=1e-4)
+                assert cells[leg.id, target.layer, "affine"]["l0"] == pytest.approx(4, rel=0.2)
+
+
+def test_what_was_measured_is_not_measured_again(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = matrix_run(suite, methods=["identity"])
+    monkeypatch.setattr(matrix, "measure", None)
+    assert matrix_run(suite, methods=["identity"]) == first
+    with pytest.raises(TypeError):
+        matrix_run(suite, methods=["rescale"])
+
+
+def test_snapshots_have_cells_of_their_own(suite: sr.Suite) -> None:
+    cells = matrix_run(suite, methods=["identity"], snapshots=True)["cells"]
+    ages = {(c["leg"], c["tokens"]) for c in cells if c["snapshot"]}
+    assert len(ages) == 3 and {age for _, age in ages} == {1024} and len(cells) == 18
+
+
+def test_little_memory_changes_nothing(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def values(document: dict) -> dict:
+        return {(c["leg"], c["target"], c["method"]): c["fvu"] for c in document["cells"]}
+
+    monkeypatch.setattr(matrix, "CELL_BYTES", 1)
+    shutil.copytree(suite.directory.root, tmp_path / "run")
+    assert values(matrix_run(sr.load(tmp_path / "run"), methods=["identity"])) == pytest.approx(
+        values(matrix_run(suite, methods=["identity"]))
+    )
+
+
+def test_refit_helps_and_unknown_methods_are_named(suite: sr.Suite) -> None:
+    cells = matrix_run(suite, methods=["affine", "affine+refit"])["cells"]
+    mean = {method: sum(c["fvu"] for c in cells if c["method"] == method) / 6 for method in ("affine", "affine+refit")}
+    assert mean["affine+refit"] < mean["affine"]
+    with pytest.raises(
+        RecipeError, match='no method "afine"; one of: identity, rescale, procrustes, affine, affine.refit'
+    ):
+        matrix_run(suite, methods=["afine"])
