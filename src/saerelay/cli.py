@@ -114,24 +114,30 @@ def evaluate(
     matrix: Annotated[bool, typer.Option("--matrix", help="every SAE on every layer, instead")] = False,
     methods: Annotated[str, typer.Option(help="with --matrix: the closed-form hops to try")] = "identity,affine",
     snapshots: Annotated[bool, typer.Option("--snapshots", help="with --matrix: snapshots of the legs, too")] = False,
+    measures: Annotated[bool, typer.Option("--measures", help="what SAEs have in common, instead")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="with --measures: a file of prompts, one JSON a line")] = None,
 ) -> None:
     """Measure the quality of every leg on held-out documents; with --matrix, of every leg on every layer."""
     from saerelay.checkpoint import RunDirectory, load, write_json
     from saerelay.evaluate import evaluate_run
     from saerelay.matrix import matrix_run
+    from saerelay.measures import measures_run
     from saerelay.recipe import EvaluateSpec
-    from saerelay.tables import matrix_tables
+    from saerelay.tables import matrix_tables, measures_tables
 
     asked = EvaluateSpec.parse({"tokens": tokens}, source="--tokens").tokens if tokens else 0
     progress = Console(stderr=True)
-    if matrix:
-        names = [name.strip() for name in methods.split(",")]
-        cells = matrix_run(load(run), methods=names, tokens=asked, snapshots=snapshots, console=progress)
+    if matrix or measures:
+        if matrix:
+            names = [name.strip() for name in methods.split(",")]
+            document = matrix_run(load(run), methods=names, tokens=asked, snapshots=snapshots, console=progress)
+        else:
+            document = measures_run(load(run), prompts=prompts, tokens=asked, console=progress)
         if as_json:
-            print(json.dumps(cells))
+            print(json.dumps(document))
             return
         console = Console(width=None if sys.stdout.isatty() else 120)
-        for table in matrix_tables(cells):
+        for table in matrix_tables(document) if matrix else measures_tables(document):
             console.print(table)
         return
     summary = evaluate_run(load(run), None, tokens=asked, console=progress)

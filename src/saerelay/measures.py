@@ -21,7 +21,7 @@ from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError
 from saerelay.evaluate import SHOWN, batches, held_out, measure
-from saerelay.features import collect, features_run, load_features, logit_effects
+from saerelay.features import collect, features_run, load_features, logit_effects, standing
 from saerelay.maps import enough_tokens, fit_maps
 from saerelay.model import LanguageModel, load_tokenizer
 from saerelay.plan import Leg, Plan
@@ -119,7 +119,7 @@ def transfer_score(transferred: float | None, zero_shot: float | None, from_scra
 
 
 def by_offset(cells: Iterable[dict[str, Any]], metric: str, method: str) -> list[dict[str, Any]]:
-    """Means of a metric over cells of matrix.json by offset, target layer − source layer; cells at home have any method.
+    """Means of a metric over cells of matrix.json by offset, target − source layer; cells at home have any method.
 
     >>> cells = [{"source": 0, "target": t, "method": "identity", "fvu": t / 10} for t in (0, 1)]
     >>> by_offset(cells, "fvu", "identity")
@@ -333,7 +333,7 @@ def see(
 
 
 class Pair(NamedTuple):
-    """Two dictionaries to compare; `of` is the one whose age the comparison is told by."""
+    """Two dictionaries to compare; `of` is the one that the comparison is about."""
 
     kind: str
     source: Trained
@@ -344,8 +344,8 @@ class Pair(NamedTuple):
 def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
     """What similarity is measured between, each pair in both directions; see docs/run-directory.md."""
     finished = {t.leg.id: t for t in trained if not t.snapshot}
-    standing = [finished[leg.id] for leg in one_a_site(suite)]
-    pairs = [Pair("suite", a, b, b) for a, b in permutations(standing, 2) if a.leg.module == b.leg.module]
+    suited = [finished[leg.id] for leg in standing(suite).values()]
+    pairs = [Pair("suite", a, b, b) for a, b in permutations(suited, 2) if a.leg.module == b.leg.module]
     for one in trained:
         others = [("hop", finished[one.leg.parent])] if one.leg.parent in finished else []
         if one.leg.role == "transfer":
@@ -353,11 +353,6 @@ def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
         for kind, other in others:
             pairs += [Pair(kind, other, one, one), Pair(kind, one, other, one)]
     return pairs
-
-
-def one_a_site(suite: Suite) -> list[Leg]:
-    """The legs that stand for their sites; of several at one, the first of the plan."""
-    return list({leg.site: leg for leg in reversed(suite.standing)}.values())[::-1]
 
 
 def from_scratch(suite: Suite, leg: Leg) -> list[Leg]:
@@ -375,12 +370,13 @@ def similarity(pair: Pair, A: Tensor, device: torch.device) -> dict[str, Any]:
     P, Q, alive_p, alive_q = (t.to(device) for t in (a.dictionary.W_dec, b.dictionary.W_dec, a.alive, b.alive))
     return {
         "kind": pair.kind,
+        "leg": pair.of.leg.id,
+        "tokens": pair.of.tokens,
+        "snapshot": pair.of.snapshot,
         "source": a.leg.id,
         "target": b.leg.id,
         "source_layer": a.leg.layer,
         "target_layer": b.leg.layer,
-        "tokens": pair.of.tokens,
-        "snapshot": pair.of.snapshot,
         "mmcs": mean_max_cosine(P, Q, alive_p, alive_q),
         "mmcs_folded": mean_max_cosine(P @ A.T.to(P), Q, alive_p, alive_q),
     }
@@ -439,7 +435,7 @@ def transfer_scores(
 
 def offsets(suite: Suite, matrix: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of measures.json: means by layer offset of metrics and methods of matrix.json, and of snapshots by age."""
-    legs = {leg.id for leg in one_a_site(suite)}
+    legs = {leg.id for leg in standing(suite).values()}
     cells = [cell for cell in matrix["cells"] if cell["leg"] in legs]
     rows = []
     for age in [None, *sorted({cell["tokens"] for cell in cells if cell["snapshot"]})]:

@@ -76,6 +76,57 @@ def matrix_tables(matrix: dict[str, Any]) -> list[Table]:
     return tables
 
 
+def measures_tables(measures: dict[str, Any]) -> list[Table]:
+    """What each transferred leg shares with its parent and with scratch, how far it came, and what offsets cost."""
+    hops = (row for row in _finished(measures["similarity"]) if row["kind"] == "hop")
+    hop = {row["leg"]: row for row in hops if row["leg"] == row["target"]}
+    shared = {row["leg"]: row for row in _finished(measures["transferability"] or [])}
+    scores = _finished(measures["transfer_scores"] or [])
+    attributed = _finished((measures["dla"] or {"legs": []})["legs"])
+    kept = Table(box=None, pad_edge=False, title="what transfers, and direct logit attribution", title_justify="left")
+    for name in ("leg", "parent", "MMCS", "folded", "transferability", "top logits", "bottom logits", "tokens", "DLA"):
+        kept.add_column(name, justify="left" if name in ("leg", "parent") else "right")
+    effects = {row["leg"]: f"{row['mean']:.3g} ± {row['standard_error'] or 0:.2g}" for row in attributed}
+    for leg in dict.fromkeys([*effects, *hop]):
+        own, parent = shared.get(leg), hop.get(leg)
+        row = [parent["source"], _number(parent["mmcs"]), _number(parent["mmcs_folded"])] if parent else ["", "-", "-"]
+        for name in ("transferability", "top_logits", "bottom_logits", "top_tokens"):
+            row.append("-" if own is None or own[name] is None else f"{own[name]:.1%}")
+        kept.add_row(leg, *row, effects.get(leg, "-"))
+    kept.caption, kept.caption_justify = (
+        "MMCS: of the parent's latents with the leg's. See docs/run-directory.md.",
+        "left",
+    )
+    if measures["dla"]:
+        kept.caption += f" DLA: {measures['dla']['n_prompts']} prompts, {measures['dla']['prompts']}."
+    title = "normalised transfer score: 0 is zero-shot, 1 is scratch"
+    scored = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for name in ("leg", "zero-shot by", "scratch", "its tokens", "FVU", "CE score"):
+        scored.add_column(name, justify="left" if name in ("leg", "zero-shot by", "scratch") else "right")
+    for row in scores:
+        values = [_number(row["fvu"]), _number(row["ce_loss_score"])]
+        scored.add_row(row["leg"], row["method"], row["scratch"], format_count(row["scratch_tokens"]), *values)
+    means = [row for row in measures["offsets"] or [] if row["metric"] == "fvu" and row["tokens"] is None]
+    offsets = sorted({row["offset"] for row in means})
+    title = "mean FVU by offset (layer used on − layer trained at), untrained"
+    apart = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    apart.add_column("method")
+    for offset in offsets:
+        apart.add_column(f"{offset:+d}" if offset else "0", justify="right")
+    for method in dict.fromkeys(row["method"] for row in means):
+        found = {row["offset"]: row["mean"] for row in means if row["method"] == method}
+        apart.add_row(method, *(_number(found.get(offset)) for offset in offsets))
+    return [table for table in (kept, scored, apart) if table.row_count]
+
+
+def _finished(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if not row["snapshot"]]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     """One row a leg: what is trained where, from whom, when, with how many tokens.
 
