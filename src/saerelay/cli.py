@@ -167,6 +167,24 @@ def hop(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    show_it: Annotated[bool, typer.Option("--open", help="open it in a browser")] = False,
+) -> None:
+    """Make one page that shows all of a run, and first what it still needs: quality, features, lineage."""
+    import webbrowser
+
+    from saerelay.checkpoint import load
+    from saerelay.report import report_run
+
+    page = report_run(load(run), console=Console(stderr=True))
+    size = sum(path.stat().st_size for path in page.parent.rglob("*") if path.is_file())
+    print(f"{page} ({size / 1e6:.1f} MB)")
+    if show_it:
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="replaced if it holds an earlier demo")] = Path("runs/demo"),
 ) -> None:

@@ -1,13 +1,14 @@
 """`saerelay report`: one page, opened from disk, that shows all of a run; made from files of its directory only.
 
-    report/index.html, style.css, *.js     the page: the summary is in it, all else is drawn from data
-    report/data/                           script files, loaded when they are looked at (see `data`)
-    report/figures/                        PNG, for papers
+report/index.html, style.css, *.js     the page: the summary is in it, all else is drawn from data
+report/data/                           script files, loaded when they are looked at (see `data`)
+report/figures/                        PNG, for papers
 """
 
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,19 @@ from rich.console import Console
 from saerelay.checkpoint import Suite, read_json, write_json
 from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import evaluate_run
-from saerelay.features import features_run
 from saerelay.figures import (
     Theme,
+    attribution_figure,
     lineage_figure,
     matrix_figure,
+    offsets_figure,
     plan_figure,
     quality_figure,
     save,
+    similarity_figure,
     training_figure,
+    transfer_score_figure,
+    transferability_figure,
 )
 from saerelay.lineage import lineage_run
 from saerelay.report.data import write_data
@@ -44,24 +49,31 @@ def report_run(suite: Suite, *, console: Console | None = None) -> Path:
     What stands in matrix.json and measures.json is shown if they are there; they are not made here. An earlier report
     is replaced. Raises RunDirectoryError if no leg is finished, or if report/ holds something else.
     """
-    paths = suite.directory
-    if paths.report.exists() and not (paths.report / MARK).is_file():
-        raise RunDirectoryError(f"{paths.report} holds something that is no report; move it away")
+    check_replaceable(suite)
     summary = evaluate_run(suite, console=console)
-    write_json(paths.root / "summary.json", summary)
-    features_run(suite, console=console)
-    lineage_run(suite, console=console)
+    write_json(suite.directory.root / "summary.json", summary)
+    lineage_run(suite, features=True, console=console)
+    with console.status("writing the report") if console else nullcontext():
+        return write_report(suite, summary)
+
+
+def check_replaceable(suite: Suite) -> None:
+    """Refuse to replace a folder that no report made."""
+    place = suite.directory.report
+    if place.exists() and not (place / MARK).is_file():
+        raise RunDirectoryError(f"{place} holds something that is no report; move it away")
+
+
+def write_report(suite: Suite, summary: dict[str, Any]) -> Path:
+    """Write the report of a run whose features and lineage are there, beside an older one, and take its place."""
+    check_replaceable(suite)
+    paths = suite.directory
     fresh = paths.root / ".report.new"
     shutil.rmtree(fresh, ignore_errors=True)
-    (fresh / "data").mkdir(parents=True)
+    fresh.mkdir()
     (fresh / MARK).write_text("made by `saerelay report`; the next report replaces this directory\n")
-    if console:
-        console.print("writing the report's data")
     write_data(suite, summary, caption(summary), fresh / "data")
-    if console:
-        console.print("drawing figures")
-    figures = write_figures(suite, summary, fresh / "figures")
-    write_page(suite, summary, figures, fresh)
+    write_page(suite, summary, write_figures(suite, summary, fresh / "figures"), fresh)
     shutil.rmtree(paths.report, ignore_errors=True)
     fresh.replace(paths.report)
     return paths.report / "index.html"
@@ -78,7 +90,11 @@ def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[d
         "plan": ("Who was trained from whom, and when", lambda theme: plan_figure(plan, theme=theme)),
         "training": ("Training curves", lambda theme: training_figure(summary, metrics, theme=theme)),
     }
-    for kind, what in (("depth", "from layer to layer"), ("hop", "from parent to child"), ("control", "beside controls")):
+    for kind, what in (
+        ("depth", "from layer to layer"),
+        ("hop", "from parent to child"),
+        ("control", "beside controls"),
+    ):
         if kind in kinds:
             drawings[f"lineage-{kind}"] = (
                 f"What became of latents {what}",
@@ -91,6 +107,17 @@ def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[d
                 f"FVU of every SAE on every layer, carried by {method}",
                 lambda theme, method=method: matrix_figure(summary, matrix, "fvu", method, theme=theme),
             )
+    if paths.measures.is_file():
+        measures = read_json(paths.measures)
+        for rows, draw, what in (
+            ("similarity", similarity_figure, "Mean maximum cosine similarity between layers"),
+            ("transferability", transferability_figure, "Feature transferability by layer"),
+            ("transfer_scores", transfer_score_figure, "Transfer score by layer"),
+            ("offsets", offsets_figure, "FVU by distance between layers"),
+            ("dla", attribution_figure, "Direct logit attribution by layer"),
+        ):
+            if measures[rows]:
+                drawings[rows] = (what, lambda theme, draw=draw: draw(summary, measures, theme=theme))
     shown = []
     for name, (what, draw) in drawings.items():
         for theme, end in (("light", ""), ("dark", "-dark")):

@@ -14,12 +14,12 @@ function heatTable({ rows, columns, rowName, columnName, corner, value, tipOf, d
     if (!Number.isFinite(v)) return element("td.none", {}, "–");
     const p = place(v), first = i === 0 && j === 0;
     return element(`td${p > 55 ? ".deep" : ""}${row === column ? ".home" : ""}`,
-      { "--p": p.toFixed(1), "data-tip": tipOf(row, column, v), tabindex: first ? 0 : -1, keydown: stepInTable }, columns.length > 18 ? "" : number(v, digits));
+      { "--p": p.toFixed(1), "data-tip": tipOf(row, column, v), tabindex: first ? 0 : -1, keydown: stepInTable }, columns.length > 18 ? "" : Math.abs(v) < 1000 && v !== 0 && Math.abs(v) >= 0.001 ? minus(v.toPrecision(digits)) : number(v, digits));
   })));
   const head = element("tr", {}, element("th", { scope: "col" }, corner), columns.map((column) => element("th", { scope: "col" }, columnName(column))));
   return element("div", {},
     element("div.scroll", {}, element("table.heat", {}, element("thead", {}, head), element("tbody", {}, body))),
-    element("p.scale", {}, number(low, digits), element("i", { "aria-hidden": "true" }), number(high, digits), log ? "logarithmic colours" : null, "framed: an SAE at home"));
+    element("p.scale", {}, number(low, digits), element("i", { "aria-hidden": "true" }), number(high, digits), element("span", {}, `${log ? "logarithmic; " : ""}framed: an SAE at home`)));
 }
 
 // Arrow keys go from cell to cell; only one cell is a tab stop.
@@ -35,7 +35,7 @@ function stepInTable(event) {
   next.focus();
 }
 
-const METHODS = { identity: "as it is (plain copy)", rescale: "rescaled", procrustes: "rotated (procrustes)", affine: "carried by an affine map" };
+const METHODS = { identity: "as it is (plain copy)", rescale: "rescaled", procrustes: "rotated (procrustes)", affine: "carried by an affine map", "affine+refit": "affine map, decoder refitted" };
 
 saerelay.views.layers = async function (body, query) {
   const run = await saerelay.load("run");
@@ -63,7 +63,7 @@ saerelay.views.layers = async function (body, query) {
         value: (source, target) => cells.get(`${source},${target}`)?.[chosen.metric],
         tipOf: (source, target, v) => `${name} ${number(v, 4)}\nSAE of layer ${source} on layer ${target}${source === target ? " (home)" : `, ${METHODS[chosen.method] ?? chosen.method}`}`,
       }),
-      element("p.caption", {}, element("bdi", {}, run.caption), ` Cells over ${matrix.n_tokens.toLocaleString("en")} tokens (CE and KL over ${(matrix.n_ce_tokens ?? 0).toLocaleString("en")}); maps fitted on ${(matrix.map_tokens ?? 0).toLocaleString("en")} training tokens; nothing was trained on the target. ${definition}.`));
+      element("p.caption", {}, element("bdi", {}, run.caption), ` Cells over ${matrix.n_tokens.toLocaleString("en")} tokens; maps fitted on ${matrix.map_tokens.toLocaleString("en")} training tokens; nothing was trained on the target. ${definition}.`));
   }
   body.append(
     element("p.lead", {}, "Each layer's SAE on every layer's activations, untrained there: how far a dictionary carries before fine-tuning."),

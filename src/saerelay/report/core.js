@@ -64,7 +64,7 @@ function number(value, digits = 3) {
   const rounded = Number(value.toPrecision(digits));
   return minus(rounded.toLocaleString("en", { maximumSignificantDigits: Math.max(digits, 6) }));
 }
-const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : minus(value.toFixed(digits)));
+const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : minus(value.toFixed(digits).replace(/^-(?=0\.?0*$)/, "")));
 const cosine = (thousandths) => (thousandths === null || thousandths === undefined ? "–" : fixed(thousandths / 1000));
 const percent = (share) => (share === 0 ? "0 %" : share < 0.0001 ? "< 0.01 %" : `${number(100 * share, 2)} %`);
 

@@ -107,7 +107,7 @@ def token_strings(model: ModelSpec, ids: list[int]) -> dict[int, str]:
 def write_features(leg_id: str, features: Features, test: np.ndarray, folder: Path) -> set[int]:
     """Write a leg's index and its features in chunks; the token ids that its logits name."""
     sequence, position = features.example_sequence.numpy(), features.example_position.numpy()
-    peaks = np.where(sequence >= 0, test[sequence, position], -1)
+    peaks = np.where(sequence >= 0, test[sequence, position].astype(np.int64), -1)
     logits = {} if features.top_logits is None else {"top": features.top_logits.tolist()}
     index = {
         "fired": features.n_fired.tolist(),

@@ -110,7 +110,7 @@ saerelay.views.lineage = async function (body) {
   body.append(
     element("p.lead", {}, "What became of each feature from one layer to the next. Click a band to list its features; choose one to see its way through all layers."),
     holder, element("p.legend", {}, key),
-    element("p.caption", {}, element("bdi", {}, run.caption), ` Kept: the cosine of its decoder row, folded through the affine map between the layers, with that in the next layer is over ${kept_above}; drifted: not over it; died, born: alive on one side only (fired at most ${alive_above} times in ${n_tokens.toLocaleString("en")} tokens on the other). Maps fitted on ${map_tokens.toLocaleString("en")} training tokens. A column's height is its number of alive features.`),
+    element("p.caption", {}, element("bdi", {}, run.caption), ` Kept: the cosine of its decoder row, folded through the affine map between the layers, with that in the next layer is over ${kept_above}; drifted: not over it; died, born: alive on one side only (alive: it fired${alive_above ? ` more than ${alive_above} times` : ""} in ${n_tokens.toLocaleString("en")} tokens). Maps fitted on ${map_tokens.toLocaleString("en")} training tokens. A column's height is its number of alive features.`),
     list);
   if (drawing.first) drawing.first();
 };
@@ -169,12 +169,14 @@ function flow(run, numbers, onBand) {
     const stops = await thread(legId, latent);
     const middle = (c) => { const s = stops[c].step, [y, , h] = bandAt(c, s.status); return y + h / 2; };
     const height = (c) => (stops[c].step && stops[c].step.status !== "-" ? middle(c) : c > 0 && stops[c - 1].step && stops[c - 1].step.status !== "-" ? middle(c - 1) : top + H);
-    for (const old of svg.querySelectorAll(".trace, .stop, .tracing")) old.remove();
+    for (const old of svg.querySelectorAll(".halo, .trace, .stop, .cosine")) old.remove();
+    svg.classList.add("tracing");
     const here = stops.map((stop, c) => ({ ...stop, c })).filter((stop) => stop.latent !== null);
-    svg.append(element("polyline.trace", { points: here.map((stop) => `${x(stop.c) + bar / 2},${height(stop.c)}`).join(" ") }));
+    const points = here.map((stop) => `${x(stop.c) + bar / 2},${height(stop.c)}`).join(" ");
+    svg.append(element("polyline.halo", { points }), element("polyline.trace", { points }));
     for (const stop of here) {
       svg.append(element("circle.stop", { cx: x(stop.c) + bar / 2, cy: height(stop.c), r: 4.5 }));
-      if (stop.step?.to !== null && stop.step) svg.append(element("text.share.tracing", { x: x(stop.c) + bar / 2 + gap / 2, y: (height(stop.c) + height(Math.min(stop.c + 1, columns - 1))) / 2 - 8, "text-anchor": "middle" }, cosine(stop.step.decoder)));
+      if (stop.step?.to !== null && stop.step) svg.append(element("text.cosine", { x: x(stop.c) + bar / 2 + gap / 2, y: (height(stop.c) + height(Math.min(stop.c + 1, columns - 1))) / 2 - 8, "text-anchor": "middle" }, cosine(stop.step.decoder)));
     }
     return stops;
   }
@@ -202,21 +204,20 @@ async function listBand(run, number, status, list, trace) {
     for (const i of latents.slice(shown, shown + n)) {
       const peaks = index.peaks[i].length ? index.peaks[i] : target.peaks[to(i)] ?? [];
       rows.append(element("tr", {},
-        element("td", {}, element("button.button", { type: "button", "aria-pressed": "false", click: (event) => follow(i, event.currentTarget) }, `Trace ${i}`)),
+        element("td", {}, element("button.quiet", { type: "button", "aria-pressed": "false", "aria-label": `Trace feature ${i}`, click: (event) => follow(i, event.currentTarget) }, String(i))),
         element("td", {}, element("div.chips", {}, [...new Set(peaks)].slice(0, 4).map((id) => chip(vocabulary[id])))),
         element("td.n", {}, cosine(link.decoder_cosine[i])), element("td.n", {}, cosine(link.encoder_cosine[i])), element("td.n", {}, cosine(link.correlation[i])),
-        element("td.n", {}, element("a", { href: featureAddress(about.source, i) }, "before")),
-        element("td.n", {}, to(i) >= 0 ? element("a", { href: featureAddress(about.target, to(i)) }, "after") : "–")));
+        element("td.n", {}, element("a", { href: featureAddress(about.source, i) }, `#${i}`)),
+        element("td.n", {}, to(i) >= 0 ? element("a", { href: featureAddress(about.target, to(i)) }, `#${to(i)}`) : "–")));
     }
     shown += n;
     more.hidden = shown >= latents.length;
   }
-  const heads = ["Feature", "Fires on", "Decoder cosine", "Encoder cosine", "Correlation", "", ""];
-  const title = element("h2", {}, `${latents.length.toLocaleString("en")} ${FATES[status]}, ${layerName(run, about.source)} → ${about.target === about.source ? "" : layerName(run, about.target)}`);
+  const heads = ["Trace", "Fires on", "Decoder cosine", "Encoder cosine", "Correlation", layerName(run, about.source), layerName(run, about.target)];
+  const title = element("h2", {}, `${latents.length.toLocaleString("en")} ${FATES[status]}, ${layerName(run, about.source)} → ${layerName(run, about.target)}`);
   list.replaceChildren(title, chosen,
-    element("div.scroll", {}, element("table", {}, element("thead", {}, element("tr", {}, heads.map((h, i) => element(i > 1 ? "th.n" : "th", { scope: "col" }, h)))), rows)), more);
+    element("div.scroll", {}, element("table.wide", {}, element("thead", {}, element("tr", {}, heads.map((h, i) => element(i > 1 ? "th.n" : "th", { scope: "col" }, h)))), rows)), more);
   extend(PAGE / 4);
-  if (latents.length) await follow(latents[0], rows.querySelector("button"));
 }
 
 // --- the list -----------------------------------------------------------------------------------------------------
@@ -281,6 +282,7 @@ saerelay.views.features = async function (body, ...rest) {
       more.hidden = shown >= kept.length;
     }
     extend();
+    if (!kept.length) list.append(element("li", {}, element("p.soft", {}, "No feature matches. Search looks for tokens, not for meanings: try a shorter piece of a word, or all layers.")));
     results.replaceChildren(element("p.soft.small", {}, `${kept.length.toLocaleString("en")} of ${features.length.toLocaleString("en")} features`), list, element("p", {}, more));
   }
 
@@ -348,7 +350,7 @@ function histogram(feature) {
 
 function effects(title, pairs, side, vocabulary) {
   const most = Math.max(...pairs.map(([, value]) => Math.abs(value)), 1e-9);
-  const items = pairs.map(([id, value]) => element("li", { "--w": (100 * Math.abs(value)) / most, "--side": side }, chip(vocabulary[id]), element("span", {}, number(value, 2))));
+  const items = pairs.map(([id, value]) => element("li", { "--w": (100 * Math.abs(value)) / most, "--side": side }, chip(vocabulary[id]), element("span", {}, fixed(value))));
   return element("div", {}, element("h3", {}, title), element("ol", {}, items));
 }
 
@@ -436,4 +438,5 @@ saerelay.views.compare = async function (body, legId, text) {
     element("p.lead", {}, "Where it fires most in each layer, and the tokens it promotes there; the number on the way up is the decoder cosine with the next layer's."),
     element("div.panes", { tabindex: 0, role: "region", "aria-label": "Layers side by side" }, panes),
     element("p.caption", {}, element("bdi", {}, run.caption)));
+  requestAnimationFrame(() => { const row = body.querySelector(".panes"), pane = body.querySelector(".pane.here"); if (pane) row.scrollLeft = pane.offsetLeft - row.offsetLeft - (row.clientWidth - pane.clientWidth) / 2; });
 };

@@ -7,13 +7,14 @@ from saerelay.plan import Leg, Plan
 from saerelay.spec import format_count
 
 Document = dict[str, Any]
+NAMES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
 
 
 def story(plan: Plan, summary: Document) -> Document:
     """Everything the page's template names: facts, answers as sentences, and rows of its table and of the plan."""
     return {
         "model": summary["model"],
-        "title": f"{_layers(summary)} of {summary['model']}",
+        "title": f"Sparse autoencoders for {_layers(plan, summary)} of {summary['model']}",
         "caption": caption(summary),
         "trained": trained(plan, summary),
         "tiles": tiles(summary),
@@ -27,9 +28,9 @@ def story(plan: Plan, summary: Document) -> Document:
     }
 
 
-def _layers(summary: Document) -> str:
-    n = len({(leg["layer"], leg["module"]) for leg in summary["legs"]})
-    return "One layer" if n == 1 else f"{n} layers"
+def _layers(plan: Plan, summary: Document) -> str:
+    n = len({leg["layer"] for leg in summary["legs"]})
+    return "one layer" if n == 1 else f"{'all ' if n == plan.facts.n_layers else ''}{n} layers"
 
 
 def _suite(summary: Document) -> list[Document]:
@@ -46,7 +47,7 @@ def control(summary: Document, leg: Document, kind: str) -> Document | None:
 def caption(summary: Document) -> str:
     """What every figure says below it: model, data, tokens, dictionaries, L0, seed."""
     legs = _suite(summary)
-    kinds = ", ".join(sorted({f"{leg['architecture']}, {leg['n_latents']} latents" for leg in legs}))
+    kinds = ", ".join(sorted({f"{NAMES[leg['architecture']]}, {leg['n_latents']} latents" for leg in legs}))
     modules = ", ".join(sorted({leg["module"] for leg in legs}))
     l0 = sum(leg["l0"] for leg in legs) / len(legs)
     seeds = ", ".join(str(seed) for seed in sorted({leg["seed"] for leg in legs}))
@@ -62,7 +63,7 @@ def trained(plan: Plan, summary: Document) -> str:
     roots, children = [leg for leg in legs if not leg["parent"]], [leg for leg in legs if leg["parent"]]
     first, data = legs[0], plan.run.data
     parts = [
-        f"A {first['architecture']} sparse autoencoder with {first['n_latents']:,} latents for each layer of "
+        f"A {NAMES[first['architecture']]} sparse autoencoder with {first['n_latents']:,} latents for each layer of "
         f"{summary['model']}."
     ]
     if roots:
@@ -111,7 +112,8 @@ def tiles(summary: Document) -> list[Document]:
                 {
                     "name": name,
                     "what": what,
-                    "ratio": f"{theirs / spent:.1f}",
+                    "ratio": f"{max(theirs / spent, spent / theirs):.1f}",
+                    "less": theirs >= spent,
                     "ours": shown(spent),
                     "theirs": shown(theirs),
                     "share": round(100 * min(1.0, spent / theirs), 1),
@@ -180,14 +182,16 @@ def lost(summary: Document) -> list[str]:
     sentences = []
     for kind, words in (
         ("full", "from-scratch controls with the full budget"),
-        ("equal_tokens", "controls from scratch with as many tokens as a transfer looked at"),
+        ("equal_tokens", "controls from scratch on as many tokens as a transfer looked at"),
     ):
         pairs = [(leg, other) for leg in _suite(summary) if (other := control(summary, leg, kind))]
         if pairs:
-            ratios = sorted(leg["fvu"] / other["fvu"] for leg, other in pairs)
-            detail = "; ".join(f"layer {leg['layer']}: {_beside(leg, other)}" for leg, other in pairs)
-            times = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-            sentences.append(f"Against {words}, FVU is {times} times as high ({detail}).")
+            ratios = [f"{leg['fvu'] / other['fvu']:.2f} at layer {leg['layer']}" for leg, other in pairs]
+            text = f"FVU over that of {words}: {_listed(ratios)}"
+            gaps = [_gap(leg, other) for leg, other in pairs if known(leg["delta_ce"]) and known(other["delta_ce"])]
+            if gaps:
+                text += f"; the model's loss in nats per token is {_listed(gaps)}"
+            sentences.append(text + ".")
     if not sentences:
         sentences.append("No from-scratch controls were trained, so this run does not say what the transfer costs.")
     deltas = [leg for leg in _suite(summary) if known(leg["delta_ce"])]
@@ -200,12 +204,12 @@ def lost(summary: Document) -> list[str]:
     return sentences
 
 
-def _beside(leg: Document, other: Document) -> str:
-    text = f"FVU {leg['fvu']:.4f} against {other['fvu']:.4f}"
-    if known(leg["delta_ce"]) and known(other["delta_ce"]):
-        text += f", ΔCE {leg['delta_ce']:.3f} ± {leg['delta_ce_se']:.3f} against {other['delta_ce']:.3f}"
-        text += f" ± {other['delta_ce_se']:.3f}"
-    return text
+def _gap(leg: Document, other: Document) -> str:
+    """How much more the model loses with a leg than with its control; errors as if the two were independent."""
+    gap = leg["delta_ce"] - other["delta_ce"]
+    error = math.hypot(leg["delta_ce_se"] or math.nan, other["delta_ce_se"] or math.nan)
+    spread = f" ± {error:.3f}" if known(error) else ""
+    return f"{abs(gap):.3f}{spread} {'higher' if gap > 0 else 'lower'} at layer {leg['layer']}"
 
 
 def transfers_badly(summary: Document) -> list[str]:
@@ -218,7 +222,7 @@ def transfers_badly(summary: Document) -> list[str]:
     if compared:
         compared.sort(key=lambda pair: -pair[0])
         ratio, worst = compared[0]
-        others = [f"layer {leg['layer']} {r:.2f}" for r, leg in compared[1:]]
+        others = [f"{r:.2f} at layer {leg['layer']}" for r, leg in compared[1:]]
         rest = f" (the others: {', '.join(others)})" if others else ""
         behind = [leg for r, leg in compared if r > 1.05]
         if not behind:
@@ -255,7 +259,7 @@ def transfers_badly(summary: Document) -> list[str]:
                 text += f", and the CE score lowest at layer {lowest['layer']} ({lowest['ce_loss_score']:.4f})"
             text += "."
         sentences.append(text)
-    sentences.append("One seed each: differences of about 1 % of FVU mean nothing.")
+    sentences.append("Each leg was trained with one seed: a difference of a percent means nothing.")
     return sentences
 
 
@@ -317,14 +321,14 @@ def plan_rows(plan: Plan) -> list[Document]:
     def visit(leg: Leg, depth: int) -> None:
         at = {name: 100 * value / plan.n_tokens for name, value in
               (("start", leg.start), ("fold", leg.fold_at), ("end", leg.end))}  # fmt: skip
-        kind = f"control, {leg.control_kind.replace('_', ' ')}" if leg.role == "control" else leg.role
+        budget = "full budget" if leg.control_kind == "full" else "equal tokens"
         rows.append(
             {
                 "id": leg.id,
                 "depth": depth,
                 "layer": leg.layer,
                 "role": leg.role,
-                "kind": kind,
+                "budget": budget if leg.role == "control" else "",
                 "parent": leg.parent if leg.parent not in ids else "",
                 "how": f"{leg.method}{' + refit' if leg.refit_tokens else ''}" if leg.method else "from scratch",
                 "tokens": format_count(leg.budget_tokens),
