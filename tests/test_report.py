@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import F, HOSTILE, KNOWN, V, fake_run, texts
+from fake_run import HOSTILE, KNOWN, F, V, fake_run, texts
 
 import saerelay.report
 from saerelay.checkpoint import Suite, read_json, write_json

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import F, HOSTILE, KNOWN, fake_run, texts
+from fake_run import HOSTILE, KNOWN, F, fake_run, texts
 
 from saerelay.evaluate import summary
 from saerelay.report import data, write_report

@@ -120,9 +120,8 @@ def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[d
                 drawings[rows] = (what, lambda theme, draw=draw: draw(summary, measures, theme=theme))
     shown = []
     for name, (what, draw) in drawings.items():
-        for theme, end in (("light", ""), ("dark", "-dark")):
-            figure = draw(theme)
-            save(figure, folder / f"{name}{end}.png")
+        save(draw("dark"), folder / f"{name}-dark.png")
+        save(figure := draw("light"), folder / f"{name}.png")
         width, height = figure.get_size_inches()
         shown.append({"name": name, "alt": what, "width": round(100 * width), "height": round(100 * height)})
     return shown

@@ -7,6 +7,7 @@
 function heatTable({ rows, columns, rowName, columnName, corner, value, tipOf, digits = 3 }) {
   const values = rows.flatMap((row) => columns.map((column) => value(row, column))).filter((v) => Number.isFinite(v));
   const low = Math.min(...values), high = Math.max(...values);
+  const home = rows.some((row) => columns.includes(row) && Number.isFinite(value(row, row)));
   const log = low > 0 && high / low > 20;
   const place = (v) => (high === low ? 50 : log ? (100 * Math.log(v / low)) / Math.log(high / low) : (100 * (v - low)) / (high - low));
   const body = rows.map((row, i) => element("tr", {}, element("th", { scope: "row" }, rowName(row)), columns.map((column, j) => {
@@ -19,7 +20,7 @@ function heatTable({ rows, columns, rowName, columnName, corner, value, tipOf, d
   const head = element("tr", {}, element("th", { scope: "col" }, corner), columns.map((column) => element("th", { scope: "col" }, columnName(column))));
   return element("div", {},
     element("div.scroll", {}, element("table.heat", {}, element("thead", {}, head), element("tbody", {}, body))),
-    element("p.scale", {}, number(low, digits), element("i", { "aria-hidden": "true" }), number(high, digits), element("span", {}, `${log ? "logarithmic; " : ""}framed: an SAE at home`)));
+    element("p.scale", {}, number(low, digits), element("i", { "aria-hidden": "true" }), number(high, digits), [log ? "logarithmic colours" : "", home ? "framed: an SAE at home" : ""].filter(Boolean).map((text) => element("span", {}, text))));
 }
 
 // Arrow keys go from cell to cell; only one cell is a tab stop.
@@ -222,7 +223,7 @@ saerelay.views.measures = async function (body) {
   }
   const transferability = final(measures.transferability);
   if (transferability.length) body.append(element("h2", {}, "Feature transferability"),
-    plainTable(transferability, [["leg", "SAE"], ["parent", "from"], ["n_latents", "latents", count], ["top_logits", "promoted tokens", fixed], ["bottom_logits", "suppressed tokens", fixed], ["top_tokens", "firing tokens", fixed], ["transferability", "mean", fixed]]),
+    plainTable(transferability, [["leg", "SAE"], ["parent", "from"], ["n_latents", "latents", (n) => n.toLocaleString("en")], ["top_logits", "promoted tokens", fixed], ["bottom_logits", "suppressed tokens", fixed], ["top_tokens", "firing tokens", fixed], ["transferability", "mean", fixed]]),
     caption("Shares of tokens that a latent and the one it came from have in common: among those it promotes, suppresses, and fires on; over latents alive in both."));
   const scores = final(measures.transfer_scores);
   if (scores.length) body.append(element("h2", {}, "Transfer score"),
@@ -246,6 +247,6 @@ saerelay.views.measures = async function (body) {
       caption("Means of the cells of “Across layers” by target minus source layer. (The paper's offsets have the other sign.)"));
   }
   if (measures.dla?.legs?.length) body.append(element("h2", {}, "Direct logit attribution"),
-    plainTable(final(measures.dla.legs), [["leg", "SAE"], ["layer", "layer", number], ["mean", "mean", number], ["standard_error", "± standard error", number]]),
+    plainTable(final(measures.dla.legs), [["leg", "SAE"], ["layer", "layer", number], ["mean", "mean", (v) => fixed(v, 1)], ["standard_error", "± standard error", (v) => fixed(v, 1)]]),
     caption(`Mean over ${measures.dla.n_prompts} prompts of the largest, over latents, of activation × decoder row · (unembedding of the correct − of the wrong token).`));
 };

@@ -166,6 +166,10 @@ async function show() {
       drawn.replaceChildren(element("p.note", {}, error.message));
     }
     document.querySelector(`[data-view="${view}"] .body`).replaceWith(drawn); // whole, so that nothing flickers
+    for (const here of drawn.querySelectorAll(".strand .here, .panes .here")) {
+      const row = here.parentElement;
+      row.scrollLeft = here.offsetLeft - row.offsetLeft - (row.clientWidth - here.clientWidth) / 2;
+    }
   }
   document.documentElement.dataset.shown = location.hash || "#/";
 }

@@ -67,7 +67,7 @@ const layerName = (run, legId) => `layer ${run.legs.find((leg) => leg.id === leg
 const tell = (s) => `${FATES[s.status]}: decoder cosine ${cosine(s.decoder)}, encoder ${cosine(s.encoder)}, correlation of activations ${cosine(s.correlation)}`;
 
 function fate(status) {
-  return element(`span.fate.${FATES[status] ? status.replace("-", "x") : "x"}`, {}, element("span", {}, FATES[status] ?? "–"));
+  return element(`span.fate.${status.replace("-", "x")}`, {}, FATES[status]);
 }
 
 // The thread as a row of stops; each links to the feature there.
@@ -106,7 +106,7 @@ saerelay.views.lineage = async function (body) {
   const drawing = flow(run, numbers, (c, status) => listBand(run, numbers[c], status, list, (latent) => drawing.trace(legs[c], latent)));
   holder.append(drawing.svg);
   const { kept_above, alive_above, n_tokens, map_tokens } = run.lineage;
-  const key = ["k", "d", "x", "b"].map((s) => element(`span.key.${s}`, {}, element("span.label", {}, FATES[s])));
+  const key = ["k", "d", "x", "b"].map((s) => element(`span.key.${s}`, {}, FATES[s]));
   body.append(
     element("p.lead", {}, "What became of each feature from one layer to the next. Click a band to list its features; choose one to see its way through all layers."),
     holder, element("p.legend", {}, key),
@@ -156,7 +156,7 @@ function flow(run, numbers, onBand) {
       });
       svg.append(band);
       if (status === "d" && !first) first = choose;
-      if (h > 15 && "kd".includes(status)) svg.append(element("text.share", { x: middle, y: y0 + h / 2 + 4, "text-anchor": "middle" }, percent(n / (alive[c] || 1))));
+      if (h > 15 && "kd".includes(status)) svg.append(element(`text.share.${status}`, { x: middle, y: y0 + h / 2 + 4, "text-anchor": "middle" }, percent(n / (alive[c] || 1))));
       if ("xb".includes(status)) svg.append(element("text", { x: middle + (status === "x" ? -14 : 14), y: end + 14, "text-anchor": status === "x" ? "end" : "start" }, `${n} ${FATES[status]}`));
     }
   });
@@ -438,5 +438,4 @@ saerelay.views.compare = async function (body, legId, text) {
     element("p.lead", {}, "Where it fires most in each layer, and the tokens it promotes there; the number on the way up is the decoder cosine with the next layer's."),
     element("div.panes", { tabindex: 0, role: "region", "aria-label": "Layers side by side" }, panes),
     element("p.caption", {}, element("bdi", {}, run.caption)));
-  requestAnimationFrame(() => { const row = body.querySelector(".panes"), pane = body.querySelector(".pane.here"); if (pane) row.scrollLeft = pane.offsetLeft - row.offsetLeft - (row.clientWidth - pane.clientWidth) / 2; });
 };

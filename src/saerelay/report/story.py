@@ -98,7 +98,7 @@ def tiles(summary: Document) -> list[Document]:
     cost, legs = summary["cost"], _suite(summary)
     survey = cost["survey"] or {"seconds": 0.0, "flops": 0.0, "sae_samples": 0}
     roots = [leg["tokens"] for leg in summary["legs"] if not leg["parent"]]
-    samples = len({(leg["layer"], leg["module"]) for leg in legs}) * max(roots) if roots else math.nan
+    samples = len({(leg["layer"], leg["module"]) for leg in legs}) * max(roots) if roots else None
     pairs = (
         ("Time", "wall-clock", cost["seconds"], survey["seconds"], cost["seconds_all_from_scratch_estimate"], seconds),
         ("Compute", "operations executed", cost["flops"], survey["flops"], cost["flops_all_from_scratch"], flops),
