@@ -166,8 +166,8 @@ def test_a_second_process_on_the_same_run_is_refused(place: Path, capsys, monkey
 def test_eval_matrix_prints_every_sae_on_every_layer(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     code, stdout, _ = call("eval", tmp_path / "run", "--matrix", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "FVU on the activations of each layer, as it is" in stdout
-    assert re.search(r"^L0-from-L1 +\d\.\d{3}\* +\d+\.\d{3} +\d+\.\d{3}$", stdout, re.MULTILINE)
+    assert code == 0 and "FVU of each SAE on the activations of each layer, as it is" in stdout
+    assert re.search(r"^L0-from-L1 +\d\.\d{3} +\d+\.\d{3} +\d+\.\d{3}$", stdout, re.MULTILINE)
     options = ("--matrix", "--json", "--methods", "identity, rescale")
     code, stdout, _ = call("eval", tmp_path / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and len(json.loads(stdout)["cells"]) == 9 + 6

@@ -333,14 +333,18 @@ class Suite:
             "ask for one by its id"
         )
 
+    def leg(self, name: str) -> Leg:
+        """The leg with an id, or, for a number, the one that stands for that layer."""
+        published = {leg.id: leg for leg in self.legs}
+        if name in published:
+            return published[name]
+        if name.isdecimal():
+            return self.leg_at(Site(int(name), self.plan.run.sites.module))
+        raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; there are {", ".join(published) or "none"}')
+
     def __getitem__(self, key: Site | str) -> Dictionary:
-        if isinstance(key, Site):
-            key = self.leg_at(key).id
-        if key not in (leg.id for leg in self.legs):
-            raise RunDirectoryError(
-                f'{self.directory.root}: no leg "{key}"; there are {", ".join(leg.id for leg in self.legs) or "none"}'
-            )
-        return load_dictionary(self.directory.leg(key))[0]
+        leg = self.leg_at(key) if isinstance(key, Site) else self.leg(key)
+        return load_dictionary(self.directory.leg(leg.id))[0]
 
     def __iter__(self) -> Iterator[str]:
         return (leg.id for leg in self.legs)

@@ -117,7 +117,7 @@ def evaluate(
     measures: Annotated[bool, typer.Option("--measures", help="what SAEs have in common, instead")] = False,
     prompts: Annotated[Path | None, typer.Option(help="with --measures: a file of prompts, one JSON a line")] = None,
 ) -> None:
-    """Measure the quality of every leg on held-out documents; with --matrix, of every leg on every layer."""
+    """Measure the quality of every leg on held-out documents; or --matrix or --measures of the whole suite."""
     from saerelay.checkpoint import RunDirectory, load, write_json
     from saerelay.evaluate import evaluate_run
     from saerelay.matrix import matrix_run
@@ -137,8 +137,8 @@ def evaluate(
             print(json.dumps(document))
             return
         console = Console(width=None if sys.stdout.isatty() else 120)
-        for table in matrix_tables(document) if matrix else measures_tables(document):
-            console.print(table)
+        for shown in matrix_tables(document) if matrix else measures_tables(document):
+            console.print(shown)
         return
     summary = evaluate_run(load(run), None, tokens=asked, console=progress)
     write_json(RunDirectory(run).root / "summary.json", summary)
@@ -146,6 +146,29 @@ def evaluate(
         print((RunDirectory(run).root / "summary.json").read_text(encoding="utf-8"), end="")
     else:
         show(summary)
+
+
+@app.command(name="show")
+def show_latent(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    leg: Annotated[str, typer.Argument(help="a leg's id, or a layer")],
+    latent: Annotated[int, typer.Argument(help="a latent's number")],
+    as_json: Json = False,
+) -> None:
+    """Show one latent: where it fires, the tokens it promotes, and what became of it from layer to layer.
+
+    The first time, features and lineage of the whole run are computed.
+    """
+    from saerelay.checkpoint import load
+    from saerelay.lineage import describe_latent
+    from saerelay.tables import latent_view
+
+    document = describe_latent(load(run), leg, latent, console=Console(stderr=True))
+    if as_json:
+        print(json.dumps(document))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(latent_view(document, colour=console.is_terminal and not console.no_color))
 
 
 @app.command()

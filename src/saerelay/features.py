@@ -6,7 +6,6 @@ sequences of C positions, D model width, F latents, E examples a latent, W posit
 """
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,9 +24,9 @@ from saerelay.checkpoint import RunDirectory, Suite, write_tensors
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import RunDirectoryError
-from saerelay.evaluate import batches
+from saerelay.evaluate import batches, held_out
 from saerelay.kernels import Codes, encode_sparse, join_codes
-from saerelay.maps import MAP_TOKENS, Pair, fit_maps
+from saerelay.maps import Pair, enough_tokens, fit_maps
 from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
@@ -147,7 +146,8 @@ def encode_batches(
         harvested = {site: x.flatten(0, 1) for site, x in model.harvest(tokens, sites).items()}
         places = kept_positions(plan, tokens, harvested).nonzero()[:, 0]
         rows = {site: x[places].float() for site, x in harvested.items()}
-        with alone():
+        enough = model.device.type == "cpu" and len(on_device) >= torch.get_num_threads()
+        with alone() if enough else nullcontext():
             codes = in_parallel(lambda pair: _encode(*pair), [(d, rows[site]) for site, d in on_device.values()])
         yield Coded(first, len(tokens), places, dict(zip(on_device, codes, strict=True)))
         first += len(tokens)
@@ -310,20 +310,13 @@ def most_similar(rows: Tensor, others: Tensor, n: int = NEIGHBOURS) -> tuple[Ten
 # --- a run's features -------------------------------------------------------------------------------------------
 
 
-def standing(suite: Suite) -> dict[Site, Leg]:
-    """The leg that stands for each site, by site: no control, not continued by another; of several, the first."""
-    legs, continued = {}, {(leg.parent, leg.site) for leg in suite.legs}
-    for leg in suite.legs:
-        if leg.role != "control" and (leg.id, leg.site) not in continued:
-            legs.setdefault(leg.site, leg)
-    return dict(sorted(legs.items()))
-
-
 def neighbours(suite: Suite, leg: Leg) -> dict[str, Leg | None]:
-    """The standing legs at the next ("above") and the previous ("below") layer with one, of the same module."""
-    others = [other for site, other in standing(suite).items() if site.module == leg.module]
-    above, below = ([o for o in others if sign * o.layer > sign * leg.layer] for sign in (1, -1))
-    return {"above": above[0] if above else None, "below": below[-1] if below else None}
+    """The suite's legs at the next ("above") and previous ("below") layer, same module; of several, the first."""
+    others = [other for other in suite.standing if other.module == leg.module]
+    return {
+        "above": min((o for o in others if o.layer > leg.layer), key=lambda o: o.layer, default=None),
+        "below": max((o for o in others if o.layer < leg.layer), key=lambda o: o.layer, default=None),
+    }
 
 
 def features_run(
@@ -337,27 +330,26 @@ def features_run(
     legs = without_features(suite, tokens)
     if not legs:
         return
-    plan, corpus = suite.plan, Corpus.open(suite.directory.tokens)
-    model = model or load_model(plan)
-    maps = maps_between(suite, model, corpus, neighbour_pairs(suite, legs), console)
+    plan, model = suite.plan, model or load_model(suite.plan)
+    maps = maps_between(suite, model, neighbour_pairs(suite, legs), console)
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in legs}
-    found = collect(plan, model, held_out(suite, tokens), dictionaries, console=console)
+    found = collect(plan, model, test_sequences(suite, tokens), dictionaries, console=console)
     write_features(suite, model, found, maps, tokens)
 
 
-def held_out(suite: Suite, tokens: int) -> np.ndarray:
+def test_sequences(suite: Suite, tokens: int) -> np.ndarray:
     """The sequences (N, context) of the test split that are asked for."""
-    test, plan = Corpus.open(suite.directory.tokens).test, suite.plan
-    return test[: math.ceil((tokens or plan.run.evaluate.tokens) / plan.run.data.context)]
+    test = Corpus.open(suite.directory.tokens).test
+    return held_out(suite.plan, test, tokens or suite.plan.run.evaluate.tokens)
 
 
 def maps_between(
-    suite: Suite, model: LanguageModel, corpus: Corpus, pairs: list[Pair], console: Console | None
+    suite: Suite, model: LanguageModel, pairs: list[Pair], console: Console | None
 ) -> dict[Pair, AffineMap]:
     """The affine maps of pairs of sites, fitted on the training split."""
-    stream = LiveStream(model, corpus.train, suite.plan)
+    train = Corpus.open(suite.directory.tokens).train
     with console.status("fitting maps between layers") if console else nullcontext():
-        return fit_maps(suite.plan, stream, pairs, tokens=min(MAP_TOKENS, corpus.train.size))
+        return fit_maps(suite.plan, LiveStream(model, train, suite.plan), pairs, enough_tokens(suite.plan, train.size))
 
 
 def neighbour_pairs(suite: Suite, legs: list[Leg]) -> list[Pair]:
@@ -367,7 +359,12 @@ def neighbour_pairs(suite: Suite, legs: list[Leg]) -> list[Pair]:
 
 def asked_of(suite: Suite, leg: Leg, tokens: int) -> dict[str, Any]:
     """What a features file says of itself that follows from what was asked."""
-    known = {"schema": SCHEMA_VERSION, "leg": leg.id, "layer": leg.layer, "n_sequences": len(held_out(suite, tokens))}
+    known = {
+        "schema": SCHEMA_VERSION,
+        "leg": leg.id,
+        "layer": leg.layer,
+        "n_sequences": len(test_sequences(suite, tokens)),
+    }
     known |= {"n_examples": EXAMPLES, "window_before": WINDOW[0], "window_after": WINDOW[1]}
     return known | {side: other.id if other else None for side, other in neighbours(suite, leg).items()}
 

@@ -145,7 +145,7 @@ def matrix_figure(
         if cell["method"] == (method if cell["source"] != cell["target"] else "identity")
     }
     name, definition = METRICS[metric]
-    carried = {"identity": "copied as they are"}.get(method, f"carried by {method}")
+    carried = "copied as they are" if method == "identity" else f"carried by {method}"
     small = f"{definition}. SAEs {carried}, not trained at the new layer."
     return _heat_map(theme, summary, f"{name.split(' (')[0]} across layers", small, found, name, matrix["n_tokens"])
 
@@ -194,12 +194,13 @@ def _heat_map(
         axis = figure.subplots()
         image = axis.imshow(values, cmap="viridis", norm=norm, aspect="equal")
         if max(values.shape) <= 12:
+            digits = 3 if max(values.shape) <= 6 else 2
             for (i, j), value in np.ndenumerate(values):
                 if np.isfinite(value):
                     red, green, blue, _ = image.cmap(norm(value))
                     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
                     colour = "white" if dark else "black"
-                    axis.text(j, i, _short(value), ha="center", va="center", fontsize=7, color=colour)
+                    axis.text(j, i, _short(value, digits), ha="center", va="center", fontsize=7, color=colour)
         _dress(axis, theme, xlabel="on activations of layer", ylabel="SAE of layer", grid=False)
         axis.spines[:].set_visible(False)
         for ticks, layers in ((axis.set_xticks, targets), (axis.set_yticks, sources)):
@@ -219,7 +220,7 @@ def offsets_figure(summary: Document, measures: Document, metric: str = "fvu", *
     small = (
         f"{definition}. Mean over pairs of layers; untrained; offset is the layer used on minus the layer trained at."
     )
-    with _page(theme, summary, f"{name.split(' (')[0]} by offset", small, 2.3, measures["n_tokens"]) as figure:
+    with _page(theme, summary, f"{name.split(' (')[0]} by offset", small, 2.3, measures["n_matrix_tokens"]) as figure:
         axis = figure.subplots()
         for (method, marker), colour in zip(_METHODS.items(), _lines(theme), strict=True):
             points = [row for row in rows if row["method"] == method]
@@ -244,14 +245,14 @@ def transferability_figure(summary: Document, measures: Document, *, theme: Them
     rows = [
         row | {"id": row["leg"], "kind": "below" if row["parent_layer"] < row["layer"] else "above"} for row in rows
     ]
-    places, colours = _places(rows), _COLOURS[theme]
+    several = len(rows) > len({row["layer"] for row in rows})
+    places, colours, width = _places(rows, 0.38), _COLOURS[theme], 0.36 if several else 0.7
     small = (
         "Transferability of a latent: top 10 logits, bottom 10 logits and 10 tokens of highest activation, shared with "
         "the latent of the same index in the SAE it was transferred from, over 30; mean over latents alive in both."
     )
     with _page(theme, summary, "Feature transferability by layer", small, 2.3, measures["n_tokens"]) as figure:
         axis = figure.subplots()
-        width = min(0.7, 1.6 * min((abs(places[row["leg"]] - row["layer"]) for row in rows), default=1) or 0.7)
         for kind in ("below", "above"):
             points = [row for row in rows if row["kind"] == kind]
             if points:
@@ -280,7 +281,7 @@ def transfer_score_figure(
         f"untrained. 0 is as good as zero-shot, 1 as good as from scratch. {METRICS[metric][1]}."
     )
     title = f"Normalised transfer score ({name})"
-    with _page(theme, summary, title, small, 2.3, measures["n_tokens"]) as figure:
+    with _page(theme, summary, title, small, 2.3, measures["n_matrix_tokens"]) as figure:
         axis = figure.subplots()
         for kind in ("root", "equal_tokens", "full"):
             for direction, marker in (("from below", ">"), ("from above", "<")):
@@ -418,7 +419,7 @@ def training_figure(summary: Document, metrics: Sequence[Document], *, theme: Th
 def plan_figure(plan: Document, *, theme: Theme = "light") -> "Figure":
     """Who came from whom: each leg a bar over its layer, along the tokens that the language model reads."""
     compiled, colours = Plan.parse(plan, source="plan.json"), _COLOURS[theme]
-    places = _places([{"id": leg.id, "layer": leg.layer} for leg in compiled.legs])
+    places = _places([{"id": leg.id, "layer": leg.layer} for leg in compiled.legs], 0.25)
     run, facts = compiled.run, compiled.facts
     parts = [facts.name, f"{format_count(compiled.n_tokens)} tokens of the training split", f"seed {run.train.seed}."]
     small = (
@@ -482,7 +483,7 @@ def _page(
     title: str,
     definition: str,
     height: float,
-    tokens: int = 0,
+    tokens: int | None = None,
     split: str = "",
 ) -> "Iterator[Figure]":
     """An empty figure with a title and small print: facts of a run (its summary, or parts of a line), a definition."""
@@ -515,7 +516,7 @@ def _page(
         yield figure
 
 
-def _facts(summary: Document, tokens: int, split: str) -> str:
+def _facts(summary: Document, tokens: int | None, split: str) -> str:
     """Model, data, tokens, dictionaries, L0 and seed of a run; `tokens` if a figure's are not the summary's."""
     legs = [leg for leg in summary["legs"] if leg["role"] != "control"] or summary["legs"]
     split = split or f"test split, {tokens or legs[0]['n_eval_tokens']:,} tokens"
@@ -534,13 +535,13 @@ def _kind(leg: Document, summary: Document) -> str:
     return "below" if parent < leg["layer"] else "above" if parent > leg["layer"] else "transfer"
 
 
-def _places(legs: Iterable[Document]) -> dict[str, float]:
+def _places(legs: Iterable[Document], step: float = 0.18) -> dict[str, float]:
     """Where on an axis of layers each leg is drawn: those of one layer side by side."""
     by_layer = defaultdict[int, list[str]](list)
     for leg in legs:
         by_layer[leg["layer"]].append(leg["id"])
     return {
-        leg_id: layer + (i - (len(ids) - 1) / 2) * min(0.18, 0.7 / len(ids))
+        leg_id: layer + (i - (len(ids) - 1) / 2) * min(step, 0.76 / len(ids))
         for layer, ids in by_layer.items()
         for i, leg_id in enumerate(ids)
     }
@@ -573,14 +574,16 @@ def _lines(theme: Theme) -> list[Any]:
     return [mpl.colormaps["viridis"](x) for x in _span(theme, len(_METHODS))]
 
 
-def _short(value: float) -> str:
-    """A number in three or four characters.
+def _short(value: float, digits: int = 2) -> str:
+    """A number with two digits, or so many more, where there is little room.
 
-    >>> [_short(value) for value in (0.8349, 1.462, 24.0, 3543.0, -0.277, 1.0)]
-    ['.83', '1.5', '24', '4k', '−.28', '1.0']
+    >>> [_short(value) for value in (0.8349, 1.462, 24.0, 3543.0, -0.277, 1.0)], _short(0.99462, 3)
+    (['.83', '1.5', '24', '4k', '−.28', '1.0'], '.995')
     """
     size = abs(value)
-    text = f"{size:.2f}"[1:] if size < 0.995 else f"{size:.1f}" if size < 9.95 else f"{size:.0f}"
+    text = f"{size:.{digits - 1}f}" if size < 9.95 else f"{size:.0f}"
+    if f"{size:.{digits}f}" < "1":
+        text = f"{size:.{digits}f}"[1:]
     return ("−" if value < 0 else "") + (text if size < 999.5 else f"{size / 1000:.0f}k")
 
 

@@ -11,9 +11,11 @@ cosine not over it), `x` died (the partner does not fire), `b`orn (only the part
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from rich.console import Console
@@ -25,22 +27,22 @@ from torch import Tensor
 from saerelay.checkpoint import RunDirectory, Suite, finite, read_json, write_text
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
-from saerelay.errors import RunDirectoryError
+from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.features import (
     Collector,
     encode_batches,
-    held_out,
+    load_features,
     maps_between,
     most_similar,
     neighbour_pairs,
     neighbours,
-    standing,
+    test_sequences,
     without_features,
     write_features,
 )
 from saerelay.kernels import Codes, split_codes
-from saerelay.maps import MAP_TOKENS
-from saerelay.model import LanguageModel
+from saerelay.maps import enough_tokens
+from saerelay.model import LanguageModel, load_tokenizer, token_text
 from saerelay.plan import Leg, Plan
 from saerelay.stream import load_model
 from saerelay.transfer import fold
@@ -61,6 +63,7 @@ PIECE = 2**21
 """Numbers in a dense piece of the target's codes: 8 MiB."""
 
 Kind = Literal["hop", "depth", "control"]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 _NAMES = {"k": "kept", "d": "drifted", "x": "died", "b": "born", "-": "silent"}
 
 
@@ -96,6 +99,12 @@ class Link:
         found = (self.partner == latent).nonzero()
         return int(found[0, 0]) if len(found) else None
 
+    def found(self, latent: int) -> dict[str, Any]:
+        """What is known of a latent of the source and its partner, None for what is not; see `Step`."""
+        names = ("decoder_cosine", "encoder_cosine", "correlation")
+        numbers = {name: float(getattr(self, name)[latent]) for name in names}
+        return finite(numbers) | {"status": _NAMES[self.status[latent]]}
+
     def shares(self) -> dict[str, float]:
         """Shares of the source's latents that were kept, drifted, died, were born, and are silent in both; sum 1."""
         counts = Counter(self.status)
@@ -103,16 +112,16 @@ class Link:
 
 
 class Step(NamedTuple):
-    """A latent on its way through the layers, and what the link from the step before it says."""
+    """A latent of a leg, and how alike it is to the one it was reached from; None of the first of a way."""
 
     leg: str
     layer: int
     latent: int
-    decoder_cosine: float | None
-    encoder_cosine: float | None
-    correlation: float | None
-    status: str | None
-    """"kept", "drifted", "died", "born" or "silent"; None, like the numbers, of the first step."""
+    decoder_cosine: float | None = None
+    encoder_cosine: float | None = None
+    correlation: float | None = None
+    status: str | None = None
+    """"kept", "drifted", "died", "born" or "silent", read towards the deeper layer, the child or the control."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +162,10 @@ class Lineage:
         The way ends where a latent has no partner. A leg that no depth link joins (a control) is a way of one step.
         Raises RunDirectoryError if there is no such leg or latent.
         """
-        self.check(leg, latent)
+        legs = self.facts["legs"]
+        if leg not in legs:
+            raise RunDirectoryError(f'no leg "{leg}" in this lineage; there are {", ".join(legs)}')
+        check_latent(leg, latent, legs[leg]["n_latents"])
         depth = [link for link in self.links if link.kind == "depth"]
         first, at = leg, latent
         while link := next((link for link in depth if link.target == first), None):
@@ -161,35 +173,34 @@ class Lineage:
             if before is None:
                 break
             first, at = link.source, before
-        steps = [Step(first, self.facts["legs"][first]["layer"], at, None, None, None, None)]
+        steps = [Step(first, legs[first]["layer"], at)]
         while link := next((link for link in depth if link.source == steps[-1].leg), None):
-            step = step_along(link, steps[-1].latent)
-            if step is None:
+            before, partner = steps[-1].latent, link.forward(steps[-1].latent)
+            if partner is None:
                 break
-            steps.append(step)
+            steps.append(Step(link.target, link.target_layer, partner, **link.found(before)))
         return steps
 
-    def check(self, leg: str, latent: int) -> None:
-        """Raise RunDirectoryError if there is no such leg, or it has no such latent."""
-        legs = self.facts["legs"]
-        if leg not in legs:
-            raise RunDirectoryError(f'no leg "{leg}" in this lineage; there are {", ".join(legs)}')
-        if not 0 <= latent < legs[leg]["n_latents"]:
-            raise RunDirectoryError(f"{leg} has latents 0 to {legs[leg]['n_latents'] - 1}, none of number {latent}")
+    def relatives(self, leg: str, latent: int) -> list[tuple[str, Step]]:
+        """A latent's counterparts beside its way: in the leg's parent, in its controls, in what it is a control of."""
+        found = []
+        for link in (link for link in self.links if link.kind != "depth"):
+            if link.target == leg and (before := link.backward(latent)) is not None:
+                name = "parent" if link.kind == "hop" else "control of"
+                found.append((name, Step(link.source, link.source_layer, before, **link.found(before))))
+            if link.kind == "control" and link.source == leg and (partner := link.forward(latent)) is not None:
+                found.append(("control", Step(link.target, link.target_layer, partner, **link.found(latent))))
+        return found
 
     def summary(self) -> list[dict[str, Any]]:
         """One dict a link: kind, source, target, and its `shares`."""
         return [{"kind": x.kind, "source": x.source, "target": x.target} | x.shares() for x in self.links]
 
 
-def step_along(link: Link, latent: int) -> Step | None:
-    """The partner of a latent of the source, and how alike they are."""
-    partner = link.forward(latent)
-    if partner is None:
-        return None
-    numbers = (link.decoder_cosine[latent], link.encoder_cosine[latent], link.correlation[latent])
-    known = (None if number != number else float(number) for number in numbers)
-    return Step(link.target, link.target_layer, partner, *known, _NAMES[link.status[latent]])
+def check_latent(leg: str, latent: int, n_latents: int) -> None:
+    """Raise RunDirectoryError if a leg has no such latent."""
+    if not 0 <= latent < n_latents:
+        raise RunDirectoryError(f"{leg} has no latent {latent}; its latents are 0 to {n_latents - 1}")
 
 
 # --- pairs and cosines ------------------------------------------------------------------------------------------
@@ -252,11 +263,19 @@ class Firing:
         self.squares.index_add_(0, latents, values.square())
 
 
+class Pair(NamedTuple):
+    """Two legs to compare."""
+
+    kind: Kind
+    source: Leg
+    target: Leg
+
+
 class Comparison:
     """Two legs while their codes go by: partners and cosines, known from the start, and Σ z·z' (F) of partners."""
 
-    def __init__(self, kind: Kind, source: Leg, target: Leg, carried: Dictionary, other: Dictionary, by_index: bool):
-        self.kind, self.source, self.target = kind, source, target
+    def __init__(self, pair: Pair, carried: Dictionary, other: Dictionary, by_index: bool) -> None:
+        self.pair = pair
         self.partner = None if by_index else assign(carried.W_dec, other.W_dec).to(other.W_dec.device)
         self.decoder_cosine = paired_cosine(carried.W_dec, other.W_dec, self.partner)
         self.encoder_cosine = paired_cosine(carried.W_enc, other.W_enc, self.partner)
@@ -275,7 +294,9 @@ class Comparison:
 
     def link(self, source: Firing, target: Firing, n_tokens: int) -> Link:
         """What was found."""
-        partner = torch.arange(len(self.products)) if self.partner is None else self.partner
+        partner = (
+            torch.arange(len(self.products), device=self.products.device) if self.partner is None else self.partner
+        )
         count, total, squares = (
             torch.where(partner >= 0, sums[partner], 0) for sums in (target.count, target.total, target.squares)
         )
@@ -283,11 +304,11 @@ class Comparison:
         variances = (source.squares - source.total.square() / n_tokens) * (squares - total.square() / n_tokens)
         correlation = (covariance / variances.sqrt()).masked_fill((source.count == 0) | (count == 0), torch.nan)
         return Link(
-            kind=self.kind,
-            source=self.source.id,
-            target=self.target.id,
-            source_layer=self.source.layer,
-            target_layer=self.target.layer,
+            kind=self.pair.kind,
+            source=self.pair.source.id,
+            target=self.pair.target.id,
+            source_layer=self.pair.source.layer,
+            target_layer=self.pair.target.layer,
             partner=None if self.partner is None else self.partner.cpu(),
             decoder_cosine=self.decoder_cosine.cpu(),
             encoder_cosine=self.encoder_cosine.cpu(),
@@ -313,15 +334,15 @@ def status(decoder_cosine: Tensor, source_alive: Tensor, target_alive: Tensor) -
 # --- a run's lineage --------------------------------------------------------------------------------------------
 
 
-def planned_links(suite: Suite) -> list[tuple[Kind, Leg, Leg]]:
+def pairs_of(suite: Suite) -> list[Pair]:
     """Which legs are compared. A parent outside the run has no link."""
-    published: dict[str, Leg] = {leg.id: leg for leg in suite.legs}
-    links: list[tuple[Kind, Leg, Leg]] = []
-    links += [("hop", published[leg.parent], leg) for leg in suite.legs if leg.parent in published]
-    for leg in standing(suite).values():
+    published = {leg.id: leg for leg in suite.legs}
+    pairs = [Pair("hop", published[leg.parent], leg) for leg in suite.legs if leg.parent in published]
+    for leg in {leg.site: leg for leg in reversed(suite.standing)}.values():  # of several at a site, the first
         above = neighbours(suite, leg)["above"]
-        links += [("depth", leg, above)] if above else []
-    return links + [("control", published[leg.control_of], leg) for leg in suite.legs if leg.control_of in published]
+        pairs += [Pair("depth", leg, above)] if above else []
+    pairs += [Pair("control", published[leg.control_of], leg) for leg in suite.legs if leg.control_of in published]
+    return sorted(pairs, key=lambda pair: (_KINDS.index(pair.kind), pair.source.site, pair.target.site))
 
 
 def ancestor(plan: Plan, leg: Leg) -> str:
@@ -345,57 +366,65 @@ def lineage_run(
     With `features`, also what `features_run` does, from the same pass over the tokens. `tokens` are the recipe's
     `evaluate.tokens` unless given. `model` may be None to load it only if something is left to do.
     """
-    plan, paths, sequences = suite.plan, suite.directory, held_out(suite, tokens)
+    plan, paths, sequences = suite.plan, suite.directory, test_sequences(suite, tokens)
     known = is_known(suite, len(sequences))
-    planned, legs = [] if known else planned_links(suite), without_features(suite, tokens) if features else []
+    pairs, legs = [] if known else pairs_of(suite), without_features(suite, tokens) if features else []
     if known and not legs:
         return Lineage.load(paths.root)
-    model, corpus = model or load_model(plan), Corpus.open(paths.tokens)
-    pairs = neighbour_pairs(suite, legs) + [(source.site, target.site) for _, source, target in planned]
-    maps = maps_between(suite, model, corpus, pairs, console)
-    wanted = {leg.id: leg for leg in legs} | ({} if known else {leg.id: leg for leg in suite.legs})
-    dictionaries = {leg_id: (leg.site, suite[leg_id].to(model.device)) for leg_id, leg in wanted.items()}
+    model = model or load_model(plan)
+    device, wanted = model.device, legs if known else suite.legs
+    dictionaries = {leg.id: (leg.site, suite[leg.id].to(device)) for leg in wanted}
+    sites = neighbour_pairs(suite, legs) + [(pair.source.site, pair.target.site) for pair in pairs]
+    maps = maps_between(suite, model, sites, console)
     comparisons = []
-    for kind, source, target in planned:
-        carried = fold(dictionaries[source.id][1], maps[source.site, target.site])
-        by_index = ancestor(plan, source) == ancestor(plan, target)
-        comparisons.append(Comparison(kind, source, target, carried, dictionaries[target.id][1], by_index))
-    firing = {key: Firing(d.n_latents, model.device) for key, (_, d) in dictionaries.items()}
-    collectors = {leg.id: Collector(leg.dictionary.n_latents, sequences.shape[1], model.device) for leg in legs}
-    scratch, n_tokens = torch.zeros(max(PIECE, *(len(f.total) for f in firing.values())), device=model.device), 0
+    for pair in pairs:
+        carried = fold(dictionaries[pair.source.id][1], maps[pair.source.site, pair.target.site])
+        by_index = ancestor(plan, pair.source) == ancestor(plan, pair.target)
+        comparisons.append(Comparison(pair, carried, dictionaries[pair.target.id][1], by_index))
+    firing = {key: Firing(d.n_latents, device) for key, (_, d) in dictionaries.items()}
+    collectors = {leg.id: Collector(leg.dictionary.n_latents, sequences.shape[1], device) for leg in legs}
+    scratch = torch.zeros(max(PIECE, *(d.n_latents for _, d in dictionaries.values())), device=device)
+    n_tokens = 0
     for batch in encode_batches(plan, model, sequences, dictionaries, console):
         n_tokens += len(batch.places)
         for key, codes in batch.codes.items():
             firing[key].add(codes)
-        for comparison in comparisons:
-            comparison.add(batch.codes[comparison.source.id], batch.codes[comparison.target.id], scratch)
         for key, collector in collectors.items():
             collector.add(batch, batch.codes[key])
+        for pair, comparison in zip(pairs, comparisons, strict=True):
+            comparison.add(batch.codes[pair.source.id], batch.codes[pair.target.id], scratch)
     write_features(suite, model, {key: collector.result() for key, collector in collectors.items()}, maps, tokens)
     if not known:
-        facts = {"schema": SCHEMA_VERSION, "model": plan.facts.name, "map_tokens": min(MAP_TOKENS, corpus.train.size)}
-        facts |= {"n_tokens": n_tokens, "n_sequences": len(sequences)}
-        facts |= {"kept_above": KEPT_ABOVE, "alive_above": ALIVE_ABOVE}
-        facts["legs"] = {leg.id: {"layer": leg.layer, "n_latents": leg.dictionary.n_latents} for leg in suite.legs}
-        links = [c.link(firing[c.source.id], firing[c.target.id], n_tokens) for c in comparisons]
-        document = facts | {"links": [_link_to_json(link) for link in links]}
-        write_text(paths.lineage, json.dumps(finite(document), allow_nan=False, separators=(",", ":")) + "\n")
+        links = [
+            comparison.link(firing[pair.source.id], firing[pair.target.id], n_tokens)
+            for pair, comparison in zip(pairs, comparisons, strict=True)
+        ]
+        map_tokens = enough_tokens(plan, Corpus.open(paths.tokens).train.size)
+        facts = asked_of(suite, len(sequences)) | {"n_tokens": n_tokens, "map_tokens": map_tokens}
+        document = finite(facts | {"links": [_link_to_json(link) for link in links]})
+        write_text(paths.lineage, json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n")
     return Lineage.load(paths.root)
 
 
+def asked_of(suite: Suite, n_sequences: int) -> dict[str, Any]:
+    """What lineage.json says of itself that follows from what was asked."""
+    legs = {leg.id: {"layer": leg.layer, "n_latents": leg.dictionary.n_latents} for leg in suite.legs}
+    return {
+        "schema": SCHEMA_VERSION,
+        "model": suite.plan.facts.name,
+        "n_sequences": n_sequences,
+        "kept_above": KEPT_ABOVE,
+        "alive_above": ALIVE_ABOVE,
+        "legs": legs,
+    }
+
+
 def is_known(suite: Suite, n_sequences: int) -> bool:
-    """Whether lineage.json is there, on so many sequences, by today's thresholds and for the legs there are."""
+    """Whether lineage.json is there, and for what is asked."""
     if not suite.directory.lineage.is_file():
         return False
-    lineage = Lineage.load(suite.directory.root)
-    asked = {"schema": SCHEMA_VERSION, "n_sequences": n_sequences}
-    asked |= {"kept_above": KEPT_ABOVE, "alive_above": ALIVE_ABOVE}
-    links = [(kind, source.id, target.id) for kind, source, target in planned_links(suite)]
-    return (
-        all(lineage.facts.get(key) == value for key, value in asked.items())
-        and list(lineage.facts["legs"]) == [leg.id for leg in suite.legs]
-        and [(link.kind, link.source, link.target) for link in lineage.links] == links
-    )
+    facts = Lineage.load(suite.directory.root).facts
+    return facts | asked_of(suite, n_sequences) == facts
 
 
 def _link_to_json(link: Link) -> dict[str, Any]:
@@ -411,6 +440,61 @@ def _link_from_json(data: dict[str, Any]) -> Link:
     def floats(values: list[float | None]) -> Tensor:
         return torch.tensor([torch.nan if value is None else value for value in values])
 
-    own = {"partner": None if data.pop("by") == "index" else torch.tensor(data["partner"])}
+    own: dict[str, Any] = {"partner": None if data.pop("by") == "index" else torch.tensor(data["partner"])}
     own |= {name: floats(data[name]) for name in ("decoder_cosine", "encoder_cosine", "correlation")}
     return Link(**(data | own))
+
+
+# --- one latent -------------------------------------------------------------------------------------------------
+
+
+def describe_latent(suite: Suite, leg: str, latent: int, *, console: Console | None = None) -> dict[str, Any]:
+    """All that is known of one latent, as JSON: what `saerelay show --json` prints (see docs/run-directory.md).
+
+    `leg` is an id, or the number of a layer. Features and lineage of the run are made if they are not there. Raises
+    RunDirectoryError if there is no such leg or latent.
+    """
+    chosen, plan = suite.leg(leg), suite.plan
+    check_latent(chosen.id, latent, chosen.dictionary.n_latents)
+    lineage = lineage_run(suite, features=True, console=console)
+    features, sequences = load_features(suite.directory, chosen.id), Corpus.open(suite.directory.tokens).test
+    text, facts, tensors = _token_texts(plan), features.facts, features.tensors()
+    examples = []
+    for example in features.examples(latent):
+        tokens = sequences[example.sequence, example.start : example.start + len(example.activations)].tolist()
+        examples.append(example._asdict() | {"tokens": [text(token) for token in tokens], "token_ids": tokens})
+    logits = {}
+    for name in ("top_logits", "bottom_logits"):
+        if name in tensors:
+            pairs = zip(tensors[name][latent].tolist(), tensors[f"{name}_values"][latent].tolist(), strict=True)
+            logits[name] = [{"token": text(token), "token_id": token, "value": value} for token, value in pairs]
+    similar = {}
+    for side in ("above", "below"):
+        if facts[side]:
+            pairs = zip(*(tensors[f"{side}_{name}"][latent].tolist() for name in ("latents", "cosine")), strict=True)
+            similar[side] = {"leg": facts[side], "latents": [{"latent": i, "cosine": c} for i, c in pairs]}
+    return {
+        "leg": chosen.id,
+        "layer": chosen.layer,
+        "latent": latent,
+        "model": plan.facts.name,
+        "n_tokens": facts["n_tokens"],
+        "n_fired": int(features.n_fired[latent]),
+        "max_activation": float(features.max_activation[latent]),
+        "mean_activation": float(features.mean_activation[latent]),
+        "histogram": {"first_edge": facts["histogram_first_edge"], "counts": features.histogram[latent].tolist()},
+        "examples": examples,
+        **logits,
+        "lineage": [step._asdict() for step in lineage.follow(chosen.id, latent)],
+        "relatives": [{"kind": kind} | step._asdict() for kind, step in lineage.relatives(chosen.id, latent)],
+        "similar": similar,
+    }
+
+
+def _token_texts(plan: Plan) -> Callable[[int], str]:
+    """What gives the text of a token, or its number where the model comes without a tokenizer."""
+    try:
+        tokenizer = load_tokenizer(plan.run.model.model_copy(update={"revision": plan.facts.revision}))
+    except ModelError:
+        return lambda token: f"<{token}>"
+    return partial(token_text, tokenizer)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from saerelay.checkpoint import Suite, load_dictionary, read_json, write_json
+from saerelay.checkpoint import Suite, finite, load_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError
@@ -289,6 +289,7 @@ def measures_run(
         "module": plan.run.sites.module,
         "split": "test",
         "n_tokens": load_features(paths, suite.legs[0].id).facts["n_tokens"],
+        "n_matrix_tokens": matrix["n_tokens"] if matrix else None,
         "map_tokens": map_tokens,
         "similarity": [similarity(p, maps[p.source.leg.site, p.target.leg.site].A, model.device) for p in pairs],
         "transferability": None if W_U is None else transferabilities(suite, trained),
@@ -301,7 +302,7 @@ def measures_run(
         said = prompts.name if prompts else OWN_TASK
         document["dla"] = {"prompts": said, "n_prompts": len(used), "legs": attributions(model, W_U, trained, used)}
     write_json(paths.measures, document)
-    return document
+    return finite(document)
 
 
 def see(

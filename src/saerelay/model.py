@@ -119,6 +119,20 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text that one token stands for, "<7>" where the tokenizer has no token 7.
+
+    >>> tokenizer = load_tokenizer(ModelSpec())
+    >>> [token_text(tokenizer, token) for token in (*tokenizer.encode("if x:"), 10**6)]
+    ['if', ' x', ':', '<1000000>']
+    """
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:
+        return f"<{token}>"
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text  # SentencePiece drops the first
+
+
 def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
     """What tells a model's weights and code from others', as JSON: a hub revision, or the files of a directory.
 

@@ -1,14 +1,15 @@
 """Tables for people: a plan before it runs, a suite's quality after."""
 
+import unicodedata
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from saerelay.auto import Choice
 from saerelay.cost import Cost
-from saerelay.matrix import HOPS
 from saerelay.plan import Plan
 from saerelay.spec import format_count
 from saerelay.survey import Survey
@@ -48,32 +49,28 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
     ]
 
 
-def matrix_tables(matrix: dict[str, Any]) -> list[Table]:
-    """FVU, and ΔCE where it was measured, of every leg on every layer; one table a metric and method."""
-    tables = []
-    home = {cell["leg"]: cell for cell in matrix["cells"] if cell["source"] == cell["target"] and not cell["snapshot"]}
-    for name, title in (("fvu", "FVU"), ("delta_ce", "ΔCE, nats per token")):
-        for method in sorted({cell["method"] for cell in matrix["cells"]}, key=HOPS.index):
-            if home and next(iter(home.values()))[name] is None:
+def matrix_tables(matrix: dict[str, Any]) -> list[Text | Table]:
+    """FVU, and ΔCE where it was measured, of every leg on every layer; one titled table a metric and method."""
+    cells = [cell for cell in matrix["cells"] if not cell["snapshot"]]
+    home = {cell["leg"]: cell for cell in cells if cell["source"] == cell["target"]}
+    shown: list[Text | Table] = []
+    for name, metric in (("fvu", "FVU"), ("delta_ce", "ΔCE (nats per token)")):
+        for method in dict.fromkeys(cell["method"] for cell in cells):
+            if any(cell[name] is None for cell in cells):
                 continue
-            title_ = f"{title} on the activations of each layer, {'as it is' if method == 'identity' else method}"
-            table = Table(box=None, pad_edge=False, title=title_, title_justify="left")
+            table = Table(box=None, pad_edge=False)
             table.add_column("SAE")
             for layer in matrix["layers"]:
-                table.add_column(str(layer), justify="right")
-            for leg, at_home in home.items():
-                cells = {
-                    c["target"]: c
-                    for c in matrix["cells"]
-                    if c["method"] == method and c["leg"] == leg and not c["snapshot"]
-                }
-                cells[at_home["source"]] = at_home
-                shown = [f"{cells[layer][name]:.3f}" for layer in matrix["layers"]]
-                shown[matrix["layers"].index(at_home["source"])] += "*"
-                table.add_row(leg, *shown)
-            table.caption, table.caption_justify = "* at home", "left"
-            tables.append(table)
-    return tables
+                table.add_column(f"on {layer}", justify="right")
+            for leg, own in home.items():
+                row = {c["target"]: f"{c[name]:.3f}" for c in cells if (c["leg"], c["method"]) == (leg, method)}
+                row[own["source"]] = f"[bold]{own[name]:.3f}[/bold]"
+                table.add_row(leg, *(row.get(layer, "-") for layer in matrix["layers"]))
+            how = "as it is (zero-shot)" if method == "identity" else f"after a closed-form hop: {method}"
+            shown += [Text(f"\n{metric} of each SAE on the activations of each layer, {how}"), table]
+    n_tokens, fitted = format_count(matrix["n_tokens"]), format_count(matrix["map_tokens"])
+    shown.append(Text(f"\n{n_tokens} held-out tokens; maps fitted on {fitted} training tokens. Bold: at home."))
+    return shown
 
 
 def measures_tables(measures: dict[str, Any]) -> list[Table]:
@@ -258,3 +255,94 @@ def _flops(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value / 1e9:.3g} GFLOP"
+
+
+# --- one latent -------------------------------------------------------------------------------------------------
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_VISIBLE = {"\n": "⏎", "\t": "⇥", " ": " "}
+_LONGEST_TOKEN = 40
+
+
+def visible(text: str) -> str:
+    """A token's text with everything that a terminal would not show, or would obey, as something to see.
+
+    >>> print(visible("a\\n\\x1b[2Jb\\u202e\\ud800"))
+    a⏎\\x1b[2Jb\\u202e\ufffd
+    """
+    shown = []
+    for character in text[:_LONGEST_TOKEN]:
+        kind = unicodedata.category(character)
+        if character in _VISIBLE:
+            shown.append(_VISIBLE[character])
+        elif kind == "Cs":
+            shown.append("\ufffd")
+        elif kind[0] in "CZ":
+            shown.append(character.encode("unicode_escape").decode())
+        else:
+            shown.append(character)
+    return "".join(shown) + ("…" if len(text) > _LONGEST_TOKEN else "")
+
+
+def latent_view(document: dict[str, Any], *, colour: bool) -> Group:
+    """One latent for the terminal: how often it fires, on what, for which tokens it speaks, and what became of it.
+
+    Tokens are shaded by activation; without `colour` the strongest of each example stands between »«.
+    """
+    d, leg = document, document["leg"]
+    fires = f"fires on {d['n_fired'] / d['n_tokens']:.3%} of {d['n_tokens']:,} held-out tokens ({d['n_fired']:,})"
+    lines: list[Any] = [Text(f"{leg}, latent {d['latent']} (layer {d['layer']} of {d['model']})", style="bold")]
+    if not d["n_fired"]:
+        lines.append(Text(f"never fires on {d['n_tokens']:,} held-out tokens"))
+    else:
+        lines.append(Text(f"{fires}, max {d['max_activation']:.3g}, mean {d['mean_activation']:.3g} where it does"))
+        lines += [_histogram(d["histogram"]), Text()]
+        lines += [_example(example, d["max_activation"], colour) for example in d["examples"]]
+    lines.append(Text())
+    for name, label in (("top_logits", "promotes  "), ("bottom_logits", "suppresses")):
+        if name in d:
+            tokens = "  ".join(f"'{visible(t['token'])}' {t['value']:+.2f}" for t in d[name])
+            lines.append(Text(f"{label} {tokens}"))
+    for side, found in d["similar"].items():
+        latents = "  ".join(f"{other['latent']} ({other['cosine']:.2f})" for other in found["latents"])
+        lines.append(Text(f"most similar {side}, in {found['leg']}: {latents}"))
+    return Group(*lines, Text(), _lineage_table(d))
+
+
+def _histogram(histogram: dict[str, Any]) -> Text:
+    counts, first = histogram["counts"], histogram["first_edge"]
+    used = [i for i, count in enumerate(counts) if count]
+    most, counts = max(counts), counts[used[0] : used[-1] + 1]
+    bars = "".join(_BARS[-(-8 * count // most)] for count in counts)
+    low, high = (2 ** (first + edge / 2) for edge in (used[0], used[-1] + 1))
+    return Text(f"activations {low:.3g} {bars} {high:.3g}, in steps of √2")
+
+
+def _example(example: dict[str, Any], most: float, colour: bool) -> Text:
+    strongest = example["position"] - example["start"]
+    line = Text(f"{example['activations'][strongest]:8.3g}  ", no_wrap=True, overflow="ellipsis")
+    for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"], strict=True)):
+        share = min(1.0, activation / most)
+        style = f"black on rgb(255,{240 - round(110 * share)},{200 - round(200 * share)})" if activation > 0 else ""
+        shown = visible(token)
+        if i == strongest and not colour:
+            shown = f"»{shown}«"
+        line.append(shown, style=f"bold {style}" if i == strongest else style)
+    return line
+
+
+def _lineage_table(document: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, title="lineage, from layer to layer", title_justify="left")
+    for name in ("layer", "leg", "latent", "decoder cosine", "encoder cosine", "correlation", "status"):
+        table.add_column(name, justify="left" if name in ("leg", "status") else "right")
+    for step in document["lineage"]:
+        table.add_row(*_step(step), style="bold" if step["leg"] == document["leg"] else "")
+    for step in document["relatives"]:
+        table.add_row(*_step(step | {"leg": f"{step['leg']} ({step['kind']})"}), style="dim")
+    return table
+
+
+def _step(step: dict[str, Any]) -> list[str]:
+    names = ("decoder_cosine", "encoder_cosine", "correlation")
+    numbers = ["" if step[name] is None else f"{step[name]:.3f}" for name in names]
+    return [str(step["layer"]), escape(step["leg"]), str(step["latent"]), *numbers, step["status"] or ""]

@@ -1,0 +1,316 @@
+"""The paper's measures: against slow definitions, on cases with known answers, and over a whole run of its preset."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import saerelay as sr
+from saerelay import measures as module
+from saerelay.checkpoint import load_dictionary
+from saerelay.cli import main
+from saerelay.dictionaries import Dictionary
+from saerelay.errors import DataError
+from saerelay.evaluate import held_out, measure
+from saerelay.matrix import matrix_run
+from saerelay.measures import (
+    Prompt,
+    Speaks,
+    by_offset,
+    direct_logit_attribution,
+    feature_transferability,
+    mean_max_cosine,
+    measures_run,
+    own_prompts,
+    read_prompts,
+    shared,
+    transfer_score,
+)
+from saerelay.model import LanguageModel
+from saerelay.stream import load_model
+from saerelay.tables import measures_tables
+
+torch.set_num_threads(1)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- between two dictionaries -----------------------------------------------------------------------------------
+
+
+def test_mean_max_cosine_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    P, Q, alive_p, alive_q = randn(50, 8), randn(37, 8, seed=1) * 7, torch.arange(50) % 3 > 0, torch.arange(37) % 4 > 0
+    best = [
+        max(float(p @ q / p.norm() / q.norm()) for q in Q[alive_q]) for p in P[alive_p]
+    ]  # fmt: skip
+    expected = sum(best) / len(best)
+    assert mean_max_cosine(P, Q, alive_p, alive_q) == pytest.approx(expected, abs=1e-6)
+    monkeypatch.setattr(module, "DENSE", 100)
+    assert mean_max_cosine(P, Q, alive_p, alive_q) == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_dictionaries_are_similar_however_they_are_ordered() -> None:
+    W = randn(40, 16)
+    assert mean_max_cosine(W, W) == pytest.approx(1) and mean_max_cosine(W, 3 * W[torch.randperm(40)]) == pytest.approx(
+        1
+    )
+    assert mean_max_cosine(W, -W) < 0.9
+    assert mean_max_cosine(W[:4], W) == pytest.approx(1) != mean_max_cosine(W, W[:4])
+    assert math.isnan(mean_max_cosine(W, W, torch.zeros(40, dtype=torch.bool)))
+
+
+def test_shared_tokens_are_counted_as_in_multisets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-1, 6, (200, 10), generator=generator) for _ in range(2))
+    for got, x, y in zip(shared(a, b).tolist(), a.tolist(), b.tolist(), strict=True):
+        both = Counter(i for i in x if i >= 0) & Counter(i for i in y if i >= 0)
+        assert got == both.total()
+
+
+def test_transferability_of_the_same_and_of_strangers() -> None:
+    ids = [torch.randint(0, 50, (7, 10), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    one, other = Speaks(*ids), Speaks(*(x + 50 for x in ids))
+    everything = torch.ones(7, dtype=torch.bool)
+    assert feature_transferability(one, one, everything)["transferability"] == 1
+    assert feature_transferability(one, Speaks(*(x.flip(1) for x in ids)), everything)["transferability"] == 1
+    assert set(feature_transferability(one, other, everything).values()) == {0}
+    some = torch.arange(7) < 2
+    mixed = Speaks(*(torch.where(some[:, None], x, x + 50) for x in ids))
+    assert feature_transferability(one, mixed, some)["transferability"] == 1
+    assert feature_transferability(one, mixed, everything)["top_tokens"] == pytest.approx(2 / 7)
+    assert math.isnan(feature_transferability(one, one, ~everything)["transferability"])
+
+
+def test_transfer_scores() -> None:
+    assert transfer_score(0.3, 0.5, 0.1) == pytest.approx(0.5) and transfer_score(0.1, 0.5, 0.1) == 1
+    assert transfer_score(0.9, 0.5, 0.9) == 1 and transfer_score(0.5, 0.5, 0.1) == 0
+    assert transfer_score(0.9, 0.5, 0.5) is None and transfer_score(None, 0.5, 0.1) is None
+
+
+def test_averages_by_offset() -> None:
+    cells = [
+        {"source": s, "target": t, "method": m, "fvu": 10 * s + t + (m == "affine") / 2}
+        for s in range(3) for t in range(3) for m in (("identity",) if s == t else ("identity", "affine"))
+    ]  # fmt: skip
+    found = {row["offset"]: row for row in by_offset(cells, "fvu", "affine")}
+    assert [found[o]["n"] for o in (-2, -1, 0, 1, 2)] == [1, 2, 3, 2, 1]
+    assert found[0]["mean"] == 11 and found[1]["mean"] == (1.5 + 12.5) / 2 and found[-2]["mean"] == 20.5
+    cells[0]["fvu"] = None
+    assert by_offset(cells, "fvu", "identity")[2] == {"offset": 0, "mean": 16.5, "n": 2}
+
+
+def test_attribution_of_a_hand_built_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent 1 writes the right answer, latent 2 the wrong one, latent 0 nothing of either."""
+    W = torch.eye(3)
+    sae = Dictionary(architecture="relu", W_enc=W, b_enc=torch.zeros(3), W_dec=W, b_dec=torch.zeros(3))
+    directions = torch.tensor([[0.0, 2.0, -2.0]]).expand(3, 3)
+    x = torch.tensor([[5.0, 1.0, 1.0], [9.0, 3.0, 0.0], [1.0, -1.0, 4.0]])
+    for dense in (2**24, 3):
+        monkeypatch.setattr(module, "DENSE", dense)
+        scores, latents = direct_logit_attribution(sae, x, directions)
+        assert scores.tolist() == [2, 6, 0] and latents.tolist()[:2] == [1, 1]
+
+
+# --- a run of the paper's preset --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def suite(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> sr.Suite:
+    root = tmp_path_factory.mktemp("measures")
+    steps = np.random.default_rng(0).integers(1, 4, size=40_000).cumsum() % 100 + 1
+    np.save(root / "tokens.npy", steps.astype(np.uint16))
+    data = {"tokens": str(root / "tokens.npy"), "context": 16, "block_tokens": 1024, "prepend_bos": False}
+    plan = {"preset": "paper", "root_tokens": "3k", "transfer_tokens": "2k", "method": "identity", "refit": False}
+    sections: dict[str, Any] = {
+        "model": {"name": str(tiny_model), "dtype": "float32", "device": "cpu"},
+        "data": data | {"outlier_norm": 0},
+        "dictionary": {"architecture": "relu", "n_latents": 64, "l1": 0.01, "normalise": False},
+        "plan": plan | {"direction": "both"},
+        "train": {"batch_tokens": 64, "lr": 3e-3, "snapshots": [0.5]},
+        "evaluate": {"tokens": "1k"},
+    }
+    return sr.train_run(sr.Run.parse(sections, source="test"), root / "run")
+
+
+@pytest.fixture(scope="module")
+def model(suite: sr.Suite) -> LanguageModel:
+    return load_model(suite.plan)
+
+
+@pytest.fixture(scope="module")
+def document(suite: sr.Suite, model: LanguageModel) -> dict[str, Any]:
+    sr.evaluate_run(suite, model)
+    matrix_run(suite, model, tokens=512)
+    return measures_run(suite, model)
+
+
+def test_a_run_has_all_pairs_and_snapshots(suite: sr.Suite, document: dict[str, Any]) -> None:
+    assert json.loads(suite.directory.measures.read_text()) == json.loads(json.dumps(document))
+    kinds = Counter((row["kind"], row["snapshot"]) for row in document["similarity"])
+    assert kinds == {
+        ("suite", False): 6,
+        ("hop", False): 8,
+        ("hop", True): 8,
+        ("scratch", False): 8,
+        ("scratch", True): 8,
+    }
+    hops = {(row["leg"], row["parent"], row["tokens"]) for row in document["transferability"]}
+    expected = {("L0-from-L1", "L1"), ("L1-from-L0", "L0"), ("L1-from-L2", "L2"), ("L2-from-L1", "L1")}
+    assert hops == {(leg, parent, tokens) for leg, parent in expected for tokens in (1024, 2048)}
+    scored = {(row["leg"], row["scratch"], row["scratch_kind"], row["snapshot"]) for row in document["transfer_scores"]}
+    assert scored == {(leg, leg[:2], "root", snapshot) for leg, _ in expected for snapshot in (False, True)}
+    assert {row["offset"] for row in document["offsets"]} == {-2, -1, 0, 1, 2}
+    assert len(document["dla"]["legs"]) == 2 * 7
+
+
+def test_rows_are_the_definitions_on_whole_tensors(
+    suite: sr.Suite, model: LanguageModel, document: dict[str, Any]
+) -> None:
+    plan = suite.plan
+    test = np.load(suite.directory.tokens / "test.npy")
+    sequences = held_out(plan, test, 1000)
+    tokens = torch.from_numpy(sequences.astype(np.int64))
+    child, parent = load_dictionary(suite.directory.snapshot("L1-from-L0", 1024))[0], suite["L0"]
+    sites = {"child": plan.leg("L1-from-L0").site, "parent": plan.leg("L0").site}
+    x = model.harvest(tokens, sorted(sites.values()))
+    z = {"child": child.encode(x[sites["child"]]), "parent": parent.encode(x[sites["parent"]])}
+    alive = {key: (codes > 0).flatten(0, 1).any(dim=0) for key, codes in z.items()}
+    same = {"leg": "L1-from-L0", "snapshot": True}
+    row = next(
+        r for r in document["similarity"] if r["kind"] == "hop" and r["source"] == "L0" and r.items() >= same.items()
+    )
+    assert row["mmcs"] == pytest.approx(mean_max_cosine(parent.W_dec, child.W_dec, alive["parent"], alive["child"]))
+    assert row["mmcs_folded"] != row["mmcs"]
+    row = next(r for r in document["transferability"] if r.items() >= same.items())
+    W_U, shares = model.unembedding(), []
+    both = alive["child"] & alive["parent"]
+    for i in both.nonzero()[:, 0].tolist():
+        n = 0
+        for largest in (True, False):
+            tops = [set((d.W_dec[i] @ W_U.T).topk(10, largest=largest).indices.tolist()) for d in (child, parent)]
+            n += len(tops[0] & tops[1])
+        said = []
+        for codes in z.values():
+            best, position = codes[:, :, i].max(dim=1)
+            order = best.argsort(descending=True, stable=True)[:10]
+            said.append(Counter(int(tokens[s, position[s]]) for s in order.tolist() if best[s] > 0))
+        shares.append((n + (said[0] & said[1]).total()) / 30)
+    assert row["n_latents"] == len(shares) and row["transferability"] == pytest.approx(np.mean(shares), abs=1e-6)
+
+
+def test_scores_are_of_one_set_of_tokens(suite: sr.Suite, model: LanguageModel, document: dict[str, Any]) -> None:
+    row = next(r for r in document["transfer_scores"] if r["leg"] == "L1-from-L2" and r["snapshot"])
+    sequences = held_out(suite.plan, np.load(suite.directory.tokens / "test.npy"), 512)
+    site = suite.plan.leg("L1").site
+    snapshot = load_dictionary(suite.directory.snapshot("L1-from-L2", 1024))[0]
+    dictionaries = {"transferred": snapshot, "zero_shot": suite["L2"], "from_scratch": suite["L1"]}
+    placed = {key: (site, dictionary) for key, dictionary in dictionaries.items()}
+    found = measure(suite.plan, model, sequences, placed, ce=True)
+    for metric in ("fvu", "explained_variance", "ce_loss_score"):
+        expected = transfer_score(**{key: found[key][metric] for key in dictionaries})
+        assert row[metric] == pytest.approx(expected, rel=1e-3)
+
+
+def test_attributions_are_those_of_each_prompt_alone(
+    suite: sr.Suite, model: LanguageModel, document: dict[str, Any]
+) -> None:
+    sequences = held_out(suite.plan, np.load(suite.directory.tokens / "test.npy"), 1000)
+    prompts = own_prompts(suite.plan, model, sequences)
+    assert (
+        prompts
+        and prompts == own_prompts(suite.plan, model, sequences)
+        and len(prompts) == document["dla"]["n_prompts"]
+    )
+    row = next(r for r in document["dla"]["legs"] if r["leg"] == "L2" and not r["snapshot"])
+    dictionary, W_U = suite["L2"], model.unembedding()
+    for prompt, score in zip(prompts, row["scores"], strict=True):
+        logits = model.logits(torch.tensor([prompt.tokens]))[0, -1]
+        assert logits.topk(2).indices.tolist() == [prompt.correct, prompt.wrong]
+        assert any(prompt.tokens == tuple(s[: len(prompt.tokens)]) for s in sequences.tolist())
+        x = model.harvest(torch.tensor([prompt.tokens]), [suite.plan.leg("L2").site]).popitem()[1][0, -1]
+        effects = dictionary.encode(x) * (dictionary.W_dec @ (W_U[prompt.correct] - W_U[prompt.wrong]))
+        assert score == pytest.approx(float(effects.max()), abs=2e-4)
+
+
+def test_without_matrix_there_are_no_scores(suite: sr.Suite, model: LanguageModel, document: dict[str, Any]) -> None:
+    kept = suite.directory.matrix.read_bytes()
+    suite.directory.matrix.unlink()
+    try:
+        again = measures_run(suite, model)
+    finally:
+        suite.directory.matrix.write_bytes(kept)
+        (suite.directory.measures).write_text(json.dumps(document))
+    assert again["transfer_scores"] is None and again["offsets"] is None and again["n_matrix_tokens"] is None
+    assert again["similarity"] == document["similarity"] and len(measures_tables(again)) == 1
+
+
+# --- prompts from a file ----------------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_as_text_or_ids(suite: sr.Suite, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": [5, 6], "correct": 7, "wrong": [8]}\n\n')
+    assert read_prompts(path, suite.plan) == [Prompt((5, 6), 7, 8)]
+    demo = sr.plan_run(sr.Run.parse({}, source="test"))
+    path.write_text('{"prompt": "def f(self", "correct": ")", "wrong": ","}')
+    (prompt,) = read_prompts(path, demo)
+    assert prompt.tokens[0] == 0 and len(prompt.tokens) > 3
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("", "no prompts in it"),
+        ("[1]", 'prompt 1: expected {"prompt"'),
+        ('{"prompt": "a", "correct": "b"}', "expected {"),
+        ('{"prompt": [1], "correct": [2, 3], "wrong": 4}', r'"correct" is \[2, 3\], which is 2 tokens.*must be one'),
+        ('{"prompt": [1], "correct": 2, "wrong": 4096}', '"wrong" is neither text nor token ids from 0 to 100'),
+        ('{"prompt": [true], "correct": 2, "wrong": 1}', '"prompt" is neither'),
+        ('{"prompt": [], "correct": 2, "wrong": 1}', "has 0 tokens"),
+        (f'{{"prompt": {[1] * 65}, "correct": 2, "wrong": 1}}', "has 65 tokens; .* takes 1 to 64"),
+    ],
+)
+def test_bad_prompts_are_refused(
+    suite: sr.Suite,
+    tmp_path: Path,
+    line: str,
+    match: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(DataError, match=match):
+        read_prompts(path, suite.plan)
+    run = suite.directory.root
+    monkeypatch.setattr("sys.argv", ["saerelay", "eval", str(run), "--measures", "--prompts", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "prompts.jsonl" in capsys.readouterr().err
+
+
+def test_measures_from_outside(
+    suite: sr.Suite,
+    document: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": [5, 6], "correct": 7, "wrong": 8}\n' * 3)
+    command = ["saerelay", "eval", str(suite.directory.root), "--measures", "--prompts", str(path)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    shown = capsys.readouterr().out
+    assert "what transfers" in shown and "normalised transfer score" in shown and "3 prompts, prompts.jsonl" in shown
+    found = json.loads(suite.directory.measures.read_text())
+    assert found["similarity"] == document["similarity"] and found["dla"]["prompts"] == "prompts.jsonl"
+    scores = found["dla"]["legs"][0]["scores"]
+    assert len(scores) == 3 and len(set(scores)) == 1
