@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from saerelay.checkpoint import RunDirectory, Suite, finite, load, write_json, write_text
 from saerelay.corpus import Corpus
-from saerelay.features import load_features, standing
+from saerelay.features import load_features
 from saerelay.plan import ModelFacts, compile_plan
 from saerelay.recipe import Run
 
@@ -36,9 +36,9 @@ KNOWN = (1, 123)
 """Layer and latent that fires on, and only on, the token `needle`."""
 
 
-def texts(ids: list[int]) -> dict[int, str]:
+def token_text(token: int) -> str:
     """What the run's tokens look like."""
-    return {i: HOSTILE.get(i, "needle" if i == V - 1 else f" w{i}") for i in ids}
+    return HOSTILE.get(token, "needle" if token == V - 1 else f" w{token}")
 
 
 def fake_run(root: Path) -> Suite:
@@ -76,7 +76,7 @@ def fake_run(root: Path) -> Suite:
         fake_features(paths, leg.id, leg.layer, test, rng)
     suite = load(root)
     fake_lineage(suite, rng)
-    legs = list(standing(suite).values())
+    legs = suite.standing
     cells = [
         {"leg": a.id, "tokens": 1, "snapshot": False, "source": a.layer, "target": b.layer, "method": method,
          "fvu": float(rng.random()), "l0": 4.0}
@@ -122,7 +122,7 @@ def fake_features(paths: RunDirectory, leg_id: str, layer: int, test: np.ndarray
 
 def fake_lineage(suite: Suite, rng: np.random.Generator) -> None:
     """By index from layer to layer, by a permutation to the control."""
-    legs, links = list(standing(suite).values()), []
+    legs, links = suite.standing, []
     pairs = [("depth", a.id, b.id) for a, b in zip(legs, legs[1:], strict=False)]
     pairs += [("control", leg.control_of, leg.id) for leg in suite.legs if leg.control_of]
     for kind, source, target in pairs:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import HOSTILE, KNOWN, F, V, fake_run, texts
+from fake_run import HOSTILE, KNOWN, F, V, fake_run, token_text
 
 import saerelay.report
 from saerelay.checkpoint import Suite, read_json, write_json
@@ -15,7 +15,7 @@ from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import summary
 from saerelay.features import load_features
 from saerelay.report import data, write_report
-from saerelay.report.data import CHUNK, LEVELS, feed, token_strings
+from saerelay.report.data import CHUNK, LEVELS, feed
 from saerelay.report.story import lost, saved, story, tiles, transfers_badly
 
 LEG = "L1"
@@ -26,7 +26,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """A run with its report, for tests that only read."""
     suite = fake_run(tmp_path_factory.mktemp("written") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "token_strings", lambda model, ids: texts(ids))
+        patch.setattr(data, "token_texts", lambda plan: token_text)
         write_report(suite, summary(suite))
     return suite
 
@@ -34,7 +34,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """A run of one's own, whose report is quick to write: without figures."""
-    monkeypatch.setattr(data, "token_strings", lambda model, ids: texts(ids))
+    monkeypatch.setattr(data, "token_texts", lambda plan: token_text)
     monkeypatch.setattr(saerelay.report, "write_figures", lambda suite, summary, folder: [])
     return fake_run(tmp_path / "run")
 
@@ -137,13 +137,6 @@ def test_long_training_logs_are_thinned_and_keep_their_ends(tmp_path: Path) -> N
     curve = data.training_curves(path)["L0"]
     assert (curve["age"][0], curve["age"][-1]) == (0, 1000) and len(curve["age"]) <= data.CURVE_POINTS
     assert curve["fvu"][0] is None and curve["loss"][0] is None
-
-
-def test_tokens_without_a_tokenizer_are_their_ids(tiny_model: Path) -> None:
-    from saerelay.recipe import ModelSpec
-
-    assert token_strings(ModelSpec(name=str(tiny_model)), [3, 50]) == {3: "⟨3⟩", 50: "⟨50⟩"}
-    assert token_strings(ModelSpec(), [5, 300]) != {5: "⟨5⟩", 300: "⟨300⟩"}
 
 
 def test_feeding_refuses_what_json_does_not_know(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import HOSTILE, KNOWN, F, fake_run, texts
+from fake_run import HOSTILE, KNOWN, F, fake_run, token_text
 
 from saerelay.evaluate import summary
 from saerelay.report import data, write_report
@@ -24,7 +24,7 @@ LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     suite = fake_run(tmp_path_factory.mktemp("report") / "run & <co>")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "token_strings", lambda model, ids: texts(ids))
+        patch.setattr(data, "token_texts", lambda plan: token_text)
         return write_report(suite, summary(suite))
 
 

@@ -80,7 +80,7 @@ def write_report(suite: Suite, summary: dict[str, Any]) -> Path:
 
 
 def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Draw all that there is to draw as PNG, for paper and, with "-dark" in its name, for a dark page; what they show."""
+    """Draw what there is to draw as PNG, for paper and (its name ending in "-dark") for a dark page; what they show."""
     paths = suite.directory
     lineage = read_json(paths.lineage)
     kinds = {link["kind"] for link in lineage["links"]}

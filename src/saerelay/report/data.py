@@ -19,11 +19,9 @@ import torch
 
 from saerelay.checkpoint import Suite, finite, read_json
 from saerelay.corpus import Corpus
-from saerelay.errors import ModelError
-from saerelay.features import Features, load_features, standing
+from saerelay.features import Features, load_features
 from saerelay.figures import METRICS
-from saerelay.model import load_tokenizer
-from saerelay.recipe import ModelSpec
+from saerelay.lineage import token_texts
 
 CHUNK = 512
 """Features a file."""
@@ -63,10 +61,11 @@ def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path
         occurring |= write_features(leg["id"], features, test, folder)
         kept = ("id", "layer", "role", "control_of", "control_kind", "parent", "method", "n_latents", "fvu", "l0")
         legs.append({name: leg[name] for name in kept} | {"features": features.facts})
+    standing = [leg.id for leg in {leg.site: leg for leg in reversed(suite.standing)}.values()][::-1]  # one a site
     rows = np.asarray(test[:n_sequences])
     feed(folder, "tokens", rows.tolist())
-    strings = token_strings(suite.plan.run.model, sorted(occurring | set(np.unique(rows).tolist())))
-    feed(folder, "vocabulary", strings)
+    text = token_texts(suite.plan)
+    feed(folder, "vocabulary", {i: text(i) for i in sorted(occurring | set(np.unique(rows).tolist()))})
     feed(folder, "training", training_curves(paths.metrics))
     links = [write_link(i, link, folder) for i, link in enumerate(lineage["links"])]
     for name, path in (("matrix", paths.matrix), ("measures", paths.measures)):
@@ -79,26 +78,12 @@ def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path
         "chunk": CHUNK,
         "levels": LEVELS,
         "legs": legs,
-        "standing": [leg.id for leg in standing(suite).values()],
+        "standing": standing,
         "links": links,
         "lineage": {name: lineage[name] for name in ("n_tokens", "map_tokens", "kept_above", "alive_above")},
         "has": {"matrix": paths.matrix.is_file(), "measures": paths.measures.is_file()},
     }
     feed(folder, "run", finite(run))
-
-
-def token_strings(model: ModelSpec, ids: list[int]) -> dict[int, str]:
-    """What to show for token ids: their text, or the ids themselves where the model has no tokenizer."""
-    try:
-        tokenizer = load_tokenizer(model)
-    except ModelError:
-        return {i: f"⟨{i}⟩" for i in ids}
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    # decoding a single piece of SentencePiece drops the space before it, which its own spelling has as ▁
-    return {
-        i: piece.replace("▁", " ") if "▁" in (piece or "") else tokenizer.decode([i])
-        for i, piece in zip(ids, pieces, strict=True)
-    }
 
 
 # --- features ---------------------------------------------------------------------------------------------------

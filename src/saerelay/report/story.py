@@ -5,6 +5,7 @@ from typing import Any
 
 from saerelay.plan import Leg, Plan
 from saerelay.spec import format_count
+from saerelay.tables import duration, flops
 
 Document = dict[str, Any]
 NAMES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
@@ -98,15 +99,15 @@ def tiles(summary: Document) -> list[Document]:
     cost, legs = summary["cost"], _suite(summary)
     survey = cost["survey"] or {"seconds": 0.0, "flops": 0.0, "sae_samples": 0}
     roots = [leg["tokens"] for leg in summary["legs"] if not leg["parent"]]
-    samples = len({(leg["layer"], leg["module"]) for leg in legs}) * max(roots) if roots else None
+    samples = len({(leg["layer"], leg["module"]) for leg in legs}) * max(roots, default=0)
     pairs = (
-        ("Time", "wall-clock", cost["seconds"], survey["seconds"], cost["seconds_all_from_scratch_estimate"], seconds),
+        ("Time", "wall-clock", cost["seconds"], survey["seconds"], cost["seconds_all_from_scratch_estimate"], duration),
         ("Compute", "operations executed", cost["flops"], survey["flops"], cost["flops_all_from_scratch"], flops),
         ("Samples", "activations seen by SAEs", cost["sae_samples"], survey["sae_samples"], samples, format_count),
     )
     found = []
     for name, what, ours, surveyed, theirs, shown in pairs:
-        if known(ours) and known(theirs) and ours + surveyed > 0:
+        if known(ours) and known(theirs) and theirs > 0:
             spent = ours + surveyed
             found.append(
                 {
@@ -127,29 +128,6 @@ def known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def seconds(value: float) -> str:
-    """A time as people say it.
-
-    >>> seconds(122.9), seconds(4000), seconds(36000)
-    ('123 s', '67 min', '10.0 h')
-    """
-    if value < 600:
-        return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def flops(value: float) -> str:
-    """Operations with a unit.
-
-    >>> flops(2.1e13)
-    '21 TFLOP'
-    """
-    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e9:.3g} GFLOP"
-
-
 def saved(summary: Document) -> str:
     """What the suite took, beside all layers from scratch; what is counted and what is not."""
     cost = summary["cost"]
@@ -159,8 +137,8 @@ def saved(summary: Document) -> str:
     sentences = []
     if known(spent) and known(theirs):
         sentences.append(
-            f"The suite took {seconds(spent)}; all its layers from scratch, each at the full budget, would have taken "
-            f"an estimated {seconds(theirs)}"
+            f"The suite took {duration(spent)}; all its layers from scratch, each at the full budget, would have taken "
+            f"an estimated {duration(theirs)}"
             + (f", {theirs / spent:.1f} times as long." if theirs > spent else ": nothing was saved.")
         )
         sentences.append(
@@ -168,10 +146,10 @@ def saved(summary: Document) -> str:
             "language model's forward passes, once for all layers."
         )
     if survey:
-        sentences.append(f"The survey that chose the plan is in it ({seconds(survey['seconds'])}).")
+        sentences.append(f"The survey that chose the plan is in it ({duration(survey['seconds'])}).")
     apart = cost["controls"]["seconds"]
     if apart:
-        sentences.append(f"The controls took another {seconds(apart)}, which is not counted; nor is evaluation.")
+        sentences.append(f"The controls took another {duration(apart)}, which is not counted; nor is evaluation.")
     else:
         sentences.append("Evaluation is not counted.")
     return " ".join(sentences)
@@ -227,8 +205,8 @@ def transfers_badly(summary: Document) -> list[str]:
         behind = [leg for r, leg in compared if r > 1.05]
         if not behind:
             sentences.append(
-                f"None of those with a full-budget control: layer {worst['layer']} is the worst of them, at {ratio:.2f} "
-                f"times its control's FVU{rest}."
+                f"None of those with a full-budget control: layer {worst['layer']} is the worst, at {ratio:.2f} times "
+                f"its control's FVU{rest}."
             )
         else:
             sentences.append(
