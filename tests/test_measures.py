@@ -3,6 +3,8 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 
 import saerelay as sr
 from saerelay import measures as module
-from saerelay.checkpoint import load_dictionary
+from saerelay.checkpoint import load_dictionary, publish
 from saerelay.cli import main
 from saerelay.dictionaries import Dictionary
-from saerelay.errors import DataError
+from saerelay.errors import DataError, ModelError
 from saerelay.evaluate import held_out, measure
+from saerelay.features import maps_between
 from saerelay.matrix import matrix_run
 from saerelay.measures import (
     Prompt,
@@ -34,6 +37,7 @@ from saerelay.measures import (
 from saerelay.model import LanguageModel
 from saerelay.stream import load_model
 from saerelay.tables import measures_tables
+from saerelay.transfer import fold
 
 torch.set_num_threads(1)
 
@@ -136,7 +140,18 @@ def suite(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> sr.Suit
         "train": {"batch_tokens": 64, "lr": 3e-3, "snapshots": [0.5]},
         "evaluate": {"tokens": "1k"},
     }
-    return sr.train_run(sr.Run.parse(sections, source="test"), root / "run")
+    suite = sr.train_run(sr.Run.parse(sections, source="test"), root / "run")
+    silence(suite.directory.leg("L0"), 5)
+    silence(suite.directory.snapshot("L1-from-L0", 1024), 6)
+    return suite
+
+
+def silence(directory: Path, latent: int) -> None:
+    """Let a latent of a published dictionary never fire."""
+    dictionary, info = load_dictionary(directory)
+    b_enc = dictionary.b_enc.clone()
+    b_enc[latent] = -1e4
+    publish(directory, replace(dictionary, b_enc=b_enc), info)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +176,8 @@ def test_a_run_has_all_pairs_and_snapshots(suite: sr.Suite, document: dict[str, 
         ("scratch", False): 8,
         ("scratch", True): 8,
     }
+    pairs = {(row["source"], row["target"]) for row in document["similarity"] if row["kind"] == "suite"}
+    assert pairs == set(permutations(["L0", "L1", "L2"], 2))
     hops = {(row["leg"], row["parent"], row["tokens"]) for row in document["transferability"]}
     expected = {("L0-from-L1", "L1"), ("L1-from-L0", "L0"), ("L1-from-L2", "L2"), ("L2-from-L1", "L1")}
     assert hops == {(leg, parent, tokens) for leg, parent in expected for tokens in (1024, 2048)}
@@ -187,7 +204,9 @@ def test_rows_are_the_definitions_on_whole_tensors(
         r for r in document["similarity"] if r["kind"] == "hop" and r["source"] == "L0" and r.items() >= same.items()
     )
     assert row["mmcs"] == pytest.approx(mean_max_cosine(parent.W_dec, child.W_dec, alive["parent"], alive["child"]))
-    assert row["mmcs_folded"] != row["mmcs"]
+    folded = fold(parent, maps_between(suite, model, [(sites["parent"], sites["child"])], None).popitem()[1])
+    expected = mean_max_cosine(folded.W_dec, child.W_dec, alive["parent"], alive["child"])
+    assert row["mmcs_folded"] == pytest.approx(expected) != row["mmcs"]
     row = next(r for r in document["transferability"] if r.items() >= same.items())
     W_U, shares = model.unembedding(), []
     both = alive["child"] & alive["parent"]
@@ -228,6 +247,10 @@ def test_attributions_are_those_of_each_prompt_alone(
         and prompts == own_prompts(suite.plan, model, sequences)
         and len(prompts) == document["dla"]["n_prompts"]
     )
+    few = own_prompts(suite.plan, model, sequences, 3)
+    train = suite.plan.run.train.model_copy(update={"seed": 5})
+    other = suite.plan.model_copy(update={"run": suite.plan.run.model_copy(update={"train": train})})
+    assert len(few) == 3 and few != prompts[:3] != own_prompts(other, model, sequences)[:3]
     row = next(r for r in document["dla"]["legs"] if r["leg"] == "L2" and not r["snapshot"])
     dictionary, W_U = suite["L2"], model.unembedding()
     for prompt, score in zip(prompts, row["scores"], strict=True):
@@ -249,6 +272,23 @@ def test_without_matrix_there_are_no_scores(suite: sr.Suite, model: LanguageMode
         (suite.directory.measures).write_text(json.dumps(document))
     assert again["transfer_scores"] is None and again["offsets"] is None and again["n_matrix_tokens"] is None
     assert again["similarity"] == document["similarity"] and len(measures_tables(again)) == 1
+
+
+def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(
+    suite: sr.Suite, model: LanguageModel, document: dict[str, Any], tmp_path: Path
+) -> None:
+    run = suite.plan.run
+    plan = run.plan.model_copy(update={"preset": "scratch", "root_tokens": 1024})
+    alone = run.model_copy(update={"plan": plan, "sites": run.sites.model_copy(update={"layers": [1]})})
+    lone = sr.train_run(alone, tmp_path / "run")
+    headless = lone.plan.facts.model_copy(update={"has_lm_head": False})
+    lone.plan = lone.plan.model_copy(update={"facts": headless})
+    found = measures_run(lone, LanguageModel(model._model, headless))
+    assert found["similarity"] == [] and found["transferability"] is None and found["dla"] is None
+    assert measures_tables(found) == []
+    with pytest.raises(ModelError, match="no language-model head"):
+        (tmp_path / "p.jsonl").write_text('{"prompt": [5], "correct": 7, "wrong": 8}')
+        measures_run(lone, LanguageModel(model._model, headless), prompts=tmp_path / "p.jsonl")
 
 
 # --- prompts from a file ----------------------------------------------------------------------------------------
@@ -307,7 +347,8 @@ def test_measures_from_outside(
     path.write_text('{"prompt": [5, 6], "correct": 7, "wrong": 8}\n' * 3)
     command = ["saerelay", "eval", str(suite.directory.root), "--measures", "--prompts", str(path)]
     monkeypatch.setattr("sys.argv", command)
-    main()
+    with pytest.raises(SystemExit, match="0"):
+        main()
     shown = capsys.readouterr().out
     assert "what transfers" in shown and "normalised transfer score" in shown and "3 prompts, prompts.jsonl" in shown
     found = json.loads(suite.directory.measures.read_text())

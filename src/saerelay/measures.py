@@ -19,14 +19,14 @@ from torch import Tensor
 from saerelay.checkpoint import Suite, finite, load_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
-from saerelay.errors import DataError
+from saerelay.errors import DataError, RunDirectoryError
 from saerelay.evaluate import SHOWN, batches, held_out, measure
-from saerelay.features import collect, features_run, load_features, logit_effects, standing
-from saerelay.maps import enough_tokens, fit_maps
+from saerelay.features import collect, features_run, load_features, logit_effects, maps_between, test_sequences
+from saerelay.maps import enough_tokens
 from saerelay.model import LanguageModel, load_tokenizer
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
-from saerelay.stream import LiveStream, load_model
+from saerelay.stream import load_model
 
 SCHEMA_VERSION = 1
 DENSE = 2**24
@@ -271,16 +271,17 @@ def measures_run(
     and offsets need matrix.json, and are null without it. Features that are missing are found first, and written.
     """
     plan, paths = suite.plan, suite.directory
-    corpus, model = Corpus.open(paths.tokens), model or load_model(plan)
+    if not suite.legs:
+        raise RunDirectoryError(f"{paths.root}: no leg is finished yet; finish the run with `saerelay train --resume`")
     asked = read_prompts(prompts, plan) if prompts else None
-    sequences = held_out(plan, corpus.test, tokens or plan.run.evaluate.tokens)
+    corpus, model = Corpus.open(paths.tokens), model or load_model(plan)
+    W_U = model.unembedding() if plan.facts.has_lm_head or prompts else None
     features_run(suite, model, tokens=tokens, console=console)
-    W_U = model.unembedding() if plan.facts.has_lm_head else None
+    sequences = test_sequences(suite, tokens)
     trained = see(suite, model, sequences, W_U, console)
-    map_tokens = enough_tokens(plan, int(corpus.train.size))
     pairs = pairs_of(suite, trained)
     sites = sorted({(pair.source.leg.site, pair.target.leg.site) for pair in pairs})
-    maps = fit_maps(plan, LiveStream(model, corpus.train, plan), sites, map_tokens)
+    maps = maps_between(suite, model, sites, console)
     matrix = read_json(paths.matrix) if paths.matrix.is_file() else None
     document = {
         "schema": SCHEMA_VERSION,
@@ -290,7 +291,7 @@ def measures_run(
         "split": "test",
         "n_tokens": load_features(paths, suite.legs[0].id).facts["n_tokens"],
         "n_matrix_tokens": matrix["n_tokens"] if matrix else None,
-        "map_tokens": map_tokens,
+        "map_tokens": enough_tokens(plan, int(corpus.train.size)),
         "similarity": [similarity(p, maps[p.source.leg.site, p.target.leg.site].A, model.device) for p in pairs],
         "transferability": None if W_U is None else transferabilities(suite, trained),
         "transfer_scores": transfer_scores(suite, model, trained, matrix, corpus) if matrix else None,
@@ -345,7 +346,7 @@ class Pair(NamedTuple):
 def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
     """What similarity is measured between, each pair in both directions; see docs/run-directory.md."""
     finished = {t.leg.id: t for t in trained if not t.snapshot}
-    suited = [finished[leg.id] for leg in standing(suite).values()]
+    suited = [finished[leg.id] for leg in one_a_site(suite)]
     pairs = [Pair("suite", a, b, b) for a, b in permutations(suited, 2) if a.leg.module == b.leg.module]
     for one in trained:
         others = [("hop", finished[one.leg.parent])] if one.leg.parent in finished else []
@@ -354,6 +355,12 @@ def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
         for kind, other in others:
             pairs += [Pair(kind, other, one, one), Pair(kind, one, other, one)]
     return pairs
+
+
+def one_a_site(suite: Suite) -> list[Leg]:
+    """The legs that stand for their sites; of several at one, the first of the plan."""
+    first = {leg.site: leg for leg in reversed(suite.standing)}
+    return [first[site] for site in sorted(first)]
 
 
 def from_scratch(suite: Suite, leg: Leg) -> list[Leg]:
@@ -436,7 +443,7 @@ def transfer_scores(
 
 def offsets(suite: Suite, matrix: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of measures.json: means by layer offset of metrics and methods of matrix.json, and of snapshots by age."""
-    legs = {leg.id for leg in standing(suite).values()}
+    legs = {leg.id for leg in one_a_site(suite)}
     cells = [cell for cell in matrix["cells"] if cell["leg"] in legs]
     rows = []
     for age in [None, *sorted({cell["tokens"] for cell in cells if cell["snapshot"]})]:
