@@ -176,6 +176,26 @@ def test_eval_matrix_prints_every_sae_on_every_layer(place: Path, tmp_path: Path
     assert code == 2 and stdout == "" and 'no method "rotate"; one of: identity, rescale' in stderr
 
 
+def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    code, stdout, stderr = call("show", tmp_path / "run", "0", "3", "--json", capsys=capsys, monkeypatch=monkeypatch)
+    document = json.loads(stdout)
+    assert code == 0 and (document["leg"], document["latent"]) == ("L0-from-L1", 3)
+    assert [step["leg"] for step in document["lineage"]] == ["L0-from-L1", "L1", "L2-from-L1"]
+    monkeypatch.setattr("saerelay.lineage.load_model", None)  # the second time, no model is loaded
+    code, stdout, _ = call("show", tmp_path / "run", "L0-from-L1", "3", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "L0-from-L1, latent 3 (layer 0 of" in stdout
+    cosine = f"{document['lineage'][1]['decoder_cosine']:z.3f}"
+    assert re.search(rf"^ +1 +L1 +3 +{cosine} ", stdout, re.MULTILINE)
+    for arguments, message in (
+        (("L9", "0"), 'no leg "L9"; there are L1, L0-from-L1,'),
+        (("9", "0"), "no dictionary at L9; there are L0, L1, L2"),
+        (("L1", "64"), "L1 has no latent 64; its latents are 0 to 63"),
+    ):
+        code, stdout, stderr = call("show", tmp_path / "run", *arguments, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2 and stdout == "" and message in stderr and len(stderr.splitlines()) == 1
+
+
 def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) -> None:
     code, stdout, _ = call("eval", place / "run", "--json", capsys=capsys, monkeypatch=monkeypatch)
     document = json.loads(stdout)

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from saerelay.dictionaries import match_l0 as match_l0
     from saerelay.errors import SaeRelayError as SaeRelayError
     from saerelay.evaluate import evaluate_run as evaluate_run
+    from saerelay.features import Features as Features
+    from saerelay.features import features_run as features_run
+    from saerelay.features import load_features as load_features
     from saerelay.launch import hop_run as hop_run
     from saerelay.launch import plan_run as plan_run
     from saerelay.launch import train_run as train_run
+    from saerelay.lineage import Lineage as Lineage
+    from saerelay.lineage import lineage_run as lineage_run
     from saerelay.model import LanguageModel as LanguageModel
     from saerelay.moments import Moments as Moments
     from saerelay.plan import Plan as Plan
@@ -37,7 +42,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "AffineMap": "transfer",
     "Dictionary": "dictionaries",
+    "Features": "features",
     "LanguageModel": "model",
+    "Lineage": "lineage",
     "Moments": "moments",
     "Plan": "plan",
     "Run": "recipe",
@@ -45,10 +52,13 @@ _HOMES = {
     "Site": "site",
     "Suite": "checkpoint",
     "evaluate_run": "evaluate",
+    "features_run": "features",
     "fold": "transfer",
     "hop_run": "launch",
+    "lineage_run": "lineage",
     "load": "checkpoint",
     "load_dictionary": "checkpoint",
+    "load_features": "features",
     "map_between": "transfer",
     "match_l0": "dictionaries",
     "plan_run": "launch",

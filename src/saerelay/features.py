@@ -42,7 +42,7 @@ NEIGHBOURS, TOKENS = 3, 10
 ENCODED = 2**20
 """Pre-activations that a thread makes at once, or 256 tokens' worth: they stay in a processor's cache."""
 DENSE = 2**21
-"""Numbers in a dense piece of anything else: 8 MiB, which the allocator has at hand."""
+"""Numbers in a dense piece of codes, cosines or logits: 8 MiB."""
 OCTAVES = (-32, 32)
 """Powers of two that histograms reach from and to; what is outside counts in the outermost bins."""
 BINS = 2 * (OCTAVES[1] - OCTAVES[0])
@@ -333,11 +333,11 @@ def features_run(
     plan, model = suite.plan, model or load_model(suite.plan)
     maps = maps_between(suite, model, neighbour_pairs(suite, legs), console)
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in legs}
-    found = collect(plan, model, test_sequences(suite, tokens), dictionaries, console=console)
+    found = collect(plan, model, held_out_sequences(suite, tokens), dictionaries, console=console)
     write_features(suite, model, found, maps, tokens)
 
 
-def test_sequences(suite: Suite, tokens: int) -> np.ndarray:
+def held_out_sequences(suite: Suite, tokens: int) -> np.ndarray:
     """The sequences (N, context) of the test split that are asked for."""
     test = Corpus.open(suite.directory.tokens).test
     return held_out(suite.plan, test, tokens or suite.plan.run.evaluate.tokens)
@@ -363,7 +363,7 @@ def asked_of(suite: Suite, leg: Leg, tokens: int) -> dict[str, Any]:
         "schema": SCHEMA_VERSION,
         "leg": leg.id,
         "layer": leg.layer,
-        "n_sequences": len(test_sequences(suite, tokens)),
+        "n_sequences": len(held_out_sequences(suite, tokens)),
     }
     known |= {"n_examples": EXAMPLES, "window_before": WINDOW[0], "window_after": WINDOW[1]}
     return known | {side: other.id if other else None for side, other in neighbours(suite, leg).items()}

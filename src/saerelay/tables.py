@@ -354,5 +354,5 @@ def _lineage_table(document: dict[str, Any]) -> Table:
 
 def _step(step: dict[str, Any]) -> list[str]:
     names = ("decoder_cosine", "encoder_cosine", "correlation")
-    numbers = ["" if step[name] is None else f"{step[name]:.3f}" for name in names]
+    numbers = ["" if step[name] is None else f"{step[name]:z.3f}" for name in names]
     return [str(step["layer"]), escape(step["leg"]), str(step["latent"]), *numbers, step["status"] or ""]
