@@ -119,6 +119,8 @@ def test_filters_and_numbers_find_latents(visit: Visit) -> None:
 
 def test_a_click_follows_a_feature_to_the_next_layer(visit: Visit) -> None:
     page = visit.at("#/feature/L0-from-L1/123")
+    layers = page.locator(".strand a").evaluate_all("links => links.map((link) => link.getAttribute('href'))")
+    assert layers == [f"#/feature/{leg}/123" for leg in ("L0-from-L1", "L1", "L2-from-L1")]
     page.click("a.onward")
     visit.drawn("#/feature/L1/123")
     assert page.inner_text("main h1:visible") == "Feature 123 of layer 1"

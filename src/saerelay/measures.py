@@ -21,7 +21,7 @@ from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError, RunDirectoryError
 from saerelay.evaluate import SHOWN, batches, held_out, measure
-from saerelay.features import collect, features_run, load_features, logit_effects, maps_between, test_sequences
+from saerelay.features import collect, features_run, held_out_sequences, load_features, logit_effects, maps_between
 from saerelay.maps import enough_tokens
 from saerelay.model import LanguageModel, load_tokenizer
 from saerelay.plan import Leg, Plan
@@ -277,7 +277,7 @@ def measures_run(
     corpus, model = Corpus.open(paths.tokens), model or load_model(plan)
     W_U = model.unembedding() if plan.facts.has_lm_head or prompts else None
     features_run(suite, model, tokens=tokens, console=console)
-    sequences = test_sequences(suite, tokens)
+    sequences = held_out_sequences(suite, tokens)
     trained = see(suite, model, sequences, W_U, console)
     pairs = pairs_of(suite, trained)
     sites = sorted({(pair.source.leg.site, pair.target.leg.site) for pair in pairs})
