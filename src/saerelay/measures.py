@@ -181,15 +181,18 @@ def at_the_end(model: LanguageModel, prompts: Sequence[Prompt], sites: Sequence[
 def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int = OWN_PROMPTS) -> list[Prompt]:
     """Up to n held-out positions whose next token the model predicts; wrong is its second choice.
 
-    They are drawn by the run's seed, from at most 2·n sequences of (N, context) that are drawn by it, too.
+    They are drawn by the run's seed, from as many batches of sequences (N, context), in an order drawn by it too, as hold
+    four times as many.
     """
     generator = np.random.default_rng(plan.run.train.seed)
-    found = []
-    for tokens in batches(plan, generator.permutation(sequences)[: 2 * n], True):
+    found = list[Prompt]()
+    for tokens in batches(plan, generator.permutation(sequences), True):
         first, second = model.logits(tokens)[:, :-1].topk(2).indices.cpu().unbind(dim=-1)
         for s, position in (first == tokens[:, 1:]).nonzero().tolist():
             text = tuple(tokens[s, : position + 1].tolist())
             found.append(Prompt(text, int(first[s, position]), int(second[s, position])))
+        if len(found) >= 4 * n:
+            break
     return [found[i] for i in generator.permutation(len(found))[:n]]
 
 
