@@ -156,7 +156,10 @@ def similarity_figure(
     """Heat map of mean max cosine similarity of the legs that stand for the layers: folded, or raw as in the paper."""
     key = "mmcs_folded" if folded else "mmcs"
     rows = [row for row in measures["similarity"] if row["kind"] == "suite" and not row["snapshot"]]
-    found = {(row["source_layer"], row["target_layer"]): row[key] for row in rows}
+    found: dict[tuple[int, int], float | None] = {
+        (leg["layer"], leg["layer"]): None for leg in summary["legs"] if leg["role"] != "control"
+    }
+    found |= {(row["source_layer"], row["target_layer"]): row[key] for row in rows}
     small = "MMCS: mean over a SAE's alive latents of the largest cosine with a decoder row of the other's. "
     small += (
         "Sources are carried through the affine map between the layers."
@@ -598,10 +601,11 @@ def _standing(summary: Document) -> set[str]:
 
 
 def _whole_ticks(axis: "Axes", values: Sequence[int]) -> None:
-    """Whole numbers below an axis, at most 16 of them, 0 among them."""
+    """Whole numbers below an axis that is as long to both sides of 0, at most 16 of them."""
     reach = max((abs(value) for value in values), default=1)
     step = -(-(2 * reach + 1) // 16)
     axis.set_xticks(range(-(reach // step) * step, reach + 1, step))
+    axis.set_xlim(-reach - 0.5, reach + 0.5)
 
 
 def _layer_ticks(axis: "Axes", layers: Sequence[int]) -> None:
@@ -613,7 +617,9 @@ def _layer_ticks(axis: "Axes", layers: Sequence[int]) -> None:
 
 
 def _legend(axis: "Axes", columns: int = 2) -> None:
-    """Above the axis, where it hides nothing."""
+    """Above the axis, where it hides nothing; none where nothing is drawn."""
+    if not axis.get_legend_handles_labels()[0]:
+        return
     axis.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=7, handletextpad=0.3,
         borderaxespad=0.2, columnspacing=1.0, labelspacing=0.25, handlelength=1.2,

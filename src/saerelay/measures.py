@@ -181,7 +181,7 @@ def at_the_end(model: LanguageModel, prompts: Sequence[Prompt], sites: Sequence[
 def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int = OWN_PROMPTS) -> list[Prompt]:
     """Up to n held-out positions whose next token the model predicts; wrong is its second choice.
 
-    They are drawn by the run's seed, from as many batches of sequences (N, context), in an order drawn by it too, as hold
+    They are drawn by the run's seed, from as many batches of sequences (N, context), in an order drawn too, as hold
     four times as many.
     """
     generator = np.random.default_rng(plan.run.train.seed)

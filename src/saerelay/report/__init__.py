@@ -34,8 +34,12 @@ from saerelay.figures import (
     transferability_figure,
 )
 from saerelay.lineage import lineage_run
+from saerelay.matrix import matrix_run
+from saerelay.measures import measures_run
+from saerelay.model import LanguageModel
 from saerelay.report.data import write_data
 from saerelay.report.story import caption, story
+from saerelay.stream import load_model
 
 Drawing = Callable[[Theme], Any]
 MARK = ".saerelay-report"
@@ -43,16 +47,26 @@ MARK = ".saerelay-report"
 ASSETS = ("style.css", "core.js", "charts.js", "features.js")
 
 
-def report_run(suite: Suite, *, console: Console | None = None) -> Path:
-    """Make the report of a run, and first whatever of quality, features and lineage is missing; its index.html.
+def report_run(
+    suite: Suite, model: LanguageModel | None = None, *, quick: bool = False, console: Console | None = None
+) -> Path:
+    """Make the report of a run, and first whatever of its measurements is missing; its index.html.
 
-    What stands in matrix.json and measures.json is shown if they are there; they are not made here. An earlier report
-    is replaced. Raises RunDirectoryError if no leg is finished, or if report/ holds something else.
+    `quick` leaves out the matrix and the measures, whose cost grows with the square of the layers, unless they are
+    there. An earlier report is replaced. Raises RunDirectoryError if no leg is finished, or if report/ holds something
+    else.
     """
     check_replaceable(suite)
-    summary = evaluate_run(suite, console=console)
-    write_json(suite.directory.root / "summary.json", summary)
-    lineage_run(suite, features=True, console=console)
+    paths = suite.directory
+    whole = not quick and not (paths.matrix.is_file() and paths.measures.is_file())
+    model = model or (load_model(suite.plan) if whole else None)
+    summary = evaluate_run(suite, model, console=console)
+    write_json(paths.root / "summary.json", summary)
+    lineage_run(suite, model, features=True, console=console)
+    if not quick and not paths.matrix.is_file():
+        matrix_run(suite, model, console=console)
+    if not quick and not paths.measures.is_file():
+        measures_run(suite, model, console=console)
     with console.status("writing the report") if console else nullcontext():
         return write_report(suite, summary)
 
