@@ -520,3 +520,16 @@ def test_help_and_init() -> None:
     assert "relay it to the others" in " ".join(runner.invoke(app, ["--help"]).output.replace("│", "").split())
     assert runner.invoke(app, ["--version"]).output.strip() == sr.__version__
     assert "[dictionary]" in runner.invoke(app, ["init"]).output
+
+
+def test_report_needs_a_run_and_nothing_else(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    code, shown, stderr = call("report", run, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and re.fullmatch(rf"{re.escape(str(run))}/report/index.html \([\d.]+ MB\)\n", shown), stderr
+    page = (run / "report/index.html").read_text(encoding="utf-8")
+    assert "What was saved?" in page and (run / "lineage.json").is_file()
+    (run / "report/.saerelay-report").unlink()
+    code, shown, stderr = call("report", run, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "holds something that is no report" in stderr and shown == ""
+    code, _, stderr = call("report", tmp_path, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and "no run here" in stderr

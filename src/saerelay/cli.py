@@ -190,6 +190,25 @@ def hop(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    quick: Annotated[bool, typer.Option("--quick", help="without matrix and measures, unless they are there")] = False,
+    show_it: Annotated[bool, typer.Option("--open", help="open it in a browser")] = False,
+) -> None:
+    """Make one page that shows all of a run, and first the measurements it still needs."""
+    import webbrowser
+
+    from saerelay.checkpoint import load
+    from saerelay.report import report_run
+
+    page = report_run(load(run), quick=quick, console=Console(stderr=True))
+    size = sum(path.stat().st_size for path in page.parent.rglob("*") if path.is_file())
+    print(f"{page} ({size / 1e6:.1f} MB)")
+    if show_it:
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="replaced if it holds an earlier demo")] = Path("runs/demo"),
 ) -> None:
@@ -197,7 +216,7 @@ def demo(
     from saerelay.showcase import run_demo
 
     show(run_demo(out, Console(stderr=True)))
-    print(f"\n{out}/summary.json   {out}/quality.png   {out}/legs/")
+    print(f"\n{out}/report/index.html shows all of it, in a browser. {out}/legs/ has the SAEs.")
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -457,7 +457,7 @@ def describe_latent(suite: Suite, leg: str, latent: int, *, console: Console | N
     check_latent(chosen.id, latent, chosen.dictionary.n_latents)
     lineage = lineage_run(suite, features=True, console=console)
     features, sequences = load_features(suite.directory, chosen.id), Corpus.open(suite.directory.tokens).test
-    text, facts, tensors = _token_texts(plan), features.facts, features.tensors()
+    text, facts, tensors = token_texts(plan), features.facts, features.tensors()
     examples = []
     for example in features.examples(latent):
         tokens = sequences[example.sequence, example.start : example.start + len(example.activations)].tolist()
@@ -490,7 +490,7 @@ def describe_latent(suite: Suite, leg: str, latent: int, *, console: Console | N
     }
 
 
-def _token_texts(plan: Plan) -> Callable[[int], str]:
+def token_texts(plan: Plan) -> Callable[[int], str]:
     """What gives the text of a token, or its number where the model comes without a tokenizer."""
     try:
         tokenizer = load_tokenizer(plan.run.model.model_copy(update={"revision": plan.facts.revision}))

@@ -6,12 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from saerelay.checkpoint import STATE_FILE, RunDirectory, sole_writer, write_json, write_text
+from saerelay.checkpoint import STATE_FILE, read_json, sole_writer, write_text
 from saerelay.errors import RunDirectoryError
-from saerelay.evaluate import evaluate_run
-from saerelay.figures import quality_figure, save
 from saerelay.launch import train_run
 from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, PlanSpec, Run, TrainSpec
+from saerelay.report import report_run
 
 MARK = ".saerelay-demo"
 """Marks a directory that a demo made, so that the next demo may replace it."""
@@ -27,7 +26,7 @@ DEMO = Run(
 
 
 def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> dict[str, Any]:
-    """Train, transfer, evaluate and draw; replaces an earlier demo in `out`, and nothing else.
+    """Train, transfer, evaluate and report; replaces an earlier demo in `out`, and nothing else.
 
     Raises RunDirectoryError if `out` holds anything but a demo.
     """
@@ -42,7 +41,5 @@ def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> dict[str, A
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARK, "made by `saerelay demo`; the next demo replaces this directory\n")
     suite = train_run(run, out, resume=True, console=console)
-    summary = evaluate_run(suite, None, console=console)
-    write_json(RunDirectory(out).root / "summary.json", summary)
-    save(quality_figure(summary), out / "quality.png")
-    return summary
+    report_run(suite, console=console)
+    return read_json(out / "summary.json")

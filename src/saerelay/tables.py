@@ -42,9 +42,9 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
             f"{format_count(survey.tuned_tokens)} after hops to {tuned}."
         ),
         Text(
-            f"The survey took {_duration(taken.seconds)}, {_flops(taken.flops)}, {format_count(taken.sae_samples)} "
+            f"The survey took {duration(taken.seconds)}, {flops(taken.flops)}, {format_count(taken.sae_samples)} "
             f"activations, {format_count(taken.lm_tokens)} tokens of the language model; what follows comes on top. "
-            f"The bound, the language model alone: {_flops(choice.cost.lm_flops)}, {_duration(choice.seconds_lm)}."
+            f"The bound, the language model alone: {flops(choice.cost.lm_flops)}, {duration(choice.seconds_lm)}."
         ),
     ]
 
@@ -158,14 +158,14 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
     table.add_row("SAEs train on", f"{format_count(cost.sae_samples)} activations, over {len(plan.legs)} legs")
     table.add_row(
         "operations",
-        f"{_flops(cost.flops)} executed ({_flops(cost.flops_dense_equivalent)} if dense); "
-        f"all layers from scratch: {_flops(cost.flops_all_from_scratch)}",
+        f"{flops(cost.flops)} executed ({flops(cost.flops_dense_equivalent)} if dense); "
+        f"all layers from scratch: {flops(cost.flops_all_from_scratch)}",
     )
     if seconds:
         table.add_row(
             "time",
-            f"{_duration(seconds['total'])} here (language model {_duration(seconds['lm'])}, "
-            f"SAE steps {_duration(seconds['steps'])}; from a short timing)",
+            f"{duration(seconds['total'])} here (language model {duration(seconds['lm'])}, "
+            f"SAE steps {duration(seconds['steps'])}; from a short timing)",
         )
     table.add_row("memory", f"{cost.memory_bytes / 2**30:.2f} GiB of weights, training state and activations")
     table.add_row("disk", f"{cost.disk_bytes / 2**30:.2f} GiB")
@@ -226,9 +226,9 @@ def cost_lines(summary: dict[str, Any]) -> list[Text]:
     read = f"{format_count(cost['lm_tokens'])} tokens read by the language model"
     scratch = _seconds(cost["seconds_all_from_scratch_estimate"])
     lines = [
-        f"This suite: {_seconds(cost['seconds'])}, {_flops(cost['flops'])}, {seen}, {read}.",
+        f"This suite: {_seconds(cost['seconds'])}, {flops(cost['flops'])}, {seen}, {read}.",
         f"All {layers} layers from scratch at the full budget: {scratch} (estimated from the legs above that were), "
-        f"{_flops(cost['flops_all_from_scratch'])}.",
+        f"{flops(cost['flops_all_from_scratch'])}.",
     ]
     if cost["controls"]["seconds"]:
         lines.append(
@@ -241,16 +241,26 @@ def cost_lines(summary: dict[str, Any]) -> list[Text]:
 
 
 def _seconds(value: float | None) -> str:
-    return "unknown time" if value is None or value != value else _duration(value)
+    return "unknown time" if value is None or value != value else duration(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> duration(122.9), duration(4000), duration(36000)
+    ('123 s', '67 min', '10.0 h')
+    """
     if seconds < 600:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _flops(value: float) -> str:
+def flops(value: float) -> str:
+    """Operations, with a unit.
+
+    >>> flops(2.1e13)
+    '21 TFLOP'
+    """
     for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

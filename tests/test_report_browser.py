@@ -1,0 +1,200 @@
+"""The report in a browser, opened from disk, as people will see it."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import HOSTILE, KNOWN, F, fake_run, token_text
+
+from saerelay.evaluate import summary
+from saerelay.report import data, write_report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here; Debian: apt-get install chromium")
+
+VIEWS = "# #/plan #/layers #/training #/lineage #/features/all #/feature/L1/123 #/compare/L1/123 #/measures #/figures"
+LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    suite = fake_run(tmp_path_factory.mktemp("report") / "run & <co>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "token_texts", lambda plan: token_text)
+        return write_report(suite, summary(suite))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page, and all that went wrong on it."""
+
+    def __init__(self, browser: Any, report: Path, **options: Any) -> None:
+        self.page = browser.new_context(**({"viewport": LAPTOP} | options)).new_page()
+        self.page.set_default_timeout(10_000)
+        self.report, self.complaints = report, list[str]()
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.complaints.append(f"dialog {dialog.message}"))
+        self.page.on(
+            "request", lambda request: request.url.startswith("file://") or self.complaints.append(request.url)
+        )
+
+    def at(self, address: str) -> Any:
+        """The page when the view at an address is drawn."""
+        self.page.goto(self.report.as_uri() + address)
+        self.drawn(address)
+        return self.page
+
+    def drawn(self, address: str) -> None:
+        """Wait for a view."""
+        self.page.wait_for_function("view => document.documentElement.dataset.shown === view", arg=address or "#/")
+
+
+@pytest.fixture
+def visit(chromium: Any, report: Path) -> Iterator[Visit]:
+    seen = Visit(chromium, report)
+    yield seen
+    seen.page.context.close()
+    assert seen.complaints == []
+
+
+@pytest.mark.parametrize("viewport", [LAPTOP, PHONE], ids=["laptop", "phone"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_view_loads_and_fits(chromium: Any, report: Path, viewport: dict[str, int], theme: str) -> None:
+    seen = Visit(chromium, report, viewport=viewport, color_scheme=theme)
+    for address in VIEWS.split():
+        page = seen.at(address.replace("#", "#/") if address == "#" else address)
+        assert page.locator("main h1:visible").count() == 1
+        assert page.locator(".note:visible").count() == (1 if "measures" in address else 0), page.inner_text("main")
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], address
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 60) == (theme == "dark")
+    seen.page.context.close()
+    assert seen.complaints == []
+
+
+def test_the_summary_can_be_read_without_javascript(chromium: Any, report: Path) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(report.as_uri())
+    text = page.inner_text("main")
+    for expected in ("What was saved?", "At what loss?", "Which layers transfer badly?", "<i>model</i>", "L0-from-L1"):
+        assert expected in text
+    context.close()
+
+
+def test_a_search_finds_a_known_latent(visit: Visit) -> None:
+    page = visit.at("#/features/all")
+    page.fill("input[type=search]", "needle")
+    rows = page.locator("ol.list a.row")
+    assert rows.count() == 1 and rows.first.get_attribute("href") == f"#/feature/L1/{KNOWN[1]}"
+    assert "?q=needle" in page.url
+    rows.first.click()
+    visit.drawn(f"#/feature/L1/{KNOWN[1]}")
+    assert page.locator(".token.peak:visible").inner_text() == "needle"
+
+
+def test_filters_and_numbers_find_latents(visit: Visit) -> None:
+    page = visit.at("#/features/L1")
+    page.fill("input[type=search]", "#57")
+    assert page.locator("ol.list a.row .id").all_inner_texts() == ["57"]
+    page.fill("input[type=search]", "")
+    page.get_by_label("Density").select_option("0")
+    assert page.locator("ol.list a.row .id").all_inner_texts() == ["0"]
+    page.get_by_label("Density").select_option("")
+    page.get_by_label("On the way").select_option("x")
+    assert set(page.locator("ol.list a.row .fate").all_inner_texts()) == {"died"}
+
+
+def test_a_click_follows_a_feature_to_the_next_layer(visit: Visit) -> None:
+    page = visit.at("#/feature/L0-from-L1/123")
+    layers = page.locator(".strand a").evaluate_all("links => links.map((link) => link.getAttribute('href'))")
+    assert layers == [f"#/feature/{leg}/123" for leg in ("L0-from-L1", "L1", "L2-from-L1")]
+    page.click("a.onward")
+    visit.drawn("#/feature/L1/123")
+    assert page.inner_text("main h1:visible") == "Feature 123 of layer 1"
+    page.click("a.onward")
+    visit.drawn("#/feature/L2-from-L1/123")
+    assert "last layer" in page.inner_text("section.next")
+    page.go_back()
+    visit.drawn("#/feature/L1/123")
+
+
+def test_a_control_leads_back_to_what_it_was_matched_with(visit: Visit) -> None:
+    page = visit.at("#/feature/L0-from-L1/5")
+    link = page.locator("section:has(> h2:text('Matched with')) a").first
+    there = link.get_attribute("href")
+    link.click()
+    visit.drawn(there)
+    page.click("section:has(> h2:text('Matched with')) a")
+    visit.drawn("#/feature/L0-from-L1/5")
+
+
+def test_a_band_lists_its_latents_and_one_is_traced(visit: Visit) -> None:
+    page = visit.at("#/lineage")
+    band = page.locator("path.band.x").first
+    n = int(re.match(r"[\d,]+", band.get_attribute("aria-label"))[0].replace(",", ""))  # type: ignore[index]
+    band.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "n => document.querySelector('[data-view=lineage] h2').textContent.startsWith(`${n} died`)", arg=n
+    )
+    page.locator("button.quiet").first.click()
+    page.wait_for_selector(".flow .trace", state="attached")
+    assert page.locator(".strand li").count() == 3 == page.locator(".flow .stop").count()
+
+
+def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
+    page = visit.at("#/feature/L1/1")
+    tokens = page.locator(".token").all_inner_texts()
+    for text in (HOSTILE[1], HOSTILE[2], HOSTILE[6], HOSTILE[8]):
+        assert text in tokens
+    joined = "".join(tokens)
+    for sign in ("[U+202E]", "[U+200F]", "[U+D800]", "[U+2028]", "⏎⇥␀ ␛", "(10,000 characters)"):
+        assert sign in joined
+    assert page.evaluate("document.querySelectorAll('main img[src=x], main script').length") == 0
+    assert page.evaluate("getComputedStyle(document.querySelector('.token')).unicodeBidi") == "isolate"
+    assert page.evaluate("document.documentElement.scrollWidth") <= LAPTOP["width"]
+    for address in (
+        "#/features/L1?q=script",
+        "#/features/%3Cimg%20src=x%3E",
+        "#/feature/L1/%3Cscript%3E",
+        f"#/feature/L1/{F}",
+    ):
+        page = visit.at(address)
+        assert page.evaluate("document.querySelectorAll('main img[src=x], main script').length") == 0
+
+
+def test_the_theme_can_be_switched_and_is_kept(visit: Visit) -> None:
+    page = visit.at("#/")
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    after = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert before != after
+    page.reload()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == after
+
+
+def test_the_heat_map_tells_values_to_mouse_and_keyboard(visit: Visit) -> None:
+    page = visit.at("#/layers")
+    cells = page.locator(".heat td")
+    assert cells.count() == 9
+    cells.nth(1).hover()
+    assert "SAE of layer 0 on layer 1" in page.inner_text("#tip")
+    cells.nth(0).focus()
+    page.keyboard.press("ArrowDown")
+    assert "SAE of layer 1 on layer 0" in page.inner_text("#tip")
+    first = page.inner_text(".heat td >> nth=1")
+    page.get_by_label("Carried").select_option("identity")
+    assert page.inner_text(".heat td >> nth=1") != first
