@@ -11,7 +11,7 @@ import saerelay
 
 ORDER = """
 errors spec site recipe plan cost moments dictionaries threads kernels transfer engine demo sources corpus model cache
-stream maps progress trackers checkpoint train survey auto evaluate matrix features lineage measures tables figures
+stream progress trackers checkpoint maps train survey auto evaluate matrix features lineage measures tables figures
 launch report showcase cli __main__
 """.split()
 ROOT = Path(saerelay.__file__).parent

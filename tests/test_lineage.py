@@ -20,8 +20,8 @@ from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import batches
 from saerelay.kernels.select import nonzero_codes
 from saerelay.lineage import Lineage, Link, assign, describe_latent
-from saerelay.maps import enough_tokens, fit_maps
-from saerelay.stream import LiveStream, kept_positions, load_model
+from saerelay.maps import SiteMaps
+from saerelay.stream import kept_positions, load_model
 
 torch.set_num_threads(1)
 LEGS = ["L0", "L1-from-L0", "L2-from-L1", "L1-scratch-equal", "L1-scratch-full"]
@@ -75,9 +75,8 @@ def test_links_are_their_definitions(suite: sr.Suite, monkeypatch: pytest.Monkey
         *(("hop", *pair) for pair in chain), *(("depth", *pair) for pair in chain),
         *(("control", *pair) for pair in controls),
     ]  # fmt: skip
-    plan, train = suite.plan, Corpus.open(suite.directory.tokens).train
     pairs = [(suite.leg(x.source).site, suite.leg(x.target).site) for x in found.links]
-    maps = fit_maps(plan, LiveStream(load_model(plan), train, plan), pairs, enough_tokens(plan, train.size))
+    maps = SiteMaps.of(suite, load_model(suite.plan)).between(pairs)
     codes = {leg: dense_codes(suite, leg) for leg in LEGS}
     assert found.facts["n_tokens"] == len(codes["L0"]) == 63 * 15 and found.facts["n_sequences"] == 63
     for link, pair in zip(found.links, pairs, strict=True):
@@ -127,9 +126,8 @@ def test_latents_without_a_partner_have_died_or_were_silent(suite: sr.Suite) -> 
 
 
 def test_a_child_that_is_a_plain_fold_has_kept_everything(suite: sr.Suite) -> None:
-    plan, train = suite.plan, Corpus.open(suite.directory.tokens).train
     pair = (suite.leg("L0").site, suite.leg("L1-from-L0").site)
-    between = fit_maps(plan, LiveStream(load_model(plan), train, plan), [pair], enough_tokens(plan, train.size))[pair]
+    between = SiteMaps.of(suite, load_model(suite.plan)).between([pair])[pair]
     directory = suite.directory.leg("L1-from-L0")
     info = json.loads((directory / "dictionary.json").read_text())
     publish(directory, sr.fold(suite["L0"], between), info)
@@ -162,7 +160,7 @@ def test_nothing_is_done_twice(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch)
 
 def test_features_of_a_run_hold_what_comes_from_weights(suite: sr.Suite) -> None:
     sr.features_run(suite)
-    plan, model, train = suite.plan, load_model(suite.plan), Corpus.open(suite.directory.tokens).train
+    model = load_model(suite.plan)
     found = {leg: sr.load_features(suite.directory, leg) for leg in LEGS}
     sides = {leg: (f.facts["below"], f.facts["above"]) for leg, f in found.items()}
     assert sides["L0"] == (None, "L1-from-L0") and sides["L2-from-L1"] == ("L1-from-L0", None)
@@ -172,7 +170,7 @@ def test_features_of_a_run_hold_what_comes_from_weights(suite: sr.Suite) -> None
     assert torch.equal(middle.top_logits, effects.topk(10, dim=1).indices.int())
     for side, leg in (("below", "L0"), ("above", "L2-from-L1")):
         pair = (suite.leg("L1-from-L0").site, suite.leg(leg).site)
-        maps = fit_maps(plan, LiveStream(model, train, plan), [pair], enough_tokens(plan, train.size))
+        maps = SiteMaps.of(suite, model).between([pair])
         expected = cosines(sr.fold(suite["L1-scratch-full"], maps[pair]).W_dec, suite[leg].W_dec).topk(3, dim=1)
         torch.testing.assert_close(getattr(middle, f"{side}_cosine"), expected.values.half(), atol=2e-3, rtol=0)
         assert (getattr(middle, f"{side}_latents") == expected.indices).float().mean() > 0.98

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saerelay import maps
-from saerelay.maps import fit_maps, gather_moments, passes
+from saerelay.maps import SiteMaps, passes
 from saerelay.model import LanguageModel, read_facts
 from saerelay.moments import Moments
 from saerelay.plan import Plan, compile_plan
@@ -29,7 +29,7 @@ def setting(tiny_model) -> tuple[Plan, LiveStream]:  # noqa: ANN001
 
 def test_moments_are_those_of_each_pair_alone(setting) -> None:
     plan, stream = setting
-    found = gather_moments(plan, stream, [(A, C), (B, C)], 1000)
+    found = SiteMaps(plan, stream, 1000).moments([(A, C), (B, C)])
     for a, b in ((A, C), (B, C)):
         alone = Moments.empty(32, 32)
         for number in range(2):
@@ -42,8 +42,8 @@ def test_moments_are_those_of_each_pair_alone(setting) -> None:
 
 def test_maps_are_the_affine_ones_in_both_directions(setting) -> None:
     plan, stream = setting
-    fitted = fit_maps(plan, stream, [(B, A), (A, B), (C, C)], tokens=1024)
-    expected = affine(gather_moments(plan, stream, [(A, B)], 1024)[A, B])
+    fitted = SiteMaps(plan, stream, 1024).between([(B, A), (A, B), (C, C)])
+    expected = affine(SiteMaps(plan, stream, 1024).moments([(A, B)])[A, B])
     torch.testing.assert_close(fitted[A, B].A, expected.A)
     torch.testing.assert_close(fitted[B, A].A, expected.B)
     torch.testing.assert_close(fitted[B, A].b, expected.c)
@@ -53,8 +53,16 @@ def test_maps_are_the_affine_ones_in_both_directions(setting) -> None:
 def test_many_passes_give_what_one_gives(setting, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, stream = setting
     pairs = [(A, B), (B, C), (A, C)]
-    once = gather_moments(plan, stream, pairs, 512)
+    once = SiteMaps(plan, stream, 512).moments(pairs)
     monkeypatch.setattr(maps, "MOMENT_BYTES", 8 * 64**2)
     assert passes(plan, pairs) == [[pair] for pair in pairs]
-    for pair, moments in gather_moments(plan, stream, pairs, 512).items():
+    for pair, moments in SiteMaps(plan, stream, 512).moments(pairs).items():
         torch.testing.assert_close(moments.covariance, once[pair].covariance, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_gathered_is_not_gathered_again(setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, stream = setting
+    site_maps = SiteMaps(plan, stream, 512)
+    first = site_maps.between([(A, B)])[A, B]
+    monkeypatch.setattr(maps, "gather", None)
+    assert torch.equal(site_maps.between([(A, C), (A, B)])[A, B].A, first.A)

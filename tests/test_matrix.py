@@ -13,9 +13,9 @@ from saerelay import matrix
 from saerelay.corpus import Corpus
 from saerelay.errors import RecipeError
 from saerelay.evaluate import measure
-from saerelay.maps import enough_tokens, fit_maps
+from saerelay.maps import SiteMaps
 from saerelay.matrix import matrix_run
-from saerelay.stream import LiveStream, load_model
+from saerelay.stream import load_model
 
 torch.set_num_threads(1)
 
@@ -49,7 +49,7 @@ def test_cells_are_evaluations(suite: sr.Suite) -> None:
     legs = [leg.id for leg in suite.standing]
     assert len(legs) == 3 and len(cells) == 9 + 6 and not any("scratch" in leg for leg in legs)
     plan, model, corpus = suite.plan, load_model(suite.plan), Corpus.open(suite.directory.tokens)
-    stream, n = LiveStream(model, corpus.train, plan), enough_tokens(plan, int(corpus.train.size))
+    maps = SiteMaps.of(suite, model)
     for leg in suite.standing:
         for target in suite.sites:
             alone = {"x": (target, suite[leg.id])}
@@ -58,8 +58,8 @@ def test_cells_are_evaluations(suite: sr.Suite) -> None:
             for name in ("fvu", "l0", "delta_ce", "ce_loss_score", "kl_div_score"):
                 assert found[name] == pytest.approx(expected[name], rel=1e-6), name
             if target != leg.site:
-                between = fit_maps(plan, stream, [(leg.site, target)], n)[leg.site, target]
-                rows = matrix.gather(plan, stream, matrix.REFIT_ROWS)[0][target][:8192]
+                between = maps.between([(leg.site, target)])[leg.site, target]
+                rows = matrix.gather(plan, maps.stream, matrix.REFIT_ROWS)[0][target][:8192]
                 l0 = json.loads((suite.directory.leg(leg.id) / "dictionary.json").read_text())["l0"]
                 carried = sr.match_l0(sr.fold(suite[leg.id], between), rows, l0)
                 expected = measure(plan, model, corpus.test[:64], {"x": (target, carried)}, ce=True)["x"]

@@ -19,7 +19,7 @@ from saerelay.cli import main
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError, ModelError
 from saerelay.evaluate import held_out, measure
-from saerelay.features import maps_between
+from saerelay.maps import SiteMaps
 from saerelay.matrix import matrix_run
 from saerelay.measures import (
     Prompt,
@@ -204,7 +204,7 @@ def test_rows_are_the_definitions_on_whole_tensors(
         r for r in document["similarity"] if r["kind"] == "hop" and r["source"] == "L0" and r.items() >= same.items()
     )
     assert row["mmcs"] == pytest.approx(mean_max_cosine(parent.W_dec, child.W_dec, alive["parent"], alive["child"]))
-    folded = fold(parent, maps_between(suite, model, [(sites["parent"], sites["child"])], None).popitem()[1])
+    folded = fold(parent, SiteMaps.of(suite, model).between([(sites["parent"], sites["child"])]).popitem()[1])
     expected = mean_max_cosine(folded.W_dec, child.W_dec, alive["parent"], alive["child"])
     assert row["mmcs_folded"] == pytest.approx(expected) != row["mmcs"]
     row = next(r for r in document["transferability"] if r.items() >= same.items())

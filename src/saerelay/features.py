@@ -26,11 +26,11 @@ from saerelay.dictionaries import Dictionary
 from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import batches, held_out
 from saerelay.kernels import Codes, encode_sparse, join_codes
-from saerelay.maps import Pair, enough_tokens, fit_maps
+from saerelay.maps import Pair, SiteMaps
 from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
-from saerelay.stream import LiveStream, kept_positions, load_model
+from saerelay.stream import kept_positions, load_model
 from saerelay.threads import alone, in_parallel
 from saerelay.transfer import AffineMap, fold
 
@@ -331,7 +331,7 @@ def features_run(
     if not legs:
         return
     plan, model = suite.plan, model or load_model(suite.plan)
-    maps = maps_between(suite, model, neighbour_pairs(suite, legs), console)
+    maps = SiteMaps.of(suite, model, console).between(neighbour_pairs(suite, legs))
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in legs}
     found = collect(plan, model, held_out_sequences(suite, tokens), dictionaries, console=console)
     write_features(suite, model, found, maps, tokens)
@@ -341,15 +341,6 @@ def held_out_sequences(suite: Suite, tokens: int) -> np.ndarray:
     """The sequences (N, context) of the test split that are asked for."""
     test = Corpus.open(suite.directory.tokens).test
     return held_out(suite.plan, test, tokens or suite.plan.run.evaluate.tokens)
-
-
-def maps_between(
-    suite: Suite, model: LanguageModel, pairs: list[Pair], console: Console | None
-) -> dict[Pair, AffineMap]:
-    """The affine maps of pairs of sites, fitted on the training split."""
-    train = Corpus.open(suite.directory.tokens).train
-    with console.status("fitting maps between layers") if console else nullcontext():
-        return fit_maps(suite.plan, LiveStream(model, train, suite.plan), pairs, enough_tokens(suite.plan, train.size))
 
 
 def neighbour_pairs(suite: Suite, legs: list[Leg]) -> list[Pair]:

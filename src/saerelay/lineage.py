@@ -34,7 +34,6 @@ from saerelay.features import (
     encode_batches,
     held_out_sequences,
     load_features,
-    maps_between,
     most_similar,
     neighbour_pairs,
     neighbours,
@@ -42,7 +41,7 @@ from saerelay.features import (
     write_features,
 )
 from saerelay.kernels import Codes, split_codes
-from saerelay.maps import enough_tokens
+from saerelay.maps import SiteMaps
 from saerelay.model import LanguageModel, load_tokenizer, token_text
 from saerelay.plan import Leg, Plan
 from saerelay.stream import load_model
@@ -358,12 +357,14 @@ def lineage_run(
     *,
     tokens: int = 0,
     features: bool = False,
+    maps: SiteMaps | None = None,
     console: Console | None = None,
 ) -> Lineage:
     """Find what became of each latent of a run, on the test split, unless it is known already; writes lineage.json.
 
     With `features`, also what `features_run` does, from the same pass over the tokens. `tokens` are the recipe's
-    `evaluate.tokens` unless given. `model` may be None to load it only if something is left to do.
+    `evaluate.tokens` unless given. `model` may be None to load it only if something is left to do, `maps` to fit
+    them only then.
     """
     plan, paths, sequences = suite.plan, suite.directory, held_out_sequences(suite, tokens)
     known = is_known(suite, len(sequences))
@@ -374,10 +375,11 @@ def lineage_run(
     device, wanted = model.device, legs if known else suite.legs
     dictionaries = {leg.id: (leg.site, suite[leg.id].to(device)) for leg in wanted}
     sites = neighbour_pairs(suite, legs) + [(pair.source.site, pair.target.site) for pair in pairs]
-    maps = maps_between(suite, model, sites, console)
+    maps = maps or SiteMaps.of(suite, model, console)
+    between = maps.between(sites)
     comparisons = []
     for pair in pairs:
-        carried = fold(dictionaries[pair.source.id][1], maps[pair.source.site, pair.target.site])
+        carried = fold(dictionaries[pair.source.id][1], between[pair.source.site, pair.target.site])
         by_index = ancestor(plan, pair.source) == ancestor(plan, pair.target)
         comparisons.append(Comparison(pair, carried, dictionaries[pair.target.id][1], by_index))
     firing = {key: Firing(d.n_latents, device) for key, (_, d) in dictionaries.items()}
@@ -392,14 +394,13 @@ def lineage_run(
             collector.add(batch, batch.codes[key])
         for pair, comparison in zip(pairs, comparisons, strict=True):
             comparison.add(batch.codes[pair.source.id], batch.codes[pair.target.id], scratch)
-    write_features(suite, model, {key: collector.result() for key, collector in collectors.items()}, maps, tokens)
+    write_features(suite, model, {key: collector.result() for key, collector in collectors.items()}, between, tokens)
     if not known:
         links = [
             comparison.link(firing[pair.source.id], firing[pair.target.id], n_tokens)
             for pair, comparison in zip(pairs, comparisons, strict=True)
         ]
-        map_tokens = enough_tokens(plan, Corpus.open(paths.tokens).train.size)
-        facts = asked_of(suite, len(sequences)) | {"n_tokens": n_tokens, "map_tokens": map_tokens}
+        facts = asked_of(suite, len(sequences)) | {"n_tokens": n_tokens, "map_tokens": maps.tokens}
         document = finite(facts | {"links": [_link_to_json(link) for link in links]})
         write_text(paths.lineage, json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n")
     return Lineage.load(paths.root)

@@ -5,14 +5,21 @@ The raw spaces of two layers are not comparable; a dictionary folded through the
 
 import math
 from collections.abc import Iterable
-from itertools import accumulate
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate, combinations
+from typing import final
 
 import torch
+from rich.console import Console
 
+from saerelay.checkpoint import Suite
+from saerelay.corpus import Corpus
+from saerelay.model import LanguageModel
 from saerelay.moments import Moments
 from saerelay.plan import Plan
 from saerelay.site import Site
-from saerelay.stream import AbstractStream
+from saerelay.stream import AbstractStream, LiveStream
 from saerelay.transfer import AffineMap, identity, map_between
 
 MAP_TOKENS = 65_536
@@ -30,25 +37,77 @@ def enough_tokens(plan: Plan, available: int) -> int:
     return max(1, min(math.ceil(wanted / plan.block_tokens), available // plan.block_tokens)) * plan.block_tokens
 
 
-def gather_moments(plan: Plan, stream: AbstractStream, pairs: Iterable[Pair], tokens: int) -> dict[Pair, Moments]:
-    """Moments of each pair of sites on at least `tokens` positions of the training split, whole blocks, from its start.
+@dataclass(frozen=True)
+class Joint:
+    """Moments of the activations of several sites, side by side."""
 
-    One pass of the language model over them serves all pairs, if their sites fit into `MOMENT_BYTES` together.
+    place: dict[Site, slice]
+    moments: Moments
+
+
+@final
+class SiteMaps:
+    """Maps between the sites of a run, fitted on (at least) the first `tokens` positions of its training split.
+
+    Moments are gathered when a map is first asked for, of all the plan's sites in one pass if `MOMENT_BYTES` holds
+    them, and kept: who asks next finds them.
     """
-    found = dict[Pair, Moments]()
-    for part in passes(plan, pairs):
-        sites = sorted({site for pair in part for site in pair})
-        ends = list(accumulate((plan.facts.width(site) for site in sites), initial=0))
-        place = {site: slice(*ends[i : i + 2]) for i, site in enumerate(sites)}
-        joint = Moments.empty(ends[-1], 0)
-        probe = {plan.probe_site} if plan.probe_site else set()
-        for number in range(math.ceil(tokens / plan.block_tokens)):
-            block = stream.block(number, sorted({*sites, *probe}))
-            for rows in block.chunks(sites):
-                x = torch.cat([rows[site] for site in sites], dim=1)
-                joint.add(x, x[:, :0])
-        found |= {(a, b): joint.between(place[a], place[b]) for a, b in part}
-    return found
+
+    def __init__(self, plan: Plan, stream: AbstractStream, tokens: int, console: Console | None = None) -> None:
+        self.plan, self.stream, self.tokens, self.console = plan, stream, tokens, console
+        self.joints: list[Joint] = []
+
+    @classmethod
+    def of(cls, suite: Suite, model: LanguageModel, console: Console | None = None) -> "SiteMaps":
+        """Those of a run."""
+        plan, train = suite.plan, Corpus.open(suite.directory.tokens).train
+        return cls(plan, LiveStream(model, train, plan), enough_tokens(plan, train.size), console)
+
+    def between(self, pairs: Iterable[Pair]) -> dict[Pair, AffineMap]:
+        """The affine map of each pair; identity where both are the same. TransferError if the tokens are too few.
+
+        The two directions of a pair share their moments.
+        """
+        wanted = list(dict.fromkeys(pairs))
+        moments = self.moments({(min(pair), max(pair)) for pair in wanted if pair[0] != pair[1]})
+        maps = {pair: map_between("affine", self.plan.facts.width(pair[0]), m) for pair, m in moments.items()}
+        maps |= {(b, a): between.reversed() for (a, b), between in maps.items()}
+        maps |= {pair: identity(self.plan.facts.width(pair[0])) for pair in wanted if pair[0] == pair[1]}
+        return {pair: maps[pair] for pair in wanted}
+
+    def moments(self, pairs: Iterable[Pair]) -> dict[Pair, Moments]:
+        """The moments of each pair."""
+        wanted = list(dict.fromkeys(pairs))
+        missing = [pair for pair in wanted if self._joint(pair) is None]
+        everything = passes(self.plan, combinations(self.plan.sites, 2))
+        for part in everything if missing and len(everything) == 1 else passes(self.plan, missing):
+            with self.console.status("fitting maps between layers") if self.console else nullcontext():
+                self.joints.append(
+                    gather(self.plan, self.stream, {site for pair in part for site in pair}, self.tokens)
+                )
+        found = dict[Pair, Moments]()
+        for a, b in wanted:
+            joint = self._joint((a, b))
+            assert joint, f"moments of {a} and {b} were not gathered"
+            found[a, b] = joint.moments.between(joint.place[a], joint.place[b])
+        return found
+
+    def _joint(self, pair: Pair) -> Joint | None:
+        return next((joint for joint in self.joints if set(pair) <= set(joint.place)), None)
+
+
+def gather(plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: int) -> Joint:
+    """Moments of all sites together, on at least `tokens` positions, whole blocks, from the start of a stream."""
+    sites = sorted(sites)
+    ends = list(accumulate((plan.facts.width(site) for site in sites), initial=0))
+    joint = Moments.empty(ends[-1], 0)
+    opened = sorted({*sites, plan.probe_site} if plan.probe_site else sites)
+    for number in range(math.ceil(tokens / plan.block_tokens)):
+        block = stream.block(number, opened)
+        for rows in block.chunks(sites):
+            x = torch.cat([rows[site] for site in sites], dim=1)
+            joint.add(x, x[:, :0])
+    return Joint({site: slice(*ends[i : i + 2]) for i, site in enumerate(sites)}, joint)
 
 
 def passes(plan: Plan, pairs: Iterable[Pair]) -> list[list[Pair]]:
@@ -62,17 +121,3 @@ def passes(plan: Plan, pairs: Iterable[Pair]) -> list[list[Pair]]:
         parts[-1].append(pair)
         sites = wider
     return parts
-
-
-def fit_maps(plan: Plan, stream: AbstractStream, pairs: Iterable[Pair], tokens: int) -> dict[Pair, AffineMap]:
-    """The affine map of each pair (source, target), fitted on the first `tokens` positions of the training split.
-
-    The two directions of a pair share their moments. Sites that are the same have the identity. Raises TransferError
-    if the tokens are too few for the width.
-    """
-    wanted = list(dict.fromkeys(pairs))
-    moments = gather_moments(plan, stream, ((min(p), max(p)) for p in wanted if p[0] != p[1]), tokens)
-    there = {pair: map_between("affine", plan.facts.width(pair[0]), m) for pair, m in moments.items()}
-    there |= {(b, a): between.reversed() for (a, b), between in there.items()}
-    there |= {pair: identity(plan.facts.width(pair[0])) for pair in wanted if pair[0] == pair[1]}
-    return {pair: there[pair] for pair in wanted}

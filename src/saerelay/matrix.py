@@ -12,18 +12,18 @@ from typing import Any, cast, get_args
 from rich.console import Console
 from torch import Tensor
 
-from saerelay.checkpoint import Suite, load_dictionary, read_json, write_json
+from saerelay.checkpoint import Suite, finite, load_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary, match_l0
 from saerelay.errors import RecipeError
 from saerelay.evaluate import SHOWN, held_out, measure, wants_ce
-from saerelay.maps import Pair, enough_tokens, gather_moments
+from saerelay.maps import Pair, SiteMaps
 from saerelay.model import LanguageModel
 from saerelay.moments import Moments
 from saerelay.plan import Plan
 from saerelay.recipe import Method
 from saerelay.site import Site
-from saerelay.stream import LiveStream, load_model
+from saerelay.stream import load_model
 from saerelay.survey import gather
 from saerelay.transfer import fold, map_between, refit
 
@@ -56,6 +56,7 @@ def matrix_run(
     methods: Sequence[str] = ("identity", "affine"),
     tokens: int = 0,
     snapshots: bool = False,
+    maps: SiteMaps | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure the suite's legs, without controls, at all its sites; writes matrix.json and returns what is in it.
@@ -73,11 +74,10 @@ def matrix_run(
     if paths.matrix.is_file() and (found := read_json(paths.matrix)).get("asked") == asked:
         return found
     model = model or load_model(plan)
-    map_tokens = enough_tokens(plan, int(corpus.train.size))
-    stream = LiveStream(model, corpus.train, plan)
+    maps = maps or SiteMaps.of(suite, model, console)
     pairs = {(cell.source, cell.target) for cell in cells if cell.source != cell.target and cell.method != "identity"}
-    moments = gather_moments(plan, stream, sorted(pairs), map_tokens)
-    rows = gather(plan, stream, REFIT_ROWS)[0] if needs_rows(suite, methods) else {}
+    moments = maps.moments(sorted(pairs))
+    rows = gather(plan, maps.stream, REFIT_ROWS)[0] if needs_rows(suite, methods) else {}
     results = dict[Cell, dict[str, Any]]()
     for part in parts(cells, plan):
         carried = {str(i): (cell.target, carry(suite, cell, moments, rows)) for i, cell in enumerate(part)}
@@ -91,13 +91,13 @@ def matrix_run(
         "split": "test",
         "ablation": "zero, all positions",
         "n_tokens": next(iter(results.values()))["n_tokens"],
-        "map_tokens": map_tokens,
+        "map_tokens": maps.tokens,
         "module": plan.run.sites.module,
         "layers": [site.layer for site in suite.sites],
         "cells": [cell_document(cell, result) for cell, result in results.items()],
     }
     write_json(paths.matrix, document)
-    return document
+    return finite(document)
 
 
 def cells_of(suite: Suite, method: str, snapshots: bool) -> Iterator[Cell]:

@@ -21,8 +21,8 @@ from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError, RunDirectoryError
 from saerelay.evaluate import SHOWN, batches, held_out, measure
-from saerelay.features import collect, features_run, held_out_sequences, load_features, logit_effects, maps_between
-from saerelay.maps import enough_tokens
+from saerelay.features import collect, features_run, held_out_sequences, load_features, logit_effects
+from saerelay.maps import SiteMaps
 from saerelay.model import LanguageModel, load_tokenizer
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
@@ -266,6 +266,7 @@ def measures_run(
     *,
     prompts: Path | None = None,
     tokens: int = 0,
+    maps: SiteMaps | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Take all measures of a run's legs and snapshots; writes measures.json and returns it (docs/run-directory.md).
@@ -284,7 +285,8 @@ def measures_run(
     trained = see(suite, model, sequences, W_U, console)
     pairs = pairs_of(suite, trained)
     sites = sorted({(pair.source.leg.site, pair.target.leg.site) for pair in pairs})
-    maps = maps_between(suite, model, sites, console)
+    maps = maps or SiteMaps.of(suite, model, console)
+    between = maps.between(sites)
     matrix = read_json(paths.matrix) if paths.matrix.is_file() else None
     document = {
         "schema": SCHEMA_VERSION,
@@ -294,8 +296,8 @@ def measures_run(
         "split": "test",
         "n_tokens": load_features(paths, suite.legs[0].id).facts["n_tokens"],
         "n_matrix_tokens": matrix["n_tokens"] if matrix else None,
-        "map_tokens": enough_tokens(plan, int(corpus.train.size)),
-        "similarity": [similarity(p, maps[p.source.leg.site, p.target.leg.site].A, model.device) for p in pairs],
+        "map_tokens": maps.tokens,
+        "similarity": [similarity(p, between[p.source.leg.site, p.target.leg.site].A, model.device) for p in pairs],
         "transferability": None if W_U is None else transferabilities(suite, trained),
         "transfer_scores": transfer_scores(suite, model, trained, matrix, corpus) if matrix else None,
         "offsets": offsets(suite, matrix) if matrix else None,

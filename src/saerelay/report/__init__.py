@@ -34,6 +34,7 @@ from saerelay.figures import (
     transferability_figure,
 )
 from saerelay.lineage import lineage_run
+from saerelay.maps import SiteMaps
 from saerelay.matrix import matrix_run
 from saerelay.measures import measures_run
 from saerelay.model import LanguageModel
@@ -41,6 +42,8 @@ from saerelay.report.data import write_data
 from saerelay.report.story import caption, story
 from saerelay.stream import load_model
 
+MATRIX_TOKENS = 4_096
+"""Held-out tokens of a matrix that is made for a report; `saerelay eval --matrix` takes more."""
 Drawing = Callable[[Theme], Any]
 MARK = ".saerelay-report"
 """Marks a directory that a report made, so that the next may replace it."""
@@ -60,13 +63,14 @@ def report_run(
     paths = suite.directory
     whole = not quick and not (paths.matrix.is_file() and paths.measures.is_file())
     model = model or (load_model(suite.plan) if whole else None)
+    maps = SiteMaps.of(suite, model, console) if model else None
     summary = evaluate_run(suite, model, console=console)
     write_json(paths.root / "summary.json", summary)
-    lineage_run(suite, model, features=True, console=console)
+    lineage_run(suite, model, features=True, maps=maps, console=console)
     if not quick and not paths.matrix.is_file():
-        matrix_run(suite, model, console=console)
+        matrix_run(suite, model, tokens=MATRIX_TOKENS, maps=maps, console=console)
     if not quick and not paths.measures.is_file():
-        measures_run(suite, model, console=console)
+        measures_run(suite, model, maps=maps, console=console)
     with console.status("writing the report") if console else nullcontext():
         return write_report(suite, summary)
 
