@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ Row = dict[str, Any]
 SEEDS = 3
 WITHIN = (1.02, 1.05, 1.10)
 """Qualities to reach, as FVU over that of the layer's own full-budget leg."""
+BOUNDS = (1.02, 1.05, 1.10, 1.20)
+"""The same, for the worst layer of a suite."""
 ORDER = ("identity", "rescale", "procrustes", "affine", "affine+refit")
 CURVES = ("identity", "affine+refit")
 """Hops at every budget."""
@@ -552,6 +555,47 @@ def composed(r: Results) -> list[Row]:
     return rows
 
 
+def pareto_table(r: Results) -> list[Row]:
+    """The cheapest suite whose worst layer is within a bound: from scratch alone, and with hops between neighbours.
+
+    Every layer is a leg from scratch, at some budget, or a hop from a neighbour that has the full one; all choices of
+    such parents are tried. Shares of all layers from scratch with the full budget.
+    """
+    controls = {layer: c for layer in r.layers if (c := r.control(layer))}
+    hops = [p for kind in CURVES for p in r.hops(kind, seed=0)]
+    if not hops or len(controls) < len(r.layers):
+        return []
+    full, rows = sum(c.tokens for c in controls.values()), []
+    for bound in BOUNDS:
+        alone = {
+            layer: next(p for p in [*r.scratch(layer), control] if r.ratio(p) <= bound)
+            for layer, control in controls.items()
+        }
+        good = [p for p in hops if r.ratio(p) <= bound]
+        choices = []
+        for n in range(len(r.layers) + 1):
+            for parents in combinations(r.layers, n):
+                legs = {layer: controls[layer] if layer in parents else alone[layer] for layer in r.layers}
+                for p in good:
+                    if p.source in parents and p.layer not in parents and p.samples < legs[p.layer].samples:
+                        legs[p.layer] = p
+                choices.append(list(legs.values()))
+        row: Row = {"worst layer within": f"{100 * (bound - 1):.0f} %"}
+        for name, legs in (("scratch", list(alone.values())), ("hops", min(choices, key=samples_of))):
+            hopped = [p for p in legs if p.kind != "scratch"]
+            tokens = max(p.tokens for p in legs if p.kind == "scratch") + max((p.lm_tokens for p in hopped), default=0)
+            row |= {f"{name}: samples": samples_of(legs) / full, f"{name}: LM tokens": tokens * len(controls) / full}
+            row |= {f"{name}: mean FVU ratio": float(np.mean([r.ratio(p) for p in legs]))}
+        by_hop = sorted((p.layer, p.source) for p in hopped)
+        rows.append(row | {"who hops": ", ".join(f"{source} → {layer}" for layer, source in by_hop) or "nobody"})
+    return rows
+
+
+def samples_of(legs: Iterable[Point]) -> int:
+    """Samples of several legs."""
+    return sum(p.samples for p in legs)
+
+
 def suites_table(r: Results) -> list[Row]:
     """Whole presets: cost and quality over suite-scratch's."""
     own = r.summaries.get("suite-scratch")
@@ -676,6 +720,7 @@ def all_tables(models: Sequence[Results], paper: Path | None) -> dict[str, dict[
         "reuse": reuse_table,
         "groups": groups_table,
         "suites": suites_table,
+        "pareto": pareto_table,
         "alive": alive_table,
         "scratch": scratch_table,
         "scratch-ce": scratch_ce_table,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transfer_report import replace_block, report
-from transfer_tables import LEG, budget_for, mean_interval, scratch_equivalent
+from transfer_tables import LEG, budget_for, mean_interval, pareto_table, read_study, scratch_equivalent
 
 CURVE = [(n, 100 * n**-0.5) for n in (100.0, 400.0, 1600.0)]
 """FVU falls as the root of the budget."""
@@ -152,3 +152,12 @@ def test_a_partly_finished_study_is_reported(study: Path, tmp_path: Path) -> Non
     }
     report(study, docs, None)
     assert page.read_text() == text, "a second report changes nothing"
+
+
+def test_the_cheapest_suite_within_a_bound(study: Path) -> None:
+    tight, *_, loose = pareto_table(read_study(study / "demo"))
+    assert tight["worst layer within"] == "2 %" and tight["scratch: samples"] == 1
+    assert tight["who hops"] == "1 → 0, 3 → 2", "500k tokens, backward, are as good as 2M from scratch"
+    assert tight["hops: samples"] == pytest.approx((2 * FULL + 2 * 500_000) / (4 * FULL))
+    assert tight["hops: LM tokens"] == pytest.approx((FULL + 500_000) / FULL)
+    assert loose["hops: mean FVU ratio"] <= 1.2 and loose["hops: samples"] <= tight["hops: samples"]
