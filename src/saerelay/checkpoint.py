@@ -314,6 +314,12 @@ class Suite:
         return sorted(legs, key=lambda leg: leg.site)
 
     @property
+    def one_a_site(self) -> list[Leg]:
+        """Those of `standing` without the second and third of a site (other seeds): the first of the plan stands."""
+        first = {leg.site: leg for leg in reversed(self.standing)}
+        return [first[site] for site in sorted(first)]
+
+    @property
     def sites(self) -> list[Site]:
         """Sites with a published leg."""
         return sorted({leg.site for leg in self.legs})

@@ -312,7 +312,7 @@ def most_similar(rows: Tensor, others: Tensor, n: int = NEIGHBOURS) -> tuple[Ten
 
 def neighbours(suite: Suite, leg: Leg) -> dict[str, Leg | None]:
     """The suite's legs at the next ("above") and previous ("below") layer, same module; of several, the first."""
-    others = [other for other in suite.standing if other.module == leg.module]
+    others = [other for other in suite.one_a_site if other.module == leg.module]
     return {
         "above": min((o for o in others if o.layer > leg.layer), key=lambda o: o.layer, default=None),
         "below": max((o for o in others if o.layer < leg.layer), key=lambda o: o.layer, default=None),

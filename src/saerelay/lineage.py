@@ -336,7 +336,7 @@ def pairs_of(suite: Suite) -> list[Pair]:
     """Which legs are compared. A parent outside the run has no link."""
     published = {leg.id: leg for leg in suite.legs}
     pairs = [Pair("hop", published[leg.parent], leg) for leg in suite.legs if leg.parent in published]
-    for leg in {leg.site: leg for leg in reversed(suite.standing)}.values():  # of several at a site, the first
+    for leg in suite.one_a_site:
         above = neighbours(suite, leg)["above"]
         pairs += [Pair("depth", leg, above)] if above else []
     pairs += [Pair("control", published[leg.control_of], leg) for leg in suite.legs if leg.control_of in published]

@@ -351,7 +351,7 @@ class Pair(NamedTuple):
 def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
     """What similarity is measured between, each pair in both directions; see docs/run-directory.md."""
     finished = {t.leg.id: t for t in trained if not t.snapshot}
-    suited = [finished[leg.id] for leg in one_a_site(suite)]
+    suited = [finished[leg.id] for leg in suite.one_a_site]
     pairs = [Pair("suite", a, b, b) for a, b in permutations(suited, 2) if a.leg.module == b.leg.module]
     for one in trained:
         others = [("hop", finished[one.leg.parent])] if one.leg.parent in finished else []
@@ -360,12 +360,6 @@ def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
         for kind, other in others:
             pairs += [Pair(kind, other, one, one), Pair(kind, one, other, one)]
     return pairs
-
-
-def one_a_site(suite: Suite) -> list[Leg]:
-    """The legs that stand for their sites; of several at one, the first of the plan."""
-    first = {leg.site: leg for leg in reversed(suite.standing)}
-    return [first[site] for site in sorted(first)]
 
 
 def from_scratch(suite: Suite, leg: Leg) -> list[Leg]:
@@ -448,7 +442,7 @@ def transfer_scores(
 
 def offsets(suite: Suite, matrix: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of measures.json: means by layer offset of metrics and methods of matrix.json, and of snapshots by age."""
-    legs = {leg.id for leg in one_a_site(suite)}
+    legs = {leg.id for leg in suite.one_a_site}
     cells = [cell for cell in matrix["cells"] if cell["leg"] in legs]
     rows = []
     for age in [None, *sorted({cell["tokens"] for cell in cells if cell["snapshot"]})]:

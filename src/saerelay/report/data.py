@@ -61,7 +61,7 @@ def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path
         occurring |= write_features(leg["id"], features, test, folder)
         kept = ("id", "layer", "role", "control_of", "control_kind", "parent", "method", "n_latents", "fvu", "l0")
         legs.append({name: leg[name] for name in kept} | {"features": features.facts})
-    standing = [leg.id for leg in {leg.site: leg for leg in reversed(suite.standing)}.values()][::-1]  # one a site
+    standing = [leg.id for leg in suite.one_a_site]
     rows = np.asarray(test[:n_sequences])
     feed(folder, "tokens", rows.tolist())
     text = token_texts(suite.plan)
