@@ -509,8 +509,10 @@ def test_commands_and_options_are_these() -> None:
         "init": set(),
         "plan": {"--json", "--timing", "--write"},
         "train": {"--out", "--resume", "--extend"},
-        "eval": {"--json", "--tokens"},
+        "eval": {"--json", "--tokens", "--matrix", "--methods", "--snapshots", "--measures", "--prompts"},
+        "show": {"--json"},
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens"},
+        "report": {"--quick", "--open"},
         "demo": {"--out"},
     }
 

@@ -152,7 +152,8 @@ def test_a_band_lists_its_latents_and_one_is_traced(visit: Visit) -> None:
     )
     page.locator("button.quiet").first.click()
     page.wait_for_selector(".flow .trace", state="attached")
-    assert page.locator(".strand li").count() == 3 == page.locator(".flow .stop").count()
+    page.wait_for_function("document.querySelectorAll('.strand li').length === 3")
+    assert page.locator(".flow .stop").count() == 3
 
 
 def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
