@@ -152,7 +152,7 @@ def test_a_band_lists_its_latents_and_one_is_traced(visit: Visit) -> None:
     )
     page.locator("button.quiet").first.click()
     page.wait_for_selector(".flow .trace", state="attached")
-    page.wait_for_function("document.querySelectorAll('.strand li').length === 3")
+    page.wait_for_function("() => document.querySelectorAll('.strand li').length === 3")
     assert page.locator(".flow .stop").count() == 3
 
 
