@@ -128,10 +128,17 @@ def fake_lineage(suite: Suite, rng: np.random.Generator) -> None:
     for kind, source, target in pairs:
         lists = {name: rng.random(F).round(4).tolist() for name in ("decoder_cosine", "encoder_cosine", "correlation")}
         lists["correlation"][0] = None
-        status = "-" + "".join(rng.choice(list("kdxb"), F - 1))
+        status = "-" + "".join(rng.choice(list("kdrxb"), F - 1))
         partner = rng.permutation(F).tolist() if kind == "control" else None
         layers = [suite.plan.leg(leg_id).layer for leg_id in (source, target)]
         link = {"kind": kind, "source": source, "target": target, "source_layer": layers[0], "target_layer": layers[1]}
         links.append(link | {"by": "assignment" if partner else "index", "partner": partner, "status": status} | lists)
-    about = {"model": "fake", "map_tokens": 1024, "n_tokens": 192, "kept_above": 0.7, "alive_above": 0}
+    about = {
+        "model": "fake",
+        "map_tokens": 1024,
+        "n_tokens": 192,
+        "kept_above": 0.7,
+        "replaced_below": 0.3,
+        "alive_above": 0,
+    }
     write_json(suite.directory.lineage, finite(about | {"links": links}))

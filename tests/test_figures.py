@@ -67,10 +67,17 @@ def documents(layers: int = 3, controls: bool = True, head: bool = True) -> dict
     }  # fmt: skip
     links = [
         {"kind": kind, "source": "L0", "target": suite[i], "source_layer": 0, "target_layer": i, "by": "index"}
-        | {"status": "kkkkkkdxb-"}
+        | {"status": "kkkkkdrxb-"}
         for kind in ("hop", "depth", *(["control"] if controls else [])) for i in span[1:]
     ]  # fmt: skip
-    lineage = {"n_tokens": 777, "map_tokens": 9, "kept_above": 0.9, "alive_above": 2, "links": links}
+    lineage = {
+        "n_tokens": 777,
+        "map_tokens": 9,
+        "kept_above": 0.9,
+        "replaced_below": 0.1,
+        "alive_above": 2,
+        "links": links,
+    }
     matrix = {"n_tokens": 8_000, "cells": cells}
     return {"summary": summary, "metrics": metrics, "matrix": matrix, "measures": measures, "lineage": lineage}
 
@@ -150,7 +157,7 @@ def test_numbers_are_in_their_cells() -> None:
 def test_shares_of_a_link_fill_its_bar() -> None:
     (axis,) = f.lineage_figure(documents()["summary"], documents()["lineage"]).axes
     widths = [round(patch.get_width(), 6) for patch in axis.patches]  # type: ignore[attr-defined]
-    assert widths == [66.666667] * 2 + [11.111111] * 6
+    assert widths == [55.555556] * 2 + [11.111111] * 8
 
 
 def test_first_of_several_legs_stands_for_a_layer() -> None:

@@ -95,13 +95,14 @@ def test_links_are_their_definitions(suite: sr.Suite, monkeypatch: pytest.Monkey
             before, after = bool((a > 0).any()), bool((b > 0).any())
             if before and after:
                 assert float(link.correlation[i]) == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-4)
-                assert link.status[i] == ("k" if decoder[i, partner[i]] > 0.7 else "d")
+                cosine = decoder[i, partner[i]]
+                assert link.status[i] == ("k" if cosine > 0.7 else "r" if cosine < 0.3 else "d")
             else:
                 assert torch.isnan(link.correlation[i])
                 assert link.status[i] == ("x" if before else "b" if after else "-")
     shares = found.summary()[0]
     assert shares["kept"] == found.links[0].status.count("k") / 64
-    assert sum(shares[name] for name in ("kept", "drifted", "died", "born", "silent")) == pytest.approx(1)
+    assert sum(shares[name] for name in ("kept", "drifted", "replaced", "died", "born", "silent")) == pytest.approx(1)
 
 
 def test_latents_without_a_partner_have_died_or_were_silent(suite: sr.Suite) -> None:

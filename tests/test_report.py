@@ -169,7 +169,7 @@ def test_the_summary_names_the_layer_that_transfers_worst(suite: Suite) -> None:
     by_id[full["control_of"]]["fvu"], full["fvu"] = 0.12, 0.1
     by_id["L2-from-L1"]["fvu"] = 0.5
     said = " ".join(transfers_badly(document))
-    assert "Layer 0: its FVU is 1.20 times that of its control" in said
+    assert "layer 0: its FVU is 1.20 times that of its control" in said
     assert "Layer 2 has no control with the full budget" in said and "this run cannot tell" in said
     assert "1.20 at layer 0" in " ".join(lost(document))
     alone = document | {"legs": [leg for leg in document["legs"] if leg["role"] != "control"]}

@@ -61,10 +61,10 @@ _KINDS = {
     "full": ("^", "control: scratch, full budget"),
 }
 _METHODS = {"identity": "o", "rescale": "v", "procrustes": "s", "affine": "D", "affine+refit": "^"}
-_FATES = {"k": "kept", "d": "drifted", "x": "died", "b": "born"}
+_FATES = {"k": "kept", "d": "drifted", "r": "replaced", "x": "died", "b": "born"}
 _FATE_COLOURS = {
-    "light": ("#1b4965", "#5fa8d3", "#b4bcc1", "#ca6702"),
-    "dark": ("#8ecae6", "#4279a3", "#6b7780", "#f2914a"),
+    "light": ("#1b4965", "#5fa8d3", "#bfdbec", "#b4bcc1", "#ca6702"),
+    "dark": ("#8ecae6", "#4279a3", "#24445c", "#6b7780", "#f2914a"),
 }
 _FVU = "FVU: E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not broken between lines
 METRICS = {
@@ -344,7 +344,7 @@ def attribution_figure(summary: Document, measures: Document, *, theme: Theme = 
 
 
 def lineage_figure(summary: Document, lineage: Document, kind: str = "hop", *, theme: Theme = "light") -> "Figure":
-    """What became of latents over each link of a kind ("hop", "depth", "control"): shares kept, drifted, died, born."""
+    """What became of latents over each link of a kind ("hop", "depth", "control"): shares of each state."""
     links = sorted(
         [link for link in lineage["links"] if link["kind"] == kind],
         key=lambda link: (link["target_layer"], link["source_layer"]),
@@ -352,7 +352,7 @@ def lineage_figure(summary: Document, lineage: Document, kind: str = "hop", *, t
     by = " and ".join(sorted({"by index" if link["by"] == "index" else "by optimal assignment" for link in links}))
     small = (
         f"Latents alive at either end, {by or 'none'}. Kept: cosine of decoder rows over {lineage['kept_above']}, the "
-        "source folded through the affine map between the layers; "
+        f"source folded through the affine map between the layers; replaced: under {lineage['replaced_below']}; "
         f"alive: fired more than {lineage['alive_above']} times."
     )
     titles = {"hop": "From parent to child", "depth": "From layer to layer", "control": "Beside from-scratch controls"}
@@ -371,7 +371,7 @@ def lineage_figure(summary: Document, lineage: Document, kind: str = "hop", *, t
         axis.invert_yaxis()
         _dress(axis, theme, xlabel="latents (%)", ylabel="layers" if kind != "control" else "", grid=False)
         axis.set_xlim(0, 100)
-        _legend(axis, columns=4)
+        _legend(axis, columns=5)
     return figure
 
 

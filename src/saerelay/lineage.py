@@ -5,8 +5,10 @@ do not, latents are matched one to one by decoder cosine (optimal assignment). B
 is folded through the affine map between the two layers, whose raw spaces are not comparable. Shapes: F latents of the
 source, G of the target, B kept positions of a batch.
 
-The five states of a latent and its partner: `k`ept (both fire, decoder cosine over KEPT_ABOVE), `d`rifted (both fire,
-cosine not over it), `x` died (the partner does not fire), `b`orn (only the partner fires), `-` silent in both.
+The states of a latent and its partner: `k`ept (both fire, decoder cosine over KEPT_ABOVE), `d`rifted (cosine not over
+it), `r`eplaced (under REPLACED_BELOW: the place has another meaning now), `x` died (the partner does not fire), `b`orn
+(only the partner fires), `-` silent in both. Children start as their parents: what is kept by index is inherited, not
+found again; links to controls say how much independent training finds.
 """
 
 import json
@@ -52,6 +54,7 @@ KEPT_ABOVE = 0.7
 """Decoder cosine over which a latent counts as the same. On the demo run latents that have kept their index make two
 humps: over .7 the partner is the most similar of all in more than 99 % of cases, under .3 never (what was silent
 after the hop was given another meaning); between them lie 1 % of the latents, in the first layers up to 22 %."""
+REPLACED_BELOW = 0.3
 ALIVE_ABOVE = 0
 """A latent is alive if it fires more often than this on the held-out tokens: the rule of `frac_alive`."""
 EXACT_LATENTS = 4_096
@@ -62,7 +65,7 @@ CANDIDATES = 32
 
 Kind = Literal["hop", "depth", "control"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
-_NAMES = {"k": "kept", "d": "drifted", "x": "died", "b": "born", "-": "silent"}
+_NAMES = {"k": "kept", "d": "drifted", "r": "replaced", "x": "died", "b": "born", "-": "silent"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +107,7 @@ class Link:
         return finite(numbers) | {"status": _NAMES[self.status[latent]]}
 
     def shares(self) -> dict[str, float]:
-        """Shares of the source's latents that were kept, drifted, died, were born, and are silent in both; sum 1."""
+        """Shares of the source's latents of each state; their sum is 1."""
         counts = Counter(self.status)
         return {name: counts[letter] / len(self.status) for letter, name in _NAMES.items()}
 
@@ -119,7 +122,7 @@ class Step(NamedTuple):
     encoder_cosine: float | None = None
     correlation: float | None = None
     status: str | None = None
-    """"kept", "drifted", "died", "born" or "silent", read towards the deeper layer, the child or the control."""
+    """"kept", "drifted", "replaced", "died", "born" or "silent": read towards deeper layer, child or control."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +133,7 @@ class Lineage:
     """
 
     facts: dict[str, Any]
-    """model, map_tokens, n_tokens, n_sequences, kept_above, alive_above, and `legs`: {id: {layer, n_latents}}."""
+    """All of lineage.json but its links: how it was measured, and `legs`: {id: {layer, n_latents}}."""
     links: list[Link]
 
     @classmethod
@@ -318,14 +321,16 @@ class Comparison:
 def status(decoder_cosine: Tensor, source_alive: Tensor, target_alive: Tensor) -> str:
     """One letter a latent (see the top of this file); all (F), `target_alive` that of its partner.
 
-    >>> yes, no = torch.tensor([True, True, True, False, False]), torch.tensor([True, True, False, True, False])
-    >>> status(torch.tensor([0.9, 0.1, 0.9, 0.9, 0.9]), yes, no)
-    'kdxb-'
+    >>> before, after = torch.tensor([1, 1, 1, 1, 0, 0]).bool(), torch.tensor([1, 1, 1, 0, 1, 0]).bool()
+    >>> status(torch.tensor([0.9, 0.5, 0.1, 0.9, 0.9, 0.9]), before, after)
+    'kdrxb-'
     """
-    kept = (decoder_cosine > KEPT_ABOVE).tolist()
     letters = []
-    for is_kept, before, after in zip(kept, source_alive.tolist(), target_alive.tolist(), strict=True):
-        letters.append(("k" if is_kept else "d") if before and after else "x" if before else "b" if after else "-")
+    for cosine, before, after in zip(
+        decoder_cosine.tolist(), source_alive.tolist(), target_alive.tolist(), strict=True
+    ):
+        alike = "k" if cosine > KEPT_ABOVE else "r" if cosine < REPLACED_BELOW else "d"
+        letters.append(alike if before and after else "x" if before else "b" if after else "-")
     return "".join(letters)
 
 
@@ -414,6 +419,7 @@ def asked_of(suite: Suite, n_sequences: int) -> dict[str, Any]:
         "model": suite.plan.facts.name,
         "n_sequences": n_sequences,
         "kept_above": KEPT_ABOVE,
+        "replaced_below": REPLACED_BELOW,
         "alive_above": ALIVE_ABOVE,
         "legs": legs,
     }

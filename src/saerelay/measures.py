@@ -33,7 +33,8 @@ DENSE = 2**24
 """Numbers in a block of cosines or attributions: 64 MiB."""
 OWN_PROMPTS = 62
 """Prompts drawn where none are given; the paper has as many."""
-SCORED = ("fvu", "explained_variance", "ce_loss_score")
+SCORED = {"fvu": -1, "explained_variance": 1, "ce_loss_score": 1}
+"""Metrics with a transfer score, and whether more of them is better."""
 OFFSET_METRICS = (*SCORED, "l0", "delta_ce", "kl_div_score")
 OWN_TASK = "the model's own task: positions of the test split whose next token it predicts, against its second choice"
 
@@ -436,8 +437,19 @@ def transfer_scores(
                 what |= {"scratch": scratch.leg.id, "scratch_tokens": scratch.tokens}
                 what |= {"scratch_kind": scratch.leg.control_kind or "root"}
                 values = [cells[home(one)], zero_shot, cells[home(scratch)]]
-                scores.append(one.row | what | {m: transfer_score(*(v[m] for v in values)) for m in SCORED})
+                scores.append(one.row | what | {m: score_of(m, *(v[m] for v in values)) for m in SCORED})
     return scores
+
+
+def score_of(metric: str, transferred: float | None, zero_shot: float | None, scratch: float | None) -> float | None:
+    """A transfer score, or None where zero-shot is already as good as scratch, so that there was no way to go.
+
+    >>> score_of("fvu", 0.125, 0.25, 0.0), score_of("fvu", 0.08, 0.1, 0.11)
+    (0.5, None)
+    """
+    if zero_shot is None or scratch is None or SCORED[metric] * (scratch - zero_shot) <= 0:
+        return None
+    return transfer_score(transferred, zero_shot, scratch)
 
 
 def offsets(suite: Suite, matrix: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ saerelay.views.layers = async function (body, query) {
   const methods = [...new Set(matrix.cells.map((cell) => cell.method))];
   const metrics = Object.keys(run.metrics).filter((name) => matrix.cells.some((cell) => Number.isFinite(cell[name])));
   const ages = [...new Set(matrix.cells.filter((cell) => cell.snapshot).map((cell) => cell.tokens))].sort((a, b) => a - b);
-  const chosen = { metric: metrics[0], method: methods.includes("affine") ? "affine" : methods[0], age: "" };
+  const chosen = { metric: metrics[0], method: methods[0], age: "" };
   const picture = element("div");
 
   function draw() {
@@ -64,7 +64,7 @@ saerelay.views.layers = async function (body, query) {
         value: (source, target) => cells.get(`${source},${target}`)?.[chosen.metric],
         tipOf: (source, target, v) => `${name} ${number(v, 4)}\nSAE of layer ${source} on layer ${target}${source === target ? " (home)" : `, ${METHODS[chosen.method] ?? chosen.method}`}`,
       }),
-      element("p.caption", {}, element("bdi", {}, run.caption), ` Cells over ${matrix.n_tokens.toLocaleString("en")} tokens; maps fitted on ${matrix.map_tokens.toLocaleString("en")} training tokens; nothing was trained on the target. ${definition}.`));
+      element("p.caption", {}, element("bdi", {}, run.caption), ` These cells are over the first ${matrix.n_tokens.toLocaleString("en")} of those tokens, so the SAEs at home differ a little from the summary; maps fitted on ${matrix.map_tokens.toLocaleString("en")} training tokens; nothing was trained on the target. ${definition}.`));
   }
   body.append(
     element("p.lead", {}, "Each layer's SAE on every layer's activations, untrained there: how far a dictionary carries before fine-tuning."),
@@ -228,7 +228,7 @@ saerelay.views.measures = async function (body) {
   const scores = final(measures.transfer_scores);
   if (scores.length) body.append(element("h2", {}, "Transfer score"),
     plainTable(scores, [["leg", "SAE"], ["parent", "from"], ["scratch", "against"], ["method", "zero-shot by"], ["fvu", "FVU", fixed], ["ce_loss_score", "CE score", fixed]]),
-    caption("(transferred − zero-shot) / (from scratch − zero-shot): 0 is the parent carried over untrained, 1 the one from scratch; above 1 transfer did better."));
+    caption("(transferred − zero-shot) / (from scratch − zero-shot): 0 is the parent carried over untrained, 1 the one from scratch; above 1 transfer did better. –: carried over untrained it is already as good as scratch. Each over the tokens of “Across layers”."));
   if (measures.offsets?.length) {
     const metrics = [...new Set(measures.offsets.map((row) => row.metric))];
     const picture = element("div");

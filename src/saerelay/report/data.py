@@ -80,7 +80,9 @@ def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path
         "legs": legs,
         "standing": standing,
         "links": links,
-        "lineage": {name: lineage[name] for name in ("n_tokens", "map_tokens", "kept_above", "alive_above")},
+        "lineage": {
+            name: lineage[name] for name in ("n_tokens", "map_tokens", "kept_above", "replaced_below", "alive_above")
+        },
         "has": {"matrix": paths.matrix.is_file(), "measures": paths.measures.is_file()},
     }
     feed(folder, "run", finite(run))
@@ -173,7 +175,7 @@ def write_link(number: int, link: dict[str, Any], folder: Path) -> dict[str, Any
     status = "".join(link["status"])
     feed(folder, f"links/{number}", thousandths | {"status": status, "partner": link["partner"]})
     about = {name: link[name] for name in ("kind", "source", "target", "by")}
-    return about | {"counts": {letter: status.count(letter) for letter in "kdxb-"}}
+    return about | {"counts": {letter: status.count(letter) for letter in "kdrxb-"}}
 
 
 def training_curves(path: Path) -> dict[str, dict[str, list[Any]]]:

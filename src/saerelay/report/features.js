@@ -1,7 +1,7 @@
 // Features: what became of them over depth, the list, a feature's page, the same feature side by side.
 "use strict";
 
-const FATES = { k: "kept", d: "drifted", x: "died", b: "born", "-": "silent" };
+const FATES = { k: "kept", d: "drifted", r: "replaced", x: "died", b: "born", "-": "silent" };
 const SORTS = {
   match: ["best match", (a, b) => b.hits - a.hits || b.fired - a.fired],
   id: ["number", (a, b) => a.latent - b.latent],
@@ -105,41 +105,54 @@ saerelay.views.lineage = async function (body) {
   const list = element("div", { "aria-live": "polite" }), holder = element("div.scroll");
   const drawing = flow(run, numbers, (c, status) => listBand(run, numbers[c], status, list, (latent) => drawing.trace(legs[c], latent)));
   holder.append(drawing.svg);
-  const { kept_above, alive_above, n_tokens, map_tokens } = run.lineage;
-  const key = ["k", "d", "x", "b"].map((s) => element(`span.key.${s}`, {}, FATES[s]));
+  const { kept_above, replaced_below, alive_above, n_tokens, map_tokens } = run.lineage;
+  const key = ["k", "d", "r", "x", "b"].map((s) => element(`span.key.${s}`, {}, FATES[s]));
   body.append(
     element("p.lead", {}, "What became of each feature from one layer to the next. Click a band to list its features; choose one to see its way through all layers."),
-    holder, element("p.legend", {}, key),
-    element("p.caption", {}, element("bdi", {}, run.caption), ` Kept: the cosine of its decoder row, folded through the affine map between the layers, with that in the next layer is over ${kept_above}; drifted: not over it; died, born: alive on one side only (alive: it fired${alive_above ? ` more than ${alive_above} times` : ""} in ${n_tokens.toLocaleString("en")} tokens). Maps fitted on ${map_tokens.toLocaleString("en")} training tokens. A column's height is its number of alive features.`),
+    inherited(run, numbers), holder, element("p.legend", {}, key),
+    element("p.caption", {}, element("bdi", {}, run.caption), ` Kept: the cosine of its decoder row, folded through the affine map between the layers, with that in the next layer is over ${kept_above}; drifted: not over it; replaced: under ${replaced_below}, the place has another meaning now; died, born: alive on one side only (alive: it fired${alive_above ? ` more than ${alive_above} times` : ""} in ${n_tokens.toLocaleString("en")} tokens). Maps fitted on ${map_tokens.toLocaleString("en")} training tokens. A column's height is its number of alive features.`),
     list);
   if (drawing.first) drawing.first();
 };
 
+// What the bands mean: transferred SAEs start as their parents. How much independent training finds again says the rest.
+function inherited(run, numbers) {
+  if (!numbers.some((n) => n >= 0 && run.links[n].by === "index")) return element("p.wide", {}, "These SAEs were trained independently: features were matched one to one, by the largest sum of decoder cosines.");
+  const controls = run.links.filter((link) => link.kind === "control").map((link) => {
+    const alive = Object.values(link.counts).reduce((a, b) => a + b, 0) - link.counts["-"];
+    return `${percent(link.counts.k / Math.max(1, alive))} (${link.target})`;
+  });
+  return element("p.wide", {}, "Transferred SAEs start as their parents, and a feature keeps its number: what is kept here was inherited, and training did not undo it. Neighbours in this picture need not be parent and child. ",
+    controls.length ? `Of an SAE trained independently at the same layer, matched one to one, this much is the same: ${controls.join(", ")}.` : "Without controls, this run does not say how much independent training would find again.");
+}
+
 function flow(run, numbers, onBand) {
   const legs = run.standing, columns = legs.length, gap = 138, left = 34, bar = 9, top = 34, H = 250;
   const W = left * 2 + gap * (columns - 1) + bar, bottom = top + H + 62;
-  const counts = numbers.map((n) => (n < 0 ? { k: 0, d: 0, x: 0, b: 0 } : run.links[n].counts));
-  const alive = legs.map((_, c) => (c < counts.length ? counts[c].k + counts[c].d + counts[c].x : counts[c - 1].k + counts[c - 1].d + counts[c - 1].b));
-  const most = Math.max(1, ...alive, ...counts.map((n) => n.k + n.d + n.b)), scale = H / most;
+  const counts = numbers.map((n) => (n < 0 ? { k: 0, d: 0, r: 0, x: 0, b: 0 } : run.links[n].counts));
+  const alive = legs.map((_, c) => (c < counts.length ? counts[c].k + counts[c].d + counts[c].r + counts[c].x : counts[c - 1].k + counts[c - 1].d + counts[c - 1].r + counts[c - 1].b));
+  const most = Math.max(1, ...alive, ...counts.map((n) => n.k + n.d + n.r + n.b)), scale = H / most;
   const svg = element("svg.chart.flow", { viewBox: `0 0 ${W} ${bottom}`, role: "group", "aria-label": "Features from layer to layer" });
   const x = (c) => left + gap * c;
   const bandAt = (c, status) => { // [source y, target y, height, height shown]
     const n = counts[c], h = n[status] * scale, shown = n[status] ? Math.max(2, h) : 0;
     if (status === "k") return [top, top, h, shown];
     if (status === "d") return [top + n.k * scale, top + n.k * scale, h, shown];
-    return [top + (n.k + n.d) * scale, top + (n.k + n.d) * scale, h, shown];
+    const above = n.k + n.d + (status === "r" ? 0 : n.r);
+    return [top + above * scale, top + above * scale, h, shown];
   };
   let chosen = null, first = null;
 
   legs.slice(0, -1).forEach((leg, c) => {
     const from = x(c) + bar, to = x(c + 1), middle = (from + to) / 2;
-    for (const status of ["k", "d", "x", "b"]) {
+    for (const status of ["k", "d", "r", "x", "b"]) {
       const n = counts[c][status];
       if (!n) continue;
       const [y0, y1, , h] = bandAt(c, status), end = top + H + 22;
       const shape = {
         k: `M${from} ${y0} H${to} v${h} H${from} z`,
         d: `M${from} ${y0} H${to} v${h} H${from} z`,
+        r: `M${from} ${y0} H${to} v${h} H${from} z`,
         x: `M${from} ${y0} C${from + 22} ${y0} ${middle - 16} ${y0 + 6} ${middle - 14} ${end} C${middle - 24} ${y0 + h + 8} ${from + 16} ${y0 + h} ${from} ${y0 + h} z`,
         b: `M${to} ${y1} C${to - 22} ${y1} ${middle + 16} ${y1 + 6} ${middle + 14} ${end} C${middle + 24} ${y1 + h + 8} ${to - 16} ${y1 + h} ${to} ${y1 + h} z`,
       }[status];
@@ -155,8 +168,8 @@ function flow(run, numbers, onBand) {
         keydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(); } },
       });
       svg.append(band);
-      if (status === "d" && !first) first = choose;
-      if (h > 15 && "kd".includes(status)) svg.append(element(`text.share.${status}`, { x: middle, y: y0 + h / 2 + 4, "text-anchor": "middle" }, percent(n / (alive[c] || 1))));
+      if ("dr".includes(status) && !first) first = choose;
+      if (h > 15 && "kdr".includes(status)) svg.append(element(`text.share.${status}`, { x: middle, y: y0 + h / 2 + 4, "text-anchor": "middle" }, percent(n / (alive[c] || 1))));
       if ("xb".includes(status)) svg.append(element("text", { x: middle + (status === "x" ? -14 : 14), y: end + 14, "text-anchor": status === "x" ? "end" : "start" }, `${n} ${FATES[status]}`));
     }
   });
@@ -246,13 +259,13 @@ saerelay.views.features = async function (body, ...rest) {
   }
 
   function found() {
-    const q = state.q.toLowerCase(), wanted = q.startsWith("#") ? Number(q.slice(1)) : null;
+    const q = state.q.toLowerCase(), wanted = /^#?\d+$/.test(q.trim()) ? Number(q.trim().replace("#", "")) : null;
     const trimmed = q.trim();
-    const exact = new Set(words.filter(([, text]) => text.trim() === trimmed).map(([id]) => id));
+    const exact = new Set(trimmed ? words.filter(([, text]) => text.trim() === trimmed).map(([id]) => id) : []);
     const partly = new Set(q ? words.filter(([, text]) => text.includes(q)).map(([id]) => id) : []);
     const [low, high] = state.density.split("-").map(Number);
     const kept = features.filter((f) => {
-      if (wanted !== null && q.length > 1) return f.latent === wanted;
+      if (wanted !== null && f.latent === wanted) { f.hits = Infinity; return true; }
       if (state.fate && f.status !== state.fate) return false;
       if (state.density && (state.density === "0" ? f.fired > 0 : f.density < low || f.density >= high)) return false;
       if (!q) return f.fired > 0 || state.fate || state.density;
@@ -297,7 +310,7 @@ saerelay.views.features = async function (body, ...rest) {
   if (state.leg !== "all" && !own.some((leg) => leg.id === state.leg)) throw new Error(`No SAE ${state.leg} in this run.`);
   body.append(
     element("form.controls", { role: "search", submit: (event) => event.preventDefault() },
-      element("label", {}, "Search", element("input", { type: "search", value: state.q, placeholder: "a token, or #123", autocomplete: "off", spellcheck: "false", input: (event) => change("q", event.target.value) })),
+      element("label", {}, "Search", element("input", { type: "search", value: state.q, placeholder: "a token, or 123", autocomplete: "off", spellcheck: "false", input: (event) => change("q", event.target.value) })),
       choice("SAE", [["all", "all layers"], ...own.map((leg) => [leg.id, `layer ${leg.layer}: ${leg.id}`])], state.leg, (v) => change("leg", v)),
       choice("Density", DENSITIES, state.density, (v) => change("density", v)),
       choice("On the way to the next layer", [["", "anything"], ...Object.entries(FATES)], state.fate, (v) => change("fate", v)),
@@ -371,7 +384,7 @@ function onwards(run, stops, legId) {
   if (!s || s.to === null) return element("p", {}, `It has no partner in ${layerName(run, next.leg)}.`);
   const there = layerName(run, next.leg);
   const sentence = {
-    k: `In ${there} it was kept: `, d: `In ${there} it drifted: `, x: `In ${there} it died (its place is silent there): `, b: `It is silent here, and born in ${there}: `, "-": `It is silent here and in ${there}: `,
+    k: `In ${there} it was kept: `, d: `In ${there} it drifted: `, r: `In ${there} its place has another meaning: `, x: `In ${there} it died (its place is silent there): `, b: `It is silent here, and born in ${there}: `, "-": `It is silent here and in ${there}: `,
   }[s.status];
   return element("p", {}, sentence, `decoder cosine ${cosine(s.decoder)}, encoder ${cosine(s.encoder)}, correlation ${cosine(s.correlation)}. `,
     element("a.onward", { href: featureAddress(next.leg, s.to) }, `What it became in ${there}: feature ${s.to} →`));
@@ -434,7 +447,7 @@ saerelay.views.compare = async function (body, legId, text) {
       exampleList(feature, run, tokens, vocabulary, { most: 4, beyond: 0 })));
   }
   body.append(element("div.crumbs", {}, element("span", {}, element("a", { href: featureAddress(legId, latent) }, `Feature ${latent} of ${layerName(run, legId)}`), " / side by side")),
-    element("h1", {}, "The same feature, layer by layer"),
+    element("h1", {}, "One feature's place, layer by layer"),
     element("p.lead", {}, "Where it fires most in each layer, and the tokens it promotes there; the number on the way up is the decoder cosine with the next layer's."),
     element("div.panes", { tabindex: 0, role: "region", "aria-label": "Layers side by side" }, panes),
     element("p.caption", {}, element("bdi", {}, run.caption)));

@@ -11,7 +11,7 @@ Document = dict[str, Any]
 NAMES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
 
 
-def story(plan: Plan, summary: Document) -> Document:
+def story(plan: Plan, summary: Document, measures: Document | None = None) -> Document:
     """Everything the page's template names: facts, answers as sentences, and rows of its table and of the plan."""
     return {
         "model": summary["model"],
@@ -19,9 +19,10 @@ def story(plan: Plan, summary: Document) -> Document:
         "caption": caption(summary),
         "trained": trained(plan, summary),
         "tiles": tiles(summary),
+        "price": price(summary),
         "saved": saved(summary),
         "lost": lost(summary),
-        "badly": transfers_badly(summary),
+        "badly": transfers_badly(summary) + other_signs(measures),
         "surveyed": any(leg["predicted_fvu"] for leg in summary["legs"]),
         "rows": quality_rows(summary),
         "plan_rows": plan_rows(plan),
@@ -65,7 +66,8 @@ def trained(plan: Plan, summary: Document) -> str:
     first, data = legs[0], plan.run.data
     parts = [
         f"A {NAMES[first['architecture']]} sparse autoencoder with {first['n_latents']:,} latents for each layer of "
-        f"{summary['model']}."
+        f"{summary['model']} ({plan.facts.family}, {plan.facts.n_layers} layers, {plan.facts.d_model} wide, "
+        f"{format_count(plan.facts.model_params)} parameters)."
     ]
     if roots:
         parts.append(
@@ -121,6 +123,35 @@ def tiles(summary: Document) -> list[Document]:
                 }
             )
     return found
+
+
+def price(summary: Document) -> str:
+    """At what quality the suite is as much cheaper as its tiles say."""
+    children = [leg for leg in _suite(summary) if leg["parent"]]
+    ratios = sorted(leg["fvu"] / c["fvu"] for leg in children if (c := control(summary, leg, "full")))
+    if not children:
+        return ""
+    if not ratios:
+        return "Not at equal quality, perhaps: no transferred layer has a control with the full budget to compare with."
+    span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+    return (
+        f"Not at equal quality: FVU is {span} times that of from-scratch controls with the full budget, at the "
+        f"{len(ratios)} of {len(children)} transferred layers that have one."
+    )
+
+
+def other_signs(measures: Document | None) -> list[str]:
+    """What else tells of a hard transfer: where features share fewest tokens with those that they started as."""
+    rows = [row for row in (measures or {}).get("transferability") or [] if not row["snapshot"]]
+    if len(rows) < 3:
+        return []
+    rows.sort(key=lambda row: row["transferability"])
+    least = [f"{100 * row['transferability']:.0f} % at layer {row['layer']}" for row in rows[:2]]
+    return [
+        f"Another sign: features share fewest tokens with those they started as ({_listed(least)}; at most "
+        f"{100 * rows[-1]['transferability']:.0f} %, layer {rows[-1]['layer']}). That says how much had to change, not "
+        "how good the result is."
+    ]
 
 
 def known(value: float | None) -> bool:
@@ -210,7 +241,8 @@ def transfers_badly(summary: Document) -> list[str]:
             )
         else:
             sentences.append(
-                f"Layer {worst['layer']}: its FVU is {ratio:.2f} times that of its control with the full budget{rest}."
+                f"Of {len(compared)} that can be judged, layer {worst['layer']}: its FVU is {ratio:.2f} times that of "
+                f"its control with the full budget{rest}."
             )
     predicted = [leg for leg in children if known(leg["predicted_fvu"]) and known(leg["validation_fvu"])]
     if predicted:
