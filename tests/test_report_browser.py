@@ -197,5 +197,5 @@ def test_the_heat_map_tells_values_to_mouse_and_keyboard(visit: Visit) -> None:
     page.keyboard.press("ArrowDown")
     assert "SAE of layer 1 on layer 0" in page.inner_text("#tip")
     first = page.inner_text(".heat td >> nth=1")
-    page.get_by_label("Carried").select_option("identity")
+    page.get_by_label("Carried").select_option("affine")
     assert page.inner_text(".heat td >> nth=1") != first

@@ -57,7 +57,12 @@ saerelay.views.layers = async function (body, query) {
     for (const cell of matrix.cells.filter(wanted))
       if (cell.method === chosen.method || cell.source === cell.target) cells.set(`${cell.source},${cell.target}`, cell);
     const [name, definition] = run.metrics[chosen.metric];
+    const mean = (offset) => {
+      const there = [...cells.values()].filter((cell) => cell.target - cell.source === offset && Number.isFinite(cell[chosen.metric]));
+      return there.length ? number(there.reduce((sum, cell) => sum + cell[chosen.metric], 0) / there.length) : "–";
+    };
     picture.replaceChildren(
+      element("p", {}, `On average, ${name}: ${mean(0)} at home, ${mean(1)} on the next layer (forward), ${mean(-1)} on the previous one (backward).`),
       heatTable({
         rows: matrix.layers, columns: matrix.layers, corner: "SAE ↓ on layer →", digits: 3,
         rowName: (layer) => `SAE of ${layer}`, columnName: (layer) => layer,
