@@ -524,6 +524,14 @@ def test_help_and_init() -> None:
     assert "[dictionary]" in runner.invoke(app, ["init"]).output
 
 
+def test_ctrl_c_says_so_without_a_traceback(place: Path, capsys, monkeypatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saerelay.report.report_run", interrupted)
+    assert call("report", place / "run", capsys=capsys, monkeypatch=monkeypatch) == (130, "", "stopped.\n")
+
+
 def test_report_needs_a_run_and_nothing_else(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     run = shutil.copytree(place / "run", tmp_path / "run")
     code, shown, stderr = call("report", run, capsys=capsys, monkeypatch=monkeypatch)

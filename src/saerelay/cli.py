@@ -247,8 +247,9 @@ def main() -> None:
     except Interrupted as command:
         print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
         sys.exit(130)
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # what typer makes of Ctrl-C
+            print("stopped.", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.exit(141)
