@@ -4,7 +4,7 @@ The raw spaces of two layers are not comparable; a dictionary folded through the
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, combinations
@@ -49,13 +49,13 @@ class Joint:
 class SiteMaps:
     """Maps between the sites of a run, fitted on (at least) the first `tokens` positions of its training split.
 
-    Moments are gathered when a map is first asked for, of all the plan's sites in one pass if `MOMENT_BYTES` holds
-    them, and kept: who asks next finds them.
+    Moments of all the plan's sites are gathered in one pass when a map is first asked for, and kept, if `MOMENT_BYTES`
+    holds them; else those of a few sites at a time, for each who asks.
     """
 
     def __init__(self, plan: Plan, stream: AbstractStream, tokens: int, console: Console | None = None) -> None:
         self.plan, self.stream, self.tokens, self.console = plan, stream, tokens, console
-        self.joints: list[Joint] = []
+        self.everything: Joint | None = None
 
     @classmethod
     def of(cls, suite: Suite, model: LanguageModel, console: Console | None = None) -> "SiteMaps":
@@ -68,32 +68,28 @@ class SiteMaps:
 
         The two directions of a pair share their moments.
         """
-        wanted = list(dict.fromkeys(pairs))
-        moments = self.moments({(min(pair), max(pair)) for pair in wanted if pair[0] != pair[1]})
-        maps = {pair: map_between("affine", self.plan.facts.width(pair[0]), m) for pair, m in moments.items()}
-        maps |= {(b, a): between.reversed() for (a, b), between in maps.items()}
-        maps |= {pair: identity(self.plan.facts.width(pair[0])) for pair in wanted if pair[0] == pair[1]}
+        wanted, width = list(dict.fromkeys(pairs)), self.plan.facts.width
+        maps = {pair: identity(width(pair[0])) for pair in wanted if pair[0] == pair[1]}
+        for (a, b), moments in self.moments((min(pair), max(pair)) for pair in wanted if pair[0] != pair[1]):
+            maps[a, b] = map_between("affine", width(a), moments)
+            maps[b, a] = maps[a, b].reversed()
         return {pair: maps[pair] for pair in wanted}
 
-    def moments(self, pairs: Iterable[Pair]) -> dict[Pair, Moments]:
-        """The moments of each pair."""
+    def moments(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, Moments]]:
+        """The moments of each pair of the plan's sites, one pair after the other."""
         wanted = list(dict.fromkeys(pairs))
-        missing = [pair for pair in wanted if self._joint(pair) is None]
-        everything = passes(self.plan, combinations(self.plan.sites, 2))
-        for part in everything if missing and len(everything) == 1 else passes(self.plan, missing):
-            with self.console.status("fitting maps between layers") if self.console else nullcontext():
-                self.joints.append(
-                    gather(self.plan, self.stream, {site for pair in part for site in pair}, self.tokens)
-                )
-        found = dict[Pair, Moments]()
-        for a, b in wanted:
-            joint = self._joint((a, b))
-            assert joint, f"moments of {a} and {b} were not gathered"
-            found[a, b] = joint.moments.between(joint.place[a], joint.place[b])
-        return found
+        at_once = passes(self.plan, combinations(self.plan.sites, 2))
+        if wanted and self.everything is None and len(at_once) == 1:
+            self.everything = self._gather(at_once[0])
+        for part in [wanted] if self.everything else passes(self.plan, wanted):
+            joint = self.everything or self._gather(part)
+            for a, b in part:
+                yield (a, b), joint.moments.between(joint.place[a], joint.place[b])
 
-    def _joint(self, pair: Pair) -> Joint | None:
-        return next((joint for joint in self.joints if set(pair) <= set(joint.place)), None)
+    def _gather(self, pairs: Iterable[Pair]) -> Joint:
+        sites = {site for pair in pairs for site in pair}
+        with self.console.status("fitting maps between layers") if self.console else nullcontext():
+            return gather(self.plan, self.stream, sites, self.tokens)
 
 
 def gather(plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: int) -> Joint:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saerelay.checkpoint import Suite, finite, load_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
-from saerelay.dictionaries import Dictionary, match_l0
+from saerelay.dictionaries import Dictionary
 from saerelay.errors import RecipeError
 from saerelay.evaluate import SHOWN, held_out, measure, wants_ce
 from saerelay.maps import Pair, SiteMaps
@@ -24,7 +24,7 @@ from saerelay.plan import Plan
 from saerelay.recipe import Method
 from saerelay.site import Site
 from saerelay.stream import load_model
-from saerelay.survey import gather
+from saerelay.survey import carry, gather
 from saerelay.transfer import fold, map_between, refit
 
 SCHEMA_VERSION = 1
@@ -47,6 +47,11 @@ class Cell:
     source: Site
     target: Site
     method: str
+
+    @property
+    def origin(self) -> tuple[str, int, bool]:
+        """What is carried: the same for all cells of a leg, or of a snapshot."""
+        return self.leg, self.tokens, self.snapshot
 
 
 def matrix_run(
@@ -75,12 +80,15 @@ def matrix_run(
         return found
     model = model or load_model(plan)
     maps = maps or SiteMaps.of(suite, model, console)
-    pairs = {(cell.source, cell.target) for cell in cells if cell.source != cell.target and cell.method != "identity"}
-    moments = maps.moments(sorted(pairs))
     rows = gather(plan, maps.stream, REFIT_ROWS)[0] if needs_rows(suite, methods) else {}
     results = dict[Cell, dict[str, Any]]()
     for part in parts(cells, plan):
-        carried = {str(i): (cell.target, carry(suite, cell, moments, rows)) for i, cell in enumerate(part)}
+        moments = dict(maps.moments(sorted({(c.source, c.target) for c in part if c.method != "identity"})))
+        at_home = {origin: load_origin(suite, *origin) for origin in {cell.origin for cell in part}}
+        carried = {
+            str(i): (cell.target, carried_to(cell, *at_home[cell.origin], moments, rows.get(cell.target)))
+            for i, cell in enumerate(part)
+        }
         measured = measure(plan, model, held_out(plan, corpus.test, tokens), carried, ce=asked["ce"], console=console)
         results |= {cell: measured[str(i)] for i, cell in enumerate(part)}
     document = {
@@ -131,18 +139,26 @@ def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
     return found
 
 
-def carry(suite: Suite, cell: Cell, moments: dict[Pair, Moments], rows: dict[Site, Tensor]) -> Dictionary:
-    """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked."""
-    paths = suite.directory
-    dictionary, info = load_dictionary(paths.snapshot(cell.leg, cell.tokens) if cell.snapshot else paths.leg(cell.leg))
+def load_origin(suite: Suite, leg: str, tokens: int, snapshot: bool) -> tuple[Dictionary, dict[str, Any]]:
+    """What is carried, and what its JSON says of it."""
+    return load_dictionary(suite.directory.snapshot(leg, tokens) if snapshot else suite.directory.leg(leg))
+
+
+def carried_to(
+    cell: Cell, dictionary: Dictionary, info: dict[str, Any], moments: dict[Pair, Moments], rows: Tensor | None
+) -> Dictionary:
+    """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked.
+
+    `rows` (B, D) of the target may be missing where nothing looks at them.
+    """
     if cell.method == "identity":
         return dictionary
     method, _, refitted = cell.method.partition("+")
     between = map_between(cast(Method, method), dictionary.d_model, moments[cell.source, cell.target])
-    folded = fold(dictionary, between)
-    if info.get("l0") and cell.target in rows:
-        folded = match_l0(folded, rows[cell.target][:8192], info["l0"])
-    return refit(folded, rows[cell.target].split(4096)) if refitted else folded
+    if rows is None:
+        return fold(dictionary, between)
+    folded = carry(dictionary, between, rows, info.get("l0"))
+    return refit(folded, rows.split(4096)) if refitted else folded
 
 
 def cell_document(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:

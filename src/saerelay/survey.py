@@ -160,10 +160,12 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
                 "target": target.layer,
                 "r2": r2(between, held_out[source], held_out[target]),
             }
-            value = fvu(carry(suite[pilots[source].id], between, rows[target], asked), held_out[target])
+            value = fvu(carry(suite[pilots[source].id], between, rows[target], asked.dictionary.l0), held_out[target])
             hops.append(SurveyedHop(**hop, angle=angle(held_out[source], held_out[target]), fvu=value))
             if source == long.site:
-                long_hops[target.layer] = fvu(carry(suite[LONG], between, rows[target], asked), held_out[target])
+                long_hops[target.layer] = fvu(
+                    carry(suite[LONG], between, rows[target], asked.dictionary.l0), held_out[target]
+                )
     final = {leg.id: fvu(suite[leg.id].to(stream.device), held_out[leg.site]) for leg in plan.legs}
     gain = {}
     for leg in plan.legs:
@@ -212,13 +214,13 @@ def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
                 yield a, b
 
 
-def carry(dictionary: Dictionary, between: AffineMap, rows: Tensor, asked: Run) -> Dictionary:
-    """A dictionary folded through a map, at its L0 on rows (B, D) of the target.
+def carry(dictionary: Dictionary, between: AffineMap, rows: Tensor, l0: float | None) -> Dictionary:
+    """A dictionary folded through a map, at an L0 (None: as it comes) on rows (B, D) of the target.
 
     Without the refit: after it, a pilot's FVU would say more of the target's tokens than of the source's.
     """
     folded = fold(dictionary.to(rows.device), between)
-    return match_l0(folded, rows[:8192], asked.dictionary.l0) if asked.dictionary.l0 else folded
+    return match_l0(folded, rows[:8192], l0) if l0 else folded
 
 
 def r2(between: AffineMap, source: Tensor, target: Tensor) -> float:
