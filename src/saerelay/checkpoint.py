@@ -74,6 +74,10 @@ class RunDirectory:
         """A published snapshot of a leg."""
         return self.leg(leg_id) / "snapshots" / str(age)
 
+    def ages(self, leg: Leg) -> list[int]:
+        """Ages of a leg's published snapshots."""
+        return [age for age in leg.snapshots if self.snapshot(leg.id, age).is_dir()]
+
     def evaluation(self, leg_id: str) -> Path:
         """The quality of a leg."""
         return self.root / "eval" / f"{leg_id}.json"

@@ -29,7 +29,7 @@ from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
 from saerelay.survey import Survey
-from saerelay.threads import alone, in_parallel
+from saerelay.threads import side_by_side
 
 SCHEMA_VERSION = 1
 LOGIT_BYTES = 2**28
@@ -153,8 +153,7 @@ def measure(
     sites = sorted({site for site, _ in on_device.values()})
     qualities = {key: Quality() for key in on_device}
     ablations = {site: Ablation() for site in sites}
-    probe = plan.probe_site
-    open_sites = sorted({*sites, probe}) if probe else sites
+    open_sites = plan.with_probe(sites)
     silent = console is None or not console.is_terminal
     for tokens in track(
         list(batches(plan, sequences, ce)), "evaluating", console=console, transient=True, disable=silent
@@ -171,9 +170,7 @@ def measure(
                 batch = Batch(harvested[site], keep, flat[site][keep].float(), clean, logits_with)
                 jobs = [partial(batch.add_ablation, ablations[site])] if clean else []
                 jobs += [partial(batch.add_dictionary, *pair) for pair in here]
-                enough = model.device.type == "cpu" and len(jobs) >= torch.get_num_threads()
-                with alone() if enough else nullcontext():
-                    in_parallel(lambda job: job(), jobs)
+                side_by_side(lambda job: job(), jobs, model.device)
     return {key: quality.result(ablations[on_device[key][0]] if ce else None) for key, quality in qualities.items()}
 
 
@@ -310,16 +307,15 @@ def _measured(paths: RunDirectory, leg: Leg, asked: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     document = read_json(path)
-    ages = {str(age) for age in leg.snapshots if paths.snapshot(leg.id, age).is_dir()}
+    ages = {str(age) for age in paths.ages(leg)}
     return document.get("asked") == asked and set(document["snapshots"]) == ages
 
 
 def _dictionaries(paths: RunDirectory, leg: Leg) -> dict[str, tuple[Site, Dictionary]]:
     """A leg's dictionary under its id, and those of its snapshots under id@age."""
     found = {leg.id: (leg.site, load_dictionary(paths.leg(leg.id))[0])}
-    for age in leg.snapshots:
-        if paths.snapshot(leg.id, age).is_dir():
-            found[f"{leg.id}@{age}"] = (leg.site, load_dictionary(paths.snapshot(leg.id, age))[0])
+    for age in paths.ages(leg):
+        found[f"{leg.id}@{age}"] = (leg.site, load_dictionary(paths.snapshot(leg.id, age))[0])
     return found
 
 

@@ -7,7 +7,6 @@ sequences of C positions, D model width, F latents, E examples a latent, W posit
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
-from saerelay.threads import alone, in_parallel
+from saerelay.threads import side_by_side
 from saerelay.transfer import AffineMap, fold
 
 SCHEMA_VERSION = 1
@@ -137,7 +136,7 @@ def encode_batches(
 ) -> Iterator[Coded]:
     """Encode held-out sequences (N, context) with all dictionaries, batch by batch; one forward of the model each."""
     on_device = {key: (site, d.to(model.device)) for key, (site, d) in dictionaries.items()}
-    sites = sorted({site for site, _ in on_device.values()} | ({plan.probe_site} if plan.probe_site else set()))
+    sites = plan.with_probe(site for site, _ in on_device.values())
     silent, first = console is None or not console.is_terminal, 0
     for tokens in track(
         list(batches(plan, sequences, False)), "reading latents", console=console, transient=True, disable=silent
@@ -146,9 +145,8 @@ def encode_batches(
         harvested = {site: x.flatten(0, 1) for site, x in model.harvest(tokens, sites).items()}
         places = kept_positions(plan, tokens, harvested).nonzero()[:, 0]
         rows = {site: x[places].float() for site, x in harvested.items()}
-        enough = model.device.type == "cpu" and len(on_device) >= torch.get_num_threads()
-        with alone() if enough else nullcontext():
-            codes = in_parallel(lambda pair: _encode(*pair), [(d, rows[site]) for site, d in on_device.values()])
+        pairs = [(d, rows[site]) for site, d in on_device.values()]
+        codes = side_by_side(lambda pair: _encode(*pair), pairs, model.device)
         yield Coded(first, len(tokens), places, dict(zip(on_device, codes, strict=True)))
         first += len(tokens)
 
@@ -320,21 +318,26 @@ def neighbours(suite: Suite, leg: Leg) -> dict[str, Leg | None]:
 
 
 def features_run(
-    suite: Suite, model: LanguageModel | None = None, *, tokens: int = 0, console: Console | None = None
+    suite: Suite,
+    model: LanguageModel | None = None,
+    *,
+    tokens: int = 0,
+    maps: SiteMaps | None = None,
+    console: Console | None = None,
 ) -> None:
     """Find what the latents of every published leg mean, on the test split; what is known already is not done again.
 
     Writes features/<id>.safetensors, which `load_features` reads. `tokens` are the recipe's `evaluate.tokens` unless
-    given. `model` may be None to load it only if something is left to do.
+    given. `model` and `maps` may be None to load and fit them only if something is left to do.
     """
     legs = without_features(suite, tokens)
     if not legs:
         return
     plan, model = suite.plan, model or load_model(suite.plan)
-    maps = SiteMaps.of(suite, model, console).between(neighbour_pairs(suite, legs))
+    between = (maps or SiteMaps.of(suite, model, console)).between(neighbour_pairs(suite, legs))
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in legs}
     found = collect(plan, model, held_out_sequences(suite, tokens), dictionaries, console=console)
-    write_features(suite, model, found, maps, tokens)
+    write_features(suite, model, found, between, tokens)
 
 
 def held_out_sequences(suite: Suite, tokens: int) -> np.ndarray:
@@ -348,13 +351,13 @@ def neighbour_pairs(suite: Suite, legs: list[Leg]) -> list[Pair]:
     return [(leg.site, other.site) for leg in legs for other in neighbours(suite, leg).values() if other]
 
 
-def asked_of(suite: Suite, leg: Leg, tokens: int) -> dict[str, Any]:
+def asked_of(suite: Suite, leg: Leg, n_sequences: int) -> dict[str, Any]:
     """What a features file says of itself that follows from what was asked."""
     known = {
         "schema": SCHEMA_VERSION,
         "leg": leg.id,
         "layer": leg.layer,
-        "n_sequences": len(held_out_sequences(suite, tokens)),
+        "n_sequences": n_sequences,
     }
     known |= {"n_examples": EXAMPLES, "window_before": WINDOW[0], "window_after": WINDOW[1]}
     return known | {side: other.id if other else None for side, other in neighbours(suite, leg).items()}
@@ -362,10 +365,10 @@ def asked_of(suite: Suite, leg: Leg, tokens: int) -> dict[str, Any]:
 
 def without_features(suite: Suite, tokens: int = 0) -> list[Leg]:
     """The legs whose features are not there, or were asked for differently."""
-    missing = []
+    missing, n_sequences = [], len(held_out_sequences(suite, tokens))
     for leg in suite.legs:
         path = suite.directory.features(leg.id)
-        if not path.is_file() or asked_of(suite, leg, tokens).items() - _facts(path).items():
+        if not path.is_file() or asked_of(suite, leg, n_sequences).items() - _facts(path).items():
             missing.append(leg)
     return missing
 
@@ -375,7 +378,8 @@ def write_features(
     suite: Suite, model: LanguageModel, found: dict[str, Features], maps: dict[Pair, AffineMap], tokens: int
 ) -> None:
     """Write what was collected of some legs, with what comes from weights: logits, and similar latents next door."""
-    W_U = model.unembedding() if suite.plan.facts.has_lm_head else None
+    W_U = model.unembedding() if found and suite.plan.facts.has_lm_head else None
+    n_sequences = len(held_out_sequences(suite, tokens))
     for leg_id, features in found.items():
         leg, dictionary = suite.plan.leg(leg_id), suite[leg_id].to(model.device)
         more = {} if W_U is None or leg.module == "attn_z" else logit_effects(dictionary.W_dec, W_U)
@@ -384,7 +388,7 @@ def write_features(
                 carried = fold(dictionary, maps[leg.site, other.site])
                 latents, cosines = most_similar(carried.W_dec, suite[other.id].to(model.device).W_dec)
                 more |= {f"{side}_latents": latents.int().cpu(), f"{side}_cosine": cosines.half().cpu()}
-        facts = features.facts | asked_of(suite, leg, tokens)
+        facts = features.facts | asked_of(suite, leg, n_sequences)
         write_tensors(suite.directory.features(leg_id), features.tensors() | more, {"facts": json.dumps(facts)})
 
 

@@ -86,7 +86,7 @@ class Link:
     correlation: Tensor
     """(F): Pearson's, of the activations on the same tokens; NaN where one never fires."""
     status: str
-    """A letter a latent: k, d, x, b or -."""
+    """A letter a latent: k, d, r, x, b or -."""
 
     def forward(self, latent: int) -> int | None:
         """The partner of a latent of the source, or None."""
@@ -397,14 +397,11 @@ def lineage_run(
             firing[key].add(codes)
         for key, collector in collectors.items():
             collector.add(batch, batch.codes[key])
-        for pair, comparison in zip(pairs, comparisons, strict=True):
-            comparison.add(batch.codes[pair.source.id], batch.codes[pair.target.id], scratch)
+        for c in comparisons:
+            c.add(batch.codes[c.pair.source.id], batch.codes[c.pair.target.id], scratch)
     write_features(suite, model, {key: collector.result() for key, collector in collectors.items()}, between, tokens)
     if not known:
-        links = [
-            comparison.link(firing[pair.source.id], firing[pair.target.id], n_tokens)
-            for pair, comparison in zip(pairs, comparisons, strict=True)
-        ]
+        links = [c.link(firing[c.pair.source.id], firing[c.pair.target.id], n_tokens) for c in comparisons]
         facts = asked_of(suite, len(sequences)) | {"n_tokens": n_tokens, "map_tokens": maps.tokens}
         document = finite(facts | {"links": [_link_to_json(link) for link in links]})
         write_text(paths.lineage, json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n")

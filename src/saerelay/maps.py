@@ -97,9 +97,8 @@ def gather(plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: in
     sites = sorted(sites)
     ends = list(accumulate((plan.facts.width(site) for site in sites), initial=0))
     joint = Moments.empty(ends[-1], 0)
-    opened = sorted({*sites, plan.probe_site} if plan.probe_site else sites)
     for number in range(math.ceil(tokens / plan.block_tokens)):
-        block = stream.block(number, opened)
+        block = stream.block(number, plan.with_probe(sites))
         for rows in block.chunks(sites):
             x = torch.cat([rows[site] for site in sites], dim=1)
             joint.add(x, x[:, :0])

@@ -115,9 +115,8 @@ def cells_of(suite: Suite, method: str, snapshots: bool) -> Iterator[Cell]:
             continue
         info = read_json(suite.directory.leg(leg.id) / "dictionary.json")
         yield Cell(leg.id, info["tokens"], False, leg.site, target, method)
-        for age in leg.snapshots if snapshots else ():
-            if suite.directory.snapshot(leg.id, age).is_dir():
-                yield Cell(leg.id, age, True, leg.site, target, method)
+        for age in suite.directory.ages(leg) if snapshots else ():
+            yield Cell(leg.id, age, True, leg.site, target, method)
 
 
 def needs_rows(suite: Suite, methods: Sequence[str]) -> bool:

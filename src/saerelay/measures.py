@@ -281,12 +281,12 @@ def measures_run(
     asked = read_prompts(prompts, plan) if prompts else None
     corpus, model = Corpus.open(paths.tokens), model or load_model(plan)
     W_U = model.unembedding() if plan.facts.has_lm_head or prompts else None
-    features_run(suite, model, tokens=tokens, console=console)
+    maps = maps or SiteMaps.of(suite, model, console)
+    features_run(suite, model, tokens=tokens, maps=maps, console=console)
     sequences = held_out_sequences(suite, tokens)
     trained = see(suite, model, sequences, W_U, console)
     pairs = pairs_of(suite, trained)
     sites = sorted({(pair.source.leg.site, pair.target.leg.site) for pair in pairs})
-    maps = maps or SiteMaps.of(suite, model, console)
     between = maps.between(sites)
     matrix = read_json(paths.matrix) if paths.matrix.is_file() else None
     document = {
@@ -320,15 +320,14 @@ def see(
     ages = {
         f"{leg.id}@{age}": load_dictionary(paths.snapshot(leg.id, age))[0]
         for leg in suite.legs
-        for age in leg.snapshots
-        if paths.snapshot(leg.id, age).is_dir()
+        for age in paths.ages(leg)
     }
     placed = {key: (suite.plan.leg(key.rpartition("@")[0]).site, dictionary) for key, dictionary in ages.items()}
     seen = collect(suite.plan, model, sequences, placed, window=(0, 0), console=console) if placed else {}
     for leg in suite.legs:
         dictionary, info = load_dictionary(paths.leg(leg.id))
         versions = [(info["tokens"], dictionary, load_features(paths, leg.id))]
-        versions += [(age, ages[key], seen[key]) for age in leg.snapshots if (key := f"{leg.id}@{age}") in ages]
+        versions += [(age, ages[key], seen[key]) for age in paths.ages(leg) for key in [f"{leg.id}@{age}"]]
         for i, (age, dictionary, features) in enumerate(versions):
             speaks = None
             if W_U is not None and leg.module != "attn_z":

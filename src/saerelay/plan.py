@@ -12,7 +12,7 @@ parent reaches the age it forks at, so that both share the language model's forw
 """
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Literal
 
@@ -178,9 +178,11 @@ class Plan(Spec):
         for leg in self.legs:
             if leg.moment_tokens and leg.start < stop and start < leg.fold_at:
                 sites.add(self.parent_site(leg))
-        if sites and self.probe_site:
-            sites.add(self.probe_site)
-        return sorted(sites)
+        return self.with_probe(sites) if sites else []
+
+    def with_probe(self, sites: Iterable[Site]) -> list[Site]:
+        """Sites in order, and the one where outlier norms are looked for."""
+        return sorted({*sites, self.probe_site} if self.probe_site else set(sites))
 
     def without_controls(self) -> "Plan":
         """What a user would run who believes us."""

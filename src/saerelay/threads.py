@@ -7,7 +7,7 @@ Pieces are cut by shapes, never by the number of threads, so the bits of a resul
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -76,6 +76,14 @@ def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> list[R]:
         if error is not None:
             raise error
     return results
+
+
+def side_by_side(function: Callable[[A], R], items: Iterable[A], device: torch.device) -> list[R]:
+    """`[function(item) for item in items]`, on one core each if that keeps all cores of a processor busy."""
+    work = list(items)
+    enough = device.type == "cpu" and len(work) >= torch.get_num_threads()
+    with alone() if enough else nullcontext():
+        return in_parallel(function, work)
 
 
 def _first_helpers(n: int) -> "list[SimpleQueue[Callable[[], None]]]":

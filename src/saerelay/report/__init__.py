@@ -61,15 +61,15 @@ def report_run(
     """
     check_replaceable(suite)
     paths = suite.directory
-    whole = not quick and not (paths.matrix.is_file() and paths.measures.is_file())
-    model = model or (load_model(suite.plan) if whole else None)
+    no_matrix, no_measures = (not quick and not path.is_file() for path in (paths.matrix, paths.measures))
+    model = model or (load_model(suite.plan) if no_matrix or no_measures else None)
     maps = SiteMaps.of(suite, model, console) if model else None
     summary = evaluate_run(suite, model, console=console)
     write_json(paths.root / "summary.json", summary)
     lineage_run(suite, model, features=True, maps=maps, console=console)
-    if not quick and not paths.matrix.is_file():
+    if no_matrix:
         matrix_run(suite, model, tokens=MATRIX_TOKENS, maps=maps, console=console)
-    if not quick and not paths.measures.is_file():
+    if no_measures:
         measures_run(suite, model, maps=maps, console=console)
     with console.status("writing the report") if console else nullcontext():
         return write_report(suite, summary)
