@@ -331,7 +331,8 @@ def see(
         for i, (age, dictionary, features) in enumerate(versions):
             speaks = None
             if W_U is not None and leg.module != "attn_z":
-                effects = logit_effects(dictionary.W_dec.to(W_U.device), W_U)
+                known = features.tensors()  # of a leg, its logits too
+                effects = known if "top_logits" in known else logit_effects(dictionary.W_dec.to(W_U.device), W_U)
                 rows, positions = features.example_sequence.long(), features.example_position.long()
                 top = torch.from_numpy(sequences.astype(np.int64))[rows, positions].masked_fill(rows < 0, -1)
                 speaks = Speaks(effects["top_logits"], effects["bottom_logits"], top)
