@@ -141,7 +141,7 @@ def sequences(job: Job, split: str) -> Any:
 
 def ours(job: Job, dtype: str = "auto") -> dict:
     """`train_plan`, as `saerelay train` calls it."""
-    from saerelay.checkpoint import RunDirectory, load_dictionary, read_json
+    from saerelay.checkpoint import RunDirectory, read_dictionary, read_json
     from saerelay.launch import open_stream, plan_run
     from saerelay.recipe import Run
     from saerelay.trackers import Several
@@ -162,7 +162,7 @@ def ours(job: Job, dtype: str = "auto") -> dict:
         baseline, began = mebibytes("VmRSS"), time.perf_counter()
         train_plan(plan, paths, stream, Several([]), stream.device)
         wall, peak = time.perf_counter() - began, mebibytes("VmHWM")
-        legs = {leg.layer: load_dictionary(paths.leg(leg.id)) for leg in plan.legs}
+        legs = {leg.layer: read_dictionary(paths.leg(leg.id)) for leg in plan.legs}
         lm = read_json(paths.cost)["seconds"]["lm"]
     steps = sum(info["seconds"] for _, info in legs.values())
     parts = {"lm": lm, "shuffle": None, "sae_step": steps, "rest": wall - lm - steps}

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from saerelay.checkpoint import RunDirectory, load, write_json, write_text
+from saerelay.checkpoint import RunDirectory, write_json, write_text
 from saerelay.corpus import Corpus, prepare
 from saerelay.cost import plan_cost
 from saerelay.dictionaries import Dictionary
@@ -51,6 +51,7 @@ from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, LegSpec, Met
 from saerelay.showcase import DEMO
 from saerelay.spec import format_count
 from saerelay.stream import load_model
+from saerelay.suite import load
 
 BLOCK = 50_176
 """Tokens shuffled together in every run: 98 batches. A map is fitted on two blocks, a refit made on one."""

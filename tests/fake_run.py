@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from saerelay.checkpoint import RunDirectory, Suite, finite, load, write_json, write_text
+from saerelay.checkpoint import RunDirectory, finite, write_json, write_text
 from saerelay.corpus import Corpus
 from saerelay.features import load_features
 from saerelay.plan import ModelFacts, compile_plan
 from saerelay.recipe import Run
+from saerelay.suite import Suite, load
 
 F, CONTEXT, SEQUENCES, V = 600, 24, 8, 101
 FACTS = ModelFacts(

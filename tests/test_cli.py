@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 import saerelay as sr
-from saerelay.checkpoint import load_dictionary
+from saerelay.checkpoint import read_dictionary
 from saerelay.cli import app, main
 
 torch.set_num_threads(1)
@@ -261,7 +261,7 @@ def test_hop_carries_one_dictionary_to_another_layer(
     arguments = ["hop", "--from", source, "--to-layer", 2, "--recipe", place / "run.toml", "--out", tmp_path / "x"]
     code, stdout, stderr = call(*arguments, "--tokens", tokens, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "L2-from-L1" in stdout, stderr
-    hopped, info = load_dictionary(tmp_path / "x/legs/L2-from-L1")
+    hopped, info = read_dictionary(tmp_path / "x/legs/L2-from-L1")
     assert hopped.n_latents == 64 and info["tokens"] == (2048 if tokens == "2k" else 0)
     code, stdout, _ = call("eval", tmp_path / "x", "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert json.loads(stdout)["legs"][0]["fvu"] < 1

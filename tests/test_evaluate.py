@@ -149,14 +149,14 @@ def test_ce_of_a_model_without_a_head_is_refused(setting) -> None:
 
 
 def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
-    from saerelay.checkpoint import load_dictionary, publish
+    from saerelay.checkpoint import publish, read_dictionary
 
     sae = Dictionary(
         architecture="relu", W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4), b_dec=torch.zeros(4)
     )
     publish(tmp_path / "d", sae, {"layer": 0, "module": "resid_post"})
     good: dict[str, Any] = json.loads((tmp_path / "d/dictionary.json").read_text())
-    assert torch.equal(load_dictionary(tmp_path / "d")[0].W_enc, sae.W_enc)
+    assert torch.equal(read_dictionary(tmp_path / "d")[0].W_enc, sae.W_enc)
     for change, message in (
         ({"n_latents": 5}, "W_enc has shape"),
         ({"schema_version": 99}, "schema 99"),
@@ -164,10 +164,10 @@ def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
     ):
         (tmp_path / "d/dictionary.json").write_text(json.dumps(good | change))
         with pytest.raises(RunDirectoryError, match=message):
-            load_dictionary(tmp_path / "d")
+            read_dictionary(tmp_path / "d")
     (tmp_path / "d/dictionary.json").write_text(json.dumps(good))
     (tmp_path / "d/dictionary.safetensors").write_bytes(b"junk")
     with pytest.raises(RunDirectoryError, match="cannot be read"):
-        load_dictionary(tmp_path / "d")
+        read_dictionary(tmp_path / "d")
     with pytest.raises(RunDirectoryError, match="no dictionary here"):
-        load_dictionary(tmp_path / "nothing")
+        read_dictionary(tmp_path / "nothing")

@@ -14,7 +14,7 @@ import torch
 
 import saerelay as sr
 from saerelay import measures as module
-from saerelay.checkpoint import load_dictionary, publish
+from saerelay.checkpoint import publish, read_dictionary
 from saerelay.cli import main
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError, ModelError
@@ -148,7 +148,7 @@ def suite(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> sr.Suit
 
 def silence(directory: Path, latent: int) -> None:
     """Let a latent of a published dictionary never fire."""
-    dictionary, info = load_dictionary(directory)
+    dictionary, info = read_dictionary(directory)
     b_enc = dictionary.b_enc.clone()
     b_enc[latent] = -1e4
     publish(directory, replace(dictionary, b_enc=b_enc), info)
@@ -194,7 +194,7 @@ def test_rows_are_the_definitions_on_whole_tensors(
     test = np.load(suite.directory.tokens / "test.npy")
     sequences = held_out(plan, test, 1000)
     tokens = torch.from_numpy(sequences.astype(np.int64))
-    child, parent = load_dictionary(suite.directory.snapshot("L1-from-L0", 1024))[0], suite["L0"]
+    child, parent = read_dictionary(suite.directory.snapshot("L1-from-L0", 1024))[0], suite["L0"]
     sites = {"child": plan.leg("L1-from-L0").site, "parent": plan.leg("L0").site}
     x = model.harvest(tokens, sorted(sites.values()))
     z = {"child": child.encode(x[sites["child"]]), "parent": parent.encode(x[sites["parent"]])}
@@ -228,7 +228,7 @@ def test_scores_are_of_one_set_of_tokens(suite: sr.Suite, model: LanguageModel, 
     row = next(r for r in document["transfer_scores"] if r["leg"] == "L1-from-L2" and r["snapshot"])
     sequences = held_out(suite.plan, np.load(suite.directory.tokens / "test.npy"), 512)
     site = suite.plan.leg("L1").site
-    snapshot = load_dictionary(suite.directory.snapshot("L1-from-L2", 1024))[0]
+    snapshot = read_dictionary(suite.directory.snapshot("L1-from-L2", 1024))[0]
     dictionaries = {"transferred": snapshot, "zero_shot": suite["L2"], "from_scratch": suite["L1"]}
     placed = {key: (site, dictionary) for key, dictionary in dictionaries.items()}
     found = measure(suite.plan, model, sequences, placed, ce=True)

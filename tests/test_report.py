@@ -10,13 +10,14 @@ import pytest
 from fake_run import HOSTILE, KNOWN, F, V, fake_run, token_text
 
 import saerelay.report
-from saerelay.checkpoint import Suite, read_json, write_json
+from saerelay.checkpoint import read_json, write_json
 from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import summary
 from saerelay.features import load_features
 from saerelay.report import data, write_report
 from saerelay.report.data import CHUNK, LEVELS, feed
 from saerelay.report.story import lost, saved, story, tiles, transfers_badly
+from saerelay.suite import Suite
 
 LEG = "L1"
 

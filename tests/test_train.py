@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from saerelay.checkpoint import RunDirectory, load, load_dictionary, load_state, write_text
+from saerelay.checkpoint import RunDirectory, load_state, read_dictionary, write_text
 from saerelay.engine import Progress, Trainee
 from saerelay.errors import Interrupted, LegFailed
 from saerelay.plan import ModelFacts, Plan, compile_plan
 from saerelay.recipe import Run
 from saerelay.site import Site
 from saerelay.stream import AbstractStream, Block, TensorStream
+from saerelay.suite import load
 from saerelay.train import train_plan
 
 D = 16
@@ -80,7 +81,7 @@ def run(
 def weights(root: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted(root.glob("legs/**/dictionary.json")):
-        dictionary, _ = load_dictionary(path.parent)
+        dictionary, _ = read_dictionary(path.parent)
         found |= {f"{path.parent.relative_to(root)}/{name}": tensor for name, tensor in dictionary.tensors().items()}
     return found
 
@@ -171,7 +172,7 @@ def test_snapshots_are_published_and_change_nothing(whole: Path, tmp_path: Path,
         for name, tensor in load(whole)[leg_id].tensors().items():
             assert torch.equal(load(tmp_path / "s")[leg_id].tensors()[name], tensor)
     assert (tmp_path / "s/legs/L0-from-L1/snapshots/0/dictionary.json").is_file()
-    _, info = load_dictionary(tmp_path / "s/legs/L1/snapshots/1024")
+    _, info = read_dictionary(tmp_path / "s/legs/L1/snapshots/1024")
     assert (info["tokens"], info["finished"]) == (1024, False)
 
 
@@ -207,7 +208,7 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
     assert caught.value.exit_code == 1
     suite = load(tmp_path / "f")
     assert {"L1", "L0-from-L1", "L2-scratch-equal"} <= set(suite) and "L2-scratch-full" not in set(suite)
-    kept, info = load_dictionary(tmp_path / "f/legs/L2-scratch-full/snapshots/3072")
+    kept, info = read_dictionary(tmp_path / "f/legs/L2-scratch-full/snapshots/3072")
     assert info["failure"] and all(torch.isfinite(t).all() for t in kept.tensors().values())
     assert "L2-from-L1 stopped: method affine" in str(caught.value)
     for name, tensor in load(whole)["L0-from-L1"].tensors().items():
@@ -239,7 +240,7 @@ def test_a_hop_to_larger_activations_starts_at_the_right_l0(
     legs += [{"id": m, "layer": 1, "parent": "L0", "tokens": 0, "method": m} for m in ("identity", "rescale")]
     plan = make_plan(facts, architecture=architecture, legs=legs, refit=False)
     run(plan, tmp_path / "a", facts, stream=stream)
-    l0 = {leg: load_dictionary(tmp_path / "a/legs" / leg)[1]["l0"] for leg in ("L0", "identity", "rescale")}
+    l0 = {leg: read_dictionary(tmp_path / "a/legs" / leg)[1]["l0"] for leg in ("L0", "identity", "rescale")}
     wanted = l0["L0"] if architecture == "relu" else plan.legs[0].dictionary.l0
     assert l0["rescale"] == pytest.approx(wanted, rel=0.15)  # set and measured on different 512 tokens
     if architecture != "batchtopk":
@@ -272,7 +273,7 @@ def run_to_goals(plan: Plan, root: Path, facts: ModelFacts, watch: Watch | None 
 
 
 def tokens_seen(root: Path, leg_id: str) -> int:
-    return load_dictionary(root / "legs" / leg_id)[1]["tokens"]
+    return read_dictionary(root / "legs" / leg_id)[1]["tokens"]
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def test_a_leg_ends_when_it_will_meet_its_goal(early: Path, tmp_path: Path, fact
     plan = make_plan(facts, legs=GOALS)
     assert 1536 <= tokens_seen(early, "a") < 6144 and tokens_seen(early, "c") < 4096
     assert tokens_seen(early, "b") == 4096
-    info = load_dictionary(early / "legs/a")[1]
+    info = read_dictionary(early / "legs/a")[1]
     assert info["leg"]["budget_tokens"] == 6144 and info["validation_fvu"] <= 0.5
     last = [json.loads(line) for line in (early / "metrics.jsonl").read_text().splitlines() if '"leg": "a"' in line][-1]
     assert last["learning_rate"] < 0.1 * plan.leg("a").lr
@@ -340,12 +341,12 @@ def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFac
     once = {tuple(row): n for row, n in zip(rows["c"][0][:, :3].tolist(), rows["c"][1].tolist(), strict=True)}
     assert sum(once.values()) == 1024 and len(once) > 900  # some rows of the stream are alike
     assert rows["b"][1].tolist() and all(n % 3 == 0 for n in rows["b"][1].tolist()) and int(rows["b"][1].sum()) == 3072
-    assert load_dictionary(tmp_path / "whole/legs/b")[1]["tokens"] == 3072
+    assert read_dictionary(tmp_path / "whole/legs/b")[1]["tokens"] == 3072
     without = make_plan(facts, legs=[REUSE[0], REUSE[2]])
     run(without, tmp_path / "without", facts)
     assert all(
-        torch.equal(t, load_dictionary(tmp_path / "without/legs/c")[0].tensors()[name])
-        for name, t in load_dictionary(tmp_path / "whole/legs/c")[0].tensors().items()
+        torch.equal(t, read_dictionary(tmp_path / "without/legs/c")[0].tensors()[name])
+        for name, t in read_dictionary(tmp_path / "whole/legs/c")[0].tensors().items()
     )
 
 

@@ -11,9 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saerelay.checkpoint import Suite as Suite
-    from saerelay.checkpoint import load as load
-    from saerelay.checkpoint import load_dictionary as load_dictionary
     from saerelay.dictionaries import Dictionary as Dictionary
     from saerelay.dictionaries import match_l0 as match_l0
     from saerelay.errors import SaeRelayError as SaeRelayError
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
     from saerelay.features import Features as Features
     from saerelay.features import features_run as features_run
     from saerelay.features import load_features as load_features
+    from saerelay.interop import load_dictionary as load_dictionary
     from saerelay.launch import hop_run as hop_run
     from saerelay.launch import plan_run as plan_run
     from saerelay.launch import train_run as train_run
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from saerelay.plan import Plan as Plan
     from saerelay.recipe import Run as Run
     from saerelay.site import Site as Site
+    from saerelay.suite import Suite as Suite
+    from saerelay.suite import load as load
     from saerelay.transfer import AffineMap as AffineMap
     from saerelay.transfer import fold as fold
     from saerelay.transfer import map_between as map_between
@@ -50,14 +50,14 @@ _HOMES = {
     "Run": "recipe",
     "SaeRelayError": "errors",
     "Site": "site",
-    "Suite": "checkpoint",
+    "Suite": "suite",
     "evaluate_run": "evaluate",
     "features_run": "features",
     "fold": "transfer",
     "hop_run": "launch",
     "lineage_run": "lineage",
-    "load": "checkpoint",
-    "load_dictionary": "checkpoint",
+    "load": "suite",
+    "load_dictionary": "interop",
     "load_features": "features",
     "map_between": "transfer",
     "match_l0": "dictionaries",

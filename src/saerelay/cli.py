@@ -118,11 +118,12 @@ def evaluate(
     prompts: Annotated[Path | None, typer.Option(help="with --measures: a file of prompts, one JSON a line")] = None,
 ) -> None:
     """Measure the quality of every leg on held-out documents; or --matrix or --measures of the whole suite."""
-    from saerelay.checkpoint import RunDirectory, load, write_json
+    from saerelay.checkpoint import RunDirectory, write_json
     from saerelay.evaluate import evaluate_run
     from saerelay.matrix import matrix_run
     from saerelay.measures import measures_run
     from saerelay.recipe import EvaluateSpec
+    from saerelay.suite import load
     from saerelay.tables import matrix_tables, measures_tables
 
     asked = EvaluateSpec.parse({"tokens": tokens}, source="--tokens").tokens if tokens else 0
@@ -159,8 +160,8 @@ def show_latent(
 
     The first time, features and lineage of the whole run are computed.
     """
-    from saerelay.checkpoint import load
     from saerelay.lineage import describe_latent
+    from saerelay.suite import load
     from saerelay.tables import latent_view
 
     document = describe_latent(load(run), leg, latent, console=Console(stderr=True))
@@ -198,8 +199,8 @@ def report(
     """Make one page that shows all of a run, and first the measurements it still needs."""
     import webbrowser
 
-    from saerelay.checkpoint import load
     from saerelay.report import report_run
+    from saerelay.suite import load
 
     page = report_run(load(run), quick=quick, console=Console(stderr=True))
     size = sum(path.stat().st_size for path in page.parent.rglob("*") if path.is_file())

@@ -6,6 +6,7 @@
     ├── ModelError                the language model is missing, gated, unreadable, or cannot do what is asked of it
     ├── DataError                 corpus missing, empty, too short, or of the wrong type
     ├── TransferError             source and target do not fit together
+    ├── FormatError               a file of another tool is missing, damaged, or says what cannot be expressed here
     ├── RunDirectoryError         the output directory is taken, locked, unreadable, or of another run
     └── LegFailed                 training of at least one leg stopped (non-finite loss); the CLI exits with 1
     Interrupted                   Ctrl-C: no error; the state was saved; the CLI exits with 130
@@ -38,6 +39,10 @@ class DataError(SaeRelayError):
 
 class TransferError(SaeRelayError):
     """Source and target of a transfer do not fit together."""
+
+
+class FormatError(SaeRelayError):
+    """A dictionary in another tool's format cannot be read, or ours cannot be written in it."""
 
 
 class RunDirectoryError(SaeRelayError):

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from saerelay.checkpoint import RunDirectory, Suite, load_dictionary, read_json, write_json
+from saerelay.checkpoint import RunDirectory, read_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.cost import plan_cost
 from saerelay.dictionaries import Dictionary
@@ -28,6 +28,7 @@ from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
+from saerelay.suite import Suite
 from saerelay.survey import Survey
 from saerelay.threads import side_by_side
 
@@ -313,9 +314,9 @@ def _measured(paths: RunDirectory, leg: Leg, asked: dict[str, Any]) -> bool:
 
 def _dictionaries(paths: RunDirectory, leg: Leg) -> dict[str, tuple[Site, Dictionary]]:
     """A leg's dictionary under its id, and those of its snapshots under id@age."""
-    found = {leg.id: (leg.site, load_dictionary(paths.leg(leg.id))[0])}
+    found = {leg.id: (leg.site, read_dictionary(paths.leg(leg.id))[0])}
     for age in paths.ages(leg):
-        found[f"{leg.id}@{age}"] = (leg.site, load_dictionary(paths.snapshot(leg.id, age))[0])
+        found[f"{leg.id}@{age}"] = (leg.site, read_dictionary(paths.snapshot(leg.id, age))[0])
     return found
 
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saerelay.checkpoint import RunDirectory, Suite, write_tensors
+from saerelay.checkpoint import RunDirectory, write_tensors
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import RunDirectoryError
@@ -30,6 +30,7 @@ from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
+from saerelay.suite import Suite
 from saerelay.threads import side_by_side
 from saerelay.transfer import AffineMap, fold
 

@@ -17,16 +17,7 @@ from rich.console import Console
 
 from saerelay.auto import Choice, choose, written_out
 from saerelay.cache import ActivationCache
-from saerelay.checkpoint import (
-    RunDirectory,
-    Suite,
-    load,
-    load_dictionary,
-    read_plan,
-    sole_writer,
-    state_facts,
-    write_text,
-)
+from saerelay.checkpoint import RunDirectory, read_dictionary, read_plan, sole_writer, state_facts, write_text
 from saerelay.corpus import Corpus, prepare
 from saerelay.cost import plan_cost
 from saerelay.engine import Trainee
@@ -38,6 +29,7 @@ from saerelay.progress import LiveTable, PlainLog, Watcher
 from saerelay.recipe import LegSpec, Run, annotated_toml
 from saerelay.spec import format_count
 from saerelay.stream import LM_BATCH_TOKENS, LiveStream, load_model
+from saerelay.suite import Suite, load
 from saerelay.survey import Survey, measure_survey, survey_plan
 from saerelay.trackers import Several, asked_for, check_installed
 from saerelay.train import HELD_OUT_ROWS, machine, train_plan
@@ -60,7 +52,7 @@ def memory_allowed(run: Run, facts: ModelFacts) -> float:
 
 def describe_external(directory: str) -> External:
     """What a plan must know of a parent that is a directory."""
-    dictionary, info = load_dictionary(Path(directory))
+    dictionary, info = read_dictionary(Path(directory))
     return External(
         layer=info["layer"],
         module=info["module"],

@@ -26,7 +26,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
-from saerelay.checkpoint import RunDirectory, Suite, finite, read_json, write_text
+from saerelay.checkpoint import RunDirectory, finite, read_json, write_text
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import ModelError, RunDirectoryError
@@ -47,6 +47,7 @@ from saerelay.maps import SiteMaps
 from saerelay.model import LanguageModel, load_tokenizer, token_text
 from saerelay.plan import Leg, Plan
 from saerelay.stream import load_model
+from saerelay.suite import Suite
 from saerelay.transfer import fold
 
 SCHEMA_VERSION = 1

@@ -13,13 +13,13 @@ from typing import final
 import torch
 from rich.console import Console
 
-from saerelay.checkpoint import Suite
 from saerelay.corpus import Corpus
 from saerelay.model import LanguageModel
 from saerelay.moments import Moments
 from saerelay.plan import Plan
 from saerelay.site import Site
 from saerelay.stream import AbstractStream, LiveStream
+from saerelay.suite import Suite
 from saerelay.transfer import AffineMap, identity, map_between
 
 MAP_TOKENS = 65_536

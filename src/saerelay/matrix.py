@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 from rich.console import Console
 from torch import Tensor
 
-from saerelay.checkpoint import Suite, finite, load_dictionary, read_json, write_json
+from saerelay.checkpoint import finite, read_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import RecipeError
@@ -24,6 +24,7 @@ from saerelay.plan import Plan
 from saerelay.recipe import Method
 from saerelay.site import Site
 from saerelay.stream import load_model
+from saerelay.suite import Suite
 from saerelay.survey import carry, gather
 from saerelay.transfer import fold, map_between, refit
 
@@ -140,7 +141,7 @@ def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
 
 def load_origin(suite: Suite, leg: str, tokens: int, snapshot: bool) -> tuple[Dictionary, dict[str, Any]]:
     """What is carried, and what its JSON says of it."""
-    return load_dictionary(suite.directory.snapshot(leg, tokens) if snapshot else suite.directory.leg(leg))
+    return read_dictionary(suite.directory.snapshot(leg, tokens) if snapshot else suite.directory.leg(leg))
 
 
 def carried_to(

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from saerelay.checkpoint import Suite, finite, load_dictionary, read_json, write_json
+from saerelay.checkpoint import finite, read_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError, RunDirectoryError
@@ -27,6 +27,7 @@ from saerelay.model import LanguageModel, load_tokenizer
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.stream import load_model
+from saerelay.suite import Suite
 
 SCHEMA_VERSION = 1
 DENSE = 2**24
@@ -318,14 +319,14 @@ def see(
     """All published legs, each followed by its snapshots; legs as their features files have them, snapshots anew."""
     paths, found = suite.directory, list[Trained]()
     ages = {
-        f"{leg.id}@{age}": load_dictionary(paths.snapshot(leg.id, age))[0]
+        f"{leg.id}@{age}": read_dictionary(paths.snapshot(leg.id, age))[0]
         for leg in suite.legs
         for age in paths.ages(leg)
     }
     placed = {key: (suite.plan.leg(key.rpartition("@")[0]).site, dictionary) for key, dictionary in ages.items()}
     seen = collect(suite.plan, model, sequences, placed, window=(0, 0), console=console) if placed else {}
     for leg in suite.legs:
-        dictionary, info = load_dictionary(paths.leg(leg.id))
+        dictionary, info = read_dictionary(paths.leg(leg.id))
         versions = [(info["tokens"], dictionary, load_features(paths, leg.id))]
         versions += [(age, ages[key], seen[key]) for age in paths.ages(leg) for key in [f"{leg.id}@{age}"]]
         for i, (age, dictionary, features) in enumerate(versions):

@@ -14,7 +14,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from saerelay.checkpoint import RunDirectory, Suite, load, load_dictionary, read_json
+from saerelay.checkpoint import RunDirectory, read_dictionary, read_json
 from saerelay.cost import forward_flops, plan_cost
 from saerelay.dictionaries import Dictionary, match_l0
 from saerelay.engine import fvu
@@ -24,6 +24,7 @@ from saerelay.recipe import LegSpec, Run
 from saerelay.site import Site
 from saerelay.spec import Spec
 from saerelay.stream import AbstractStream, LiveStream
+from saerelay.suite import Suite, load
 from saerelay.train import hold_out
 from saerelay.transfer import AffineMap, affine, fold
 
@@ -169,7 +170,7 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
     final = {leg.id: fvu(suite[leg.id].to(stream.device), held_out[leg.site]) for leg in plan.legs}
     gain = {}
     for leg in plan.legs:
-        before = load_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))[0].to(stream.device)
+        before = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))[0].to(stream.device)
         gain[leg.id] = min(1.0, final[leg.id] / fvu(before, held_out[leg.site]))
     layers = [
         SurveyedLayer(layer=site.layer, rms_norm=rms_norm(held_out[site]), fvu=final[leg.id], decay_gain=gain[leg.id])
@@ -242,7 +243,7 @@ def rms_norm(x: Tensor) -> float:
 def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds: float) -> SurveyCost:
     """What the survey took, its measuring included."""
     cost, seconds = plan_cost(plan), read_json(suite.directory.cost)["seconds"]
-    steps = sum(load_dictionary(suite.directory.leg(leg.id))[1]["seconds"] for leg in suite.legs)
+    steps = sum(read_dictionary(suite.directory.leg(leg.id))[1]["seconds"] for leg in suite.legs)
     forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.run.data.context)
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,

@@ -22,10 +22,10 @@ from torch import Tensor
 from saerelay.checkpoint import (
     RunDirectory,
     finite,
-    load_dictionary,
     load_state,
     prefixed,
     publish,
+    read_dictionary,
     save_state,
     truncate_metrics,
     under,
@@ -191,7 +191,7 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
         source = source.to("cpu")
     else:
         directory = paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(now.plan.externals[leg.parent].path)
-        source, info = load_dictionary(directory)
+        source, info = read_dictionary(directory)
         l0 = l0 or info.get("l0")
     assert leg.method is not None
     moments, rows = now.moments.pop(leg.id, None), block.rows(leg.site, L0_ROWS)

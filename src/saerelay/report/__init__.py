@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from rich.console import Console
 
-from saerelay.checkpoint import Suite, read_json, write_json
+from saerelay.checkpoint import read_json, write_json
 from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import evaluate_run
 from saerelay.figures import (
@@ -41,6 +41,7 @@ from saerelay.model import LanguageModel
 from saerelay.report.data import write_data
 from saerelay.report.story import caption, story
 from saerelay.stream import load_model
+from saerelay.suite import Suite
 
 MATRIX_TOKENS = 4_096
 """Held-out tokens of a matrix that is made for a report; `saerelay eval --matrix` takes more."""

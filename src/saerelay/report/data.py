@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from saerelay.checkpoint import Suite, finite, read_json
+from saerelay.checkpoint import finite, read_json
 from saerelay.corpus import Corpus
 from saerelay.features import Features, load_features
 from saerelay.figures import METRICS
 from saerelay.lineage import token_texts
+from saerelay.suite import Suite
 
 CHUNK = 512
 """Features a file."""

@@ -1,0 +1,137 @@
+"""Reading tensors of others: nothing in a file is run, and what is wrong is said with file, tensor and shapes."""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saerelay.dictionaries import Dictionary
+from saerelay.errors import FormatError
+from saerelay.recipe import Architecture
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; FormatError if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .npz or .pt file, or of the shards that `path`.index.json names.
+
+    A .pt is a pickle, which can run code: only tensors and plain values are taken from it, anything else is refused;
+    nested values are left out, except a state dict's own.
+    """
+    index = path.with_name(f"{path.name}.index.json")
+    if not path.is_file() and index.is_file():
+        return {name: tensor for shard in _shards(index) for name, tensor in read_tensors(shard).items()}
+    try:
+        match path.suffix:
+            case ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            case ".pt" | ".pth":
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+                return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+            case _:
+                return load_file(path)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile,
+            safetensors.SafetensorError) as error:  # fmt: skip
+        raise FormatError(f"{path}: cut off or damaged, cannot be read ({' '.join(str(error).split())})") from None
+    except Exception as error:  # torch's UnpicklingError says at length how to switch the protection off
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise FormatError(
+                f"{path}: holds Python objects beside tensors, and reading them can run code; refused. Convert it "
+                "where you trust it: keep the tensors alone, with safetensors.torch.save_file"
+            ) from None
+        raise
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(read_config(index).get("weight_map", {}).values()))
+    for name in names:
+        if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or name in (".", ".."):
+            raise FormatError(f"{index}: names {name!r}, which is not a file beside it; refused")
+    return [index.with_name(name) for name in names]
+
+
+def shaped(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], **sizes: int | None) -> list[Tensor]:
+    """The tensors named in `shapes`, float32, with one letter a dimension meaning the same size everywhere.
+
+    >>> found = {"W": torch.zeros(2, 3), "b": torch.zeros(4)}
+    >>> shaped(Path("a.safetensors"), found, {"W": "DF", "b": "F"})
+    Traceback (most recent call last):
+    saerelay.errors.FormatError: a.safetensors: tensor b has shape (4), expected (F) = (3)
+
+    `sizes` are those that something else says of letters (a configuration, say). Raises FormatError for a tensor that
+    is missing, of another shape, or not finite.
+    """
+    known = {letter: size for letter, size in sizes.items() if size is not None}
+    taken = []
+    for name, letters in shapes.items():
+        if name not in tensors:
+            there = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items()) or "nothing"
+            raise FormatError(f"{path}: tensor {name} ({', '.join(letters)}) is missing; there is {there}")
+        tensor = tensors[name]
+        bound = known | {
+            letter: size for letter, size in zip(letters, tensor.shape, strict=False) if letter not in known
+        }
+        expected = tuple(bound.get(letter, -1) for letter in letters)
+        if tuple(tensor.shape) != expected:
+            found, wanted = ", ".join(map(str, tensor.shape)), ", ".join(map(str, expected))
+            raise FormatError(
+                f"{path}: tensor {name} has shape ({found}), expected ({', '.join(letters)}) = ({wanted})"
+            )
+        tensor = tensor.float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{path}: tensor {name} has values that are not finite; the file is damaged")
+        known = bound
+        taken.append(tensor)
+    return taken
+
+
+def canonical(
+    architecture: Architecture,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    *,
+    subtracts_b_dec: bool = False,
+    scale: float = 1.0,
+    threshold: Tensor | None = None,
+    k: int | None = None,
+) -> Dictionary:
+    """A dictionary of raw activations x from one that reads s·x, with b_dec subtracted first or not.
+
+    W_enc and W_dec have one row per latent. With u = s·x: pre = (u − b_dec) W_encᵀ + b_enc and u_hat = z W_dec + b_dec
+    become W_enc' = s W_enc, b_enc' = b_enc − W_enc b_dec, W_dec' = W_dec / s, b_dec' = b_dec / s; codes and thresholds
+    stay as they are.
+    """
+    if subtracts_b_dec:
+        b_enc = (b_enc.double() - W_enc.double() @ b_dec.double()).float()
+    if scale != 1:
+        W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, b_dec / scale
+    return Dictionary(
+        architecture=architecture,
+        W_enc=W_enc.contiguous(),
+        b_enc=b_enc,
+        W_dec=W_dec.contiguous(),
+        b_dec=b_dec,
+        threshold=threshold,
+        k=k,
+    )

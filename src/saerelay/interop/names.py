@@ -1,0 +1,46 @@
+"""What other tools call the places in a model that we call sites."""
+
+import re
+
+from saerelay.site import MODULE_KINDS, ModuleKind, Site
+
+_HOOKS: dict[ModuleKind, str] = {
+    "resid_post": "hook_resid_post",
+    "resid_pre": "hook_resid_pre",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+    "attn_z": "attn.hook_z",
+}
+_PARTS: dict[ModuleKind, tuple[str, ...]] = {
+    "resid_post": ("",),
+    "mlp_out": ("mlp", "ffn", "feed_forward"),
+    "attn_out": ("attn", "self_attn", "attention", "self_attention"),
+    "attn_z": ("self_attn.o_proj.input", "attn.c_proj.input", "attention.dense.input"),
+}
+
+
+def hook_name(site: Site) -> str:
+    """TransformerLens' name of a site, which SAELens and llamascopium use.
+
+    >>> hook_name(Site(3)), hook_name(Site(0, "attn_z"))
+    ('blocks.3.hook_resid_post', 'blocks.0.attn.hook_z')
+    """
+    return f"blocks.{site.layer}.{_HOOKS[site.module]}"
+
+
+def site_named(name: str) -> Site | None:
+    """The site that a TransformerLens hook or the path of a module (its output) means, if it is one of ours.
+
+    >>> site_named("blocks.3.attn.hook_z"), site_named("gpt_neox.layers.10"), site_named("h.2.mlp")
+    (Site(layer=3, module='attn_z'), Site(layer=10, module='resid_post'), Site(layer=2, module='mlp_out'))
+    >>> site_named("embed_tokens") is None
+    True
+    """
+    hook = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
+    path = re.fullmatch(r"(?:\w+\.)*?(?:layers?|h|blocks)\.(\d+)\.?([\w.]*)", name)
+    for kind in MODULE_KINDS:
+        if hook and hook[2] == _HOOKS[kind]:
+            return Site(int(hook[1]), kind)
+        if path and path[2].removesuffix("output").removesuffix(".") in _PARTS[kind]:
+            return Site(int(path[1]), kind)
+    return None

@@ -1,0 +1,18 @@
+"""openai."""
+
+from pathlib import Path
+
+from saerelay.dictionaries import Dictionary, LayerNormed
+from saerelay.interop.origin import Origin
+
+NAME = "openai"
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is."""
+    return False
+
+
+def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
+    """Read it."""
+    raise NotImplementedError
