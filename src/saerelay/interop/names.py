@@ -41,6 +41,6 @@ def site_named(name: str) -> Site | None:
     for kind in MODULE_KINDS:
         if hook and hook[2] == _HOOKS[kind]:
             return Site(int(hook[1]), kind)
-        if path and path[2].removesuffix("output").removesuffix(".") in _PARTS[kind]:
+        if path and path[2].removesuffix("output").removesuffix(".") in _PARTS.get(kind, ()):
             return Site(int(path[1]), kind)
     return None
