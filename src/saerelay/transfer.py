@@ -224,7 +224,8 @@ def reshape(
     """Give a dictionary another architecture, number of latents, or mean number of active ones on activations x (B, D).
 
     With fewer latents those stay, in their order, that put most into reconstructions, by Σ z²‖w‖²; new ones are added
-    behind the others and revived (see `revive`). The weights stay; `l0`, which all but ReLU need, sets k or thresholds.
+    behind the others and revived (see `revive`). Other weights stay; `l0` sets k, thresholds or (ReLU) biases, and may
+    be None where none of these are new.
 
     >>> sae = Dictionary(architecture="topk", k=1, W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -241,20 +242,22 @@ def reshape(
             parts.index_add_(0, codes.columns.long(), codes.values.square())
         best = (parts * d.W_dec.square().sum(dim=1)).topk(n_latents).indices.sort().values
         d = replace(d, **{name: t if name == "b_dec" else t[best] for name, t in d.tensors().items()})
+    few, threshold = x[:SAMPLE_ROWS], d.threshold if architecture in ("jumprelu", "batchtopk") else None
+    k = (max(1, round(l0)) if l0 else d.k) if architecture in ("topk", "batchtopk") else None
+    d = replace(d, architecture=architecture, k=k, threshold=threshold)
+    if l0:
+        d = (
+            calibrate_threshold(d, few, l0)
+            if architecture == "jumprelu" and threshold is None
+            else match_l0(d, few, l0)
+        )
     if n_latents > F:
         new = {name: t.new_zeros(n_latents - F, *t.shape[1:]) for name, t in d.tensors().items() if name != "b_dec"}
         if d.threshold is not None:
             new["threshold"] += d.threshold.median()
-        d = replace(d, **{name: torch.cat([getattr(d, name), rows]) for name, rows in new.items()})
-        d = revive(d, x, seed)
-    k = max(1, round(l0)) if l0 and architecture in ("topk", "batchtopk") else None
-    threshold = d.threshold if architecture in ("jumprelu", "batchtopk") else None
-    d = replace(d, architecture=architecture, k=k, threshold=threshold)
-    if not l0:
-        return d
-    few = x[:SAMPLE_ROWS]
-    fresh = architecture == "batchtopk" or (architecture == "jumprelu" and threshold is None)
-    return calibrate_threshold(d, few, l0) if fresh else match_l0(d, few, l0)
+        d = revive(replace(d, **{name: torch.cat([getattr(d, name), rows]) for name, rows in new.items()}), x, seed)
+        d = match_l0(d, few, l0) if l0 else d
+    return d
 
 
 @torch.no_grad()
