@@ -25,7 +25,6 @@ from saerelay.checkpoint import (
     load_state,
     prefixed,
     publish,
-    read_dictionary,
     save_state,
     truncate_metrics,
     under,
@@ -34,13 +33,15 @@ from saerelay.checkpoint import (
 from saerelay.dictionaries import Dictionary, match_l0, mean_l0
 from saerelay.engine import Cohort, Trainee, check_due, fvu
 from saerelay.errors import Interrupted, LegFailed, TransferError
+from saerelay.interop import load_dictionary
 from saerelay.moments import Moments
 from saerelay.plan import Leg, Plan
 from saerelay.progress import Watcher
 from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.stream import AbstractStream, Block
-from saerelay.transfer import fold, map_between, rate_share, refit, revive
+from saerelay.threads import side_by_side
+from saerelay.transfer import fold, map_between, rate_share, refit, reshape, revive
 
 FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
 """Rows at which a leg looks when it begins (units, initialisation), on which L0 is measured and set, and of the
@@ -160,23 +161,33 @@ def train_plan(
 def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) -> None:
     """Bring to life the legs whose age is 0 here: from scratch or copied at a block's start, or, `hops`, at its end.
 
-    A hop's map and refit are made from the blocks before it, so that its own tokens are all new to it.
+    A hop's map and refit are made from the blocks before it, so that its own tokens are all new to it. Several are made
+    side by side.
     """
-    for leg in now.plan.legs:
-        if leg.fold_at != now.cursor or hops != (leg.start < leg.fold_at):
-            continue
-        if leg.parent in now.failures:
-            now.failures[leg.id] = f"its parent {leg.parent} stopped"
-            continue
-        try:
-            inherited, lr_share = inherit(now, leg, block, paths) if leg.parent else (None, 1.0)
-        except TransferError as error:
-            now.failures[leg.id] = str(error)
-            continue
-        rows = block.rows(leg.site, FIRST_ROWS)
-        now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited, lr_share=lr_share))
-        if 0 in leg.snapshots:
-            publish_leg(now, now.cohort[leg.id], block, paths)
+    due = [leg for leg in now.plan.legs if leg.fold_at == now.cursor and hops == (leg.start < leg.fold_at)]
+    while due:
+        waiting = {leg.id for leg in due}
+        ready = [leg for leg in due if leg.parent not in waiting]
+        due = [leg for leg in due if leg.parent in waiting]
+        begun = side_by_side(lambda leg: begin(now, leg, block, paths), ready, block.keep.device)
+        for leg, trainee in zip(ready, begun, strict=True):
+            if isinstance(trainee, str):
+                now.failures[leg.id] = trainee
+                continue
+            now.cohort.add(trainee)
+            if 0 in leg.snapshots:
+                publish_leg(now, trainee, block, paths)
+
+
+def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee | str:
+    """A leg at age 0, from scratch or from its parent, or why there is none."""
+    if leg.parent in now.failures:
+        return f"its parent {leg.parent} stopped"
+    try:
+        inherited, lr_share = inherit(now, leg, block, paths) if leg.parent else (None, 1.0)
+    except TransferError as error:
+        return str(error)
+    return Trainee(leg, now.plan.run.train, block.rows(leg.site, FIRST_ROWS), inherited, lr_share=lr_share)
 
 
 def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float]:
@@ -191,16 +202,22 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
         source = source.to("cpu")
     else:
         directory = paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(now.plan.externals[leg.parent].path)
-        source, info = read_dictionary(directory)
-        l0 = l0 or info.get("l0")
+        source, origin = load_dictionary(directory)
+        l0 = l0 or origin.l0
     assert leg.method is not None
     moments, rows = now.moments.pop(leg.id, None), block.rows(leg.site, L0_ROWS)
-    folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
     lr_share = rate_share(moments) if leg.lr_by_map and moments else 1.0
+    copied = leg.method == "identity" and not now.plan.reshapes(leg)
+    if copied and not leg.budget_tokens:  # only looked at: a decoder's norms stay, by which TopK does not rank
+        folded = source.to(rows.device)
+    else:
+        folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
+    seen, seed = block.rows(leg.site, leg.refit_tokens or L0_ROWS), seed_from("revive", leg.seed, leg.id)
+    if now.plan.reshapes(leg):
+        folded = reshape(folded, seen, leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     if leg.refit_tokens:
-        seen = block.rows(leg.site, leg.refit_tokens)
-        folded = refit(revive(folded, seen, seed_from("revive", leg.seed, leg.id)), seen.split(4096))
-    copied = leg.method == "identity" and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
+        folded = refit(revive(folded, seen, seed), seen.split(4096))
+    copied = copied and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
     return folded if copied or not l0 else match_l0(folded, rows, l0), lr_share
 
 
