@@ -104,7 +104,7 @@ CASES = {
     "too few tokens": ('root_tokens = "8k"', 'root_tokens = "80k"', r"needs [\d,]+ training tokens and the corpus has [\d,]+.*epochs"),
     "parent missing": ("controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "b"\ntokens = 64', r'names "b", which is no leg'),
     "parent directory missing": (
-        "controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64', r"no/where: no dictionary here"
+        "controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64', r"no/where: no such file or directory"
     ),
     "logger not installed": ("[train]", '[train]\nloggers = ["wandb"]', r"asks for wandb, which is not installed; pip install"),
     "wrong budget": ("controls = [0]", 'budget = "soon"', r'plan.budget: "soon" is no budget; write "10M tokens"'),
@@ -265,7 +265,10 @@ def test_hop_carries_one_dictionary_to_another_layer(
     assert hopped.n_latents == 64 and info["tokens"] == (2048 if tokens == "2k" else 0)
     code, stdout, _ = call("eval", tmp_path / "x", "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert json.loads(stdout)["legs"][0]["fvu"] < 1
-    for wrong, match in ((place / "run", "no dictionary here"), (place / "nowhere", "no dictionary here")):
+    for wrong, match in (
+        (place / "run", "holds 5 SAEs; give one of them: legs/L0-from-L1"),
+        (place / "nowhere", "no such file or directory"),
+    ):
         arguments[2], arguments[-1] = wrong, tmp_path / "y"
         code, _, stderr = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
         assert code == 2 and match in stderr and not (tmp_path / "y").exists()
@@ -511,7 +514,8 @@ def test_commands_and_options_are_these() -> None:
         "train": {"--out", "--resume", "--extend"},
         "eval": {"--json", "--tokens", "--matrix", "--methods", "--snapshots", "--measures", "--prompts"},
         "show": {"--json"},
-        "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens"},
+        "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens", "--method", "--refit", "--architecture"}
+        | {"--n-latents", "--k", "--from-model", "--from-layer", "--from-module", "--format"},
         "report": {"--quick", "--open"},
         "demo": {"--out"},
     }

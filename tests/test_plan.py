@@ -160,7 +160,6 @@ def test_explicit_legs(facts: ModelFacts) -> None:
         ({"layer": 9}, "layer 9 is out of range: paper-model has layers 0 to 5"),
         ({"k": 100}, "dictionary.k is 100 but there are only 64 latents; lower k or raise n_latents"),
         ({"batch_tokens": 48}, "batch_tokens 48 does not divide train.batch_tokens 64"),
-        ({"parent": "y", "n_latents": 32}, "asks for 32 latents, its parent y has 64"),
         ({"parent": "y", "module": "attn_z"}, "its parent y reads activations 16 wide, L1.attn_z is 24 wide"),
         ({"id": "y"}, "two legs have the id y"),
         ({"tokens": 0}, "is trained from scratch with 0 tokens"),

@@ -25,6 +25,7 @@ from saerelay.transfer import (
     rate_share,
     refit,
     rescale,
+    reshape,
     revive,
     unexplained,
 )
@@ -249,3 +250,46 @@ def test_nothing_is_revived_where_nothing_is_silent() -> None:
         b_dec=torch.zeros(D).double(),
     )
     assert revive(d, x) is d
+
+
+def normal(n: int) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pruning_keeps_what_explains_most_in_its_order(architecture: str) -> None:
+    d, x = random_dictionary(architecture), 3 * normal(2000)
+    parts = d.encode(x).square().sum(dim=0) * d.W_dec.square().sum(dim=1)
+    kept = parts.argsort(descending=True)[: F // 2].sort().values
+    smaller = reshape(d, x, d.architecture, F // 2, None)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert torch.equal(getattr(smaller, name), getattr(d, name)[kept])
+    assert torch.equal(smaller.b_dec, d.b_dec)
+    if d.threshold is not None:
+        assert smaller.threshold is not None and torch.equal(smaller.threshold, d.threshold[kept])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_growth_leaves_the_old_latents_and_wakes_the_new(architecture: str) -> None:
+    d, x = random_dictionary(architecture), 3 * normal(20_000)
+    assert bool((d.encode(x) > 0).any(dim=0).all())  # or the silent ones of the old would be revived, too
+    larger = reshape(d, x, d.architecture, F + 8, d.k, seed=3)
+    for name, tensor in d.tensors().items():
+        if name not in ("b_dec", "threshold"):
+            assert torch.equal(getattr(larger, name)[:F], tensor), name
+    assert larger.n_latents == F + 8 and int((larger.encode(x) > 0).any(dim=0)[F:].sum()) >= 7
+    assert (larger(x) - x).square().sum() < 1.2 * (d(x) - x).square().sum()
+
+
+@pytest.mark.parametrize("source", ARCHITECTURES)
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_another_architecture_is_as_sparse_as_asked_and_keeps_the_weights(source: str, target: str) -> None:
+    d, x = random_dictionary(source), 3 * normal(4000)
+    other = reshape(d, x, target, F, 3.0)  # type: ignore[arg-type]
+    assert (other.architecture, other.k) == (target, 3 if target in ("topk", "batchtopk") else None)
+    assert float((other.encode(x) > 0).sum(dim=1).float().mean()) == pytest.approx(3, abs=0.05)
+    assert torch.equal(other.W_enc, d.W_enc) and torch.equal(other.W_dec, d.W_dec)
+    if (source, target) == ("jumprelu", "jumprelu"):
+        assert d.threshold is not None and other.threshold is not None
+        ratio = other.threshold / d.threshold
+        assert torch.allclose(ratio, ratio[0])  # thresholds keep their proportions

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from saerelay.features import Features as Features
     from saerelay.features import features_run as features_run
     from saerelay.features import load_features as load_features
+    from saerelay.hop import hop_run as hop_run
     from saerelay.interop import load_dictionary as load_dictionary
-    from saerelay.launch import hop_run as hop_run
     from saerelay.launch import plan_run as plan_run
     from saerelay.launch import train_run as train_run
     from saerelay.lineage import Lineage as Lineage
@@ -56,7 +56,7 @@ _HOMES = {
     "evaluate_run": "evaluate",
     "features_run": "features",
     "fold": "transfer",
-    "hop_run": "launch",
+    "hop_run": "hop",
     "lineage_run": "lineage",
     "load": "suite",
     "load_dictionary": "interop",

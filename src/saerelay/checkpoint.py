@@ -175,7 +175,7 @@ def publish(directory: Path, dictionary: Dictionary, info: Mapping[str, Any]) ->
         "d_model": dictionary.d_model,
         "n_latents": dictionary.n_latents,
     }
-    write_json(directory / "dictionary.json", own | dict(info))
+    write_json(directory / "dictionary.json", own | dict(info) | own)
 
 
 def read_dictionary(directory: Path) -> tuple[Dictionary, dict[str, Any]]:

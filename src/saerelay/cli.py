@@ -174,19 +174,36 @@ def show_latent(
 
 @app.command()
 def hop(
-    source: Annotated[Path, typer.Option("--from", help="a trained SAE: a leg or snapshot directory of a run")],
+    source: Annotated[str, typer.Option("--from", help="a trained SAE of any format: a path, or hf://user/repo/path")],
     to_layer: Annotated[int, typer.Option("--to-layer", help="the layer to carry it to")],
     recipe: Annotated[Path, typer.Option("--recipe", help="model, data, method, refit and rates are taken from here")],
     out: Out,
     tokens: Annotated[str, typer.Option(help="tokens to train on after the fold; 0 for none; else the recipe's")] = "",
+    method: Annotated[str, typer.Option(help="identity, rescale, procrustes or affine; else the recipe's")] = "",
+    refit: Annotated[bool | None, typer.Option(help="the decoder in closed form, or not; else as the recipe")] = None,
+    architecture: Annotated[str, typer.Option(help="topk, batchtopk, jumprelu or relu, if not its own")] = "",
+    n_latents: Annotated[str, typer.Option(help="grow or prune it to so many")] = "",
+    k: Annotated[int | None, typer.Option(help="so many active latents per token, if not its own number")] = None,
+    from_model: Annotated[str, typer.Option(help="the model it was trained on, if another: maps between the two")] = "",
+    from_layer: Annotated[int | None, typer.Option(help="the layer it reads, if its files do not say")] = None,
+    from_module: Annotated[str, typer.Option(help="with --from-layer: resid_post, mlp_out, ...")] = "resid_post",
+    format: Annotated[str, typer.Option(help="saelens, sparsify, ..., if it is not found out")] = "",
 ) -> None:
-    """Transfer one trained SAE to another layer, with or without fine-tuning."""
-    from saerelay.launch import hop_run
-    from saerelay.recipe import PlanSpec, Run
+    """Transfer one trained SAE, of any format, to a layer of a model, with or without fine-tuning.
 
-    budget = PlanSpec.parse({"transfer_tokens": tokens}, source="--tokens").transfer_tokens if tokens else None
-    run = Run.from_toml(recipe)
-    suite = hop_run(source, to_layer, run, out, tokens=budget, console=Console(stderr=True))
+    To another layer, the same layer of a fine-tuned model, another text, number of latents, sparsity or architecture.
+    Onto its own layer with --tokens 0 --no-refit it is only measured.
+    """
+    from saerelay.hop import hop_run
+    from saerelay.recipe import Run
+    from saerelay.site import Site
+
+    asked = {"tokens": tokens, "method": method, "architecture": architecture, "n_latents": n_latents}
+    given = {key: value for key, value in asked.items() if value}
+    given |= {key: value for key, value in {"refit": refit, "k": k}.items() if value is not None}
+    site = None if from_layer is None else Site.parse(f"L{from_layer}.{from_module}")
+    run, console = Run.from_toml(recipe), Console(stderr=True)
+    suite = hop_run(source, to_layer, run, out, site=site, model=from_model, format=format, console=console, **given)
     print(f"{', '.join(suite)} in {out}/legs. Its quality: saerelay eval {out}")
 
 

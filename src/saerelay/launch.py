@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: compile it, take the directory, tokenise, train. Also the single hop."""
+"""From a recipe to a finished run: compile it, take the directory, tokenise, train."""
 
 import math
 import os
@@ -17,16 +17,18 @@ from rich.console import Console
 
 from saerelay.auto import Choice, choose, written_out
 from saerelay.cache import ActivationCache
-from saerelay.checkpoint import RunDirectory, read_dictionary, read_plan, sole_writer, state_facts, write_text
+from saerelay.checkpoint import RunDirectory, read_plan, sole_writer, state_facts, write_text
 from saerelay.corpus import Corpus, prepare
 from saerelay.cost import plan_cost
 from saerelay.engine import Trainee
-from saerelay.errors import DataError, Interrupted, RunDirectoryError, SaeRelayError
+from saerelay.errors import DataError, FormatError, Interrupted, RunDirectoryError, SaeRelayError
 from saerelay.evaluate import wants_ce
+from saerelay.interop import load_dictionary
+from saerelay.interop.hub import local
 from saerelay.model import LanguageModel, load_tokenizer, read_facts
 from saerelay.plan import External, ModelFacts, Plan, compile_plan
 from saerelay.progress import LiveTable, PlainLog, Watcher
-from saerelay.recipe import LegSpec, Run, annotated_toml
+from saerelay.recipe import Run, annotated_toml
 from saerelay.spec import format_count
 from saerelay.stream import LM_BATCH_TOKENS, LiveStream, load_model
 from saerelay.suite import Suite, load
@@ -50,17 +52,24 @@ def memory_allowed(run: Run, facts: ModelFacts) -> float:
     return run.train.memory_gib * 2**30 or 0.7 * device_memory(facts.device)
 
 
-def describe_external(directory: str) -> External:
-    """What a plan must know of a parent that is a directory."""
-    dictionary, info = read_dictionary(Path(directory))
+def describe_external(reference: str) -> External:
+    """What a plan must know of a parent outside it: a dictionary of any format."""
+    dictionary, origin = load_dictionary(reference)
+    if not origin.site:
+        raise FormatError(
+            f"{reference}: its files do not say which layer it reads; `saerelay import {reference} --layer N --out "
+            "DIR` makes a copy that does, for parent = DIR"
+        )
     return External(
-        layer=info["layer"],
-        module=info["module"],
+        layer=origin.site.layer,
+        module=origin.site.module,
         architecture=dictionary.architecture,
         n_latents=dictionary.n_latents,
         d_model=dictionary.d_model,
         k=dictionary.k,
-        path=str(Path(directory).resolve()),
+        l0=origin.l0,
+        model=origin.model,
+        path=str(local(reference).resolve()),
     )
 
 
@@ -106,7 +115,7 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
     if not paths.root.is_dir():
         raise RunDirectoryError(f"{paths.root} is a file; choose another --out")
     ours = {"state", "tokens", "tokens.new", ".tokens.new.partial", ".plan.json.tmp", ".saerelay-demo"}
-    ours |= {"survey", "survey.json", ".survey.json.tmp"}
+    ours |= {"survey", "survey.json", ".survey.json.tmp", "parent"}
     others = [p.name for p in paths.root.iterdir() if p.name not in ours]
     if paths.plan.is_file():
         if not resume:
@@ -344,29 +353,6 @@ def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterat
             yield Several([table, *others])
     else:
         yield Several([PlainLog(plan, cursor, out=console.file), *others])
-
-
-def hop_run(
-    source: str | Path,
-    layer: int,
-    run: Run,
-    out: str | Path,
-    *,
-    tokens: int | None = None,
-    console: Console | None = None,
-) -> Suite:
-    """Transfer one trained dictionary to another layer, into a run directory of its own.
-
-    Method, refit and learning rate are the recipe's; `tokens` are its plan.transfer_tokens unless given, and 0 leaves
-    the hop untrained.
-    """
-    source = Path(source)
-    external = describe_external(str(source))
-    budget = run.plan.transfer_tokens if tokens is None else tokens
-    name, parent = f"L{layer}-from-L{external.layer}", f"{source.parent}/{source.name}"
-    leg = LegSpec(id=name, layer=layer, parent=parent, tokens=budget)
-    plan = run.plan.model_copy(update={"legs": [leg], "controls": [], "roots": []})
-    return train_run(run.model_copy(update={"plan": plan}), out, console=console)
 
 
 # --- how long it will take --------------------------------------------------------------------------------------

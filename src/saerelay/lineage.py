@@ -350,10 +350,18 @@ def pairs_of(suite: Suite) -> list[Pair]:
 
 
 def ancestor(plan: Plan, leg: Leg) -> str:
-    """The root that a leg's latents have their index from, or the directory of one outside the run."""
-    while leg.parent and plan.has(leg.parent):
+    """The root that a leg's latents have their index from, or the directory of one outside the run.
+
+    A leg with more or fewer latents than its parent is a root of its own.
+    """
+    while leg.parent:
+        parent = plan.leg(leg.parent).dictionary if plan.has(leg.parent) else plan.externals[leg.parent]
+        if parent.n_latents != leg.dictionary.n_latents:
+            return leg.id
+        if not plan.has(leg.parent):
+            return leg.parent
         leg = plan.leg(leg.parent)
-    return leg.parent or leg.id
+    return leg.id
 
 
 @torch.no_grad()

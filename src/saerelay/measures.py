@@ -396,7 +396,7 @@ def transferabilities(suite: Suite, trained: Sequence[Trained]) -> list[dict[str
     finished, rows = {t.leg.id: t for t in trained if not t.snapshot}, []
     for child in (t for t in trained if t.leg.role == "transfer" and t.leg.parent in finished):
         parent = finished[child.leg.parent]
-        if parent.speaks and child.speaks:
+        if parent.speaks and child.speaks and len(parent.alive) == len(child.alive):
             alive = parent.alive & child.alive
             shares = feature_transferability(parent.speaks, child.speaks, alive)
             origin = {"parent": parent.leg.id, "parent_layer": parent.leg.layer, "n_latents": int(alive.sum())}

@@ -75,8 +75,12 @@ class External(Spec):
     n_latents: int
     d_model: int
     k: int | None
+    l0: float | None = None
+    """Mean number of active latents, where its files say."""
+    model: str = ""
+    """The language model, where its files say."""
     path: str
-    """Its directory, absolute."""
+    """Its directory or file, absolute."""
 
 
 class Leg(Spec):
@@ -192,6 +196,17 @@ class Plan(Spec):
         """The plan as it was run, with the tokens that legs had when they ended."""
         legs = [leg.model_copy(update={"budget_tokens": tokens.get(leg.id, leg.budget_tokens)}) for leg in self.legs]
         return self.model_copy(update={"legs": legs})
+
+    def reshapes(self, leg: Leg) -> bool:
+        """Whether a leg's dictionary is of another architecture, number of latents or sparsity than its parent's."""
+        now = leg.dictionary
+        if self.has(leg.parent):
+            before = self.leg(leg.parent).dictionary
+            return (now.architecture, now.n_latents, now.l0) != (before.architecture, before.n_latents, before.l0)
+        outside = self.externals[leg.parent]
+        l0 = outside.k or outside.l0
+        same = (now.architecture, now.n_latents) == (outside.architecture, outside.n_latents)
+        return not same or bool(l0 and now.l0 and l0 != now.l0)
 
     def parent_site(self, leg: Leg) -> Site:
         """Where a leg's parent reads."""
@@ -420,16 +435,8 @@ def _leg(
     p, t = run.plan, run.train
     site = Site(spec.layer, spec.module or run.sites.module)
     parent = next((leg for leg in legs if leg.id == spec.parent), None)
-    dictionary = parent.dictionary if parent else run.dictionary
-    if external := externals.get(spec.parent):
-        own = external.model_dump(include={"architecture", "n_latents", "k"}, exclude_none=True)
-        dictionary = dictionary.model_copy(update=own)
-    n_latents = spec.n_latents or dictionary.latents(facts.width(site))
-    if spec.parent and n_latents != dictionary.n_latents:
-        raise PlanError(
-            f"leg {spec.id} asks for {n_latents} latents, its parent {spec.parent} has {dictionary.n_latents}"
-        )
-    dictionary = dictionary.model_copy(update={"n_latents": n_latents, "k": spec.k or dictionary.k})
+    dictionary = _dictionary(spec, parent.dictionary if parent else run.dictionary, externals.get(spec.parent))
+    dictionary = dictionary.model_copy(update={"n_latents": dictionary.latents(facts.width(site))})
     check_sparsity(dictionary, spec.id)
     batch = spec.batch_tokens or t.batch_tokens
     if t.batch_tokens % batch:
@@ -471,6 +478,17 @@ def _leg(
         decay_gain=spec.decay_gain,
         predicted_fvu=spec.predicted_fvu,
     )
+
+
+def _dictionary(spec: LegSpec, inherited: DictionarySpec, external: External | None) -> DictionarySpec:
+    """What a leg's dictionary looks like: as its parent's, or the recipe's, but for what it asks to be changed."""
+    changed, l0 = spec.model_dump(include={"architecture", "n_latents"}, exclude_none=True), inherited.l0
+    if external:
+        changed = {"architecture": external.architecture, "n_latents": external.n_latents} | changed
+        l0 = external.k or external.l0 or l0
+    if wanted := spec.k or (l0 if external or spec.architecture else None):
+        changed |= {"k": max(1, round(wanted)), "target_l0": float(wanted)}
+    return inherited.model_copy(update=changed)
 
 
 def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:

@@ -148,7 +148,8 @@ class LegSpec(Spec):
     layer: int
     module: ModuleKind | None = None
     parent: str = ""
-    """Id of another leg, or a dictionary's directory (a leg or snapshot of another run); "" trains from scratch."""
+    """Id of another leg, or a dictionary outside: a directory (a leg or snapshot of another run, or another tool's
+    files) or hf://user/repo[@revision][/path]; "" trains from scratch."""
     tokens: Count = Field(ge=0)
     """Training tokens; 0 leaves a transfer untrained (but refitted, if it is to be)."""
     fork_at: ShareOrCount = 1.0
@@ -160,8 +161,12 @@ class LegSpec(Spec):
     batch_tokens: Count | None = Field(default=None, ge=1)
     reuse: int | None = Field(default=None, ge=1)
     lr: Rate | None = None
+    architecture: Architecture | None = None
+    """Another one than the parent's: thresholds are calibrated on the way."""
     n_latents: Count | None = Field(default=None, ge=1)
+    """More or fewer than the parent's: new ones take up its residual, those that explain least are left behind."""
     k: int | None = Field(default=None, ge=1)
+    """Active latents per token, of whatever architecture (jumprelu: its target_l0)."""
     seed: int | None = Field(default=None, ge=0)
     after: str = ""
     """Start when this leg has ended (a leg from scratch starts at once otherwise)."""

@@ -58,7 +58,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     @classmethod
-    def parse(cls, data: dict[str, Any], *, source: str) -> Self:
+    def parse(cls, data: dict[str, Any], *, source: str = "recipe") -> Self:
         """Validate a nested dict; errors say where in `source` and what would be right."""
         try:
             return cls.model_validate(data)

@@ -25,7 +25,6 @@ from saerelay.checkpoint import (
     load_state,
     prefixed,
     publish,
-    read_dictionary,
     save_state,
     truncate_metrics,
     under,
@@ -34,13 +33,14 @@ from saerelay.checkpoint import (
 from saerelay.dictionaries import Dictionary, match_l0, mean_l0
 from saerelay.engine import Cohort, Trainee, check_due, fvu
 from saerelay.errors import Interrupted, LegFailed, TransferError
+from saerelay.interop import load_dictionary
 from saerelay.moments import Moments
 from saerelay.plan import Leg, Plan
 from saerelay.progress import Watcher
 from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.stream import AbstractStream, Block
-from saerelay.transfer import fold, map_between, rate_share, refit, revive
+from saerelay.transfer import fold, map_between, rate_share, refit, reshape, revive
 
 FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
 """Rows at which a leg looks when it begins (units, initialisation), on which L0 is measured and set, and of the
@@ -191,16 +191,22 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
         source = source.to("cpu")
     else:
         directory = paths.leg(leg.parent) if now.plan.has(leg.parent) else Path(now.plan.externals[leg.parent].path)
-        source, info = read_dictionary(directory)
-        l0 = l0 or info.get("l0")
+        source, origin = load_dictionary(directory)
+        l0 = l0 or origin.l0
     assert leg.method is not None
     moments, rows = now.moments.pop(leg.id, None), block.rows(leg.site, L0_ROWS)
-    folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
     lr_share = rate_share(moments) if leg.lr_by_map and moments else 1.0
+    copied = leg.method == "identity" and not now.plan.reshapes(leg)
+    if copied and not leg.budget_tokens:  # only looked at: a decoder's norms stay, by which TopK does not rank
+        folded = source.to(rows.device)
+    else:
+        folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
+    seen, seed = block.rows(leg.site, leg.refit_tokens or L0_ROWS), seed_from("revive", leg.seed, leg.id)
+    if now.plan.reshapes(leg):
+        folded = reshape(folded, seen, leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     if leg.refit_tokens:
-        seen = block.rows(leg.site, leg.refit_tokens)
-        folded = refit(revive(folded, seen, seed_from("revive", leg.seed, leg.id)), seen.split(4096))
-    copied = leg.method == "identity" and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
+        folded = refit(revive(folded, seen, seed), seen.split(4096))
+    copied = copied and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
     return folded if copied or not l0 else match_l0(folded, rows, l0), lr_share
 
 

@@ -25,14 +25,14 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary, unit_decoder
+from saerelay.dictionaries import Dictionary, calibrate_threshold, match_l0, unit_decoder
 from saerelay.errors import TransferError
 from saerelay.kernels import join_codes, products, reconstruct
 from saerelay.moments import Moments
-from saerelay.recipe import Method
+from saerelay.recipe import Architecture, Method
 
 __all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes", "rate_share", "refit",
-           "rescale", "revive", "unexplained"]  # fmt: skip
+           "rescale", "reshape", "revive", "unexplained"]  # fmt: skip
 
 DIRECT_LATENTS = 16_384
 """Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
@@ -78,7 +78,7 @@ def procrustes(moments: Moments) -> AffineMap:
 
     A = r·Q with UΣVᵀ the SVD of the cross-covariance (T, S), Q = UVᵀ and r = tr Σ / tr cov_s.
     """
-    U, sigma, Vt = torch.linalg.svd(moments.cross)
+    U, sigma, Vt = torch.linalg.svd(moments.cross, full_matrices=False)
     Q, r = U @ Vt, sigma.sum() / moments.cov_source.trace()
     return _through_means(moments, r * Q, Q.T / r)
 
@@ -120,6 +120,11 @@ def _through_means(moments: Moments, A: Tensor, B: Tensor) -> AffineMap:
 
 def map_between(method: Method, width: int, moments: Moments | None) -> AffineMap:
     """The map of a method; all but identity need moments."""
+    if moments and method in ("identity", "rescale") and moments.n_source != len(moments.mean_target):
+        raise TransferError(
+            f"method {method} needs a source and a target of the same width, these are {moments.n_source} and "
+            f"{len(moments.mean_target)} wide; use affine"
+        )
     if method == "identity":
         return identity(width)
     if moments is None or moments.n_tokens <= 2 * width:
@@ -210,6 +215,49 @@ def revive(dictionary: Dictionary, x: Tensor, seed: int = 0) -> Dictionary:
         b_enc=d.b_enc.index_copy(0, silent, bar - passed - filters @ mean),
         W_dec=d.W_dec.index_copy(0, silent, directions),
     )
+
+
+@torch.no_grad()
+def reshape(
+    dictionary: Dictionary, x: Tensor, architecture: Architecture, n_latents: int, l0: float | None, seed: int = 0
+) -> Dictionary:
+    """Give a dictionary another architecture, number of latents, or mean number of active ones on activations x (B, D).
+
+    With fewer latents those stay, in their order, that put most into reconstructions, by Σ z²‖w‖²; new ones are added
+    behind the others and revived (see `revive`). Other weights stay; `l0` sets k, thresholds or (ReLU) biases, and may
+    be None where none of these are new.
+
+    >>> sae = Dictionary(architecture="topk", k=1, W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
+    ...                  b_dec=torch.zeros(4))
+    >>> x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 2.0, 0.1])
+    >>> smaller = reshape(sae, x, "jumprelu", 2, 0.5)
+    >>> smaller.W_dec.argmax(dim=1).tolist(), float((smaller.encode(x) > 0).sum(dim=1).float().mean())
+    ([1, 2], 0.5)
+    """
+    d, F = dictionary, dictionary.n_latents
+    if n_latents < F:
+        parts = torch.zeros_like(d.b_enc)
+        for part in x.split(4096):
+            codes = reconstruct(d, part)[0]
+            parts.index_add_(0, codes.columns.long(), codes.values.square())
+        best = (parts * d.W_dec.square().sum(dim=1)).topk(n_latents).indices.sort().values
+        d = replace(d, **{name: t if name == "b_dec" else t[best] for name, t in d.tensors().items()})
+    few, threshold = x[:SAMPLE_ROWS], d.threshold if architecture in ("jumprelu", "batchtopk") else None
+    k = (max(1, round(l0)) if l0 else d.k) if architecture in ("topk", "batchtopk") else None
+    d = replace(d, architecture=architecture, k=k, threshold=threshold)
+    if l0:
+        d = (
+            calibrate_threshold(d, few, l0)
+            if architecture == "jumprelu" and threshold is None
+            else match_l0(d, few, l0)
+        )
+    if n_latents > F:
+        new = {name: t.new_zeros(n_latents - F, *t.shape[1:]) for name, t in d.tensors().items() if name != "b_dec"}
+        if d.threshold is not None:
+            new["threshold"] += d.threshold.median()
+        d = revive(replace(d, **{name: torch.cat([getattr(d, name), rows]) for name, rows in new.items()}), x, seed)
+        d = match_l0(d, few, l0) if l0 else d
+    return d
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     """The published dictionary of a directory."""
     dictionary, info = read_dictionary(path)
     known = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
+    known |= {"schema_version", "architecture", "k", "d_model", "n_latents"}
     return dictionary, Origin(
         model=info.get("model", ""),
         site=Site(info["layer"], info["module"]) if info.get("layer") is not None else None,

@@ -1,0 +1,162 @@
+"""One hop of one SAE: to itself, to another shape, from another model, from files that say little."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import call, place  # noqa: F401  # a fixture
+
+import saerelay as sr
+from saerelay import hop
+from saerelay.checkpoint import read_dictionary
+from saerelay.dictionaries import LayerNormed
+from saerelay.errors import FormatError, ModelError
+from saerelay.interop import write_dictionary
+from saerelay.interop.origin import Origin
+from saerelay.lineage import lineage_run
+from saerelay.recipe import ModelSpec
+
+
+@pytest.fixture
+def run(place: Path) -> sr.Run:  # noqa: F811
+    return sr.Run.from_toml(place / "run.toml")
+
+
+def fvu(out: Path) -> float:
+    return sr.evaluate_run(sr.load(out))["legs"][0]["fvu"]
+
+
+def test_onto_its_own_site_and_untrained_it_stays_as_it_is(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    source = read_dictionary(place / "run/legs/L1")[0]
+    uneven = replace(source, W_dec=source.W_dec * torch.linspace(0.5, 2, 64)[:, None])  # TopK does not rank by norms
+    write_dictionary(tmp_path / "sae", uneven, Origin(model="a", site=sr.Site(1)), "saerelay")
+    suite = sr.hop_run(tmp_path / "sae", 1, run, tmp_path / "out", tokens=0, refit=False)
+    assert list(suite) == ["L1-from-L1"] and suite.plan.legs[0].method == "identity"
+    for name, tensor in suite["L1-from-L1"].tensors().items():
+        assert torch.allclose(tensor, uneven.tensors()[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("options", "architecture", "n_latents", "k", "l0"),
+    [
+        (["--n-latents", "96"], "topk", 96, 4, 4.0),
+        (["--n-latents", "40", "--k", "3"], "topk", 40, 3, 3.0),
+        (["--k", "8"], "topk", 64, 8, 8.0),
+        (["--architecture", "jumprelu"], "jumprelu", 64, None, 4.0),
+        (["--architecture", "batchtopk", "--n-latents", "80"], "batchtopk", 80, 4, 4.0),
+        (["--architecture", "relu"], "relu", 64, None, 4.0),
+    ],
+)
+@pytest.mark.parametrize("layer", [1, 2])
+def test_to_another_shape(
+    place: Path, tmp_path: Path, options: list[str], architecture: str, n_latents: int, k: int | None, l0: float,  # noqa: F811
+    layer: int, capsys, monkeypatch,
+) -> None:  # fmt: skip
+    arguments = ["hop", "--from", place / "run/legs/L1", "--to-layer", layer, "--recipe", place / "run.toml"]
+    arguments += ["--out", tmp_path / "x", "--tokens", "0", *options]
+    code, _, stderr = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, stderr
+    suite = sr.load(tmp_path / "x")
+    found = suite[f"L{layer}-from-L1"]
+    assert (found.architecture, found.n_latents, found.k) == (architecture, n_latents, k)
+    summary = sr.evaluate_run(suite)["legs"][0]
+    assert summary["l0"] == pytest.approx(l0, rel=0.1) and summary["fvu"] < 1
+    assert summary["frac_alive"] > 0.5
+
+
+def test_a_reshaped_child_is_trained_and_its_lineage_is_matched(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    legs: list[dict[str, Any]] = [
+        {"id": "a", "layer": 1, "tokens": 8192},
+        {"id": "wide", "layer": 1, "parent": "a", "tokens": 2048, "n_latents": 96, "method": "identity"},
+        {"id": "jump", "layer": 2, "parent": "wide", "tokens": 2048, "architecture": "jumprelu", "k": 6},
+        {"id": "small", "layer": 2, "parent": "a", "tokens": 2048, "n_latents": 32},
+    ]
+    plan = {**run.plan.model_dump(), "legs": legs, "controls": []}
+    suite = sr.train_run(sr.Run.parse({**run.model_dump(), "plan": plan}, source="test"), tmp_path / "run")
+    assert [suite[leg].n_latents for leg in suite] == [64, 96, 96, 32]
+    assert suite.plan.leg("jump").dictionary.target_l0 == 6
+    lineage = lineage_run(suite)
+    assert lineage.link("wide", "jump").partner is None  # the same latents, whatever decides which are active
+    for child, least in (("wide", 60), ("small", 30)):
+        partner = lineage.link("a", child).partner
+        assert partner is not None and int((partner >= 0).sum()) >= least
+    wide = lineage.link("a", "wide")
+    assert wide.shares()["kept"] > 0.5
+    partner = wide.partner
+    assert partner is not None and float((partner == torch.arange(64)).float().mean()) > 0.5
+
+
+def test_from_a_copy_of_the_model_is_as_from_the_model(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(place / "model", tmp_path / "copy")
+    source = place / "run/legs/L1"
+    suite = sr.hop_run(source, 1, run, tmp_path / "a", model=str(tmp_path / "copy"), tokens=0, refit=False)
+    sr.hop_run(source, 1, run, tmp_path / "b", tokens=0, refit=False)
+    assert fvu(tmp_path / "a") == pytest.approx(fvu(tmp_path / "b"), rel=0.02)
+    info = json.loads((tmp_path / "a/parent/dictionary.json").read_text())
+    assert info["carried_from"]["model"] == str(tmp_path / "copy") and info["carried_from"]["unexplained"] < 0.01
+    assert info["carried_from"]["lm_tokens"] == 2 * run.plan.moment_tokens
+    assert suite.plan.legs[0].method == "identity"
+
+
+def test_from_a_model_of_another_width(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=101, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "wide")
+    wide = sr.Run.parse(
+        {**run.model_dump(), "model": {**run.model.model_dump(), "name": str(tmp_path / "wide")}}, source="t"
+    )
+    plan = run.plan.model_copy(update={"controls": [], "preset": "scratch"})
+    sr.train_run(wide.model_copy(update={"plan": plan}), tmp_path / "wide-run")
+    source = tmp_path / "wide-run/legs/L0"
+    suite = sr.hop_run(source, 2, run, tmp_path / "x", model=str(tmp_path / "wide"), tokens=2048)
+    leg = suite.plan.legs[0]
+    assert (suite[leg.id].d_model, suite[leg.id].n_latents) == (32, 64) and leg.id == "L2-from-L0"
+    scratch = 0.1  # random models share little but tokens and positions: it has to work, not to be good
+    assert fvu(tmp_path / "x") < 1 - scratch
+    with pytest.raises(sr.SaeRelayError, match="needs a source and a target of the same width, these are 48 and 32"):
+        sr.hop_run(source, 2, run, tmp_path / "y", model=str(tmp_path / "wide"), method="rescale")
+    with pytest.raises(sr.SaeRelayError, match="reads activations 48 wide"):
+        sr.hop_run(source, 1, run, tmp_path / "z")
+
+
+def test_tokens_that_differ_are_refused(tmp_path: Path) -> None:
+    demo = Path(sr.__file__).parent / "demo"
+    shutil.copytree(demo, tmp_path / "other", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    run = sr.Run()
+    hop.check_tokens(run, ModelSpec(name=str(tmp_path / "other")))
+    tokenizer = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="do not read the same tokens"):
+        hop.check_tokens(run, ModelSpec(name=str(tmp_path / "other")))
+
+
+def test_files_that_do_not_say_where_they_read(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    write_dictionary(tmp_path / "sae", read_dictionary(place / "run/legs/L1")[0], Origin(), "saerelay")
+    with pytest.raises(FormatError, match="do not say which layer it reads; say it with --from-layer"):
+        sr.hop_run(tmp_path / "sae", 2, run, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    suite = sr.hop_run(tmp_path / "sae", 2, run, tmp_path / "x", site=sr.Site(1), tokens=0)
+    again = sr.hop_run(place / "run/legs/L1", 2, run, tmp_path / "y", tokens=0)
+    assert torch.equal(suite["L2-from-L1"].W_enc, again["L2-from-L1"].W_enc)
+
+
+def test_a_layer_normed_one_is_taken_at_the_scale_of_the_text(
+    place: Path, run: sr.Run, tmp_path: Path, monkeypatch  # noqa: F811
+) -> None:  # fmt: skip
+    source = read_dictionary(place / "run/legs/L1")[0]
+    normed = LayerNormed(source)
+    monkeypatch.setattr(hop, "read_any", lambda *_, **__: (normed, Origin(site=sr.Site(1), l0=4.0)))
+    suite = sr.hop_run("hf://some/where", 1, run, tmp_path / "x", tokens=0, refit=False)
+    found = suite["L1-from-L1"]
+    scale = (found.W_dec.norm(dim=1) / source.W_dec.norm(dim=1)).median()
+    assert torch.allclose(found.W_enc.sum(dim=1), torch.zeros(64), atol=1e-4)  # the mean of a token does not matter
+    assert torch.allclose(found.W_dec, source.W_dec * scale, rtol=1e-4) and not torch.isclose(scale, torch.tensor(1.0))
