@@ -24,13 +24,13 @@ from saerelay.recipe import ModelSpec
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_PROJECTIONS = (  # of attention, onto the residual stream
+PROJECTIONS = (  # of attention, onto the residual stream
     *("self_attn.o_proj", "attention.dense", "attn.c_proj"),  # Llama and most others, GPT-NeoX, GPT-2
     *("attention.output.dense", "attention.out_lin", "attn.Wo"),  # BERT, DistilBERT, ModernBERT
     *("self_attn.out_proj", "self_attn.dense", "self_attention.dense"),  # OPT, Phi, Falcon and BLOOM
     *("attn.attention.out_proj", "attn.out_proj"),  # GPT-Neo, GPT-J and MPT
 )
-_MLPS = (
+MLPS = (
     *("mlp.dense_4h_to_h", "mlp"),  # BLOOM, whose `mlp` adds the residual stream itself; most others
     *("output.dense", "ffn.lin2", "ffn.down_proj"),  # BERT, DistilBERT, MPT
 )
@@ -450,7 +450,7 @@ def _port_in(layers: nn.ModuleList, site: Site, name: str, family: str) -> Port:
     port = _port(layer, site.module)
     if port is None:
         working = ", ".join(kind for kind in MODULE_KINDS if _port(layer, kind))
-        paths = ", ".join(_MLPS if site.module == "mlp_out" else _PROJECTIONS)
+        paths = ", ".join(MLPS if site.module == "mlp_out" else PROJECTIONS)
         raise ModelError(
             f"{site}: no {site.module} is known in layer {site.layer} ({type(layer).__name__}) of {family}. "
             f"Looked for {paths}, in a layer that adds what they return unscaled. These work there: {working}."
@@ -464,12 +464,12 @@ def _port(layer: nn.Module, kind: ModuleKind) -> Port | None:
         return layer, "output"
     if kind == "resid_pre":
         return layer, "input"
-    projection = _first(layer, _PROJECTIONS)
+    projection = _first(layer, PROJECTIONS)
     if kind == "attn_z":
         return (projection, "input") if projection else None
     if type(layer).__name__.startswith(_RESCALING) or getattr(layer, "residual_multiplier", 1) != 1:  # Granite's
         return None
-    block = projection if kind == "attn_out" else _first(layer, _MLPS)
+    block = projection if kind == "attn_out" else _first(layer, MLPS)
     for after_attention, after_mlp in _POST_NORMS:
         if hasattr(layer, after_attention) and hasattr(layer, after_mlp):
             block = getattr(layer, after_attention if kind == "attn_out" else after_mlp)
