@@ -40,6 +40,7 @@ from saerelay.progress import Watcher
 from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.stream import AbstractStream, Block
+from saerelay.threads import side_by_side
 from saerelay.transfer import fold, map_between, rate_share, refit, reshape, revive
 
 FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
@@ -160,23 +161,33 @@ def train_plan(
 def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) -> None:
     """Bring to life the legs whose age is 0 here: from scratch or copied at a block's start, or, `hops`, at its end.
 
-    A hop's map and refit are made from the blocks before it, so that its own tokens are all new to it.
+    A hop's map and refit are made from the blocks before it, so that its own tokens are all new to it. Several are made
+    side by side.
     """
-    for leg in now.plan.legs:
-        if leg.fold_at != now.cursor or hops != (leg.start < leg.fold_at):
-            continue
-        if leg.parent in now.failures:
-            now.failures[leg.id] = f"its parent {leg.parent} stopped"
-            continue
-        try:
-            inherited, lr_share = inherit(now, leg, block, paths) if leg.parent else (None, 1.0)
-        except TransferError as error:
-            now.failures[leg.id] = str(error)
-            continue
-        rows = block.rows(leg.site, FIRST_ROWS)
-        now.cohort.add(Trainee(leg, now.plan.run.train, rows, inherited, lr_share=lr_share))
-        if 0 in leg.snapshots:
-            publish_leg(now, now.cohort[leg.id], block, paths)
+    due = [leg for leg in now.plan.legs if leg.fold_at == now.cursor and hops == (leg.start < leg.fold_at)]
+    while due:
+        waiting = {leg.id for leg in due}
+        ready = [leg for leg in due if leg.parent not in waiting]
+        due = [leg for leg in due if leg.parent in waiting]
+        begun = side_by_side(lambda leg: begin(now, leg, block, paths), ready, block.keep.device)
+        for leg, trainee in zip(ready, begun, strict=True):
+            if isinstance(trainee, str):
+                now.failures[leg.id] = trainee
+                continue
+            now.cohort.add(trainee)
+            if 0 in leg.snapshots:
+                publish_leg(now, trainee, block, paths)
+
+
+def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee | str:
+    """A leg at age 0, from scratch or from its parent, or why there is none."""
+    if leg.parent in now.failures:
+        return f"its parent {leg.parent} stopped"
+    try:
+        inherited, lr_share = inherit(now, leg, block, paths) if leg.parent else (None, 1.0)
+    except TransferError as error:
+        return str(error)
+    return Trainee(leg, now.plan.run.train, block.rows(leg.site, FIRST_ROWS), inherited, lr_share=lr_share)
 
 
 def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float]:
