@@ -345,11 +345,13 @@ def check(root: Path) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "layers.3"
                 write_dictionary(path, dictionary, Origin(model="demo", site=Site(3), prepend_bos=True), format)
-                row = compare(
-                    {"format": format, "case": name, "direction": "out"}, computed(dictionary, x), load(path)(x)
-                )
-            rows.append(row)
-    return rows
+                found = load(path)(x)
+            rows.append(compare({"format": format, "case": name, "direction": "out"}, computed(dictionary, x), found))
+    with tempfile.TemporaryDirectory() as scratch:  # SAELens reads this site before heads are put side by side
+        write_dictionary(Path(scratch), ours()["topk"], Origin(site=Site(3, "attn_z")), "saelens")
+        codes, x_hat = saelens_load(Path(scratch))(x.view(-1, 2, D // 2))
+    row = {"format": "saelens", "case": "topk-attn_z", "direction": "out"}
+    return [*rows, compare(row, computed(ours()["topk"], x), (codes, x_hat.flatten(1)))]
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ NAMES = ("explained_variance", "l0", "ce_loss_score", "ce_loss_with_sae", "ce_lo
 
 
 def compare_evals(directory: Path | None) -> list[dict[str, Any]]:
-    """A row for each leg of a finished run on a causal model, in float32 and with data.outlier_norm = 0; or of tiny ones."""
+    """A row for each leg of a finished run (a causal model in float32, data.outlier_norm = 0), or of tiny ones."""
     if directory:
         return compare_suite(sr.load(directory))
     rows = []

@@ -68,7 +68,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     trainer, buffer = said(config, "trainer", dict) or {}, said(config, "buffer", dict) or {}
     values, factor = read_pickle(weights), None
     if "ae" in values:
-        factor = said(values, "norm_factor", float)
+        factor = None if values.get("norm_factor") is None else read_number(weights, values, "norm_factor")
         trainer = (said(values, "config", dict) or {}) | trainer
         values = said(values, "ae", dict) or {}
     if trainer.get("transcoder") or buffer.get("io") == "in_and_out":
@@ -130,7 +130,7 @@ def _config(weights: Path) -> dict[str, Any]:
 
 
 def _class(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) -> str:
-    kind = trainer.get("dict_class")
+    kind = said(trainer, "dict_class", str)
     if kind is not None:
         if kind not in SHAPES:
             raise FormatError(f'{weights}: dict_class "{kind}" is not known; these are read: {", ".join(SHAPES)}')
@@ -169,7 +169,7 @@ def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) 
             architecture = "jumprelu"
             W_enc, b_enc, threshold = ungated(W_enc, b_gate=b_enc, b_mag=rest[0], r_mag=rest[1])
     if architecture in ("topk", "batchtopk"):
-        on_file = {"k": tensors["k"].item()} if "k" in tensors else trainer
+        on_file = {"k": shaped(weights, tensors, {"k": ""})[0].item()} if "k" in tensors else trainer
         k = int(read_number(weights, on_file, "k", most=n_latents))
     subtracts = kind not in ("JumpReluAutoEncoder", "AutoEncoderNew")
     return canonical(architecture, W_enc, b_enc, W_dec, b_dec, subtracts_b_dec=subtracts, threshold=threshold, k=k)

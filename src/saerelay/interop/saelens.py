@@ -27,7 +27,8 @@ NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm")
 BEFORE_6 = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 USED = {
     "model_name", "hook_name", "hf_hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path", "l0",
-    "saerelay", "sae_lens_version", "sae_lens_training_version", "training_architecture", "training_architecture_details",
+    "sae_lens_version", "sae_lens_training_version", "training_architecture", "training_architecture_details",
+    "saerelay",
 }  # fmt: skip
 """Metadata that an Origin has fields for, or that is about the file; the rest is provenance."""
 
