@@ -1,4 +1,4 @@
-"""What the documentation's build adds to the files in docs/: README.md as the start page, and the notebook as a page."""
+"""What the build of the documentation adds: README.md as its start page, the notebook as a page, examples as code."""
 
 import json
 import re
@@ -41,5 +41,5 @@ class FencedExamples(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite one docstring."""
         if obj.docstring:
-            examples = r"^>>> (?:.+\n?)+"
-            obj.docstring.value = re.sub(examples, lambda m: f"```pycon\n{m[0].rstrip()}\n```\n", obj.docstring.value, flags=re.M)
+            text = obj.docstring.value
+            obj.docstring.value = re.sub(r"^>>> (?:.+\n?)+", r"```pycon\n\g<0>\n```\n", text, flags=re.M)
