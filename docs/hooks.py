@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add pages and files that are not in docs/; README.md speaks of its files from the directory above."""
     readme = re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / "README.md").read_text(encoding="utf-8"))
+    readme = readme.replace("(tutorial.ipynb)", "(tutorial.md)")
     files.append(File.generated(config, "index.md", content=readme))
     notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
     files.append(File.generated(config, "tutorial.md", content=page_of(notebook)))
