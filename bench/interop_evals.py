@@ -13,14 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import saerelay as sr
 from saerelay.corpus import Corpus
 from saerelay.demo import MODEL_DIR
 from saerelay.evaluate import held_out, measure
 from saerelay.interop import write_dictionary
+from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.model import module_paths
 from saerelay.plan import Plan
 from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, ModelSpec, PlanSpec, SitesSpec
 from saerelay.stream import load_model
@@ -57,7 +58,9 @@ def compare_suite(suite: Suite) -> list[dict[str, Any]]:
     sequences = sequences[: len(sequences) // BATCH * BATCH]
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in suite.legs}
     ours = measure(plan, load_model(plan), sequences, dictionaries, ce=True)
-    paths = module_paths(plan.run.model, [leg.site for leg in suite.legs])
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_directory(plan)))
+    paths = {site_named(name): name for name, _ in skeleton.named_modules()}
     rows = []
     for leg in suite.legs:
         origin = Origin(
@@ -89,8 +92,7 @@ def saelens_metrics(directory: Path, plan: Plan, sequences: Any) -> dict[str, fl
     sae = SAE.load_from_disk(directory)
     check_saebench_interface(sae)
     hook = sae.cfg.metadata.hook_name = sae.cfg.metadata.hf_hook_name
-    name = str(MODEL_DIR) if plan.facts.name == "demo" else plan.facts.name
-    model = load_theirs("AutoModelForCausalLM", name, "cpu", {"dtype": torch.float32}, [hook])
+    model = load_theirs("AutoModelForCausalLM", model_directory(plan), "cpu", {"dtype": torch.float32}, [hook])
     dataset = Dataset.from_dict({"tokens": sequences.astype(int).tolist()})
     store = ActivationsStore.from_sae(model, sae, dataset, streaming=False, total_tokens=1)
     n_batches = len(sequences) // BATCH
@@ -106,6 +108,11 @@ def saelens_metrics(directory: Path, plan: Plan, sequences: Any) -> dict[str, fl
         bench = saebench_metrics(sae, hook, model, store, n_batches, set(bos))
         found |= {f"saebench_{name}": value for name, value in bench.items()}
     return found
+
+
+def model_directory(plan: Plan) -> str:
+    """What Hugging Face loads the run's model by."""
+    return str(MODEL_DIR) if plan.facts.name == "demo" else plan.facts.name
 
 
 def saebench_metrics(sae: Any, hook: str, model: Any, store: Any, n_batches: int, bos: set[int]) -> dict[str, float]:
