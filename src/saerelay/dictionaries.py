@@ -106,6 +106,11 @@ class LayerNormed:
     dictionary: Dictionary
     eps: float = 1e-5
 
+    @property
+    def d_model(self) -> int:
+        """Width D of the activations."""
+        return self.dictionary.d_model
+
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u (..., D), m and s (..., 1) of activations x (..., D)."""
         mean, deviation = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)

@@ -27,7 +27,7 @@ from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
 from saerelay.suite import Suite
 from saerelay.train import L0_ROWS
-from saerelay.transfer import fold, map_between, rate_share, unexplained
+from saerelay.transfer import LEAST_RATE_SHARE, fold, map_between, rate_share, unexplained
 
 
 def hop_run(
@@ -56,17 +56,23 @@ def hop_run(
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
     if origin.model and not model and origin.model != run.model.name and console:
         console.print(f"note: {source} was trained on {origin.model}; it is taken to read {run.model.name} as well")
-    leg = {"id": f"{target}-from-{origin.site}", "layer": layer, "tokens": run.plan.transfer_tokens} | asked
+    leg: dict[str, Any] = {
+        "id": f"{target}-from-{origin.site}",
+        "layer": layer,
+        "tokens": run.plan.transfer_tokens,
+    } | asked
     if origin.site == target and not model:
-        leg = {"method": "identity"} | leg
+        leg = {"method": "identity", "refit": False} | leg
+        if not {"architecture", "n_latents", "k"} & asked.keys():  # hardly anything is to be learned
+            leg = {"lr": rate(run, dictionary.d_model, leg["tokens"], LEAST_RATE_SHARE)} | leg
     parent = Path(source) if Path(source).exists() else source
     if model or format or site or isinstance(dictionary, LayerNormed):
         check_directory(paths, resume=False)
         parent = paths.root / "parent"
         if model:
             moved = carry(dictionary, origin, run, target, model, console, method=leg.get("method"))
-            leg |= {"method": "identity"} | ({} if leg.get("lr") else {"lr": moved.learning_rate(run, leg["tokens"])})
             dictionary, origin = moved.dictionary, moved.origin
+            leg = {"lr": rate(run, dictionary.d_model, leg["tokens"], moved.rate_share)} | leg | {"method": "identity"}
         elif isinstance(dictionary, LayerNormed):
             dictionary = scaled(dictionary, run, origin.site, console)
         write_dictionary(parent, dictionary, origin, "saerelay")
@@ -84,11 +90,11 @@ class Carried(NamedTuple):
     origin: Origin
     rate_share: float
 
-    def learning_rate(self, run: Run, tokens: int | str) -> float:
-        """The rate that a leg would have after a hop by this map within one model."""
-        budget = LegSpec.parse({"id": "x", "layer": 0, "tokens": tokens}, source="tokens").tokens
-        scratch = run.train.transfer_lr or auto_lr(self.dictionary.d_model, budget, run.train.batch_tokens)
-        return scratch * (1.0 if run.train.transfer_lr else self.rate_share)
+
+def rate(run: Run, width: int, tokens: int | str, share: float) -> float:
+    """The learning rate of a leg that is trained on so many tokens after a hop, `share` of that from scratch."""
+    leg = LegSpec.parse({"id": "x", "layer": 0, "tokens": tokens}, source="tokens")
+    return run.train.transfer_lr or share * auto_lr(width, leg.tokens, run.train.batch_tokens)
 
 
 @torch.no_grad()

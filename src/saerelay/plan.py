@@ -392,7 +392,7 @@ def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
     bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * max(1, len({(s.layer, s.module) for s in specs}))
     longest = max(spec.tokens for spec in specs) or run.plan.refit_tokens  # nothing is trained, only refitted
     shortest = min(
-        (spec.tokens for spec in specs if spec.tokens >= longest / 16), default=longest
+        (spec.tokens for spec in specs if spec.tokens >= longest / 16), default=4 * longest
     )  # others are hardly trained
     wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, 16 * run.train.batch_tokens))
     wanted = max(step, wanted)
