@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saerelay.attachment import attach as attach
     from saerelay.dictionaries import Dictionary as Dictionary
     from saerelay.dictionaries import match_l0 as match_l0
     from saerelay.errors import SaeRelayError as SaeRelayError
@@ -51,6 +52,7 @@ _HOMES = {
     "SaeRelayError": "errors",
     "Site": "site",
     "Suite": "suite",
+    "attach": "attachment",
     "evaluate_run": "evaluate",
     "features_run": "features",
     "fold": "transfer",

@@ -125,6 +125,10 @@ class LayerNormed:
         u, mean, deviation = self.normalise(x)
         return self.dictionary(u) * deviation + mean
 
+    def to(self, device_or_dtype: torch.device | str | torch.dtype) -> "LayerNormed":
+        """The same on another device or in another dtype."""
+        return replace(self, dictionary=self.dictionary.to(device_or_dtype))
+
     @torch.no_grad()
     def at_scale(self, x: Tensor) -> Dictionary:
         """The dictionary of raw activations that takes all tokens to have the median deviation of x (B, D).
