@@ -66,6 +66,7 @@ def test_public_names_are_these_and_all_import() -> None:
         "load",
         "load_dictionary",
         "load_features",
+        "load_layer_normed",
         "map_between",
         "match_l0",
         "plan_run",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from saerelay.features import load_features as load_features
     from saerelay.hop import hop_run as hop_run
     from saerelay.interop import load_dictionary as load_dictionary
+    from saerelay.interop import load_layer_normed as load_layer_normed
     from saerelay.launch import plan_run as plan_run
     from saerelay.launch import train_run as train_run
     from saerelay.lineage import Lineage as Lineage
@@ -61,6 +62,7 @@ _HOMES = {
     "load": "suite",
     "load_dictionary": "interop",
     "load_features": "features",
+    "load_layer_normed": "interop",
     "map_between": "transfer",
     "match_l0": "dictionaries",
     "plan_run": "launch",
