@@ -27,7 +27,7 @@ from saerelay.site import Site
 from saerelay.stream import kept_positions, load_model
 from saerelay.suite import Suite
 from saerelay.train import L0_ROWS
-from saerelay.transfer import LEAST_RATE_SHARE, fold, map_between, rate_share, unexplained
+from saerelay.transfer import fold, map_between, rate_share, unexplained
 
 
 def hop_run(
@@ -47,8 +47,9 @@ def hop_run(
     `source` is a directory or file of any format, or hf://user/repo[@revision][/path]; `site` where it reads, if its
     files do not say; `model` another language model that it was trained on, with the same tokens as the recipe's: the
     map is then fitted between the two on the same text. `asked` are keys of a leg of a plan (tokens, method, refit,
-    architecture, n_latents, k, lr, ...); what is not asked for is the recipe's. Onto its own site an SAE is copied, and
-    with tokens = 0 and refit = False only measured. Raises FormatError for a source that cannot be read.
+    architecture, n_latents, k, lr, ...); what is not asked for is the recipe's. Onto its own site an SAE is copied,
+    refitted if that explains tokens better that the refit has not seen, and with tokens = 0 and nothing else asked for
+    only measured. Raises FormatError for a source that cannot be read.
     """
     paths, target = RunDirectory(Path(out)), Site(layer, run.sites.module)
     dictionary, origin = read_any(source, format=format, site=site)
@@ -62,9 +63,8 @@ def hop_run(
         "tokens": run.plan.transfer_tokens,
     } | asked
     if origin.site == target and not model:
-        leg = {"method": "identity", "refit": False} | leg
-        if not {"architecture", "n_latents", "k"} & asked.keys():  # hardly anything is to be learned
-            leg = {"lr": rate(run, dictionary.d_model, leg["tokens"], LEAST_RATE_SHARE)} | leg
+        looked_at = not asked.keys() - {"tokens"} and leg["tokens"] in (0, "0")
+        leg = {"method": "identity"} | ({"refit": False} if looked_at else {}) | leg
     parent = Path(source) if Path(source).exists() else source
     if model or format or site or isinstance(dictionary, LayerNormed):
         check_directory(paths, resume=False)
