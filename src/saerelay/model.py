@@ -47,7 +47,8 @@ _NO_TOKENIZER = (
     "or give token ids (`data.tokens`) instead of text."
 )
 _BETWEEN_LAYERS = ("resid_pre", "resid_post")
-_Port = tuple[nn.Module, Literal["input", "output"]]
+Port = tuple[nn.Module, Literal["input", "output"]]
+"""A module, and the side of it at which the activations of a site pass."""
 
 
 class _Stop(Exception):
@@ -78,7 +79,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         device=str(device),
         n_layers=len(layers),
         d_model=text.hidden_size,
-        d_attn_z=getattr(projection, "in_features", None) or (projection.weight.shape[0] if projection else 0),
+        d_attn_z=_n_inputs(projection) if projection else 0,
         vocab_size=text.vocab_size,
         max_context=_max_context(text, skeleton),
         bos_token_id=bos,
@@ -222,6 +223,11 @@ class LanguageModel:
                     "Download the model again, or save it with save_pretrained from the class it was trained as."
                 )
             return cls(model, facts)
+
+    @property
+    def hf_model(self) -> Any:
+        """The model itself, as transformers knows it: for `generate` and whatever else it can do."""
+        return self._model
 
     def check_site(self, site: Site) -> None:
         """Raise PlanError if the model has no such layer, ModelError if its layers have no such module."""
@@ -399,47 +405,79 @@ class LanguageModel:
 
         The function keeps the shape; its result is cast to the model's dtype. Raises what `check_site` raises.
         """
-        module, side = self._locate(site)
-
-        def replace(x: Tensor) -> Tensor:
-            y = function(x)
-            assert y.shape == x.shape, f"{site}: spliced {tuple(y.shape)} into {tuple(x.shape)}"
-            return y.to(x.dtype)
-
-        def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (replace(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": replace(kwargs["hidden_states"])}
-
-        def on_output(_: nn.Module, args: tuple, output: Any) -> Any:
-            return (replace(output[0]), *output[1:]) if isinstance(output, tuple | list) else replace(output)
-
-        if side == "input":
-            handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(on_output)
-        try:
+        with intercept(self._locate(site), site, function):
             yield
-        finally:
-            handle.remove()
 
-    def _locate(self, site: Site) -> _Port:
-        n, family = self.facts.n_layers, self.facts.family
-        if site.layer >= n:
-            raise PlanError(f'{site}: "{self.facts.name}" has {n} layers; layers go from 0 to {n - 1}')
-        layer = self._layers[site.layer]
-        port = _port(layer, site.module)
-        if port is None:
-            working = ", ".join(kind for kind in MODULE_KINDS if _port(layer, kind))
-            paths = ", ".join(MLPS if site.module == "mlp_out" else PROJECTIONS)
-            raise ModelError(
-                f"{site}: no {site.module} is known in layer {site.layer} ({type(layer).__name__}) of {family}. "
-                f"Looked for {paths}, in a layer that adds what they return unscaled. These work there: {working}."
-            )
-        return port
+    def _locate(self, site: Site) -> Port:
+        return _port_in(self._layers, site, self.facts.name, self.facts.family)
 
 
-def _port(layer: nn.Module, kind: ModuleKind) -> _Port | None:
+def port_of(model: Any, site: Site) -> Port:
+    """Where the activations of a site pass in a transformers model; raises what `LanguageModel.check_site` raises.
+
+    >>> module, side = port_of(LanguageModel.load(ModelSpec(device="cpu")).hf_model, Site(3, "attn_z"))
+    >>> type(module).__name__, side
+    ('Linear', 'input')
+    """
+    name = model.config.name_or_path or type(model).__name__
+    return _port_in(_find_layers(model, name), site, name, model.config.model_type)
+
+
+def shape_of(model: Any) -> tuple[int, int]:
+    """Number of layers, and width D of the residual stream, of a transformers model."""
+    return len(_find_layers(model, type(model).__name__)), model.config.get_text_config().hidden_size
+
+
+def width_at(model: Any, site: Site) -> int:
+    """Width D of the activations at a site of a transformers model."""
+    projection = port_of(model, site)[0]
+    return _n_inputs(projection) if site.module == "attn_z" else shape_of(model)[1]
+
+
+@contextmanager
+def intercept(port: Port, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace activations (B,C,D) at a port by `function` of them while the `with` block lasts; see `splice`."""
+    module, side = port
+
+    def replace(x: Tensor) -> Tensor:
+        y = function(x)
+        assert y.shape == x.shape, f"{site}: spliced {tuple(y.shape)} into {tuple(x.shape)}"
+        return y.to(x.dtype)
+
+    def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (replace(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": replace(kwargs["hidden_states"])}
+
+    def on_output(_: nn.Module, args: tuple, output: Any) -> Any:
+        return (replace(output[0]), *output[1:]) if isinstance(output, tuple | list) else replace(output)
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _port_in(layers: nn.ModuleList, site: Site, name: str, family: str) -> Port:
+    if site.layer >= len(layers):
+        raise PlanError(f'{site}: "{name}" has {len(layers)} layers; layers go from 0 to {len(layers) - 1}')
+    layer = layers[site.layer]
+    port = _port(layer, site.module)
+    if port is None:
+        working = ", ".join(kind for kind in MODULE_KINDS if _port(layer, kind))
+        paths = ", ".join(MLPS if site.module == "mlp_out" else PROJECTIONS)
+        raise ModelError(
+            f"{site}: no {site.module} is known in layer {site.layer} ({type(layer).__name__}) of {family}. "
+            f"Looked for {paths}, in a layer that adds what they return unscaled. These work there: {working}."
+        )
+    return port
+
+
+def _port(layer: nn.Module, kind: ModuleKind) -> Port | None:
     """The module of a layer, and its side, at which activations of a kind pass: the only map from sites to modules."""
     if kind == "resid_post":
         return layer, "output"
@@ -455,6 +493,10 @@ def _port(layer: nn.Module, kind: ModuleKind) -> _Port | None:
         if hasattr(layer, after_attention) and hasattr(layer, after_mlp):
             block = getattr(layer, after_attention if kind == "attn_out" else after_mlp)
     return (block, "output") if block else None
+
+
+def _n_inputs(projection: Any) -> int:
+    return getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's stores its transpose
 
 
 def _first(layer: nn.Module, paths: Iterable[str]) -> nn.Module | None:

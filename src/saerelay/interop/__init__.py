@@ -101,9 +101,9 @@ def format_named(name: str) -> ModuleType:
     raise FormatError(f'no format "{name}"; these are known: {", ".join(format.NAME for format in FORMATS)}')
 
 
-def write_dictionary(path: Path, dictionary: Dictionary, origin: Origin, format: str) -> None:
+def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, format: str) -> None:
     """Write a dictionary into a directory in one of the formats of WRITTEN; FormatError if it cannot be said there."""
     chosen = format_named(format)
     if format not in WRITTEN:
         raise FormatError(f"{format} is read, not written; these are: {', '.join(WRITTEN)}")
-    chosen.write(path, dictionary, origin)
+    chosen.write(Path(path), dictionary, origin)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -18,6 +18,8 @@ from torch import Tensor
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import FormatError
 from saerelay.recipe import Architecture
+
+T = TypeVar("T")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -77,6 +79,18 @@ def _damage_named(path: Path) -> Iterator[None]:
     except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile,
             safetensors.SafetensorError) as error:  # fmt: skip
         raise FormatError(f"{path}: cut off or damaged, cannot be read ({' '.join(str(error).split())})") from None
+
+
+def said(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    """What a configuration says for a key, or None if it says nothing, or something of another type.
+
+    >>> said({"l0": 32}, "l0", float), said({"l0": "32"}, "l0", float)
+    (32.0, None)
+    """
+    value: Any = config.get(key)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    return value if isinstance(value, kind) and isinstance(value, bool) == (kind is bool) else None
 
 
 def read_number(path: Path, config: Mapping[str, Any], key: str, *, most: int | None = None) -> float:
@@ -159,16 +173,42 @@ def canonical(
     become W_enc' = s W_enc, b_enc' = b_enc − W_enc b_dec, W_dec' = W_dec / s, b_dec' = b_dec / s; codes and thresholds
     stay as they are.
     """
+    W_enc, W_dec = W_enc.contiguous(), W_dec.contiguous()
     if subtracts_b_dec:
-        b_enc = (b_enc.double() - W_enc.double() @ b_dec.double()).float()
+        b_enc = (b_enc.double() - _product(W_enc, b_dec)).float()
     if scale != 1:
         W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, b_dec / scale
     return Dictionary(
         architecture=architecture,
-        W_enc=W_enc.contiguous(),
+        W_enc=W_enc,
         b_enc=b_enc,
-        W_dec=W_dec.contiguous(),
+        W_dec=W_dec,
         b_dec=b_dec,
         threshold=threshold,
         k=k,
     )
+
+
+def encoder_bias(dictionary: Dictionary) -> Tensor:
+    """b_enc (F) for tools whose encoder reads x − b_dec: undoes what `canonical` does with `subtracts_b_dec`."""
+    d = dictionary
+    return (d.b_enc.double() + _product(d.W_enc, d.b_dec)).float()
+
+
+def _product(W: Tensor, b: Tensor) -> Tensor:
+    """W b (F) in float64, for W (F, D); in parts, for W has gigabytes and b, a mean, is large."""
+    return torch.cat([rows.double() @ b.double() for rows in W.split(512)])
+
+
+def ungated(W: Tensor, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W_enc, b_enc and threshold of the JumpReLU that a gated encoder equals; W (F, D), the others (F).
+
+    1[W u + b_gate > 0]·relu(e^r W u + b_mag) (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 6 to 8): with
+    pre = e^r W u + b_mag, the gate is open where pre > b_mag − e^r b_gate.
+
+    >>> one = torch.ones(1)
+    >>> ungated(one[None], 0 * one, -0.5 * one, 2 * one)
+    (tensor([[1.]]), tensor([2.]), tensor([2.5000]))
+    """
+    magnitude = r_mag.exp()
+    return W * magnitude[:, None], b_mag, (b_mag - magnitude * b_gate).clamp(min=0)
