@@ -218,11 +218,10 @@ def public_name(model: str) -> str:
 def hub_id(name: str) -> str:
     """The name, if it is that of a model or dataset on the hub and not of a place on this machine, else "".
 
-    >>> hub_id("gpt2"), hub_id("./mine"), hub_id("demo")
-    ('gpt2', '', '')
+    >>> hub_id("EleutherAI/pythia-70m"), hub_id("./mine"), hub_id("demo")
+    ('EleutherAI/pythia-70m', '', '')
     """
-    possible = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and name not in ("demo", "saerelay-demo")
-    return name if possible and not Path(name).exists() else ""
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else ""
 
 
 # --- the model card --------------------------------------------------------------------------------------------------
