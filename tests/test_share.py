@@ -38,7 +38,8 @@ TOKEN = "hf_" + "s3cret" * 5
 COMMIT = "c0ffee" * 6 + "cafe"
 METRICS = {
     "n_tokens": 131_072, "l0": 3.75, "fvu": 0.125, "explained_variance": 0.875, "delta_ce": 0.0321,
-    "delta_ce_se": 0.0012, "ce_loss_score": 0.9876, "frac_alive": 0.96, "density": [0, 1],
+    "delta_ce_se": 0.0012, "ce_loss_score": 0.9876, "frac_alive": 0.96, "density": {"counts": [0, 1]},
+    "sequence_delta_ce": [0.1],
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_what_is_known_of_an_sae_goes_with_it(run: Path, tmp_path: Path) -> None
     assert origin.module_path == f"gpt_neox.layers.{root.layer}" and origin.model == "model"
     assert (origin.context, origin.prepend_bos, origin.dataset, origin.l0) == (16, False, "", 3.75)
     assert origin.provenance["tokens"] == root.budget_tokens and origin.provenance["evaluation"]["fvu"] == 0.125
-    assert "density" not in origin.provenance["evaluation"]
+    assert not {"density", "sequence_delta_ce"} & origin.provenance["evaluation"].keys()
 
 
 def test_chosen_legs_of_one_site_have_their_ids(run: Path, tmp_path: Path) -> None:
@@ -138,6 +139,13 @@ def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:
     assert rows[other.id][3:6] == [root.id, "affine + refit", format_count(other.moment_tokens)]
     assert 'SAE.from_pretrained("me/saes", "layer_0")' in text and "hf://me/saes/layer_0" in text
     assert "n_latents = 64" in text and text.rstrip().endswith("apache-2.0")
+
+
+def test_the_card_of_a_child_names_its_parent(run: Path, tmp_path: Path) -> None:
+    child = next(leg for leg in share.load(run).one_a_site if leg.parent)
+    share.export_run(str(run), tmp_path / "out", "saerelay", legs=[child.id])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("| layer\\_") == 1 and f"| {child.parent} | resid\\_post, layer 1 | - | from scratch |" in card
 
 
 def test_the_card_of_a_hub_model_links_it(tmp_path: Path) -> None:

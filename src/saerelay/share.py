@@ -166,7 +166,7 @@ def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list
         dictionary, origin = own.read(suite.directory.leg(leg.id))
         evaluation = suite.directory.evaluation(leg.id)
         metrics = read_json(evaluation)["metrics"] if evaluation.is_file() else {}
-        metrics = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+        metrics = {name: value for name, value in metrics.items() if not isinstance(value, list | dict)}
         origin = replace(
             origin,
             model=public_name(plan.run.model.name),
