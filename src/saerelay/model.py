@@ -67,8 +67,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     device = _resolve_device(spec.device)
     with _explained(spec):
         config = _read_config(spec)
-        with torch.device("meta"):
-            skeleton = _auto_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
+        skeleton = _skeleton(spec, config)
     text, layers = config.get_text_config(), _find_layers(skeleton, spec.name)
     bos, eos = _special_tokens(spec, text)
     projection: Any = next((port[0] for layer in layers if (port := _port(layer, "attn_z"))), None)
@@ -89,6 +88,26 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         layer_params=_count(layers) // len(layers),
         model_params=_count(skeleton),
     )
+
+
+def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
+    """The dotted name, in the Hugging Face model, of the module whose output is read at each site; no weights.
+
+    >>> module_paths(ModelSpec(), [Site(3), Site(3, "attn_z")])[Site(3)]
+    'gpt_neox.layers.3'
+
+    Where its input is read, the name ends in ".input". A site that the model has not is left out; raises what
+    `read_facts` raises.
+    """
+    with _explained(spec):
+        skeleton = _skeleton(spec, _read_config(spec))
+    names, layers = {module: name for name, module in skeleton.named_modules()}, _find_layers(skeleton, spec.name)
+    ports = {site: _port(layers[site.layer], site.module) for site in sites if site.layer < len(layers)}
+    return {
+        site: names[port[0]] + (".input" if port[1] == "input" else "")
+        for site, port in ports.items()
+        if port is not None
+    }
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -509,6 +528,12 @@ def _is_causal_lm(config: Any) -> bool:
     return known and any(name.endswith(_CAUSAL_ENDINGS) for name in config.architectures or ())
 
 
+def _skeleton(spec: ModelSpec, config: Any) -> Any:
+    """The model without weights."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
 def _auto_class(config: Any) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -623,23 +648,9 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
 
 
 def _explain(spec: ModelSpec, error: BaseException) -> str:
-    from huggingface_hub import errors as hub
-
     name, text = spec.name, " ".join(str(error).split())
-    offline = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HTTPError)  # pyright: ignore  # as above
-    remedies = (
-        (hub.GatedRepoError, f"is gated: accept the licence at https://huggingface.co/{name} and run `hf auth login`."),
-        (hub.RepositoryNotFoundError, "is not on the hub. Check the name; if it is private, run `hf auth login`."),
-        (hub.RevisionNotFoundError, f'has no revision "{spec.revision}"; see https://huggingface.co/{name}/tree/main.'),
-        (hub.HFValidationError, "is neither a directory nor a possible hub id; write EleutherAI/pythia-70m or ./mine."),
-        (offline, f"did not come from the hub. Check the name, the network, or pass a local directory. ({text})"),
-    )
-    chain, link = [error], error
-    while (link := link.__cause__ or link.__context__) and link not in chain:
-        chain.append(link)
-    for kind, remedy in remedies:
-        if any(isinstance(e, kind) for e in chain):
-            return f'"{name}" {remedy}'
+    if said := explain_hub(name, spec.revision, error):
+        return said
     if "trust_remote_code" in text:
         return f'"{name}" needs Python code of its own. If you trust its authors, set model.trust_remote_code = true.'
     if "tokenizer" in text:
@@ -650,3 +661,22 @@ def _explain(spec: ModelSpec, error: BaseException) -> str:
             f'`AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("DIR")`, and pass DIR. ({text})'
         )
     return f'"{name}" cannot be loaded. Check its files, and that transformers knows the family. ({text})'
+
+
+def explain_hub(name: str, revision: str, error: BaseException) -> str:
+    """What the hub's refusal of a repository means, and the remedy; "" if the hub has nothing to do with the error."""
+    from huggingface_hub import errors as hub
+
+    text = " ".join(str(error).split())
+    offline = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HTTPError)  # pyright: ignore  # as above
+    remedies = (
+        (hub.GatedRepoError, f"is gated: accept the licence at https://huggingface.co/{name} and run `hf auth login`."),
+        (hub.RepositoryNotFoundError, "is not on the hub. Check the name; if it is private, run `hf auth login`."),
+        (hub.RevisionNotFoundError, f'has no revision "{revision}"; see https://huggingface.co/{name}/tree/main.'),
+        (hub.HFValidationError, "is neither a directory nor a possible hub id; write EleutherAI/pythia-70m or ./mine."),
+        (offline, f"did not come from the hub. Check the name, the network, or pass a local directory. ({text})"),
+    )
+    chain, link = [error], error
+    while (link := link.__cause__ or link.__context__) and link not in chain:
+        chain.append(link)
+    return next((f'"{name}" {remedy}' for kind, remedy in remedies if any(isinstance(e, kind) for e in chain)), "")
