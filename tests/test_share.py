@@ -455,3 +455,10 @@ def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Pa
     with pytest.raises(FormatError, match="gemma_scope is read, not written"):
         share.export_run(str(run), tmp_path / "out", "gemma_scope")
     assert read_json(tmp_path / "new" / "plan.json") and not (tmp_path / "out").exists()
+
+
+def test_what_is_published_says_nothing_of_places_on_this_machine(run: Path, tmp_path: Path) -> None:
+    for format in ("saelens", "sparsify", "saerelay"):
+        share.export_run(str(run), tmp_path / format, format)
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".md")]
+    assert len(texts) > 9 and not [text for text in texts if str(run.parent) in text or "/model" in text]

@@ -15,7 +15,7 @@ from saerelay.interop import hub, load_dictionary, own, places_in, read_any, wri
 from saerelay.interop.origin import Origin
 from saerelay.model import module_paths
 from saerelay.plan import Leg, Plan
-from saerelay.recipe import annotated_toml
+from saerelay.recipe import Run, annotated_toml
 from saerelay.site import Site
 from saerelay.spec import format_count
 from saerelay.suite import Suite, load
@@ -175,7 +175,7 @@ def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list
             prepend_bos=plan.run.data.prepend_bos,
             dataset=hub_id(plan.run.data.dataset),
             l0=metrics.get("l0", origin.l0),
-            provenance=origin.provenance | {"evaluation": metrics},
+            provenance=placeless(origin.provenance) | {"evaluation": metrics},
         )
         folder = _folder(origin, format, prefixed=plan.facts.has_lm_head)
         if sum(other.site == leg.site for other in legs) > 1:
@@ -213,6 +213,23 @@ def public_name(model: str) -> str:
     if model == "demo":
         return "saerelay-demo"
     return model if hub_id(model) else Path(model).expanduser().resolve().name
+
+
+def placeless(data: Any) -> Any:
+    """JSON with the last parts of absolute paths alone: where things are on a machine is nobody's business.
+
+    >>> placeless({"text": ["/home/me/notes"], "parent": "runs/a/legs/L5"})
+    {'text': ['notes'], 'parent': 'runs/a/legs/L5'}
+    """
+    match data:
+        case str():
+            return Path(data).name if re.match(r"[/~]|[A-Za-z]:\\", data) else data
+        case dict():
+            return {key: placeless(value) for key, value in data.items()}
+        case list() | tuple():
+            return [placeless(value) for value in data]
+        case _:
+            return data
 
 
 def hub_id(name: str) -> str:
@@ -261,7 +278,7 @@ def model_card(
         parts += [
             "## Recipe",
             "`saerelay train run.toml --out runs/a` with this `run.toml` trains them again.",
-            _fenced(annotated_toml(plan.run), "toml"),
+            _fenced(annotated_toml(Run.parse(placeless(plan.run.model_dump()), source="card")), "toml"),
         ]
     parts += ["## Licence", _cell(licence) if licence else "None was stated by whoever published these SAEs."]
     return "\n\n".join(parts) + "\n"
