@@ -1,5 +1,6 @@
 """Automated interpretability, against a local server that knows the truth, and fails, stalls and talks nonsense."""
 
+import asyncio
 import json
 import os
 import random
@@ -394,6 +395,15 @@ def test_an_oracle_scores_one_and_a_yes_man_half(study: Study, tmp_path: Path) -
         with serving(always(value)) as server:
             document = asked(study, server, tmp_path / str(value))
             assert {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {0.5}
+
+
+def test_it_runs_in_a_notebook_whose_loop_runs_already(study: Study, tmp_path: Path) -> None:
+    async def cell() -> dict[str, Any]:
+        return asked(study, server, tmp_path)
+
+    with serving(always(1)) as server:
+        document = asyncio.run(cell())
+    assert {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {0.5}
 
 
 def test_scores_are_those_of_the_definition(study: Study, tmp_path: Path) -> None:

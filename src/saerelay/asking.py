@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -172,7 +173,12 @@ class Asker:
         """
         self.bar = bar
         self.task = bar.add_task("asking", total=total, cost="") if bar else TaskID(0)
-        return asyncio.run(self._all(jobs))
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self._all(jobs))
+        with ThreadPoolExecutor(1) as thread:  # a notebook has a loop of its own
+            return thread.submit(asyncio.run, self._all(jobs)).result()
 
     async def _all(self, jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         self.stopping, self.turn = asyncio.Event(), asyncio.Semaphore(self.concurrency)
