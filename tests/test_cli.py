@@ -517,6 +517,7 @@ def test_commands_and_options_are_these() -> None:
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens", "--method", "--refit", "--architecture"}
         | {"--n-latents", "--k", "--from-model", "--from-layer", "--from-module", "--format"},
         "report": {"--quick", "--open"},
+        "judge": {"--layers", "--n", "--seed", "--out", "--score", "--json"},
         "demo": {"--out"},
     }
 

@@ -300,7 +300,7 @@ def judge(
     layers: Annotated[str, typer.Option(help='of which layers: "1,2", or all')] = "all",
     n: Annotated[int, typer.Option("--n", min=1, help="latents of each layer and origin")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="another seed draws other latents")] = 0,
-    out: Annotated[Path | None, typer.Option(help="where the page goes, a file or a directory; else in the run")] = None,
+    out: Annotated[Path | None, typer.Option(help="a file or a directory for the page; else in the run")] = None,
     score: Annotated[bool, typer.Option("--score", help="the table of what judges said, instead")] = False,
     as_json: Json = False,
 ) -> None:

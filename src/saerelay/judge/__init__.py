@@ -7,7 +7,6 @@ judging/scores.json     what judges said, by origin and by layer
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from importlib.resources import files
@@ -32,7 +31,7 @@ from saerelay.suite import Suite
 SCHEMA_VERSION = 1
 ORIGINS = ("scratch", "forward", "backward")
 PREFERRED = ("", "full", "equal_tokens")
-"""Control kinds by how gladly a leg from scratch is taken: one of the suite, then the control with the larger budget."""
+"""Control kinds, by how gladly a leg from scratch is taken: one of the suite, then the control with more tokens."""
 BEYOND = 8
 """Tokens shown on either side of an example's window, where activations are not known."""
 OURS = '<meta name="generator" content="saerelay judge">'
@@ -50,9 +49,9 @@ def judge_run(
 ) -> tuple[Path, Document]:
     """Write a page on which people judge latents without knowing where they come from; its path, and its key.
 
-    Features are computed first if they are missing. `n` latents of each layer (all of them if None) and origin are drawn,
-    see `drawn`. The page is judging/<page>.html of the run, or `out`, a file or a directory; the key stays in the run.
-    Raises RunDirectoryError if there is nothing to judge, or if `out` is something else.
+    Features are computed first if they are missing. `n` latents of each origin at each layer (all layers if None) are
+    drawn, see `drawn`. The page is judging/<page>.html of the run, or `out`, a file or a directory; the key stays in
+    the run. Raises RunDirectoryError if there is nothing to judge, or if `out` holds something else.
     """
     legs = legs_by_origin(suite, layers)
     features_run(suite, console=console)
@@ -62,8 +61,8 @@ def judge_run(
 def legs_by_origin(suite: Suite, layers: list[int] | None = None) -> dict[tuple[Site, str], Leg]:
     """The leg that stands for each site and origin, in order.
 
-    From scratch: the leg of the suite, else the control with the full budget, else the one with equal tokens. Of several
-    seeds the lowest; legs that another continued do not count.
+    From scratch: the leg of the suite, else the control with the full budget, else the one with equal tokens. Of
+    several seeds the lowest; legs that another continued do not count.
     """
     continued = {(leg.parent, leg.site) for leg in suite.legs}
     legs = [leg for leg in suite.legs if (leg.id, leg.site) not in continued]
@@ -146,8 +145,8 @@ def write_judging(
 def shown_items(suite: Suite, items: list[Document], features: dict[str, Features]) -> Document:
     """All of the page's data: texts of tokens, and the items with tokens as numbers into these.
 
-    Activations are levels from 0 to LEVELS, relative to the latent's largest (-1 where they are not known), and effects on
-    logits relative to the largest of the latent's, since their units would tell the layer.
+    Activations are levels from 0 to LEVELS, relative to the latent's largest (-1 where they are not known), and effects
+    on logits relative to the largest of the latent's, since their units would tell the layer.
     """
     test, text = Corpus.open(suite.directory.tokens).test, token_texts(suite.plan)
     texts: dict[str, int] = {}
@@ -190,7 +189,7 @@ def logits_shown(features: Features, latent: int, numbered: Callable[[int], int]
 
 
 def page_html(model: str, data: Document) -> str:
-    """The page, whole: styles, scripts and data are in it, and its content policy allows those scripts and no request."""
+    """The page, whole: styles, scripts and data are in it; its content policy allows these and no request."""
     report, here = files("saerelay.report"), files("saerelay.judge")
     read = {place.name: place.read_text(encoding="utf-8") for folder in (report, here) for place in folder.iterdir()
             if place.name in ("style.css", "core.js", "judge.css", "judge.js", "page.html")}  # fmt: skip

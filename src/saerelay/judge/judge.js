@@ -91,7 +91,7 @@ function draw() {
   document.getElementById("answers").hidden = !judging();
   document.getElementById("export").hidden = !done || state.at > N;
   document.getElementById("meter").value = done / N;
-  const number = judging() ? `Feature ${state.at} of ${N}` : state.at ? "The end" : "";
+  const number = judging() ? `${state.at} of ${N}` : state.at ? "The end" : "";
   const now = judging() && state.answers[state.at] ? `, answered ${state.answers[state.at]}` : "";
   document.getElementById("progress").textContent = `${number}${now}${done ? `${number ? " · " : ""}${done} done` : ""}`;
   for (const button of document.querySelectorAll("#answers [data-key]")) {

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import binomtest
 
-from saerelay.checkpoint import read_json, write_json
+from saerelay.checkpoint import finite, read_json, write_json
 from saerelay.errors import RunDirectoryError
 from saerelay.judge import ORIGINS, SCHEMA_VERSION
 from saerelay.spec import Spec
@@ -21,7 +21,7 @@ Document = dict[str, Any]
 class Judgements(Spec):
     """What one judge exported."""
 
-    schema: Literal[1]  # type: ignore[assignment]
+    version: Annotated[Literal[1], Field(alias="schema")]
     page: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
     judge: Annotated[str, Field(max_length=80)]
     answers: dict[int, Literal["yes", "no", "skip"]]
@@ -32,8 +32,8 @@ def score_run(suite: Suite, paths: list[Path]) -> Document:
     """Score judges' exports of one page of this run; writes and returns judging/scores.json.
 
     A latent counts as interpretable if more judges said yes than no; one with as many of either is tied, and counted
-    apart; skipped is not judged. Raises RecipeError for a damaged file, RunDirectoryError for one of another page, of an
-    item that the page does not have, or of a judge who is there already.
+    apart; skipped is not judged. Raises RecipeError for a damaged file, RunDirectoryError for one of another page, of
+    an item that the page does not have, or of a judge who is there already.
     """
     if not paths:
         raise RunDirectoryError("--score takes the files that judges exported: saerelay judge DIR --score FILE...")
@@ -49,7 +49,7 @@ def score_run(suite: Suite, paths: list[Path]) -> Document:
         raise RunDirectoryError(f"these are judgements of {len(pages)} pages: {', '.join(sorted(pages))}; score one")
     key = read_json(suite.directory.judging / f"{pages.pop()}.json")
     scores = {name: key[name] for name in ("schema", "page", "model", "seed", "n", "n_tokens")}
-    scores |= scored(key["items"], {name: export.answers for name, export in judges.items()})
+    scores |= finite(scored(key["items"], {name: export.answers for name, export in judges.items()}))
     write_json(suite.directory.judging / "scores.json", scores)
     return scores
 
@@ -57,7 +57,7 @@ def score_run(suite: Suite, paths: list[Path]) -> Document:
 def _of_this_run(suite: Suite, path: Path, export: Judgements) -> Judgements:
     folder = suite.directory.judging
     if not (folder / f"{export.page}.json").is_file():
-        known = ", ".join(sorted(found.stem for found in folder.glob("*.html"))) or "none"
+        known = ", ".join(sorted(found.stem for found in folder.glob("*.json") if found.stem != "scores")) or "none"
         raise RunDirectoryError(
             f"{path}: judgements of page {export.page}, which is not of this run (another run, seed, --n or --layers); "
             f"pages of {suite.directory.root}: {known}"
@@ -84,7 +84,7 @@ def scored(items: list[Document], answers: dict[str, dict[int, str]]) -> Documen
         "origins": [{"origin": o} | tallied([i for i in items if i["origin"] == o], answers) for o in origins],
         "layers": layers,
         "differences": [differing(items, o, answers) for o in origins if o != "scratch" and "scratch" in origins],
-        "agreement": agreement([[own.get(item["item"], "") for item in items] for own in answers.values()]),
+        "agreement": agreement(items, answers),
     }
 
 
@@ -143,48 +143,27 @@ def differing(items: list[Document], origin: str, answers: dict[str, dict[int, s
 # --- agreement between judges -----------------------------------------------------------------------------------
 
 
-def agreement(answers: list[list[str]]) -> Document | None:
-    """How far judges agree, beyond chance, on the items that all of them judged; None for one judge.
-
-    `answers` are each judge's, item by item. `raw` is the share of pairs of judges that agree. Kappa is nan where all said
-    the same.
-    """
-    if len(answers) < 2:
-        return None
-    votes = np.array([said for said in zip(*answers, strict=True) if set(said) <= {"yes", "no"}]) == "yes"
-    votes = votes.reshape(-1, len(answers))
-    kind, kappa = ("cohen", cohen_kappa) if len(answers) == 2 else ("fleiss", fleiss_kappa)
-    pairs = list(combinations(range(len(answers)), 2))
-    raw = float(np.mean([votes[:, a] == votes[:, b] for a, b in pairs])) if len(votes) else math.nan
-    return {"kind": kind, "n_latents": len(votes), "raw": raw, "kappa": kappa(votes) if len(votes) else math.nan}
+def agreement(items: list[Document], answers: dict[str, dict[int, str]]) -> list[Document]:
+    """How far each two judges agree, on the items that both judged: `raw`, the share of equal answers, and `kappa`."""
+    rows = []
+    for a, b in combinations(answers, 2):
+        pairs = [(answers[a].get(i["item"]), answers[b].get(i["item"])) for i in items]
+        votes = np.array([(x == "yes", y == "yes") for x, y in pairs if {x, y} <= {"yes", "no"}], bool).reshape(-1, 2)
+        raw = _share(int((votes[:, 0] == votes[:, 1]).sum()), len(votes))
+        rows.append({"judges": [a, b], "n_latents": len(votes), "raw": raw, "kappa": cohen_kappa(votes)})
+    return rows
 
 
 def cohen_kappa(votes: np.ndarray) -> float:
-    """Agreement of two judges beyond chance; `votes` bool (items, 2).
+    """Agreement of two judges beyond chance; `votes` bool (items, 2). Of nothing, or if both always say the same: nan.
 
     >>> cohen_kappa(np.array([[1, 1], [1, 1], [1, 0], [0, 0]], dtype=bool))
     0.5
 
     Cohen, Educational and Psychological Measurement 20, 1960: (p_o − p_e) / (1 − p_e), p_e from each judge's own share.
     """
+    if not len(votes):
+        return math.nan
     a, b = votes.mean(axis=0)
-    return _beyond_chance(float((votes[:, 0] == votes[:, 1]).mean()), float(a * b + (1 - a) * (1 - b)))
-
-
-def fleiss_kappa(votes: np.ndarray) -> float:
-    """Agreement of several judges beyond chance; `votes` bool (items, judges).
-
-    >>> fleiss_kappa(np.array([[1, 1, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=bool))
-    0.3333333333333333
-
-    Fleiss, Psychological Bulletin 76, 1971: pairs of judges that agree on an item, mean over items, beyond the sum of
-    squared shares of each answer.
-    """
-    m, yes = votes.shape[1], votes.sum(axis=1)
-    agreeing = (yes * (yes - 1) + (m - yes) * (m - yes - 1)) / (m * (m - 1))
-    share = votes.mean()
-    return _beyond_chance(float(agreeing.mean()), float(share**2 + (1 - share) ** 2))
-
-
-def _beyond_chance(observed: float, expected: float) -> float:
+    observed, expected = float((votes[:, 0] == votes[:, 1]).mean()), float(a * b + (1 - a) * (1 - b))
     return (observed - expected) / (1 - expected) if expected < 1 else math.nan
