@@ -92,8 +92,7 @@ function draw() {
   document.getElementById("export").hidden = !done || state.at > N;
   document.getElementById("meter").value = done / N;
   const number = judging() ? `${state.at} of ${N}` : state.at ? "The end" : "";
-  const now = judging() && state.answers[state.at] ? `, answered ${state.answers[state.at]}` : "";
-  document.getElementById("progress").textContent = `${number}${now}${done ? `${number ? " · " : ""}${done} done` : ""}`;
+  document.getElementById("progress").textContent = `${number}${done ? `${number ? " · " : ""}${done} done` : ""}`;
   for (const button of document.querySelectorAll("#answers [data-key]")) {
     if (button.dataset.key in ANSWERS) button.setAttribute("aria-pressed", state.answers[state.at] === ANSWERS[button.dataset.key]);
     if (button.dataset.key === "u") button.disabled = !state.given.length;
