@@ -516,6 +516,10 @@ def test_commands_and_options_are_these() -> None:
         "show": {"--json"},
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens", "--method", "--refit", "--architecture"}
         | {"--n-latents", "--k", "--from-model", "--from-layer", "--from-module", "--format"},
+        "import": {"--out", "--format", "--layer", "--module", "--model"},
+        "export": {"--format", "--out", "--leg", "--licence"},
+        "push": {"--format", "--leg", "--licence", "--private", "--dry-run"},
+        "pull": {"--out"},
         "report": {"--quick", "--open"},
         "judge": {"--layers", "--n", "--seed", "--out", "--score", "--json"},
         "demo": {"--out"},
