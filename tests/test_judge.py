@@ -15,8 +15,9 @@ from fake_run import HOSTILE, F, fake_run, token_text
 from scipy.stats import binomtest
 from test_cli import call
 
-import saerelay.judge as judge
+from saerelay import judge, report
 from saerelay.errors import RecipeError, RunDirectoryError
+from saerelay.evaluate import summary
 from saerelay.features import load_features
 from saerelay.judge import drawn, judge_run, legs_by_origin, origin_of, shown_items
 from saerelay.judge.score import agreement, cohen_kappa, score_run, tallied, wilson
@@ -269,6 +270,26 @@ def test_one_page_is_scored_and_each_judge_once(suite: Suite, tmp_path: Path) ->
         score_run(suite, [tmp_path / "broken.json"])
 
 
+def test_the_report_shows_scores_once_there_are_some(suite: Suite, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("saerelay.report.data.token_texts", lambda plan: token_text)
+    monkeypatch.setattr(report, "write_figures", lambda suite, summary, folder: [])
+    page = report.write_report(suite, summary(suite))
+    assert "What people make of features" not in page.read_text(encoding="utf-8")
+    _, key = judge_run(suite, n=5)
+    said = {item["item"]: "yes" if item["origin"] == "forward" else "no" for item in key["items"]}
+    files = [answered(tmp_path / f"{name[0]}.json", key["page"], said, name) for name in ("Ada", "<b>Bob</b>")]
+    score_run(suite, files)
+    text = report.write_report(suite, summary(suite)).read_text(encoding="utf-8")
+    rows = re.findall(r'<th scope="row">(scratch|forward|backward)</th>(.*?)</tr>', text, re.S)
+    shown = {origin: re.sub("(<[^>]*>|\\s)+", " ", cells).strip() for origin, cells in rows}
+    assert shown == {
+        "scratch": "10 of 10 0.0 % 0.0 % to 27.8 % 0: 0.0 %, 1: 0.0 %",
+        "forward": "5 of 5 100.0 % 56.6 % to 100.0 % 2: 100.0 %",
+        "backward": "5 of 5 0.0 % 0.0 % to 43.4 % 0: 0.0 %",
+    }
+    assert "Ada and &lt;b&gt;Bob&lt;/b&gt; agree on 100.0 % of 20 (Cohen’s kappa 1.00)" in text and "<b>Bob" not in text
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------
 
 
@@ -406,10 +427,10 @@ def test_every_view_fits(
 
 
 def test_a_damaged_memory_is_forgotten(visit: Any, judging: tuple[Path, dict[str, Any]]) -> None:
-    page = visit(judging[0])
-    store = f"saerelay-judge-{judging[1]['page']}"
-    for damaged in ("{", "null", '{"page": "x", "judge": "", "at": 1, "answers": {}, "given": []}', json.dumps({"page": judging[1]["page"], "judge": "", "at": 1,
-                    "answers": {"1": "<b>"}, "given": [1]})):  # fmt: skip
-        page.evaluate("([name, text]) => localStorage.setItem(name, text)", [store, damaged])
+    page, page_id = visit(judging[0]), judging[1]["page"]
+    another = {"page": "x", "judge": "", "at": 1, "answers": {}, "given": []}
+    strange = {"page": page_id, "judge": "", "at": 1, "answers": {"1": "<b>"}, "given": [1]}
+    for damaged in ("{", "null", json.dumps(another), json.dumps(strange)):
+        page.evaluate("([id, text]) => localStorage.setItem(`saerelay-judge-${id}`, text)", [page_id, damaged])
         page.reload()
         assert page.inner_text("main h1") == "Does it stand for something?" and page.inner_text("#progress") == ""
