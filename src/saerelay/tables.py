@@ -300,7 +300,7 @@ def judging_tables(scores: dict[str, Any]) -> list[Table | Text]:
         lines.append(f"{row['origin']} − scratch, over the layers that have both ({layers}): {difference}, {interval}")
     for row in scores["judges"]:
         said = f"{row['n_yes']} yes, {row['n_no']} no, {row['n_skip']} skipped, {row['n_left']} left"
-        lines.append(f"judge {visible(row['judge'])}: {said}")
+        lines.append(f"judge {visible(row['judge'])}: {said}; found {_share(row['share'])} interpretable")
     for row in scores["agreement"]:
         both = " and ".join(map(visible, row["judges"]))
         lines.append(
