@@ -100,6 +100,15 @@ class RunDirectory:
         """What each latent of a leg means."""
         return self.root / "features" / f"{leg_id}.safetensors"
 
+    def interpretation(self, leg_id: str) -> Path:
+        """What a language model makes of some latents of a leg."""
+        return self.root / "interpret" / f"{leg_id}.json"
+
+    @property
+    def answers(self) -> Path:
+        """Every answer that was paid for."""
+        return self.root / "interpret" / "answers.jsonl"
+
     @property
     def judging(self) -> Path:
         """Pages for judges, their keys, and what judges said."""
