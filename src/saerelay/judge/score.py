@@ -113,7 +113,7 @@ def wilson(yes: int, n: int) -> tuple[float, float]:
 
     >>> low, high = wilson(27, 32)
     >>> round(low, 4), round(high, 4)
-    (0.6825, 0.9311)
+    (0.6825, 0.9314)
 
     Wilson, JASA 22, 1927: (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96.
     """
