@@ -12,6 +12,7 @@ from saerelay.checkpoint import RunDirectory, read_json, write_text
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.interop import hub, load_dictionary, own, places_in, read_any, write_dictionary
+from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
 from saerelay.model import module_paths
 from saerelay.plan import Leg, Plan
@@ -204,17 +205,6 @@ def _folder(origin: Origin, format: str, *, prefixed: bool) -> str:
     return path
 
 
-def public_name(model: str) -> str:
-    """What others understand of a model's name: a local directory's last part, and not just "demo".
-
-    >>> public_name("demo"), public_name("EleutherAI/pythia-70m")
-    ('saerelay-demo', 'EleutherAI/pythia-70m')
-    """
-    if model == "demo":
-        return "saerelay-demo"
-    return model if hub_id(model) else Path(model).expanduser().resolve().name
-
-
 def placeless(data: Any) -> Any:
     """JSON with the last parts of absolute paths alone: where things are on a machine is nobody's business.
 
@@ -230,15 +220,6 @@ def placeless(data: Any) -> Any:
             return [placeless(value) for value in data]
         case _:
             return data
-
-
-def hub_id(name: str) -> str:
-    """The name, if it is that of a model or dataset on the hub and not of a place on this machine, else "".
-
-    >>> hub_id("EleutherAI/pythia-70m"), hub_id("./mine"), hub_id("demo")
-    ('EleutherAI/pythia-70m', '', '')
-    """
-    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else ""
 
 
 # --- the model card --------------------------------------------------------------------------------------------------
