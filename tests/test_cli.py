@@ -523,6 +523,7 @@ def test_commands_and_options_are_these() -> None:
         "push": {"--format", "--leg", "--licence", "--private", "--dry-run"},
         "pull": {"--out"},
         "report": {"--quick", "--open"},
+        "judge": {"--layers", "--n", "--seed", "--out", "--score", "--json"},
         "demo": {"--out"},
     }
 
@@ -553,3 +554,27 @@ def test_report_needs_a_run_and_nothing_else(place: Path, tmp_path: Path, capsys
     assert code == 2 and "holds something that is no report" in stderr and shown == ""
     code, _, stderr = call("report", tmp_path, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2 and "no run here" in stderr
+
+
+def test_judge_makes_a_page_and_keeps_its_key(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    options = ("--layers", "1,0", "--n", "3", "--seed", "5", "--out", tmp_path / "page.html")
+    code, shown, stderr = call("judge", run, *options, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, stderr
+    key = json.loads(shown)
+    assert key.pop("path") == str(tmp_path / "page.html")
+    assert json.loads((run / "judging" / f"{key['page']}.json").read_text()) == key
+    assert (key["seed"], key["n"]) == (5, 3) and {item["layer"] for item in key["items"]} == {0, 1}
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    code, shown, _ = call("judge", run, *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "is all a judge needs" in shown and "scratch" in shown
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
+    for wrong, says in (
+        (("--layers", "first"), '--layers: "first" names no layers'),
+        (("--layers", "99"), "no dictionary at layer 99"),
+        (("ada.json",), "give --score"),
+        (("--score",), "takes the files that judges exported"),
+        (("missing.json", "--score"), "missing.json: cannot be read"),
+    ):
+        code, shown, stderr = call("judge", run, *wrong, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 2 and says in stderr and "Traceback" not in stderr and shown == ""

@@ -110,6 +110,11 @@ class RunDirectory:
         return self.root / "interpret" / "answers.jsonl"
 
     @property
+    def judging(self) -> Path:
+        """Pages for judges, their keys, and what judges said."""
+        return self.root / "judging"
+
+    @property
     def report(self) -> Path:
         """The page that shows all of it."""
         return self.root / "report"

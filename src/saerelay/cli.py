@@ -370,6 +370,47 @@ def report(
 
 
 @app.command()
+def judge(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    files: Annotated[list[Path] | None, typer.Argument(help="with --score: what judges exported")] = None,
+    layers: Annotated[str, typer.Option(help='of which layers: "1,2", or all')] = "all",
+    n: Annotated[int, typer.Option("--n", min=1, help="latents of each layer and origin")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="another seed draws other latents")] = 0,
+    out: Annotated[Path | None, typer.Option(help="a file or a directory for the page; else in the run")] = None,
+    score: Annotated[bool, typer.Option("--score", help="the table of what judges said, instead")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a page on which people judge latents blind, from scratch or transferred; or --score what they said."""
+    from saerelay.judge import judge_run
+    from saerelay.judge.score import score_run
+    from saerelay.suite import load
+    from saerelay.tables import drawn_lines, judging_tables
+
+    suite, console = load(run), Console(width=None if sys.stdout.isatty() else 120)
+    if score:
+        scores = score_run(suite, files or [])
+        if as_json:
+            print((suite.directory.judging / "scores.json").read_text(encoding="utf-8"), end="")
+            return
+        for shown in judging_tables(scores):
+            console.print(shown)
+        return
+    if files:
+        raise RecipeError(f"{files[0]}: to score what judges exported, give --score")
+    if layers != "all" and not all(part.strip().isdecimal() for part in layers.split(",")):
+        raise RecipeError(f'--layers: "{layers}" names no layers; write "1,2,3", or all')
+    chosen = None if layers == "all" else sorted({int(part) for part in layers.split(",")})
+    page, key = judge_run(suite, layers=chosen, n=n, seed=seed, out=out, console=Console(stderr=True))
+    if as_json:
+        print(json.dumps({"path": str(page)} | key))
+        return
+    for line in drawn_lines(key):
+        print(line)
+    print(f"\n{page} is all a judge needs. Not for judges: {suite.directory.judging / key['page']}.json, its key.")
+    print(f"What they export gives the table: saerelay judge {run} --score FILE...")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="replaced if it holds an earlier demo")] = Path("runs/demo"),
 ) -> None:

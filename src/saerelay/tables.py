@@ -1,6 +1,7 @@
 """Tables for people: a plan before it runs, a suite's quality after."""
 
 import unicodedata
+from collections import Counter
 from typing import Any
 
 from rich.console import Group
@@ -325,6 +326,57 @@ def flops(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value / 1e9:.3g} GFLOP"
+
+
+# --- what judges said -------------------------------------------------------------------------------------------
+
+_PUBLISHED = "Ghilardi et al. 2024, Pythia-160m: 83.6 % scratch, 88.1 % forward, 84.7 % backward; 32 features a layer."
+
+
+def drawn_lines(key: dict[str, Any]) -> list[str]:
+    """What a judging page holds, by origin; not for judges."""
+    lines = []
+    for origin, n in Counter(item["origin"] for item in key["items"]).items():
+        layers = sorted({item["layer"] for item in key["items"] if item["origin"] == origin})
+        lines.append(f"{origin:<9}{n:>5} latents of layers {', '.join(map(str, layers))}")
+    return [*sorted(lines), f"{len(key['items'])} latents of {key['model']}, those of seed {key['seed']}."]
+
+
+def judging_tables(scores: dict[str, Any]) -> list[Table | Text]:
+    """The share of latents that people find interpretable, by origin and layer, and how far judges agree."""
+    title = f"{escape(scores['model'])}: share of latents found interpretable, with 95 % intervals"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for name in ("origin", "layer", "leg", "latents", "judged", "tied", "yes", "share", "interval"):
+        table.add_column(name, justify="left" if name in ("origin", "leg") else "right")
+    for total in scores["origins"]:
+        table.add_row(total["origin"], "all", "", *_tallied(total), style="bold")
+        for row in scores["layers"]:
+            if row["origin"] == total["origin"]:
+                table.add_row("", str(row["layer"]), escape(row["leg"]), *_tallied(row), style="dim")
+    lines = []
+    for row in scores["differences"]:
+        layers, difference = ", ".join(map(str, row["layers"])) or "none", _share(row["difference"], "+")
+        interval = f"{_share(row['low'], '+')} to {_share(row['high'], '+')}"
+        lines.append(f"{row['origin']} − scratch, over the layers that have both ({layers}): {difference}, {interval}")
+    for row in scores["judges"]:
+        said = f"{row['n_yes']} yes, {row['n_no']} no, {row['n_skip']} skipped, {row['n_left']} left"
+        lines.append(f"judge {visible(row['judge'])}: {said}; found {_share(row['share'])} interpretable")
+    for row in scores["agreement"]:
+        both = " and ".join(map(visible, row["judges"]))
+        lines.append(
+            f"{both} agree on {_share(row['raw'])} of the {row['n_latents']} that both judged; "
+            f"Cohen's kappa {'-' if row['kappa'] is None else format(row['kappa'], '.2f')}"
+        )
+    return [table, Text(), *map(Text, [*lines, f"For comparison, another model and other judges: {_PUBLISHED}"])]
+
+
+def _tallied(row: dict[str, Any]) -> list[str]:
+    counts = [str(row[f"n_{name}"]) for name in ("latents", "judged", "tied", "interpretable")]
+    return [*counts, _share(row["share"]), f"{_share(row['low'])} to {_share(row['high'])}"]
+
+
+def _share(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.1%}"
 
 
 # --- one latent -------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ MATRIX_TOKENS = 4_096
 Drawing = Callable[[Theme], Any]
 MARK = ".saerelay-report"
 """Marks a directory that a report made, so that the next may replace it."""
-ASSETS = ("style.css", "core.js", "charts.js", "features.js", "interpret.js")
+ASSETS = ("style.css", "core.js", "views.js", "charts.js", "features.js", "interpret.js")
 
 
 def report_run(
@@ -153,9 +153,11 @@ def write_page(suite: Suite, summary: dict[str, Any], figures: list[dict[str, An
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     measures = read_json(suite.directory.measures) if suite.directory.measures.is_file() else None
+    scores = suite.directory.judging / "scores.json"
+    judging = read_json(scores) if scores.is_file() else None
     template = environment.from_string(here.joinpath("template.html").read_text(encoding="utf-8"))
     page = template.render(
-        story(suite.plan, summary, measures), figures=figures, run=suite.directory.root.resolve().name
+        story(suite.plan, summary, measures), figures=figures, judging=judging, run=suite.directory.root.resolve().name
     )
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
     for name in ASSETS:

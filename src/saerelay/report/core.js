@@ -1,31 +1,6 @@
-// The page's ground floor: data files, views by address, elements, tokens, numbers. Nothing here knows what a view shows.
-// Text of tokens and names comes from strangers: it reaches the page through textContent only.
+// The ground floor of our pages: elements, numbers, tokens, what appears under the pointer, the theme. The judging page
+// (`saerelay judge`) stands on it too. Text of tokens and names comes from strangers: it reaches a page through textContent only.
 "use strict";
-
-const saerelay = {
-  views: {}, // name: async (body, ...parts of the address) => nothing; each draws one section
-  arrivals: new Map(),
-  loading: new Map(),
-
-  // Every data file is one call of this (fetch is refused on file://, scripts are not).
-  feed(name, data) {
-    if (saerelay.arrivals.has(name)) saerelay.arrivals.get(name)(data);
-    else saerelay.loading.set(name, Promise.resolve(data));
-  },
-
-  load(name) {
-    if (!saerelay.loading.has(name)) {
-      saerelay.loading.set(name, new Promise((resolve, reject) => {
-        saerelay.arrivals.set(name, resolve);
-        const script = document.createElement("script");
-        script.src = `data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
-        script.onerror = () => reject(new Error(`data/${name}.js is missing; keep the report's folder together`));
-        document.head.append(script);
-      }));
-    }
-    return saerelay.loading.get(name);
-  },
-};
 
 // --- elements -----------------------------------------------------------------------------------------------------
 
@@ -107,6 +82,18 @@ function chip(text, hit = false) {
   return element(hit ? "bdi.chip.hit" : "bdi.chip", {}, visible(text, true));
 }
 
+// A token of an example, shaded by its activation's share of the largest; what it tells under the pointer.
+function shaded(text, share, told, kind = "") {
+  return element(`bdi.token${kind}`, share ? { "--a": 100 * share, "data-tip": told } : {}, visible(text));
+}
+
+// The tokens that a feature promotes or suppresses most, as pairs of an entry of the vocabulary and a value.
+function effects(title, pairs, side, vocabulary) {
+  const most = Math.max(...pairs.map(([, value]) => Math.abs(value)), 1e-9);
+  const items = pairs.map(([id, value]) => element("li", { "--w": (100 * Math.abs(value)) / most, "--side": side }, chip(vocabulary[id]), element("span", {}, fixed(value))));
+  return element("div", {}, element("h3", {}, title), element("ol", {}, items));
+}
+
 // --- what appears under the pointer, or on focus ------------------------------------------------------------------
 
 function tip(event) {
@@ -136,50 +123,4 @@ function switchTheme() {
   document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
   themes.write(document.documentElement.dataset.theme);
 }
-
-// --- views by address: #/feature/L4-from-L5/123?q=… ---------------------------------------------------------------
-
-function address() {
-  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  const parts = path.split("/").filter(Boolean).map((part) => { try { return decodeURIComponent(part); } catch { return part; } });
-  return { view: parts[0] || "summary", parts: parts.slice(1), query: new URLSearchParams(query) };
-}
-const featureAddress = (leg, latent) => `#/feature/${encodeURIComponent(leg)}/${latent}`;
-
-async function show() {
-  let { view, parts, query } = address();
-  if (!document.querySelector(`[data-view="${CSS.escape(view)}"]`)) view = "summary";
-  const tab = { feature: "features", compare: "features", summary: "" }[view] ?? view;
-  for (const link of document.querySelectorAll("nav a")) {
-    const current = link.getAttribute("href") === `#/${tab}`;
-    if (current) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-    if (current) link.scrollIntoView({ block: "nearest", inline: "nearest" });
-  }
-  for (const section of document.querySelectorAll("[data-view]")) section.hidden = section.dataset.view !== view;
-  const body = document.querySelector(`[data-view="${view}"] .body`);
-  if (body && saerelay.views[view]) {
-    const drawn = element("div.body");
-    try {
-      await saerelay.views[view](drawn, ...parts, query);
-    } catch (error) {
-      drawn.replaceChildren(element("p.note", {}, error.message));
-    }
-    document.querySelector(`[data-view="${view}"] .body`).replaceWith(drawn); // whole, so that nothing flickers
-    for (const here of drawn.querySelectorAll(".strand .here, .panes .here")) {
-      const row = here.parentElement;
-      row.scrollLeft = here.offsetLeft - row.offsetLeft - (row.clientWidth - here.clientWidth) / 2;
-    }
-  }
-  document.documentElement.dataset.shown = location.hash || "#/";
-}
-
-addEventListener("hashchange", async () => {
-  await show();
-  scrollTo(0, 0);
-  document.getElementById("main").focus({ preventScroll: true });
-});
-addEventListener("DOMContentLoaded", () => {
-  document.getElementById("theme").addEventListener("click", switchTheme);
-  show();
-});
+addEventListener("DOMContentLoaded", () => document.getElementById("theme").addEventListener("click", switchTheme));

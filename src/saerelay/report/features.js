@@ -331,9 +331,8 @@ function exampleText(feature, example, run, tokens, vocabulary, beyond) {
   const first = Math.max(0, position - window_before - beyond), last = Math.min(row.length - 1, position + window_after + beyond);
   for (let at = first; at <= last; at++) {
     const level = levels.get(at) ?? 0, inside = at >= position - window_before && at <= position + window_after;
-    const classes = `bdi.token${at === position ? ".peak" : ""}${inside ? "" : ".beyond"}`;
-    const value = (feature.max * level) / run.levels;
-    text.append(element(classes, level ? { "--a": (100 * level) / run.levels, "data-tip": number(value) } : {}, visible(vocabulary[row[at]] ?? "")));
+    const kind = `${at === position ? ".peak" : ""}${inside ? "" : ".beyond"}`;
+    text.append(shaded(vocabulary[row[at]] ?? "", level / run.levels, number((feature.max * level) / run.levels), kind));
   }
   return text;
 }
@@ -359,12 +358,6 @@ function histogram(feature) {
   });
   svg.append(element("line.grid", { x1: 0, x2: W, y1: H - foot, y2: H - foot }));
   return svg;
-}
-
-function effects(title, pairs, side, vocabulary) {
-  const most = Math.max(...pairs.map(([, value]) => Math.abs(value)), 1e-9);
-  const items = pairs.map(([id, value]) => element("li", { "--w": (100 * Math.abs(value)) / most, "--side": side }, chip(vocabulary[id]), element("span", {}, fixed(value))));
-  return element("div", {}, element("h3", {}, title), element("ol", {}, items));
 }
 
 function similarTable(run, feature) {
