@@ -1,0 +1,227 @@
+"""Sparse feature circuits (Marks et al. 2024): which latents a task rests on, and how much of it they carry.
+
+Shapes: B prompts of a batch, N of all, C positions, D width, F latents, V vocabulary.
+
+A model's answer to a prompt is m, the logit of the right token minus that of the wrong one, at the last position. A
+latent is ablated by giving it its mean over prompts in place of what it is; what the dictionary does not explain of the
+activations stays as it is throughout. So with codes z, their means z̄, and s(S) = Σ of (z̄_j − z_j) W_dec_j over the
+latents j of a set S, the model reads
+
+    x + s(all)      all ablated (∅)                    x + s(not C)    a circuit C kept, the rest ablated
+    x               none ablated (M), m is its own     x + s(C)        a circuit ablated, the rest kept
+
+Means and effects are taken on one half of the prompts, and circuits are judged on the other.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from saerelay.checkpoint import finite, read_json, write_json
+from saerelay.dictionaries import Dictionary
+from saerelay.errors import ModelError, RecipeError, RunDirectoryError
+from saerelay.evaluate import LOGIT_BYTES
+from saerelay.measures import from_scratch
+from saerelay.model import Forward, LanguageModel
+from saerelay.plan import Leg, Plan
+from saerelay.prompts import TASKS, Prompt, task_prompts
+from saerelay.site import Site
+from saerelay.stream import kept_positions, load_model
+from saerelay.suite import Suite
+
+SCHEMA_VERSION = 1
+Method = Literal["attribution", "integrated-gradients"]
+K = (4, 36, 68, 100)
+"""Sizes of circuits where none are given; those of Ghilardi et al. 2024."""
+STEPS = 10
+"""Of integrated gradients: midpoints of as many parts of the way from nothing ablated to all."""
+ACCURACY = 0.7
+"""The smallest share of prompts with m > 0 of a model that can do a task."""
+CLEAR = 2.0
+"""Standard errors that a mean must be above 0 to be divided by, or to count as an ability."""
+CODES = 2**24
+"""Numbers in the codes of a batch: 64 MiB."""
+
+
+def circuits_run(
+    suite: Suite,
+    task: str,
+    *,
+    k: Sequence[int] = K,
+    legs: Sequence[str] = (),
+    n_prompts: int = 500,
+    method: Method = "attribution",
+    seed: int = 0,
+    model: LanguageModel | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Find and judge the circuits of a task in a run's legs; writes circuits/<task>.json and returns it.
+
+    `task` is one of `prompts.TASKS` or a JSONL file; without `legs`, all that stand, and their controls. What an
+    earlier call with the same question measured is kept, site by site. Raises RecipeError for an unknown task, leg or
+    method or a circuit larger than a dictionary, DataError for bad prompts, and ModelError if the model cannot do the
+    task: fewer than `ACCURACY` of the prompts right, or m not above 0 by `CLEAR` standard errors.
+    """
+    plan = suite.plan
+    chosen = chosen_legs(suite, legs)
+    check_asked(chosen, k, method)
+    prompts = task_prompts(task, plan, n_prompts, seed)
+    name = task if task in TASKS else Path(task).stem
+    asked = {"task": name, "prompts": digest(prompts), "n_prompts": len(prompts), "seed": seed}
+    asked |= {"method": method, "k": sorted(set(k))}
+    path = suite.directory.circuits(name)
+    document = read_json(path) if path.is_file() else {}
+    if document.get("asked") != asked:
+        document = {"schema": SCHEMA_VERSION, "asked": asked, "legs": []}
+    measured = {row["leg"]: row for row in document["legs"]}
+    missing = [leg for leg in chosen if leg.id not in measured]
+    if missing:
+        model = model or load_model(plan)
+        halves = [sorted(half, key=lambda p: len(p.tokens)) for half in (prompts[::2], prompts[1::2])]
+        if task in TASKS:  # groups of prompts that belong together stay so
+            halves = [prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]]
+        document |= ability(plan, model, task, halves)
+        by_site = [(site, list(here)) for site, here in groupby(sorted(missing, key=_site), key=_site)]
+        silent = console is None or not console.is_terminal
+        for site, here in track(by_site, f"circuits: {name}", console=console, transient=True, disable=silent):
+            dictionaries = {leg.id: suite[leg.id] for leg in here}
+            found = circuits_at(plan, model, site, dictionaries, *halves, k=asked["k"], method=method)
+            measured |= {leg.id: about(plan, leg) | found[leg.id] for leg in here}
+            rows = [measured[leg.id] for leg in suite.legs if leg.id in measured]
+            document |= {"legs": rows} | comparisons(suite, document["clean"], rows, asked["k"])
+            write_json(path, document)
+    return finite(document)
+
+
+def chosen_legs(suite: Suite, names: Sequence[str]) -> list[Leg]:
+    """The legs named, by id or layer, or all that stand, and controls."""
+    if not suite.legs:
+        root = suite.directory.root
+        raise RunDirectoryError(f"{root}: no leg is finished yet; finish the run with `saerelay train --resume`")
+    standing = {leg.id for leg in suite.standing}
+    everything = [leg for leg in suite.legs if leg.id in standing or leg.role == "control"]
+    return [suite.leg(name) for name in names] if names else everything
+
+
+def check_asked(legs: Sequence[Leg], k: Sequence[int], method: str) -> None:
+    """Refuse circuits that are larger than a dictionary, or a method that is none."""
+    smallest = min(legs, key=lambda leg: leg.dictionary.n_latents)
+    if not k or min(k) < 1 or max(k) > smallest.dictionary.n_latents:
+        raise RecipeError(
+            f"--k {','.join(map(str, k))}: sizes of circuits go from 1 to {smallest.dictionary.n_latents}, the latents "
+            f"of {smallest.id}"
+        )
+    if method not in get_args(Method):
+        raise RecipeError(f'--method "{method}" is none; one of {", ".join(get_args(Method))}')
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """What tells lists of prompts apart."""
+    rows = [[*prompt.tokens, prompt.right, prompt.wrong] for prompt in prompts]
+    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+
+
+def ability(plan: Plan, model: LanguageModel, task: str, halves: Sequence[Sequence[Prompt]]) -> dict[str, Any]:
+    """How well the model does a task, for the document; ModelError if it cannot."""
+    found = []
+    for half in halves:
+        scores = [logit_difference(model.logits(batch.tokens), batch) for batch in batches(plan, half)]
+        found.append(torch.cat(scores).double().cpu())
+    m = torch.cat(found)
+    accuracy, mean, error = float((m > 0).double().mean()), float(m.mean()), standard_error(m)
+    if accuracy < ACCURACY or mean <= CLEAR * error:
+        raise ModelError(
+            f'{plan.facts.name} cannot do "{task}": {accuracy:.1%} of {len(m)} prompts are right ({ACCURACY:.0%} are '
+            f"needed), the mean logit difference is {mean:.3g} ± {error:.2g} (it must be above 0 by {CLEAR:.0f} "
+            "standard errors). Circuits of it would mean nothing; choose another task, or give a file of prompts."
+        )
+    lengths = {len(prompt.tokens) for half in halves for prompt in half}
+    return {
+        "description": (TASKS[task].__doc__ or "") if task in TASKS else f"prompts of {Path(task).name}",
+        "model": plan.facts.name,
+        "revision": plan.facts.revision,
+        "dtype": plan.facts.dtype,
+        "n_found_on": len(halves[0]),
+        "n_judged_on": len(halves[1]),
+        "n_tokens": [min(lengths), max(lengths)],
+        "means": "of each position" if len(lengths) == 1 else "over all positions",
+        "accuracy": accuracy,
+        "accuracy_needed": ACCURACY,
+        "m": mean,
+        "m_se": error,
+        "clean": _rounded(found[1]),
+    }
+
+
+# --- the maths --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts of one length."""
+
+    tokens: Tensor
+    """(B, C)."""
+    right: Tensor
+    """(B)."""
+    wrong: Tensor
+    """(B)."""
+
+
+def batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """Prompts in their order, those of one length that follow each other together."""
+    n_latents = max(leg.dictionary.n_latents for leg in plan.legs)
+    for length, group in groupby(prompts, key=lambda prompt: len(prompt.tokens)):
+        same, size = list(group), min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.vocab_size)) // length
+        for start in range(0, len(same), max(1, size)):
+            part = same[start : start + max(1, size)]
+            columns = [[p.tokens for p in part], [p.right for p in part], [p.wrong for p in part]]
+            yield Batch(*(torch.tensor(column, device=device) for column in columns))
+
+
+def logit_difference(logits: Tensor, batch: Batch) -> Tensor:
+    """m (B): the right token's logit minus the wrong one's at the last position of logits (B, C, V).
+
+    >>> batch = Batch(torch.tensor([[5, 6]]), torch.tensor([2]), torch.tensor([0]))
+    >>> logit_difference(torch.tensor([[[9.0, 9.0, 9.0], [1.0, 2.0, 4.0]]]), batch)
+    tensor([3.])
+    """
+    last = logits[:, -1].float()
+    right, wrong = (last.gather(1, ids[:, None].to(last.device))[:, 0] for ids in (batch.right, batch.wrong))
+    return right - wrong
+
+
+def gradient(logits_with: Callable[[Tensor], Tensor], x: Tensor, batch: Batch) -> Tensor:
+    """∂m/∂x (B, C, D) of each prompt at activations x (B, C, D), float32; `logits_with` as from `model.resuming`."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(logit_difference(logits_with(leaf), batch).sum(), leaf)[0]
+
+
+def indirect_effects(dictionary: Dictionary, to_mean: Tensor, slope: Tensor) -> Tensor:
+    """What ablating each latent costs, to first order, summed over prompts and positions: (F).
+
+    `to_mean` (B, C, F) is z̄ − z, `slope` (B, C, D) is ∂m/∂x, at x (attribution patching) or averaged on the way from x
+    to all ablated (integrated gradients). The effect is −Σ ∂m/∂z_j (z̄_j − z_j): Marks et al. 2024, eq. 3 and 4, with
+    the sign turned, so that latents whose ablation hurts the answer most have the largest.
+
+    >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
+    ...                  b_dec=torch.zeros(2))
+    >>> indirect_effects(sae, torch.tensor([[[-3.0, 1.0]]]), torch.tensor([[[2.0, 0.5]]]))
+    tensor([ 6.0000, -0.5000])
+    """
+    return -(to_mean * (slope @ dictionary.W_dec.T)).sum(dim=(0, 1))
+
+
+class Site_:
+    pass
