@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' >/de
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench-env clean
+.PHONY: demo test check format docs bench-env clean
 
 demo: $(VENV)/.installed  ## train, transfer and evaluate on the built-in model (minutes, offline)
 	$(BIN)/saerelay demo
@@ -12,19 +12,22 @@ test: $(VENV)/.dev  ## the test suite
 	$(BIN)/python -m pytest src tests
 
 check: $(VENV)/.dev  ## formatting, lint, types, import order
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench docs
+	$(BIN)/ruff check src tests bench docs
 	$(BIN)/pyright --pythonpath $(BIN)/python src
 	$(BIN)/python -m pytest tests/test_layering.py
 
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests bench
-	$(BIN)/ruff check --fix src tests bench
+	$(BIN)/ruff format src tests bench docs
+	$(BIN)/ruff check --fix src tests bench docs
+
+docs: $(VENV)/.docs  ## the documentation, in site/; opens from disk
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench-env: .peers/.installed  ## this package and the tools that bench/step.py compares with, in .peers
 
 clean:
-	rm -rf $(VENV) .peers runs/demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) .peers site runs/demo .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +40,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 .peers/.installed: pyproject.toml bench/peers.txt

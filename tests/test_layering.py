@@ -11,7 +11,7 @@ import saerelay
 
 ORDER = """
 errors spec site recipe plan cost moments dictionaries threads kernels transfer engine demo sources corpus model cache
-stream progress trackers checkpoint interop attach suite maps train survey auto evaluate matrix features lineage
+stream progress trackers checkpoint interop attachment suite maps train survey auto evaluate matrix features lineage
 prompts measures circuits tables figures launch hop share report showcase cli __main__
 """.split()
 ROOT = Path(saerelay.__file__).parent
@@ -57,6 +57,7 @@ def test_public_names_are_these_and_all_import() -> None:
         "SaeRelayError",
         "Site",
         "Suite",
+        "attach",
         "evaluate_run",
         "features_run",
         "fold",
@@ -65,6 +66,7 @@ def test_public_names_are_these_and_all_import() -> None:
         "load",
         "load_dictionary",
         "load_features",
+        "load_layer_normed",
         "map_between",
         "match_l0",
         "plan_run",

@@ -272,3 +272,11 @@ def test_only_a_hop_without_a_rate_of_its_own_takes_it_from_its_map(facts: Model
     given = compiled(facts, train={"batch_tokens": 64, "transfer_lr": 1e-3}).leg("L2-from-L3")
     assert (by_map.lr_by_map, copied.lr_by_map, given.lr_by_map) == (True, False, False)
     assert copied.lr == by_map.lr / 8 and given.lr == 1e-3
+
+
+def test_a_hop_that_is_only_refitted_has_a_block_to_be_refitted_on(facts: ModelFacts) -> None:
+    outside = External(layer=4, module="resid_post", architecture="topk", n_latents=48, d_model=16, k=3, path="/a")
+    leg = {"id": "x", "layer": 3, "parent": "runs/a/legs/L4", "tokens": 0}
+    sections: dict[str, Any] = {"data": {"block_tokens": 0}, "plan": {"legs": [leg], "refit_tokens": 4096}}
+    plan = compiled(facts, externals={"runs/a/legs/L4": outside}, **sections)
+    assert plan.block_tokens >= 4096 and plan.legs[0].refit_tokens == 4096

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saerelay.attachment import attach as attach
     from saerelay.dictionaries import Dictionary as Dictionary
     from saerelay.dictionaries import match_l0 as match_l0
     from saerelay.errors import SaeRelayError as SaeRelayError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from saerelay.features import load_features as load_features
     from saerelay.hop import hop_run as hop_run
     from saerelay.interop import load_dictionary as load_dictionary
+    from saerelay.interop import load_layer_normed as load_layer_normed
     from saerelay.launch import plan_run as plan_run
     from saerelay.launch import train_run as train_run
     from saerelay.lineage import Lineage as Lineage
@@ -51,6 +53,7 @@ _HOMES = {
     "SaeRelayError": "errors",
     "Site": "site",
     "Suite": "suite",
+    "attach": "attachment",
     "evaluate_run": "evaluate",
     "features_run": "features",
     "fold": "transfer",
@@ -59,6 +62,7 @@ _HOMES = {
     "load": "suite",
     "load_dictionary": "interop",
     "load_features": "features",
+    "load_layer_normed": "interop",
     "map_between": "transfer",
     "match_l0": "dictionaries",
     "plan_run": "launch",

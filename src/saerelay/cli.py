@@ -22,6 +22,9 @@ app = typer.Typer(
 )
 Recipe = Annotated[Path, typer.Argument(help="a recipe; `saerelay init > run.toml` writes one")]
 Out = Annotated[Path, typer.Option("--out", help="a new directory for the run")]
+NewDirectory = Annotated[Path, typer.Option("--out", help="a new directory")]
+Legs = Annotated[list[str], typer.Option("--leg", help="a leg's id, or several, instead of one SAE a layer")]
+Licence = Annotated[str, typer.Option(help="the licence the card states, by its name on the hub: apache-2.0")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document to stdout")]
 
 
@@ -205,6 +208,70 @@ def hop(
     run, console = Run.from_toml(recipe), Console(stderr=True)
     suite = hop_run(source, to_layer, run, out, site=site, model=from_model, format=format, console=console, **given)
     print(f"{', '.join(suite)} in {out}/legs. Its quality: saerelay eval {out}")
+
+
+@app.command(name="import")
+def import_sae(
+    reference: Annotated[str, typer.Argument(help="a trained SAE of any format: a path, or hf://user/repo/path")],
+    out: NewDirectory,
+    format: Annotated[str, typer.Option(help="saelens, sparsify, ..., if it is not found out")] = "",
+    layer: Annotated[int | None, typer.Option(help="the layer it reads, if its files do not say")] = None,
+    module: Annotated[str, typer.Option(help="with --layer: resid_post, mlp_out, ...")] = "resid_post",
+    model: Annotated[str, typer.Option(help="the model it reads, if its files do not say")] = "",
+) -> None:
+    """Rewrite a trained SAE of any format in canonical form: one that acts on raw activations."""
+    from saerelay.share import describe, import_dictionary
+    from saerelay.site import Site
+
+    site = None if layer is None else Site.parse(f"L{layer}.{module}")
+    dictionary, origin = import_dictionary(reference, out, format=format, model=model, site=site)
+    print(f"{out}: {describe(dictionary)}; reads {origin.site} of {origin.model or 'a model not named'}")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a run directory, or one trained SAE of any format")],
+    format: Annotated[str, typer.Option("--format", help="saelens, sparsify, dictionary_learning or saerelay")],
+    out: NewDirectory,
+    leg: Legs = [],  # noqa: B006
+    licence: Licence = "",
+) -> None:
+    """Write a run's SAEs in another tool's format, one directory a layer, with a model card."""
+    from saerelay.share import export_run
+
+    for one in export_run(source, out, format, legs=leg, licence=licence):
+        print(f"{out / one.folder}: {one.kind}")
+
+
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(help="a run directory, or one trained SAE of any format")],
+    repo: Annotated[str, typer.Argument(help="a repository on the Hugging Face hub: user/name; made if missing")],
+    format: Annotated[str, typer.Option(help="saelens, sparsify, dictionary_learning or saerelay")] = "saelens",
+    leg: Legs = [],  # noqa: B006
+    licence: Licence = "",
+    private: Annotated[bool, typer.Option("--private", help="a new repository is private")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be uploaded, and upload nothing")] = False,
+) -> None:
+    """Upload a run's SAEs, with a model card, to the Hugging Face hub, as whom `hf auth login` says."""
+    from saerelay.share import preview, push_run
+
+    if dry_run:
+        print(preview(source, repo, format, legs=leg, licence=licence))
+    else:
+        print(push_run(source, repo, format, legs=leg, licence=licence, private=private))
+
+
+@app.command()
+def pull(
+    reference: Annotated[str, typer.Argument(help="hf://user/repo[@revision][/folder]")],
+    out: NewDirectory,
+) -> None:
+    """Download a repository of SAEs, or a folder of it, and check that each can be read."""
+    from saerelay.share import pull as pull_all
+
+    found = pull_all(reference, out)
+    print("\n".join(map(str, found)))
 
 
 @app.command()

@@ -106,6 +106,11 @@ class LayerNormed:
     dictionary: Dictionary
     eps: float = 1e-5
 
+    @property
+    def d_model(self) -> int:
+        """Width D of the activations."""
+        return self.dictionary.d_model
+
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u (..., D), m and s (..., 1) of activations x (..., D)."""
         mean, deviation = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
@@ -119,6 +124,10 @@ class LayerNormed:
         """Reconstruct activations x (..., D)."""
         u, mean, deviation = self.normalise(x)
         return self.dictionary(u) * deviation + mean
+
+    def to(self, device_or_dtype: torch.device | str | torch.dtype) -> "LayerNormed":
+        """The same on another device or in another dtype."""
+        return replace(self, dictionary=self.dictionary.to(device_or_dtype))
 
     @torch.no_grad()
     def at_scale(self, x: Tensor) -> Dictionary:

@@ -47,8 +47,9 @@ def hop_run(
     `source` is a directory or file of any format, or hf://user/repo[@revision][/path]; `site` where it reads, if its
     files do not say; `model` another language model that it was trained on, with the same tokens as the recipe's: the
     map is then fitted between the two on the same text. `asked` are keys of a leg of a plan (tokens, method, refit,
-    architecture, n_latents, k, lr, ...); what is not asked for is the recipe's. Onto its own site an SAE is copied, and
-    with tokens = 0 and refit = False only measured. Raises FormatError for a source that cannot be read.
+    architecture, n_latents, k, lr, ...); what is not asked for is the recipe's. Onto its own site an SAE is copied,
+    refitted if that explains tokens better that the refit has not seen, and with tokens = 0 and nothing else asked for
+    only measured. Raises FormatError for a source that cannot be read.
     """
     paths, target = RunDirectory(Path(out)), Site(layer, run.sites.module)
     dictionary, origin = read_any(source, format=format, site=site)
@@ -56,17 +57,22 @@ def hop_run(
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
     if origin.model and not model and origin.model != run.model.name and console:
         console.print(f"note: {source} was trained on {origin.model}; it is taken to read {run.model.name} as well")
-    leg = {"id": f"{target}-from-{origin.site}", "layer": layer, "tokens": run.plan.transfer_tokens} | asked
+    leg: dict[str, Any] = {
+        "id": f"{target}-from-{origin.site}",
+        "layer": layer,
+        "tokens": run.plan.transfer_tokens,
+    } | asked
     if origin.site == target and not model:
-        leg = {"method": "identity"} | leg
+        looked_at = not asked.keys() - {"tokens"} and leg["tokens"] in (0, "0")
+        leg = {"method": "identity"} | ({"refit": False} if looked_at else {}) | leg
     parent = Path(source) if Path(source).exists() else source
     if model or format or site or isinstance(dictionary, LayerNormed):
         check_directory(paths, resume=False)
         parent = paths.root / "parent"
         if model:
             moved = carry(dictionary, origin, run, target, model, console, method=leg.get("method"))
-            leg |= {"method": "identity"} | ({} if leg.get("lr") else {"lr": moved.learning_rate(run, leg["tokens"])})
             dictionary, origin = moved.dictionary, moved.origin
+            leg = {"lr": rate(run, dictionary.d_model, leg["tokens"], moved.rate_share)} | leg | {"method": "identity"}
         elif isinstance(dictionary, LayerNormed):
             dictionary = scaled(dictionary, run, origin.site, console)
         write_dictionary(parent, dictionary, origin, "saerelay")
@@ -84,11 +90,11 @@ class Carried(NamedTuple):
     origin: Origin
     rate_share: float
 
-    def learning_rate(self, run: Run, tokens: int | str) -> float:
-        """The rate that a leg would have after a hop by this map within one model."""
-        budget = LegSpec.parse({"id": "x", "layer": 0, "tokens": tokens}, source="tokens").tokens
-        scratch = run.train.transfer_lr or auto_lr(self.dictionary.d_model, budget, run.train.batch_tokens)
-        return scratch * (1.0 if run.train.transfer_lr else self.rate_share)
+
+def rate(run: Run, width: int, tokens: int | str, share: float) -> float:
+    """The learning rate of a leg that is trained on so many tokens after a hop, `share` of that from scratch."""
+    leg = LegSpec.parse({"id": "x", "layer": 0, "tokens": tokens}, source="tokens")
+    return run.train.transfer_lr or share * auto_lr(width, leg.tokens, run.train.batch_tokens)
 
 
 @torch.no_grad()

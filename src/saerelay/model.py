@@ -24,13 +24,13 @@ from saerelay.recipe import ModelSpec
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_PROJECTIONS = (  # of attention, onto the residual stream
+PROJECTIONS = (  # of attention, onto the residual stream
     *("self_attn.o_proj", "attention.dense", "attn.c_proj"),  # Llama and most others, GPT-NeoX, GPT-2
     *("attention.output.dense", "attention.out_lin", "attn.Wo"),  # BERT, DistilBERT, ModernBERT
     *("self_attn.out_proj", "self_attn.dense", "self_attention.dense"),  # OPT, Phi, Falcon and BLOOM
     *("attn.attention.out_proj", "attn.out_proj"),  # GPT-Neo, GPT-J and MPT
 )
-_MLPS = (
+MLPS = (
     *("mlp.dense_4h_to_h", "mlp"),  # BLOOM, whose `mlp` adds the residual stream itself; most others
     *("output.dense", "ffn.lin2", "ffn.down_proj"),  # BERT, DistilBERT, MPT
 )
@@ -47,7 +47,8 @@ _NO_TOKENIZER = (
     "or give token ids (`data.tokens`) instead of text."
 )
 _BETWEEN_LAYERS = ("resid_pre", "resid_post")
-_Port = tuple[nn.Module, Literal["input", "output"]]
+Port = tuple[nn.Module, Literal["input", "output"]]
+"""A module, and the side of it at which the activations of a site pass."""
 
 
 class _Stop(Exception):
@@ -66,8 +67,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     device = _resolve_device(spec.device)
     with _explained(spec):
         config = _read_config(spec)
-        with torch.device("meta"):
-            skeleton = _auto_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
+        skeleton = _skeleton(spec, config)
     text, layers = config.get_text_config(), _find_layers(skeleton, spec.name)
     bos, eos = _special_tokens(spec, text)
     projection: Any = next((port[0] for layer in layers if (port := _port(layer, "attn_z"))), None)
@@ -79,7 +79,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         device=str(device),
         n_layers=len(layers),
         d_model=text.hidden_size,
-        d_attn_z=getattr(projection, "in_features", None) or (projection.weight.shape[0] if projection else 0),
+        d_attn_z=_n_inputs(projection) if projection else 0,
         vocab_size=text.vocab_size,
         max_context=_max_context(text, skeleton),
         bos_token_id=bos,
@@ -88,6 +88,26 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         layer_params=_count(layers) // len(layers),
         model_params=_count(skeleton),
     )
+
+
+def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
+    """The dotted name, in the Hugging Face model, of the module whose output is read at each site; no weights.
+
+    >>> module_paths(ModelSpec(), [Site(3), Site(3, "attn_z")])[Site(3)]
+    'gpt_neox.layers.3'
+
+    Where its input is read, the name ends in ".input". A site that the model has not is left out; raises what
+    `read_facts` raises.
+    """
+    with _explained(spec):
+        skeleton = _skeleton(spec, _read_config(spec))
+    names, layers = {module: name for name, module in skeleton.named_modules()}, _find_layers(skeleton, spec.name)
+    ports = {site: _port(layers[site.layer], site.module) for site in sites if site.layer < len(layers)}
+    return {
+        site: names[port[0]] + (".input" if port[1] == "input" else "")
+        for site, port in ports.items()
+        if port is not None
+    }
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -204,6 +224,11 @@ class LanguageModel:
                 )
             return cls(model, facts)
 
+    @property
+    def hf_model(self) -> Any:
+        """The model itself, as transformers knows it: for `generate` and whatever else it can do."""
+        return self._model
+
     def check_site(self, site: Site) -> None:
         """Raise PlanError if the model has no such layer, ModelError if its layers have no such module."""
         self._locate(site)
@@ -300,9 +325,10 @@ class LanguageModel:
     def resuming(self, clean: "Forward", site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function that gives the logits (B,C,V) of an earlier forward with other activations x (B,C,D) at a site.
 
-        Gradients flow to an x that asks for them. Layers before the site do not run. Where a model passes its layers more than the residual stream, so that
-        starting in the middle does not give back its own logits (tried once a layer), all of it runs. Threads may call
-        the function side by side; elsewhere the model must not be used inside the `with` block.
+        Gradients flow to an x that asks for them. Layers before the site do not run. Where a model passes its layers
+        more than the residual stream, so that starting in the middle does not give back its own logits (tried once a
+        layer), all of it runs. Threads may call the function side by side; elsewhere the model must not be used inside
+        the `with` block.
         """
         n = site.layer + (site.module == "resid_post")
         if n not in self._resumes:
@@ -380,62 +406,98 @@ class LanguageModel:
 
         The function keeps the shape; its result is cast to the model's dtype. Raises what `check_site` raises.
         """
-        module, side = self._locate(site)
-
-        def replace(x: Tensor) -> Tensor:
-            y = function(x)
-            assert y.shape == x.shape, f"{site}: spliced {tuple(y.shape)} into {tuple(x.shape)}"
-            return y.to(x.dtype)
-
-        def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (replace(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": replace(kwargs["hidden_states"])}
-
-        def on_output(_: nn.Module, args: tuple, output: Any) -> Any:
-            return (replace(output[0]), *output[1:]) if isinstance(output, tuple | list) else replace(output)
-
-        if side == "input":
-            handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(on_output)
-        try:
+        with intercept(self._locate(site), site, function):
             yield
-        finally:
-            handle.remove()
 
-    def _locate(self, site: Site) -> _Port:
-        n, family = self.facts.n_layers, self.facts.family
-        if site.layer >= n:
-            raise PlanError(f'{site}: "{self.facts.name}" has {n} layers; layers go from 0 to {n - 1}')
-        layer = self._layers[site.layer]
-        port = _port(layer, site.module)
-        if port is None:
-            working = ", ".join(kind for kind in MODULE_KINDS if _port(layer, kind))
-            paths = ", ".join(_MLPS if site.module == "mlp_out" else _PROJECTIONS)
-            raise ModelError(
-                f"{site}: no {site.module} is known in layer {site.layer} ({type(layer).__name__}) of {family}. "
-                f"Looked for {paths}, in a layer that adds what they return unscaled. These work there: {working}."
-            )
-        return port
+    def _locate(self, site: Site) -> Port:
+        return _port_in(self._layers, site, self.facts.name, self.facts.family)
 
 
-def _port(layer: nn.Module, kind: ModuleKind) -> _Port | None:
+def port_of(model: Any, site: Site) -> Port:
+    """Where the activations of a site pass in a transformers model; raises what `LanguageModel.check_site` raises.
+
+    >>> module, side = port_of(LanguageModel.load(ModelSpec(device="cpu")).hf_model, Site(3, "attn_z"))
+    >>> type(module).__name__, side
+    ('Linear', 'input')
+    """
+    name = model.config.name_or_path or type(model).__name__
+    return _port_in(_find_layers(model, name), site, name, model.config.model_type)
+
+
+def shape_of(model: Any) -> tuple[int, int]:
+    """Number of layers, and width D of the residual stream, of a transformers model."""
+    return len(_find_layers(model, type(model).__name__)), model.config.get_text_config().hidden_size
+
+
+def width_at(model: Any, site: Site) -> int:
+    """Width D of the activations at a site of a transformers model."""
+    projection = port_of(model, site)[0]
+    return _n_inputs(projection) if site.module == "attn_z" else shape_of(model)[1]
+
+
+@contextmanager
+def intercept(port: Port, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace activations (B,C,D) at a port by `function` of them while the `with` block lasts; see `splice`."""
+    module, side = port
+
+    def replace(x: Tensor) -> Tensor:
+        y = function(x)
+        assert y.shape == x.shape, f"{site}: spliced {tuple(y.shape)} into {tuple(x.shape)}"
+        return y.to(x.dtype)
+
+    def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (replace(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": replace(kwargs["hidden_states"])}
+
+    def on_output(_: nn.Module, args: tuple, output: Any) -> Any:
+        return (replace(output[0]), *output[1:]) if isinstance(output, tuple | list) else replace(output)
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _port_in(layers: nn.ModuleList, site: Site, name: str, family: str) -> Port:
+    if site.layer >= len(layers):
+        raise PlanError(f'{site}: "{name}" has {len(layers)} layers; layers go from 0 to {len(layers) - 1}')
+    layer = layers[site.layer]
+    port = _port(layer, site.module)
+    if port is None:
+        working = ", ".join(kind for kind in MODULE_KINDS if _port(layer, kind))
+        paths = ", ".join(MLPS if site.module == "mlp_out" else PROJECTIONS)
+        raise ModelError(
+            f"{site}: no {site.module} is known in layer {site.layer} ({type(layer).__name__}) of {family}. "
+            f"Looked for {paths}, in a layer that adds what they return unscaled. These work there: {working}."
+        )
+    return port
+
+
+def _port(layer: nn.Module, kind: ModuleKind) -> Port | None:
     """The module of a layer, and its side, at which activations of a kind pass: the only map from sites to modules."""
     if kind == "resid_post":
         return layer, "output"
     if kind == "resid_pre":
         return layer, "input"
-    projection = _first(layer, _PROJECTIONS)
+    projection = _first(layer, PROJECTIONS)
     if kind == "attn_z":
         return (projection, "input") if projection else None
     if type(layer).__name__.startswith(_RESCALING) or getattr(layer, "residual_multiplier", 1) != 1:  # Granite's
         return None
-    block = projection if kind == "attn_out" else _first(layer, _MLPS)
+    block = projection if kind == "attn_out" else _first(layer, MLPS)
     for after_attention, after_mlp in _POST_NORMS:
         if hasattr(layer, after_attention) and hasattr(layer, after_mlp):
             block = getattr(layer, after_attention if kind == "attn_out" else after_mlp)
     return (block, "output") if block else None
+
+
+def _n_inputs(projection: Any) -> int:
+    return getattr(projection, "in_features", None) or projection.weight.shape[0]  # GPT-2's stores its transpose
 
 
 def _first(layer: nn.Module, paths: Iterable[str]) -> nn.Module | None:
@@ -465,6 +527,12 @@ def _is_causal_lm(config: Any) -> bool:
 
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     return known and any(name.endswith(_CAUSAL_ENDINGS) for name in config.architectures or ())
+
+
+def _skeleton(spec: ModelSpec, config: Any) -> Any:
+    """The model without weights."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
 def _auto_class(config: Any) -> Any:
@@ -581,23 +649,9 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
 
 
 def _explain(spec: ModelSpec, error: BaseException) -> str:
-    from huggingface_hub import errors as hub
-
     name, text = spec.name, " ".join(str(error).split())
-    offline = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HTTPError)  # pyright: ignore  # as above
-    remedies = (
-        (hub.GatedRepoError, f"is gated: accept the licence at https://huggingface.co/{name} and run `hf auth login`."),
-        (hub.RepositoryNotFoundError, "is not on the hub. Check the name; if it is private, run `hf auth login`."),
-        (hub.RevisionNotFoundError, f'has no revision "{spec.revision}"; see https://huggingface.co/{name}/tree/main.'),
-        (hub.HFValidationError, "is neither a directory nor a possible hub id; write EleutherAI/pythia-70m or ./mine."),
-        (offline, f"did not come from the hub. Check the name, the network, or pass a local directory. ({text})"),
-    )
-    chain, link = [error], error
-    while (link := link.__cause__ or link.__context__) and link not in chain:
-        chain.append(link)
-    for kind, remedy in remedies:
-        if any(isinstance(e, kind) for e in chain):
-            return f'"{name}" {remedy}'
+    if said := explain_hub(name, spec.revision, error):
+        return said
     if "trust_remote_code" in text:
         return f'"{name}" needs Python code of its own. If you trust its authors, set model.trust_remote_code = true.'
     if "tokenizer" in text:
@@ -608,3 +662,22 @@ def _explain(spec: ModelSpec, error: BaseException) -> str:
             f'`AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("DIR")`, and pass DIR. ({text})'
         )
     return f'"{name}" cannot be loaded. Check its files, and that transformers knows the family. ({text})'
+
+
+def explain_hub(name: str, revision: str, error: BaseException) -> str:
+    """What the hub's refusal of a repository means, and the remedy; "" if the hub has nothing to do with the error."""
+    from huggingface_hub import errors as hub
+
+    text = " ".join(str(error).split())
+    offline = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HTTPError)  # pyright: ignore  # as above
+    remedies = (
+        (hub.GatedRepoError, f"is gated: accept the licence at https://huggingface.co/{name} and run `hf auth login`."),
+        (hub.RepositoryNotFoundError, "is not on the hub. Check the name; if it is private, run `hf auth login`."),
+        (hub.RevisionNotFoundError, f'has no revision "{revision}"; see https://huggingface.co/{name}/tree/main.'),
+        (hub.HFValidationError, "is neither a directory nor a possible hub id; write EleutherAI/pythia-70m or ./mine."),
+        (offline, f"did not come from the hub. Check the name, the network, or pass a local directory. ({text})"),
+    )
+    chain, link = [error], error
+    while (link := link.__cause__ or link.__context__) and link not in chain:
+        chain.append(link)
+    return next((f'"{name}" {remedy}' for kind, remedy in remedies if any(isinstance(e, kind) for e in chain)), "")

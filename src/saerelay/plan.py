@@ -108,7 +108,8 @@ class Leg(Spec):
     """How often each of its blocks is trained on; its age counts repetitions, so it is that many times the cursor's."""
     batch_tokens: int
     lr: float
-    """Largest learning rate; if `lr_by_map`, times `transfer.rate_share` of the map it hops by."""
+    """Largest learning rate; if `lr_by_map`, times `transfer.rate_share` of the map it hops by, or, of a copy onto its
+    parent's own site, by whether there is something to learn."""
     lr_by_map: bool = False
     dead_after_tokens: int
     snapshots: list[int] = []
@@ -390,9 +391,11 @@ def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
             )
         return run.data.block_tokens
     bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * max(1, len({(s.layer, s.module) for s in specs}))
-    longest = max(spec.tokens for spec in specs)
-    shortest = min(spec.tokens for spec in specs if spec.tokens >= longest / 16)  # others are hardly trained
-    wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, 16 * run.train.batch_tokens))
+    hops_only = all(spec.parent for spec in specs)  # then what they are refitted on counts
+    longest = max(run.plan.refit_tokens if hops_only else 0, *(spec.tokens for spec in specs))
+    shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])  # others hardly train
+    least = max(16 * run.train.batch_tokens, run.plan.refit_tokens if hops_only else 0)
+    wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, least))
     wanted = max(step, wanted)
     n_blocks = max(1, math.ceil(longest / wanted))
     return step * math.ceil(longest / n_blocks / step)  # equal blocks: the last is not read in vain
@@ -453,7 +456,10 @@ def _leg(
         "control" if spec.control_of else "transfer" if spec.parent else "root"
     )
     given_lr = spec.lr or (t.transfer_lr if spec.parent else t.lr)
-    lr = given_lr or auto_lr(facts.width(site), budget, batch) * (COPY_RATE if method == "identity" else 1)
+    outside = externals.get(spec.parent)
+    at_home = site in (parent.site if parent else None, Site(outside.layer, outside.module) if outside else None)
+    by_map = bool(spec.parent) and not given_lr and (method != "identity" or at_home)
+    lr = given_lr or auto_lr(facts.width(site), budget, batch) * (1 if by_map or not spec.parent else COPY_RATE)
     return Leg(
         id=spec.id,
         role=role,
@@ -470,7 +476,7 @@ def _leg(
         reuse=spec.reuse or (p.reuse if spec.parent else 1),
         batch_tokens=batch,
         lr=lr,
-        lr_by_map=not given_lr and method not in (None, "identity"),
+        lr_by_map=by_map,
         dead_after_tokens=t.dead_after or max(batch, min(10_000_000, budget // 50)),
         snapshots=_snapshots(run, budget, bool(spec.parent)),
         seed=t.seed if spec.seed is None else spec.seed,

@@ -77,7 +77,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
     none, a prompt is empty or too long, or an answer is not one token.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     facts, tokenizer, start, found = plan.facts, None, _start(plan), []

@@ -58,7 +58,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     @classmethod
-    def parse(cls, data: dict[str, Any], *, source: str) -> Self:
+    def parse(cls, data: dict[str, Any], *, source: str = "recipe") -> Self:
         """Validate a nested dict; errors say where in `source` and what would be right."""
         try:
             return cls.model_validate(data)
@@ -66,10 +66,10 @@ class Spec(BaseModel):
             raise RecipeError(_explain(cls, error, source)) from None
 
     @classmethod
-    def from_toml(cls, path: Path) -> Self:
+    def from_toml(cls, path: str | Path) -> Self:
         """Read a spec from a TOML file."""
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"{path}: no such file. Write one with `saerelay init > {path}`.") from None
         except (OSError, UnicodeDecodeError) as error:

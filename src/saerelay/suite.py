@@ -1,11 +1,15 @@
 """A finished run: its dictionaries, by site or by leg."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+from saerelay.attachment import Attachment, attach
 from saerelay.checkpoint import RunDirectory, read_dictionary, read_plan
 from saerelay.dictionaries import Dictionary
-from saerelay.errors import RunDirectoryError
+from saerelay.errors import ModelError, RunDirectoryError
+from saerelay.model import LanguageModel, shape_of
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
 
@@ -67,6 +71,41 @@ class Suite:
         if name.isdecimal():
             return self.leg_at(Site(int(name), self.plan.run.sites.module))
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; there are {", ".join(published) or "none"}')
+
+    def attach(
+        self,
+        model: Any,
+        layers: Iterable[int] | None = None,
+        *,
+        replace: bool = False,
+        leave_alone: Collection[int] | None = None,
+    ) -> AbstractContextManager[Attachment]:
+        """Put the suite's SAEs to work in a language model while a `with` block lasts.
+
+            with suite.attach(model) as attached:        # or layers=[3, 5]
+                attached[3].steer(123, 8.0)
+                model.generate(**inputs)
+            z = attached[3].latents()                    # (B, C, F), prompt and generated tokens
+
+        What `saerelay.attach` says holds; `leave_alone` is by default the BOS that the run put in front of its
+        sequences. `model` is the one that the suite was trained on, or another with as many layers of that width, such
+        as one fine-tuned from it; raises ModelError otherwise, RunDirectoryError for a layer without an SAE.
+        """
+        model = model.hf_model if isinstance(model, LanguageModel) else model
+        facts = self.plan.facts
+        wanted, found = (facts.n_layers, facts.d_model), shape_of(model)
+        if found != wanted:
+            raise ModelError(
+                f"{self.directory.root}: trained on {facts.name} ({wanted[0]} layers, {wanted[1]} wide); this model "
+                f"({type(model).__name__}) has {found[0]} layers, {found[1]} wide. Attach the suite to that model or "
+                "one fine-tuned from it; `saerelay hop --from-model` carries an SAE to another"
+            )
+        module = self.plan.run.sites.module
+        legs = self.one_a_site if layers is None else [self.leg_at(Site(layer, module)) for layer in layers]
+        if leave_alone is None:
+            bos = facts.bos_token_id if self.plan.run.data.prepend_bos else None
+            leave_alone = [] if bos is None else [bos]
+        return attach(model, {leg.site: self[leg.id] for leg in legs}, replace=replace, leave_alone=leave_alone)
 
     def __getitem__(self, key: Site | str) -> Dictionary:
         leg = self.leg_at(key) if isinstance(key, Site) else self.leg(key)

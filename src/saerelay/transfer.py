@@ -36,8 +36,13 @@ __all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes
 
 DIRECT_LATENTS = 16_384
 """Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
+LEAST_RATE_SHARE = 0.03
+"""Learning rate after a hop that left nothing to explain, as a share of the rate from scratch."""
 SAMPLE_ROWS = 8_192
 """Tokens on which revived latents are set to fire as often as they should."""
+GROWN_OFTEN = 0.1
+"""How often latents that are added to a dictionary fire at first, against the mean latent: at a third they displace too
+much (docs/log.md)."""
 RIDGE = 1e-3
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
 
@@ -103,9 +108,9 @@ def unexplained(moments: Moments, ridge: float = RIDGE) -> float:
 def rate_share(moments: Moments) -> float:
     """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
 
-    2.75·(1 − R²), between 0.03 and 1; from the sweeps in docs/log.md, where 1 − R² went from .03 to .17.
+    2.75·(1 − R²), between LEAST_RATE_SHARE and 1; from the sweeps in docs/log.md, where 1 − R² went from .03 to .17.
     """
-    return min(max(2.75 * unexplained(moments), 0.03), 1.0)
+    return min(max(2.75 * unexplained(moments), LEAST_RATE_SHARE), 1.0)
 
 
 def _regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -173,13 +178,13 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
 
 
 @torch.no_grad()
-def revive(dictionary: Dictionary, x: Tensor, seed: int = 0) -> Dictionary:
+def revive(dictionary: Dictionary, x: Tensor, seed: int = 0, often: float = 1 / 3) -> Dictionary:
     """Give latents that are silent on activations x (B, D) something of x to stand for; others stay as they are.
 
     Silent is what fires on less than one token in 16,384. Each takes up the residual r of a token drawn with
     probability ∝ ‖r‖², like Bricken et al. 2023, but its encoder is the matched filter for r in what x is otherwise,
-    C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon 1969), and its bias lets it fire about a third as often as the mean
-    latent. The decoder is best refitted after this.
+    C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon 1969), and its bias lets it fire about `often` times as often as the
+    mean latent. The decoder is best refitted after this.
     """
     d, few = dictionary, x[:SAMPLE_ROWS]
     counts, residuals = torch.zeros_like(d.b_enc), []
@@ -200,10 +205,10 @@ def revive(dictionary: Dictionary, x: Tensor, seed: int = 0) -> Dictionary:
     cov = (x - mean).T.double() @ (x - mean).double() / len(x)
     filters = _regress(cov, directions.T.double(), RIDGE).T
     filters = (filters / (filters * directions).sum(dim=1, keepdim=True)).to(x)
-    often = max(1, round(float(counts.sum()) / len(x) / d.n_latents / 3 * len(few)))
+    n_firing = max(1, round(often * float(counts.sum()) / len(x) / d.n_latents * len(few)))
     passed = torch.cat(
-        [((few - mean) @ part.T).topk(often, dim=0).values[-1] for part in filters.split(1024)]
-    )  # what each filter gives on the `often`-th of the tokens it answers to most
+        [((few - mean) @ part.T).topk(n_firing, dim=0).values[-1] for part in filters.split(1024)]
+    )  # what each filter gives on the `n_firing`-th of the tokens it answers to most
     if d.architecture == "topk":
         assert d.k is not None
         bar = torch.cat([d.pre_activations(part).topk(d.k, dim=1).values[:, -1] for part in few.split(1024)]).mean()
@@ -255,7 +260,12 @@ def reshape(
         new = {name: t.new_zeros(n_latents - F, *t.shape[1:]) for name, t in d.tensors().items() if name != "b_dec"}
         if d.threshold is not None:
             new["threshold"] += d.threshold.median()
-        d = revive(replace(d, **{name: torch.cat([getattr(d, name), rows]) for name, rows in new.items()}), x, seed)
+        d = revive(
+            replace(d, **{name: torch.cat([getattr(d, name), rows]) for name, rows in new.items()}),
+            x,
+            seed,
+            GROWN_OFTEN,
+        )
         d = match_l0(d, few, l0) if l0 else d
     return d
 

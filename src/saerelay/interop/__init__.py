@@ -78,13 +78,19 @@ def format_of(path: Path) -> ModuleType:
     for format in FORMATS:
         if format.recognises(path):
             return format
-    inside = sorted({file.parent for file in path.rglob("*") if file.is_file()}) if path.is_dir() else []
-    found = [folder.relative_to(path) for folder in inside if any(f.recognises(folder) for f in FORMATS)]
+    found = [place.relative_to(path) for place in places_in(path)]
     names = ", ".join(format.NAME for format in FORMATS)
     if found:
         shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
         raise FormatError(f"{path}: holds {len(found)} SAEs; give one of them: {shown}")
     raise FormatError(f"{path}: no SAE of a known format ({names}) is here; name one with --format if it is")
+
+
+def places_in(path: Path) -> list[Path]:
+    """The directories and files in a directory, itself included, that hold an SAE each, as far as names tell."""
+    inside = [path, *sorted(path.rglob("*"))]
+    known = {place for place in inside if any(format.recognises(place) for format in FORMATS)}
+    return [place for place in inside if place in known and known.isdisjoint(place.parents)]
 
 
 def format_named(name: str) -> ModuleType:
@@ -95,9 +101,9 @@ def format_named(name: str) -> ModuleType:
     raise FormatError(f'no format "{name}"; these are known: {", ".join(format.NAME for format in FORMATS)}')
 
 
-def write_dictionary(path: Path, dictionary: Dictionary, origin: Origin, format: str) -> None:
+def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, format: str) -> None:
     """Write a dictionary into a directory in one of the formats of WRITTEN; FormatError if it cannot be said there."""
     chosen = format_named(format)
     if format not in WRITTEN:
         raise FormatError(f"{format} is read, not written; these are: {', '.join(WRITTEN)}")
-    chosen.write(path, dictionary, origin)
+    chosen.write(Path(path), dictionary, origin)

@@ -2,6 +2,7 @@
 
 import re
 
+from saerelay.model import MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _HOOKS: dict[ModuleKind, str] = {
@@ -13,9 +14,10 @@ _HOOKS: dict[ModuleKind, str] = {
 }
 _PARTS: dict[ModuleKind, tuple[str, ...]] = {
     "resid_post": ("",),
-    "mlp_out": ("mlp", "ffn", "feed_forward"),
-    "attn_out": ("attn", "self_attn", "attention", "self_attention"),
-    "attn_z": ("self_attn.o_proj.input", "attn.c_proj.input", "attention.dense.input"),
+    "resid_pre": ("input",),
+    "mlp_out": (*MLPS, "ffn", "feed_forward", "post_feedforward_layernorm"),
+    "attn_out": (*PROJECTIONS, "attn", "self_attn", "attention", "self_attention"),
+    "attn_z": tuple(f"{path}.input" for path in PROJECTIONS),
 }
 
 

@@ -1,0 +1,109 @@
+"""What the documentation shows of ours runs; what it lists is there."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import call
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+import saerelay as sr
+from saerelay.interop import FORMATS, WRITTEN
+
+DOCS = Path(__file__).parent.parent / "docs"
+RECIPE = """
+[model]
+name = "model"
+dtype = "float32"
+device = "cpu"
+[data]
+tokens = "tokens.npy"
+context = 16
+block_tokens = 1024
+prepend_bos = false
+[sites]
+layers = [3, 4, 5]
+[dictionary]
+n_latents = 64
+k = 4
+[plan]
+roots = [5]
+root_tokens = "4k"
+transfer_tokens = "2k"
+moment_tokens = "2k"
+refit_tokens = "1k"
+[train]
+batch_tokens = 64
+[evaluate]
+tokens = "1k"
+"""
+SMALLER = {"5M": "2k", "8192": "96"}
+"""Numbers in commands, and what is run instead."""
+
+
+def fences(page: str, title: str) -> list[tuple[str, str]]:
+    """Language and text of the code blocks of a page that have a title."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf'^```(\w+) title="{title}"\n(.*?)^```', text, flags=re.M | re.S)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a random model of 6 layers, tokens and a recipe, to work in."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained("model")
+    steps = np.random.default_rng(0).integers(1, 4, size=40_000).cumsum() % 100 + 1
+    np.save("tokens.npy", steps.astype(np.uint16))
+    Path("run.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_coming_from(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of ours, in order, on a tiny model."""
+    model = GPTNeoXForCausalLM.from_pretrained("model")
+    inputs = {"input_ids": torch.tensor([[1, 3, 5]])}
+    names = {"model": model, "inputs": inputs, "x": torch.randn(10, 32)}
+    blocks = fences("coming-from.md", "saerelay")
+    assert len(blocks) > 7
+    for language, code in blocks:
+        if language == "python":
+            exec(code, names)
+            continue
+        for line in code.splitlines():
+            words = [SMALLER.get(word, word) for word in line.split()]
+            exit_code, _, stderr = call(*words[1:], capsys=capsys, monkeypatch=monkeypatch)
+            assert exit_code == 0, f"{line}\n{stderr}"
+    assert names["z"].shape == (1, 22, 64)
+
+
+def test_recipes_of_coming_from_are_valid() -> None:
+    recipes = fences("coming-from.md", "saerelay: run.toml")
+    assert len(recipes) == 2
+    for _, text in recipes:
+        sr.Run.parse(tomllib.loads(text))
+
+
+def test_formats_are_all_listed() -> None:
+    """A row for each format, in order, and it is said which are written."""
+    table = next(part for part in (DOCS / "formats.md").read_text("utf-8").split("\n\n") if "| verified" in part)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    names = [re.split(r"[ :]", row[0].lower().replace("gemma scope", "gemma_scope"))[0] for row in rows]
+    assert names == [format.NAME for format in FORMATS]
+    assert [name for name, row in zip(names, rows, strict=True) if row[2] != "no"] == list(WRITTEN)
+
+
+def test_reference_lists_every_public_name() -> None:
+    page = (DOCS / "reference" / "index.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"\[`(\w+)`\]\[saerelay\.(\w+)\.\w+\]", page))
+    assert listed == sr._HOMES
+    modules = {path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md")}
+    for home in set(listed.values()):
+        assert any(f"::: saerelay.{home}\n" in text for text in modules), home
