@@ -18,7 +18,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,11 +33,11 @@ from saerelay.dictionaries import Dictionary
 from saerelay.errors import ModelError, RecipeError, RunDirectoryError
 from saerelay.evaluate import LOGIT_BYTES
 from saerelay.measures import from_scratch
-from saerelay.model import Forward, LanguageModel
+from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
-from saerelay.prompts import TASKS, Prompt, task_prompts
+from saerelay.prompts import TASKS, Prompt, start_of, task_prompts
 from saerelay.site import Site
-from saerelay.stream import kept_positions, load_model
+from saerelay.stream import load_model
 from saerelay.suite import Suite
 
 SCHEMA_VERSION = 1
@@ -60,7 +61,7 @@ def circuits_run(
     k: Sequence[int] = K,
     legs: Sequence[str] = (),
     n_prompts: int = 500,
-    method: Method = "attribution",
+    method: str = "attribution",
     seed: int = 0,
     model: LanguageModel | None = None,
     console: Console | None = None,
@@ -83,24 +84,33 @@ def circuits_run(
     document = read_json(path) if path.is_file() else {}
     if document.get("asked") != asked:
         document = {"schema": SCHEMA_VERSION, "asked": asked, "legs": []}
-    measured = {row["leg"]: row for row in document["legs"]}
-    missing = [leg for leg in chosen if leg.id not in measured]
+    ages = {leg.id: read_json(suite.directory.leg(leg.id) / "dictionary.json")["tokens"] for leg in suite.legs}
+    measured = {row["leg"]: row for row in document["legs"] if ages.get(row["leg"]) == row["tokens"]}
+    missing = sorted((leg for leg in chosen if leg.id not in measured), key=attrgetter("site"))
     if missing:
         model = model or load_model(plan)
-        halves = [sorted(half, key=lambda p: len(p.tokens)) for half in (prompts[::2], prompts[1::2])]
-        if task in TASKS:  # groups of prompts that belong together stay so
-            halves = [prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]]
+        half = len(prompts) // 2  # sorted by length for the sake of batches; those of a built-in task have one length
+        halves = [sorted(part, key=lambda p: len(p.tokens)) for part in (prompts[:half], prompts[half:])]
         document |= ability(plan, model, task, halves)
-        by_site = [(site, list(here)) for site, here in groupby(sorted(missing, key=_site), key=_site)]
+        by_site = [(site, list(here)) for site, here in groupby(missing, key=attrgetter("site"))]
         silent = console is None or not console.is_terminal
         for site, here in track(by_site, f"circuits: {name}", console=console, transient=True, disable=silent):
             dictionaries = {leg.id: suite[leg.id] for leg in here}
             found = circuits_at(plan, model, site, dictionaries, *halves, k=asked["k"], method=method)
-            measured |= {leg.id: about(plan, leg) | found[leg.id] for leg in here}
-            rows = [measured[leg.id] for leg in suite.legs if leg.id in measured]
-            document |= {"legs": rows} | comparisons(suite, document["clean"], rows, asked["k"])
+            for leg in here:
+                circuits = {"circuits": judged(found[leg.id], document["clean"], asked["k"])}
+                measured[leg.id] = about(leg, ages[leg.id]) | circuits | found[leg.id]
+            document["legs"] = [measured[leg.id] for leg in suite.legs if leg.id in measured]
+            document["differences"] = comparisons(suite, document["clean"], document["legs"], asked["k"])
             write_json(path, document)
     return finite(document)
+
+
+def about(leg: Leg, tokens: int) -> dict[str, Any]:
+    """What a row of the document says of its leg."""
+    said = {"leg": leg.id, "layer": leg.layer, "module": leg.module, "role": leg.role, "parent": leg.parent or None}
+    said |= {"control_of": leg.control_of or None, "control_kind": leg.control_kind or None}
+    return said | {"tokens": tokens, "n_latents": leg.dictionary.n_latents}
 
 
 def chosen_legs(suite: Suite, names: Sequence[str]) -> list[Leg]:
@@ -154,7 +164,7 @@ def ability(plan: Plan, model: LanguageModel, task: str, halves: Sequence[Sequen
         "n_found_on": len(halves[0]),
         "n_judged_on": len(halves[1]),
         "n_tokens": [min(lengths), max(lengths)],
-        "means": "of each position" if len(lengths) == 1 else "over all positions",
+        "means": "of each position" if one_length([*halves[0], *halves[1]]) else "over all positions",
         "accuracy": accuracy,
         "accuracy_needed": ACCURACY,
         "m": mean,
@@ -223,5 +233,162 @@ def indirect_effects(dictionary: Dictionary, to_mean: Tensor, slope: Tensor) -> 
     return -(to_mean * (slope @ dictionary.W_dec.T)).sum(dim=(0, 1))
 
 
-class Site_:
-    pass
+@torch.no_grad()
+def circuits_at(
+    plan: Plan,
+    model: LanguageModel,
+    site: Site,
+    dictionaries: Mapping[str, Dictionary],
+    found_on: Sequence[Prompt],
+    judged_on: Sequence[Prompt],
+    *,
+    k: Sequence[int] = K,
+    method: Method = "attribution",
+) -> dict[str, dict[str, Any]]:
+    """What circuits of k latents of each dictionary at a site do, by key, as circuits/<task>.json has it.
+
+    Latents are ranked by their effects on `found_on`; m is measured on `judged_on`, prompt by prompt. Both come in the
+    order of `batches`.
+    """
+    ours = {key: dictionary.to(model.device) for key, dictionary in dictionaries.items()}
+    means = mean_codes(plan, model, site, ours, found_on, per_position=one_length([*found_on, *judged_on]))
+    n_first = len(start_of(plan))  # BOS, which no dictionary is trained on, is left alone
+
+    def to_means(key: str, x: Tensor) -> Tensor:
+        change = means[key] - ours[key].encode(x)
+        change[:, :n_first] = 0
+        return change
+
+    effects = {key: torch.zeros(d.n_latents, device=model.device) for key, d in ours.items()}
+    for batch in batches(plan, found_on, model.device):
+        clean = model.forward(batch.tokens, [site])
+        x = clean.activations[site].float()
+        with model.resuming(clean, site) as logits_with:
+            at_x = gradient(logits_with, x, batch)
+            for key, dictionary in ours.items():
+                change, slope = to_means(key, x), at_x
+                if method == "integrated-gradients":
+                    s = change @ dictionary.W_dec
+                    parts = ((i + 0.5) / STEPS for i in range(STEPS))
+                    slope = torch.stack([gradient(logits_with, x + part * s, batch) for part in parts]).mean(dim=0)
+                effects[key] += indirect_effects(dictionary, change, slope) / len(found_on)
+    largest = {key: effect.sort(descending=True, stable=True) for key, effect in effects.items()}
+    m = {key: list[Tensor]() for key in ours}
+    for batch in batches(plan, judged_on, model.device):
+        clean = model.forward(batch.tokens, [site])
+        x = clean.activations[site].float()
+        with model.resuming(clean, site) as logits_with:
+            for key, dictionary in ours.items():
+                change = to_means(key, x)
+                everything, changes = change @ dictionary.W_dec, list[Tensor]()
+                for size in k:
+                    C = largest[key].indices[:size]
+                    own = change[..., C] @ dictionary.W_dec[C]
+                    changes += [everything - own, own]
+                scores = [logit_difference(logits_with(x + s), batch) for s in (everything, *changes)]
+                m[key].append(torch.stack(scores).cpu())
+    found = {}
+    for key, scores in m.items():
+        empty, *rest = (_rounded(row) for row in torch.cat(scores, dim=1))
+        indices, values = (column[: max(k)].tolist() for column in largest[key])
+        found[key] = {"latents": indices, "effects": [round(value, 6) for value in values]}
+        found[key] |= {"m_empty": empty, "m_kept": rest[::2], "m_ablated": rest[1::2]}
+    return found
+
+
+def mean_codes(
+    plan: Plan,
+    model: LanguageModel,
+    site: Site,
+    dictionaries: Mapping[str, Dictionary],
+    prompts: Sequence[Prompt],
+    *,
+    per_position: bool,
+) -> dict[str, Tensor]:
+    """z̄ of each dictionary, by key: (C, F), the mean over prompts, or (F), over their positions behind BOS too."""
+    totals, n = dict[str, Tensor](), 0
+    for batch in batches(plan, prompts):
+        x = model.harvest(batch.tokens, [site])[site].float()
+        if not per_position:
+            x = x[:, len(start_of(plan)) :].flatten(0, 1)
+        n += len(x)
+        for key, dictionary in dictionaries.items():
+            totals[key] = totals.get(key, 0) + dictionary.encode(x).sum(dim=0)
+    return {key: total / n for key, total in totals.items()}
+
+
+def one_length(prompts: Sequence[Prompt]) -> bool:
+    """Whether all prompts have as many tokens."""
+    return len({len(prompt.tokens) for prompt in prompts}) == 1
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values (N), taken as independent."""
+    return float(values.std()) / math.sqrt(len(values))
+
+
+def recovered(m: Sequence[float], empty: Sequence[float], clean: Sequence[float]) -> tuple[float, Tensor]:
+    """Share of the answer that is left, (mean m − mean ∅) / (mean M − mean ∅), and each prompt's part of its error (N).
+
+    >>> share, parts = recovered([3.0, 2.0], [1.0, 1.0], [3.0, 3.0])
+    >>> share, round(standard_error(parts), 3)
+    (0.75, 0.25)
+
+    With C kept, faithfulness; with C ablated, completeness. The parts have mean 0, and their standard error is that of
+    the ratio (delta method); those of two circuits, subtracted prompt by prompt, give that of their difference. NaN
+    where ∅ is not below M by `CLEAR` standard errors: a task that the dictionary carries nothing of.
+    """
+    own, lost = (torch.tensor(v).double() - torch.tensor(empty).double() for v in (m, clean))
+    if not float(lost.mean()) > CLEAR * standard_error(lost):
+        return math.nan, torch.full_like(own, math.nan)
+    share = float(own.mean() / lost.mean())
+    return share, (own - share * lost) / lost.mean()
+
+
+def judged(row: dict[str, Any], clean: Sequence[float], k: Sequence[int]) -> list[dict[str, Any]]:
+    """Faithfulness and completeness of a leg's circuits, with standard errors."""
+    found = []
+    for size, kept, ablated in zip(k, row["m_kept"], row["m_ablated"], strict=True):
+        circuit: dict[str, Any] = {"k": size}
+        for name, m in (("faithfulness", kept), ("completeness", ablated)):
+            share, parts = recovered(m, row["m_empty"], clean)
+            circuit |= {name: share, f"{name}_se": standard_error(parts)}
+        found.append(circuit)
+    return found
+
+
+def comparisons(suite: Suite, clean: Sequence[float], rows: Sequence[dict[str, Any]], k: Sequence[int]) -> list[Any]:
+    """Transferred legs minus those from scratch at their sites, pair by pair, then means over pairs of a kind.
+
+    Both legs of a pair answer the same prompts, so standard errors are those of differences prompt by prompt.
+    """
+    by_leg, found = {row["leg"]: row for row in rows}, list[dict[str, Any]]()
+    pairs = [(leg, other) for leg in suite.legs if leg.role == "transfer" for other in from_scratch(suite, leg)]
+    pairs = [(leg, other) for leg, other in pairs if leg.id in by_leg and other.id in by_leg]
+    kinds = dict.fromkeys(other.control_kind or other.role for _, other in pairs)
+    for (i, size), kind in product(enumerate(k), kinds):
+        of_kind, differences = [pair for pair in pairs if (pair[1].control_kind or pair[1].role) == kind], []
+        for leg, other in of_kind:
+            a, b = by_leg[leg.id], by_leg[other.id]
+            measured = {}
+            for name, key in (("faithfulness", "m_kept"), ("completeness", "m_ablated")):
+                (share, parts), (share_b, parts_b) = (recovered(r[key][i], r["m_empty"], clean) for r in (a, b))
+                measured[name] = share - share_b, parts - parts_b
+            differences.append(measured)
+            found.append({"leg": leg.id, "scratch": other.id, "kind": kind, "k": size} | _difference([measured]))
+        if len(of_kind) > 1:
+            found.append({"leg": None, "scratch": None, "kind": kind, "k": size} | _difference(differences))
+    return found
+
+
+def _difference(measured: Sequence[Mapping[str, tuple[float, Tensor]]]) -> dict[str, float]:
+    """Means of differences over pairs, and their standard errors over prompts."""
+    found = {}
+    for name in ("faithfulness", "completeness"):
+        values, parts = zip(*(one[name] for one in measured), strict=True)
+        found |= {name: sum(values) / len(values), f"{name}_se": standard_error(torch.stack(parts).mean(dim=0))}
+    return found
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]

@@ -56,7 +56,7 @@ def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Pro
     tokenizer, facts = load_tokenizer(plan.run.model), plan.facts
     groups, found, seen = TASKS[task](_whole(task, tokenizer, facts.name), draw), defaultdict(list), set[Prompt]()
     for _ in range(20 * n):
-        group = [_encode(tokenizer, example, _start(plan)) for example in next(groups)]
+        group = [_encode(tokenizer, example, start_of(plan)) for example in next(groups)]
         prompts = [prompt for prompt in group if prompt and prompt not in seen]
         if len(prompts) == len(group) and len({len(prompt.tokens) for prompt in prompts}) == 1:
             seen.update(prompts)
@@ -80,7 +80,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    facts, tokenizer, start, found = plan.facts, None, _start(plan), []
+    facts, tokenizer, start, found = plan.facts, None, start_of(plan), []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -113,7 +113,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
     return found
 
 
-def _start(plan: Plan) -> list[int]:
+def start_of(plan: Plan) -> list[int]:
     """What is in front of every prompt: BOS, where training has one there."""
     bos = plan.facts.bos_token_id
     return [bos] if plan.run.data.prepend_bos and bos is not None else []
@@ -136,7 +136,7 @@ def _whole(task: str, tokenizer: Any, model: str) -> Whole:
         kept = [word for word, end in ends if end[:-1] == ids]
         if len(kept) < FEWEST_WORDS:
             raise DataError(
-                f'task "{task}": of {len(ends)} words ({words[:30]}...) the tokenizer of {model} has {len(kept)} as one '
+                f'task "{task}": of {len(ends)} words ({words[:20]}...) the tokenizer of {model} has {len(kept)} as one '
                 f"token behind {before!r}; at least {FEWEST_WORDS} are needed. Give a file of prompts instead."
             )
         return kept
@@ -175,7 +175,7 @@ def ioi(whole: Whole, draw: Random) -> Iterator[list[Example]]:
 
 
 def greater_than(whole: Whole, draw: Random) -> Iterator[list[Example]]:
-    """Greater-than (Hanna et al. 2023): it began in 1732, so it ended in 17.. what? A later year, not an earlier one."""
+    """Greater-than (Hanna et al. 2023): it began in 1732, so it ended in 17.. what? A later year."""
     events, years = whole("The ", _EVENTS), whole("year 17", " ".join(f"{year:02}" for year in range(2, 99)))
     while True:
         century, (earlier, start, later) = draw.randrange(11, 18), sorted(draw.sample(years, 3))
@@ -188,6 +188,11 @@ def sva(whole: Whole, draw: Random) -> Iterator[list[Example]]:
     one_token = set(whole("The ", _NOUNS.replace("/", " ")))
     nouns = [tuple(pair.split("/")) for pair in _NOUNS.split()]
     nouns = [pair for pair in nouns if one_token.issuperset(pair)]
+    if len(nouns) < FEWEST_WORDS:
+        raise DataError(
+            f'task "sva": of {len(nouns)} nouns the tokenizer has singular and plural as one token; at least '
+            f"{FEWEST_WORDS} are needed. Give a file of prompts instead."
+        )
     while True:
         subject, between = draw.sample(nouns, 2)
         verbs = draw.choice(((" is", " are"), (" was", " were"), (" has", " have")))
@@ -228,7 +233,7 @@ def self_or_cls(whole: Whole, draw: Random) -> Iterator[list[Example]]:
     """The first argument of a method: `self` in a property, `cls` in a class method."""
     words = whole("_", _IDENTIFIERS)
     while True:
-        verb, name = draw.choice(("get", "make", "read", "load")), draw.choice(words)
+        verb, name = draw.choice(("get", "set", "make", "read", "load", "write", "add", "check")), draw.choice(words)
         yield [
             (f"    @property\n    def {verb}_{name}(", "self", "cls"),
             (f"    @classmethod\n    def {verb}_{name}(", "cls", "self"),

@@ -124,6 +124,40 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def circuit_tables(document: dict[str, Any]) -> list[Text | Table]:
+    """Faithfulness and completeness of each leg's circuits, and of transferred legs minus those from scratch."""
+    asked, sizes = document["asked"], document["asked"]["k"]
+    head = (
+        f"{visible(asked['task'])}: {document['model']} is right on {document['accuracy']:.1%} of {asked['n_prompts']} "
+        f"prompts, mean logit difference {document['m']:.3g} ± {document['m_se']:.2g}. Circuits of K latents found on "
+        f"{document['n_found_on']} prompts by {asked['method']}, judged on the other {document['n_judged_on']}."
+    )
+    each = Table(box=None, pad_edge=False, title="faithfulness (1 is the model's) / completeness (0 is best)")
+    apart = Table(box=None, pad_edge=False, title="faithfulness, transferred minus from scratch")
+    for table, names in ((each, ("leg", "∅")), (apart, ("leg", "scratch"))):
+        table.title_justify = "left"
+        for name in names:
+            table.add_column(name)
+        for size in sizes:
+            table.add_column(f"K = {size}", justify="right")
+    for row in document["legs"]:
+        cells = [f"{_error(c, 'faithfulness')} / {_error(c, 'completeness')}" for c in row["circuits"]]
+        each.add_row(row["leg"], f"{sum(row['m_empty']) / len(row['m_empty']):.2f}", *cells)
+    pairs = dict[tuple[str, str], list[str]]()
+    for row in document["differences"]:
+        name = (row["leg"] or "mean", row["scratch"] or f"all {row['kind']}")
+        pairs.setdefault(name, []).append(_error(row, "faithfulness"))
+    for name, cells in pairs.items():
+        apart.add_row(*name, *cells)
+    end = Text("∅: mean logit difference with all latents ablated. ±: standard error over prompts. Ablated means given")
+    end.append(" the latent's mean over prompts; the reconstruction error stays.")
+    return [Text(head), each, *([apart] if apart.row_count else []), end]
+
+
+def _error(row: dict[str, Any], name: str) -> str:
+    return "-" if row[name] is None else f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}"
+
+
 def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     """One row a leg: what is trained where, from whom, when, with how many tokens.
 
