@@ -32,8 +32,8 @@ from saerelay.measures import (
     shared,
     transfer_score,
 )
-from saerelay.prompts import Prompt, read_prompts
 from saerelay.model import LanguageModel
+from saerelay.prompts import Prompt, read_prompts
 from saerelay.stream import load_model
 from saerelay.tables import measures_tables
 from saerelay.transfer import fold

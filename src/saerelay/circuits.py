@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import groupby, product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.console import Console
@@ -96,7 +96,7 @@ def circuits_run(
         silent = console is None or not console.is_terminal
         for site, here in track(by_site, f"circuits: {name}", console=console, transient=True, disable=silent):
             dictionaries = {leg.id: suite[leg.id] for leg in here}
-            found = circuits_at(plan, model, site, dictionaries, *halves, k=asked["k"], method=method)
+            found = circuits_at(plan, model, site, dictionaries, *halves, k=asked["k"], method=cast(Method, method))
             for leg in here:
                 circuits = {"circuits": judged(found[leg.id], document["clean"], asked["k"])}
                 measured[leg.id] = about(leg, ages[leg.id]) | circuits | found[leg.id]
@@ -290,7 +290,7 @@ def circuits_at(
     found = {}
     for key, scores in m.items():
         empty, *rest = (_rounded(row) for row in torch.cat(scores, dim=1))
-        indices, values = (column[: max(k)].tolist() for column in largest[key])
+        values, indices = (column[: max(k)].tolist() for column in largest[key])
         found[key] = {"latents": indices, "effects": [round(value, 6) for value in values]}
         found[key] |= {"m_empty": empty, "m_kept": rest[::2], "m_ablated": rest[1::2]}
     return found

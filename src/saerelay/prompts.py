@@ -136,8 +136,8 @@ def _whole(task: str, tokenizer: Any, model: str) -> Whole:
         kept = [word for word, end in ends if end[:-1] == ids]
         if len(kept) < FEWEST_WORDS:
             raise DataError(
-                f'task "{task}": of {len(ends)} words ({words[:20]}...) the tokenizer of {model} has {len(kept)} as one '
-                f"token behind {before!r}; at least {FEWEST_WORDS} are needed. Give a file of prompts instead."
+                f'task "{task}": of {len(ends)} words ({words[:20]}...) the tokenizer of {model} has {len(kept)} as '
+                f"one token behind {before!r}; at least {FEWEST_WORDS} are needed. Give a file of prompts instead."
             )
         return kept
 
