@@ -390,6 +390,6 @@ def test_a_task_that_a_tokenizer_has_no_words_for_is_said() -> None:
         with pytest.raises(DataError, match="Give a file of prompts instead"):
             task_prompts(task, plan)
     with pytest.raises(DataError, match="ask for fewer with --prompts"):
-        task_prompts("self", plan, 5000)
+        task_prompts("self", plan, 1000)
     with pytest.raises(RecipeError, match="no task"):
         task_prompts("keys.csv", plan)

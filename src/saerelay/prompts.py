@@ -55,7 +55,7 @@ def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Pro
         return prompts[:n]
     tokenizer, facts = load_tokenizer(plan.run.model), plan.facts
     groups, found, seen = TASKS[task](_whole(task, tokenizer, facts.name), draw), defaultdict(list), set[Prompt]()
-    for _ in range(20 * n):
+    for _ in range(5 * n):
         group = [_encode(tokenizer, example, start_of(plan)) for example in next(groups)]
         prompts = [prompt for prompt in group if prompt and prompt not in seen]
         if len(prompts) == len(group) and len({len(prompt.tokens) for prompt in prompts}) == 1:
