@@ -317,6 +317,14 @@ def test_what_is_asked_wrongly_is_said(
     assert (code, shown) == (2, "") and match in " ".join(stderr.split()), stderr
 
 
+def test_a_file_is_read_in_an_order_drawn(run: Path, task: str) -> None:
+    plan = sr.load(run).plan
+    asked = [Prompt(tuple(row["prompt"]), row["right"], row["wrong"]) for row in lines()]
+    prompts = task_prompts(task, plan, seed=1)
+    assert sorted(map(str, prompts)) == sorted(map(str, asked)) and prompts == task_prompts(task, plan, seed=1)
+    assert asked != prompts != task_prompts(task, plan, seed=2) and len(task_prompts(task, plan, 20)) == 20
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [

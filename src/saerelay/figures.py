@@ -350,11 +350,11 @@ def circuits_figure(summary: Document, circuits: Document, k: int | None = None,
     places, kinds = _places(rows), {leg["id"]: _kind(leg, summary) for leg in summary["legs"]}
     small = (
         f"Circuit: the {k} latents with the largest indirect effect ({circuits['asked']['method']}), found on "
-        f'{circuits["n_found_on"]} prompts of "{circuits["asked"]["task"]}", judged on {circuits["n_judged_on"]} others, ± '
-        "standard error. Share "
-        "of the logit difference (1: nothing ablated, 0: all latents at their means) with only the circuit kept (faithfulness, ideal 1), and with only it ablated (completeness, ideal 0)."
+        f"{circuits['n_found_on']} prompts, judged on {circuits['n_judged_on']} others, ± standard error. Share of the "
+        "logit difference (1: nothing ablated, 0: all latents at their means) with only the circuit kept "
+        "(faithfulness, ideal 1), and with only it ablated (completeness, ideal 0)."
     )
-    split = f"{circuits['asked']['n_prompts']} prompts"
+    split = f"{circuits['asked']['n_prompts']} prompts of {circuits['asked']['task']}"
     with _page(
         theme, summary, f"Circuits of {k} latents: {circuits['asked']['task']}", small, 3.65, split=split
     ) as figure:
