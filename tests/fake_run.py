@@ -33,6 +33,7 @@ HOSTILE = {
     9: "</script><script>alert(3)</script>\u2028",
 }
 """Token texts that a page must show and not obey."""
+EXPLANATION = "fires on <script>alert(5)</script> <img src=x onerror=alert(6)> \u202eand \x1b[2J " + "y" * 300
 KNOWN = (1, 123)
 """Layer and latent that fires on, and only on, the token `needle`."""
 
@@ -77,6 +78,7 @@ def fake_run(root: Path) -> Suite:
         fake_features(paths, leg.id, leg.layer, test, rng)
     suite = load(root)
     fake_lineage(suite, rng)
+    fake_interpretations(suite)
     legs = suite.standing
     cells = [
         {"leg": a.id, "tokens": 1, "snapshot": False, "source": a.layer, "target": b.layer, "method": method,
@@ -143,3 +145,24 @@ def fake_lineage(suite: Suite, rng: np.random.Generator) -> None:
         "alive_above": 0,
     }
     write_json(suite.directory.lineage, finite(about | {"links": links}))
+
+
+def fake_interpretations(suite: Suite) -> None:
+    """Explanations of latents 1 and 2 of two legs by a hostile model; latent 3 could not be explained."""
+    for leg in suite.legs[:2]:
+        score = {"mean": 0.75, "standard_error": 0.25, "n": 2}
+        entry = {"explanation": None, "detection": None, "fuzzing": None}
+        latents = [
+            entry | {"latent": 3},
+            entry | {"latent": 1, "explanation": EXPLANATION, "detection": 0.5, "fuzzing": 0.25},
+        ]
+        latents.append(entry | {"latent": 2, "explanation": "two", "detection": 1.0, "fuzzing": None})
+        document = {"schema": 1, "leg": leg.id, "layer": leg.layer, "origin": "from above" if leg.parent else "scratch"}
+        document |= {"parent": leg.parent or None, "asked": {"model": "<b>asked</b>"}, "n_explained": 2, "n_failed": 1}
+        document |= {
+            "n_rare": 0,
+            "n_failed_questions": 0,
+            "detection": score,
+            "fuzzing": score | {"standard_error": None},
+        }
+        write_json(suite.directory.interpretation(leg.id), document | {"latents": latents})

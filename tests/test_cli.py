@@ -517,6 +517,12 @@ def test_commands_and_options_are_these() -> None:
         "show": {"--json"},
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens", "--method", "--refit", "--architecture"}
         | {"--n-latents", "--k", "--from-model", "--from-layer", "--from-module", "--format"},
+        "interpret": {"--model", "--endpoint", "--key-env", "--body", "--legs", "--n", "--latents", "--seed"}
+        | {"--concurrency", "--dry-run", "--price-in", "--price-out", "--max-cost", "--yes", "--json"},
+        "import": {"--out", "--format", "--layer", "--module", "--model"},
+        "export": {"--format", "--out", "--leg", "--licence"},
+        "push": {"--format", "--leg", "--licence", "--private", "--dry-run"},
+        "pull": {"--out"},
         "report": {"--quick", "--open"},
         "demo": {"--out"},
     }

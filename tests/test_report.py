@@ -134,7 +134,7 @@ def test_figures_are_there_and_named_on_the_page(written: Suite) -> None:
 def test_a_run_without_matrix_says_how_to_make_it(suite: Suite) -> None:
     suite.directory.matrix.unlink()
     report = write_report(suite, summary(suite)).parent
-    assert read(report, "run")["has"] == {"matrix": False, "measures": False}
+    assert read(report, "run")["has"] == {"matrix": False, "measures": False, "interpretations": True}
     assert not (report / "data/matrix.js").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import HOSTILE, KNOWN, F, fake_run, token_text
+from fake_run import EXPLANATION, HOSTILE, KNOWN, F, fake_run, token_text
 
 from saerelay.evaluate import summary
 from saerelay.report import data, write_report
@@ -16,7 +16,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here; Debian: apt-get install chromium")
 
-VIEWS = "# #/plan #/layers #/training #/lineage #/features/all #/feature/L1/123 #/compare/L1/123 #/measures #/figures"
+VIEWS = (
+    "# #/plan #/layers #/training #/lineage #/features/all #/feature/L1/123 #/compare/L1/123 #/measures "
+    "#/interpret #/figures"
+)
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -175,6 +178,21 @@ def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
     ):
         page = visit.at(address)
         assert page.evaluate("document.querySelectorAll('main img[src=x], main script').length") == 0
+
+
+def test_explanations_stand_by_their_features(visit: Visit) -> None:
+    page = visit.at("#/feature/L1/1")
+    line = page.inner_text(".explanation")
+    assert line.startswith("Explained as: fires on <script>alert(5)</script> <img src=x onerror=alert(6)> [U+202E]and")
+    assert line.endswith("y" * EXPLANATION.count("y") + " (detection 0.50, fuzzing 0.25; 0.5 is chance)")
+    assert visit.at("#/feature/L1/3").locator(".explanation").count() == 0
+    page = visit.at("#/interpret")
+    rows = page.locator("[data-view=interpret] table >> nth=0").locator("tbody tr").all_inner_texts()
+    assert [row.split("\t")[0] for row in rows] == ["scratch", "from above"] and "0.750 ± 0.250" in rows[0]
+    page.locator("summary:has-text('L1: 2')").last.click()
+    page.locator(".explanations a:visible").first.click()
+    visit.drawn("#/feature/L1/1")
+    assert page.evaluate("document.querySelectorAll('main img[src=x], main script').length") == 0
 
 
 def test_the_theme_can_be_switched_and_is_kept(visit: Visit) -> None:

@@ -104,6 +104,15 @@ class RunDirectory:
         """The latents that a task rests on."""
         return self.root / "circuits" / f"{task}.json"
 
+    def interpretation(self, leg_id: str) -> Path:
+        """What a language model makes of some latents of a leg."""
+        return self.root / "interpret" / f"{leg_id}.json"
+
+    @property
+    def answers(self) -> Path:
+        """Every answer that was paid for."""
+        return self.root / "interpret" / "answers.jsonl"
+
     @property
     def report(self) -> Path:
         """The page that shows all of it."""

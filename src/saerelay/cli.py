@@ -206,6 +206,82 @@ def show_latent(
 
 
 @app.command()
+def interpret(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    model: Annotated[str, typer.Option("--model", help="the name of the model to ask, at the endpoint")],
+    endpoint: Annotated[str, typer.Option(help="http(s)://host/v1; else SAERELAY_ENDPOINT or OPENAI_BASE_URL")] = "",
+    key_env: Annotated[
+        str, typer.Option(help="variable that holds the key; else SAERELAY_API_KEY or OPENAI_API_KEY")
+    ] = "",
+    body: Annotated[str, typer.Option(help="JSON: fields of each request, such as temperature; null drops one")] = "",
+    legs: Annotated[str, typer.Option(help="ids or layers, with commas; else all")] = "",
+    n: Annotated[int, typer.Option("--n", min=1, help="latents of each leg")] = 64,
+    latents: Annotated[str, typer.Option(help="these latents, with commas, instead")] = "",
+    seed: Annotated[int, typer.Option(help="which latents, and which texts")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="requests at a time")] = 8,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="estimate, and show a prompt of each kind; send nothing")
+    ] = False,
+    price_in: Annotated[float, typer.Option(min=0, help="USD for a million tokens of input")] = 0.0,
+    price_out: Annotated[float, typer.Option(min=0, help="USD for a million tokens of output")] = 0.0,
+    max_cost: Annotated[float | None, typer.Option(min=0, help="USD; needs the prices")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask before the first request")] = False,
+    as_json: Json = False,
+) -> None:
+    """Have a language model explain latents, and score its explanations: detection and fuzzing, as in Delphi.
+
+    The cost is estimated first. Every answer is kept: the same command again asks only for what is missing.
+    """
+    from shlex import join
+
+    from saerelay.asking import Asker, Endpoint
+    from saerelay.errors import EndpointError
+    from saerelay.interpret import estimate, example_prompts, interpret_run, prepare
+    from saerelay.suite import load
+    from saerelay.tables import estimate_text, interpret_tables, prompts_text
+
+    if max_cost is not None and not (price_in or price_out):
+        raise EndpointError("--max-cost needs --price-in and --price-out, in USD for a million tokens")
+    asked, suite, progress = Endpoint.of(model, endpoint, key_env, body), load(run), Console(stderr=True)
+    try:
+        numbers = [int(part) for part in latents.split(",") if part]
+    except ValueError:
+        raise typer.BadParameter("numbers with commas between them, like 1,2,3", param_hint="--latents") from None
+    names = [name.strip() for name in legs.split(",") if name.strip()]
+    study = prepare(suite, legs=names, n=n, latents=numbers, seed=seed, console=progress)
+    limit = float("inf") if max_cost is None else max_cost
+    with Asker(
+        asked, suite.directory.answers, concurrency=concurrency, prices=(price_in, price_out), max_cost=limit
+    ) as asker:
+        expected = estimate(study, asker)
+        if dry_run:
+            prompts = example_prompts(study, asked)
+            if as_json:
+                print(json.dumps({"estimate": expected._asdict(), "prompts": prompts}))
+            else:
+                Console(soft_wrap=True).print(
+                    estimate_text(expected, asked, (price_in, price_out)), prompts_text(prompts)
+                )
+            return
+        progress.print(estimate_text(expected, asked, (price_in, price_out)))
+        if expected.cost > limit:
+            raise EndpointError(
+                f"this may cost ${expected.cost:.2f}, more than --max-cost {limit:g}; lower --n, or raise it"
+            )
+        if expected.n_requests and not yes:
+            if not sys.stdin.isatty():
+                raise EndpointError("nothing is sent without --yes, where nobody can be asked")
+            typer.confirm(f"Send {expected.n_requests} requests?", abort=True, err=True)
+        document = interpret_run(study, asker, again=join(["saerelay", *sys.argv[1:]]), console=progress)
+    if as_json:
+        print(json.dumps(document))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for shown in interpret_tables(document):
+        console.print(shown)
+
+
+@app.command()
 def hop(
     source: Annotated[str, typer.Option("--from", help="a trained SAE of any format: a path, or hf://user/repo/path")],
     to_layer: Annotated[int, typer.Option("--to-layer", help="the layer to carry it to")],

@@ -7,6 +7,7 @@
     ├── DataError                 corpus missing, empty, too short, or of the wrong type
     ├── TransferError             source and target do not fit together
     ├── FormatError               a file of another tool is missing, damaged, or says what cannot be expressed here
+    ├── EndpointError             a language model elsewhere cannot be asked: address, key, refusal, or it keeps failing
     ├── RunDirectoryError         the output directory is taken, locked, unreadable, or of another run
     └── LegFailed                 training of at least one leg stopped (non-finite loss); the CLI exits with 1
     Interrupted                   Ctrl-C: no error; the state was saved; the CLI exits with 130
@@ -43,6 +44,10 @@ class TransferError(SaeRelayError):
 
 class FormatError(SaeRelayError):
     """A dictionary in another tool's format cannot be read, or ours cannot be written in it."""
+
+
+class EndpointError(SaeRelayError):
+    """The endpoint of a language model cannot be used, refuses, or keeps failing."""
 
 
 class RunDirectoryError(SaeRelayError):

@@ -17,6 +17,7 @@ from saerelay.dictionaries import Dictionary, LayerNormed, match_l0, mean_l0
 from saerelay.errors import FormatError, ModelError
 from saerelay.evaluate import batches
 from saerelay.interop import read_any, write_dictionary
+from saerelay.interop.names import public_name
 from saerelay.interop.origin import Origin
 from saerelay.launch import check_directory, plan_run, tokenise, train_run
 from saerelay.model import LanguageModel, load_tokenizer
@@ -55,7 +56,7 @@ def hop_run(
     dictionary, origin = read_any(source, format=format, site=site)
     if not origin.site:
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
-    if origin.model and not model and origin.model != run.model.name and console:
+    if console and not model and origin.model not in ("", run.model.name, public_name(run.model.name)):
         console.print(f"note: {source} was trained on {origin.model}; it is taken to read {run.model.name} as well")
     leg: dict[str, Any] = {
         "id": f"{target}-from-{origin.site}",

@@ -500,7 +500,19 @@ def describe_latent(suite: Suite, leg: str, latent: int, *, console: Console | N
         "lineage": [step._asdict() for step in lineage.follow(chosen.id, latent)],
         "relatives": [{"kind": kind} | step._asdict() for kind, step in lineage.relatives(chosen.id, latent)],
         "similar": similar,
+        "interpretation": interpretation(suite.directory, chosen.id, latent),
     }
+
+
+def interpretation(paths: RunDirectory, leg_id: str, latent: int) -> dict[str, Any] | None:
+    """What a language model made of a latent: its name, the explanation, its scores; None if it was not asked."""
+    path = paths.interpretation(leg_id)
+    document: dict[str, Any] = read_json(path) if path.is_file() else {"latents": []}
+    for entry in document["latents"]:
+        if entry["latent"] == latent and entry["explanation"]:
+            scores = {name: entry[name] for name in ("explanation", "detection", "fuzzing")}
+            return {"model": document["asked"]["model"]} | scores
+    return None
 
 
 def token_texts(plan: Plan) -> Callable[[int], str]:

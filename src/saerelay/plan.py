@@ -392,9 +392,10 @@ def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
         return run.data.block_tokens
     bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * max(1, len({(s.layer, s.module) for s in specs}))
     hops_only = all(spec.parent for spec in specs)  # then what they are refitted on counts
-    longest = max(run.plan.refit_tokens if hops_only else 0, *(spec.tokens for spec in specs))
+    refitted = any(run.plan.refit if spec.refit is None else spec.refit for spec in specs)
+    least = max(16 * run.train.batch_tokens, run.plan.refit_tokens if hops_only and refitted else 0)
+    longest = max(least if hops_only else 0, *(spec.tokens for spec in specs))
     shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])  # others hardly train
-    least = max(16 * run.train.batch_tokens, run.plan.refit_tokens if hops_only else 0)
     wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, least))
     wanted = max(step, wanted)
     n_blocks = max(1, math.ceil(longest / wanted))

@@ -12,10 +12,11 @@ from saerelay.checkpoint import RunDirectory, read_json, write_text
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.interop import hub, load_dictionary, own, places_in, read_any, write_dictionary
+from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
 from saerelay.model import module_paths
 from saerelay.plan import Leg, Plan
-from saerelay.recipe import annotated_toml
+from saerelay.recipe import Run, annotated_toml
 from saerelay.site import Site
 from saerelay.spec import format_count
 from saerelay.suite import Suite, load
@@ -166,7 +167,7 @@ def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list
         dictionary, origin = own.read(suite.directory.leg(leg.id))
         evaluation = suite.directory.evaluation(leg.id)
         metrics = read_json(evaluation)["metrics"] if evaluation.is_file() else {}
-        metrics = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+        metrics = {name: value for name, value in metrics.items() if not isinstance(value, list | dict)}
         origin = replace(
             origin,
             model=public_name(plan.run.model.name),
@@ -175,7 +176,7 @@ def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list
             prepend_bos=plan.run.data.prepend_bos,
             dataset=hub_id(plan.run.data.dataset),
             l0=metrics.get("l0", origin.l0),
-            provenance=origin.provenance | {"evaluation": metrics},
+            provenance=placeless(origin.provenance) | {"evaluation": metrics},
         )
         folder = _folder(origin, format, prefixed=plan.facts.has_lm_head)
         if sum(other.site == leg.site for other in legs) > 1:
@@ -204,25 +205,21 @@ def _folder(origin: Origin, format: str, *, prefixed: bool) -> str:
     return path
 
 
-def public_name(model: str) -> str:
-    """What others understand of a model's name: a local directory's last part, and not just "demo".
+def placeless(data: Any) -> Any:
+    """JSON with the last parts of absolute paths alone: where things are on a machine is nobody's business.
 
-    >>> public_name("demo"), public_name("EleutherAI/pythia-70m")
-    ('saerelay-demo', 'EleutherAI/pythia-70m')
+    >>> placeless({"text": ["/home/me/notes"], "parent": "runs/a/legs/L5"})
+    {'text': ['notes'], 'parent': 'runs/a/legs/L5'}
     """
-    if model == "demo":
-        return "saerelay-demo"
-    return model if hub_id(model) else Path(model).expanduser().resolve().name
-
-
-def hub_id(name: str) -> str:
-    """The name, if it is that of a model or dataset on the hub and not of a place on this machine, else "".
-
-    >>> hub_id("gpt2"), hub_id("./mine"), hub_id("demo")
-    ('gpt2', '', '')
-    """
-    possible = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and name not in ("demo", "saerelay-demo")
-    return name if possible and not Path(name).exists() else ""
+    match data:
+        case str():
+            return Path(data).name if re.match(r"[/~]|[A-Za-z]:\\", data) else data
+        case dict():
+            return {key: placeless(value) for key, value in data.items()}
+        case list() | tuple():
+            return [placeless(value) for value in data]
+        case _:
+            return data
 
 
 # --- the model card --------------------------------------------------------------------------------------------------
@@ -262,7 +259,7 @@ def model_card(
         parts += [
             "## Recipe",
             "`saerelay train run.toml --out runs/a` with this `run.toml` trains them again.",
-            _fenced(annotated_toml(plan.run), "toml"),
+            _fenced(annotated_toml(Run.parse(placeless(plan.run.model_dump()), source="card")), "toml"),
         ]
     parts += ["## Licence", _cell(licence) if licence else "None was stated by whoever published these SAEs."]
     return "\n\n".join(parts) + "\n"

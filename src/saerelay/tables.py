@@ -8,8 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from saerelay.asking import Endpoint
 from saerelay.auto import Choice
 from saerelay.cost import Cost
+from saerelay.interpret import Estimate
 from saerelay.plan import Plan
 from saerelay.spec import format_count
 from saerelay.survey import Survey
@@ -114,6 +116,64 @@ def measures_tables(measures: dict[str, Any]) -> list[Table]:
         found = {row["offset"]: row["mean"] for row in means if row["method"] == method}
         apart.add_row(method, *(_number(found.get(offset)) for offset in offsets))
     return [table for table in (kept, scored, apart) if table.row_count]
+
+
+def estimate_text(expected: Estimate, endpoint: Endpoint, prices: tuple[float, float]) -> Text:
+    """What an interpretation will take, before it is asked for."""
+    known = f" ({expected.n_known:,} are answered already)" if expected.n_known else ""
+    most = "no bound on" if expected.tokens_out < 0 else f"at most {expected.tokens_out:,}"
+    lines = [
+        f"{expected.n_latents:,} latents, {expected.n_requests:,} requests: {endpoint.model} at {endpoint.url}{known}",
+        f"about {expected.tokens_in:,} tokens in (one for three bytes), {most} tokens out, repetitions aside",
+    ]
+    if any(prices):
+        lines.append(f"at most ${expected.cost:.2f}, at ${prices[0]:g} and ${prices[1]:g} for a million tokens")
+    return Text("\n".join(visible(line, 500) for line in lines))
+
+
+def prompts_text(prompts: dict[str, list[dict[str, str]]]) -> Text:
+    """One question of each kind, safe for a terminal."""
+    lines = []
+    for kind, messages in prompts.items():
+        for message in messages:
+            lines += [f"\n--- {kind}: {message['role']}", *message["content"].split("\n")]
+    return Text("\n".join(visible(line, 100_000) if line[:1] != "\n" else line for line in lines))
+
+
+def interpret_tables(document: dict[str, Any]) -> list[Table | Text]:
+    """Scores of explanations by leg, and by where legs began: means over latents, ± standard error."""
+    by_leg = Table(box=None, pad_edge=False, title="explanations: balanced accuracy", title_justify="left")
+    for name in ("layer", "leg", "origin", "explained", "failed", "too rare", "detection", "fuzzing", "cost"):
+        by_leg.add_column(name, justify="left" if name in ("leg", "origin") else "right")
+    for leg in document["legs"]:
+        began = f"{leg['origin']} ({escape(leg['parent'])})" if leg["parent"] else leg["origin"]
+        counts = [str(leg[name]) for name in ("n_explained", "n_failed", "n_rare")]
+        usd = "-" if leg["cost"]["usd"] is None else f"${leg['cost']['usd']:.4f}"
+        by_leg.add_row(str(leg["layer"]), escape(leg["leg"]), began, *counts, *_scores(leg), usd)
+    by_origin = Table(box=None, pad_edge=False, title="by origin", title_justify="left")
+    for name in ("origin", "legs", "explained", "detection", "fuzzing"):
+        by_origin.add_column(name, justify="left" if name == "origin" else "right")
+    for row in document["origins"]:
+        by_origin.add_row(row["origin"], str(row["n_legs"]), str(row["n_explained"]), *_scores(row))
+    note = (
+        "Means over latents ± standard error; 0.5 is chance. Detection: in which texts does it fire? Fuzzing: are "
+        "the marked tokens those it fires on? Cost: of all answers these rest on, whenever they were paid for."
+    )
+    failed = sum(leg["n_failed_questions"] for leg in document["legs"])
+    return [
+        by_leg,
+        Text(),
+        by_origin,
+        Text(note + (f" {failed} questions have no answer that counts." if failed else "")),
+    ]
+
+
+def _scores(row: dict[str, Any]) -> list[str]:
+    shown = []
+    for score in (row["detection"], row["fuzzing"]):
+        error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
+        shown.append(_number(score["mean"]) + error)
+    return shown
 
 
 def _finished(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -313,14 +373,14 @@ _VISIBLE = {"\n": "⏎", "\t": "⇥", " ": " "}
 _LONGEST_TOKEN = 40
 
 
-def visible(text: str) -> str:
+def visible(text: str, longest: int = _LONGEST_TOKEN) -> str:
     """A token's text with everything that a terminal would not show, or would obey, as something to see.
 
     >>> print(visible("a\\n\\x1b[2Jb\\u202e\\ud800"))
     a⏎\\x1b[2Jb\\u202e\ufffd
     """
     shown = []
-    for character in text[:_LONGEST_TOKEN]:
+    for character in text[:longest]:
         kind = unicodedata.category(character)
         if character in _VISIBLE:
             shown.append(_VISIBLE[character])
@@ -330,7 +390,7 @@ def visible(text: str) -> str:
             shown.append(character.encode("unicode_escape").decode())
         else:
             shown.append(character)
-    return "".join(shown) + ("…" if len(text) > _LONGEST_TOKEN else "")
+    return "".join(shown) + ("…" if len(text) > longest else "")
 
 
 def latent_view(document: dict[str, Any], *, colour: bool) -> Group:
@@ -347,6 +407,10 @@ def latent_view(document: dict[str, Any], *, colour: bool) -> Group:
         lines.append(Text(f"{fires}, max {d['max_activation']:.3g}, mean {d['mean_activation']:.3g} where it does"))
         lines += [_histogram(d["histogram"]), Text()]
         lines += [_example(example, d["max_activation"], colour) for example in d["examples"]]
+    if d.get("interpretation"):
+        said = d["interpretation"]
+        scores = ", ".join(f"{kind} {_number(said[kind])}" for kind in ("detection", "fuzzing"))
+        lines.append(Text(f"{visible(said['model'], 80)} explains it: {visible(said['explanation'], 500)} ({scores})"))
     lines.append(Text())
     for name, label in (("top_logits", "promotes  "), ("bottom_logits", "suppresses")):
         if name in d:

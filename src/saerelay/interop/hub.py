@@ -42,7 +42,7 @@ def local(reference: str | Path) -> Path:
 
     named = parse(reference)
     with _explained(named):
-        wanted = _own_files(named, _listed(named))
+        wanted = _own_files(named, *_listed(named))
         here = snapshot_download(named.repo, revision=named.revision or None, allow_patterns=_exactly(wanted))
     return Path(here) / named.path
 
@@ -56,7 +56,7 @@ def download(reference: str, into: Path) -> Path:
 
     named = parse(reference)
     with _explained(named):
-        wanted = _below(named, _listed(named))
+        wanted = _below(named, *_listed(named))
         snapshot_download(named.repo, revision=named.revision or None, allow_patterns=_exactly(wanted), local_dir=into)
     shutil.rmtree(into / ".cache", ignore_errors=True)  # the hub's own notes of the download
     here = into / named.path
@@ -109,24 +109,27 @@ def parse(reference: str | Path) -> Reference:
     return Reference(match[1], match[2] or "", match[3] or "")
 
 
-def _listed(named: Reference) -> list[str]:
-    """The files of a repository; of what is in the cache, if the hub cannot be asked."""
+def _listed(named: Reference) -> tuple[list[str], str]:
+    """The files of a repository, or, if the hub cannot be asked, of what is in the cache; and which of both."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # pyright: ignore  # as above
 
+    revision = named.revision or None
     try:
-        siblings = HfApi().model_info(named.repo, revision=named.revision or None).siblings or []
-        return [sibling.rfilename for sibling in siblings]
+        siblings = HfApi().model_info(named.repo, revision=revision).siblings or []
+        return [sibling.rfilename for sibling in siblings], "the repository"
     except HfHubHTTPError:
         raise
     except (HTTPError, OfflineModeIsEnabled):
-        cached = Path(snapshot_download(named.repo, revision=named.revision or None, local_files_only=True))
-        return [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+        nothing = [""]  # of all files the cache would have to be complete
+        cached = Path(snapshot_download(named.repo, revision=revision, local_files_only=True, allow_patterns=nothing))
+        files = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+        return files, "the hub is not reachable, and the cache"
 
 
-def _own_files(named: Reference, names: list[str]) -> list[str]:
+def _own_files(named: Reference, names: list[str], where: str) -> list[str]:
     """Those of an SAE: beside it, in its `checkpoints`, and the configurations of the folders it lies in."""
-    below, is_file = _below(named, names), named.path in names
+    below, is_file = _below(named, names, where), named.path in names
     folder = PurePosixPath(named.path).parent if is_file else PurePosixPath(named.path)
     own = [name for name in below if PurePosixPath(name).parent == folder]
     if is_file:
@@ -138,7 +141,7 @@ def _own_files(named: Reference, names: list[str]) -> list[str]:
     return own + [name for name in (str(parent / "config.json") for parent in folder.parents) if name in names]
 
 
-def _below(named: Reference, names: list[str]) -> list[str]:
+def _below(named: Reference, names: list[str], where: str) -> list[str]:
     """Files of use in the folder that is named (beside the file, if it is one) and below."""
     folder = str(PurePosixPath(named.path).parent) if named.path in names else named.path
     inside = names if folder in ("", ".") else [name for name in names if name.startswith(f"{folder}/")]
@@ -146,7 +149,7 @@ def _below(named: Reference, names: list[str]) -> list[str]:
         known = {*names, *(str(parent) for name in names for parent in PurePosixPath(name).parents)} - {"."}
         near = difflib.get_close_matches(named.path, sorted(known), n=5, cutoff=0.5)
         shown = f"did you mean {_few(near)}?" if near else f"there are {_few(sorted(known))}"
-        raise FormatError(f'{_said(named)}: the repository has no "{named.path}"; {shown}')
+        raise FormatError(f'{_said(named)}: {where} has no "{named.path}"; {shown}')
     return [n for n in inside if n.endswith(_KINDS) and not _TRAINING_STATE.fullmatch(PurePosixPath(n).name)]
 
 

@@ -1,6 +1,7 @@
-"""What other tools call the places in a model that we call sites."""
+"""What other tools call the places in a model that we call sites, and what everybody calls the models."""
 
 import re
+from pathlib import Path
 
 from saerelay.model import MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
@@ -46,3 +47,23 @@ def site_named(name: str) -> Site | None:
         if path and path[2].removesuffix("output").removesuffix(".") in _PARTS.get(kind, ()):
             return Site(int(path[1]), kind)
     return None
+
+
+def public_name(model: str) -> str:
+    """What others understand of a model's name: a local directory's last part, and not just "demo".
+
+    >>> public_name("demo"), public_name("EleutherAI/pythia-70m")
+    ('saerelay-demo', 'EleutherAI/pythia-70m')
+    """
+    if model == "demo":
+        return "saerelay-demo"
+    return model if hub_id(model) else Path(model).expanduser().resolve().name
+
+
+def hub_id(name: str) -> str:
+    """The name, if it is that of a model or dataset on the hub and not of a place on this machine, else "".
+
+    >>> hub_id("EleutherAI/pythia-70m"), hub_id("./mine"), hub_id("demo")
+    ('EleutherAI/pythia-70m', '', '')
+    """
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else ""

@@ -49,7 +49,7 @@ MATRIX_TOKENS = 4_096
 Drawing = Callable[[Theme], Any]
 MARK = ".saerelay-report"
 """Marks a directory that a report made, so that the next may replace it."""
-ASSETS = ("style.css", "core.js", "charts.js", "features.js")
+ASSETS = ("style.css", "core.js", "charts.js", "features.js", "interpret.js")
 
 
 def report_run(

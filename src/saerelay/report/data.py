@@ -5,7 +5,7 @@
     data/index/<leg>.js              what the list of features shows and searches, a column each
     data/features/<leg>/<n>.js       CHUNK features each: histogram, examples, logits, similar latents
     data/links/<n>.js                what became of each latent from one leg to another
-    data/training.js, matrix.js, measures.js
+    data/training.js, matrix.js, measures.js, interpretations.js
 
 Each is one call, `saerelay.feed(name, data)`. Token text and names come from strangers: see `feed`.
 """
@@ -21,6 +21,7 @@ from saerelay.checkpoint import finite, read_json
 from saerelay.corpus import Corpus
 from saerelay.features import Features, load_features
 from saerelay.figures import METRICS
+from saerelay.interpret import read_interpretations, summarise
 from saerelay.lineage import token_texts
 from saerelay.suite import Suite
 
@@ -72,6 +73,9 @@ def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path
     for name, path in (("matrix", paths.matrix), ("measures", paths.measures)):
         if path.is_file():
             feed(folder, name, finite(read_json(path)))
+    interpretations = read_interpretations(paths, [leg["id"] for leg in summary["legs"]])
+    if interpretations:
+        feed(folder, "interpretations", finite(interpretation_columns(interpretations)))
     run = {
         "model": summary["model"],
         "caption": caption,
@@ -84,9 +88,26 @@ def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path
         "lineage": {
             name: lineage[name] for name in ("n_tokens", "map_tokens", "kept_above", "replaced_below", "alive_above")
         },
-        "has": {"matrix": paths.matrix.is_file(), "measures": paths.measures.is_file()},
+        "has": {
+            "matrix": paths.matrix.is_file(),
+            "measures": paths.measures.is_file(),
+            "interpretations": bool(interpretations),
+        },
     }
     feed(folder, "run", finite(run))
+
+
+def interpretation_columns(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores by leg and by origin, and by leg and latent [explanation, detection, fuzzing]."""
+    latents = {
+        document["leg"]: {
+            entry["latent"]: [entry["explanation"], entry["detection"], entry["fuzzing"]]
+            for entry in document["latents"]
+            if entry["explanation"]
+        }
+        for document in documents
+    }
+    return summarise(documents) | {"latents": latents}
 
 
 # --- features ---------------------------------------------------------------------------------------------------

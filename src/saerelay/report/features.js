@@ -418,6 +418,7 @@ saerelay.views.feature = async function (body, legId, text) {
       element("span.pager", {}, pager(latent - 1, "←", `Feature ${latent - 1}`), pager(latent + 1, "→", `Feature ${latent + 1}`), stops.length > 1 ? element("a.button", { href: `#/compare/${encodeURIComponent(legId)}/${latent}` }, "Side by side across layers") : null)),
     element("h1", {}, `Feature ${latent} of layer ${leg.layer}`),
     element("dl.facts", {}, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))));
+  body.append(...await explained(run, legId, latent));
   if (stops.length > 1) body.append(element("section.next", { "aria-label": "What became of it" }, onwards(run, stops, legId), await strand(stops, legId)));
   body.append(element("div.columns", {},
     element("section", {}, element("h2", {}, "Where it fires most"), exampleList(feature, run, tokens, vocabulary),

@@ -1,0 +1,464 @@
+"""SAEs out and in: exports with a card, a fake of the hub's API spoken to by the program itself, hostile names."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from saerelay import cli, share
+from saerelay.checkpoint import RunDirectory, publish, read_json, write_json, write_text
+from saerelay.dictionaries import Dictionary
+from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.interop import hub, load_dictionary, own, write_dictionary
+from saerelay.interop.origin import Origin
+from saerelay.launch import describe_external, plan_run
+from saerelay.recipe import Run
+from saerelay.site import Site
+from saerelay.spec import format_count
+
+torch.set_num_threads(1)
+TOKEN = "hf_" + "s3cret" * 5
+COMMIT = "c0ffee" * 6 + "cafe"
+METRICS = {
+    "n_tokens": 131_072, "l0": 3.75, "fvu": 0.125, "explained_variance": 0.875, "delta_ce": 0.0321,
+    "delta_ce_se": 0.0012, "ce_loss_score": 0.9876, "frac_alive": 0.96, "density": {"counts": [0, 1]},
+    "sequence_delta_ce": [0.1],
+}  # fmt: skip
+
+
+def random_sae(seed: int) -> Dictionary:
+    """Of the tiny model's width."""
+    rng = torch.Generator().manual_seed(seed)
+    W_enc, W_dec = (torch.randn(64, 32, generator=rng) for _ in range(2))
+    b_enc, b_dec = torch.randn(64, generator=rng), torch.randn(32, generator=rng)
+    return Dictionary(architecture="topk", k=4, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run of three layers and a control, with random SAEs, of which only the root was evaluated."""
+    root = tmp_path_factory.mktemp("share")
+    np.save(root / "tokens.npy", np.arange(60_000, dtype=np.uint16) % 100)
+    sections: dict[str, Any] = {"model": {"name": str(tiny_model), "device": "cpu"}, "plan": {"controls": [0]}}
+    sections |= {"data": {"tokens": str(root / "tokens.npy"), "context": 16, "prepend_bos": False}}
+    sections |= {"dictionary": {"n_latents": 64, "k": 4}}
+    plan, paths = plan_run(Run.parse(sections, source="test")), RunDirectory(root / "run")
+    write_text(paths.plan, plan.to_json())
+    for seed, leg in enumerate(plan.legs):
+        info = {"layer": leg.layer, "module": leg.module, "model": str(tiny_model), "tokens": leg.budget_tokens}
+        publish(paths.leg(leg.id), random_sae(seed), info | {"l0": 4.0, "leg": leg.model_dump()})
+    write_json(paths.evaluation(plan.legs[0].id), {"asked": {}, "metrics": METRICS, "snapshots": {}})
+    return paths.root
+
+
+def same(found: Dictionary, expected: Dictionary) -> None:
+    """Equal reconstructions of random activations."""
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(9))
+    torch.testing.assert_close(found(x), expected(x), rtol=1e-5, atol=1e-4)
+
+
+# --- exports and imports ---
+
+
+@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "saerelay"])
+def test_a_suite_goes_out_a_directory_a_layer(run: Path, tmp_path: Path, format: str) -> None:
+    shared = share.export_run(str(run), tmp_path / "out", format)
+    legs = share.load(run).one_a_site
+    name = "layers.{}" if format == "sparsify" else "layer_{}"
+    assert [one.folder for one in shared] == [name.format(layer) for layer in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["README.md", *map(name.format, range(3))]
+    )
+    for one, leg in zip(shared, legs, strict=True):
+        found, origin = load_dictionary(tmp_path / "out" / one.folder)
+        same(found, own.read(RunDirectory(run).leg(leg.id))[0])
+        assert origin.site == leg.site
+
+
+def test_what_is_known_of_an_sae_goes_with_it(run: Path, tmp_path: Path) -> None:
+    share.export_run(str(run), tmp_path / "out", "saerelay")
+    root = share.load(run).plan.legs[0]
+    origin = own.read(tmp_path / "out" / f"layer_{root.layer}")[1]
+    assert origin.module_path == f"gpt_neox.layers.{root.layer}" and origin.model == "model"
+    assert (origin.context, origin.prepend_bos, origin.dataset, origin.l0) == (16, False, "", 3.75)
+    assert origin.provenance["tokens"] == root.budget_tokens and origin.provenance["evaluation"]["fvu"] == 0.125
+    assert not {"density", "sequence_delta_ce"} & origin.provenance["evaluation"].keys()
+
+
+def test_chosen_legs_of_one_site_have_their_ids(run: Path, tmp_path: Path) -> None:
+    control = next(leg for leg in share.load(run).plan.legs if leg.role == "control")
+    shared = share.export_run(str(run), tmp_path / "out", "saerelay", legs=[control.control_of, control.id, "2"])
+    names = [f"layer_0-{control.control_of}", f"layer_0-{control.id}", "layer_2"]
+    assert [one.folder for one in shared] == names
+    with pytest.raises(RunDirectoryError, match='no leg "L9"'):
+        share.export_run(str(run), tmp_path / "other", "saerelay", legs=["L9"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:
+    share.export_run(str(run), tmp_path / "out", "saelens", licence="apache-2.0", repo="me/saes")
+    card = (tmp_path / "out" / "README.md").read_text()
+    _, header, text = card.split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert header["license"] == "apache-2.0" and header["library_name"] == "saelens" and "saerelay" in header["tags"]
+    assert "base_model" not in header and "datasets" not in header  # both are files of this machine
+    root = share.load(run).plan.legs[0]
+    rows = {
+        cells[1].replace("\\", ""): cells
+        for line in text.splitlines()
+        if (cells := re.split(r"(?<!\\) ?\| ?", line))[1:]
+    }
+    assert rows[f"layer_{root.layer}"][4:11] == [
+        "3.8",
+        "0.1250",
+        "0.8750",
+        "0.0321 ± 0.0012",
+        "0.9876",
+        "96.0%",
+        "2M tokens",
+    ]
+    other = next(leg for leg in share.load(run).one_a_site if leg is not root and leg.parent)
+    assert rows[f"layer_{other.layer}"][5:7] == ["not evaluated", "-"]
+    assert rows[other.id][3:6] == [root.id, "affine + refit", format_count(other.moment_tokens)]
+    assert 'SAE.from_pretrained("me/saes", "layer_0")' in text and "hf://me/saes/layer_0" in text
+    assert "n_latents = 64" in text and text.rstrip().endswith("apache-2.0")
+
+
+def test_the_card_of_a_child_names_its_parent(run: Path, tmp_path: Path) -> None:
+    child = next(leg for leg in share.load(run).one_a_site if leg.parent)
+    share.export_run(str(run), tmp_path / "out", "saerelay", legs=[child.id])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("| layer\\_") == 1 and f"| {child.parent} | resid\\_post, layer 1 | - | from scratch |" in card
+
+
+def test_the_card_of_a_hub_model_links_it(tmp_path: Path) -> None:
+    origin = Origin(model="EleutherAI/pythia-70m", site=Site(3), dataset="user/text", l0=4.0)
+    write_dictionary(tmp_path / "one", random_sae(0), origin, "saerelay")
+    share.export_run(str(tmp_path / "one"), tmp_path / "out", "saerelay")
+    header = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    assert header["base_model"] == ["EleutherAI/pythia-70m"] and header["datasets"] == ["user/text"]
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    model = 'x|y <img src=x onerror="a()"> `c` [d](javascript:e)\n---\n# f'
+    one = share.Shared("layer_0", "topk | <b>", Origin(model=model, site=Site(0)), None, {})
+    card = share.model_card([one], "saerelay", licence="---\nevil: true\n<script>")
+    data = ModelCard(card).data.to_dict()
+    assert data["license"] == "---\nevil: true\n<script>" and "evil" not in data
+    text = ModelCard(card).text
+    outside = re.sub(r"\\.", "", text.split("## Loading")[0] + text.split("## Licence")[1])
+    assert not re.search(r"[<>`\[]|\n# f|^---$", re.sub("`saerelay[^`]*`", "", outside), re.M)
+    assert share._fenced("a\n````\nb", "toml").startswith("`````toml\n")
+
+
+def test_paths_of_modules_are_not_trusted(tmp_path: Path) -> None:
+    for path in ("model.../../../evil", "model./etc", "model.layers.3.input", ""):
+        place = tmp_path / hashlib.sha256(path.encode()).hexdigest()[:8]
+        write_dictionary(place, random_sae(0), Origin(site=Site(3, "mlp_out"), module_path=path), "saerelay")
+        with pytest.raises(FormatError, match="names SAEs by the module's path in the model"):
+            share.export_run(str(place), tmp_path / "out", "sparsify")
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_import_is_a_parent(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    write_dictionary(tmp_path / "lens", random_sae(5), Origin(model="gpt2", site=Site(1, "mlp_out")), "saelens")
+    write_dictionary(tmp_path / "bare", random_sae(5), Origin(), "saerelay")
+
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["saerelay", "import", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code == 0
+
+    call(tmp_path / "lens", "--out", tmp_path / "a")
+    assert "topk, k 4, 64 latents, width 32; reads L1.mlp_out of gpt2" in capsys.readouterr().out
+    external = describe_external(str(tmp_path / "a"))
+    assert (external.layer, external.module, external.n_latents, external.k) == (1, "mlp_out", 64, 4)
+    call(tmp_path / "bare", "--out", tmp_path / "b", "--layer", 2, "--module", "attn_z", "--model", "m")
+    found, origin = load_dictionary(tmp_path / "b")
+    same(found, random_sae(5))
+    assert (origin.site, origin.model) == (Site(2, "attn_z"), "m")
+    with pytest.raises(FormatError, match="do not say what it reads; add --layer"):
+        share.import_dictionary(str(tmp_path / "bare"), tmp_path / "c")
+    with pytest.raises(RunDirectoryError, match="a exists; choose another --out"):
+        share.import_dictionary(str(tmp_path / "lens"), tmp_path / "a")
+    assert not (tmp_path / "c").exists() and not list(tmp_path.glob(".*"))
+
+
+# --- the hub ---
+
+
+class Hub(ThreadingHTTPServer):
+    """The parts of the hub's API that uploads and downloads use; repositories are files by path."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.requests: list[str] = []
+        self.downloading, self.go_on = threading.Event(), threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Hub  # type: ignore[assignment]
+
+    def log_message(self, *_: Any) -> None:
+        self.server.requests.append(f"{self.command} {self.path}")
+
+    def answer(self, data: Any, status: int = 200, **headers: str) -> None:
+        body = data if isinstance(data, bytes) else json.dumps(data).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, hub_ = unquote(self.path).partition("?")[0], self.server
+        match = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?", path)
+        repo, kind, revision, name = match.groups() if match else ("", "", "", "")
+        files = hub_.repos.get(repo)
+        if files is None:
+            return self.answer({}, 404, X_Error_Code="RepoNotFound")
+        if revision and revision not in ("main", COMMIT):
+            return self.answer({}, 404, X_Error_Code="RevisionNotFound")
+        if kind in ("tree", "resolve") and repo.endswith("gated"):
+            return self.answer({}, 403, X_Error_Code="GatedRepo")
+        if kind == "tree":
+            oids = {key: hashlib.sha1(data).hexdigest() for key, data in files.items()}
+            return self.answer([{"type": "file", "path": k, "size": len(files[k]), "oid": oids[k]} for k in files])
+        if kind == "resolve":
+            if name not in files:
+                return self.answer({}, 404, X_Error_Code="EntryNotFound")
+            if self.command == "GET" and repo.endswith("slow") and name.endswith("safetensors"):
+                hub_.downloading.set()
+                hub_.go_on.wait(20)
+            etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
+            return self.answer(files[name], ETag=etag, X_Repo_Commit=COMMIT)
+        self.answer({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+
+    def do_POST(self) -> None:
+        body, hub_ = self.rfile.read(int(self.headers["Content-Length"])), self.server
+        match = re.fullmatch(r"/api/models/(\w+/\w+)/(preupload|commit)/main", self.path)
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self.answer({"error": "not you"}, 401)
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
+            hub_.repos.setdefault(repo, {})
+            hub_.private[repo] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            return self.answer({"url": f"{hub_.url}/{repo}"})
+        assert match, self.path
+        if match[2] == "preupload":
+            files = [f["path"] for f in json.loads(body)["files"]]
+            return self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                hub_.repos[match[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        self.answer({"commitUrl": f"{hub_.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[Hub]:
+    """A hub on this machine."""
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+
+
+def environment(fake: Hub, home: Path) -> dict[str, str]:
+    """For a process that takes the fake for the hub."""
+    return os.environ | {
+        "HF_ENDPOINT": fake.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def saerelay(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The program, in a process of its own."""
+    command = [sys.executable, "-m", "saerelay", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def pushed(run: Path, fake: Hub, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `push` printed."""
+    env = environment(fake, tmp_path_factory.mktemp("home"))
+    done = saerelay("push", run, "me/saes", "--licence", "mit", "--private", env=env)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_push_uploads_the_export(run: Path, fake: Hub, pushed: str, tmp_path: Path) -> None:
+    share.export_run(str(run), tmp_path / "out", "saelens", licence="mit", repo="me/saes")
+    expected = {
+        p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()
+    }
+    assert fake.repos["me/saes"] == expected and len(expected) == 7
+    assert fake.private["me/saes"] and f"me/saes/commit/{COMMIT}" in pushed
+
+
+def test_pull_brings_it_back(run: Path, fake: Hub, pushed: str, tmp_path: Path) -> None:
+    fake.repos["me/mixed"] = fake.repos["me/saes"] | {
+        "evil.py": b"raise SystemExit",
+        "layer_0/x.bin": b"x",
+        "state.pt": b"x",
+    }
+    done = saerelay("pull", "me/mixed", "--out", tmp_path / "all", env=environment(fake, tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "all" / f"layer_{i}") for i in range(3)]
+    got = {
+        p.relative_to(tmp_path / "all").as_posix(): p.read_bytes() for p in (tmp_path / "all").rglob("*") if p.is_file()
+    }
+    assert got == fake.repos["me/saes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "home"]
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from saerelay.errors import FormatError
+from saerelay.interop import hub, load_dictionary
+for reference in sys.argv[1:]:
+    try:
+        dictionary, origin = load_dictionary(reference)
+        print(json.dumps([str(hub.local(reference)), origin.site.layer, float(dictionary.W_dec.sum())]))
+    except FormatError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def read_all(*references: str, env: dict[str, str]) -> list[Any]:
+    """What load_dictionary makes of references, in a process."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *references], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_path: Path) -> None:
+    fake.repos["me/gated"] = dict(fake.repos["me/saes"])
+    env, fake.requests[:] = environment(fake, tmp_path / "home"), []
+    references = ["hf://me/saes/layer_1", f"hf://me/saes@{COMMIT}/layer_1/", "hf://me/saes", "hf://me/saes/layre_1",
+                  "hf://me/none/layer_1", "hf://me/saes@v2/layer_1", "hf://me/gated/layer_1", "hf://me"]  # fmt: skip
+    first, second, *refused = read_all(*references, env=env)
+    leg = next(leg for leg in share.load(run).one_a_site if leg.layer == 1)
+    total = float(own.read(RunDirectory(run).leg(leg.id))[0].W_dec.sum())
+    assert first == second == [first[0], 1, pytest.approx(total)]
+    assert f"snapshots/{COMMIT}/layer_1" in first[0]
+    fetched = {request.split("/resolve/")[1] for request in fake.requests if "/resolve/" in request}
+    assert fetched == {f"{COMMIT}/layer_1/{name}" for name in ("cfg.json", "sae_weights.safetensors")}
+    reasons = [
+        "hf://me/saes holds no SAE itself; these folders hold files of some: layer_0, layer_1, layer_2",
+        'no "layre_1"; did you mean layer_',
+        '"me/none" is not on the hub. Check the name; if it is private, run `hf auth login`',
+        '"me/saes" has no revision "v2"',
+        '"me/gated" is gated: accept the licence at',
+        '"hf://me" is no reference to the hub; write hf://user/repo',
+    ]
+    for message, reason in zip(refused, reasons, strict=True):
+        assert reason in message
+    offline = env | {"HF_HUB_OFFLINE": "1"}
+    again, other = read_all("hf://me/saes/layer_1", "hf://me/saes/layer_2", env=offline)
+    assert again == first and 'the hub is not reachable, and the cache has no "layer_2"' in other
+
+
+def test_a_repository_that_cannot_be_read_leaves_nothing(fake: Hub, pushed: str, tmp_path: Path) -> None:
+    broken = dict(fake.repos["me/saes"])
+    broken["layer_2/sae_weights.safetensors"] = broken["layer_2/sae_weights.safetensors"][:-10]
+    fake.repos["me/broken"], fake.repos["me/pickle"] = broken, fake.repos["me/saes"] | {"more/model.pt": b"\x80\x02."}
+    script = SCRIPT.replace("load_dictionary(reference)", "pull(reference, Path('out')), 1").replace(
+        "from saerelay.interop import hub", "from saerelay.share import pull\nfrom saerelay.interop import hub"
+    )
+    env = environment(fake, tmp_path / "home")
+    command = [sys.executable, "-c", script, "me/broken", "hf://me/pickle", "hf://me/none"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert re.search("layer_2/sae_weights.safetensors: cut off or damaged", first)
+    assert "more/model.pt is a pickle of no known format" in second and '"me/none" is not on the hub' in third
+    assert {p.name for p in tmp_path.iterdir()} <= {"home"}
+
+
+def test_an_interrupted_pull_leaves_nothing(fake: Hub, pushed: str, tmp_path: Path) -> None:
+    fake.repos["me/slow"] = dict(fake.repos["me/saes"])
+    command = [sys.executable, "-m", "saerelay", "pull", "hf://me/slow", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(fake, tmp_path / "home"), text=True)
+    assert fake.downloading.wait(60)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    fake.go_on.set()
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in shown, shown
+    assert {p.name for p in tmp_path.iterdir()} <= {"home"}
+
+
+def test_a_dry_run_needs_no_network(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection was asked for")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.setattr(hub, "upload", no_network)
+    monkeypatch.setattr(sys, "argv", ["saerelay", "push", str(run), "me/saes", "--dry-run", "--licence", "mit"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0 and "license: mit" in shown and "# Sparse autoencoders of model" in shown
+    assert re.search(r"\d\d,\d{3}  layer_1/sae_weights.safetensors\n", shown)
+    assert re.search(r"bytes would be uploaded to me/saes", shown)
+
+
+def test_who_is_not_logged_in_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(FormatError, match="nobody is logged in to the hub here; run `hf auth login`"):
+        share.push_run(str(run), "me/saes", "saelens")
+
+
+def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "plan.json", (run / "plan.json").read_text())
+    with pytest.raises(RunDirectoryError, match="no SAE is published yet"):
+        share.export_run(str(tmp_path / "new"), tmp_path / "out", "saelens")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="choose another --out"):
+        share.export_run(str(run), tmp_path / "file" / "out", "saelens")
+    with pytest.raises(FormatError, match="gemma_scope is read, not written"):
+        share.export_run(str(run), tmp_path / "out", "gemma_scope")
+    assert read_json(tmp_path / "new" / "plan.json") and not (tmp_path / "out").exists()
+
+
+def test_what_is_published_says_nothing_of_places_on_this_machine(run: Path, tmp_path: Path) -> None:
+    for format in ("saelens", "sparsify", "saerelay"):
+        share.export_run(str(run), tmp_path / format, format)
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".md")]
+    assert len(texts) > 9 and not [text for text in texts if str(run.parent) in text or "/model" in text]
