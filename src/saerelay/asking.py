@@ -180,7 +180,7 @@ class Asker:
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
         secure = self.endpoint.url.startswith("https:")  # in the clear, not even through a proxy
-        limits = httpx2.Limits(max_connections=self.concurrency)
+        limits = httpx2.Limits()  # none but `turn`
         async with httpx2.AsyncClient(headers=headers, timeout=TIMEOUT, trust_env=secure, limits=limits) as self.client:
             tasks = [asyncio.create_task(job) for job in jobs]
             try:

@@ -13,7 +13,7 @@ import re
 from asyncio import gather
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -387,7 +387,7 @@ def marked_text(piece: Piece, text: Callable[[int], str]) -> str:
 def clean_texts(plan: Plan) -> Callable[[int], str]:
     """The text of a token, without what would pass for a mark or cannot be encoded, and not without end."""
     text = token_texts(plan)
-    return lambda token: encodable(text(token))[:LONGEST_TOKEN].replace("«", "‹").replace("»", "›")
+    return cache(lambda token: encodable(text(token))[:LONGEST_TOKEN].replace("«", "‹").replace("»", "›"))
 
 
 def encodable(text: str) -> str:
