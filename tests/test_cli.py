@@ -513,6 +513,7 @@ def test_commands_and_options_are_these() -> None:
         "plan": {"--json", "--timing", "--write"},
         "train": {"--out", "--resume", "--extend"},
         "eval": {"--json", "--tokens", "--matrix", "--methods", "--snapshots", "--measures", "--prompts"},
+        "circuits": {"--task", "--k", "--leg", "--prompts", "--method", "--seed", "--json"},
         "show": {"--json"},
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens", "--method", "--refit", "--architecture"}
         | {"--n-latents", "--k", "--from-model", "--from-layer", "--from-module", "--format"},

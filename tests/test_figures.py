@@ -79,7 +79,25 @@ def documents(layers: int = 3, controls: bool = True, head: bool = True) -> dict
         "links": links,
     }
     matrix = {"n_tokens": 8_000, "cells": cells}
-    return {"summary": summary, "metrics": metrics, "matrix": matrix, "measures": measures, "lineage": lineage}
+    judged = [
+        {"k": k, "faithfulness": 0.8, "faithfulness_se": 0.1, "completeness": 0.3, "completeness_se": 0.1}
+        for k in (4, 9)
+    ]
+    judged[1] |= {"faithfulness": None, "faithfulness_se": None}
+    circuits = {
+        "n_found_on": 30,
+        "n_judged_on": 31,
+        "asked": {"n_prompts": 61, "task": "$sums$", "method": "attribution", "k": [4, 9]},
+    }
+    circuits["legs"] = [{"leg": one["id"], "layer": one["layer"], "circuits": judged} for one in legs]
+    return {
+        "circuits": circuits,
+        "summary": summary,
+        "metrics": metrics,
+        "matrix": matrix,
+        "measures": measures,
+        "lineage": lineage,
+    }
 
 
 def drawn(d: dict[str, Any], theme: f.Theme) -> Iterator[tuple[str, Figure]]:
@@ -94,6 +112,8 @@ def drawn(d: dict[str, Any], theme: f.Theme) -> Iterator[tuple[str, Figure]]:
     yield "scores", f.transfer_score_figure(summary, measures, theme=theme)
     yield "scores_ce", f.transfer_score_figure(summary, measures, "ce_loss_score", theme=theme)
     yield "attribution", f.attribution_figure(summary, measures, theme=theme)
+    yield "circuits", f.circuits_figure(summary, d["circuits"], theme=theme)
+    yield "circuits of 9", f.circuits_figure(summary, d["circuits"], 9, theme=theme)
     yield "offsets", f.offsets_figure(summary, measures, theme=theme)
     for kind in ("hop", "depth", "control"):
         yield kind, f.lineage_figure(summary, d["lineage"], kind, theme=theme)
@@ -131,6 +151,7 @@ def test_every_figure_says_of_what_it_is(theme: f.Theme) -> None:
     assert "30.3 %" in said["transferability"] and "28.8 %" in said["transferability"]
     assert "(transferred − zero-shot) / (from scratch − zero-shot)" in said["scores"]
     assert "sums.jsonl" in said["attribution"] and "5 prompts" in said["attribution"]
+    assert "4 latents: $sums$" in said["circuits"] and "judged on 31 others" in said["circuits of 9"]
     assert "over 0.9" in said["hop"] and "more than 2 times" in said["hop"] and "L1-full" not in said["hop"]
 
 

@@ -12,7 +12,7 @@ import saerelay
 ORDER = """
 errors spec site recipe plan cost moments dictionaries threads kernels transfer engine demo sources corpus model cache
 stream progress trackers checkpoint interop attachment suite maps train survey auto evaluate matrix features lineage
-measures asking interpret tables figures launch hop share report judge showcase cli __main__
+prompts measures circuits asking interpret tables figures launch hop share report judge showcase cli __main__
 """.split()
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))

@@ -22,7 +22,6 @@ from saerelay.evaluate import held_out, measure
 from saerelay.maps import SiteMaps
 from saerelay.matrix import matrix_run
 from saerelay.measures import (
-    Prompt,
     Speaks,
     by_offset,
     direct_logit_attribution,
@@ -30,11 +29,11 @@ from saerelay.measures import (
     mean_max_cosine,
     measures_run,
     own_prompts,
-    read_prompts,
     shared,
     transfer_score,
 )
 from saerelay.model import LanguageModel
+from saerelay.prompts import Prompt, read_prompts
 from saerelay.stream import load_model
 from saerelay.tables import measures_tables
 from saerelay.transfer import fold
@@ -259,10 +258,10 @@ def test_attributions_are_those_of_each_prompt_alone(
     dictionary, W_U = suite["L2"], model.unembedding()
     for prompt, score in zip(prompts, row["scores"], strict=True):
         logits = model.logits(torch.tensor([prompt.tokens]))[0, -1]
-        assert logits.topk(2).indices.tolist() == [prompt.correct, prompt.wrong]
+        assert logits.topk(2).indices.tolist() == [prompt.right, prompt.wrong]
         assert any(prompt.tokens == tuple(s[: len(prompt.tokens)]) for s in sequences.tolist())
         x = model.harvest(torch.tensor([prompt.tokens]), [suite.plan.leg("L2").site]).popitem()[1][0, -1]
-        effects = dictionary.encode(x) * (dictionary.W_dec @ (W_U[prompt.correct] - W_U[prompt.wrong]))
+        effects = dictionary.encode(x) * (dictionary.W_dec @ (W_U[prompt.right] - W_U[prompt.wrong]))
         assert score == pytest.approx(float(effects.max()), abs=2e-4)
 
 
@@ -312,7 +311,7 @@ def test_prompts_are_read_as_text_or_ids(suite: sr.Suite, tmp_path: Path) -> Non
     ("line", "match"),
     [
         ("", "no prompts in it"),
-        ("[1]", 'prompt 1: expected {"prompt"'),
+        ("\n[1]", 'line 2: expected {"prompt"'),
         ('{"prompt": "a", "correct": "b"}', "expected {"),
         ('{"prompt": [1], "correct": [2, 3], "wrong": 4}', r'"correct" is \[2, 3\], which is 2 tokens.*must be one'),
         ('{"prompt": [1], "correct": 2, "wrong": 4096}', '"wrong" is neither text nor token ids from 0 to 100'),

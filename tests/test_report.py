@@ -26,6 +26,11 @@ LEG = "L1"
 def written(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """A run with its report, for tests that only read."""
     suite = fake_run(tmp_path_factory.mktemp("written") / "run")
+    circuit = {"k": 4, "faithfulness": 0.9, "faithfulness_se": 0.1, "completeness": None, "completeness_se": None}
+    asked = {"task": "<b>sums", "method": "attribution", "n_prompts": 9, "k": [4]}
+    rows = [{"leg": leg.id, "layer": leg.layer, "circuits": [circuit]} for leg in suite.legs]
+    circuits = {"asked": asked, "n_found_on": 4, "n_judged_on": 5, "legs": rows}
+    write_json(suite.directory.circuits('"><b>sums'), circuits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "token_texts", lambda plan: token_text)
         write_report(suite, summary(suite))
@@ -123,6 +128,7 @@ def test_figures_are_there_and_named_on_the_page(written: Suite) -> None:
     drawn = {path.name for path in (written.directory.report / "figures").iterdir()}
     assert {"quality.png", "plan-dark.png", "lineage-depth.png", "matrix-fvu-affine.png"} <= drawn
     assert set(re.findall(r'src="figures/([^"]+)"', page)) == drawn
+    assert {"circuits-0.png", "circuits-0-dark.png"} < drawn and "Circuits by layer: &lt;b&gt;sums" in page
 
 
 def test_a_run_without_matrix_says_how_to_make_it(suite: Suite) -> None:

@@ -100,6 +100,10 @@ class RunDirectory:
         """What each latent of a leg means."""
         return self.root / "features" / f"{leg_id}.safetensors"
 
+    def circuits(self, task: str) -> Path:
+        """The latents that a task rests on."""
+        return self.root / "circuits" / f"{task}.json"
+
     def interpretation(self, leg_id: str) -> Path:
         """What a language model makes of some latents of a leg."""
         return self.root / "interpret" / f"{leg_id}.json"

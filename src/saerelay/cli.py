@@ -152,6 +152,36 @@ def evaluate(
         show(summary)
 
 
+@app.command()
+def circuits(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    task: Annotated[str, typer.Option(help="ioi, greater-than, sva, brackets, quotes, self; or a file, PROMPTS.jsonl")],
+    k: Annotated[str, typer.Option(help="latents in a circuit")] = "4,36,68,100",
+    leg: Annotated[list[str], typer.Option(help="a leg's id or a layer, or several; else the suite and controls")] = [],  # noqa: B006
+    prompts: Annotated[int, typer.Option(help="half to find the circuits on, half to judge them")] = 500,
+    method: Annotated[str, typer.Option(help="attribution or integrated-gradients")] = "attribution",
+    seed: Annotated[int, typer.Option(help="of the prompts drawn")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Find the latents that a task rests on (Marks et al. 2024), and how faithful and complete such circuits are."""
+    from saerelay.circuits import circuits_run
+    from saerelay.suite import load
+    from saerelay.tables import circuit_tables
+
+    sizes = [int(size) for size in k.split(",") if size.strip().isdecimal()]
+    if len(sizes) != len(k.split(",")):
+        raise RecipeError(f'--k "{k}": expected numbers of latents with commas between, such as 4,36')
+    document = circuits_run(
+        load(run), task, k=sizes, legs=leg, n_prompts=prompts, method=method, seed=seed, console=Console(stderr=True)
+    )
+    if as_json:
+        print(json.dumps(document))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for shown in circuit_tables(document):
+        console.print(shown)
+
+
 @app.command(name="show")
 def show_latent(
     run: Annotated[Path, typer.Argument(help="a run directory")],

@@ -343,6 +343,45 @@ def attribution_figure(summary: Document, measures: Document, *, theme: Theme = 
     return figure
 
 
+def circuits_figure(summary: Document, circuits: Document, k: int | None = None, *, theme: Theme = "light") -> "Figure":
+    """Faithfulness and completeness of circuits of k latents by layer; without k, of the smallest."""
+    k = k or min(circuits["asked"]["k"])
+    rows = [row | {"id": row["leg"]} for row in circuits["legs"]]
+    places, kinds = _places(rows), {leg["id"]: _kind(leg, summary) for leg in summary["legs"]}
+    small = (
+        f"Circuit: the {k} latents with the largest indirect effect ({circuits['asked']['method']}), found on "
+        f"{circuits['n_found_on']} prompts, judged on {circuits['n_judged_on']} others, ± standard error. Share of the "
+        "logit difference (1: nothing ablated, 0: all latents at their means) with only the circuit kept "
+        "(faithfulness, ideal 1), and with only it ablated (completeness, ideal 0)."
+    )
+    split = f"{circuits['asked']['n_prompts']} prompts of {circuits['asked']['task']}"
+    with _page(
+        theme, summary, f"Circuits of {k} latents: {circuits['asked']['task']}", small, 3.65, split=split
+    ) as figure:
+        axes = figure.subplots(2, 1, sharex=True)
+        for axis, name, ideal in zip(axes, ("faithfulness", "completeness"), (1, 0), strict=True):
+            for kind, (marker, text) in _KINDS.items():
+                here = [(row, c) for row in rows for c in row["circuits"] if kinds[row["leg"]] == kind]
+                points = [(places[row["leg"]], c) for row, c in here if c["k"] == k and c[name] is not None]
+                if points:
+                    axis.errorbar(
+                        [x for x, _ in points],
+                        [circuit[name] for _, circuit in points],
+                        yerr=[circuit[f"{name}_se"] for _, circuit in points],
+                        fmt=marker,
+                        color=_COLOURS[theme][kind],
+                        markersize=4,
+                        elinewidth=0.8,
+                        label=text,
+                    )
+            axis.axhline(ideal, color=_COLOURS[theme]["ink"], linewidth=0.6, linestyle=(0, (4, 2)))
+            _dress(axis, theme, ylabel=name)
+            axis.margins(y=0.1)
+        _layer_ticks(axes[-1], [leg["layer"] for leg in summary["legs"]])
+        _legend(axes[0], columns=1)
+    return figure
+
+
 def lineage_figure(summary: Document, lineage: Document, kind: str = "hop", *, theme: Theme = "light") -> "Figure":
     """What became of latents over each link of a kind ("hop", "depth", "control"): shares of each state."""
     links = sorted(

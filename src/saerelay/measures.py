@@ -3,7 +3,6 @@
 Shapes: F, G latents, D width, V vocabulary, N prompts. A decoder row is what a latent writes.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from torch import Tensor
 from saerelay.checkpoint import finite, read_dictionary, read_json, write_json
 from saerelay.corpus import Corpus
 from saerelay.dictionaries import Dictionary
-from saerelay.errors import DataError, RunDirectoryError
+from saerelay.errors import RunDirectoryError
 from saerelay.evaluate import SHOWN, batches, held_out, measure
 from saerelay.features import collect, features_run, held_out_sequences, load_features, logit_effects
 from saerelay.maps import SiteMaps
-from saerelay.model import LanguageModel, load_tokenizer
+from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
+from saerelay.prompts import Prompt, read_prompts
 from saerelay.site import Site
 from saerelay.stream import load_model
 from saerelay.suite import Suite
@@ -138,15 +138,6 @@ def by_offset(cells: Iterable[dict[str, Any]], metric: str, method: str) -> list
 # --- direct logit attribution -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A text with one token that is right after it, and one that is wrong."""
-
-    tokens: tuple[int, ...]
-    correct: int
-    wrong: int
-
-
 @torch.no_grad()
 def direct_logit_attribution(dictionary: Dictionary, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """The largest direct effect of a latent on each prompt (N), and which latent has it (N).
@@ -196,47 +187,6 @@ def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int 
         if len(found) >= 4 * n:
             break
     return [found[i] for i in generator.permutation(len(found))[:n]]
-
-
-def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
-    """Prompts from a file with a JSON object a line: {"prompt": ..., "correct": ..., "wrong": ...}, text or token ids.
-
-    A BOS token is put in front if the run has one there. Raises DataError if a line is none, a prompt is empty or too
-    long, or an answer is not one token.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    if not lines:
-        raise DataError(f"{path}: no prompts in it")
-    facts, tokenizer = plan.facts, None
-    start = [facts.bos_token_id] if plan.run.data.prepend_bos and facts.bos_token_id is not None else []
-    found = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, prompt {number}"
-        try:
-            parts = {name: json.loads(line)[name] for name in ("prompt", "correct", "wrong")}
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f'{where}: expected {{"prompt": ..., "correct": ..., "wrong": ...}}') from None
-        ids = dict[str, list[int]]()
-        for name, part in parts.items():
-            if isinstance(part, str):
-                tokenizer = tokenizer or load_tokenizer(plan.run.model)
-                part = tokenizer.encode(part, add_special_tokens=False)
-            ids[name] = part if isinstance(part, list) else [part]
-            if not all(type(i) is int and 0 <= i < facts.vocab_size for i in ids[name]):
-                raise DataError(f'{where}: "{name}" is neither text nor token ids from 0 to {facts.vocab_size - 1}')
-            if name != "prompt" and len(ids[name]) != 1:
-                raise DataError(
-                    f'{where}: "{name}" is {parts[name]!r}, which is {len(ids[name])} tokens of {facts.name}; it must '
-                    "be one (most tokenizers want a space in front of a word)"
-                )
-        text = start + ids["prompt"]
-        if not ids["prompt"] or len(text) > (facts.max_context or math.inf):
-            raise DataError(f"{where}: has {len(text)} tokens; {facts.name} takes 1 to {facts.max_context or 'any'}")
-        found.append(Prompt(tuple(text), ids["correct"][0], ids["wrong"][0]))
-    return found
 
 
 # --- a run's measures -------------------------------------------------------------------------------------------
@@ -472,7 +422,7 @@ def attributions(
     """Rows of measures.json: direct logit attribution of each leg and snapshot on all prompts."""
     on = [t for t in trained if t.speaks]
     x = at_the_end(model, prompts, sorted({t.leg.site for t in on})) if prompts else {}
-    directions = W_U[[p.correct for p in prompts]] - W_U[[p.wrong for p in prompts]]
+    directions = W_U[[p.right for p in prompts]] - W_U[[p.wrong for p in prompts]]
     rows = []
     for t in on if prompts else ():
         scores, latents = direct_logit_attribution(t.dictionary.to(W_U.device), x[t.leg.site], directions)

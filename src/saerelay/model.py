@@ -325,19 +325,20 @@ class LanguageModel:
     def resuming(self, clean: "Forward", site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function that gives the logits (B,C,V) of an earlier forward with other activations x (B,C,D) at a site.
 
-        Layers before the site do not run. Where a model passes its layers more than the residual stream, so that
-        starting in the middle does not give back its own logits (tried once a layer), all of it runs. Threads may call
-        the function side by side; elsewhere the model must not be used inside the `with` block.
+        Gradients flow to an x that asks for them. Layers before the site do not run. Where a model passes its layers
+        more than the residual stream, so that starting in the middle does not give back its own logits (tried once a
+        layer), all of it runs. Threads may call the function side by side; elsewhere the model must not be used inside
+        the `with` block.
         """
         n = site.layer + (site.module == "resid_post")
         if n not in self._resumes:
             self._resumes[n] = self._resumes_after(clean, n, site)
         between, given = site.module in _BETWEEN_LAYERS, threading.local()
 
-        @torch.no_grad()
         def logits(x: Tensor) -> Tensor:
-            given.x = x.to(clean.activations[site].dtype, copy=True)  # some models add to it in place
-            return self._logits(clean.tokens)
+            with torch.set_grad_enabled(x.requires_grad):
+                given.x = x.to(clean.activations[site].dtype, copy=True)  # some models add to it in place
+                return self._logits(clean.tokens)
 
         with ExitStack() as stack:
             if self._resumes[n]:

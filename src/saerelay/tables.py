@@ -185,6 +185,45 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def circuit_tables(document: dict[str, Any]) -> list[Text | Table]:
+    """Faithfulness and completeness of each leg's circuits, and of transferred legs minus those from scratch."""
+    asked, sizes = document["asked"], document["asked"]["k"]
+    head = (
+        f"{visible(asked['task'])}: {document['model']} is right on {document['accuracy']:.1%} of {asked['n_prompts']} "
+        f"prompts, mean logit difference {document['m']:.3g} ± {document['m_se']:.2g}. Circuits of K latents found on "
+        f"{document['n_found_on']} prompts by {asked['method']}, judged on the other {document['n_judged_on']}."
+    )
+    titles = (
+        "faithfulness: 1 is the model's",
+        "completeness: 0 is best",
+        "faithfulness: transferred − from scratch",
+    )
+    names = (("leg", "∅"), ("leg", "∅"), ("leg", "scratch"))
+    tables = [Table(box=None, pad_edge=False, title=f"\n{title}", title_justify="left") for title in titles]
+    for table, columns in zip(tables, names, strict=True):
+        for name in (*columns, *(f"K = {size}" for size in sizes)):
+            table.add_column(name, justify="left" if name in ("leg", "scratch") else "right")
+    for row in document["legs"]:
+        empty = f"{sum(row['m_empty']) / len(row['m_empty']):.2f}"
+        for table, name in zip(tables, ("faithfulness", "completeness"), strict=False):
+            table.add_row(row["leg"], empty, *(_with_error(circuit, name) for circuit in row["circuits"]))
+    pairs = dict[tuple[str, str], list[str]]()
+    for row in document["differences"]:
+        name = (row["leg"] or "mean", row["scratch"] or f"all {row['kind']}")
+        pairs.setdefault(name, []).append(_with_error(row, "faithfulness"))
+    for name, cells in pairs.items():
+        tables[2].add_row(*name, *cells)
+    end = Text(
+        "\n∅: mean logit difference with all latents ablated: each at its mean over prompts; the reconstruction "
+    )
+    end.append("error stays. ±: standard error over prompts.")
+    return [Text(head), *(table for table in tables if table.row_count), end]
+
+
+def _with_error(row: dict[str, Any], name: str) -> str:
+    return "-" if row[name] is None else f"{row[name]:.2f} ± {row[f'{name}_se']:.2f}"
+
+
 def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     """One row a leg: what is trained where, from whom, when, with how many tokens.
 

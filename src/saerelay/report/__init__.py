@@ -22,6 +22,7 @@ from saerelay.evaluate import evaluate_run
 from saerelay.figures import (
     Theme,
     attribution_figure,
+    circuits_figure,
     lineage_figure,
     matrix_figure,
     offsets_figure,
@@ -137,6 +138,12 @@ def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[d
         ):
             if measures[rows]:
                 drawings[rows] = (what, lambda theme, draw=draw: draw(summary, measures, theme=theme))
+    for i, path in enumerate(sorted((paths.root / "circuits").glob("*.json"))):  # a user's names are no file names here
+        circuits = read_json(path)
+        drawings[f"circuits-{i}"] = (
+            f"Circuits by layer: {circuits['asked']['task']}",
+            lambda theme, circuits=circuits: circuits_figure(summary, circuits, theme=theme),
+        )
     shown = []
     for name, (what, draw) in drawings.items():
         save(draw("dark"), folder / f"{name}-dark.png")
