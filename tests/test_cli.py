@@ -568,7 +568,8 @@ def test_judge_makes_a_page_and_keeps_its_key(place: Path, tmp_path: Path, capsy
     assert (key["seed"], key["n"]) == (5, 3) and {item["layer"] for item in key["items"]} == {0, 1}
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     code, shown, _ = call("judge", run, *options, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "is all a judge needs" in shown and "scratch" in shown
+    assert code == 0 and "is all a judge needs" in shown
+    assert "forward      0 (there is no such leg)" in shown and "backward     3 latents of L0-from-L1" in shown
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     for wrong, says in (
         (("--layers", "first"), '--layers: "first" names no layers'),

@@ -287,7 +287,10 @@ def test_the_report_shows_scores_once_there_are_some(suite: Suite, tmp_path: Pat
         "forward": "5 of 5 100.0 % 56.6 % to 100.0 % 2: 100.0 %",
         "backward": "5 of 5 0.0 % 0.0 % to 43.4 % 0: 0.0 %",
     }
-    assert "Ada and &lt;b&gt;Bob&lt;/b&gt; agree on 100.0 % of 20 (Cohen’s kappa 1.00)" in text and "<b>Bob" not in text
+    assert (
+        "<bdi>Ada</bdi> and <bdi>&lt;b&gt;Bob&lt;/b&gt;</bdi> agree on 100.0 % of 20 (Cohen’s kappa 1.00)" in text
+        and "<b>Bob" not in text
+    )
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------
@@ -370,6 +373,27 @@ def test_judge_ten_by_keyboard_reload_export_and_score(
         "judge", path.parent.parent, "--score", export, "--json", capsys=capsys, monkeypatch=monkeypatch
     )
     assert {row["origin"]: row["n_interpretable"] for row in json.loads(shown)["origins"]} == yes
+
+
+def test_held_keys_shortcuts_and_typing_judge_nothing(
+    visit: Any, judging: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    page, n = visit(judging[0]), len(judging[1]["items"])
+    page.locator("input").press_sequentially("sunny")
+    assert page.inner_text("#progress") == "" and page.input_value("input") == "sunny"
+    for key in ("Enter", "Control+y", "y"):
+        page.keyboard.press(key)
+    page.keyboard.down("n")
+    page.keyboard.down("n")
+    assert page.inner_text("#progress") == f"3 of {n} · 2 done"
+    page.evaluate("n => go(n + 1)", n)
+    assert page.inner_text("main h1") == "Some are left"
+    page.get_by_text("Go to the first one left").click()
+    page.keyboard.press("u")
+    with page.expect_download() as download:
+        page.keyboard.press("e")
+    download.value.save_as(tmp_path / "export.json")
+    assert json.loads((tmp_path / "export.json").read_text())["answers"] == {"1": "yes"}
 
 
 def test_hostile_text_is_shown_as_text(visit: Any, judging: tuple[Path, dict[str, Any]]) -> None:

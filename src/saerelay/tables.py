@@ -1,7 +1,6 @@
 """Tables for people: a plan before it runs, a suite's quality after."""
 
 import unicodedata
-from collections import Counter
 from typing import Any
 
 from rich.console import Group
@@ -373,12 +372,13 @@ _PUBLISHED = "Ghilardi et al. 2024, Pythia-160m: 83.6 % scratch, 88.1 % forward,
 
 
 def drawn_lines(key: dict[str, Any]) -> list[str]:
-    """What a judging page holds, by origin; not for judges."""
+    """What a judging page holds, by origin, and which origin the run lacks; not for judges."""
     lines = []
-    for origin, n in Counter(item["origin"] for item in key["items"]).items():
-        layers = sorted({item["layer"] for item in key["items"] if item["origin"] == origin})
-        lines.append(f"{origin:<9}{n:>5} latents of layers {', '.join(map(str, layers))}")
-    return [*sorted(lines), f"{len(key['items'])} latents of {key['model']}, those of seed {key['seed']}."]
+    for origin in ("scratch", "forward", "backward"):
+        legs = [item["leg"] for item in key["items"] if item["origin"] == origin]
+        of = f"latents of {', '.join(sorted(set(legs)))}" if legs else "(there is no such leg)"
+        lines.append(f"{origin:<9}{len(legs):>5} {of}")
+    return [*lines, f"{len(key['items'])} latents of {key['model']}, those of seed {key['seed']}."]
 
 
 def judging_tables(scores: dict[str, Any]) -> list[Table | Text]:

@@ -144,7 +144,7 @@ function exampleText(example) {
 function theEnd() {
   const left = N - state.given.length;
   const say = (n, one, many) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
-  return [element("div.welcome", {}, heading(left ? "Almost done" : "Done. Thank you!"),
+  return [element("div.welcome", {}, heading(left ? "Some are left" : "Done. Thank you!"),
     element("p.lead", {}, `You answered ${say(tally("yes") + tally("no"), "feature", "features")} and skipped ${say(tally("skip"), "feature", "features")}${left ? `; ${say(left, "is", "are")} left` : ""}.`),
     element("p", {}, "Export your answers and give the file to whoever gave you this page."),
     lost(),
