@@ -14,7 +14,7 @@ from torch import Tensor
 import saerelay as sr
 from saerelay import circuits as module
 from saerelay.checkpoint import RunDirectory, publish, read_json, write_json
-from saerelay.circuits import STEPS, circuits_at, circuits_run
+from saerelay.circuits import STEPS, circuits_at, circuits_run, trained_on
 from saerelay.cli import main
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError, RecipeError
@@ -233,6 +233,20 @@ def test_effects_and_answers_are_those_of_each_prompt_alone(tiny_model: Path, si
             known = found[name][i] if n == 0 else found[name][0][i]
             assert known == pytest.approx(float(m(prompt, x - d.decode(z) + d.decode(changed))), abs=2e-4)
     assert found["m_ablated"][1] == pytest.approx(found["m_empty"], abs=1e-4)  # all 40
+
+
+def test_positions_that_no_dictionary_is_trained_on_are_left_alone(tiny_model: Path) -> None:
+    recipe: dict[str, Any] = {"model": {"name": str(tiny_model), "device": "cpu"}, "data": {"context": 16}}
+    for prepend_bos in (True, False):
+        recipe["data"]["prepend_bos"] = prepend_bos
+        plan = sr.plan_run(sr.Run.parse(recipe, source="test"))
+        x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+        x[1, 3] *= 100  # an attention sink, say
+        expected = torch.ones(2, 6, dtype=torch.bool)
+        expected[1, 3] = False
+        expected[:, 0] = not prepend_bos
+        found = trained_on(plan, torch.ones(2, 6, dtype=torch.long), dict.fromkeys(plan.with_probe([]), x))
+        assert torch.equal(found, expected)
 
 
 def test_standard_errors_are_those_of_repeated_draws() -> None:

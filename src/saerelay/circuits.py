@@ -35,9 +35,9 @@ from saerelay.evaluate import LOGIT_BYTES
 from saerelay.measures import from_scratch
 from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
-from saerelay.prompts import TASKS, Prompt, start_of, task_prompts
+from saerelay.prompts import TASKS, Prompt, task_prompts
 from saerelay.site import Site
-from saerelay.stream import load_model
+from saerelay.stream import kept_positions, load_model
 from saerelay.suite import Suite
 
 SCHEMA_VERSION = 1
@@ -252,21 +252,19 @@ def circuits_at(
     """
     ours = {key: dictionary.to(model.device) for key, dictionary in dictionaries.items()}
     means = mean_codes(plan, model, site, ours, found_on, per_position=one_length([*found_on, *judged_on]))
-    n_first = len(start_of(plan))  # BOS, which no dictionary is trained on, is left alone
+    sites = plan.with_probe([site])
 
-    def to_means(key: str, x: Tensor) -> Tensor:
-        change = means[key] - ours[key].encode(x)
-        change[:, :n_first] = 0
-        return change
+    def to_means(key: str, x: Tensor, keep: Tensor) -> Tensor:
+        return (means[key] - ours[key].encode(x)) * keep[..., None]
 
     effects = {key: torch.zeros(d.n_latents, device=model.device) for key, d in ours.items()}
     for batch in batches(plan, found_on, model.device):
-        clean = model.forward(batch.tokens, [site])
-        x = clean.activations[site].float()
+        clean = model.forward(batch.tokens, sites)
+        x, keep = clean.activations[site].float(), trained_on(plan, batch.tokens, clean.activations)
         with model.resuming(clean, site) as logits_with:
             at_x = gradient(logits_with, x, batch)
             for key, dictionary in ours.items():
-                change, slope = to_means(key, x), at_x
+                change, slope = to_means(key, x, keep), at_x
                 if method == "integrated-gradients":
                     s = change @ dictionary.W_dec
                     parts = ((i + 0.5) / STEPS for i in range(STEPS))
@@ -275,11 +273,11 @@ def circuits_at(
     largest = {key: effect.sort(descending=True, stable=True) for key, effect in effects.items()}
     m = {key: list[Tensor]() for key in ours}
     for batch in batches(plan, judged_on, model.device):
-        clean = model.forward(batch.tokens, [site])
-        x = clean.activations[site].float()
+        clean = model.forward(batch.tokens, sites)
+        x, keep = clean.activations[site].float(), trained_on(plan, batch.tokens, clean.activations)
         with model.resuming(clean, site) as logits_with:
             for key, dictionary in ours.items():
-                change = to_means(key, x)
+                change = to_means(key, x, keep)
                 everything, changes = change @ dictionary.W_dec, list[Tensor]()
                 for size in k:
                     C = largest[key].indices[:size]
@@ -305,16 +303,22 @@ def mean_codes(
     *,
     per_position: bool,
 ) -> dict[str, Tensor]:
-    """z̄ of each dictionary, by key: (C, F), the mean over prompts, or (F), over their positions behind BOS too."""
-    totals, n = dict[str, Tensor](), 0
+    """z̄ of each dictionary, by key: (C, F), means over prompts, or (F), over positions, too; of those `trained_on`."""
+    totals, n = dict[str, Tensor](), torch.zeros(())
     for batch in batches(plan, prompts):
-        x = model.harvest(batch.tokens, [site])[site].float()
-        if not per_position:
-            x = x[:, len(start_of(plan)) :].flatten(0, 1)
-        n += len(x)
+        found = model.harvest(batch.tokens, plan.with_probe([site]))
+        keep = trained_on(plan, batch.tokens, found).float()[..., None]
+        n = n + (keep.sum(dim=0) if per_position else keep.sum())
         for key, dictionary in dictionaries.items():
-            totals[key] = totals.get(key, 0) + dictionary.encode(x).sum(dim=0)
-    return {key: total / n for key, total in totals.items()}
+            z = (dictionary.encode(found[site].float()) * keep).sum(dim=0)
+            totals[key] = totals.get(key, 0) + (z if per_position else z.sum(dim=0))
+    return {key: total / n.clamp(min=1) for key, total in totals.items()}
+
+
+def trained_on(plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor]) -> Tensor:
+    """bool (B, C): positions that dictionaries are trained on, not BOS nor outliers of norm; others are left alone."""
+    flat = {site: x.flatten(0, 1) for site, x in activations.items()}
+    return kept_positions(plan, tokens.to(next(iter(flat.values())).device), flat).view_as(tokens)
 
 
 def one_length(prompts: Sequence[Prompt]) -> bool:

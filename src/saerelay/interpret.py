@@ -467,14 +467,6 @@ def scored(kind: str, questions: list[list[Piece]], answers: list[list[bool] | N
 # --- documents --------------------------------------------------------------------------------------------------
 
 
-def origin(plan: Plan, leg: Leg) -> str:
-    """Where a leg began: "scratch", "from below", "from above" or "same layer"."""
-    if not leg.parent:
-        return "scratch"
-    layer = plan.parent_site(leg).layer
-    return "from below" if layer < leg.layer else "from above" if layer > leg.layer else "same layer"
-
-
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
     """Mean, its standard error (None for fewer than two), and how many there are.
 
@@ -496,7 +488,7 @@ def leg_document(study: Study, asker: Asker, leg: Leg, latents: list[dict[str, A
         "leg": leg.id,
         "layer": leg.layer,
         "module": leg.module,
-        "origin": origin(plan, leg),
+        "origin": plan.origin(leg),
         "parent": leg.parent or None,
         "model": plan.facts.name,
         "asked": {"model": asker.endpoint.model, "endpoint": asker.endpoint.url, "body": asker.endpoint.body},

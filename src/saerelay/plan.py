@@ -209,6 +209,15 @@ class Plan(Spec):
         same = (now.architecture, now.n_latents) == (outside.architecture, outside.n_latents)
         return not same or bool(l0 and now.l0 and l0 != now.l0)
 
+    def origin(self, leg: Leg) -> Literal["scratch", "from below", "from above", "same layer"]:
+        """Where a leg's latents come from; one that goes on where another of its layer ended has that one's origin."""
+        while self.has(leg.parent) and self.leg(leg.parent).layer == leg.layer:
+            leg = self.leg(leg.parent)
+        if not leg.parent:
+            return "scratch"
+        source = self.parent_site(leg).layer
+        return "same layer" if source == leg.layer else "from below" if source < leg.layer else "from above"
+
     def parent_site(self, leg: Leg) -> Site:
         """Where a leg's parent reads."""
         if self.has(leg.parent):

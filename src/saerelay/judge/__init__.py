@@ -81,16 +81,9 @@ def legs_by_origin(suite: Suite, layers: list[int] | None = None) -> dict[tuple[
 
 
 def origin_of(plan: Plan, leg: Leg) -> str:
-    """Where a leg's latents come from: "scratch", or "forward" from a lower layer, "backward" from a higher one.
-
-    A leg that goes on where another of its site ended has that one's origin; of the same layer of another model: "".
-    """
-    while plan.has(leg.parent) and plan.leg(leg.parent).layer == leg.layer:
-        leg = plan.leg(leg.parent)
-    if not leg.parent:
-        return "scratch"
-    source = plan.parent_site(leg).layer
-    return "" if source == leg.layer else "forward" if source < leg.layer else "backward"
+    """Where a leg's latents come from, as the paper says it: "scratch", "forward", "backward"; of its own layer: ""."""
+    of_paper = {"scratch": "scratch", "from below": "forward", "from above": "backward"}
+    return of_paper.get(plan.origin(leg), "")
 
 
 def drawn(legs: dict[tuple[Site, str], Leg], features: dict[str, Features], n: int, seed: int) -> list[Document]:
