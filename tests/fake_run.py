@@ -166,3 +166,18 @@ def fake_interpretations(suite: Suite) -> None:
             "fuzzing": score | {"standard_error": None},
         }
         write_json(suite.directory.interpretation(leg.id), document | {"latents": latents})
+
+
+def write_studies(suite: Suite) -> None:
+    """What judges said and what a task rests on, both by hostile names."""
+    share = {"share": 0.5, "low": 0.1, "high": 0.9, "n_judged": 4, "n_latents": 5, "n_tied": 1}
+    scores: dict[str, Any] = {"n": 5, "seed": 0, "origins": [{"origin": "scratch"} | share]}
+    scores |= {"layers": [{"layer": 1, "origin": "scratch"} | share], "judges": [{"judge": HOSTILE[1]}, {"judge": "b"}]}
+    scores["agreement"] = [{"judges": [HOSTILE[8], "b"], "raw": 0.75, "kappa": None, "n_latents": 4}]
+    write_json(suite.directory.judging / "scores.json", scores)
+    circuit = {"k": 4, "faithfulness": 0.9, "faithfulness_se": 0.1, "completeness": None, "completeness_se": None}
+    asked = {"task": "<b>sums", "method": "attribution", "n_prompts": 9, "k": [4], "seed": 0}
+    rows = [{"leg": leg.id, "layer": leg.layer, "control_of": leg.control_of or None} for leg in suite.legs]
+    circuits: dict[str, Any] = {"asked": asked, "n_found_on": 4, "n_judged_on": 5, "description": HOSTILE[9]}
+    circuits |= {"accuracy": 0.9, "m": 2.0, "m_se": 0.1, "legs": [row | {"circuits": [circuit]} for row in rows]}
+    write_json(suite.directory.circuits('"><b>sums'), circuits)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import HOSTILE, KNOWN, F, V, fake_run, token_text
+from fake_run import HOSTILE, KNOWN, F, V, fake_run, token_text, write_studies
 
 import saerelay.report
 from saerelay.checkpoint import read_json, write_json
@@ -26,11 +26,7 @@ LEG = "L1"
 def written(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """A run with its report, for tests that only read."""
     suite = fake_run(tmp_path_factory.mktemp("written") / "run")
-    circuit = {"k": 4, "faithfulness": 0.9, "faithfulness_se": 0.1, "completeness": None, "completeness_se": None}
-    asked = {"task": "<b>sums", "method": "attribution", "n_prompts": 9, "k": [4]}
-    rows = [{"leg": leg.id, "layer": leg.layer, "circuits": [circuit]} for leg in suite.legs]
-    circuits = {"asked": asked, "n_found_on": 4, "n_judged_on": 5, "legs": rows}
-    write_json(suite.directory.circuits('"><b>sums'), circuits)
+    write_studies(suite)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "token_texts", lambda plan: token_text)
         write_report(suite, summary(suite))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import EXPLANATION, HOSTILE, KNOWN, F, fake_run, token_text
+from fake_run import EXPLANATION, HOSTILE, KNOWN, F, fake_run, token_text, write_studies
 
 from saerelay.evaluate import summary
 from saerelay.report import data, write_report
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here; Debian: 
 
 VIEWS = (
     "# #/plan #/layers #/training #/lineage #/features/all #/feature/L1/123 #/compare/L1/123 #/measures "
-    "#/interpret #/figures"
+    "#/interpret #/judging #/circuits #/figures"
 )
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
@@ -26,6 +26,7 @@ LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     suite = fake_run(tmp_path_factory.mktemp("report") / "run & <co>")
+    write_studies(suite)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "token_texts", lambda plan: token_text)
         return write_report(suite, summary(suite))
@@ -95,6 +96,15 @@ def test_the_summary_can_be_read_without_javascript(chromium: Any, report: Path)
     for expected in ("What was saved?", "At what loss?", "Which layers transfer badly?", "<i>model</i>", "L0-from-L1"):
         assert expected in text
     context.close()
+
+
+def test_judging_and_circuits_have_pages_that_show_names_as_text(visit: Visit) -> None:
+    page = visit.at("#/judging")
+    assert HOSTILE[1] in page.inner_text("main section:visible") and "50.0 %" in page.inner_text("main section:visible")
+    page = visit.at("#/circuits")
+    shown = page.inner_text("main section:visible")
+    assert "<b>sums" in shown and "alert(3)" in shown and "0.90 ± 0.10" in shown
+    assert page.locator("main section:visible tbody tr").count() == 5  # three legs and two controls
 
 
 def test_a_search_finds_a_known_latent(visit: Visit) -> None:

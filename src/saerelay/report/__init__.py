@@ -138,8 +138,7 @@ def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[d
         ):
             if measures[rows]:
                 drawings[rows] = (what, lambda theme, draw=draw: draw(summary, measures, theme=theme))
-    for i, path in enumerate(sorted((paths.root / "circuits").glob("*.json"))):  # a user's names are no file names here
-        circuits = read_json(path)
+    for i, circuits in enumerate(read_circuits(suite)):  # a user's names are no file names here
         drawings[f"circuits-{i}"] = (
             f"Circuits by layer: {circuits['asked']['task']}",
             lambda theme, circuits=circuits: circuits_figure(summary, circuits, theme=theme),
@@ -153,6 +152,11 @@ def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[d
     return shown
 
 
+def read_circuits(suite: Suite) -> list[dict[str, Any]]:
+    """What circuits were found in a run, task by task."""
+    return [read_json(path) for path in sorted((suite.directory.root / "circuits").glob("*.json"))]
+
+
 def write_page(suite: Suite, summary: dict[str, Any], figures: list[dict[str, Any]], folder: Path) -> None:
     """Fill the template, with everything escaped, and put the page's own files beside it."""
     here = files("saerelay.report")
@@ -164,7 +168,11 @@ def write_page(suite: Suite, summary: dict[str, Any], figures: list[dict[str, An
     judging = read_json(scores) if scores.is_file() else None
     template = environment.from_string(here.joinpath("template.html").read_text(encoding="utf-8"))
     page = template.render(
-        story(suite.plan, summary, measures), figures=figures, judging=judging, run=suite.directory.root.resolve().name
+        story(suite.plan, summary, measures),
+        figures=figures,
+        judging=judging,
+        circuits=read_circuits(suite),
+        run=suite.directory.root.resolve().name,
     )
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
     for name in ASSETS:
