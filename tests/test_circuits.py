@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_cli import call as call_program
 from torch import Tensor
 
 import saerelay as sr
 from saerelay import circuits as module
 from saerelay.checkpoint import RunDirectory, publish, read_json, write_json
-from saerelay.circuits import STEPS, circuits_at, circuits_run, trained_on
-from saerelay.cli import main
+from saerelay.circuits import STEPS, circuits_at, circuits_run
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import DataError, RecipeError
 from saerelay.model import LanguageModel
 from saerelay.prompts import TASKS, Prompt, task_prompts
 from saerelay.site import Site
-from saerelay.stream import load_model
+from saerelay.stream import load_model, trained_on
 from saerelay.tables import circuit_tables
 
 torch.set_num_threads(1)
@@ -110,14 +110,7 @@ def written(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def call(capsys: Any, monkeypatch: Any, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["saerelay", "circuits", *map(str, arguments)])
-    try:
-        main()
-        code = 0
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 0
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
+    return call_program("circuits", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
 
 # --- a circuit that is known ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_cli import call as call_program
 
 import saerelay as sr
 from saerelay import asking, interpret
@@ -554,14 +555,7 @@ def test_half_written_and_damaged_answers_are_dropped(tmp_path: Path) -> None:
 
 
 def call(*arguments: object, capsys, monkeypatch) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["saerelay", "interpret", *map(str, arguments)])
-    try:
-        main()
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 0
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
+    return call_program("interpret", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
 
 def test_the_command_asks_first_and_the_key_is_nowhere(run: Path, study: Study, capsys, monkeypatch) -> None:

@@ -6,8 +6,9 @@ See docs/run-directory.md. safetensors, JSON and TOML only; everything is writte
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,15 +146,22 @@ def write_json(path: Path, data: Any) -> None:
 
 def finite(data: Any) -> Any:
     """The same data with NaN and infinities, which JSON does not know, as None."""
+    return leafwise(lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf, data)
+
+
+def leafwise(function: Callable[[Any], Any], data: Any) -> Any:
+    """JSON with a function of each of its leaves in their place.
+
+    >>> leafwise(str, {"a": [1, None]})
+    {'a': ['1', 'None']}
+    """
     match data:
-        case float():
-            return data if abs(data) < float("inf") else None
         case dict():
-            return {key: finite(value) for key, value in data.items()}
+            return {key: leafwise(function, value) for key, value in data.items()}
         case list() | tuple():
-            return [finite(value) for value in data]
+            return [leafwise(function, value) for value in data]
         case _:
-            return data
+            return function(data)
 
 
 def read_json(path: Path) -> Any:

@@ -37,7 +37,7 @@ from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.prompts import TASKS, Prompt, task_prompts
 from saerelay.site import Site
-from saerelay.stream import kept_positions, load_model
+from saerelay.stream import load_model, trained_on
 from saerelay.suite import Suite
 
 SCHEMA_VERSION = 1
@@ -307,18 +307,12 @@ def mean_codes(
     totals, n = dict[str, Tensor](), torch.zeros(())
     for batch in batches(plan, prompts):
         found = model.harvest(batch.tokens, plan.with_probe([site]))
-        keep = trained_on(plan, batch.tokens, found).float()[..., None]
+        keep = trained_on(plan, batch.tokens.to(model.device), found).float()[..., None]
         n = n + (keep.sum(dim=0) if per_position else keep.sum())
         for key, dictionary in dictionaries.items():
             z = (dictionary.encode(found[site].float()) * keep).sum(dim=0)
             totals[key] = totals.get(key, 0) + (z if per_position else z.sum(dim=0))
     return {key: total / n.clamp(min=1) for key, total in totals.items()}
-
-
-def trained_on(plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor]) -> Tensor:
-    """bool (B, C): positions that dictionaries are trained on, not BOS nor outliers of norm; others are left alone."""
-    flat = {site: x.flatten(0, 1) for site, x in activations.items()}
-    return kept_positions(plan, tokens.to(next(iter(flat.values())).device), flat).view_as(tokens)
 
 
 def one_length(prompts: Sequence[Prompt]) -> bool:

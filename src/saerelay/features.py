@@ -29,7 +29,7 @@ from saerelay.maps import Pair, SiteMaps
 from saerelay.model import LanguageModel
 from saerelay.plan import Leg, Plan
 from saerelay.site import Site
-from saerelay.stream import kept_positions, load_model
+from saerelay.stream import load_model, trained_on
 from saerelay.suite import Suite
 from saerelay.threads import side_by_side
 from saerelay.transfer import AffineMap, fold
@@ -143,9 +143,9 @@ def encode_batches(
         list(batches(plan, sequences, False)), "reading latents", console=console, transient=True, disable=silent
     ):
         tokens = tokens.to(model.device)
-        harvested = {site: x.flatten(0, 1) for site, x in model.harvest(tokens, sites).items()}
-        places = kept_positions(plan, tokens, harvested).nonzero()[:, 0]
-        rows = {site: x[places].float() for site, x in harvested.items()}
+        harvested = model.harvest(tokens, sites)
+        places = trained_on(plan, tokens, harvested).flatten().nonzero()[:, 0]
+        rows = {site: x.flatten(0, 1)[places].float() for site, x in harvested.items()}
         pairs = [(d, rows[site]) for site, d in on_device.values()]
         codes = side_by_side(lambda pair: _encode(*pair), pairs, model.device)
         yield Coded(first, len(tokens), places, dict(zip(on_device, codes, strict=True)))

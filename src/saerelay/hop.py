@@ -23,9 +23,9 @@ from saerelay.launch import check_directory, plan_run, tokenise, train_run
 from saerelay.model import LanguageModel, load_tokenizer
 from saerelay.moments import Moments
 from saerelay.plan import Plan, auto_lr
-from saerelay.recipe import LegSpec, ModelSpec, Run
+from saerelay.recipe import LegSpec, Method, ModelSpec, Run
 from saerelay.site import Site
-from saerelay.stream import kept_positions, load_model
+from saerelay.stream import load_model, trained_on
 from saerelay.suite import Suite
 from saerelay.train import L0_ROWS
 from saerelay.transfer import fold, map_between, rate_share, unexplained
@@ -58,30 +58,32 @@ def hop_run(
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
     if console and not model and origin.model not in ("", run.model.name, public_name(run.model.name)):
         console.print(f"note: {source} was trained on {origin.model}; it is taken to read {run.model.name} as well")
-    leg: dict[str, Any] = {
-        "id": f"{target}-from-{origin.site}",
-        "layer": layer,
-        "tokens": run.plan.transfer_tokens,
-    } | asked
+    named = {"id": f"{target}-from-{origin.site}", "layer": layer, "tokens": run.plan.transfer_tokens}
+    leg = LegSpec.parse(named | asked, source=f"hop from {source}")
+    changed: dict[str, Any] = {}
     if origin.site == target and not model:
-        looked_at = not asked.keys() - {"tokens"} and leg["tokens"] in (0, "0")
-        leg = {"method": "identity"} | ({"refit": False} if looked_at else {}) | leg
+        looked_at = not asked.keys() - {"tokens"} and not leg.tokens
+        changed = {"method": leg.method or "identity", "refit": False if looked_at else leg.refit}
     parent = Path(source) if Path(source).exists() else source
     if model or format or site or isinstance(dictionary, LayerNormed):
         check_directory(paths, resume=False)
         parent = paths.root / "parent"
         if model:
-            moved = carry(dictionary, origin, run, target, model, console, method=leg.get("method"))
+            moved = carry(dictionary, origin, run, target, model, leg.method or run.plan.method, console)
             dictionary, origin = moved.dictionary, moved.origin
-            leg = {"lr": rate(run, dictionary.d_model, leg["tokens"], moved.rate_share)} | leg | {"method": "identity"}
+            scratch = auto_lr(dictionary.d_model, leg.tokens, run.train.batch_tokens)
+            lr = leg.lr or run.train.transfer_lr or moved.rate_share * scratch
+            changed = {"method": "identity", "lr": lr}
         elif isinstance(dictionary, LayerNormed):
             dictionary = scaled(dictionary, run, origin.site, console)
         write_dictionary(parent, dictionary, origin, "saerelay")
-    leg["parent"] = str(parent) if "/" in str(parent) else f"./{parent}"
-    plan = run.plan.model_copy(
-        update={"legs": [LegSpec.parse(leg, source=f"hop from {source}")], "controls": [], "roots": []}
-    )
-    return train_run(run.model_copy(update={"plan": plan}), out, console=console)
+    changed["parent"] = str(parent) if "/" in str(parent) else f"./{parent}"
+    return train_run(with_leg(run, leg.model_copy(update=changed)), out, console=console)
+
+
+def with_leg(run: Run, leg: LegSpec) -> Run:
+    """A recipe for one leg and nothing else."""
+    return run.model_copy(update={"plan": run.plan.model_copy(update={"legs": [leg], "controls": [], "roots": []})})
 
 
 class Carried(NamedTuple):
@@ -92,12 +94,6 @@ class Carried(NamedTuple):
     rate_share: float
 
 
-def rate(run: Run, width: int, tokens: int | str, share: float) -> float:
-    """The learning rate of a leg that is trained on so many tokens after a hop, `share` of that from scratch."""
-    leg = LegSpec.parse({"id": "x", "layer": 0, "tokens": tokens}, source="tokens")
-    return run.train.transfer_lr or share * auto_lr(width, leg.tokens, run.train.batch_tokens)
-
-
 @torch.no_grad()
 def carry(
     dictionary: Dictionary | LayerNormed,
@@ -105,9 +101,8 @@ def carry(
     run: Run,
     target: Site,
     name: str,
+    method: Method,
     console: Console | None = None,
-    *,
-    method: str | None = None,
 ) -> Carried:
     """Fold a dictionary of another model's activations into one of the recipe's model, by a map fitted on its text.
 
@@ -126,17 +121,15 @@ def carry(
         for tokens, keep, x_target in kept_rows(plan, target):
             if int(tokens.max()) >= other.facts.vocab_size:
                 raise ModelError(f"{name} has {other.facts.vocab_size} tokens, the text has token {int(tokens.max())}")
-            x_source = other.harvest(tokens.to(other.device), [site])[site].flatten(0, 1)[keep.to(other.device)].float()
+            x_source = other.harvest(tokens.to(other.device), [site])[site][keep.to(other.device)].float()
             moments.add(x_source.to(x_target.device), x_target)
     assert x_source is not None and x_target is not None
     if isinstance(dictionary, LayerNormed):
         dictionary = dictionary.at_scale(x_source.cpu())
-    chosen = LegSpec.parse({"id": "x", "layer": 0, "tokens": 0, "method": method or run.plan.method}, source="method")
-    assert chosen.method
-    carried = fold(dictionary, map_between(chosen.method, max(moments.n_source, plan.facts.width(target)), moments))
+    carried = fold(dictionary, map_between(method, max(moments.n_source, plan.facts.width(target)), moments))
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())
     carried = match_l0(carried, x_target[:L0_ROWS].cpu(), l0)
-    facts = {"model": name, "site": str(site), "method": chosen.method, "moment_tokens": moments.n_tokens}
+    facts = {"model": name, "site": str(site), "method": method, "moment_tokens": moments.n_tokens}
     facts |= {"lm_tokens": 2 * plan.run.plan.moment_tokens, "unexplained": unexplained(moments)}
     facts |= {"seconds": round(time.perf_counter() - began, 3)}
     where = Origin(model=run.model.name, site=target, l0=l0, provenance=origin.provenance | {"carried_from": facts})
@@ -153,20 +146,19 @@ def scaled(dictionary: LayerNormed, run: Run, site: Site, console: Console | Non
 def moments_plan(run: Run, site: Site) -> Plan:
     """A plan that reads as many tokens at a site as maps are fitted on."""
     leg = LegSpec(id="moments", layer=site.layer, module=site.module, tokens=run.plan.moment_tokens)
-    plan = run.plan.model_copy(update={"legs": [leg], "controls": [], "roots": []})
-    return plan_run(run.model_copy(update={"plan": plan}))
+    return plan_run(with_leg(run, leg))
 
 
 def kept_rows(plan: Plan, site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of training tokens (B, C), bool (B·C) for the positions that are kept, and their activations (n, D)."""
+    """Batches of training tokens (B, C), bool (B, C) for the positions that are kept, and their activations (n, D)."""
     model, context = load_model(plan), plan.run.data.context
     with TemporaryDirectory(prefix="saerelay-") as place:
         corpus = tokenise(plan, RunDirectory(Path(place)), None)
         for tokens in batches(plan, corpus.train[: math.ceil(plan.run.plan.moment_tokens / context)], ce=False):
-            found = model.harvest(tokens.to(model.device), plan.with_probe([site]))
-            flat = {where: x.flatten(0, 1) for where, x in found.items()}
-            keep = kept_positions(plan, tokens.to(model.device), flat)
-            yield tokens, keep, flat[site][keep].float()
+            tokens = tokens.to(model.device)
+            found = model.harvest(tokens, plan.with_probe([site]))
+            keep = trained_on(plan, tokens, found)
+            yield tokens, keep, found[site][keep].float()
 
 
 def check_tokens(run: Run, other: ModelSpec) -> None:

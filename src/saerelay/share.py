@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from saerelay.checkpoint import RunDirectory, read_json, write_text
+from saerelay.checkpoint import RunDirectory, leafwise, read_json, write_text
 from saerelay.dictionaries import Dictionary
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.interop import hub, load_dictionary, own, places_in, read_any, write_dictionary
@@ -211,15 +211,11 @@ def placeless(data: Any) -> Any:
     >>> placeless({"text": ["/home/me/notes"], "parent": "runs/a/legs/L5"})
     {'text': ['notes'], 'parent': 'runs/a/legs/L5'}
     """
-    match data:
-        case str():
-            return Path(data).name if re.match(r"[/~]|[A-Za-z]:\\", data) else data
-        case dict():
-            return {key: placeless(value) for key, value in data.items()}
-        case list() | tuple():
-            return [placeless(value) for value in data]
-        case _:
-            return data
+
+    def name(leaf: Any) -> Any:
+        return Path(leaf).name if isinstance(leaf, str) and re.match(r"[/~]|[A-Za-z]:\\", leaf) else leaf
+
+    return leafwise(name, data)
 
 
 # --- the model card --------------------------------------------------------------------------------------------------

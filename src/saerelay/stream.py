@@ -7,7 +7,7 @@ number alone, never on which sites are open: rows do not shift when legs come an
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -224,6 +224,12 @@ def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor], 
         norms = torch.cat([x.float().norm(dim=1) for x in activations[plan.probe_site].split(4096)])
         keep &= norms <= plan.run.data.outlier_norm * norms[keep].nanmedian()
     return keep
+
+
+def trained_on(plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor]) -> Tensor:
+    """bool (B, C): `kept_positions` of tokens (B, C), from activations (B, C, D) with those of the probe site."""
+    flat = {site: x.flatten(0, 1) for site, x in activations.items()}
+    return kept_positions(plan, tokens, flat).view_as(tokens)
 
 
 def load_model(plan: Plan) -> LanguageModel:

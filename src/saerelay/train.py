@@ -215,7 +215,8 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
         folded = source.to(rows.device)
     else:
         folded = fold(source, map_between(leg.method, now.plan.facts.width(leg.site), moments)).to(rows.device)
-    seen, seed = block.rows(leg.site, leg.refit_tokens or L0_ROWS), seed_from("revive", leg.seed, leg.id)
+    seen = block.rows(leg.site, leg.refit_tokens) if leg.refit_tokens else rows
+    seed = seed_from("revive", leg.seed, leg.id)
     if reshaped:
         folded = reshape(folded, seen, leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     best = refitted(folded, seen, seed, checked=at_home) if leg.refit_tokens else folded
