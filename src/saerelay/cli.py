@@ -12,7 +12,12 @@ from saerelay import __version__
 from saerelay.errors import Interrupted, RecipeError, SaeRelayError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+
     from saerelay.recipe import Run
+    from saerelay.site import Site
 
 app = typer.Typer(
     help="Sparse autoencoders for every layer of a language model: train one, relay it to the others.",
@@ -140,9 +145,7 @@ def evaluate(
         if as_json:
             print(json.dumps(document))
             return
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        for shown in matrix_tables(document) if matrix else measures_tables(document):
-            console.print(shown)
+        print_all(matrix_tables(document) if matrix else measures_tables(document))
         return
     summary = evaluate_run(load(run), None, tokens=asked, console=progress)
     write_json(RunDirectory(run).root / "summary.json", summary)
@@ -177,9 +180,7 @@ def circuits(
     if as_json:
         print(json.dumps(document))
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for shown in circuit_tables(document):
-        console.print(shown)
+    print_all(circuit_tables(document))
 
 
 @app.command(name="show")
@@ -276,9 +277,7 @@ def interpret(
     if as_json:
         print(json.dumps(document))
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for shown in interpret_tables(document):
-        console.print(shown)
+    print_all(interpret_tables(document))
 
 
 @app.command()
@@ -305,12 +304,11 @@ def hop(
     """
     from saerelay.hop import hop_run
     from saerelay.recipe import Run
-    from saerelay.site import Site
 
     asked = {"tokens": tokens, "method": method, "architecture": architecture, "n_latents": n_latents}
     given = {key: value for key, value in asked.items() if value}
     given |= {key: value for key, value in {"refit": refit, "k": k}.items() if value is not None}
-    site = None if from_layer is None else Site.parse(f"L{from_layer}.{from_module}")
+    site = site_asked(from_layer, from_module)
     run, console = Run.from_toml(recipe), Console(stderr=True)
     suite = hop_run(source, to_layer, run, out, site=site, model=from_model, format=format, console=console, **given)
     print(f"{', '.join(suite)} in {out}/legs. Its quality: saerelay eval {out}")
@@ -327,9 +325,8 @@ def import_sae(
 ) -> None:
     """Rewrite a trained SAE of any format in canonical form: one that acts on raw activations."""
     from saerelay.share import describe, import_dictionary
-    from saerelay.site import Site
 
-    site = None if layer is None else Site.parse(f"L{layer}.{module}")
+    site = site_asked(layer, module)
     dictionary, origin = import_dictionary(reference, out, format=format, model=model, site=site)
     print(f"{out}: {describe(dictionary)}; reads {origin.site} of {origin.model or 'a model not named'}")
 
@@ -449,6 +446,20 @@ def demo(
 
     show(run_demo(out, Console(stderr=True)))
     print(f"\n{out}/report/index.html shows all of it, in a browser. {out}/legs/ has the SAEs.")
+
+
+def site_asked(layer: int | None, module: str) -> "Site | None":
+    """The site that two options name, or none."""
+    from saerelay.site import Site
+
+    return None if layer is None else Site.parse(f"L{layer}.{module}")
+
+
+def print_all(shown: "Iterable[RenderableType]") -> None:
+    """Print tables and texts to stdout, 120 wide where nobody looks."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for one in shown:
+        console.print(one)
 
 
 def show(summary: dict[str, Any]) -> None:
