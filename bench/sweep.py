@@ -90,7 +90,10 @@ def main() -> None:
     parser.add_argument("--decay", type=float, nargs="+", default=[0.3])
     parser.add_argument("--warmup", type=float, nargs="+", default=[0.02])
     parser.add_argument("--aux", type=float, nargs="+", default=[1 / 32])
+    parser.add_argument("--beta1", type=float, nargs="+", default=[0.8])
     parser.add_argument("--beta2", type=float, nargs="+", default=[0.99])
+    parser.add_argument("--encoder-lr", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--bias-lr", type=float, nargs="+", default=[0.0])
     parser.add_argument("--whitening", type=float, nargs="+", default=[0.25])
     parser.add_argument("--dead-after", type=int, default=0)
     parser.add_argument("--architecture", default="topk")
@@ -118,11 +121,12 @@ def main() -> None:
         moments = Moments.empty(x.shape[1], x.shape[1])
         moments.add(rows[args.source][0][:200_000].float(), x[:200_000].float())
     grid = [
-        dict(method=m, refit=r, tokens=t, lr=lr, batch=b, decay=d, warmup=w, aux=a, beta2=b2, whitening=p, l1=l1,
-             bandwidth=bw)
+        dict(method=m, refit=r, tokens=t, lr=lr, batch=b, decay=d, warmup=w, aux=a, beta1=b1, beta2=b2, whitening=p,
+             encoder_lr=e, bias_lr=b0, l1=l1, bandwidth=bw)
         for m in (args.method if parent else [""]) for r in (args.refit if parent else [0]) for t in args.tokens
         for lr in args.lr for b in args.batch for d in args.decay for w in args.warmup for a in args.aux
-        for b2 in args.beta2 for p in args.whitening for l1 in args.l1 for bw in args.bandwidth
+        for b1 in args.beta1 for b2 in args.beta2 for p in args.whitening for e in args.encoder_lr
+        for b0 in args.bias_lr for l1 in args.l1 for bw in args.bandwidth
     ]  # fmt: skip
     for c in grid:
         spec = DictionarySpec(architecture=args.architecture, n_latents=args.n_latents, k=args.k, aux_weight=c["aux"],
@@ -134,8 +138,8 @@ def main() -> None:
         inherited = fold(parent, map_between(c["method"], x.shape[1], moments)) if parent else None
         if inherited and c["refit"]:
             inherited = refit(inherited, x[:65_536].float().split(4096))
-        schedule = TrainSpec(batch_tokens=c["batch"], decay=c["decay"], warmup=c["warmup"], betas=(0.9, c["beta2"]),
-                             whitening=c["whitening"])  # fmt: skip
+        schedule = TrainSpec(batch_tokens=c["batch"], decay=c["decay"], warmup=c["warmup"],
+                             betas=(c["beta1"], c["beta2"]), whitening=c["whitening"], encoder_lr=c["encoder_lr"], bias_lr=c["bias_lr"])  # fmt: skip
         trainee = train(leg, schedule, x, inherited)
         seconds = time.perf_counter() - began
         print(json.dumps(c | quality(trainee, x, x_test) | {"seconds": round(seconds, 1)}), flush=True)

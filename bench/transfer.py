@@ -119,7 +119,7 @@ def open_study(model: str, text: Path | None, out: Path, scale: float) -> Study:
     """The study of a model; splits the text into documents first."""
     if model == "demo":
         scratch, hops = (125_000, 250_000, 500_000, 1_000_000, 2_000_000), (31_000, 62_000, 125_000, 250_000, 500_000)
-        study = Study("demo", DEMO, 0, scratch, hops, (62_000, 125_000), 250_000, 1e-3)
+        study = Study("demo", DEMO, 0, scratch, hops, (62_000, 125_000), 250_000, 2e-3)
     else:
         directory = model
         if model == "minilm":
@@ -138,7 +138,7 @@ def open_study(model: str, text: Path | None, out: Path, scale: float) -> Study:
             }
         )
         scratch, hops = (62_000, 125_000, 250_000, 500_000, 1_000_000), (50_000, 100_000, 200_000, 400_000)
-        study = Study(Path(model).name, run, 0, scratch, hops, (50_000, 100_000), 200_000, 2.5e-3)
+        study = Study(Path(model).name, run, 0, scratch, hops, (50_000, 100_000), 200_000, 3e-3)
     data = study.run.data.model_copy(update={"cache": str(out / "activations"), "epochs": 12})
     plan = PlanSpec(preset="scratch", moment_tokens=2 * BLOCK, refit_tokens=BLOCK)
     study = replace(study, scale=scale, n_layers=read_facts(study.run.model).n_layers)

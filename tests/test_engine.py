@@ -261,6 +261,21 @@ def test_whitening_changes_how_a_leg_learns_not_what_it_is() -> None:
     assert Trainee(leg(dictionary=raw), TrainSpec(), x).whitening is None
 
 
+@pytest.mark.parametrize(("given", "bias"), [({}, 8**0.5 / 5), ({"encoder_lr": 1.0, "bias_lr": 3.0}, 3.0)])
+def test_every_parameter_learns_at_its_own_rate(given: dict[str, float], bias: float) -> None:
+    """Adam's first step moves each entry that has a gradient by the rate itself, whatever the gradient."""
+    spec = TrainSpec(warmup=0.0, whitening=0.0, clip=0.0, **given)
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    trainee = Trainee(leg(architecture="relu"), spec, x)
+    before = {name: t.clone() for name, t in trainee.dictionary.tensors().items()}
+    trainee.step(x[:64])
+    lr, moved = trainee.leg.lr, {n: (t - before[n]).abs() for n, t in trainee.dictionary.tensors().items()}
+    shares = {"W_enc": given.get("encoder_lr", 0.5), "b_enc": bias, "b_dec": 1.0}
+    for name, share in shares.items():
+        assert moved[name].max() == pytest.approx(share * lr, rel=1e-3), name
+    assert 0 < moved["W_dec"].max() < 2 * lr  # rows are made of unit norm again
+
+
 def test_a_share_of_the_rate_is_kept_over_a_restart() -> None:
     trainee = Trainee(leg(lr=1e-2), SPEC, data(), lr_share=0.5)
     again = Trainee.restore(leg(lr=1e-2), SPEC, trainee.state())

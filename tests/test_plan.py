@@ -262,8 +262,8 @@ def test_untrained_hops_live_for_one_block(facts: ModelFacts) -> None:
 
 def test_default_rates_fall_with_budget_and_width() -> None:
     rates = [auto_lr(192, n, 512) for n in (10**5, 10**6, 4 * 10**6, 10**9)]
-    assert rates == pytest.approx([8e-3, 4e-3, 2e-3, 4e-3 / 6])
-    assert [auto_lr(384, 10**6, 512), auto_lr(192, 10**6, 128)] == pytest.approx([2e-3, 2e-3])
+    assert rates == pytest.approx([1e-2, 5e-3, 2.5e-3, 5e-3 / 6])
+    assert [auto_lr(768, 10**6, 512), auto_lr(192, 10**6, 128)] == pytest.approx([2.5e-3, 2.5e-3])
 
 
 def test_only_a_hop_without_a_rate_of_its_own_takes_it_from_its_map(facts: ModelFacts) -> None:

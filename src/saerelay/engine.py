@@ -42,6 +42,15 @@ def learning_rate(leg: Leg, spec: TrainSpec, age: int) -> float:
     return leg.lr * min(1.0, rise, fall)
 
 
+def rate_shares(spec: TrainSpec, width: int) -> dict[str, float]:
+    """Rate of each parameter of the latents, as a share of the learning rate, which is the decoder's.
+
+    By default biases learn at a rate that does not fall with the width, as they should (Yang et al. 2022, table 8).
+    """
+    bias = spec.bias_lr or math.sqrt(width) / 5
+    return {"W_enc": spec.encoder_lr, "b_enc": bias, "threshold": bias, "W_dec": 1.0}
+
+
 def sparsity_weight(leg: Leg, spec: TrainSpec, age: int) -> float:
     """Share of the sparsity penalty in force at `age`: a linear warm-up."""
     whole = spec.sparsity_warmup * leg.budget_tokens
@@ -106,16 +115,17 @@ class Adam(NamedTuple):
     shrink: Tensor | None
     """What gradients are divided by."""
 
-    def move(self, triples: list["Triple"], gradients: list[Tensor]) -> None:
-        """Move parameters and their moments."""
+    def move(self, triple: "Triple", gradient: Tensor, share: float = 1.0) -> None:
+        """Move a parameter and its moments, at a share of the rate."""
+        parameter, mean, square = triple
         torch._fused_adam_(  # pyright: ignore  # what torch.optim.Adam(fused=True) calls, which cannot take parts
-            [parameter for parameter, _, _ in triples],
-            gradients,
-            [mean for _, mean, _ in triples],
-            [square for _, _, square in triples],
+            [parameter],
+            [gradient],
+            [mean],
+            [square],
             [],
-            [self.n_steps] * len(triples),
-            lr=self.lr,
+            [self.n_steps],
+            lr=share * self.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
             weight_decay=0.0,
@@ -143,9 +153,15 @@ class Part:
         step.gradients(self.latents, mine)
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in mine.values()]).square().sum()
 
-    def update(self, gradients: dict[str, Tensor], adam: Adam, encoder: Tensor | None) -> None:
-        """Move these latents; decoder rows keep unit norm, thresholds stay positive; `encoder` follows W_enc."""
-        adam.move(list(self.triples.values()), [gradients[name][self.latents] for name in self.triples])
+    def update(
+        self, gradients: dict[str, Tensor], adam: Adam, shares: dict[str, float], encoder: Tensor | None
+    ) -> None:
+        """Move these latents, each parameter at its share of the rate; `encoder` follows W_enc.
+
+        Decoder rows keep unit norm, thresholds stay positive.
+        """
+        for name, triple in self.triples.items():
+            adam.move(triple, gradients[name][self.latents], shares[name])
         W_dec = self.triples["W_dec"][0]
         W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
         if "threshold" in self.triples:
@@ -253,8 +269,9 @@ class Trainee:
                 shrink = None
             self.adam_steps += 1
             adam = Adam(self.learning_rate(self.age), self.spec.betas, self.adam_steps, shrink)
-            in_parallel(lambda part: part.update(gradients, adam, self.encoder), self.parts)
-            adam.move([self.bias], [step.b_dec])
+            shares = rate_shares(self.spec, self.dictionary.d_model)
+            in_parallel(lambda part: part.update(gradients, adam, shares, self.encoder), self.parts)
+            adam.move(self.bias, step.b_dec)
             self.last_fired[step.loss.fired] = self.age + self.leg.batch_tokens
             seen = (step.loss.total, step.loss.squared_error, step.variance, step.loss.n_active)
             self._sums.append(torch.stack([number.detach().float() for number in seen]))

@@ -518,15 +518,14 @@ def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:
 
 
 def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
-    """Default learning rate from scratch: 4e-3 at width 192, 1M tokens and batches of 512, from docs/log.md's sweeps.
+    """Default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512, from docs/log.md's sweeps.
 
-    It falls with the width (as Adam's rate of a layer with that many inputs should: Yang et al. 2022, table 8) and
-    with the square root of the budget.
+    It falls with the square roots of the width (a decoder row's entries are as small) and of the budget.
 
     >>> auto_lr(192, 1_000_000, 512), auto_lr(768, 4_000_000, 512)
-    (0.004, 0.0005)
+    (0.005, 0.00125)
     """
-    best = 4e-3 * 192 / width
+    best = 5e-3 * math.sqrt(192 / width)
     rate = best * math.sqrt(1e6 / max(1, budget_tokens) * batch_tokens / 512)
     return min(max(rate, best / 6), 2 * best)
 

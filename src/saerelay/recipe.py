@@ -27,6 +27,7 @@ ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]
 LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
 """The id of a leg: safe as the name of a directory."""
 Rate = Annotated[float, BeforeValidator(_rate), Field(ge=0, lt=1)]
+ShareOfRate = Annotated[float, BeforeValidator(_rate), Field(ge=0)]
 
 
 def tokens_of(value: float, budget: int) -> int:
@@ -248,7 +249,11 @@ class TrainSpec(Spec):
     )
     lr: Rate = Field(default=0.0, description='from scratch; "auto" follows the sweep in docs/log.md')
     transfer_lr: Rate = Field(default=0.0, description='after a transfer; "auto" by what its map leaves unexplained')
-    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="Adam's")
+    encoder_lr: float = Field(default=0.5, gt=0, description="rate of the encoder's weights, as a share of lr")
+    bias_lr: ShareOfRate = Field(
+        default=0.0, description='rate of its biases and thresholds, as a share of lr; "auto": √width / 5'
+    )
+    betas: tuple[float, float] = Field(default=(0.8, 0.99), description="Adam's")
     whitening: float = Field(
         default=0.25,
         ge=0,
