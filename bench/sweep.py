@@ -138,8 +138,9 @@ def main() -> None:
         inherited = fold(parent, map_between(c["method"], x.shape[1], moments)) if parent else None
         if inherited and c["refit"]:
             inherited = refit(inherited, x[:65_536].float().split(4096))
-        schedule = TrainSpec(batch_tokens=c["batch"], decay=c["decay"], warmup=c["warmup"], whitening=c["whitening"],
-                             betas=(c["beta1"], c["beta2"]), encoder_lr=c["encoder_lr"], bias_lr=c["bias_lr"])  # fmt: skip
+        names = ("decay", "warmup", "whitening", "encoder_lr", "bias_lr")
+        given = {name: c[name] for name in names}
+        schedule = TrainSpec(batch_tokens=c["batch"], betas=(c["beta1"], c["beta2"]), **given)
         trainee = train(leg, schedule, x, inherited)
         seconds = time.perf_counter() - began
         print(json.dumps(c | quality(trainee, x, x_test) | {"seconds": round(seconds, 1)}), flush=True)
