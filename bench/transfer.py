@@ -11,8 +11,8 @@ run.toml, legs and summary.json are what a user would have. Two things are share
 <out>/activations) and the tokens, prepared once, so that a short run draws from the same documents as a long one.
 A killed study continues with the same command; a job whose summary.json is there is done.
 
-- scratch-sS: every layer from scratch at several budgets, each with its own decay; at seed 0 also children that leave a
-  root which is not finished (`fork`).
+- scratch-sS: every layer from scratch at several budgets, each with its own decay.
+- forks-s0: children that leave a root which is not finished.
 - hops-LT-sS: every method and budget from the layers beside T, parents being the full-budget legs of scratch-sS.
 - far-s0: from layer 5 to all below, straight and in chains.
 - groups-s0: Group-SAE's idea as a baseline (see `train_groups`).
@@ -181,20 +181,26 @@ def all_jobs(study: Study, out: Path, seeds: int) -> list[Job]:
     jobs = [scratch(study, 0), *hops(study, out, 0), far(study, out)]
     for seed in range(1, seeds):
         jobs += [scratch(study, seed), *hops(study, out, seed)]
-    return [*jobs, groups(study), reuse(study, out)]
+    return [*jobs, forks(study), groups(study), reuse(study, out)]
 
 
 def scratch(study: Study, seed: int) -> Job:
-    """All layers from scratch; forks from the hub's root while it trains."""
+    """All layers from scratch."""
     budgets = study.scratch if seed == 0 else (study.full,)
     legs = [root(study, layer, budget) for budget in reversed(budgets) for layer in range(study.n_layers)]
+    return Job(f"scratch-s{seed}", with_legs(study, seed, legs))
+
+
+def forks(study: Study) -> Job:
+    """Children that leave the hub's root while it trains."""
     middle = hub_of(range(study.n_layers))
-    for share in (0.25, 0.5) if seed == 0 else ():
+    parent = root(study, middle, study.full)
+    legs = [parent]
+    for share in (0.25, 0.5):
         for layer in (middle - 1, middle + 1):
             leg_id = f"L{middle}-L{layer}-fork{share}-{format_count(study.usual)}"
-            parent = f"L{middle}-{format_count(study.full)}"
-            legs.append(hop(study, leg_id, layer, parent, study.usual, "affine", True, fork_at=share))
-    return Job(f"scratch-s{seed}", with_legs(study, seed, legs))
+            legs.append(hop(study, leg_id, layer, parent.id, study.usual, "affine", True, fork_at=share))
+    return Job("forks-s0", with_legs(study, 0, legs))
 
 
 def root(study: Study, layer: int, budget: int) -> LegSpec:

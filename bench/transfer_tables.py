@@ -460,7 +460,7 @@ def distance_table(r: Results) -> list[Row]:
 def fork_table(r: Results) -> list[Row]:
     """Children that leave an unfinished root, beside the child of the finished one."""
     rows = []
-    forks = [p for p in r.of("scratch-s0") if p.kind.startswith("fork")]
+    forks = [p for p in r.of("forks-s0") if p.kind.startswith("fork")]
     for p in sorted(forks, key=lambda p: (p.layer, p.kind)):
         finished = [
             q for q in r.hops("affine+refit", seed=0) if (q.source, q.layer, q.label) == (p.source, p.layer, p.label)

@@ -97,7 +97,8 @@ def study(tmp_path: Path) -> Path:
         return 0.1 * (tokens / FULL) ** -0.5
 
     own = [(f"L{layer}-{label}", n, 0, fvu(n)) for label, n in budgets.items() for layer in range(N_LAYERS)]
-    finish(out, "scratch-s0", [*own, ("L2-L1-fork0.5-250k", 250_000, 100_000, 0.11)])
+    finish(out, "scratch-s0", own)
+    finish(out, "forks-s0", [("L2-L1-fork0.5-250k", 250_000, 100_000, 0.11)])
     for target in range(N_LAYERS - 1):
         hops = [
             (f"L{source}-L{target}-{kind}-{label}", n, moments, (1 if source > target else 1.1) * fvu(4 * paid))

@@ -99,6 +99,16 @@ def test_children_may_fork_inside_the_roots_pass(facts: ModelFacts) -> None:
     assert plan.leg("L2-from-L3").fork_at_tokens == 1024
 
 
+def test_newness_is_the_share_of_own_tokens_in_the_whole_lineage(facts: ModelFacts) -> None:
+    legs = [
+        {"id": "a", "layer": 3, "tokens": 4096},
+        {"id": "b", "layer": 2, "tokens": 1024, "parent": "a", "fork_at": 0.5},
+        {"id": "c", "layer": 1, "tokens": 1024, "parent": "b"},
+    ]
+    plan = compiled(facts, plan={"legs": legs})
+    assert [plan.newness(plan.leg(name)) for name in "abc"] == [1.0, 1 / 3, 1 / 4]
+
+
 def test_a_fork_before_the_moments_are_in_waits_for_them(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"fork_at": 100})
     assert plan.leg("L2-from-L3").start == 0 and plan.leg("L2-from-L3").fork_at_tokens == 512

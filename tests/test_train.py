@@ -215,6 +215,17 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
         assert torch.equal(suite["L0-from-L1"].tensors()[name], tensor)
 
 
+def test_children_of_unfinished_parents_learn_faster(tmp_path: Path, facts: ModelFacts) -> None:
+    plan, lr = make_plan(facts, preset="hub", roots=[1]), {}
+    by_map = [leg.model_copy(update={"lr_by_map": bool(leg.parent), "lr": 1e-2}) for leg in plan.legs]
+    for budget in (1024, 40_960):
+        young = [leg.model_copy(update={"fork_at_tokens": budget}) if leg.parent else leg for leg in by_map]
+        run(plan.model_copy(update={"legs": young}), tmp_path / str(budget), facts)
+        lr[budget] = read_dictionary(tmp_path / str(budget) / "legs/L0-from-L1")[1]["lr"]
+    assert lr[1024] == pytest.approx(0.75 * 2048 / (1024 + 2048) * 1e-2)
+    assert lr[40_960] < lr[1024]
+
+
 def test_children_of_a_failed_parent_are_named(tmp_path: Path, facts: ModelFacts) -> None:
     plan = make_plan(facts, preset="hub", roots=[1])
     with pytest.raises(LegFailed, match="leg L0-from-L1 stopped: its parent L1 stopped"):

@@ -223,6 +223,8 @@ def test_unexplained_is_one_minus_r_squared_of_the_map() -> None:
     assert unexplained(moments_of(x, 3 * x + 1)) == pytest.approx(0, abs=1e-4)
     assert rate_share(moments) == pytest.approx(min(1, 2.75 * float(left)), rel=1e-4)
     assert rate_share(moments_of(x, 3 * x + 1)) == 0.03
+    assert rate_share(moments_of(x, 3 * x + 1), new=0.2) == pytest.approx(0.15)
+    assert rate_share(moments, new=0.01) == rate_share(moments)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

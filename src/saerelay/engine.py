@@ -42,7 +42,7 @@ def learning_rate(leg: Leg, spec: TrainSpec, age: int) -> float:
     return leg.lr * min(1.0, rise, fall)
 
 
-def rate_shares(spec: TrainSpec, width: int) -> dict[str, float]:
+def parameter_rates(spec: TrainSpec, width: int) -> dict[str, float]:
     """Rate of each parameter of the latents, as a share of the learning rate, which is the decoder's.
 
     By default biases learn at a rate that does not fall with the width, as they should (Yang et al. 2022, table 8).
@@ -269,7 +269,7 @@ class Trainee:
                 shrink = None
             self.adam_steps += 1
             adam = Adam(self.learning_rate(self.age), self.spec.betas, self.adam_steps, shrink)
-            shares = rate_shares(self.spec, self.dictionary.d_model)
+            shares = parameter_rates(self.spec, self.dictionary.d_model)
             in_parallel(lambda part: part.update(gradients, adam, shares, self.encoder), self.parts)
             adam.move(self.bias, step.b_dec)
             self.last_fired[step.loss.fired] = self.age + self.leg.batch_tokens

@@ -108,8 +108,8 @@ class Leg(Spec):
     """How often each of its blocks is trained on; its age counts repetitions, so it is that many times the cursor's."""
     batch_tokens: int
     lr: float
-    """Largest learning rate; if `lr_by_map`, times `transfer.rate_share` of the map it hops by, or, of a copy onto its
-    parent's own site, by whether there is something to learn."""
+    """Largest learning rate; if `lr_by_map`, times `transfer.rate_share` of the map it hops by and of the plan's
+    `newness`, or, of a copy onto its parent's own site, by whether there is something to learn."""
     lr_by_map: bool = False
     dead_after_tokens: int
     snapshots: list[int] = []
@@ -217,6 +217,16 @@ class Plan(Spec):
             return "scratch"
         source = self.parent_site(leg).layer
         return "same layer" if source == leg.layer else "from below" if source < leg.layer else "from above"
+
+    def newness(self, leg: Leg) -> float:
+        """Share of a leg's own tokens in all that its dictionary is trained on, parents included; 0 if not known."""
+        before, child = 0, leg
+        while child.parent:
+            if not self.has(child.parent):
+                return 0.0
+            before += child.fork_at_tokens
+            child = self.leg(child.parent)
+        return leg.budget_tokens / max(1, before + leg.budget_tokens)
 
     def parent_site(self, leg: Leg) -> Site:
         """Where a leg's parent reads."""

@@ -221,7 +221,7 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
         folded = reshape(folded, seen, leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     best = refitted(folded, seen, seed, checked=at_home) if leg.refit_tokens else folded
     at_rest = copied and best is folded and leg.refit_tokens > 0  # nothing to learn, as far as a refit can tell
-    lr_share = rate_share(moments) if moments else LEAST_RATE_SHARE if at_rest else COPY_RATE
+    lr_share = rate_share(moments, now.plan.newness(leg)) if moments else LEAST_RATE_SHARE if at_rest else COPY_RATE
     copied = copied and source.architecture != "batchtopk"  # the paper's: its L0 is what it is
     return best if copied or not l0 else match_l0(best, rows, l0), lr_share if leg.lr_by_map else 1.0
 

@@ -105,12 +105,14 @@ def unexplained(moments: Moments, ridge: float = RIDGE) -> float:
     return float((left / moments.cov_target.trace()).clamp(0, 1))
 
 
-def rate_share(moments: Moments) -> float:
+def rate_share(moments: Moments, new: float = 0.0) -> float:
     """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
 
-    2.75·(1 − R²), between LEAST_RATE_SHARE and 1; from the sweeps in docs/log.md, where 1 − R² went from .03 to .17.
+    2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or .75·`new`, if that is more, where `new` is the share of its own
+    tokens in all that the dictionary will have been trained on, its parents' included: a parent that is far from
+    finished leaves much to learn, too. From the sweeps in docs/log.md, where 1 − R² went from .03 to .17.
     """
-    return min(max(2.75 * unexplained(moments), LEAST_RATE_SHARE), 1.0)
+    return min(max(2.75 * unexplained(moments), 0.75 * new, LEAST_RATE_SHARE), 1.0)
 
 
 def _regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
