@@ -8,13 +8,26 @@ from typing import Any
 
 import pytest
 
-from saerelay.auto import DOUBT, Charges, Choice, Curves, cheapest, choose, fit_curves, spent, with_legs, written_out
+from saerelay.auto import (
+    DOUBT,
+    GAP_GROWTH,
+    HALF_PER_LATENT,
+    Charges,
+    Choice,
+    Curves,
+    cheapest,
+    choose,
+    fit_curves,
+    spent,
+    with_legs,
+    written_out,
+)
 from saerelay.errors import PlanError, RecipeError
 from saerelay.plan import ModelFacts, compile_plan
 from saerelay.recipe import Run
 from saerelay.survey import Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay, survey_plan
 
-LAYERS, HUB, SHORT, LONG, TUNED = range(6), 3, 4096, 16384, 2048
+LAYERS, HUB, SHORT, LONG, LATENTS = range(6), 3, 4096, 16384, 64
 
 
 def laws(seed: int = 0) -> Curves:
@@ -28,8 +41,7 @@ def laws(seed: int = 0) -> Curves:
         pilot={layer: rng.uniform(0.1, 0.3) if layer != HUB else 0.05 + 8 / 64 for layer in LAYERS},
         power={layer: rng.uniform(0.8, 1.4) if layer != HUB else 1.0 for layer in LAYERS},
         gap={(p, t): 0.004 * abs(p - t) * rng.uniform(0.5, 2) for p, t in pairs},
-        half=3000.0,
-        half_at=LONG,
+        half=HALF_PER_LATENT * LATENTS,
     )
 
 
@@ -38,21 +50,24 @@ def surveyed(c: Curves, **plan: Any) -> Survey:
     return Survey(
         asked=recipe(**plan),
         hub=HUB,
+        n_latents=LATENTS,
         pilot_tokens=SHORT,
         long_tokens=LONG,
         block_tokens=1024,
-        layers=[SurveyedLayer(layer=i, rms_norm=1, fvu=c.pilot[i], decay_gain=0.9 ** c.power[i]) for i in LAYERS],
+        layers=[
+            SurveyedLayer(layer=i, rms_norm=1, fvu=c.pilot[i], refitted=0.9 * c.pilot[i], decay_gain=0.9 ** c.power[i])
+            for i in LAYERS
+        ],
         hops=[
-            SurveyedHop(source=p, target=t, r2=1 - gap, angle=0.1, fvu=c.pilot[t] + gap)
+            SurveyedHop(source=p, target=t, r2=1 - 3 * gap, angle=0.1, fvu=c.pilot[t] + gap,
+                        refitted=0.9 * c.pilot[t] + gap / GAP_GROWTH)
             for (p, t), gap in c.gap.items()
         ],
         long_fvu=c.hub(LONG),
+        long_refitted=0.9 * c.hub(LONG),
         long_decay_gain=0.85,
         ends={t: c.scratch(t, LONG) for t in (LAYERS[0], LAYERS[-1])},
-        long_hops={t: c.scratch(t, LONG) + gap for (p, t), gap in c.gap.items() if p == HUB},
-        tuned_tokens=TUNED,
-        tuned={t: c.child(HUB, t, LONG, TUNED) for t in (2, 5)},
-        tuned_decay_gain=0.95,
+        long_hops={t: 0.9 * c.scratch(t, LONG) + gap / GAP_GROWTH for (p, t), gap in c.gap.items() if p == HUB},
         cost=SurveyCost(
             lm_tokens=20_000, sae_samples=50_000, flops=1e9, seconds=1.0, seconds_per_sample=1e-5,
             seconds_per_lm_flop=1e-12,
@@ -74,7 +89,7 @@ def test_the_laws_are_recovered_from_what_they_give() -> None:
     truth = laws()
     found = fit_curves(surveyed(truth))
     assert (found.floor, found.slope) == pytest.approx((truth.floor, truth.slope))
-    assert found.gap == pytest.approx(truth.gap) and found.half == pytest.approx(truth.half, rel=0.15)
+    assert found.gap == pytest.approx(truth.gap) and found.half == truth.half
     for layer in LAYERS:
         assert found.scratch(layer, 131_072) == pytest.approx(truth.scratch(layer, 131_072), rel=0.05)
 
@@ -206,9 +221,7 @@ def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
         "long": 16_384,
         "long-L0": 16_384,
         "long-L5": 16_384,
-        "L2-tuned": 2048,
-        "L5-tuned": 2048,
     }
     assert all(leg.snapshots == [before_decay(leg, plan.run)] for leg in plan.legs)
-    assert plan.run.plan.preset != "auto" and plan.leg("L2-tuned").parent == "long"
+    assert plan.run.plan.preset != "auto"
     assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}

@@ -4,18 +4,17 @@ Four laws with few free parameters; docs/log.md has the data they were found on:
 
     hub        FVU(n) = floor + slope / √n                                     after n tokens from scratch
     scratch    FVU(l, n) = FVU(l, n₀) · (FVU(hub, n) / FVU(hub, n₀)) ^ power(l)     at any layer
-    hop        FVU(p → t) = FVU(t, n) + gap(p, t)                              zero-shot, from a parent worth n tokens
-    child      FVU = FVU(t, n + m) + gap(p, t) / (1 + m / half(n))             after m tokens of its own
+    hop        FVU(p → t) = FVU(t, n) + gap(p, t)            map and refit, from a parent worth n tokens
+    child      FVU = FVU(t, n + m) + gap(p, t) / (1 + m / half)                after m tokens of its own
 
-A gap does not depend on how well the parent is trained; half(n) grows as √n. A dictionary is worth the tokens from
-scratch that reach its FVU, so a child's child starts from what the child is worth.
+A gap does not depend on how well the parent is trained. A dictionary is worth the tokens from scratch that reach its
+FVU, so a child's child starts from what the child is worth.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from statistics import geometric_mean
 from typing import NamedTuple
 
 import networkx as nx
@@ -37,6 +36,12 @@ ROOT_MULTIPLES = (1.0, 1.5, 2.0, 3.0)
 """Roots trained beyond what their own goal needs make all hops from them cheaper; these multiples are tried."""
 DOUBT = 1.25
 """A root other than the hub must be that much cheaper: its curve is less known."""
+GAP_GROWTH = 1.3
+"""Gap after a finished parent over that after a pilot; a third of 1 − R² is the other estimate of it (docs/log.md)."""
+HALF_PER_LATENT = 40
+"""Tokens after which half of a gap is closed, for each latent."""
+CHILD_DECAY_GAIN = 0.97
+"""FVU after over before the decay of a leg that began with a hop."""
 FORWARD_SHARES = (0.0, 0.5, 1.0)
 """Shares of a forward pass that a leg is charged while the tree is chosen: legs that run side by side share it."""
 
@@ -55,8 +60,7 @@ class Curves:
     gap: dict[tuple[int, int], float]
     """FVU that a hop from one layer to another adds, for the pairs surveyed."""
     half: float
-    """Tokens that close half of a gap, after a parent worth `half_at` tokens."""
-    half_at: int
+    """Tokens that close half of a gap."""
 
     def hub(self, tokens: float) -> float:
         """FVU at the hub after some tokens from scratch."""
@@ -73,8 +77,7 @@ class Curves:
 
     def child(self, parent: int, layer: int, worth: float, tokens: float) -> float:
         """FVU of a child after some tokens, whose parent is worth `worth` tokens from scratch."""
-        half = self.half * math.sqrt(worth / self.half_at)
-        return self.scratch(layer, worth + tokens) + self.gap[parent, layer] / (1 + tokens / half)
+        return self.scratch(layer, worth + tokens) + self.gap[parent, layer] / (1 + tokens / self.half)
 
     def child_tokens(self, parent: int, layer: int, worth: float, fvu: float) -> float:
         """Tokens after which a child has an FVU; infinite if scratch would need fewer."""
@@ -100,29 +103,29 @@ def fit_curves(survey: Survey) -> Curves:
     decay = {layer.layer: math.log(layer.decay_gain - 1e-9) for layer in survey.layers}
     slope = max(0.0, pilot[hub] - survey.long_fvu) / (1 / math.sqrt(short) - 1 / math.sqrt(long))
     slope = min(slope, pilot[hub] * math.sqrt(short))
-    rise = log_ratio(survey.long_fvu, pilot[hub])
+    home = {layer.layer: layer.refitted for layer in survey.layers}
+    rise, refitted_rise = log_ratio(survey.long_fvu, pilot[hub]), log_ratio(survey.long_refitted, home[hub])
     power = {hub: 1.0} | {layer: log_ratio(fvu, pilot[layer]) / rise for layer, fvu in survey.ends.items()}
     known = sorted(power)
     for hop in survey.hops:
         if hop.source == hub and hop.target not in known:
-            layer, gap = hop.target, hop.fvu - pilot[hop.target]
-            carried = max(survey.long_hops[layer] - gap, 0.1 * pilot[layer])
+            layer, gap = hop.target, hop.refitted - home[hop.target]
+            carried = max(survey.long_hops[layer] - gap, 0.1 * home[layer])
             between = np.interp(layer, known, [math.log(power[end]) for end in known])
             estimates = (
-                log_ratio(carried, pilot[layer]) / rise,
+                log_ratio(carried, home[layer]) / refitted_rise,
                 (1 + decay[layer] / decay[hub]) / 2,
                 math.exp(between),
             )
             weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2, 0.1)]
             mean = sum(w * value for w, value in zip(weights, estimates, strict=True)) / sum(weights)
             power[layer] = min(max(mean, 0.5), 3.0)
-    gaps = {(hop.source, hop.target): max(hop.fvu - pilot[hop.target], (1 - hop.r2) / 2) for hop in survey.hops}
-    curves = Curves(pilot[hub] - slope / math.sqrt(short), slope, short, pilot, power, gaps, short / 2, long)
-    halves = []
-    for layer, fvu in survey.tuned.items():
-        left = (fvu - curves.scratch(layer, long + survey.tuned_tokens)) / gaps[hub, layer]
-        halves.append(survey.tuned_tokens / (1 / min(max(left, 0.1), 0.9) - 1))
-    return replace(curves, half=geometric_mean(halves)) if halves else curves
+    gaps = dict[tuple[int, int], float]()
+    for hop in survey.hops:
+        measured = GAP_GROWTH * max(hop.refitted - home[hop.target], 1e-4)
+        gaps[hop.source, hop.target] = math.sqrt(measured * max((1 - hop.r2) / 3, 1e-4))
+    floor = pilot[hub] - slope / math.sqrt(short)
+    return Curves(floor, slope, short, pilot, power, gaps, HALF_PER_LATENT * survey.n_latents)
 
 
 def log_ratio(fvu: float, of: float) -> float:
@@ -315,9 +318,7 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
             tokens=run.train.batch_tokens * math.ceil(tree.tokens[layer] / run.train.batch_tokens),
             goal_fvu=round(tree.fvu[layer], 5),
             predicted_fvu=round(tree.fvu[layer], 5),
-            decay_gain=round(
-                decay_gain(layer, tree.tokens[layer], survey) if parent is None else survey.tuned_decay_gain, 3
-            ),
+            decay_gain=round(decay_gain(layer, tree.tokens[layer], survey) if parent is None else CHILD_DECAY_GAIN, 3),
         )
         for layer, parent in sorted(tree.parents.items())
     ]

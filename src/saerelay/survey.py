@@ -1,15 +1,13 @@
 """The survey behind `preset = "auto"`: a short pass over the training split that measures what a plan is chosen by.
 
-It is a small run of its own (`survey/` in the run directory): pilots from scratch at every layer, long pilots at a
-middle layer, the hub, and at the first and the last, and short fine-tunes after hops from the hub. Every point of a
-curve is a run with its own decay. What they are worth is measured on rows of the validation split, as is the worth of
-every hop without training.
+It is a small run of its own (`survey/` in the run directory): pilots from scratch at every layer, and long pilots at a
+middle layer, the hub, and at the first and the last. Every point of a curve is a run with its own decay. What they are
+worth is measured on rows of the validation split, as is the worth of every hop without training, refitted or not.
 """
 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from statistics import mean
 
 import torch
 from torch import Tensor
@@ -26,9 +24,9 @@ from saerelay.spec import Spec
 from saerelay.stream import AbstractStream, LiveStream
 from saerelay.suite import Suite, load
 from saerelay.train import hold_out
-from saerelay.transfer import AffineMap, affine, fold
+from saerelay.transfer import AffineMap, affine, fold, refit
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LONG = "long"
 """Id of the long pilot."""
 MAP_ROWS = 16_384
@@ -47,6 +45,8 @@ class SurveyedLayer(Spec):
     """√ E‖x − E x‖²."""
     fvu: float
     """Of the pilot, with `pilot_tokens`."""
+    refitted: float
+    """Of the pilot with its decoder refitted, as after a hop."""
     decay_gain: float
     """Its FVU over that before the learning rate's decay."""
 
@@ -62,6 +62,8 @@ class SurveyedHop(Spec):
     """Mean angle between the activations of a token at the two layers, over π."""
     fvu: float
     """Of the source's pilot, carried to the target."""
+    refitted: float
+    """Of that with its decoder refitted."""
 
 
 class SurveyCost(Spec):
@@ -82,6 +84,7 @@ class Survey(Spec):
     schema_version: int = SCHEMA_VERSION
     asked: Run
     hub: int
+    n_latents: int
     pilot_tokens: int
     long_tokens: int
     layers: list[SurveyedLayer]
@@ -90,16 +93,13 @@ class Survey(Spec):
     """Of the pilots; the plan has the same, since what is learned from few tokens depends on how they are shuffled."""
     long_fvu: float
     """Of the hub's long pilot, with `long_tokens`."""
+    long_refitted: float
+    """Of that with its decoder refitted."""
     long_decay_gain: float
     ends: dict[int, float]
     """FVU of as long pilots at the first and the last layer, where curves are least like the hub's."""
     long_hops: dict[int, float]
-    """Of the long pilot carried to each other layer."""
-    tuned_tokens: int
-    tuned: dict[int, float]
-    """Of the long pilot carried to some layers and trained there on `tuned_tokens`."""
-    tuned_decay_gain: float
-    """Their FVU over that before the decay, mean."""
+    """Of the long pilot carried to each other layer and refitted there."""
     cost: SurveyCost
 
 
@@ -111,16 +111,12 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     layers = sorted({leg.layer for leg in usual.legs})
     hub = p.roots[0] if p.roots else hub_of(layers)
     long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
-    pilot, tuned = batch * (long // 4 // batch), batch * (long // 8 // batch)
+    pilot = batch * (long // 4 // batch)
     legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=pilot) for layer in layers]
     legs.append(LegSpec(id=LONG, layer=hub, tokens=long))
     for layer in sorted({layers[0], layers[-1]} - {hub}):
         legs.append(LegSpec(id=f"{LONG}-L{layer}", layer=layer, tokens=long))
-    at = layers.index(hub)
-    for layer in [layers[i] for i in (at - 1, at + 2) if 0 <= i < len(layers)]:
-        legs.append(LegSpec(id=f"L{layer}-tuned", layer=layer, parent=LONG, tokens=tuned))
-    moments = {"method": "affine", "moment_tokens": min(p.moment_tokens, long)}
-    plan = plain.model_copy(update=moments | {"legs": legs, "roots": []})
+    plan = plain.model_copy(update={"legs": legs, "roots": []})
     train = run.train.model_copy(update={"snapshots": [], "loggers": []})
     block = choose_block(run, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
     data = run.data.model_copy(update={"cache": "", "block_tokens": block})
@@ -161,37 +157,36 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
                 "target": target.layer,
                 "r2": r2(between, held_out[source], held_out[target]),
             }
-            value = fvu(carry(suite[pilots[source].id], between, rows[target], asked.dictionary.l0), held_out[target])
-            hops.append(SurveyedHop(**hop, angle=angle(held_out[source], held_out[target]), fvu=value))
+            carried = carry(suite[pilots[source].id], between, rows[target], asked.dictionary.l0)
+            hop["fvu"], hop["refitted"] = worth(carried, rows[target], held_out[target])
+            hops.append(SurveyedHop(**hop, angle=angle(held_out[source], held_out[target])))
             if source == long.site:
-                long_hops[target.layer] = fvu(
-                    carry(suite[LONG], between, rows[target], asked.dictionary.l0), held_out[target]
-                )
+                carried = carry(suite[LONG], between, rows[target], asked.dictionary.l0)
+                long_hops[target.layer] = worth(carried, rows[target], held_out[target])[1]
     final = {leg.id: fvu(suite[leg.id].to(stream.device), held_out[leg.site]) for leg in plan.legs}
     gain = {}
     for leg in plan.legs:
         before = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))[0].to(stream.device)
         gain[leg.id] = min(1.0, final[leg.id] / fvu(before, held_out[leg.site]))
-    layers = [
-        SurveyedLayer(layer=site.layer, rms_norm=rms_norm(held_out[site]), fvu=final[leg.id], decay_gain=gain[leg.id])
-        for site, leg in sorted(pilots.items())
-    ]
-    tuned = [leg for leg in plan.legs if leg.parent]
+    layers = list[SurveyedLayer]()
+    for site, leg in sorted(pilots.items()):
+        as_it_is, refitted = worth(suite[leg.id].to(stream.device), rows[site], held_out[site])
+        found = {"fvu": as_it_is, "refitted": refitted, "decay_gain": gain[leg.id]}
+        layers.append(SurveyedLayer(layer=site.layer, rms_norm=rms_norm(held_out[site]), **found))
     return Survey(
         asked=asked,
         hub=long.layer,
+        n_latents=suite[LONG].n_latents,
         pilot_tokens=min(leg.budget_tokens for leg in pilots.values()),
         long_tokens=long.budget_tokens,
         block_tokens=plan.block_tokens,
         layers=layers,
         hops=sorted(hops, key=lambda hop: (hop.source, hop.target)),
         long_fvu=final[LONG],
+        long_refitted=worth(suite[LONG].to(stream.device), rows[long.site], held_out[long.site])[1],
         long_decay_gain=gain[LONG],
         ends={leg.layer: final[leg.id] for leg in plan.legs if leg.id.startswith(f"{LONG}-")},
         long_hops=long_hops,
-        tuned_tokens=max((leg.budget_tokens for leg in tuned), default=0),
-        tuned={leg.layer: final[leg.id] for leg in tuned},
-        tuned_decay_gain=mean([gain[leg.id] for leg in tuned] or [1.0]),
         cost=survey_cost(plan, suite, n_read + n_held_out, time.perf_counter() - began),
     )
 
@@ -216,12 +211,14 @@ def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
 
 
 def carry(dictionary: Dictionary, between: AffineMap, rows: Tensor, l0: float | None) -> Dictionary:
-    """A dictionary folded through a map, at an L0 (None: as it comes) on rows (B, D) of the target.
-
-    Without the refit: after it, a pilot's FVU would say more of the target's tokens than of the source's.
-    """
+    """A dictionary folded through a map, at an L0 (None: as it comes) on rows (B, D) of the target."""
     folded = fold(dictionary.to(rows.device), between)
     return match_l0(folded, rows[:8192], l0) if l0 else folded
+
+
+def worth(dictionary: Dictionary, rows: Tensor, held_out: Tensor) -> tuple[float, float]:
+    """FVU on held-out rows (B, D), as the dictionary is and with its decoder refitted on other rows."""
+    return fvu(dictionary, held_out), fvu(refit(dictionary, rows.split(4096)), held_out)
 
 
 def r2(between: AffineMap, source: Tensor, target: Tensor) -> float:

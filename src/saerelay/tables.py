@@ -35,13 +35,12 @@ def survey_table(survey: Survey) -> Table:
 
 def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
     """What a choice rests on, and what it is predicted to take."""
-    taken, tuned = survey.cost, ", ".join(map(str, survey.tuned)) or "none"
+    taken, long = survey.cost, ", ".join(map(str, sorted({survey.hub, *survey.ends})))
     return [
         Text(
             f"Predicted: every layer at no more than {choice.ratio:.3f} times the FVU of scratch with root_tokens, on "
             f"validation rows. Basis: pilots of {format_count(survey.pilot_tokens)} tokens at all layers and of "
-            f"{format_count(survey.long_tokens)} at layer {survey.hub}, fine-tunes of "
-            f"{format_count(survey.tuned_tokens)} after hops to {tuned}."
+            f"{format_count(survey.long_tokens)} at layers {long}, hops of the pilots without training."
         ),
         Text(
             f"The survey took {duration(taken.seconds)}, {flops(taken.flops)}, {format_count(taken.sae_samples)} "
