@@ -95,8 +95,10 @@ def fit_curves(survey: Survey) -> Curves:
 
     The hub's curve goes through its two pilots, and so do those of the first and the last layer. Another layer's power
     is the mean, weighted by the inverse of their variances, of three estimates: from the long pilot's hop to it, less
-    the gap (good near the hub), half-way between the hub's and what the two layers gain in the decay (rough), and
-    between those of the layers that have a long pilot.
+    the gap, which lies between that of pilots and that of finished legs (good near the hub); half-way between the hub's
+    and what the two layers gain in the decay (rough); and between those of the layers that have a long pilot (rough).
+
+    A gap is the geometric mean of that of the pilots, grown, and of a third of what the map leaves unexplained.
     """
     short, long, hub = survey.pilot_tokens, survey.long_tokens, survey.hub
     pilot = {layer.layer: layer.fvu for layer in survey.layers}
@@ -110,14 +112,14 @@ def fit_curves(survey: Survey) -> Curves:
     for hop in survey.hops:
         if hop.source == hub and hop.target not in known:
             layer, gap = hop.target, hop.refitted - home[hop.target]
-            carried = max(survey.long_hops[layer] - gap, 0.1 * home[layer])
+            carried = max(survey.long_hops[layer] - math.sqrt(GAP_GROWTH) * gap, 0.1 * home[layer])
             between = np.interp(layer, known, [math.log(power[end]) for end in known])
             estimates = (
                 log_ratio(carried, home[layer]) / refitted_rise,
                 (1 + decay[layer] / decay[hub]) / 2,
                 math.exp(between),
             )
-            weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2, 0.1)]
+            weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2, 0.2)]
             mean = sum(w * value for w, value in zip(weights, estimates, strict=True)) / sum(weights)
             power[layer] = min(max(mean, 0.5), 3.0)
     gaps = dict[tuple[int, int], float]()

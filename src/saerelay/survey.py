@@ -31,7 +31,7 @@ LONG = "long"
 """Id of the long pilot."""
 MAP_ROWS = 16_384
 """Rows that the maps of the survey are fitted on, at least."""
-TOKENS_PER_LATENT = 40
+TOKENS_PER_LATENT = 64
 """Of the long pilot, at least; the curves have no floor to be seen when the short ones get less than a quarter."""
 REACH = 2
 """Layers further apart than this exchange no dictionaries, unless one of them is the hub."""
