@@ -72,6 +72,7 @@ class Job:
     batch: int
     quality: bool
     peer_lr: float
+    our_lr: float
 
     @property
     def shape(self) -> Shape:
@@ -153,7 +154,7 @@ def ours(job: Job, dtype: str = "auto") -> dict:
         "data": {"context": CONTEXT},
         "dictionary": {"n_latents": job.shape.n_latents, "k": job.shape.k},
         "plan": {"preset": "scratch", "root_tokens": job.tokens},
-        "train": {"batch_tokens": job.batch},
+        "train": {"batch_tokens": job.batch, "lr": job.our_lr or "auto"},
     }
     plan = plan_run(Run.parse(recipe, source="bench"))
     stream = open_stream(plan, sequences(job, "train")[: plan.n_tokens // CONTEXT])
@@ -342,7 +343,8 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--quality", action="store_true", help="SAELens as it recommends, and held-out FVU")
-    parser.add_argument("--peer-lr", type=float, default=1e-3, help="SAELens' learning rate; ours is its default")
+    parser.add_argument("--peer-lr", type=float, default=1e-3, help="SAELens' learning rate")
+    parser.add_argument("--our-lr", type=float, default=0.0, help="ours; 0: as it chooses")
     parser.add_argument("--json", type=Path, help="also write the document here")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -357,7 +359,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models.split(","):
             layers = list(range(SHAPES[model].n_layers)) if args.layers == "all" else args.layers.split(",")
-            job = Job(folder, model, [int(i) for i in layers], tokens, args.batch, args.quality, args.peer_lr)
+            sites = [int(layer) for layer in layers]
+            job = Job(folder, model, sites, tokens, args.batch, args.quality, args.peer_lr, args.our_lr)
             document["settings"] |= spawn("prepare", job, args.threads)
             runs: dict[str, list[dict]] = {name: [] for name in names}
             for rep in range(args.reps):

@@ -597,25 +597,30 @@ def samples_of(legs: Iterable[Point]) -> int:
 
 
 def suites_table(r: Results) -> list[Row]:
-    """Whole presets: cost and quality over suite-scratch's."""
+    """Whole presets: cost, a survey's included, and quality over suite-scratch's."""
     own = r.summaries.get("suite-scratch")
     if not own:
         return []
+
+    def taken(summary: dict[str, Any], what: str) -> float:
+        return summary["cost"][what] + (summary["cost"]["survey"] or {}).get(what, 0)
+
     fvu = {leg["layer"]: leg["fvu"] for leg in own["legs"]}
     rows = []
     for name, summary in r.summaries.items():
         if name.startswith("suite-"):
             legs = {leg["layer"]: leg["fvu"] for leg in summary["legs"] if leg["role"] != "control"}
             ratios = [legs[layer] / fvu[layer] for layer in fvu if layer in legs]
-            share = {key: summary["cost"][key] / own["cost"][key] for key in ("seconds", "flops", "sae_samples")}
+            costs = ("seconds", "flops", "sae_samples", "lm_tokens")
+            share = {cost: taken(summary, cost) / taken(own, cost) for cost in costs}
             rows.append(
                 {
                     "suite": name.removeprefix("suite-"),
-                    "seconds": summary["cost"]["seconds"],
+                    "seconds": taken(summary, "seconds"),
                     "of scratch": share["seconds"],
                     "FLOPs": share["flops"],
                     "samples": share["sae_samples"],
-                    "LM tokens": summary["cost"]["lm_tokens"] / own["cost"]["lm_tokens"],
+                    "LM tokens": share["lm_tokens"],
                     "mean FVU ratio": float(np.mean(ratios)),
                     "worst": max(ratios),
                     "layers": len(ratios),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from saerelay.auto import (
+    DECLINE,
     DOUBT,
     GAP_GROWTH,
     HALF_PER_LATENT,
@@ -36,10 +37,10 @@ def laws(seed: int = 0) -> Curves:
     pairs = [(p, t) for p, t in itertools.permutations(LAYERS, 2) if abs(p - t) <= 2 or HUB in (p, t)]
     return Curves(
         floor=0.05,
-        slope=8.0,
+        slope=12.0,
         pilot_tokens=SHORT,
-        pilot={layer: rng.uniform(0.1, 0.3) if layer != HUB else 0.05 + 8 / 64 for layer in LAYERS},
-        power={layer: rng.uniform(0.8, 1.4) if layer != HUB else 1.0 for layer in LAYERS},
+        pilot={layer: rng.uniform(0.1, 0.3) if layer != HUB else 0.05 + 12 * SHORT**-DECLINE for layer in LAYERS},
+        power={layer: 0.9 ** (layer - HUB) for layer in LAYERS},
         gap={(p, t): 0.004 * abs(p - t) * rng.uniform(0.5, 2) for p, t in pairs},
         half=HALF_PER_LATENT * LATENTS,
     )
@@ -91,7 +92,7 @@ def test_the_laws_are_recovered_from_what_they_give() -> None:
     assert (found.floor, found.slope) == pytest.approx((truth.floor, truth.slope))
     assert found.gap == pytest.approx(truth.gap) and found.half == truth.half
     for layer in LAYERS:
-        assert found.scratch(layer, 131_072) == pytest.approx(truth.scratch(layer, 131_072), rel=0.05)
+        assert found.scratch(layer, 131_072) == pytest.approx(truth.scratch(layer, 131_072))
 
 
 def test_tokens_and_fvu_are_inverses() -> None:

@@ -2,7 +2,7 @@
 
 Four laws with few free parameters; docs/log.md has the data they were found on:
 
-    hub        FVU(n) = floor + slope / √n                                     after n tokens from scratch
+    hub        FVU(n) = floor + slope · n ^ −DECLINE                           after n tokens from scratch
     scratch    FVU(l, n) = FVU(l, n₀) · (FVU(hub, n) / FVU(hub, n₀)) ^ power(l)     at any layer
     hop        FVU(p → t) = FVU(t, n) + gap(p, t)            map and refit, from a parent worth n tokens
     child      FVU = FVU(t, n + m) + gap(p, t) / (1 + m / half)                after m tokens of its own
@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import networkx as nx
@@ -36,6 +37,8 @@ ROOT_MULTIPLES = (1.0, 1.5, 2.0, 3.0)
 """Roots trained beyond what their own goal needs make all hops from them cheaper; these multiples are tried."""
 DOUBT = 1.25
 """A root other than the hub must be that much cheaper: its curve is less known."""
+DECLINE = 0.55
+"""How fast a curve falls to its floor; between what two models have (docs/log.md)."""
 GAP_GROWTH = 1.3
 """Gap after a finished parent over that after a pilot; a third of 1 − R² is the other estimate of it (docs/log.md)."""
 HALF_PER_LATENT = 40
@@ -64,7 +67,7 @@ class Curves:
 
     def hub(self, tokens: float) -> float:
         """FVU at the hub after some tokens from scratch."""
-        return self.floor + self.slope / math.sqrt(tokens)
+        return self.floor + self.slope * tokens**-DECLINE
 
     def scratch(self, layer: int, tokens: float) -> float:
         """FVU at a layer after some tokens from scratch."""
@@ -73,7 +76,7 @@ class Curves:
     def worth(self, layer: int, fvu: float) -> float:
         """Tokens from scratch that reach an FVU at a layer; infinite if none do."""
         at_hub = self.hub(self.pilot_tokens) * (fvu / self.pilot[layer]) ** (1 / self.power[layer])
-        return (self.slope / (at_hub - self.floor)) ** 2 if at_hub > self.floor else math.inf
+        return (self.slope / (at_hub - self.floor)) ** (1 / DECLINE) if at_hub > self.floor else math.inf
 
     def child(self, parent: int, layer: int, worth: float, tokens: float) -> float:
         """FVU of a child after some tokens, whose parent is worth `worth` tokens from scratch."""
@@ -94,17 +97,16 @@ def fit_curves(survey: Survey) -> Curves:
     """Fit the laws to what was measured.
 
     The hub's curve goes through its two pilots, and so do those of the first and the last layer. Another layer's power
-    is the mean, weighted by the inverse of their variances, of three estimates: from the long pilot's hop to it, less
-    the gap, which lies between that of pilots and that of finished legs (good near the hub); half-way between the hub's
-    and what the two layers gain in the decay (rough); and between those of the layers that have a long pilot (rough).
+    is the geometric mean of three estimates, each rough: what the long pilot carried to it gains over its own, less the
+    gap; what the two layers gain in the decay; and between the powers of the layers that have a long pilot.
 
     A gap is the geometric mean of that of the pilots, grown, and of a third of what the map leaves unexplained.
     """
     short, long, hub = survey.pilot_tokens, survey.long_tokens, survey.hub
     pilot = {layer.layer: layer.fvu for layer in survey.layers}
     decay = {layer.layer: math.log(layer.decay_gain - 1e-9) for layer in survey.layers}
-    slope = max(0.0, pilot[hub] - survey.long_fvu) / (1 / math.sqrt(short) - 1 / math.sqrt(long))
-    slope = min(slope, pilot[hub] * math.sqrt(short))
+    slope = max(0.0, pilot[hub] - survey.long_fvu) / (short**-DECLINE - long**-DECLINE)
+    slope = min(slope, pilot[hub] * short**DECLINE)
     home = {layer.layer: layer.refitted for layer in survey.layers}
     rise, refitted_rise = log_ratio(survey.long_fvu, pilot[hub]), log_ratio(survey.long_refitted, home[hub])
     power = {hub: 1.0} | {layer: log_ratio(fvu, pilot[layer]) / rise for layer, fvu in survey.ends.items()}
@@ -112,21 +114,18 @@ def fit_curves(survey: Survey) -> Curves:
     for hop in survey.hops:
         if hop.source == hub and hop.target not in known:
             layer, gap = hop.target, hop.refitted - home[hop.target]
-            carried = max(survey.long_hops[layer] - math.sqrt(GAP_GROWTH) * gap, 0.1 * home[layer])
-            between = np.interp(layer, known, [math.log(power[end]) for end in known])
+            carried = max(survey.long_hops[layer] - gap, 0.1 * home[layer])
             estimates = (
                 log_ratio(carried, home[layer]) / refitted_rise,
-                (1 + decay[layer] / decay[hub]) / 2,
-                math.exp(between),
+                decay[layer] / decay[hub],
+                math.exp(np.interp(layer, known, [math.log(power[end]) for end in known])),
             )
-            weights = [1 / sd**2 for sd in ((0.1 * abs(gap) / carried + 0.01) / -rise, 0.2, 0.2)]
-            mean = sum(w * value for w, value in zip(weights, estimates, strict=True)) / sum(weights)
-            power[layer] = min(max(mean, 0.5), 3.0)
+            power[layer] = geometric_mean(np.clip(estimates, 0.5, 3.0))
     gaps = dict[tuple[int, int], float]()
     for hop in survey.hops:
         measured = GAP_GROWTH * max(hop.refitted - home[hop.target], 1e-4)
         gaps[hop.source, hop.target] = math.sqrt(measured * max((1 - hop.r2) / 3, 1e-4))
-    floor = pilot[hub] - slope / math.sqrt(short)
+    floor = pilot[hub] - slope * short**-DECLINE
     return Curves(floor, slope, short, pilot, power, gaps, HALF_PER_LATENT * survey.n_latents)
 
 
