@@ -16,6 +16,7 @@ from transfer_tables import (
     groups_table,
     head_start,
     head_start_table,
+    pareto_table,
     suites_table,
 )
 
@@ -144,26 +145,26 @@ def draw_distance(models: Sequence[Results], path: Path) -> None:
 
 
 def draw_suites(models: Sequence[Results], path: Path) -> None:
-    """Mean (full) and worst (hollow) FVU ratio of suites, against their samples."""
+    """The worst layer's FVU ratio against samples: suites as they are, and the cheapest ones put together."""
     figure, panels = subplots(1, len(models))
     for r, panel in zip(models, panels.flat, strict=True):
-        kinds = {
-            "whole presets": ("tab:blue", suites_table(r)),
-            "Group-SAE": ("tab:red", [row for row in groups_table(r) if row["suite"].startswith("Group")]),
-            "alternate, identity": ("tab:orange", [row for row in composed(r) if "identity" in row["suite"]]),
-            "alternate, affine+refit": ("tab:green", [row for row in composed(r) if "refit" in row["suite"]]),
-        }
-        for name, (colour, rows) in ((name, kind) for name, kind in kinds.items() if kind[1]):
+        grouped = [row for row in groups_table(r) if row["suite"].startswith("Group")]
+        kinds = {"presets, timed": ("tab:purple", "o", suites_table(r)), "Group-SAE": ("tab:red", "s", grouped)}
+        for hop in ("identity", "affine+refit"):
+            kinds[f"alternate, {hop}"] = (COLOURS[hop], ".", [row for row in composed(r) if hop in row["suite"]])
+        for name, (colour, marker, rows) in ((name, kind) for name, kind in kinds.items() if kind[2]):
             at = [row["samples"] for row in rows]
-            panel.plot(at, [row["mean FVU ratio"] for row in rows], "o", color=colour, ms=4, label=name)
-            panel.plot(at, [row["worst"] for row in rows], "o", color=colour, ms=4, mfc="white")
-        panel.axhline(1, color="grey", lw=1)
-        panel.set(title=r.model, xlabel="samples / all layers from scratch", yscale="log")
-        ratio_axis(panel)
+            panel.plot(at, [row["worst"] for row in rows], marker, color=colour, ms=5, label=name)
+        bounds = [1 + step / 100 for step in range(1, 81)]
+        cheapest = pareto_table(r, bounds)
+        for name, colour in (("scratch", COLOURS["scratch"]), ("hops", COLOURS["affine+refit"])):
+            at = [row[f"{name}: samples"] for row in cheapest]
+            if at:
+                panel.step(at, bounds, color=colour, lw=1, where="post", label=f"cheapest, {name}")
+        panel.set(title=r.model, xlabel="samples / all layers from scratch", ylim=(0.99, 1.8))
         panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("FVU ratio: mean ●, worst ○")
-    for panel in panels.flat:
-        panel.legend(fontsize=7)
+    panels[0, 0].set_ylabel("FVU ratio of the worst layer")
+    panels[0, -1].legend(fontsize=7)
     save(figure, path)
 
 

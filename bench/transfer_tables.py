@@ -555,7 +555,7 @@ def composed(r: Results) -> list[Row]:
     return rows
 
 
-def pareto_table(r: Results) -> list[Row]:
+def pareto_table(r: Results, bounds: Sequence[float] = BOUNDS) -> list[Row]:
     """The cheapest suite whose worst layer is within a bound: from scratch alone, and with hops between neighbours.
 
     Every layer is a leg from scratch, at some budget, or a hop from a neighbour that has the full one; all choices of
@@ -566,7 +566,7 @@ def pareto_table(r: Results) -> list[Row]:
     if not hops or len(controls) < len(r.layers):
         return []
     full, rows = sum(c.tokens for c in controls.values()), []
-    for bound in BOUNDS:
+    for bound in bounds:
         alone = {
             layer: next(p for p in [*r.scratch(layer), control] if r.ratio(p) <= bound)
             for layer, control in controls.items()

@@ -346,11 +346,15 @@ def with_legs(run: Run, survey: Survey, legs: list[LegSpec]) -> Run:
 def written_out(run: Run, survey: Survey, choice: Choice) -> Run:
     """The recipe with the legs chosen: with slack where they may stop early and no budget forbids it.
 
+    Slack does not go beyond root_tokens, with which scratch has the FVU that goals are measured by.
     Controls are those of the layers that a transfer reaches; which these are, the recipe could not know.
     """
     slack = SLACK if run.plan.stop and not run.plan.budget else 1.0
     batch = run.train.batch_tokens
-    legs = [leg.model_copy(update={"tokens": batch * math.ceil(slack * leg.tokens / batch)}) for leg in choice.legs]
+    legs = list[LegSpec]()
+    for leg in choice.legs:
+        most = min(slack * leg.tokens, max(leg.tokens, run.plan.root_tokens))
+        legs.append(leg.model_copy(update={"tokens": batch * math.ceil(most / batch)}))
     for layer in run.plan.controls:
         if transfers := [leg for leg in legs if leg.layer == layer and leg.parent]:
             legs += control_legs(run, layer, transfers)

@@ -23,6 +23,7 @@ from saerelay.site import Site
 from saerelay.spec import Spec
 from saerelay.stream import AbstractStream, LiveStream
 from saerelay.suite import Suite, load
+from saerelay.threads import side_by_side
 from saerelay.train import hold_out
 from saerelay.transfer import AffineMap, affine, fold, refit
 
@@ -146,33 +147,43 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
     long = plan.leg(LONG)
     rows, n_read = gather(plan, stream, max(MAP_ROWS, 4 * max(plan.facts.width(site) for site in pilots)))
     held_out, n_held_out = hold_out(plan, validation)
-    hops, long_hops = list[SurveyedHop](), dict[int, float]()
+    maps = dict[tuple[Site, Site], AffineMap]()
     for a, b in pairs(sorted(pilots), long.site):
         moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
         moments.add(rows[a], rows[b])
-        there = affine(moments)
-        for source, target, between in ((a, b, there), (b, a, there.reversed())):
-            hop = {
-                "source": source.layer,
-                "target": target.layer,
-                "r2": r2(between, held_out[source], held_out[target]),
-            }
-            carried = carry(suite[pilots[source].id], between, rows[target], asked.dictionary.l0)
-            hop["fvu"], hop["refitted"] = worth(carried, rows[target], held_out[target])
-            hops.append(SurveyedHop(**hop, angle=angle(held_out[source], held_out[target])))
-            if source == long.site:
-                carried = carry(suite[LONG], between, rows[target], asked.dictionary.l0)
-                long_hops[target.layer] = worth(carried, rows[target], held_out[target])[1]
-    final = {leg.id: fvu(suite[leg.id].to(stream.device), held_out[leg.site]) for leg in plan.legs}
+        maps[a, b] = affine(moments)
+        maps[b, a] = maps[a, b].reversed()
+
+    def there(leg: Leg, site: Site) -> tuple[float, float]:
+        """FVU of a leg's dictionary at a site, as it is and refitted."""
+        dictionary = suite[leg.id].to(stream.device)
+        if leg.site != site:
+            dictionary = carry(dictionary, maps[leg.site, site], rows[site], asked.dictionary.l0)
+        return worth(dictionary, rows[site], held_out[site])
+
+    wanted = [(pilots[source], target) for source, target in maps]
+    wanted += [(long, target) for source, target in maps if source == long.site]
+    wanted += [(leg, leg.site) for leg in plan.legs]
+    measured = side_by_side(lambda one: there(*one), wanted, stream.device)
+    fvu_of = {(leg.id, site): fvus for (leg, site), fvus in zip(wanted, measured, strict=True)}
+    final = {leg.id: fvu_of[leg.id, leg.site][0] for leg in plan.legs}
     gain = {}
     for leg in plan.legs:
         before = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))[0].to(stream.device)
         gain[leg.id] = min(1.0, final[leg.id] / fvu(before, held_out[leg.site]))
     layers = list[SurveyedLayer]()
     for site, leg in sorted(pilots.items()):
-        as_it_is, refitted = worth(suite[leg.id].to(stream.device), rows[site], held_out[site])
+        as_it_is, refitted = fvu_of[leg.id, site]
         found = {"fvu": as_it_is, "refitted": refitted, "decay_gain": gain[leg.id]}
         layers.append(SurveyedLayer(layer=site.layer, rms_norm=rms_norm(held_out[site]), **found))
+    hops = list[SurveyedHop]()
+    for (source, target), between in sorted(maps.items(), key=lambda item: item[0]):
+        as_it_is, refitted = fvu_of[pilots[source].id, target]
+        alike = {
+            "r2": r2(between, held_out[source], held_out[target]),
+            "angle": angle(held_out[source], held_out[target]),
+        }
+        hops.append(SurveyedHop(source=source.layer, target=target.layer, fvu=as_it_is, refitted=refitted, **alike))
     return Survey(
         asked=asked,
         hub=long.layer,
@@ -181,12 +192,12 @@ def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStre
         long_tokens=long.budget_tokens,
         block_tokens=plan.block_tokens,
         layers=layers,
-        hops=sorted(hops, key=lambda hop: (hop.source, hop.target)),
+        hops=hops,
         long_fvu=final[LONG],
-        long_refitted=worth(suite[LONG].to(stream.device), rows[long.site], held_out[long.site])[1],
+        long_refitted=fvu_of[LONG, long.site][1],
         long_decay_gain=gain[LONG],
         ends={leg.layer: final[leg.id] for leg in plan.legs if leg.id.startswith(f"{LONG}-")},
-        long_hops=long_hops,
+        long_hops={site.layer: fvu_of[LONG, site][1] for source, site in maps if source == long.site},
         cost=survey_cost(plan, suite, n_read + n_held_out, time.perf_counter() - began),
     )
 
