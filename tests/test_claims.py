@@ -16,7 +16,7 @@ def fvu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         legs.append({"id": method, "layer": 4, "parent": "source", "method": method, "refit": False, "tokens": SHORT})
     legs.append({"id": "refit", "layer": 4, "parent": "source", "method": "affine", "refit": True, "tokens": SHORT})
     legs.append({"id": "tuned", "layer": 4, "parent": "source", "method": "affine", "tokens": "250k"})
-    legs.append({"id": "scratch", "layer": 4, "tokens": "1M", "lr": 4e-3})  # the best of docs/log.md's sweep at 1M
+    legs.append({"id": "scratch", "layer": 4, "tokens": "1M"})
     recipe = {
         "dictionary": {"n_latents": 3072, "k": 24},
         "plan": {"legs": legs},
