@@ -204,7 +204,7 @@ def test_the_choice_is_a_plan_like_any_other(facts: ModelFacts) -> None:
     legs = {leg.id: leg for leg in plan.legs}
     assert sum(leg.role == "control" for leg in plan.legs) == 2
     root = next(spec for spec in choice.legs if spec.layer == HUB)
-    assert root.decay_gain == pytest.approx(0.85 ** (root.tokens / LONG) ** -0.25, abs=1e-3) and root.tokens > LONG
+    assert root.decay_gain == pytest.approx(0.85 ** (root.tokens / LONG) ** -0.15, abs=1e-3) and root.tokens > LONG
     for spec in choice.legs:
         leg = legs[spec.id]
         assert (leg.goal_fvu, leg.predicted_fvu, leg.parent) == (spec.goal_fvu, spec.predicted_fvu, spec.parent)

@@ -328,12 +328,11 @@ def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
 def decay_gain(layer: int, tokens: float, survey: Survey) -> float:
     """What the decay of a leg from scratch is worth: FVU after over before.
 
-    Its pilot's, times what the long pilot's has over the short one's; and less at the lower rate of a longer leg, about
-    as the root of the rate, which falls with the root of the tokens.
+    Its pilot's, times what the long pilot's has over the short one's; and less at the lower rate of a longer leg.
     """
     pilots = {pilot.layer: pilot.decay_gain for pilot in survey.layers}
     gain = min(1.0, pilots[layer] * survey.long_decay_gain / pilots[survey.hub])
-    return gain ** max(1.0, tokens / survey.long_tokens) ** -0.25
+    return gain ** max(1.0, tokens / survey.long_tokens) ** -0.15
 
 
 def with_legs(run: Run, survey: Survey, legs: list[LegSpec]) -> Run:
