@@ -502,6 +502,21 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
             assert torch.equal(tensor, sr.load(out)[leg].tensors()[name]), (leg, name)
 
 
+def test_a_survey_interrupted_while_it_measures_says_how_to_go_on(
+    place: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe, out = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("saerelay.launch.measure_survey", interrupted)
+        code, _, stderr = call("train", recipe, "--out", out, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 130 and f"--out {out} --resume" in stderr
+    again = call("train", out / "survey/run.toml", "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)
+    assert again[0] == 0 and len(sr.load(out)) > 0
+
+
 def test_commands_and_options_are_these() -> None:
     """The recipe is the interface; a new option needs a reason."""
     from typer.main import get_command

@@ -232,10 +232,10 @@ def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[
     try:
         with watching(plan, inner, console) as watcher:
             train_plan(plan, inner, stream, watcher, stream.device)
-    except Interrupted:
+        survey = measure_survey(run, plan, inner, stream, open_validation(plan, stream, corpus))
+    except (Interrupted, KeyboardInterrupt):
         again = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
         raise Interrupted(again) from None
-    survey = measure_survey(run, plan, inner, stream, open_validation(plan, stream, corpus))
     write_text(paths.survey, survey.to_json())
     shutil.rmtree(inner.root)
     return survey, choose(run, facts, survey, memory)
