@@ -71,6 +71,13 @@ def test_ridge_shrinks_the_map() -> None:
     assert affine(moments, ridge=1.0).A.norm() < affine(moments).A.norm()
 
 
+def test_regression_stays_on_the_device_of_its_moments() -> None:
+    """The meta device, like CUDA, refuses operands from the CPU; a hop on a GPU crashed here."""
+    m = moments_of(*pair())
+    elsewhere = Moments(m.n_source, m.n_tokens, m.shift.to("meta"), m.total.to("meta"), m.products.to("meta"))
+    assert affine(elsewhere).A.device.type == "meta"
+
+
 def test_rescale_matches_mean_and_size_and_inverts() -> None:
     x, y = pair()
     m = rescale(moments_of(x, y))

@@ -116,7 +116,8 @@ def rate_share(moments: Moments, new: float = 0.0) -> float:
 
 
 def _regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    damped = cov + ridge * cov.diagonal().mean() * torch.eye(cov.shape[0], dtype=cov.dtype)
+    damped = cov.clone()
+    damped.diagonal().add_(ridge * cov.diagonal().mean())
     return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
 
 
