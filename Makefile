@@ -2,31 +2,39 @@
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' >/dev/null 2>&1 && echo python3.12 || command -v python3.11 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+CODE := src tests bench docs
 
-.PHONY: demo test check format docs bench-env clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check format docs bench-env clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/.installed  ## train, transfer and evaluate on the built-in model (minutes, offline)
 	$(BIN)/saerelay demo
 
-test: $(VENV)/.dev  ## the test suite
+test: $(VENV)/.dev  ## every test
 	$(BIN)/python -m pytest src tests
 
-check: $(VENV)/.dev  ## formatting, lint, types, import order
-	$(BIN)/ruff format --check src tests bench docs
-	$(BIN)/ruff check src tests bench docs
+test-fast: $(VENV)/.dev  ## the tests of a minute: what to run after each change
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto src tests -m "not slow and not browser and not claims and not interpreter"
+
+check: $(VENV)/.dev  ## formatting, lint, types, import order; a pre-commit hook runs the same
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/pyright --pythonpath $(BIN)/python src
 	$(BIN)/python -m pytest tests/test_layering.py
 
-format: $(VENV)/.dev
-	$(BIN)/ruff format src tests bench docs
-	$(BIN)/ruff check --fix src tests bench docs
+format: $(VENV)/.dev  ## format, and mend what lint can mend
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 docs: $(VENV)/.docs  ## the documentation, in site/; opens from disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench-env: .peers/.installed  ## this package and the tools that bench/step.py compares with, in .peers
 
-clean:
+clean:  ## remove the environments and everything built
 	rm -rf $(VENV) .peers site runs/demo .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:

@@ -10,6 +10,13 @@ import pytest  # noqa: E402
 from saerelay.plan import ModelFacts  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for a browser is a browser test."""
+    for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a random GPT-NeoX: 3 layers, 32 wide, 101 tokens."""
@@ -26,7 +33,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def facts() -> ModelFacts:
     """A model that exists on paper: 6 layers, 16 wide."""
     return ModelFacts(

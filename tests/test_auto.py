@@ -169,6 +169,7 @@ def test_a_ratio_is_kept_by_every_leg(facts: ModelFacts) -> None:
     assert chosen(facts, fvu_ratio=1.02).cost.flops > choice.cost.flops > chosen(facts, fvu_ratio=1.5).cost.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "amount", "unit"), [
     ("300k tokens", 3e5, "tokens"), ("6e9 FLOPs", 6e9, "FLOPs"), ("0.002 hours", 0.002, "hours")
 ])  # fmt: skip
@@ -197,6 +198,7 @@ def test_wrong_aims_are_refused(plan: dict[str, Any], message: str) -> None:
         recipe(**plan)
 
 
+@pytest.mark.slow
 def test_the_choice_is_a_plan_like_any_other(facts: ModelFacts) -> None:
     survey = surveyed(laws(), controls=[1])
     choice = choose(survey.asked, facts, survey)

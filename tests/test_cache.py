@@ -80,6 +80,7 @@ def files(cache: Path) -> list[Path]:
     return sorted(path for path in cache.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_all_of_it_and_gets_the_same_bits(
     place: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_second_run_reads_all_of_it_and_gets_the_same_bits(
     assert {path: path.stat().st_mtime_ns for path in files(tmp_path / "cache")} == before
 
 
+@pytest.mark.slow
 def test_rows_are_rounded_whether_read_or_not(place: Path, tmp_path: Path) -> None:
     for dtype, equal in (("float32", False), ("bfloat16", True)):
         plain = sr.train_run(recipe(place, "", dtype), tmp_path / f"plain-{dtype}")
@@ -101,6 +103,7 @@ def test_rows_are_rounded_whether_read_or_not(place: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [0, 1, 4, 11])
 def test_killed_while_writing_and_resumed_gives_the_same_bits(
     place: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +124,7 @@ def test_killed_while_writing_and_resumed_gives_the_same_bits(
     assert same(whole, sr.train_run(recipe(place, tmp_path / "two"), tmp_path / "b", resume=True))
 
 
+@pytest.mark.slow
 def test_the_second_epoch_runs_no_forward(place: Path, tmp_path: Path, read: list[int]) -> None:
     run = recipe(place, tmp_path / "cache", preset="scratch", root_tokens=12_288)
     suite = sr.train_run(run, tmp_path / "a")
@@ -133,6 +137,7 @@ def test_the_second_epoch_runs_no_forward(place: Path, tmp_path: Path, read: lis
     assert sum(read) == plain.plan.n_tokens // 16
 
 
+@pytest.mark.slow
 def test_another_seed_reads_the_same_sequences_in_another_order(place: Path, tmp_path: Path, read: list[int]) -> None:
     alone = sr.train_run(recipe(place, tmp_path / "one", seed=1), tmp_path / "a")
     cold = sum(read)
@@ -327,6 +332,7 @@ def test_sequences_are_known_by_their_tokens() -> None:
     assert (sequence_ids(a[::-1].astype(np.uint32)) == ids[::-1]).all()
 
 
+@pytest.mark.slow
 def test_disk_need_is_known_shown_and_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, run = tmp_path / "cache", recipe(place, tmp_path / "cache")
     plan = launch.plan_run(run)

@@ -399,6 +399,7 @@ def test_english_tasks_ask_what_they_say(run: Path, task: str, group: int, monke
         assert sorted(p.right for p in here) == sorted(p.wrong for p in here) or group == 1
 
 
+@pytest.mark.slow
 def test_a_task_that_a_tokenizer_has_no_words_for_is_said() -> None:
     plan = sr.plan_run(sr.Run.parse({}, source="test"))
     for task in set(TASKS) - {"brackets", "quotes", "self"}:

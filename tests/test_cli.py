@@ -243,6 +243,7 @@ def test_python_reads_a_run(place: Path) -> None:
         sr.load(place / "nowhere")
 
 
+@pytest.mark.slow
 def test_several_legs_at_a_site_are_listed(place: Path, tmp_path: Path) -> None:
     run = sr.Run.from_toml(changed(place, tmp_path, 'preset = "hub"', 'preset = "paper"'))
     run = run.model_copy(update={"plan": run.plan.model_copy(update={"controls": []})})
@@ -330,6 +331,7 @@ def test_a_hop_of_another_width_is_refused_before_anything_is_written(
     assert code == 2 and "reads activations 8 wide, L2 is 32 wide" in stderr and not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_start_leaves_does_not_leak_into_the_next(place: Path, tmp_path: Path) -> None:
     """Tokens of another recipe, left by a process that was killed before plan.json, are not used."""
     other = changed(place, tmp_path, "context = 16", "context = 32")
@@ -352,6 +354,7 @@ def test_an_explicit_plan_can_be_resumed_from_its_own_recipe(place: Path, tmp_pa
     sr.train_run(again, tmp_path / "r", resume=True)
 
 
+@pytest.mark.slow
 def test_epochs_are_only_used_when_the_corpus_is_short(place: Path, tmp_path: Path) -> None:
     recipe = changed(place, tmp_path, "context = 16", "context = 16\nepochs = 3")
     suite = sr.train_run(sr.Run.from_toml(recipe), tmp_path / "r")
@@ -359,6 +362,7 @@ def test_epochs_are_only_used_when_the_corpus_is_short(place: Path, tmp_path: Pa
     assert torch.equal(suite["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
 @pytest.mark.parametrize("module", ["attn_z", "mlp_out"])
 def test_other_modules_and_architectures_go_the_whole_way(
@@ -377,6 +381,7 @@ def test_other_modules_and_architectures_go_the_whole_way(
         assert all(leg["l0"] == pytest.approx(4, rel=0.35) for leg in legs)
 
 
+@pytest.mark.slow
 def test_an_encoder_goes_the_whole_way_without_ce(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     from transformers import BertConfig, BertModel
 
@@ -396,6 +401,7 @@ def test_an_encoder_goes_the_whole_way_without_ce(place: Path, tmp_path: Path, c
     refused(place, tmp_path / "x", recipe, "has no language-model head", capsys=capsys, monkeypatch=monkeypatch)
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_scalars(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     recipe = changed(place, tmp_path, "[train]", '[train]\nloggers = ["tensorboard"]')
@@ -412,6 +418,7 @@ def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_from_outside_and_resumed_gives_the_same_bits(place: Path, tmp_path: Path, how: signal.Signals) -> None:
     """SIGKILL at an arbitrary instant after the first saved state, and Ctrl-C, both finish to the same weights."""
@@ -436,6 +443,7 @@ def test_killed_from_outside_and_resumed_gives_the_same_bits(place: Path, tmp_pa
             assert torch.equal(tensor, resumed[leg].tensors()[name]), (leg, name)
 
 
+@pytest.mark.slow
 def test_resume_without_state_starts_over(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     (tmp_path / "new/state").mkdir(parents=True)
     code, _, stderr = call(
@@ -450,6 +458,7 @@ def test_resume_without_state_starts_over(place: Path, tmp_path: Path, capsys, m
 AUTO = 'preset = "auto"\nbudget = "60k tokens"\nsurvey_tokens = "4k"'
 
 
+@pytest.mark.slow
 def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     fixtures: dict[str, Any] = {"capsys": capsys, "monkeypatch": monkeypatch}
     recipe, planned = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "planned.toml"
@@ -479,6 +488,7 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     assert call("plan", place / "run.toml", "--write", planned.with_name("x"), **fixtures)[0] == 2
 
 
+@pytest.mark.slow
 def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
     place: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -502,6 +512,7 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
             assert torch.equal(tensor, sr.load(out)[leg].tensors()[name]), (leg, name)
 
 
+@pytest.mark.slow
 def test_a_survey_interrupted_while_it_measures_says_how_to_go_on(
     place: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -559,6 +570,7 @@ def test_ctrl_c_says_so_without_a_traceback(place: Path, capsys, monkeypatch) ->
     assert call("report", place / "run", capsys=capsys, monkeypatch=monkeypatch) == (130, "", "stopped.\n")
 
 
+@pytest.mark.slow
 def test_report_needs_a_run_and_nothing_else(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     run = shutil.copytree(place / "run", tmp_path / "run")
     code, shown, stderr = call("report", run, capsys=capsys, monkeypatch=monkeypatch)

@@ -539,6 +539,7 @@ def test_a_stream_that_breaks_leaves_nothing(
 # --- the built-in corpus ---
 
 
+@pytest.mark.slow
 def test_the_built_in_corpus_needs_nothing(make: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make(train=100, held_out=5, context=256)
     assert corpus.train.shape == (100, 256) and len(corpus.test) == len(corpus.validation) == 5

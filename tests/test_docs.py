@@ -66,6 +66,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_coming_from(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of ours, in order, on a tiny model."""
     model = GPTNeoXForCausalLM.from_pretrained("model")

@@ -127,6 +127,7 @@ def words(figure: Figure) -> str:
     return " ".join(" ".join(text.get_text().split()) for text in figure.findobj(Text))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_figure_says_of_what_it_is(theme: f.Theme) -> None:
     said = {name: words(figure) for name, figure in drawn(documents(), theme)}
@@ -155,6 +156,7 @@ def test_every_figure_says_of_what_it_is(theme: f.Theme) -> None:
     assert "over 0.9" in said["hop"] and "more than 2 times" in said["hop"] and "L1-full" not in said["hop"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layers", "controls", "head"])
 def test_what_is_missing_does_not_break(name: str, tmp_path: Path) -> None:
     missing: dict[str, Any] = {"layers": {"layers": 1}, "controls": {"controls": False}, "head": {"head": False}}[name]
@@ -203,6 +205,7 @@ def test_the_plan_is_drawn(facts: ModelFacts, preset: str, tmp_path: Path) -> No
     f.save(figure, tmp_path / "plan.png")
 
 
+@pytest.mark.slow
 def test_files_are_pictures_of_one_column(tmp_path: Path) -> None:
     import matplotlib.image
 

@@ -30,6 +30,7 @@ def fvu(out: Path) -> float:
     return sr.evaluate_run(sr.load(out))["legs"][0]["fvu"]
 
 
+@pytest.mark.slow
 def test_onto_its_own_site_and_untrained_it_stays_as_it_is(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
     source = read_dictionary(place / "run/legs/L1")[0]
     uneven = replace(source, W_dec=source.W_dec * torch.linspace(0.5, 2, 64)[:, None])  # TopK does not rank by norms
@@ -102,6 +103,7 @@ def test_from_a_copy_of_the_model_is_as_from_the_model(place: Path, run: sr.Run,
     assert suite.plan.legs[0].method == "identity"
 
 
+@pytest.mark.slow
 def test_from_a_model_of_another_width(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
     from transformers import GPT2Config, GPT2LMHeadModel
 

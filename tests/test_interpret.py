@@ -376,6 +376,7 @@ def test_explanations_are_one_bounded_line() -> None:
 # --- scores -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_oracle_scores_one_and_a_yes_man_half(study: Study, tmp_path: Path) -> None:
     with serving(oracle(study), KEY) as server:
         document = asked(study, server, tmp_path / "oracle", key=KEY)
@@ -398,6 +399,7 @@ def test_an_oracle_scores_one_and_a_yes_man_half(study: Study, tmp_path: Path) -
             assert {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {0.5}
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_notebook_whose_loop_runs_already(study: Study, tmp_path: Path) -> None:
     async def cell() -> dict[str, Any]:
         return asked(study, server, tmp_path)
@@ -407,6 +409,7 @@ def test_it_runs_in_a_notebook_whose_loop_runs_already(study: Study, tmp_path: P
     assert {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {0.5}
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_definition(study: Study, tmp_path: Path) -> None:
     """An answerer who tosses coins, on its own list of truths; about .5 on average."""
     truth, coins = oracle(study), random.Random(0)
@@ -453,6 +456,7 @@ def test_scores_are_those_of_the_definition(study: Study, tmp_path: Path) -> Non
 # --- an endpoint with bad days ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_failures_stalls_and_nonsense_are_lived_through(
     study: Study, tmp_path: Path, monkeypatch, hasty: list[float]
 ) -> None:
@@ -485,6 +489,7 @@ def test_failures_stalls_and_nonsense_are_lived_through(
         assert len(server.bodies) == before, "nothing is asked twice"
 
 
+@pytest.mark.slow
 def test_what_stays_nonsense_is_failed_and_paid_once(study: Study, tmp_path: Path, hasty: list[float]) -> None:
     truth = oracle(study)
 
@@ -500,6 +505,7 @@ def test_what_stays_nonsense_is_failed_and_paid_once(study: Study, tmp_path: Pat
         assert len(server.bodies) == n_requests(study) + 2 * failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "match"),
     [((401, {}, f"bad key {KEY}".encode()), r"refuses \(HTTP 401.*look at the key"), ((403, {}, b"no"), "may not use"),
@@ -558,6 +564,7 @@ def call(*arguments: object, capsys, monkeypatch) -> tuple[int, str, str]:
     return call_program("interpret", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_command_asks_first_and_the_key_is_nowhere(run: Path, study: Study, capsys, monkeypatch) -> None:
     """Dry run, refusals, the run itself, and all that is written and printed on the way; then `show` and the report."""
     monkeypatch.setenv("MY_KEY", KEY)
@@ -612,6 +619,7 @@ def test_the_command_asks_first_and_the_key_is_nowhere(run: Path, study: Study, 
         assert KEY not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=str)
 def test_a_stopped_run_goes_on_without_paying_twice(
     run: Path, study: Study, tmp_path: Path, how, capsys, monkeypatch
@@ -655,6 +663,7 @@ def test_a_stopped_run_goes_on_without_paying_twice(
         assert sum(server.paid.values()) - n_requests(study) <= (2 if how == signal.SIGKILL else 0)
 
 
+@pytest.mark.slow
 def test_estimates_know_what_is_left(study: Study, tmp_path: Path) -> None:
     with serving(oracle(study)) as server:
         endpoint = Endpoint(url=server.url, model="m", body={"max_tokens": 7})

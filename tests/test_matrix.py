@@ -42,6 +42,7 @@ def suite(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> sr.Suit
     return sr.train_run(sr.Run.parse(sections, source="test"), root / "run")
 
 
+@pytest.mark.slow
 def test_cells_are_evaluations(suite: sr.Suite) -> None:
     document = matrix_run(suite, methods=["identity", "affine"])
     assert document == json.loads(suite.directory.matrix.read_text())

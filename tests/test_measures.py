@@ -165,6 +165,7 @@ def document(suite: sr.Suite, model: LanguageModel) -> dict[str, Any]:
     return measures_run(suite, model)
 
 
+@pytest.mark.slow
 def test_a_run_has_all_pairs_and_snapshots(suite: sr.Suite, document: dict[str, Any]) -> None:
     assert json.loads(suite.directory.measures.read_text()) == json.loads(json.dumps(document))
     kinds = Counter((row["kind"], row["snapshot"]) for row in document["similarity"])
@@ -186,6 +187,7 @@ def test_a_run_has_all_pairs_and_snapshots(suite: sr.Suite, document: dict[str, 
     assert len(document["dla"]["legs"]) == 2 * 7
 
 
+@pytest.mark.slow
 def test_rows_are_the_definitions_on_whole_tensors(
     suite: sr.Suite, model: LanguageModel, document: dict[str, Any]
 ) -> None:

@@ -11,6 +11,7 @@ QUIET = "default,ignore:IProgress not found"
 """Every warning but the one of tqdm in an environment without ipywidgets."""
 
 
+@pytest.mark.slow
 def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path), "PYTHONWARNINGS": QUIET}.items():
         monkeypatch.setenv(name, value)

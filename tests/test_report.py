@@ -49,6 +49,7 @@ def read(report: Path, name: str) -> Any:
     return json.loads(text.removeprefix(head).removesuffix(");\n"))
 
 
+@pytest.mark.slow
 def test_features_come_back_from_the_data_files(written: Suite) -> None:
     report = written.directory.report
     features = load_features(written.directory, LEG)
@@ -81,6 +82,7 @@ def test_features_come_back_from_the_data_files(written: Suite) -> None:
     assert index["peaks"][KNOWN[1]] == [V - 1] and index["peaks"][0] == []
 
 
+@pytest.mark.slow
 def test_lineage_comes_back_from_the_data_files(written: Suite) -> None:
     report = written.directory.report
     lineage, run = read_json(written.directory.lineage), read(report, "run")

@@ -322,6 +322,7 @@ def pushed(run: Path, fake: Hub, tmp_path_factory: pytest.TempPathFactory) -> st
     return done.stdout
 
 
+@pytest.mark.slow
 def test_push_uploads_the_export(run: Path, fake: Hub, pushed: str, tmp_path: Path) -> None:
     share.export_run(str(run), tmp_path / "out", "saelens", licence="mit", repo="me/saes")
     expected = {
@@ -331,6 +332,7 @@ def test_push_uploads_the_export(run: Path, fake: Hub, pushed: str, tmp_path: Pa
     assert fake.private["me/saes"] and f"me/saes/commit/{COMMIT}" in pushed
 
 
+@pytest.mark.slow
 def test_pull_brings_it_back(run: Path, fake: Hub, pushed: str, tmp_path: Path) -> None:
     fake.repos["me/mixed"] = fake.repos["me/saes"] | {
         "evil.py": b"raise SystemExit",
@@ -368,6 +370,7 @@ def read_all(*references: str, env: dict[str, str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_path: Path) -> None:
     fake.repos["me/gated"] = dict(fake.repos["me/saes"])
     env, fake.requests[:] = environment(fake, tmp_path / "home"), []
@@ -395,6 +398,7 @@ def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_p
     assert again == first and 'the hub is not reachable, and the cache has no "layer_2"' in other
 
 
+@pytest.mark.slow
 def test_a_repository_that_cannot_be_read_leaves_nothing(fake: Hub, pushed: str, tmp_path: Path) -> None:
     broken = dict(fake.repos["me/saes"])
     broken["layer_2/sae_weights.safetensors"] = broken["layer_2/sae_weights.safetensors"][:-10]
@@ -411,6 +415,7 @@ def test_a_repository_that_cannot_be_read_leaves_nothing(fake: Hub, pushed: str,
     assert {p.name for p in tmp_path.iterdir()} <= {"home"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_pull_leaves_nothing(fake: Hub, pushed: str, tmp_path: Path) -> None:
     fake.repos["me/slow"] = dict(fake.repos["me/saes"])
     command = [sys.executable, "-m", "saerelay", "pull", "hf://me/slow", "--out", str(tmp_path / "out")]

@@ -55,6 +55,7 @@ def test_rows_do_not_shift_when_sites_come_and_go(setting) -> None:
             assert torch.equal(ours[site], theirs[site])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_batches_are_the_kept_rows_in_shuffled_order(dtype: str) -> None:
     """The definition: harvest in corpus order, whole, and take the rows by the order and the mask."""
@@ -106,6 +107,7 @@ class Large(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_a_block_is_one_buffer_a_site_and_batches_are_views_of_it() -> None:
     """Nothing else as large as a buffer is ever made, neither in filling nor in reading it."""
     plan = make_plan(block_tokens=6 * LM_BATCH_TOKENS, context=64, bos=False)

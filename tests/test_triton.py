@@ -16,6 +16,7 @@ from saerelay.kernels import reference, select, sparse_step
 from saerelay.kernels.codes import Codes, dense_codes
 from saerelay.recipe import DictionarySpec
 
+pytestmark = pytest.mark.interpreter
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 if not torch.cuda.is_available():
