@@ -20,12 +20,13 @@ import torch
 from report import memory
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from saerelay.cache import ActivationCache
-from saerelay.model import LanguageModel, read_facts
-from saerelay.plan import compile_plan
-from saerelay.recipe import Run
+from saerelay.data.cache import ActivationCache
+from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.recipe import Run
 from saerelay.site import Site
-from saerelay.stream import LM_BATCH_TOKENS, LiveStream
 
 PYTHIA_160M = {"vocab_size": 50304, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 PYTHIA_160M |= {"intermediate_size": 3072, "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0}

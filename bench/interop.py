@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary, LayerNormed
 from saerelay.interop import read_any, write_dictionary
 from saerelay.interop.origin import Origin
+from saerelay.sae.dictionary import Dictionary, LayerNormed
 from saerelay.site import Site
 
 # nnsight reads language models for dictionary_learning, and breaks torch.compile for whoever imports it.

@@ -16,16 +16,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import saerelay as sr
-from saerelay.corpus import Corpus
+from saerelay.analysis.evaluate import held_out, measure
+from saerelay.data.corpus import Corpus
 from saerelay.demo import MODEL_DIR
-from saerelay.evaluate import held_out, measure
 from saerelay.interop import write_dictionary
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.plan import Plan
-from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, ModelSpec, PlanSpec, SitesSpec
-from saerelay.stream import load_model
-from saerelay.suite import Suite
+from saerelay.lm.model import load_model
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, SitesSpec
+from saerelay.runs.suite import Suite
+from saerelay.sae.spec import DictionarySpec
 
 BATCH = 8
 NAMES = ("explained_variance", "l0", "ce_loss_score", "ce_loss_with_sae", "ce_loss_with_ablation", "mse", "cossim")

@@ -19,10 +19,10 @@ from typing import Any
 from report import machine
 
 import saerelay as sr
-from saerelay.corpus import Corpus
-from saerelay.evaluate import held_out, measure
-from saerelay.matrix import cells_of
-from saerelay.stream import load_model
+from saerelay.analysis.evaluate import held_out, measure
+from saerelay.analysis.matrix import cells_of
+from saerelay.data.corpus import Corpus
+from saerelay.lm.model import load_model
 
 COMPARED = ("fvu", "l0", "delta_ce", "ce_loss_score", "kl_div_with_sae", "kl_div_score")
 

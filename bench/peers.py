@@ -23,10 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary
-from saerelay.engine import Trainee
-from saerelay.plan import Leg
-from saerelay.recipe import Architecture, DictionarySpec, TrainSpec
+from saerelay.planning.plan import Leg
+from saerelay.planning.recipe import TrainSpec
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.spec import Architecture, DictionarySpec
+from saerelay.training.engine import Trainee
 
 Inference = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Raw activations (B, D) to their reconstruction (B, D) and the number of active latents of each row (B)."""

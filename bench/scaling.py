@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from report import print_json
 
-from saerelay.engine import Cohort, Trainee
-from saerelay.plan import Leg
-from saerelay.recipe import DictionarySpec, TrainSpec
+from saerelay.planning.plan import Leg
+from saerelay.planning.recipe import TrainSpec
+from saerelay.sae.spec import DictionarySpec
 from saerelay.site import Site
+from saerelay.training.engine import Cohort, Trainee
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary
-from saerelay.recipe import Architecture
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.spec import Architecture
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def rows_of(name: str, n_train: int, n_test: int, device: str) -> Rows:
     if name == "small":
         from sweep import harvest
 
-        from saerelay.recipe import Run
+        from saerelay.planning.recipe import Run
 
         train, test = harvest(Run(), [4], n_train, n_test)[4]
         return Rows(train[:n_train].to(device), test.to(device))

@@ -112,9 +112,10 @@ class Clock:
 def prepare(job: Job) -> dict:
     """Write the model and, if it is not there yet, the corpus into the job's folder."""
     import saerelay
-    from saerelay.corpus import prepare
-    from saerelay.model import load_tokenizer, read_facts
-    from saerelay.recipe import ModelSpec, Run
+    from saerelay.data.corpus import prepare
+    from saerelay.lm.facts import read_facts
+    from saerelay.lm.tokens import load_tokenizer
+    from saerelay.planning.recipe import ModelSpec, Run
 
     demo = Path(saerelay.__file__).parent / "demo"
     if job.model == "demo":
@@ -142,11 +143,13 @@ def sequences(job: Job, split: str) -> Any:
 
 def ours(job: Job, dtype: str = "auto") -> dict:
     """`train_plan`, as `saerelay train` calls it."""
-    from saerelay.checkpoint import RunDirectory, read_dictionary, read_json
-    from saerelay.launch import open_stream, plan_run
-    from saerelay.recipe import Run
-    from saerelay.trackers import Several
-    from saerelay.train import train_plan
+    from saerelay.planning.recipe import Run
+    from saerelay.runs.dictionaries import read_dictionary
+    from saerelay.runs.directory import RunDirectory
+    from saerelay.runs.files import read_json
+    from saerelay.training.trackers import Several
+    from saerelay.training.train import train_plan
+    from saerelay.workflows.launch import open_stream, plan_run
 
     recipe = {
         "model": {"name": job.directory, "dtype": dtype, "device": "cpu"},
@@ -233,8 +236,8 @@ def fvu(job: Job, reconstruct: dict[int, Callable]) -> float:
     """Mean over layers of Σ‖x − x_hat‖² / Σ‖x − mean‖² on the test split's activations, BOS left out."""
     import torch
 
-    from saerelay.model import LanguageModel
-    from saerelay.recipe import ModelSpec
+    from saerelay.lm.model import LanguageModel
+    from saerelay.planning.recipe import ModelSpec
     from saerelay.site import Site
 
     model = LanguageModel.load(ModelSpec(name=job.directory, dtype="float32", device="cpu"))

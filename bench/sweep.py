@@ -14,17 +14,19 @@ from pathlib import Path
 
 import torch
 
-from saerelay.corpus import prepare
-from saerelay.engine import Trainee
-from saerelay.evaluate import Quality
-from saerelay.launch import plan_run
-from saerelay.model import LanguageModel, load_tokenizer
-from saerelay.moments import Moments
-from saerelay.plan import Leg
-from saerelay.recipe import DictionarySpec, Run, TrainSpec
+from saerelay.analysis.evaluate import Quality
+from saerelay.data.corpus import prepare
+from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.lm.model import LanguageModel
+from saerelay.lm.tokens import load_tokenizer
+from saerelay.planning.plan import Leg
+from saerelay.planning.recipe import Run, TrainSpec
+from saerelay.sae.moments import Moments
+from saerelay.sae.spec import DictionarySpec
+from saerelay.sae.transfer import fold, map_between, refit
 from saerelay.site import Site
-from saerelay.stream import LM_BATCH_TOKENS, LiveStream
-from saerelay.transfer import fold, map_between, refit
+from saerelay.training.engine import Trainee
+from saerelay.workflows.launch import plan_run
 
 
 def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

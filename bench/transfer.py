@@ -37,21 +37,25 @@ from safetensors.torch import load_file, save_file
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from saerelay.checkpoint import RunDirectory, write_json, write_text
-from saerelay.corpus import Corpus, prepare
-from saerelay.cost import plan_cost
-from saerelay.dictionaries import Dictionary
-from saerelay.engine import Trainee
+from saerelay.analysis.evaluate import evaluate_run, measure, wants_ce
+from saerelay.data.corpus import Corpus, prepare
 from saerelay.errors import Interrupted, LegFailed
-from saerelay.evaluate import evaluate_run, measure, wants_ce
-from saerelay.launch import open_stream, plan_run, train_run
-from saerelay.model import load_tokenizer, read_facts
-from saerelay.plan import Plan, hub_of
-from saerelay.recipe import DataSpec, DictionarySpec, EvaluateSpec, LegSpec, Method, ModelSpec, PlanSpec, Preset, Run
-from saerelay.showcase import DEMO
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import load_model
+from saerelay.lm.tokens import load_tokenizer
+from saerelay.planning.cost import plan_cost
+from saerelay.planning.plan import Plan
+from saerelay.planning.presets import hub_of
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, LegSpec, ModelSpec, PlanSpec, Preset, Run
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.files import write_json, write_text
+from saerelay.runs.suite import load
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.spec import format_count
-from saerelay.stream import load_model
-from saerelay.suite import load
+from saerelay.training.engine import Trainee
+from saerelay.workflows.demo import DEMO
+from saerelay.workflows.launch import open_stream, plan_run, train_run
 
 BLOCK = 50_176
 """Tokens shuffled together in every run: 98 batches. A map is fitted on two blocks, a refit made on one."""

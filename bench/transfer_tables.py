@@ -19,9 +19,9 @@ import numpy as np
 from scipy.stats import bootstrap, gmean
 from transfer import Study, all_jobs, suites
 
-from saerelay.checkpoint import read_json
-from saerelay.showcase import DEMO
+from saerelay.runs.files import read_json
 from saerelay.spec import format_count
+from saerelay.workflows.demo import DEMO
 
 Row = dict[str, Any]
 """One line of a table, by column: text, a count, a number, (mean, standard error), or (mean, low, high)."""

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from saerelay.checkpoint import RunDirectory, finite, write_json, write_text
-from saerelay.corpus import Corpus
-from saerelay.features import load_features
-from saerelay.plan import ModelFacts, compile_plan
-from saerelay.recipe import Run
-from saerelay.suite import Suite, load
+from saerelay.analysis.features import load_features
+from saerelay.data.corpus import Corpus
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.recipe import Run
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.files import finite, write_json, write_text
+from saerelay.runs.suite import Suite, load
 
 F, CONTEXT, SEQUENCES, V = 600, 24, 8, 101
 FACTS = ModelFacts(

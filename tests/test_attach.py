@@ -11,12 +11,12 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import saerelay as sr
-from saerelay.dictionaries import Dictionary, LayerNormed
 from saerelay.errors import ModelError, PlanError, RunDirectoryError
 from saerelay.interop.origin import Origin
 from saerelay.interop.own import as_info
-from saerelay.model import LanguageModel
-from saerelay.recipe import ModelSpec
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.recipe import ModelSpec
+from saerelay.sae.dictionary import Dictionary, LayerNormed
 from saerelay.site import MODULE_KINDS, Site
 
 BOS, F = 1, 40
@@ -361,7 +361,7 @@ def test_nothing_stays_behind_and_blocks_may_be_nested(model: Any) -> None:
 def test_many_rows_are_encoded_in_parts(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sae, found = random_sae(), []
     for rows in (1024, 4):
-        monkeypatch.setattr("saerelay.attachment.ROWS_AT_ONCE", rows)
+        monkeypatch.setattr("saerelay.lm.attach.ROWS_AT_ONCE", rows)
         with sr.attach(llama, {Site(1): sae}, replace=True) as attached:
             found.append((logits_of(llama), attached[1].latents()))
     assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
@@ -404,9 +404,11 @@ def test_what_cannot_be(llama: Any) -> None:
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> sr.Suite:
     """Two layers of the demo model, random: only where they are attached matters here."""
-    from saerelay.checkpoint import RunDirectory, publish, write_text
-    from saerelay.model import read_facts
-    from saerelay.plan import compile_plan
+    from saerelay.lm.facts import read_facts
+    from saerelay.planning.compile import compile_plan
+    from saerelay.runs.dictionaries import publish
+    from saerelay.runs.directory import RunDirectory
+    from saerelay.runs.files import write_text
 
     root = tmp_path_factory.mktemp("suite")
     recipe = {"sites": {"layers": [2, 5]}, "dictionary": {"n_latents": F, "k": 4}, "model": {"device": "cpu"},

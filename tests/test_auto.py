@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from saerelay.auto import (
+from saerelay.errors import PlanError, RecipeError
+from saerelay.planning.choose import (
     DECLINE,
     DOUBT,
     GAP_GROWTH,
@@ -23,10 +24,10 @@ from saerelay.auto import (
     with_legs,
     written_out,
 )
-from saerelay.errors import PlanError, RecipeError
-from saerelay.plan import ModelFacts, compile_plan
-from saerelay.recipe import Run
-from saerelay.survey import Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay, survey_plan
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.recipe import Run
+from saerelay.planning.survey import Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay, survey_plan
 
 LAYERS, HUB, SHORT, LONG, LATENTS = range(6), 3, 4096, 16384, 64
 

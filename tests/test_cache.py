@@ -14,16 +14,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import saerelay as sr
-from saerelay import launch
-from saerelay.cache import ActivationCache, sequence_ids
-from saerelay.cost import plan_cost
+from saerelay.data.cache import ActivationCache, sequence_ids
+from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
 from saerelay.errors import DataError
-from saerelay.model import LanguageModel
-from saerelay.plan import Plan
-from saerelay.recipe import Run
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.cost import plan_cost
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Run
 from saerelay.site import Site
-from saerelay.stream import LM_BATCH_TOKENS, LiveStream
-from saerelay.tables import plan_facts
+from saerelay.views.tables import plan_facts
+from saerelay.workflows import launch
 
 torch.set_num_threads(1)
 SITES = [Site(0), Site(1), Site(2)]
@@ -222,7 +222,7 @@ def test_a_write_that_fails_leaves_nothing(opened: Callable[[], LiveStream], mon
 
     stream = opened()
     with monkeypatch.context() as patch:
-        patch.setattr("saerelay.cache.save_file", full)
+        patch.setattr("saerelay.data.cache.save_file", full)
         with pytest.raises(DataError, match="cannot be written .*No space left.*; free disk space and continue"):
             stream.block(0, SITES)
     assert files(stream.cache.folder) == []

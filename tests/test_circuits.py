@@ -13,16 +13,18 @@ from test_cli import call as call_program
 from torch import Tensor
 
 import saerelay as sr
-from saerelay import circuits as module
-from saerelay.checkpoint import RunDirectory, publish, read_json, write_json
-from saerelay.circuits import STEPS, circuits_at, circuits_run
-from saerelay.dictionaries import Dictionary
+from saerelay.analysis import circuits as module
+from saerelay.analysis.circuits import STEPS, circuits_at, circuits_run
+from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
+from saerelay.data.stream import trained_on
 from saerelay.errors import DataError, RecipeError
-from saerelay.model import LanguageModel
-from saerelay.prompts import TASKS, Prompt, task_prompts
+from saerelay.lm.model import LanguageModel, load_model
+from saerelay.runs.dictionaries import publish
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.files import read_json, write_json
+from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
-from saerelay.stream import load_model, trained_on
-from saerelay.tables import circuit_tables
+from saerelay.views.tables import circuit_tables
 
 torch.set_num_threads(1)
 KEYS, FILLERS, ANSWERS, SIZE = (1, 2), (3, 4, 5, 6), (7, 8), 50.0
@@ -381,7 +383,7 @@ class Words:
 @pytest.mark.parametrize(("task", "group"), [("ioi", 4), ("greater-than", 1), ("sva", 4)])
 def test_english_tasks_ask_what_they_say(run: Path, task: str, group: int, monkeypatch) -> None:
     words = Words()
-    monkeypatch.setattr("saerelay.prompts.load_tokenizer", lambda _: words)
+    monkeypatch.setattr("saerelay.analysis.prompts.load_tokenizer", lambda _: words)
     prompts = task_prompts(task, sr.load(run).plan, 40, seed=0)
     text = {i: word for word, i in words.known.items()}
     assert len(prompts) == 40 and len(set(prompts)) == 40

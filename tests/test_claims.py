@@ -3,7 +3,7 @@
 import pytest
 
 import saerelay as sr
-from saerelay.evaluate import evaluate_run
+from saerelay.analysis.evaluate import evaluate_run
 
 pytestmark = pytest.mark.claims
 SHORT = "512"  # a leg that is only looked at right after its fold

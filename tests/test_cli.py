@@ -17,8 +17,8 @@ import torch
 from typer.testing import CliRunner
 
 import saerelay as sr
-from saerelay.checkpoint import read_dictionary
 from saerelay.cli import app, main
+from saerelay.runs.dictionaries import read_dictionary
 
 torch.set_num_threads(1)
 RECIPE = """
@@ -182,7 +182,7 @@ def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) 
     document = json.loads(stdout)
     assert code == 0 and (document["leg"], document["latent"]) == ("L0-from-L1", 3)
     assert [step["leg"] for step in document["lineage"]] == ["L0-from-L1", "L1", "L2-from-L1"]
-    monkeypatch.setattr("saerelay.lineage.load_model", None)  # the second time, no model is loaded
+    monkeypatch.setattr("saerelay.analysis.lineage.load_model", None)  # the second time, no model is loaded
     code, stdout, _ = call("show", tmp_path / "run", "L0-from-L1", "3", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "L0-from-L1, latent 3 (layer 0 of" in stdout
     cosine = f"{document['lineage'][1]['decoder_cosine']:z.3f}"
@@ -310,7 +310,7 @@ def test_an_extension_that_cannot_be_leaves_the_run_as_it_was(place: Path, tmp_p
 def test_a_hop_of_another_width_is_refused_before_anything_is_written(
     place: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    from saerelay.checkpoint import publish
+    from saerelay.runs.dictionaries import publish
 
     narrow = sr.Dictionary(
         architecture="relu", W_enc=torch.eye(8), b_enc=torch.zeros(8), W_dec=torch.eye(8), b_dec=torch.zeros(8)
@@ -505,7 +505,7 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
     code, _, stderr = call("train", recipe, "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2 and "of which the survey takes" in stderr and (out / "survey.json").is_file()
     recipe.write_text(recipe.read_text().replace("5k tokens", "60k tokens"))
-    monkeypatch.setattr("saerelay.launch.measure_survey", None)
+    monkeypatch.setattr("saerelay.workflows.launch.measure_survey", None)
     assert call("train", recipe, "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     for leg in whole:
         for name, tensor in whole[leg].tensors().items():
@@ -521,7 +521,7 @@ def test_a_survey_interrupted_while_it_measures_says_how_to_go_on(
 
     recipe, out = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("saerelay.launch.measure_survey", interrupted)
+        patch.setattr("saerelay.workflows.launch.measure_survey", interrupted)
         code, _, stderr = call("train", recipe, "--out", out, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 130 and f"--out {out} --resume" in stderr
     again = call("train", out / "survey/run.toml", "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)
@@ -566,7 +566,7 @@ def test_ctrl_c_says_so_without_a_traceback(place: Path, capsys, monkeypatch) ->
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("saerelay.report.report_run", interrupted)
+    monkeypatch.setattr("saerelay.views.report.report_run", interrupted)
     assert call("report", place / "run", capsys=capsys, monkeypatch=monkeypatch) == (130, "", "stopped.\n")
 
 

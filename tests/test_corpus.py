@@ -14,10 +14,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from saerelay import demo
-from saerelay.corpus import SPLITS, Corpus, prepare, split_of
+from saerelay.data.corpus import SPLITS, Corpus, prepare, split_of
 from saerelay.errors import DataError
-from saerelay.plan import ModelFacts
-from saerelay.recipe import DataSpec, ModelSpec, Run, TrainSpec
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.recipe import DataSpec, ModelSpec, Run, TrainSpec
 
 BOS, EOS = 1, 2
 MANY = 10**6

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from saerelay.dictionaries import (
+from saerelay.sae.dictionary import (
     Dictionary,
     aux_loss,
     calibrate_threshold,
@@ -20,7 +20,7 @@ from saerelay.dictionaries import (
     training_loss,
     unit_decoder,
 )
-from saerelay.recipe import Architecture, DictionarySpec
+from saerelay.sae.spec import Architecture, DictionarySpec
 
 D, F, B = 10, 40, 64
 ARCHITECTURES = get_args(Architecture)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from saerelay.engine import Cohort, Trainee, learning_rate, sparsity_weight
-from saerelay.plan import Leg
-from saerelay.recipe import DictionarySpec, TrainSpec
+from saerelay.planning.plan import Leg
+from saerelay.planning.recipe import TrainSpec
+from saerelay.sae.spec import DictionarySpec
 from saerelay.site import Site
+from saerelay.training.engine import Cohort, Trainee, learning_rate, sparsity_weight
 
 D, F, B = 12, 64, 64
 SPEC = TrainSpec(batch_tokens=B)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from saerelay.dictionaries import Dictionary
+from saerelay.analysis.evaluate import density, measure
 from saerelay.errors import ModelError, RunDirectoryError
-from saerelay.evaluate import density, measure
-from saerelay.model import LanguageModel, read_facts
-from saerelay.plan import Plan, compile_plan
-from saerelay.recipe import Run
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Run
+from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
 torch.set_num_threads(1)
@@ -92,7 +94,7 @@ def slowly(model: LanguageModel, tokens: torch.Tensor, site: Site, sae: Dictiona
 
 def test_every_metric_is_its_definition(setting, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, model, sequences, dictionaries = setting
-    monkeypatch.setattr("saerelay.evaluate.LOGIT_BYTES", 2 * 4 * 32 * 4096)  # two sequences a batch
+    monkeypatch.setattr("saerelay.analysis.evaluate.LOGIT_BYTES", 2 * 4 * 32 * 4096)  # two sequences a batch
     results = measure(plan, model, sequences, dictionaries, ce=True)
     tokens = torch.from_numpy(sequences.astype(np.int64))
     for key, (site, sae) in dictionaries.items():
@@ -138,7 +140,7 @@ def test_density_counts_latents() -> None:
 
 
 def test_ce_of_a_model_without_a_head_is_refused(setting) -> None:
-    from saerelay.evaluate import wants_ce
+    from saerelay.analysis.evaluate import wants_ce
 
     plan = setting[0]
     headless = plan.model_copy(update={"facts": plan.facts.model_copy(update={"has_lm_head": False})})
@@ -149,7 +151,7 @@ def test_ce_of_a_model_without_a_head_is_refused(setting) -> None:
 
 
 def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
-    from saerelay.checkpoint import publish, read_dictionary
+    from saerelay.runs.dictionaries import publish, read_dictionary
 
     sae = Dictionary(
         architecture="relu", W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4), b_dec=torch.zeros(4)

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from saerelay import features as module
-from saerelay.dictionaries import Dictionary
-from saerelay.features import Collector, collect, logit_effects, most_similar
-from saerelay.model import LanguageModel, read_facts
-from saerelay.plan import Plan, compile_plan
-from saerelay.recipe import Run
+from saerelay.analysis import features as module
+from saerelay.analysis.features import Collector, collect, logit_effects, most_similar
+from saerelay.data.stream import kept_positions
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Run
+from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
-from saerelay.stream import kept_positions
 
 torch.set_num_threads(1)
 N, C, F, E, WINDOW = 23, 16, 48, 4, (3, 2)

@@ -9,9 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from saerelay import figures as f
-from saerelay.plan import ModelFacts, compile_plan
-from saerelay.recipe import Run
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.recipe import Run
+from saerelay.views import figures as f
 
 METHODS = ("identity", "affine")
 

@@ -11,14 +11,14 @@ import torch
 from test_cli import call, place  # noqa: F401  # a fixture
 
 import saerelay as sr
-from saerelay import hop
-from saerelay.checkpoint import read_dictionary
-from saerelay.dictionaries import LayerNormed
+from saerelay.analysis.lineage import lineage_run
 from saerelay.errors import FormatError, ModelError
 from saerelay.interop import write_dictionary
 from saerelay.interop.origin import Origin
-from saerelay.lineage import lineage_run
-from saerelay.recipe import ModelSpec
+from saerelay.planning.recipe import ModelSpec
+from saerelay.runs.dictionaries import read_dictionary
+from saerelay.sae.dictionary import LayerNormed
+from saerelay.workflows import hop
 
 
 @pytest.fixture

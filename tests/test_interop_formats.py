@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary, LayerNormed
 from saerelay.errors import FormatError
 from saerelay.interop import load_dictionary, load_layer_normed, read_any
+from saerelay.sae.dictionary import Dictionary, LayerNormed
 from saerelay.site import Site
 
 torch.set_num_threads(1)

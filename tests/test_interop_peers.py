@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saerelay.checkpoint import read_json
-from saerelay.dictionaries import Dictionary
 from saerelay.errors import FormatError
 from saerelay.interop import format_of, load_dictionary, read_any, write_dictionary
 from saerelay.interop.origin import Origin
+from saerelay.runs.files import read_json
+from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
 DATA = Path(__file__).parent / "data" / "interop"

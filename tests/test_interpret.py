@@ -22,13 +22,11 @@ import torch
 from test_cli import call as call_program
 
 import saerelay as sr
-from saerelay import asking, interpret
-from saerelay.asking import Asker, Endpoint, read_answers
-from saerelay.cli import main
-from saerelay.dictionaries import Dictionary
-from saerelay.errors import EndpointError
-from saerelay.features import encode_batches
-from saerelay.interpret import (
+from saerelay.analysis import endpoint as asking
+from saerelay.analysis import interpret
+from saerelay.analysis.endpoint import Asker, Endpoint, read_answers
+from saerelay.analysis.features import encode_batches
+from saerelay.analysis.interpret import (
     KINDS,
     QUANTILES,
     Study,
@@ -42,8 +40,11 @@ from saerelay.interpret import (
     read_explanation,
     read_marks,
     score_requests,
-)  # fmt: skip
-from saerelay.stream import load_model
+)
+from saerelay.cli import main
+from saerelay.errors import EndpointError
+from saerelay.lm.model import load_model
+from saerelay.sae.dictionary import Dictionary
 
 torch.set_num_threads(1)
 KEY = "sk-very-secret-0123456789"

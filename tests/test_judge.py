@@ -15,13 +15,13 @@ from fake_run import HOSTILE, F, fake_run, token_text
 from scipy.stats import binomtest
 from test_cli import call
 
-from saerelay import judge, report
+from saerelay.analysis.features import load_features
+from saerelay.analysis.summary import summary
 from saerelay.errors import RecipeError, RunDirectoryError
-from saerelay.evaluate import summary
-from saerelay.features import load_features
-from saerelay.judge import drawn, judge_run, legs_by_origin, origin_of, shown_items
-from saerelay.judge.score import agreement, cohen_kappa, score_run, tallied, wilson
-from saerelay.suite import Suite, load
+from saerelay.runs.suite import Suite, load
+from saerelay.views import judge, report
+from saerelay.views.judge import drawn, judge_run, legs_by_origin, origin_of, shown_items
+from saerelay.views.judge.score import agreement, cohen_kappa, score_run, tallied, wilson
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -271,7 +271,7 @@ def test_one_page_is_scored_and_each_judge_once(suite: Suite, tmp_path: Path) ->
 
 
 def test_the_report_shows_scores_once_there_are_some(suite: Suite, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("saerelay.report.data.token_texts", lambda plan: token_text)
+    monkeypatch.setattr("saerelay.views.report.data.token_texts", lambda plan: token_text)
     monkeypatch.setattr(report, "write_figures", lambda suite, summary, folder: [])
     page = report.write_report(suite, summary(suite))
     assert "What people make of features" not in page.read_text(encoding="utf-8")

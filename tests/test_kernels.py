@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saerelay.dictionaries import Dictionary, Loss, initialise, keep_top, keep_top_of_batch, training_loss
-from saerelay.kernels import (
+from saerelay.sae.dictionary import Dictionary, Loss, initialise, keep_top, keep_top_of_batch, training_loss
+from saerelay.sae.kernels import (
     cpu,
     dense_codes,
     encode_sparse,
@@ -17,9 +17,9 @@ from saerelay.kernels import (
     split_codes,
     step,
 )
-from saerelay.kernels.select import GROUP, at_least, nonzero_codes, top_codes, top_codes_of_batch
-from saerelay.kernels.step import ROWS, codes_of_batch
-from saerelay.recipe import DictionarySpec
+from saerelay.sae.kernels.select import GROUP, at_least, nonzero_codes, top_codes, top_codes_of_batch
+from saerelay.sae.kernels.step import ROWS, codes_of_batch
+from saerelay.sae.spec import DictionarySpec
 
 OPS = [pytest.param(reference, id="reference")] + ([pytest.param(cpu, id="mkl")] if cpu.available() else [])
 D, F, B = 12, 50, 33

@@ -1,4 +1,4 @@
-"""A module imports only from modules above it in this list; the design in one place."""
+"""The wings of the house and their arrows: who may import whom; and inside a wing, in which order modules stand."""
 
 import ast
 import subprocess
@@ -9,43 +9,107 @@ import pytest
 
 import saerelay
 
-ORDER = """
-errors spec site recipe plan cost moments dictionaries threads kernels transfer engine demo sources corpus model cache
-stream progress trackers checkpoint interop attachment suite maps train survey auto evaluate matrix features lineage
-prompts measures circuits asking interpret tables figures launch hop share report judge showcase cli __main__
-""".split()
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+GROUND = ("errors", "site", "spec", "demo")
+"""Modules that everything stands on; they are not listed in ARROWS as targets."""
+
+ARROWS = {
+    "sae": "",
+    "planning": "sae",
+    "lm": "planning sae",
+    "data": "lm planning",
+    "runs": "lm planning sae",
+    "training": "data interop planning runs sae",
+    "interop": "lm runs sae",
+    "analysis": "data lm planning runs sae",
+    "views": "analysis data lm planning runs",
+    "workflows": "analysis data interop lm planning runs sae training views",
+    "cli": "analysis lm planning runs views workflows",
+}
+"""Every arrow that there is. One that is not here fails, and so does one that is here and gone."""
+
+ORDER = {
+    "sae": "spec moments dictionary threads kernels transfer",
+    "planning": "facts recipe plan cost presets compile survey choose",
+    "lm": "source tokens ports facts model attach",
+    "data": "sources corpus cache stream",
+    "runs": "files dictionaries directory state suite",
+    "training": "engine progress trackers train",
+    "analysis": "site_maps summary evaluate matrix features lineage prompts measures circuits endpoint interpret",
+    "views": "tables figures report judge",
+    "workflows": "pilots launch hop share demo",
+}
+"""Inside a wing a module imports only from those before it."""
 
 
-def imports_of(path: Path) -> set[str]:
+def imported_by(path: Path) -> set[tuple[str, ...]]:
+    """The parts of every module of this package that a file imports, without the package's name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "saerelay":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name in ORDER}
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("saerelay.")}
+            assert not any(alias.name.startswith("saerelay") for alias in node.names), f"{path}: use from ... import"
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "saerelay":
+            parts = tuple(node.module.split(".")[1:])
+            if len(parts) < 2:  # `from saerelay.lm import ports` imports a module, too
+                found |= {(*parts, alias.name) for alias in node.names}
+            else:
+                found.add(parts)
     return found
 
 
-def test_every_module_has_its_place() -> None:
-    modules = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
-    assert modules <= set(ORDER) - {"__main__"} | (modules & {"__main__"})
+def wing_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_upwards(path: Path) -> None:
-    module = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    if module == "__init__":
-        return
-    allowed = set(ORDER[: ORDER.index(module)]) | {module}
-    assert imports_of(path) <= allowed
+def module_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
+
+
+def test_every_wing_says_what_it_is_for() -> None:
+    wings = {path.parent.name for path in ROOT.glob("*/__init__.py")} - set(GROUND)
+    assert wings == set(ARROWS) - {"cli"}
+    for wing in wings:
+        text = ast.get_docstring(ast.parse((ROOT / wing / "__init__.py").read_text(encoding="utf-8")))
+        assert text and "import" in text, f"{wing}/__init__.py: say what the wing is for, and what it may import"
+
+
+@pytest.mark.parametrize("wing", [*ARROWS])
+def test_arrows_are_exactly_these(wing: str) -> None:
+    files = [path for path in FILES if wing_of(path) == wing]
+    targets = {parts[0] for path in files for parts in imported_by(path)} & set(ARROWS)
+    assert targets - {wing} == set(ARROWS[wing].split())
+
+
+@pytest.mark.parametrize("wing", [*ORDER])
+def test_modules_of_a_wing_import_from_those_before_them(wing: str) -> None:
+    order = ORDER[wing].split()
+    files = [path for path in FILES if wing_of(path) == wing and module_of(path) != "__init__"]
+    assert {module_of(path) for path in files} == set(order)
+    for path in files:
+        before = order[: order.index(module_of(path)) + 1]
+        own = {parts[1] for parts in imported_by(path) if parts[0] == wing and parts[1:] and parts[1] in order}
+        assert own <= set(before), f"{path.relative_to(ROOT)} imports {sorted(own - set(before))}"
+
+
+def test_planning_never_loads_torch() -> None:
+    modules = ", ".join(f"saerelay.planning.{name}" for name in ORDER["planning"].split())
+    assert loaded_by(f"import {modules}", "torch") == []
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_by("import saerelay, saerelay.cli", "torch", "transformers", "matplotlib") == []
+
+
+def loaded_by(code: str, *heavy: str) -> list[str]:
+    """Which of some modules are loaded once a piece of code has run in a fresh interpreter."""
+    code = f"import sys; {code}; print(*[m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 def test_public_names_are_these_and_all_import() -> None:
     assert saerelay.__all__ == [
-        "__version__",
         "AffineMap",
         "Dictionary",
         "Features",
@@ -76,10 +140,3 @@ def test_public_names_are_these_and_all_import() -> None:
     ]
     for name in saerelay.__all__:
         assert getattr(saerelay, name) is not None
-
-
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = "[m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules]"
-    code = f"import sys, saerelay, saerelay.cli; print({heavy})"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"

@@ -12,16 +12,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import saerelay as sr
-from saerelay import features, lineage
-from saerelay.checkpoint import publish
-from saerelay.corpus import Corpus
-from saerelay.dictionaries import Dictionary
+from saerelay.analysis import features, lineage
+from saerelay.analysis.evaluate import batches
+from saerelay.analysis.lineage import Lineage, Link, assign, describe_latent
+from saerelay.analysis.site_maps import SiteMaps
+from saerelay.data.corpus import Corpus
+from saerelay.data.stream import kept_positions
 from saerelay.errors import RunDirectoryError
-from saerelay.evaluate import batches
-from saerelay.kernels.select import nonzero_codes
-from saerelay.lineage import Lineage, Link, assign, describe_latent
-from saerelay.maps import SiteMaps
-from saerelay.stream import kept_positions, load_model
+from saerelay.lm.model import load_model
+from saerelay.runs.dictionaries import publish
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.kernels.select import nonzero_codes
 
 torch.set_num_threads(1)
 LEGS = ["L0", "L1-from-L0", "L2-from-L1", "L1-scratch-equal", "L1-scratch-full"]

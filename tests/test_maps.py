@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from saerelay import maps
-from saerelay.maps import SiteMaps, passes
-from saerelay.model import LanguageModel, read_facts
-from saerelay.moments import Moments
-from saerelay.plan import Plan, compile_plan
-from saerelay.recipe import Run
+from saerelay.analysis import site_maps as maps
+from saerelay.analysis.site_maps import SiteMaps, passes
+from saerelay.data.stream import LiveStream
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Run
+from saerelay.sae.moments import Moments
+from saerelay.sae.transfer import affine
 from saerelay.site import Site
-from saerelay.stream import LiveStream
-from saerelay.transfer import affine
 
 torch.set_num_threads(1)
 A, B, C = Site(0), Site(1), Site(2)

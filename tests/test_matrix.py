@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import saerelay as sr
-from saerelay import matrix
-from saerelay.corpus import Corpus
+from saerelay.analysis import matrix
+from saerelay.analysis.evaluate import measure
+from saerelay.analysis.matrix import matrix_run
+from saerelay.analysis.site_maps import SiteMaps
+from saerelay.data.corpus import Corpus
 from saerelay.errors import RecipeError
-from saerelay.evaluate import measure
-from saerelay.maps import SiteMaps
-from saerelay.matrix import matrix_run
-from saerelay.stream import load_model
+from saerelay.lm.model import load_model
 
 torch.set_num_threads(1)
 

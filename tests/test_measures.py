@@ -13,15 +13,10 @@ import pytest
 import torch
 
 import saerelay as sr
-from saerelay import measures as module
-from saerelay.checkpoint import publish, read_dictionary
-from saerelay.cli import main
-from saerelay.dictionaries import Dictionary
-from saerelay.errors import DataError, ModelError
-from saerelay.evaluate import held_out, measure
-from saerelay.maps import SiteMaps
-from saerelay.matrix import matrix_run
-from saerelay.measures import (
+from saerelay.analysis import measures as module
+from saerelay.analysis.evaluate import held_out, measure
+from saerelay.analysis.matrix import matrix_run
+from saerelay.analysis.measures import (
     Speaks,
     by_offset,
     direct_logit_attribution,
@@ -32,11 +27,15 @@ from saerelay.measures import (
     shared,
     transfer_score,
 )
-from saerelay.model import LanguageModel
-from saerelay.prompts import Prompt, read_prompts
-from saerelay.stream import load_model
-from saerelay.tables import measures_tables
-from saerelay.transfer import fold
+from saerelay.analysis.prompts import Prompt, read_prompts
+from saerelay.analysis.site_maps import SiteMaps
+from saerelay.cli import main
+from saerelay.errors import DataError, ModelError
+from saerelay.lm.model import LanguageModel, load_model
+from saerelay.runs.dictionaries import publish, read_dictionary
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.transfer import fold
+from saerelay.views.tables import measures_tables
 
 torch.set_num_threads(1)
 

@@ -18,10 +18,12 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from saerelay.errors import ModelError, PlanError
-from saerelay.model import LanguageModel, load_tokenizer, read_facts
-from saerelay.recipe import ModelSpec
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import LanguageModel
+from saerelay.lm.tokens import load_tokenizer
+from saerelay.planning.recipe import ModelSpec
+from saerelay.sae.threads import alone, in_parallel
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
-from saerelay.threads import alone, in_parallel
 
 SMALL = {"vocab_size": 101, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
 COMMON = SMALL | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

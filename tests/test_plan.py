@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
-from saerelay.cost import forward_flops, plan_cost
 from saerelay.errors import PlanError
-from saerelay.plan import External, ModelFacts, Plan, auto_lr, compile_plan, state_bytes
-from saerelay.recipe import Run
+from saerelay.planning.compile import auto_lr, compile_plan
+from saerelay.planning.cost import forward_flops, plan_cost, state_bytes
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import External, Plan
+from saerelay.planning.recipe import Run
 from saerelay.site import Site
 
 BASE: dict[str, Any] = {

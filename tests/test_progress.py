@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from saerelay.engine import Progress
-from saerelay.figures import quality_figure, save
-from saerelay.plan import ModelFacts, Plan, compile_plan
-from saerelay.progress import LiveTable, PlainLog
-from saerelay.recipe import Run
-from saerelay.tables import cost_lines, quality_table
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Run
+from saerelay.training.engine import Progress
+from saerelay.training.progress import LiveTable, PlainLog
+from saerelay.views.figures import quality_figure, save
+from saerelay.views.tables import cost_lines, quality_table
 
 STEP = Progress(age=4096, loss=0.1, fvu=0.1234, l0=4.0, n_dead=7, learning_rate=1e-3, seconds=1.0)
 

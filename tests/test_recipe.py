@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saerelay.errors import PlanError, RecipeError
-from saerelay.recipe import Run, annotated_toml, tokens_of
+from saerelay.planning.recipe import Run, annotated_toml, tokens_of
 from saerelay.site import MODULE_KINDS, Site
 from saerelay.spec import format_count, parse_count
 

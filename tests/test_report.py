@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from fake_run import HOSTILE, KNOWN, F, V, fake_run, token_text, write_studies
 
-import saerelay.report
-from saerelay.checkpoint import read_json, write_json
+import saerelay.views.report
+from saerelay.analysis.features import load_features
+from saerelay.analysis.summary import summary
 from saerelay.errors import RunDirectoryError
-from saerelay.evaluate import summary
-from saerelay.features import load_features
-from saerelay.report import data, write_report
-from saerelay.report.data import CHUNK, LEVELS, feed
-from saerelay.report.story import lost, saved, story, tiles, transfers_badly
-from saerelay.suite import Suite
+from saerelay.runs.files import read_json, write_json
+from saerelay.runs.suite import Suite
+from saerelay.views.report import data, write_report
+from saerelay.views.report.data import CHUNK, LEVELS, feed
+from saerelay.views.report.story import lost, saved, story, tiles, transfers_badly
 
 LEG = "L1"
 
@@ -37,7 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """A run of one's own, whose report is quick to write: without figures."""
     monkeypatch.setattr(data, "token_texts", lambda plan: token_text)
-    monkeypatch.setattr(saerelay.report, "write_figures", lambda suite, summary, folder: [])
+    monkeypatch.setattr(saerelay.views.report, "write_figures", lambda suite, summary, folder: [])
     return fake_run(tmp_path / "run")
 
 

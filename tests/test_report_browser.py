@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fake_run import EXPLANATION, HOSTILE, KNOWN, F, fake_run, token_text, write_studies
 
-from saerelay.evaluate import summary
-from saerelay.report import data, write_report
+from saerelay.analysis.summary import summary
+from saerelay.views.report import data, write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

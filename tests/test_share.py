@@ -22,16 +22,19 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from saerelay import cli, share
-from saerelay.checkpoint import RunDirectory, publish, read_json, write_json, write_text
-from saerelay.dictionaries import Dictionary
+from saerelay import cli
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
-from saerelay.launch import describe_external, plan_run
-from saerelay.recipe import Run
+from saerelay.planning.recipe import Run
+from saerelay.runs.dictionaries import publish
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.files import read_json, write_json, write_text
+from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
+from saerelay.workflows import share
+from saerelay.workflows.launch import describe_external, plan_run
 
 torch.set_num_threads(1)
 TOKEN = "hf_" + "s3cret" * 5
@@ -404,7 +407,8 @@ def test_a_repository_that_cannot_be_read_leaves_nothing(fake: Hub, pushed: str,
     broken["layer_2/sae_weights.safetensors"] = broken["layer_2/sae_weights.safetensors"][:-10]
     fake.repos["me/broken"], fake.repos["me/pickle"] = broken, fake.repos["me/saes"] | {"more/model.pt": b"\x80\x02."}
     script = SCRIPT.replace("load_dictionary(reference)", "pull(reference, Path('out')), 1").replace(
-        "from saerelay.interop import hub", "from saerelay.share import pull\nfrom saerelay.interop import hub"
+        "from saerelay.interop import hub",
+        "from saerelay.workflows.share import pull\nfrom saerelay.interop import hub",
     )
     env = environment(fake, tmp_path / "home")
     command = [sys.executable, "-c", script, "me/broken", "hf://me/pickle", "hf://me/none"]

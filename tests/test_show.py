@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from saerelay.tables import latent_view, visible
+from saerelay.views.tables import latent_view, visible
 
 HOSTILE = {
     "[red]markup[/red] [link=x]": "[red]markup[/red] [link=x]",

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saerelay.model import LanguageModel, read_facts
-from saerelay.plan import Plan, compile_plan
-from saerelay.recipe import Run
+from saerelay.data.stream import LM_BATCH_TOKENS, Block, LiveStream, TensorStream, kept_positions, shuffled
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Run
 from saerelay.site import Site
-from saerelay.stream import LM_BATCH_TOKENS, Block, LiveStream, TensorStream, kept_positions, shuffled
 
 torch.set_num_threads(1)
 

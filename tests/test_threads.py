@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 
-from saerelay.engine import Cohort, Trainee
-from saerelay.plan import Leg
-from saerelay.recipe import DictionarySpec, TrainSpec
+from saerelay.planning.plan import Leg
+from saerelay.planning.recipe import TrainSpec
+from saerelay.sae.spec import DictionarySpec
+from saerelay.sae.threads import alone, in_parallel
 from saerelay.site import Site
-from saerelay.threads import alone, in_parallel
+from saerelay.training.engine import Cohort, Trainee
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from saerelay.checkpoint import RunDirectory, load_state, read_dictionary, write_text
-from saerelay.engine import Progress, Trainee
+from saerelay.data.stream import AbstractStream, Block, TensorStream
 from saerelay.errors import Interrupted, LegFailed
-from saerelay.plan import ModelFacts, Plan, compile_plan
-from saerelay.recipe import Run
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Run
+from saerelay.runs.dictionaries import read_dictionary
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.files import write_text
+from saerelay.runs.state import load_state
+from saerelay.runs.suite import load
 from saerelay.site import Site
-from saerelay.stream import AbstractStream, Block, TensorStream
-from saerelay.suite import load
-from saerelay.train import train_plan
+from saerelay.training.engine import Progress, Trainee
+from saerelay.training.train import train_plan
 
 D = 16
 REFIT = {"refit_tokens": 512, "refit": True}
@@ -190,7 +195,7 @@ def test_snapshots_are_published_and_change_nothing(whole: Path, tmp_path: Path,
 
 
 def test_a_parent_in_another_directory(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
-    from saerelay.launch import describe_external
+    from saerelay.workflows.launch import describe_external
 
     source = str(whole / "legs/L1")
     leg = {"id": "x", "layer": 2, "parent": source, "tokens": 1024}

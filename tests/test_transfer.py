@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dictionaries import ARCHITECTURES, B, D, F, activations, random_dictionary
 
-from saerelay.dictionaries import Dictionary
 from saerelay.errors import TransferError
-from saerelay.kernels import Codes, encode_sparse, join_codes
-from saerelay.moments import Moments
-from saerelay.recipe import Method
-from saerelay.transfer import (
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.kernels import Codes, encode_sparse, join_codes
+from saerelay.sae.moments import Moments
+from saerelay.sae.spec import Method
+from saerelay.sae.transfer import (
     AffineMap,
     affine,
     conjugate_gradients,

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from saerelay.dictionaries import initialise, training_loss
-from saerelay.kernels import reference, select, sparse_step
-from saerelay.kernels.codes import Codes, dense_codes
-from saerelay.recipe import DictionarySpec
+from saerelay.sae.dictionary import initialise, training_loss
+from saerelay.sae.kernels import reference, select, sparse_step
+from saerelay.sae.kernels.codes import Codes, dense_codes
+from saerelay.sae.spec import DictionarySpec
 
 pytestmark = pytest.mark.interpreter
 if importlib.util.find_spec("triton") is None:
@@ -23,9 +23,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: Triton's own, and then ours
     for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
         del sys.modules[name]
-    sys.modules.pop("saerelay.kernels.triton", None)
+    sys.modules.pop("saerelay.sae.kernels.triton", None)
 
-ops = importlib.import_module("saerelay.kernels.triton")
+ops = importlib.import_module("saerelay.sae.kernels.triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -188,8 +188,8 @@ COMPILE_ALL = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from saerelay.kernels import triton as ops
-from saerelay.kernels.codes import Codes
+from saerelay.sae.kernels import triton as ops
+from saerelay.sae.kernels.codes import Codes
 
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 done = set()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from saerelay.recipe import Run
+    from saerelay.planning.recipe import Run
     from saerelay.site import Site
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document to s
 @app.command()
 def init() -> None:
     """Print an annotated recipe with the defaults."""
-    from saerelay.recipe import Run, annotated_toml
+    from saerelay.planning.recipe import Run, annotated_toml
 
     print(annotated_toml(Run()), end="")
 
@@ -49,11 +49,11 @@ def plan(
     write: Annotated[Path | None, typer.Option(help="preset auto: a new recipe with the legs written out")] = None,
 ) -> None:
     """Show what would be trained, from whom, and what it would take; with preset auto, after a survey."""
-    from saerelay.cost import plan_cost
-    from saerelay.launch import plan_run, time_plan
-    from saerelay.model import LanguageModel
-    from saerelay.recipe import Run
-    from saerelay.tables import plan_facts, plan_table
+    from saerelay.lm.model import LanguageModel
+    from saerelay.planning.cost import plan_cost
+    from saerelay.planning.recipe import Run
+    from saerelay.views.tables import plan_facts, plan_table
+    from saerelay.workflows.launch import plan_run, time_plan
 
     run = Run.from_toml(recipe)
     if run.plan.surveyed:
@@ -75,11 +75,11 @@ def plan(
 
 def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
     """Survey, and show or write what was chosen."""
-    from saerelay.auto import written_out
-    from saerelay.checkpoint import write_text
-    from saerelay.launch import plan_run, survey_once
-    from saerelay.recipe import annotated_toml
-    from saerelay.tables import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.planning.choose import written_out
+    from saerelay.planning.recipe import annotated_toml
+    from saerelay.runs.files import write_text
+    from saerelay.views.tables import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.workflows.launch import plan_run, survey_once
 
     if write and write.exists():
         raise RecipeError(f"{write} exists; choose another --write")
@@ -107,8 +107,8 @@ def train(
     extend: Annotated[bool, typer.Option("--extend", help="add legs or tokens to a finished run")] = False,
 ) -> None:
     """Train every leg of a recipe."""
-    from saerelay.launch import train_run
-    from saerelay.recipe import Run
+    from saerelay.planning.recipe import Run
+    from saerelay.workflows.launch import train_run
 
     suite = train_run(Run.from_toml(recipe), out, resume=resume, extend=extend, console=Console(stderr=True))
     print(f"{len(suite)} SAEs in {out}/legs. Their quality: saerelay eval {out}")
@@ -126,13 +126,14 @@ def evaluate(
     prompts: Annotated[Path | None, typer.Option(help="with --measures: a file of prompts, one JSON a line")] = None,
 ) -> None:
     """Measure the quality of every leg on held-out documents; or --matrix or --measures of the whole suite."""
-    from saerelay.checkpoint import RunDirectory, write_json
-    from saerelay.evaluate import evaluate_run
-    from saerelay.matrix import matrix_run
-    from saerelay.measures import measures_run
-    from saerelay.recipe import EvaluateSpec
-    from saerelay.suite import load
-    from saerelay.tables import matrix_tables, measures_tables
+    from saerelay.analysis.evaluate import evaluate_run
+    from saerelay.analysis.matrix import matrix_run
+    from saerelay.analysis.measures import measures_run
+    from saerelay.planning.recipe import EvaluateSpec
+    from saerelay.runs.directory import RunDirectory
+    from saerelay.runs.files import write_json
+    from saerelay.runs.suite import load
+    from saerelay.views.tables import matrix_tables, measures_tables
 
     asked = EvaluateSpec.parse({"tokens": tokens}, source="--tokens").tokens if tokens else 0
     progress = Console(stderr=True)
@@ -167,9 +168,9 @@ def circuits(
     as_json: Json = False,
 ) -> None:
     """Find the latents that a task rests on (Marks et al. 2024), and how faithful and complete such circuits are."""
-    from saerelay.circuits import circuits_run
-    from saerelay.suite import load
-    from saerelay.tables import circuit_tables
+    from saerelay.analysis.circuits import circuits_run
+    from saerelay.runs.suite import load
+    from saerelay.views.tables import circuit_tables
 
     sizes = [int(size) for size in k.split(",") if size.strip().isdecimal()]
     if len(sizes) != len(k.split(",")):
@@ -194,9 +195,9 @@ def show_latent(
 
     The first time, features and lineage of the whole run are computed.
     """
-    from saerelay.lineage import describe_latent
-    from saerelay.suite import load
-    from saerelay.tables import latent_view
+    from saerelay.analysis.lineage import describe_latent
+    from saerelay.runs.suite import load
+    from saerelay.views.tables import latent_view
 
     document = describe_latent(load(run), leg, latent, console=Console(stderr=True))
     if as_json:
@@ -235,11 +236,11 @@ def interpret(
     """
     from shlex import join
 
-    from saerelay.asking import Asker, Endpoint
+    from saerelay.analysis.endpoint import Asker, Endpoint
+    from saerelay.analysis.interpret import estimate, example_prompts, interpret_run, prepare
     from saerelay.errors import EndpointError
-    from saerelay.interpret import estimate, example_prompts, interpret_run, prepare
-    from saerelay.suite import load
-    from saerelay.tables import estimate_text, interpret_tables, prompts_text
+    from saerelay.runs.suite import load
+    from saerelay.views.tables import estimate_text, interpret_tables, prompts_text
 
     if max_cost is not None and not (price_in or price_out):
         raise EndpointError("--max-cost needs --price-in and --price-out, in USD for a million tokens")
@@ -302,8 +303,8 @@ def hop(
     To another layer, the same layer of a fine-tuned model, another text, number of latents, sparsity or architecture.
     Onto its own layer with --tokens 0 --no-refit it is only measured.
     """
-    from saerelay.hop import hop_run
-    from saerelay.recipe import Run
+    from saerelay.planning.recipe import Run
+    from saerelay.workflows.hop import hop_run
 
     asked = {"tokens": tokens, "method": method, "architecture": architecture, "n_latents": n_latents}
     given = {key: value for key, value in asked.items() if value}
@@ -324,7 +325,7 @@ def import_sae(
     model: Annotated[str, typer.Option(help="the model it reads, if its files do not say")] = "",
 ) -> None:
     """Rewrite a trained SAE of any format in canonical form: one that acts on raw activations."""
-    from saerelay.share import describe, import_dictionary
+    from saerelay.workflows.share import describe, import_dictionary
 
     site = site_asked(layer, module)
     dictionary, origin = import_dictionary(reference, out, format=format, model=model, site=site)
@@ -340,7 +341,7 @@ def export(
     licence: Licence = "",
 ) -> None:
     """Write a run's SAEs in another tool's format, one directory a layer, with a model card."""
-    from saerelay.share import export_run
+    from saerelay.workflows.share import export_run
 
     for one in export_run(source, out, format, legs=leg, licence=licence):
         print(f"{out / one.folder}: {one.kind}")
@@ -357,7 +358,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be uploaded, and upload nothing")] = False,
 ) -> None:
     """Upload a run's SAEs, with a model card, to the Hugging Face hub, as whom `hf auth login` says."""
-    from saerelay.share import preview, push_run
+    from saerelay.workflows.share import preview, push_run
 
     if dry_run:
         print(preview(source, repo, format, legs=leg, licence=licence))
@@ -371,7 +372,7 @@ def pull(
     out: NewDirectory,
 ) -> None:
     """Download a repository of SAEs, or a folder of it, and check that each can be read."""
-    from saerelay.share import pull as pull_all
+    from saerelay.workflows.share import pull as pull_all
 
     found = pull_all(reference, out)
     print("\n".join(map(str, found)))
@@ -386,8 +387,8 @@ def report(
     """Make one page that shows all of a run, and first the measurements it still needs."""
     import webbrowser
 
-    from saerelay.report import report_run
-    from saerelay.suite import load
+    from saerelay.runs.suite import load
+    from saerelay.views.report import report_run
 
     page = report_run(load(run), quick=quick, console=Console(stderr=True))
     size = sum(path.stat().st_size for path in page.parent.rglob("*") if path.is_file())
@@ -408,10 +409,10 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Make a page on which people judge latents blind, from scratch or transferred; or --score what they said."""
-    from saerelay.judge import judge_run
-    from saerelay.judge.score import score_run
-    from saerelay.suite import load
-    from saerelay.tables import drawn_lines, judging_tables
+    from saerelay.runs.suite import load
+    from saerelay.views.judge import judge_run
+    from saerelay.views.judge.score import score_run
+    from saerelay.views.tables import drawn_lines, judging_tables
 
     suite, console = load(run), Console(width=None if sys.stdout.isatty() else 120)
     if score:
@@ -442,7 +443,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="replaced if it holds an earlier demo")] = Path("runs/demo"),
 ) -> None:
     """Train, transfer and evaluate SAEs for all layers of the built-in model; needs no network."""
-    from saerelay.showcase import run_demo
+    from saerelay.workflows.demo import run_demo
 
     show(run_demo(out, Console(stderr=True)))
     print(f"\n{out}/report/index.html shows all of it, in a browser. {out}/legs/ has the SAEs.")
@@ -464,7 +465,7 @@ def print_all(shown: "Iterable[RenderableType]") -> None:
 
 def show(summary: dict[str, Any]) -> None:
     """Print a suite's quality and cost."""
-    from saerelay.tables import cost_lines, quality_table
+    from saerelay.views.tables import cost_lines, quality_table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(quality_table(summary))

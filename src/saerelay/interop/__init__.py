@@ -4,26 +4,17 @@
 
 `recognises(path)` looks at the names in a directory (or at the name of a file) and opens no tensors; `read(path)` gives
 a canonical `Dictionary`, exactly the same function, and an `Origin`; `write(path, dictionary, origin)` fills a
-directory.
+directory. May import the ground, `sae` and `runs`.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from saerelay.dictionaries import Dictionary, LayerNormed
 from saerelay.errors import FormatError
-from saerelay.interop import (
-    dictionary_learning,
-    gemma_scope,
-    hub,
-    llamascopium,
-    openai,
-    own,
-    saelens,
-    sparsify,
-)
+from saerelay.interop import dictionary_learning, gemma_scope, hub, llamascopium, openai, own, saelens, sparsify
 from saerelay.interop.origin import Origin
+from saerelay.sae.dictionary import Dictionary, LayerNormed
 from saerelay.site import Site
 
 FORMATS: tuple[ModuleType, ...] = (own, saelens, gemma_scope, sparsify, dictionary_learning, llamascopium, openai)

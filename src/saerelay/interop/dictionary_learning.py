@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saerelay.checkpoint import write_json
-from saerelay.dictionaries import Dictionary, to_canonical
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.interop.files import (
     canonical,
@@ -27,7 +25,9 @@ from saerelay.interop.files import (
 )
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.recipe import Architecture
+from saerelay.runs.files import write_json
+from saerelay.sae.dictionary import Dictionary, to_canonical
+from saerelay.sae.spec import Architecture
 from saerelay.site import MODULE_KINDS, Site
 
 NAME = "dictionary_learning"

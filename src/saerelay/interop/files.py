@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary
 from saerelay.errors import FormatError
-from saerelay.recipe import Architecture
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.spec import Architecture
 
 T = TypeVar("T")
 

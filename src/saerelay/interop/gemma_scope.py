@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from saerelay.dictionaries import Dictionary
 from saerelay.errors import FormatError
 from saerelay.interop.files import canonical, read_config, read_tensors, shaped
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
+from saerelay.sae.dictionary import Dictionary
 from saerelay.site import ModuleKind, Site
 
 NAME = "gemma_scope"

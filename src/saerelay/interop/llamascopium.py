@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary, unit_decoder
 from saerelay.errors import FormatError
 from saerelay.interop.files import canonical, read_config, read_number, read_tensors, shaped
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.recipe import Architecture
+from saerelay.sae.dictionary import Dictionary, unit_decoder
+from saerelay.sae.spec import Architecture
 
 NAME = "llamascopium"
 _ACTIVATIONS: dict[str, Architecture] = {"relu": "relu", "jumprelu": "jumprelu", "topk": "topk"}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from saerelay.dictionaries import Dictionary, LayerNormed
 from saerelay.errors import FormatError
 from saerelay.interop.files import canonical, read_number, read_pickle, shaped
 from saerelay.interop.origin import Origin
+from saerelay.sae.dictionary import Dictionary, LayerNormed
 from saerelay.site import ModuleKind, Site
 
 NAME = "openai"

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from saerelay.checkpoint import publish, read_dictionary
-from saerelay.dictionaries import Dictionary
 from saerelay.interop.origin import Origin
+from saerelay.runs.dictionaries import publish, read_dictionary
+from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
 NAME = "saerelay"

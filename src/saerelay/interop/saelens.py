@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saerelay.checkpoint import write_json, write_tensors
-from saerelay.dictionaries import Dictionary, LayerNormed, unit_decoder
 from saerelay.errors import FormatError
 from saerelay.interop.files import canonical, read_config, read_number, read_tensors, said, shaped, ungated
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
-from saerelay.recipe import Architecture
+from saerelay.runs.files import write_json, write_tensors
+from saerelay.sae.dictionary import Dictionary, LayerNormed, unit_decoder
+from saerelay.sae.spec import Architecture
 
 NAME = "saelens"
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"

@@ -1,0 +1,36 @@
+"""What a plan must know of a language model."""
+
+from saerelay.site import Site
+from saerelay.spec import Spec
+
+
+class ModelFacts(Spec):
+    """What a plan must know of a language model; read from its configuration, without loading weights."""
+
+    name: str
+    revision: str
+    """Resolved revision where the hub gives one (commit hash), else what the recipe says."""
+    family: str
+    """`model_type` of the Hugging Face configuration."""
+    dtype: str
+    device: str
+    n_layers: int
+    d_model: int
+    d_attn_z: int
+    """Width of the attention output projection's input (heads x head width)."""
+    vocab_size: int
+    max_context: int
+    """Longest sequence the model takes; 0 if it has no limit."""
+    bos_token_id: int | None
+    """What `prepend_bos` puts first: the BOS token, or the CLS token of an encoder, or none."""
+    eos_token_id: int | None
+    """What separates packed documents: EOS, or SEP of an encoder, or none."""
+    has_lm_head: bool
+    layer_params: int
+    """Parameters of one layer (mean over layers)."""
+    model_params: int
+    """All parameters."""
+
+    def width(self, site: Site) -> int:
+        """Width D of the activations at a site."""
+        return self.d_attn_z if site.module == "attn_z" else self.d_model

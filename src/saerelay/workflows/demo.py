@@ -1,0 +1,48 @@
+"""`saerelay demo`: the whole of it on the built-in model, in minutes, offline."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from saerelay.errors import RunDirectoryError
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Run, TrainSpec
+from saerelay.runs.directory import sole_writer
+from saerelay.runs.files import read_json, write_text
+from saerelay.runs.state import STATE_FILE
+from saerelay.sae.spec import DictionarySpec
+from saerelay.views.report import report_run
+from saerelay.workflows.launch import train_run
+
+MARK = ".saerelay-demo"
+"""Marks a directory that a demo made, so that the next demo may replace it."""
+
+DEMO = Run(
+    data=DataSpec(epochs=2),  # only needed where the standard library comes without its tests (Debian's)
+    dictionary=DictionarySpec(expansion=16, k=24),
+    plan=PlanSpec(preset="hub", root_tokens=2_000_000, transfer_tokens=250_000, controls=[2, 6]),
+    train=TrainSpec(batch_tokens=512),
+    evaluate=EvaluateSpec(tokens=65_536),
+)
+"""One root, transferred to all other layers, and from-scratch controls for two of them."""
+
+
+def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> dict[str, Any]:
+    """Train, transfer, evaluate and report; replaces an earlier demo in `out`, and nothing else.
+
+    Raises RunDirectoryError if `out` holds anything but a demo.
+    """
+    if out.exists():
+        if not (out / MARK).is_file():
+            raise RunDirectoryError(f"{out} holds something that is no demo; move it away or choose another --out")
+        with sole_writer(out):
+            for entry in out.iterdir():
+                if entry.name not in ("state", MARK):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            (out / "state" / STATE_FILE).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / MARK, "made by `saerelay demo`; the next demo replaces this directory\n")
+    suite = train_run(run, out, resume=True, console=console)
+    report_run(suite, console=console)
+    return read_json(out / "summary.json")
