@@ -54,7 +54,7 @@ def compare_evals(directory: Path | None) -> list[dict[str, Any]]:
 def compare_suite(suite: Suite) -> list[dict[str, Any]]:
     """A row for each leg."""
     plan = suite.plan
-    test = held_out(plan, Corpus.open(suite.directory.tokens).test, plan.run.evaluate.tokens)
+    test = held_out(plan, Corpus.open(suite.directory.tokens).test, plan.recipe.evaluate.tokens)
     sequences = test[(test == plan.facts.bos_token_id).sum(axis=1) == 1]
     sequences = sequences[: len(sequences) // BATCH * BATCH]
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in suite.legs}
@@ -65,8 +65,8 @@ def compare_suite(suite: Suite) -> list[dict[str, Any]]:
     rows = []
     for leg in suite.legs:
         origin = Origin(
-            model=plan.facts.name, site=leg.site, module_path=paths[leg.site], context=plan.run.data.context,
-            prepend_bos=plan.run.data.prepend_bos,
+            model=plan.facts.name, site=leg.site, module_path=paths[leg.site], context=plan.recipe.data.context,
+            prepend_bos=plan.recipe.data.prepend_bos,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             write_dictionary(Path(scratch), suite[leg.id], origin, "saelens")

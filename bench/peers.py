@@ -23,11 +23,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saerelay.planning.plan import Leg
+from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
+from saerelay.sae.architectures import Architecture
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture, DictionarySpec
+from saerelay.sae.spec import DictionarySpec
 from saerelay.training.engine import Trainee
+from saerelay.training.state import first_state
 
 Inference = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Raw activations (B, D) to their reconstruction (B, D) and the number of active latents of each row (B)."""
@@ -37,7 +39,7 @@ Inference = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Task:
     """What all contestants are asked to train."""
 
-    kind: Architecture
+    kind: str
     d_model: int
     n_latents: int
     k: int
@@ -105,17 +107,30 @@ class Ours(Contestant):
     def __init__(
         self, task: Task, first: Tensor, start: Start | None, *, precision: Literal["float32", "bfloat16"] = "float32"
     ) -> None:
-        spec = DictionarySpec(architecture=task.kind, n_latents=task.n_latents, k=task.k, target_l0=task.k)
-        leg = Leg(
-            id="bench", role="root", layer=0, module="resid_post", dictionary=spec, seed=0, lr=task.lr,
-            budget_tokens=task.steps * task.batch, batch_tokens=task.batch,
+        keys = {"architecture": task.kind, "n_latents": task.n_latents, "k": task.k, "target_l0": task.k}
+        schedule = Schedule(
+            budget_tokens=task.steps * task.batch,
+            batch_tokens=task.batch,
+            lr=task.lr,
             dead_after_tokens=task.dead_after_steps * task.batch,
-        )  # fmt: skip
-        schedule = TrainSpec(batch_tokens=task.batch, warmup=task.warmup, decay=task.decay, precision=precision)
-        self.trainee = Trainee(leg, schedule, first, start.dictionary if start else None)
+        )
+        leg = Leg(
+            id="bench",
+            role="root",
+            layer=0,
+            module="resid_post",
+            dictionary=DictionarySpec.parse(keys).sized(first.shape[1]),
+            seed=0,
+            schedule=schedule,
+        )
+        spec = TrainSpec.parse(
+            {"batch_tokens": task.batch, "warmup": task.warmup, "decay": task.decay, "precision": precision}
+        )
+        state = first_state(leg, spec, first, start.dictionary if start else None)
         if start:
-            self.trainee.age = 2 * leg.dead_after_tokens
-            self.trainee.last_fired.copy_(torch.where(start.dead, 0, self.trainee.age))
+            state.age = 2 * schedule.dead_after_tokens
+            state.last_fired.copy_(torch.where(start.dead, 0, state.age))
+        self.trainee = Trainee(leg, spec, state)
 
     def step(self, x: Tensor) -> None:
         self.trainee.step(x)
@@ -124,7 +139,7 @@ class Ours(Contestant):
         self.trainee.look()
         self.trainee.step(x)
         progress = self.trainee.look()
-        assert progress is not None, self.trainee.failure
+        assert progress is not None, self.trainee.state.failure
         return progress.l0
 
     def n_dead(self) -> int:
@@ -384,7 +399,7 @@ class Entry:
     """False where another setting of the tool computes the same numbers: left out of the quality runs."""
 
 
-def entries(kind: Architecture, device: str, *, ours_only: bool = False, compiled: bool = True) -> list[Entry]:
+def entries(kind: str, device: str, *, ours_only: bool = False, compiled: bool = True) -> list[Entry]:
     """Everyone who can train dictionaries of a kind here."""
     found = [Entry("saerelay", "f32", Ours)]
     found.append(Entry("saerelay", "bf16", lambda *given: Ours(*given, precision="bfloat16")))

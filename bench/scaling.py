@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from report import print_json
 
-from saerelay.planning.plan import Leg
+from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.spec import DictionarySpec
 from saerelay.site import Site
 from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.state import first_state
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,17 @@ CURVES: dict[str, list[Shape]] = {
 
 def leg(shape: Shape, layer: int) -> Leg:
     """A leg that trains on and on, at a rate that moves nothing."""
-    spec = DictionarySpec(n_latents=shape.n_latents, k=shape.k)
+    dictionary = DictionarySpec.parse({"n_latents": shape.n_latents, "k": shape.k}).sized(shape.d_model)
+    schedule = Schedule(budget_tokens=10**9, batch_tokens=shape.batch, lr=1e-7, dead_after_tokens=10**9)
     return Leg(
-        id=f"L{layer}", role="root", layer=layer, module="resid_post", dictionary=spec, budget_tokens=10**9,
-        batch_tokens=shape.batch, lr=1e-7, dead_after_tokens=10**9, seed=0,
-    )  # fmt: skip
+        id=f"L{layer}",
+        role="root",
+        layer=layer,
+        module="resid_post",
+        dictionary=dictionary,
+        seed=0,
+        schedule=schedule,
+    )
 
 
 def median_ms(call: Callable[[], object], reps: int) -> float:
@@ -70,10 +77,11 @@ def measure(shape: Shape, reps: int) -> dict[str, float]:
     x = torch.randn(shape.batch, shape.d_model, generator=torch.Generator().manual_seed(0))
     cohort = Cohort(shape.batch)
     for layer in range(shape.legs):
-        cohort.add(Trainee(leg(shape, layer), TrainSpec(precision="bfloat16"), x))
+        spec = TrainSpec(precision="bfloat16")
+        cohort.add(Trainee(leg(shape, layer), spec, first_state(leg(shape, layer), spec, x)))
     batch = {Site(layer): x for layer in range(shape.legs)}
     step = median_ms(lambda: cohort.step(batch), reps) / shape.legs
-    W, narrow = cohort["L0"].dictionary.W_enc.bfloat16().T, x.bfloat16()
+    W, narrow = cohort["L0"].state.dictionary.W_enc.bfloat16().T, x.bfloat16()
     out = torch.empty(shape.batch, shape.n_latents, dtype=torch.bfloat16)
     return {"step_ms": round(step, 3), "floor_ms": median_ms(lambda: torch.mm(narrow, W, out=out), reps)}
 

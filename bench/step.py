@@ -44,7 +44,6 @@ from rich.table import Table
 from torch import Tensor
 
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ SHAPES = {
     "wide": Shape(768, 12288, 64, 4096),
     "large": Shape(2304, 16384, 64, 2048),
 }
-KINDS: tuple[Architecture, ...] = ("topk", "batchtopk", "jumprelu", "relu")
+KINDS: tuple[str, ...] = ("topk", "batchtopk", "jumprelu", "relu")
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Synthetic:
         return x.add_(torch.randn(x.shape, generator=generator, device=device), alpha=0.5 / W.shape[1] ** 0.5)
 
 
-def mid_training(kind: Architecture, shape: Shape, data: Synthetic, x: Tensor, dead_share: float) -> Start:
+def mid_training(kind: str, shape: Shape, data: Synthetic, x: Tensor, dead_share: float) -> Start:
     """The generating directions as a dictionary whose L0 is k, a share of it dead."""
     W_dec, W_enc = data.directions, data.directions.clone()
     dead = torch.zeros(shape.n_latents, dtype=torch.bool, device=x.device)
@@ -123,7 +122,7 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def time_steps(name: str, kind: Architecture, dead_share: float, args: argparse.Namespace) -> list[dict]:
+def time_steps(name: str, kind: str, dead_share: float, args: argparse.Namespace) -> list[dict]:
     """Rows of the timing table for one shape and kind."""
     shape, device = SHAPES[name], args.device
     data = Synthetic.of(shape, device)
@@ -186,9 +185,9 @@ def rows_of(name: str, n_train: int, n_test: int, device: str) -> Rows:
     if name == "small":
         from sweep import harvest
 
-        from saerelay.planning.recipe import Run
+        from saerelay.planning.recipe import Recipe
 
-        train, test = harvest(Run(), [4], n_train, n_test)[4]
+        train, test = harvest(Recipe(), [4], n_train, n_test)[4]
         return Rows(train[:n_train].to(device), test.to(device))
     data = Synthetic.of(shape, device)
     train = torch.cat([data.rows(min(8192, n_train - i), 10 + i) for i in range(0, n_train, 8192)])
@@ -217,7 +216,7 @@ def fidelity(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) 
     return error / float((x.double() - x.double().mean(dim=0)).square().sum()), active / len(x)
 
 
-def compare_quality(name: str, kinds: list[Architecture], args: argparse.Namespace) -> list[dict]:
+def compare_quality(name: str, kinds: list[str], args: argparse.Namespace) -> list[dict]:
     """Rows of the quality table for one shape: every contestant at every learning rate, its best one marked."""
     shape = SHAPES[name]
     data = rows_of(name, args.quality_tokens, 65_536 if name == "small" else 16_384, args.device)

@@ -19,19 +19,22 @@ from saerelay.data.corpus import prepare
 from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.tokens import load_tokenizer
-from saerelay.planning.plan import Leg
-from saerelay.planning.recipe import Run, TrainSpec
+from saerelay.planning.plan import Leg, Schedule
+from saerelay.planning.recipe import Recipe, TrainSpec
+from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments
+from saerelay.sae.refit import refit
 from saerelay.sae.spec import DictionarySpec
-from saerelay.sae.transfer import fold, map_between, refit
+from saerelay.sae.transfer import fold
 from saerelay.site import Site
 from saerelay.training.engine import Trainee
+from saerelay.training.state import first_state
 from saerelay.workflows.launch import plan_run
 
 
-def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def harvest(run: Recipe, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Shuffled training rows and test rows of each layer."""
-    run = run.model_copy(update={"sites": run.sites.model_copy(update={"layers": layers})})
+    run = run.changed(sites=run.sites.changed(layers=layers))
     plan = plan_run(run)
     sites = [Site(layer, run.sites.module) for layer in layers]
     model = LanguageModel.load(run.model)
@@ -59,11 +62,12 @@ def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int,
 
 def train(leg: Leg, spec: TrainSpec, x: torch.Tensor, inherited=None) -> Trainee:
     """Train to the budget; rows are reused when they run out."""
-    trainee = Trainee(leg, spec, x[:32768].float(), inherited)
+    trainee = Trainee(leg, spec, first_state(leg, spec, x[:32768].float(), inherited))
+    batch = leg.schedule.batch_tokens
     position = 0
     while not trainee.done:
-        trainee.step(x[position : position + leg.batch_tokens].float())
-        position = (position + leg.batch_tokens) % (len(x) - leg.batch_tokens)
+        trainee.step(x[position : position + batch].float())
+        position = (position + batch) % (len(x) - batch)
     return trainee
 
 
@@ -105,7 +109,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, nargs="+", default=[0.3])
     parser.add_argument("--eval-tokens", type=int, default=65_536)
     args = parser.parse_args()
-    run = Run.from_toml(args.recipe) if args.recipe else Run()
+    run = Recipe.from_toml(args.recipe) if args.recipe else Recipe()
     layers = sorted({args.layer} | ({args.source} if args.source is not None else set()))
     n_rows = max([*args.tokens, args.source_tokens if args.source is not None else 0])
     rows = harvest(run, layers, n_rows, args.eval_tokens)
@@ -113,10 +117,15 @@ def main() -> None:
     parent, moments = None, None
     common = dict(role="root", module=run.sites.module, seed=0)
     if args.source is not None:
-        spec = DictionarySpec(architecture=args.architecture, n_latents=args.n_latents, k=args.k)
+        keys = {"architecture": args.architecture, "n_latents": args.n_latents, "k": args.k}
         n = args.source_tokens
-        leg = Leg(id="source", layer=args.source, dictionary=spec, budget_tokens=n, batch_tokens=512, lr=args.source_lr,
-                  dead_after_tokens=n // 50, **common)  # fmt: skip
+        leg = Leg(
+            id="source",
+            layer=args.source,
+            dictionary=DictionarySpec.parse(keys).sized(x.shape[1]),
+            schedule=Schedule(budget_tokens=n, batch_tokens=512, lr=args.source_lr, dead_after_tokens=n // 50),
+            **common,
+        )
         source = train(leg, TrainSpec(), rows[args.source][0])
         print(json.dumps({"source": args.source, **quality(source, *rows[args.source])}), flush=True)
         parent = source.canonical(rows[args.source][0][:8192].float())
@@ -131,19 +140,37 @@ def main() -> None:
         for b0 in args.bias_lr for l1 in args.l1 for bw in args.bandwidth
     ]  # fmt: skip
     for c in grid:
-        spec = DictionarySpec(architecture=args.architecture, n_latents=args.n_latents, k=args.k, aux_weight=c["aux"],
-                              l1=c["l1"], bandwidth=c["bandwidth"], target_l0=args.k)  # fmt: skip
+        keys = {
+            "architecture": args.architecture,
+            "n_latents": args.n_latents,
+            "k": args.k,
+            "target_l0": args.k,
+            "aux_weight": c["aux"],
+            "l1": c["l1"],
+            "bandwidth": c["bandwidth"],
+        }
         budget = max(c["batch"], c["tokens"] // c["batch"] * c["batch"])
-        leg = Leg(id="x", layer=args.layer, dictionary=spec, budget_tokens=budget, batch_tokens=c["batch"], lr=c["lr"],
-                  dead_after_tokens=args.dead_after or max(c["batch"], budget // 50), **common)  # fmt: skip
+        schedule = Schedule(
+            budget_tokens=budget,
+            batch_tokens=c["batch"],
+            lr=c["lr"],
+            dead_after_tokens=args.dead_after or max(c["batch"], budget // 50),
+        )
+        leg = Leg(
+            id="x",
+            layer=args.layer,
+            dictionary=DictionarySpec.parse(keys).sized(x.shape[1]),
+            schedule=schedule,
+            **common,
+        )
         began = time.perf_counter()
         inherited = fold(parent, map_between(c["method"], x.shape[1], moments)) if parent else None
         if inherited and c["refit"]:
             inherited = refit(inherited, x[:65_536].float().split(4096))
         names = ("decay", "warmup", "whitening", "encoder_lr", "bias_lr")
         given = {name: c[name] for name in names}
-        schedule = TrainSpec(batch_tokens=c["batch"], betas=(c["beta1"], c["beta2"]), **given)
-        trainee = train(leg, schedule, x, inherited)
+        spec = TrainSpec.parse({"batch_tokens": c["batch"], "betas": (c["beta1"], c["beta2"]), **given})
+        trainee = train(leg, spec, x, inherited)
         seconds = time.perf_counter() - began
         print(json.dumps(c | quality(trainee, x, x_test) | {"seconds": round(seconds, 1)}), flush=True)
 

@@ -12,7 +12,7 @@ from saerelay.analysis.features import load_features
 from saerelay.data.corpus import Corpus
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.files import finite, write_json, write_text
 from saerelay.runs.suite import Suite, load
@@ -50,7 +50,7 @@ def fake_run(root: Path) -> Suite:
     sections: dict[str, Any] = {"sites": {"layers": [0, 1, 2]}, "dictionary": {"n_latents": F, "k": 4}}
     sections |= {"plan": {"root_tokens": 8192, "transfer_tokens": 2048, "moment_tokens": 1024, "controls": [0]}}
     sections |= {"data": {"context": CONTEXT}, "train": {"batch_tokens": 96}}
-    plan = compile_plan(Run.parse(sections, source="test"), FACTS)
+    plan = compile_plan(Recipe.parse(sections, source="test"), FACTS)
     paths, rng = RunDirectory(root), np.random.default_rng(0)
     write_text(paths.plan, plan.to_json())
     for split in ("train", "validation", "test"):
@@ -71,10 +71,12 @@ def fake_run(root: Path) -> Suite:
     ]  # fmt: skip
     write_text(paths.metrics, "".join(json.dumps(line) + "\n" for line in lines))
     for leg in plan.legs:
-        write_json(paths.leg(leg.id) / "dictionary.json", {"tokens": leg.budget_tokens, "seconds": 2.0, "lr": leg.lr})
+        write_json(
+            paths.leg(leg.id) / "dictionary.json", {"tokens": leg.budget_tokens, "seconds": 2.0, "lr": leg.schedule.lr}
+        )
         metrics = {"n_tokens": test.size, "l0": 4.0, "fvu": 0.1 + leg.layer / 100, "frac_alive": 0.9}
         metrics |= {"delta_ce": 0.1, "delta_ce_se": 0.01, "ce_loss_score": 0.98, "ce_loss_without_sae": 2.5}
-        tokens = plan.run.evaluate.tokens
+        tokens = plan.recipe.evaluate.tokens
         asked = {"tokens": min(tokens, test.size), "ce": True}
         write_json(paths.evaluation(leg.id), {"asked": asked, "metrics": metrics, "snapshots": {}})
         fake_features(paths, leg.id, leg.layer, test, rng)

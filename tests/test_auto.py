@@ -9,25 +9,20 @@ from typing import Any
 import pytest
 
 from saerelay.errors import PlanError, RecipeError
-from saerelay.planning.choose import (
-    DECLINE,
-    DOUBT,
-    GAP_GROWTH,
-    HALF_PER_LATENT,
-    Charges,
-    Choice,
-    Curves,
-    cheapest,
-    choose,
-    fit_curves,
-    spent,
-    with_legs,
-    written_out,
-)
+from saerelay.planning.choose import Charges, Choice, Question, cheapest, choose, with_legs, written_out
 from saerelay.planning.compile import compile_plan
+from saerelay.planning.curves import DECLINE, GAP_GROWTH, HALF_PER_LATENT, Curves, fit_curves
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import Run
-from saerelay.planning.survey import Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay, survey_plan
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.survey import (
+    LongPilots,
+    Survey,
+    SurveyCost,
+    SurveyedHop,
+    SurveyedLayer,
+    before_decay,
+    survey_plan,
+)
 
 LAYERS, HUB, SHORT, LONG, LATENTS = range(6), 3, 4096, 16384, 64
 
@@ -54,7 +49,6 @@ def surveyed(c: Curves, **plan: Any) -> Survey:
         hub=HUB,
         n_latents=LATENTS,
         pilot_tokens=SHORT,
-        long_tokens=LONG,
         block_tokens=1024,
         layers=[
             SurveyedLayer(layer=i, rms_norm=1, fvu=c.pilot[i], refitted=0.9 * c.pilot[i], decay_gain=0.9 ** c.power[i])
@@ -65,11 +59,14 @@ def surveyed(c: Curves, **plan: Any) -> Survey:
                         refitted=0.9 * c.pilot[t] + gap / GAP_GROWTH)
             for (p, t), gap in c.gap.items()
         ],
-        long_fvu=c.hub(LONG),
-        long_refitted=0.9 * c.hub(LONG),
-        long_decay_gain=0.85,
-        ends={t: c.scratch(t, LONG) for t in (LAYERS[0], LAYERS[-1])},
-        long_hops={t: 0.9 * c.scratch(t, LONG) + gap / GAP_GROWTH for (p, t), gap in c.gap.items() if p == HUB},
+        long=LongPilots(
+            long_tokens=LONG,
+            long_fvu=c.hub(LONG),
+            long_refitted=0.9 * c.hub(LONG),
+            long_decay_gain=0.85,
+            ends={t: c.scratch(t, LONG) for t in (LAYERS[0], LAYERS[-1])},
+            long_hops={t: 0.9 * c.scratch(t, LONG) + gap / GAP_GROWTH for (p, t), gap in c.gap.items() if p == HUB},
+        ),
         cost=SurveyCost(
             lm_tokens=20_000, sae_samples=50_000, flops=1e9, seconds=1.0, seconds_per_sample=1e-5,
             seconds_per_lm_flop=1e-12,
@@ -77,14 +74,14 @@ def surveyed(c: Curves, **plan: Any) -> Survey:
     )  # fmt: skip
 
 
-def recipe(**plan: Any) -> Run:
+def recipe(**plan: Any) -> Recipe:
     sections = {
         "data": {"context": 16},
         "dictionary": {"n_latents": 64, "k": 4},
         "plan": {"preset": "auto", "root_tokens": 131_072, "moment_tokens": 1024} | plan,
         "train": {"batch_tokens": 64},
     }
-    return Run.parse(sections, source="test")
+    return Recipe.parse(sections, source="test")
 
 
 def test_the_laws_are_recovered_from_what_they_give() -> None:
@@ -99,8 +96,8 @@ def test_the_laws_are_recovered_from_what_they_give() -> None:
 def test_tokens_and_fvu_are_inverses() -> None:
     c = laws()
     for layer in LAYERS:
-        assert c.worth(layer, c.scratch(layer, 50_000)) == pytest.approx(50_000)
-        assert c.worth(layer, 1e-3) == math.inf
+        assert c.tokens_from_scratch(layer, c.scratch(layer, 50_000)) == pytest.approx(50_000)
+        assert c.tokens_from_scratch(layer, 1e-3) == math.inf
     needed = c.child_tokens(3, 2, 40_000, c.child(3, 2, 40_000, 9_000))
     assert needed == pytest.approx(9_000, abs=256)
     assert c.child_tokens(3, 2, 40_000, 1.0) == 0 and c.child_tokens(3, 2, 10.0, 1e-3) == math.inf
@@ -117,13 +114,13 @@ def test_no_tree_is_cheaper(seed: int) -> None:
 
     @cache
     def child_tokens(parent: int, layer: int) -> float:
-        return c.child_tokens(parent, layer, c.worth(parent, goals[parent]), goals[layer])
+        return c.child_tokens(parent, layer, c.tokens_from_scratch(parent, goals[parent]), goals[layer])
 
     def cost(parents: tuple[int | None, ...]) -> float:
         total = 0.0
         for layer, parent in enumerate(parents):
             if parent is None:
-                total += c.worth(layer, goals[layer]) * (1 + prices[layer])
+                total += c.tokens_from_scratch(layer, goals[layer]) * (1 + prices[layer])
             elif (parent, layer) in c.gap:
                 total += child_tokens(parent, layer) * (1 + prices[layer]) + price.moment_tokens * prices[layer]
             else:
@@ -166,7 +163,7 @@ def test_a_ratio_is_kept_by_every_leg(facts: ModelFacts) -> None:
     choice = chosen(facts, fvu_ratio=1.1)
     assert sorted(leg.layer for leg in choice.legs) == list(LAYERS)
     for leg in choice.legs:
-        assert leg.predicted_fvu and leg.predicted_fvu <= 1.1 * choice.reference[leg.layer] * 1.001
+        assert leg.goal.predicted_fvu and leg.goal.predicted_fvu <= 1.1 * choice.reference[leg.layer] * 1.001
     assert chosen(facts, fvu_ratio=1.02).cost.flops > choice.cost.flops > chosen(facts, fvu_ratio=1.5).cost.flops
 
 
@@ -175,9 +172,12 @@ def test_a_ratio_is_kept_by_every_leg(facts: ModelFacts) -> None:
     ("300k tokens", 3e5, "tokens"), ("6e9 FLOPs", 6e9, "FLOPs"), ("0.002 hours", 0.002, "hours")
 ])  # fmt: skip
 def test_a_budget_is_used_and_kept(facts: ModelFacts, budget: str, amount: float, unit: str) -> None:
-    choice = chosen(facts, budget=budget)
-    taken = {"tokens": 50_000, "FLOPs": 1e9, "hours": 1 / 3600}[unit]
-    assert 0.9 * amount < spent(choice, unit) + taken <= amount
+    survey = surveyed(laws(), budget=budget)
+    choice = choose(survey.asked, facts, survey)
+    question = Question(survey.asked, facts, survey, fit_curves(survey), math.inf)
+    assert question.unit == unit
+    assert question.survey_price == {"tokens": 50_000, "FLOPs": 1e9, "hours": 1 / 3600}[unit]
+    assert 0.9 * amount < question.price(choice) + question.survey_price <= amount
 
 
 def test_a_budget_too_small_is_refused(facts: ModelFacts) -> None:
@@ -188,9 +188,9 @@ def test_a_budget_too_small_is_refused(facts: ModelFacts) -> None:
 
 
 @pytest.mark.parametrize(("plan", "message"), [
-    ({"budget": "ten tokens"}, '"ten tokens" is no budget; write "10M tokens", "5e14 FLOPs" or "1.5 hours"'),
-    ({"budget": "10M"}, '"10M" is no budget'),
-    ({"budget": "-1 hours"}, "is no budget"),
+    ({"budget": "ten tokens"}, '"ten tokens" is not a valid budget; write "10M tokens", "5e14 FLOPs" or "1.5 hours"'),
+    ({"budget": "10M"}, '"10M" is not a valid budget'),
+    ({"budget": "-1 hours"}, "is not a valid budget"),
     ({"budget": "1 hours", "fvu_ratio": 1.1}, "keep one of them"),
     ({"preset": "hub", "fvu_ratio": 1.1}, 'belong to preset = "auto"'),
 ])  # fmt: skip
@@ -207,16 +207,16 @@ def test_the_choice_is_a_plan_like_any_other(facts: ModelFacts) -> None:
     legs = {leg.id: leg for leg in plan.legs}
     assert sum(leg.role == "control" for leg in plan.legs) == 2
     root = next(spec for spec in choice.legs if spec.layer == HUB)
-    assert root.decay_gain == pytest.approx(0.85 ** (root.tokens / LONG) ** -0.15, abs=1e-3) and root.tokens > LONG
+    assert root.goal.decay_gain == pytest.approx(0.85 ** (root.tokens / LONG) ** -0.15, abs=1e-3) and root.tokens > LONG
     for spec in choice.legs:
         leg = legs[spec.id]
-        assert (leg.goal_fvu, leg.predicted_fvu, leg.parent) == (spec.goal_fvu, spec.predicted_fvu, spec.parent)
+        assert (leg.goal.model_dump(), leg.parent) == (spec.goal.model_dump(), spec.parent)
         most = min(1.5 * spec.tokens, max(spec.tokens, survey.asked.plan.root_tokens))
         assert leg.budget_tokens == pytest.approx(most, abs=64)
     bounded = surveyed(laws(), budget="300k tokens")
     exact = choose(bounded.asked, facts, bounded)
     assert compile_plan(written_out(bounded.asked, bounded, exact), facts).legs[0].budget_tokens == exact.legs[0].tokens
-    assert with_legs(survey.asked, survey, choice.legs).data.block_tokens == 1024 and DOUBT >= 1
+    assert with_legs(survey.asked, survey, choice.legs).data.block_tokens == 1024
 
 
 def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
@@ -227,6 +227,6 @@ def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
         "long-L0": 16_384,
         "long-L5": 16_384,
     }
-    assert all(leg.snapshots == [before_decay(leg, plan.run)] for leg in plan.legs)
-    assert plan.run.plan.preset != "auto"
+    assert all(leg.schedule.snapshots == [before_decay(leg, plan.recipe)] for leg in plan.legs)
+    assert plan.recipe.plan.preset != "auto"
     assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}

@@ -20,10 +20,11 @@ from saerelay.errors import DataError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 from saerelay.views.tables import plan_facts
-from saerelay.workflows import launch
+from saerelay.workflows import activations
+from saerelay.workflows.settle import plan_run
 
 torch.set_num_threads(1)
 SITES = [Site(0), Site(1), Site(2)]
@@ -39,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return root
 
 
-def recipe(place: Path, cache: Path | str, dtype: str = "float32", seed: int = 0, **plan: Any) -> Run:
+def recipe(place: Path, cache: Path | str, dtype: str = "float32", seed: int = 0, **plan: Any) -> Recipe:
     sections = {
         "model": {"name": str(place / "model"), "dtype": dtype, "device": "cpu"},
         "data": {"tokens": str(place / "tokens.npy"), "context": 16, "block_tokens": 1024, "prepend_bos": False},
@@ -49,7 +50,7 @@ def recipe(place: Path, cache: Path | str, dtype: str = "float32", seed: int = 0
         "evaluate": {"tokens": 256},
     }
     sections["data"] |= {"epochs": 3, "cache": str(cache)}
-    return Run.parse(sections, source="test")
+    return Recipe.parse(sections, source="test")
 
 
 def weights(suite: sr.Suite) -> dict[tuple[str, str], torch.Tensor]:
@@ -88,7 +89,7 @@ def test_a_second_run_reads_all_of_it_and_gets_the_same_bits(
     assert read
     before = {path: path.stat().st_mtime_ns for path in files(tmp_path / "cache")}
     read.clear()
-    monkeypatch.setattr(launch, "load_model", lambda plan: pytest.fail("there is nothing to compute"))
+    monkeypatch.setattr(activations, "load_model", lambda plan: pytest.fail("there is nothing to compute"))
     second = sr.train_run(recipe(place, tmp_path / "cache"), tmp_path / "b")
     assert same(first, second) and not read
     assert {path: path.stat().st_mtime_ns for path in files(tmp_path / "cache")} == before
@@ -155,7 +156,7 @@ def test_another_seed_reads_the_same_sequences_in_another_order(place: Path, tmp
 
 @pytest.fixture
 def plan(place: Path, tmp_path: Path) -> Plan:
-    return launch.plan_run(recipe(place, tmp_path / "cache", preset="scratch"))
+    return plan_run(recipe(place, tmp_path / "cache", preset="scratch"))
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def sequences() -> np.ndarray:
 
 @pytest.fixture
 def opened(plan: Plan, sequences: np.ndarray) -> Callable[[], LiveStream]:
-    model = LanguageModel.load(plan.run.model)
+    model = LanguageModel.load(plan.recipe.model)
     return lambda: LiveStream(model, sequences, plan, ActivationCache(plan))
 
 
@@ -188,7 +189,7 @@ def test_only_batches_that_lack_a_sequence_are_computed(
     place: Path, tmp_path: Path, sequences: np.ndarray, read: list[int]
 ) -> None:
     run = recipe(place, tmp_path / "cache", preset="scratch")
-    plan = launch.plan_run(run).model_copy(update={"block_tokens": 2 * LM_BATCH_TOKENS})
+    plan = plan_run(run).changed(block_tokens=2 * LM_BATCH_TOKENS)
     model, more = LanguageModel.load(run.model), np.concatenate([sequences + i for i in range(5)]) % 101
 
     def whole() -> torch.Tensor:
@@ -310,8 +311,8 @@ def test_whatever_fixes_the_activations_has_its_own_folder(place: Path, tmp_path
     run = recipe(place, tmp_path / "cache")
 
     def folder(section: str, **changes: Any) -> Path:
-        changed = run.model_copy(update={section: getattr(run, section).model_copy(update=changes)})
-        return ActivationCache(launch.plan_run(changed)).folder
+        changed = run.changed(**{section: getattr(run, section).changed(**changes)})
+        return ActivationCache(plan_run(changed)).folder
 
     base = folder("train", seed=5)
     assert base == folder("dictionary", k=3) == folder("data", epochs=1) and base.parent == tmp_path / "cache"
@@ -335,12 +336,12 @@ def test_sequences_are_known_by_their_tokens() -> None:
 @pytest.mark.slow
 def test_disk_need_is_known_shown_and_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, run = tmp_path / "cache", recipe(place, tmp_path / "cache")
-    plan = launch.plan_run(run)
+    plan = plan_run(run)
     console = Console(width=300, file=(tmp_path / "shown").open("w"))
     console.print(plan_facts(plan, plan_cost(plan), None))
     console.file.close()
     assert re.search(r"cache +up to 0.00 GiB of activations in ", (tmp_path / "shown").read_text())
-    assert plan_cost(launch.plan_run(recipe(place, ""))).cache_bytes == 0
+    assert plan_cost(plan_run(recipe(place, ""))).cache_bytes == 0
 
     cache.mkdir()
     real = shutil.disk_usage
@@ -355,7 +356,7 @@ def test_disk_need_is_known_shown_and_refused(place: Path, tmp_path: Path, monke
     sr.train_run(run, tmp_path / "a")
     stored = sum(path.stat().st_size for path in files(cache))
     corpus = np.load(tmp_path / "a/tokens/train.npy")
-    before = LiveStream(None, corpus, plan, ActivationCache(plan.model_copy(update={"run": recipe(place, tmp_path)})))
+    before = LiveStream(None, corpus, plan, ActivationCache(plan.changed(recipe=recipe(place, tmp_path))))
     needed = before.uncached_bytes()
     assert needed <= stored < 1.1 * needed and needed <= plan_cost(plan).cache_bytes
     assert LiveStream(None, corpus, plan, ActivationCache(plan)).uncached_bytes() == 0

@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     steps = rng.integers(1, 4, size=60_000).cumsum() % 100 + 1
     np.save(root / "tokens.npy", steps.astype(np.uint16))
     (root / "run.toml").write_text(RECIPE.format(model=root / "model", tokens=root / "tokens.npy"))
-    sr.train_run(sr.Run.from_toml(root / "run.toml"), root / "run")
+    sr.train_run(sr.Recipe.from_toml(root / "run.toml"), root / "run")
     return root
 
 
@@ -102,12 +102,12 @@ CASES = {
     "context too long": ("context = 16", "context = 128", r"takes at most 64 tokens"),
     "tokens missing": ("tokens.npy", "token.npy", r"token.npy"),
     "too few tokens": ('root_tokens = "8k"', 'root_tokens = "80k"', r"needs [\d,]+ training tokens and the corpus has [\d,]+.*epochs"),
-    "parent missing": ("controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "b"\ntokens = 64', r'names "b", which is no leg'),
+    "parent missing": ("controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "b"\ntokens = 64', r'names "b", which is not a leg'),
     "parent directory missing": (
         "controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64', r"no/where: no such file or directory"
     ),
     "logger not installed": ("[train]", '[train]\nloggers = ["wandb"]', r"asks for wandb, which is not installed; pip install"),
-    "wrong budget": ("controls = [0]", 'budget = "soon"', r'plan.budget: "soon" is no budget; write "10M tokens"'),
+    "wrong budget": ("controls = [0]", 'budget = "soon"', r'plan.budget: "soon" is not a valid budget; write "10M tokens"'),
     "two aims": ("controls = [0]", 'budget = "1 hours"\nfvu_ratio = 1.1', r"budget and fvu_ratio are given; keep one"),
     "aim without auto": ("controls = [0]", "fvu_ratio = 1.1", r'belong to preset = "auto"'),
     "auto from nowhere": ("controls = [0]", "roots = [7]", r"plan.roots names layer 7|layer 7 is out of range"),
@@ -245,8 +245,8 @@ def test_python_reads_a_run(place: Path) -> None:
 
 @pytest.mark.slow
 def test_several_legs_at_a_site_are_listed(place: Path, tmp_path: Path) -> None:
-    run = sr.Run.from_toml(changed(place, tmp_path, 'preset = "hub"', 'preset = "paper"'))
-    run = run.model_copy(update={"plan": run.plan.model_copy(update={"controls": []})})
+    run = sr.Recipe.from_toml(changed(place, tmp_path, 'preset = "hub"', 'preset = "paper"'))
+    run = run.changed(plan=run.plan.changed(controls=[]))
     suite = sr.train_run(run, tmp_path / "paper")
     with pytest.raises(sr.SaeRelayError, match="3 legs at L1: L1, L1-from-L0, L1-from-L2; ask for one by its id"):
         suite[sr.Site(1)]
@@ -293,7 +293,7 @@ def test_a_finished_run_can_be_extended(place: Path, tmp_path: Path, capsys, mon
 
 def test_an_extension_that_cannot_be_leaves_the_run_as_it_was(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     small = changed(place, tmp_path, "controls = [0]", "controls = []")
-    sr.train_run(sr.Run.from_toml(small), tmp_path / "r")
+    sr.train_run(sr.Recipe.from_toml(small), tmp_path / "r")
     files = sorted(p for p in (tmp_path / "r").rglob("*") if p.is_file())
     for old, new, match in (
         ('transfer_tokens = "4k"', 'transfer_tokens = "400k"', "training tokens and the corpus has"),
@@ -335,12 +335,12 @@ def test_a_hop_of_another_width_is_refused_before_anything_is_written(
 def test_what_a_killed_start_leaves_does_not_leak_into_the_next(place: Path, tmp_path: Path) -> None:
     """Tokens of another recipe, left by a process that was killed before plan.json, are not used."""
     other = changed(place, tmp_path, "context = 16", "context = 32")
-    sr.train_run(sr.Run.from_toml(other), tmp_path / "r")
+    sr.train_run(sr.Recipe.from_toml(other), tmp_path / "r")
     for name in ("plan.json", "run.toml", "metrics.jsonl", "cost.json"):
         (tmp_path / "r" / name).unlink()
     shutil.rmtree(tmp_path / "r/legs")
     (tmp_path / "r/state/state.safetensors").unlink()
-    suite = sr.train_run(sr.Run.from_toml(place / "run.toml"), tmp_path / "r", resume=True)
+    suite = sr.train_run(sr.Recipe.from_toml(place / "run.toml"), tmp_path / "r", resume=True)
     assert torch.equal(suite["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
 
 
@@ -348,16 +348,16 @@ def test_an_explicit_plan_can_be_resumed_from_its_own_recipe(place: Path, tmp_pa
     legs = '[[plan.legs]]\nid = "a"\nlayer = 1\ntokens = "2k"\nlr = 1.2345678e-4\n[[plan.legs]]\nid = "b"\nlayer = 0\nparent = "a"\ntokens = 640\n[train]'
     recipe = changed(place, tmp_path, "controls = [0]", "")
     recipe.write_text(recipe.read_text().replace("[train]", legs))
-    sr.train_run(sr.Run.from_toml(recipe), tmp_path / "r")
-    again = sr.Run.from_toml(tmp_path / "r/run.toml")
-    assert again == sr.Run.from_toml(recipe)
+    sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "r")
+    again = sr.Recipe.from_toml(tmp_path / "r/run.toml")
+    assert again == sr.Recipe.from_toml(recipe)
     sr.train_run(again, tmp_path / "r", resume=True)
 
 
 @pytest.mark.slow
 def test_epochs_are_only_used_when_the_corpus_is_short(place: Path, tmp_path: Path) -> None:
     recipe = changed(place, tmp_path, "context = 16", "context = 16\nepochs = 3")
-    suite = sr.train_run(sr.Run.from_toml(recipe), tmp_path / "r")
+    suite = sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "r")
     assert np.load(tmp_path / "r/tokens/train.npy").size >= suite.plan.n_tokens
     assert torch.equal(suite["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
 
@@ -405,7 +405,7 @@ def test_an_encoder_goes_the_whole_way_without_ce(place: Path, tmp_path: Path, c
 def test_tensorboard_gets_scalars(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     recipe = changed(place, tmp_path, "[train]", '[train]\nloggers = ["tensorboard"]')
-    sr.train_run(sr.Run.from_toml(recipe), tmp_path / "tb")
+    sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "tb")
     assert list((tmp_path / "tb/tensorboard").glob("events.*"))
     for leg in sr.load(place / "run"):
         ours, theirs = sr.load(tmp_path / "tb")[leg], sr.load(place / "run")[leg]
@@ -423,7 +423,7 @@ def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 def test_killed_from_outside_and_resumed_gives_the_same_bits(place: Path, tmp_path: Path, how: signal.Signals) -> None:
     """SIGKILL at an arbitrary instant after the first saved state, and Ctrl-C, both finish to the same weights."""
     recipe = changed(place, tmp_path, 'root_tokens = "8k"', 'root_tokens = "30k"')
-    whole = sr.train_run(sr.Run.from_toml(recipe), tmp_path / "whole")
+    whole = sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "whole")
     process = start(recipe, tmp_path / "killed")
     deadline = time.monotonic() + 60
     while not (tmp_path / "killed/state/state.safetensors").is_file() and time.monotonic() < deadline:
@@ -449,7 +449,7 @@ def test_resume_without_state_starts_over(place: Path, tmp_path: Path, capsys, m
     code, _, stderr = call(
         "train", place / "run.toml", "--out", tmp_path / "new", capsys=capsys, monkeypatch=monkeypatch
     )
-    assert code == 2 and "start it over with --resume" in stderr
+    assert code == 2 and "restart it with --resume" in stderr
     arguments = ("train", place / "run.toml", "--out", tmp_path / "new", "--resume")
     assert call(*arguments, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     assert torch.equal(sr.load(tmp_path / "new")["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
@@ -466,7 +466,7 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     assert code == 0 and all(len(line) <= 120 for line in shown.splitlines()), stderr
     for part in ("survey", "pilot FVU", "predicted", "Basis: pilots of", "The survey took", "ratio", "The bound"):
         assert part.lower() in " ".join(shown.split()).lower(), part
-    explicit = sr.Run.from_toml(planned)
+    explicit = sr.Recipe.from_toml(planned)
     assert {leg.layer for leg in explicit.plan.legs} == {0, 1, 2} and not explicit.plan.surveyed
     code, _, stderr = call("plan", recipe, "--write", planned, **fixtures)
     assert code == 2 and "exists; choose another --write" in stderr
@@ -493,7 +493,7 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
     place: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     recipe, out = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "killed"
-    whole = sr.train_run(sr.Run.from_toml(recipe), tmp_path / "whole")
+    whole = sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "whole")
     process = start(recipe, out)
     deadline = time.monotonic() + 60
     while not (out / "survey/state/state.safetensors").is_file() and time.monotonic() < deadline:
@@ -505,7 +505,7 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
     code, _, stderr = call("train", recipe, "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2 and "of which the survey takes" in stderr and (out / "survey.json").is_file()
     recipe.write_text(recipe.read_text().replace("5k tokens", "60k tokens"))
-    monkeypatch.setattr("saerelay.workflows.launch.measure_survey", None)
+    monkeypatch.setattr("saerelay.workflows.survey.measure_survey", None)
     assert call("train", recipe, "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     for leg in whole:
         for name, tensor in whole[leg].tensors().items():
@@ -521,7 +521,7 @@ def test_a_survey_interrupted_while_it_measures_says_how_to_go_on(
 
     recipe, out = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("saerelay.workflows.launch.measure_survey", interrupted)
+        patch.setattr("saerelay.workflows.survey.measure_survey", interrupted)
         code, _, stderr = call("train", recipe, "--out", out, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 130 and f"--out {out} --resume" in stderr
     again = call("train", out / "survey/run.toml", "--out", out, "--resume", capsys=capsys, monkeypatch=monkeypatch)

@@ -1,29 +1,22 @@
 """SAE maths: canonical form, training units, losses."""
 
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 
-from saerelay.sae.dictionary import (
-    Dictionary,
-    aux_loss,
-    calibrate_threshold,
-    initialise,
-    k_aux,
-    keep_top,
-    match_l0,
-    mean_l0,
-    to_canonical,
-    to_training_units,
-    training_loss,
-    unit_decoder,
-)
-from saerelay.sae.spec import Architecture, DictionarySpec
+from saerelay.sae.architectures import ARCHITECTURES as CLASSES
+from saerelay.sae.architectures import TopK
+from saerelay.sae.architectures.architecture import with_common_threshold
+from saerelay.sae.dictionary import Dictionary, match_l0, unit_decoder
+from saerelay.sae.initialise import initialise
+from saerelay.sae.loss import aux_loss, k_aux, training_loss
+from saerelay.sae.quality import mean_l0
+from saerelay.sae.spec import DictionarySpec
+from saerelay.sae.units import to_canonical, to_training_units
 
 D, F, B = 10, 40, 64
-ARCHITECTURES = get_args(Architecture)
+ARCHITECTURES = [architecture.name for architecture in CLASSES]
 
 
 def random_dictionary(architecture: str, seed: int = 0) -> Dictionary:
@@ -33,7 +26,7 @@ def random_dictionary(architecture: str, seed: int = 0) -> Dictionary:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     return Dictionary(
-        architecture=architecture,  # type: ignore[arg-type]
+        architecture=architecture,
         W_enc=draw(F, D),
         b_enc=draw(F),
         W_dec=draw(F, D),
@@ -98,14 +91,14 @@ def test_unit_decoder_leaves_a_zero_row_alone() -> None:
 @pytest.mark.parametrize("l0", [1, 4, 7.5])
 def test_calibrated_threshold_gives_the_l0_asked_for(l0: float) -> None:
     d, x = random_dictionary("batchtopk"), activations()
-    assert float((calibrate_threshold(d, x, l0).encode(x) > 0).sum(dim=1).double().mean()) == pytest.approx(l0)
+    assert float((with_common_threshold(d, x, l0).encode(x) > 0).sum(dim=1).double().mean()) == pytest.approx(l0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_initial_dictionary_is_tied_unit_and_better_than_nothing(architecture: str) -> None:
     x = torch.randn(256, D, generator=torch.Generator().manual_seed(0))
-    spec = DictionarySpec(architecture=architecture, n_latents=F, k=4, target_l0=4)  # type: ignore[arg-type]
-    d = initialise(spec, x, torch.Generator().manual_seed(0))
+    spec = DictionarySpec.parse({"architecture": architecture, "n_latents": F, "k": 4, "target_l0": 4})
+    d = initialise(spec.sized(D), x, torch.Generator().manual_seed(0))
     assert torch.allclose(d.W_dec.norm(dim=1), torch.ones(F))
     assert torch.allclose(torch.nn.functional.cosine_similarity(d.W_enc, d.W_dec), torch.ones(F))
     assert d.W_enc.data_ptr() != d.W_dec.data_ptr()
@@ -124,7 +117,7 @@ def test_raw_units_divide_by_tokens_only() -> None:
     d, x = random_dictionary("relu"), activations()
     spec = DictionarySpec(architecture="relu", n_latents=F, l1=0.3, normalise=False)
     expected = ((x - d(x)).square().sum() + 0.5 * 0.3 * d.encode(x).sum()) / B
-    assert torch.allclose(training_loss(spec, d, x, sparsity=0.5).total, expected)
+    assert torch.allclose(training_loss(spec, d, x, warmth=0.5).total, expected)
 
 
 def test_batchtopk_keeps_k_per_token_on_average() -> None:
@@ -138,7 +131,7 @@ def test_jumprelu_gradients_are_the_straight_through_formulas() -> None:
     d, x = random_dictionary("jumprelu"), activations()
     assert d.threshold is not None
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
-    training_loss(spec, replace(d, **parameters), x, sparsity=0.5).total.backward()
+    training_loss(spec, replace(d, **parameters), x, warmth=0.5).total.backward()
     pre = d.pre_activations(x)
     window = ((pre - d.threshold).abs() < 0.25).double()
     g = 2 * (d(x) - x) / x.numel() @ d.W_dec.T
@@ -162,8 +155,8 @@ def test_k_aux_is_half_the_width() -> None:
     assert (k_aux(768, 5000), k_aux(768, 7), k_aux(1, 3)) == (384, 7, 1)
 
 
-def test_keep_top_drops_negative_values() -> None:
-    assert keep_top(torch.tensor([[-1.0, -2.0, 3.0]]), 2).tolist() == [[0.0, 0.0, 3.0]]
+def test_topk_drops_negative_values() -> None:
+    assert TopK(k=2).activate(torch.tensor([[-1.0, -2.0, 3.0]]), None).tolist() == [[0.0, 0.0, 3.0]]
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])

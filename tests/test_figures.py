@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.views import figures as f
 
 METHODS = ("identity", "affine")
@@ -194,7 +194,7 @@ def test_first_of_several_legs_stands_for_a_layer() -> None:
 @pytest.mark.parametrize("preset", ["paper", "forward", "hub", "scratch"])
 def test_the_plan_is_drawn(facts: ModelFacts, preset: str, tmp_path: Path) -> None:
     sections = {"data": {"context": 32}, "plan": {"preset": preset, "root_tokens": "2M", "fork_at": 0.5}}
-    run = Run.parse(sections, source="test")
+    run = Recipe.parse(sections, source="test")
     plan = compile_plan(run, facts)
     figure = f.plan_figure(plan.model_dump(mode="json"))
     said = words(figure)

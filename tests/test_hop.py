@@ -17,13 +17,13 @@ from saerelay.interop import write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import ModelSpec
 from saerelay.runs.dictionaries import read_dictionary
-from saerelay.sae.dictionary import LayerNormed
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.workflows import hop
 
 
 @pytest.fixture
 def run(place: Path) -> sr.Run:  # noqa: F811
-    return sr.Run.from_toml(place / "run.toml")
+    return sr.Recipe.from_toml(place / "run.toml")
 
 
 def fvu(out: Path) -> float:
@@ -79,7 +79,7 @@ def test_a_reshaped_child_is_trained_and_its_lineage_is_matched(place: Path, run
     plan = {**run.plan.model_dump(), "legs": legs, "controls": []}
     suite = sr.train_run(sr.Run.parse({**run.model_dump(), "plan": plan}, source="test"), tmp_path / "run")
     assert [suite[leg].n_latents for leg in suite] == [64, 96, 96, 32]
-    assert suite.plan.leg("jump").dictionary.target_l0 == 6
+    assert suite.plan.leg("jump").dictionary.l0 == 6
     lineage = lineage_run(suite)
     assert lineage.link("wide", "jump").partner is None  # the same latents, whatever decides which are active
     for child, least in (("wide", 60), ("small", 30)):
@@ -99,7 +99,7 @@ def test_from_a_copy_of_the_model_is_as_from_the_model(place: Path, run: sr.Run,
     assert fvu(tmp_path / "a") == pytest.approx(fvu(tmp_path / "b"), rel=0.02)
     info = json.loads((tmp_path / "a/parent/dictionary.json").read_text())
     assert info["carried_from"]["model"] == str(tmp_path / "copy") and info["carried_from"]["unexplained"] < 0.01
-    assert info["carried_from"]["lm_tokens"] == 2 * run.plan.moment_tokens
+    assert info["carried_from"]["lm_tokens"] == 2 * run.plan.hop.moment_tokens
     assert suite.plan.legs[0].method == "identity"
 
 
@@ -113,8 +113,8 @@ def test_from_a_model_of_another_width(place: Path, run: sr.Run, tmp_path: Path)
     wide = sr.Run.parse(
         {**run.model_dump(), "model": {**run.model.model_dump(), "name": str(tmp_path / "wide")}}, source="t"
     )
-    plan = run.plan.model_copy(update={"controls": [], "preset": "scratch"})
-    sr.train_run(wide.model_copy(update={"plan": plan}), tmp_path / "wide-run")
+    plan = run.plan.changed(controls=[], preset="scratch")
+    sr.train_run(wide.changed(plan=plan), tmp_path / "wide-run")
     source = tmp_path / "wide-run/legs/L0"
     suite = sr.hop_run(source, 2, run, tmp_path / "x", model=str(tmp_path / "wide"), tokens=2048)
     leg = suite.plan.legs[0]

@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     rng = np.random.default_rng(0)
     np.save(root / "tokens.npy", rng.integers(1, 101, size=120_000).astype(np.uint16))
     (root / "run.toml").write_text(RECIPE.format(model=tiny_model, tokens=root / "tokens.npy"))
-    sr.train_run(sr.Run.from_toml(root / "run.toml"), root / "run")
+    sr.train_run(sr.Recipe.from_toml(root / "run.toml"), root / "run")
     return root / "run"
 
 

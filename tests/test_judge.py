@@ -71,8 +71,8 @@ def test_every_origin_has_its_leg(suite: Suite) -> None:
 
 def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     plan, below = suite.plan, suite.plan.leg("L0-from-L1")
-    more = below.model_copy(update={"id": "more", "parent": below.id})
-    longer = plan.model_copy(update={"legs": [*plan.legs, more]})
+    more = below.changed(id="more", parent=below.id)
+    longer = plan.changed(legs=[*plan.legs, more])
     assert [origin_of(longer, leg) for leg in (more, below, plan.leg("L1"))] == ["backward", "backward", "scratch"]
 
 
@@ -105,12 +105,12 @@ def test_same_seed_same_bytes_and_another_seed_another_page(suite: Suite) -> Non
 def test_permuting_and_renaming_legs_changes_nothing_but_labels(suite: Suite) -> None:
     page, key = judge_run(suite, n=5)
     before = page.read_bytes()
-    suite.plan = suite.plan.model_copy(update={"legs": suite.plan.legs[::-1]})
+    suite.plan = suite.plan.changed(legs=suite.plan.legs[::-1])
     assert judge_run(suite, n=5) == (page, key) and page.read_bytes() == before
     legs = legs_by_origin(suite)
     features = {leg.id: load_features(suite.directory, leg.id) for leg in legs.values()}
     items = drawn(legs, features, 5, 0)
-    renamed = {where: leg.model_copy(update={"id": f"z-{leg.id}"}) for where, leg in legs.items()}
+    renamed = {where: leg.changed(id=f"z-{leg.id}") for where, leg in legs.items()}
     features |= {f"z-{name}": known for name, known in features.items()}
     others = drawn(dict(reversed(renamed.items())), features, 5, 0)
     assert [item | {"leg": item["leg"].removeprefix("z-")} for item in others] == drawn(

@@ -5,21 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saerelay.sae.dictionary import Dictionary, Loss, initialise, keep_top, keep_top_of_batch, training_loss
+from saerelay.sae.architectures import BatchTopK, TopK
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.initialise import initialise
 from saerelay.sae.kernels import (
+    Reading,
     cpu,
     dense_codes,
     encode_sparse,
     join_codes,
     products,
     reference,
+    select,
     sparse_step,
     split_codes,
-    step,
 )
-from saerelay.sae.kernels.select import GROUP, at_least, nonzero_codes, top_codes, top_codes_of_batch
-from saerelay.sae.kernels.step import ROWS, codes_of_batch
-from saerelay.sae.spec import DictionarySpec
+from saerelay.sae.kernels.select import GROUP, codes_at_least, nonzero_codes, top_codes, top_codes_of_batch
+from saerelay.sae.kernels.step import ROWS
+from saerelay.sae.loss import Loss, training_loss
+from saerelay.sae.spec import DictionarySpec, SizedDictionarySpec
 
 OPS = [pytest.param(reference, id="reference")] + ([pytest.param(cpu, id="mkl")] if cpu.available() else [])
 D, F, B = 12, 50, 33
@@ -27,10 +31,10 @@ D, F, B = 12, 50, 33
 
 def example(
     architecture: str, seed: int, dtype: torch.dtype = torch.float64, *, B: int = B, F: int = F, k: int = 5
-) -> tuple[DictionarySpec, Dictionary, torch.Tensor]:
+) -> tuple[SizedDictionarySpec, Dictionary, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(B, D, generator=g, dtype=dtype)
-    spec = DictionarySpec(architecture=architecture, n_latents=F, k=k, target_l0=k)  # type: ignore[arg-type]
+    spec = DictionarySpec.parse({"architecture": architecture, "n_latents": F, "k": k, "target_l0": k}).sized(D)
     d = initialise(spec, x, g)
     return (
         spec,
@@ -39,7 +43,9 @@ def example(
     )
 
 
-def stepped(spec: DictionarySpec, d: Dictionary, x: torch.Tensor, **options) -> tuple[Loss, dict[str, torch.Tensor]]:
+def stepped(
+    spec: SizedDictionarySpec, d: Dictionary, x: torch.Tensor, **options
+) -> tuple[Loss, dict[str, torch.Tensor]]:
     """Loss and all gradients of a sparse step, its latents in two pieces."""
     step = sparse_step(spec, d, x, **options)
     trained = {name: t for name, t in d.tensors().items() if name != "threshold" or spec.architecture == "jumprelu"}
@@ -58,12 +64,12 @@ def stepped(spec: DictionarySpec, d: Dictionary, x: torch.Tensor, **options) -> 
 def test_sparse_step_equals_autograd(ops, architecture: str, n_dead: int, normalise: bool) -> None:
     for seed in range(3):
         spec, d, x = example(architecture, seed)
-        spec = spec.model_copy(update={"normalise": normalise})
+        spec = spec.changed(normalise=normalise)
         dead = torch.randperm(F, generator=torch.Generator().manual_seed(seed)) < n_dead
         parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
-        expected = training_loss(spec, replace(d, **parameters), x, dead=dead, sparsity=0.7)
+        expected = training_loss(spec, replace(d, **parameters), x, dead=dead, warmth=0.7)
         expected.total.backward()
-        loss, gradients = stepped(spec, d, x, dead=dead, sparsity=0.7, ops=ops)
+        loss, gradients = stepped(spec, d, x, dead=dead, warmth=0.7, ops=ops)
         assert torch.allclose(loss.total, expected.total.detach(), rtol=1e-12)
         assert torch.allclose(loss.squared_error, expected.squared_error, rtol=1e-12)
         assert int(loss.n_active) == int(expected.n_active) and torch.equal(loss.fired, expected.fired)
@@ -93,10 +99,11 @@ def test_an_encoder_that_reads_whitened_activations_equals_autograd(architecture
     whitening = torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     dead = torch.arange(F) % 4 == 0
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
-    reading = replace(d, **parameters | {"W_enc": parameters["W_enc"] @ whitening.T})
-    expected = training_loss(spec, reading, x, dead=dead if architecture.endswith("topk") else None)
+    whitened = replace(d, **parameters | {"W_enc": parameters["W_enc"] @ whitening.T})
+    expected = training_loss(spec, whitened, x, dead=dead if architecture.endswith("topk") else None)
     expected.total.backward()
-    loss, gradients = stepped(spec, d, x, dead=dead if architecture.endswith("topk") else None, whitening=whitening)
+    dead = dead if architecture.endswith("topk") else None
+    loss, gradients = stepped(spec, d, x, dead=dead, reading=Reading(whitening=whitening))
     assert torch.allclose(loss.total, expected.total.detach(), rtol=1e-12)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, parameters[name].grad, rtol=1e-9, atol=1e-13), name  # type: ignore[arg-type]
@@ -106,7 +113,7 @@ def test_raw_activations_in_units_equal_normalised_ones() -> None:
     spec, d, x = example("topk", 0)
     mean, scale = torch.randn(D, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
     expected, wanted = stepped(spec, d, x)
-    loss, gradients = stepped(spec, d, x * scale + mean, units=(mean, scale))
+    loss, gradients = stepped(spec, d, x * scale + mean, reading=Reading(units=(mean, scale)))
     assert torch.allclose(loss.total, expected.total)
     assert all(torch.allclose(gradients[name], gradient) for name, gradient in wanted.items())
 
@@ -121,7 +128,7 @@ def test_a_bfloat16_encoder_gives_nearly_the_same_gradients(architecture: str) -
     spec, d, x = example(architecture, 0, torch.float32, B=600, F=192, k=3)
     dead = torch.arange(192) % 5 == 0 if architecture.endswith("topk") else None
     _, exact = stepped(spec, d, x, dead=dead)
-    _, half = stepped(spec, d, x, dead=dead, encoder=d.W_enc.bfloat16())
+    _, half = stepped(spec, d, x, dead=dead, reading=Reading(encoder=d.W_enc.bfloat16()))
     for name, gradient in exact.items():
         assert gradient.dtype == half[name].dtype == torch.float32
         assert (half[name] - gradient).norm() < 0.1 * gradient.norm(), name
@@ -132,16 +139,16 @@ def test_the_largest_of_a_batch_are_found_whatever_the_guess(monkeypatch: pytest
     """Pieces of very different sizes of values; and guesses that are far too high."""
     pre = torch.randn(40, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pre[:10] *= 20
-    expected = keep_top_of_batch(pre, 3)
+    expected = BatchTopK(k=3).training_codes(pre, None)
     parts = list(pre.split([10, 11, 19]))
-    assert torch.equal(dense_codes(join_codes(codes_of_batch(parts, 120))), expected)
-    monkeypatch.setattr(step, "bound_of_batch", lambda pre, k: pre.max() / 2)
-    assert torch.equal(dense_codes(join_codes(codes_of_batch(parts, 120))), expected)
+    assert torch.equal(dense_codes(join_codes(top_codes_of_batch(parts, 120))), expected)
+    monkeypatch.setattr(select, "_guessed_bound", lambda pre, k: pre.max() / 2)
+    assert torch.equal(dense_codes(join_codes(top_codes_of_batch(parts, 120))), expected)
 
 
 def test_equal_values_do_not_make_a_batch_keep_more() -> None:
     pre = torch.ones(8, 64)
-    assert sum(codes.values.numel() for codes in codes_of_batch(list(pre.split(3)), 16)) == 16
+    assert sum(codes.values.numel() for codes in top_codes_of_batch(list(pre.split(3)), 16)) == 16
     assert dense_codes(top_codes(pre, 1)).sum(dim=1).tolist() == [1.0] * 8
 
 
@@ -150,7 +157,7 @@ def test_equal_values_do_not_make_a_batch_keep_more() -> None:
 def test_selection_by_groups_equals_topk(dtype: torch.dtype, n: int, k: int) -> None:
     pre = torch.randn(50, n, generator=torch.Generator().manual_seed(n)).to(dtype)
     found = dense_codes(top_codes(pre, k))
-    expected = keep_top(pre, k).to(found.dtype)
+    expected = TopK(k=k).activate(pre, None).to(found.dtype)
     assert torch.equal(found.sort(dim=1).values, expected.sort(dim=1).values)  # bfloat16 has ties
     assert torch.equal(found[found > 0], pre.to(found.dtype)[found > 0])
 
@@ -158,7 +165,7 @@ def test_selection_by_groups_equals_topk(dtype: torch.dtype, n: int, k: int) -> 
 def test_at_least_is_a_mask() -> None:
     for n in (64, 50):
         pre = torch.randn(30, n, generator=torch.Generator().manual_seed(n))
-        found = dense_codes(at_least(pre, torch.tensor(0.7)))
+        found = dense_codes(codes_at_least(pre, torch.tensor(0.7)))
         assert torch.equal(found, pre * (pre >= 0.7))
 
 
@@ -186,7 +193,9 @@ def test_selections_equal_their_definitions() -> None:
         floor = source.sort().values[-4]
         assert torch.equal(row, torch.where(source >= floor, source, 0.0).relu())
     floor = pre.flatten().sort().values[-4 * B]
-    assert torch.equal(dense_codes(top_codes_of_batch(pre, 4)), torch.where(pre >= floor, pre, 0.0).relu())
+    assert torch.equal(
+        dense_codes(join_codes(top_codes_of_batch([pre], 4 * B))), torch.where(pre >= floor, pre, 0.0).relu()
+    )
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])

@@ -60,7 +60,7 @@ def test_cells_are_evaluations(suite: sr.Suite) -> None:
                 assert found[name] == pytest.approx(expected[name], rel=1e-6), name
             if target != leg.site:
                 between = maps.between([(leg.site, target)])[leg.site, target]
-                rows = matrix.gather(plan, maps.stream, matrix.REFIT_ROWS)[0][target][:8192]
+                rows = matrix.gather_rows(plan, maps.stream, matrix.REFIT_ROWS)[0][target][:8192]
                 l0 = json.loads((suite.directory.leg(leg.id) / "dictionary.json").read_text())["l0"]
                 carried = sr.match_l0(sr.fold(suite[leg.id], between), rows, l0)
                 expected = measure(plan, model, corpus.test[:64], {"x": (target, carried)}, ce=True)["x"]

@@ -251,8 +251,8 @@ def test_attributions_are_those_of_each_prompt_alone(
     )
     drawn = set()
     for seed in range(6):
-        train = suite.plan.run.train.model_copy(update={"seed": seed})
-        seeded = suite.plan.model_copy(update={"run": suite.plan.run.model_copy(update={"train": train})})
+        train = suite.plan.recipe.train.changed(seed=seed)
+        seeded = suite.plan.changed(recipe=suite.plan.recipe.changed(train=train))
         drawn |= set(own_prompts(seeded, model, sequences, 1))
     assert 1 < len(drawn) and drawn <= set(prompts)
     row = next(r for r in document["dla"]["legs"] if r["leg"] == "L2" and not r["snapshot"])
@@ -281,12 +281,12 @@ def test_without_matrix_there_are_no_scores(suite: sr.Suite, model: LanguageMode
 def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(
     suite: sr.Suite, model: LanguageModel, document: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = suite.plan.run
-    plan = run.plan.model_copy(update={"preset": "scratch", "root_tokens": 1024})
-    alone = run.model_copy(update={"plan": plan, "sites": run.sites.model_copy(update={"layers": [1]})})
+    run = suite.plan.recipe
+    plan = run.plan.changed(preset="scratch", root_tokens=1024)
+    alone = run.changed(plan=plan, sites=run.sites.changed(layers=[1]))
     lone = sr.train_run(alone, tmp_path / "run")
-    headless = lone.plan.facts.model_copy(update={"has_lm_head": False})
-    lone.plan = lone.plan.model_copy(update={"facts": headless})
+    headless = lone.plan.facts.changed(has_lm_head=False)
+    lone.plan = lone.plan.changed(facts=headless)
     found = measures_run(lone, LanguageModel(model._model, headless))
     assert found["similarity"] == [] and found["transferability"] is None and found["dla"] is None
     assert measures_tables(found) == []

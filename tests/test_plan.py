@@ -10,7 +10,7 @@ from saerelay.planning.compile import auto_lr, compile_plan
 from saerelay.planning.cost import forward_flops, plan_cost, state_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import External, Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 
 BASE: dict[str, Any] = {
@@ -25,7 +25,7 @@ def compiled(
     facts: ModelFacts, memory_bytes=math.inf, externals=None, finished=None, **sections: dict[str, Any]
 ) -> Plan:
     data = {key: BASE.get(key, {}) | sections.get(key, {}) for key in BASE | sections}
-    run = Run.parse(data, source="test")
+    run = Recipe.parse(data, source="test")
     return compile_plan(run, facts, memory_bytes=memory_bytes, externals=externals, finished=finished)
 
 
@@ -70,7 +70,7 @@ def test_paper_is_all_from_scratch_and_both_neighbours(facts: ModelFacts) -> Non
     assert shape(plan) == {
         "L0": "", "L1": "", "L2": "", "L0-from-L1": "L1", "L1-from-L0": "L0", "L1-from-L2": "L2", "L2-from-L1": "L1"
     }  # fmt: skip
-    assert [len(leg.snapshots) for leg in plan.legs] == [9, 9, 9, 4, 4, 4, 4]
+    assert [len(leg.schedule.snapshots) for leg in plan.legs] == [9, 9, 9, 4, 4, 4, 4]
 
 
 def test_scratch_has_no_parents(facts: ModelFacts) -> None:
@@ -96,9 +96,9 @@ def test_controls_have_equal_tokens_and_the_full_budget(facts: ModelFacts) -> No
 def test_children_may_fork_inside_the_roots_pass(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"fork_at": 0.5})
     child = plan.leg("L2-from-L3")
-    assert (child.fold_at, child.fork_at_tokens, plan.n_tokens) == (2048, 2048, 4096)
+    assert (child.fold_at, child.hop.fork_at_tokens, plan.n_tokens) == (2048, 2048, 4096)
     plan = compiled(facts, plan={"fork_at": 1000})
-    assert plan.leg("L2-from-L3").fork_at_tokens == 1024
+    assert plan.leg("L2-from-L3").hop.fork_at_tokens == 1024
 
 
 def test_newness_is_the_share_of_own_tokens_in_the_whole_lineage(facts: ModelFacts) -> None:
@@ -113,7 +113,7 @@ def test_newness_is_the_share_of_own_tokens_in_the_whole_lineage(facts: ModelFac
 
 def test_a_fork_before_the_moments_are_in_waits_for_them(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"fork_at": 100})
-    assert plan.leg("L2-from-L3").start == 0 and plan.leg("L2-from-L3").fork_at_tokens == 512
+    assert plan.leg("L2-from-L3").start == 0 and plan.leg("L2-from-L3").hop.fork_at_tokens == 512
 
 
 def test_identity_needs_no_moments(facts: ModelFacts) -> None:
@@ -159,15 +159,15 @@ def test_explicit_legs(facts: ModelFacts) -> None:
     ]
     plan = compiled(facts, plan={"legs": legs})
     a, b, c, d = plan.legs
-    assert (a.budget_tokens, b.parent, b.method, b.refit_tokens, b.lr) == (2048, "a", "rescale", 0, 1e-3)
-    assert (c.dictionary.n_latents, c.seed, c.batch_tokens) == (32, 7, 32) and c.start >= b.end
+    assert (a.budget_tokens, b.parent, b.method, b.refit_tokens, b.schedule.lr) == (2048, "a", "rescale", 0, 1e-3)
+    assert (c.dictionary.n_latents, c.seed, c.schedule.batch_tokens) == (32, 7, 32) and c.start >= b.end
     assert (d.role, d.control_of, d.control_kind) == ("control", "b", "full")
 
 
 @pytest.mark.parametrize(
     ("leg", "message"),
     [
-        ({"parent": "nobody"}, 'leg x names "nobody", which is no leg of this plan'),
+        ({"parent": "nobody"}, 'leg x names "nobody", which is not a leg of this plan'),
         ({"parent": "x"}, "legs wait for each other: x -> x"),
         ({"layer": 9}, "layer 9 is out of range: paper-model has layers 0 to 5"),
         ({"k": 100}, "dictionary.k is 100 but there are only 64 latents; lower k or raise n_latents"),
@@ -282,8 +282,8 @@ def test_only_a_hop_without_a_rate_of_its_own_takes_it_from_its_map(facts: Model
     by_map = compiled(facts).leg("L2-from-L3")
     copied = compiled(facts, plan={"method": "identity"}).leg("L2-from-L3")
     given = compiled(facts, train={"batch_tokens": 64, "transfer_lr": 1e-3}).leg("L2-from-L3")
-    assert (by_map.lr_by_map, copied.lr_by_map, given.lr_by_map) == (True, False, False)
-    assert copied.lr == by_map.lr / 8 and given.lr == 1e-3
+    assert [leg.schedule.lr_by_map for leg in (by_map, copied, given)] == [True, False, False]
+    assert copied.schedule.lr == by_map.schedule.lr / 8 and given.schedule.lr == 1e-3
 
 
 def test_a_hop_that_is_only_refitted_has_a_block_to_be_refitted_on(facts: ModelFacts) -> None:

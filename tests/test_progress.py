@@ -11,7 +11,7 @@ from rich.console import Console
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.training.engine import Progress
 from saerelay.training.progress import LiveTable, PlainLog
 from saerelay.views.figures import quality_figure, save
@@ -24,7 +24,7 @@ STEP = Progress(age=4096, loss=0.1, fvu=0.1234, l0=4.0, n_dead=7, learning_rate=
 def plan(facts: ModelFacts) -> Plan:
     sections = {"data": {"context": 16, "block_tokens": 1024}, "dictionary": {"n_latents": 64, "k": 4}}
     sections |= {"plan": {"root_tokens": 8192, "transfer_tokens": 2048, "moment_tokens": 1024}}
-    return compile_plan(Run.parse(sections, source="test"), facts)
+    return compile_plan(Recipe.parse(sections, source="test"), facts)
 
 
 def test_the_live_table_shows_the_legs_that_train(plan: Plan) -> None:
@@ -89,6 +89,6 @@ def test_the_figure_is_a_picture(tmp_path: Path, delta: float | None) -> None:
 def test_recipes_of_the_repository_compile(facts: ModelFacts) -> None:
     recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
     assert recipes
-    pythia = facts.model_copy(update={"n_layers": 12, "d_model": 768, "d_attn_z": 768, "max_context": 2048})
+    pythia = facts.changed(n_layers=12, d_model=768, d_attn_z=768, max_context=2048)
     for path in recipes:
-        assert compile_plan(Run.from_toml(path), pythia).n_tokens > 0
+        assert compile_plan(Recipe.from_toml(path), pythia).n_tokens > 0

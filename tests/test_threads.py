@@ -12,6 +12,7 @@ from saerelay.sae.spec import DictionarySpec
 from saerelay.sae.threads import alone, in_parallel
 from saerelay.site import Site
 from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.state import first_state
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -74,7 +75,8 @@ def test_denormals_are_zero_only_inside() -> None:
 def test_bits_do_not_depend_on_the_number_of_threads(architecture: str) -> None:
     """One leg by pieces, and three in lockstep of which some go to threads of their own."""
     D, F, B = 24, 1024, 600
-    spec = DictionarySpec(architecture=architecture, n_latents=F, k=4, target_l0=4)  # type: ignore[arg-type]
+    keys = {"architecture": architecture, "n_latents": F, "k": 4, "target_l0": 4}
+    spec = DictionarySpec.parse(keys).sized(D)
     x = torch.randn(4 * B, D, generator=torch.Generator().manual_seed(0)).bfloat16()
     legs = [
         Leg(id=f"L{i}", role="root", layer=0, module="resid_post", dictionary=spec, budget_tokens=4 * B,
@@ -87,11 +89,11 @@ def test_bits_do_not_depend_on_the_number_of_threads(architecture: str) -> None:
         torch.set_num_threads(n)
         cohort = Cohort(B)
         for leg in chosen:
-            cohort.add(Trainee(leg, TrainSpec(), x))
+            cohort.add(Trainee(leg, TrainSpec(), first_state(leg, TrainSpec(), x)))
         for batch in x.split(B):
             cohort.step({Site(0): batch})
         torch.set_num_threads(before)
-        return cohort["L0"].state()
+        return cohort["L0"].state.tensors()
 
     expected = run(1, legs[:1])
     for found in (run(2, legs[:1]), run(2, legs), run(3, legs)):

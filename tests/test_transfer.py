@@ -12,23 +12,21 @@ from test_dictionaries import ARCHITECTURES, B, D, F, activations, random_dictio
 from saerelay.errors import TransferError
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, encode_sparse, join_codes
-from saerelay.sae.moments import Moments
-from saerelay.sae.spec import Method
-from saerelay.sae.transfer import (
+from saerelay.sae.maps import (
     AffineMap,
     affine,
-    conjugate_gradients,
-    fold,
     identity,
     map_between,
     procrustes,
     rate_share,
-    refit,
     rescale,
-    reshape,
-    revive,
     unexplained,
 )
+from saerelay.sae.moments import Moments
+from saerelay.sae.refit import conjugate_gradients, refit
+from saerelay.sae.reshape import Shape, reshape, revive
+from saerelay.sae.spec import Method
+from saerelay.sae.transfer import fold
 
 
 def pair(n: int = 4000, seed: int = 0, offset: float = 5.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,8 +228,8 @@ def test_unexplained_is_one_minus_r_squared_of_the_map() -> None:
     assert unexplained(moments_of(x, 3 * x + 1)) == pytest.approx(0, abs=1e-4)
     assert rate_share(moments) == pytest.approx(min(1, 2.75 * float(left)), rel=1e-4)
     assert rate_share(moments_of(x, 3 * x + 1)) == 0.03
-    assert rate_share(moments_of(x, 3 * x + 1), new=0.2) == pytest.approx(0.15)
-    assert rate_share(moments, new=0.01) == rate_share(moments)
+    assert rate_share(moments_of(x, 3 * x + 1), newness=0.2) == pytest.approx(0.15)
+    assert rate_share(moments, newness=0.01) == rate_share(moments)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -270,7 +268,7 @@ def test_pruning_keeps_what_explains_most_in_its_order(architecture: str) -> Non
     d, x = random_dictionary(architecture), 3 * normal(2000)
     parts = d.encode(x).square().sum(dim=0) * d.W_dec.square().sum(dim=1)
     kept = parts.argsort(descending=True)[: F // 2].sort().values
-    smaller = reshape(d, x, d.architecture, F // 2, None)
+    smaller = reshape(d, x, Shape(d.architecture, F // 2, None))
     for name in ("W_enc", "b_enc", "W_dec"):
         assert torch.equal(getattr(smaller, name), getattr(d, name)[kept])
     assert torch.equal(smaller.b_dec, d.b_dec)
@@ -282,7 +280,7 @@ def test_pruning_keeps_what_explains_most_in_its_order(architecture: str) -> Non
 def test_growth_leaves_the_old_latents_and_wakes_the_new(architecture: str) -> None:
     d, x = random_dictionary(architecture), 3 * normal(20_000)
     assert bool((d.encode(x) > 0).any(dim=0).all())  # or the silent ones of the old would be revived, too
-    larger = reshape(d, x, d.architecture, F + 8, d.k, seed=3)
+    larger = reshape(d, x, Shape(d.architecture, F + 8, d.k, seed=3))
     for name, tensor in d.tensors().items():
         if name not in ("b_dec", "threshold"):
             assert torch.equal(getattr(larger, name)[:F], tensor), name
@@ -294,7 +292,7 @@ def test_growth_leaves_the_old_latents_and_wakes_the_new(architecture: str) -> N
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_another_architecture_is_as_sparse_as_asked_and_keeps_the_weights(source: str, target: str) -> None:
     d, x = random_dictionary(source), 3 * normal(4000)
-    other = reshape(d, x, target, F, 3.0)  # type: ignore[arg-type]
+    other = reshape(d, x, Shape(target, F, 3.0))
     assert (other.architecture, other.k) == (target, 3 if target in ("topk", "batchtopk") else None)
     assert float((other.encode(x) > 0).sum(dim=1).float().mean()) == pytest.approx(3, abs=0.05)
     assert torch.equal(other.W_enc, d.W_enc) and torch.equal(other.W_dec, d.W_dec)

@@ -10,20 +10,22 @@ from .interop import load_layer_normed as load_layer_normed
 from .lm.attach import attach as attach
 from .lm.model import LanguageModel as LanguageModel
 from .planning.plan import Plan as Plan
+from .planning.recipe import Recipe as Recipe
 from .planning.recipe import Run as Run
 from .runs.suite import Suite as Suite
 from .runs.suite import load as load
 from .sae.dictionary import Dictionary as Dictionary
 from .sae.dictionary import match_l0 as match_l0
+from .sae.maps import AffineMap as AffineMap
+from .sae.maps import map_between as map_between
 from .sae.moments import Moments as Moments
-from .sae.transfer import AffineMap as AffineMap
+from .sae.quality import fvu as fvu
+from .sae.refit import refit as refit
+from .sae.reshape import revive as revive
 from .sae.transfer import fold as fold
-from .sae.transfer import map_between as map_between
-from .sae.transfer import refit as refit
-from .sae.transfer import revive as revive
 from .site import Site as Site
 from .workflows.hop import hop_run as hop_run
-from .workflows.launch import plan_run as plan_run
 from .workflows.launch import train_run as train_run
+from .workflows.settle import plan_run as plan_run
 
 __version__: str

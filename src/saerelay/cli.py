@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.site import Site
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-Recipe = Annotated[Path, typer.Argument(help="a recipe; `saerelay init > run.toml` writes one")]
+RecipePath = Annotated[Path, typer.Argument(help="a recipe; `saerelay init > run.toml` writes one")]
 Out = Annotated[Path, typer.Option("--out", help="a new directory for the run")]
 NewDirectory = Annotated[Path, typer.Option("--out", help="a new directory")]
 Legs = Annotated[list[str], typer.Option("--leg", help="a leg's id, or several, instead of one SAE a layer")]
@@ -36,14 +36,14 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document to s
 @app.command()
 def init() -> None:
     """Print an annotated recipe with the defaults."""
-    from saerelay.planning.recipe import Run, annotated_toml
+    from saerelay.planning.recipe import Recipe, annotated_toml
 
-    print(annotated_toml(Run()), end="")
+    print(annotated_toml(Recipe()), end="")
 
 
 @app.command()
 def plan(
-    recipe: Recipe,
+    recipe: RecipePath,
     as_json: Json = False,
     timing: Annotated[bool, typer.Option(help="load the model and time a few steps")] = True,
     write: Annotated[Path | None, typer.Option(help="preset auto: a new recipe with the legs written out")] = None,
@@ -51,11 +51,12 @@ def plan(
     """Show what would be trained, from whom, and what it would take; with preset auto, after a survey."""
     from saerelay.lm.model import LanguageModel
     from saerelay.planning.cost import plan_cost
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.views.tables import plan_facts, plan_table
-    from saerelay.workflows.launch import plan_run, time_plan
+    from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.timing import time_plan
 
-    run = Run.from_toml(recipe)
+    run = Recipe.from_toml(recipe)
     if run.plan.surveyed:
         plan_auto(run, as_json, write)
         return
@@ -63,7 +64,7 @@ def plan(
         raise RecipeError(f'{recipe}: --write is for preset = "auto"; this recipe needs no survey')
     compiled = plan_run(run)
     cost = plan_cost(compiled)
-    seconds = time_plan(compiled, LanguageModel.load(compiled.run.model)) if timing else None
+    seconds = time_plan(compiled, LanguageModel.load(compiled.recipe.model)) if timing else None
     if as_json:
         print(json.dumps({"plan": compiled.model_dump(mode="json"), "cost": cost.model_dump(), "seconds": seconds}))
         return
@@ -73,13 +74,14 @@ def plan(
     console.print(plan_facts(compiled, cost, seconds))
 
 
-def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
+def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
     """Survey, and show or write what was chosen."""
     from saerelay.planning.choose import written_out
     from saerelay.planning.recipe import annotated_toml
     from saerelay.runs.files import write_text
     from saerelay.views.tables import choice_lines, plan_facts, plan_table, survey_table
-    from saerelay.workflows.launch import plan_run, survey_once
+    from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.survey import survey_once
 
     if write and write.exists():
         raise RecipeError(f"{write} exists; choose another --write")
@@ -101,16 +103,16 @@ def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
 
 @app.command()
 def train(
-    recipe: Recipe,
+    recipe: RecipePath,
     out: Out,
     resume: Annotated[bool, typer.Option("--resume", help="continue after an interruption")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="add legs or tokens to a finished run")] = False,
 ) -> None:
     """Train every leg of a recipe."""
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.workflows.launch import train_run
 
-    suite = train_run(Run.from_toml(recipe), out, resume=resume, extend=extend, console=Console(stderr=True))
+    suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=Console(stderr=True))
     print(f"{len(suite)} SAEs in {out}/legs. Their quality: saerelay eval {out}")
 
 
@@ -303,14 +305,14 @@ def hop(
     To another layer, the same layer of a fine-tuned model, another text, number of latents, sparsity or architecture.
     Onto its own layer with --tokens 0 --no-refit it is only measured.
     """
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.workflows.hop import hop_run
 
     asked = {"tokens": tokens, "method": method, "architecture": architecture, "n_latents": n_latents}
     given = {key: value for key, value in asked.items() if value}
     given |= {key: value for key, value in {"refit": refit, "k": k}.items() if value is not None}
     site = site_asked(from_layer, from_module)
-    run, console = Run.from_toml(recipe), Console(stderr=True)
+    run, console = Recipe.from_toml(recipe), Console(stderr=True)
     suite = hop_run(source, to_layer, run, out, site=site, model=from_model, format=format, console=console, **given)
     print(f"{', '.join(suite)} in {out}/legs. Its quality: saerelay eval {out}")
 

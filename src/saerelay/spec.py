@@ -8,11 +8,20 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from saerelay.errors import RecipeError
 
@@ -51,11 +60,112 @@ def format_count(n: int) -> str:
 Count = Annotated[int, BeforeValidator(parse_count)]
 """A number of tokens (or of anything), possibly written "50M"."""
 
+Auto = Literal["auto"]
+"""The value of a key that leaves a number to the program."""
+
+Value = TypeVar("Value")
+OrAuto = Annotated[Value | Auto, BeforeValidator(lambda value: "auto" if value == 0 else value)]
+"""A number or "auto"; recipes once wrote 0 for it."""
+
+
+class Described(NamedTuple):
+    """A key of a spec as `saerelay init` prints it."""
+
+    key: str
+    value: Any
+    description: str
+
 
 class Spec(BaseModel):
-    """Base of all specs: frozen, and an unknown key is an error that names the nearest valid one."""
+    """Base of all specs: frozen, and an unknown key is an error that names the nearest valid one.
+
+    A spec with many keys is made of parts, which are specs themselves. The keys of `inline` parts are written beside
+    the others, in TOML as in JSON, so that a file need not know how the code groups them:
+
+    >>> class Size(Spec):
+    ...     width: int = 1
+    ...     height: int = 1
+    >>> class Picture(Spec):
+    ...     inline = ("size",)
+    ...     title: str
+    ...     size: Size = Size()
+    >>> picture = Picture.parse({"title": "sunflowers", "width": 73})
+    >>> picture.size.width, picture.model_dump()
+    (73, {'title': 'sunflowers', 'width': 73, 'height': 1})
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    inline: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts whose keys are written beside the others; such a part may be optional."""
+
+    @classmethod
+    def part(cls, name: str, data: dict[str, Any]) -> "type[Spec]":
+        """The class of an inline part; `data` are all keys given, where the class depends on one of them."""
+        candidates = [cls.model_fields[name].annotation, *get_args(cls.model_fields[name].annotation)]
+        return next(part for part in candidates if isinstance(part, type) and issubclass(part, Spec))
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys that may be written, those of inline parts among them."""
+        found: list[str] = []
+        for name in cls.model_fields:
+            found += cls.part(name, {}).keys() if name in cls.inline else [name]
+        return found
+
+    def changed(self, **changes: Any) -> Self:
+        """The same with other values for some keys, those of inline parts among them; values are not validated.
+
+        Raises TypeError for a key that it does not have.
+        """
+        own: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {}
+        for key, value in changes.items():
+            if key in type(self).model_fields:
+                own[key] = value
+                continue
+            part = next((name for name in self.inline if key in type(self).part(name, {}).keys()), None)
+            if part is None:
+                raise TypeError(f"{type(self).__name__} has no key {key}")
+            parts.setdefault(part, {})[key] = value
+        for part, values in parts.items():
+            own[part] = getattr(self, part).changed(**values)
+        return self.model_copy(update=own)
+
+    def described(self) -> Iterator[Described]:
+        """Each key with its value and what it means; keys of inline parts among them."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in self.inline and value is not None:
+                yield from value.described()
+            else:
+                yield Described(name, value, field.description or "")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_parts(cls, data: Any) -> Any:
+        """Put the keys of inline parts together."""
+        if not cls.inline or not isinstance(data, dict):
+            return data
+        rest = dict(data)
+        for name in cls.inline:
+            if name in rest:  # made in code, from a part
+                continue
+            part = cls.part(name, data)
+            own = {key: rest.pop(key) for key in part.keys() if key in rest}
+            if own:
+                rest[name] = part.model_validate(own)
+        return rest
+
+    @model_serializer(mode="wrap")
+    def _spread_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the keys of inline parts beside the others."""
+        data: dict[str, Any] = {}
+        for key, value in handler(self).items():
+            if key in self.inline:
+                data.update(value or {})
+            else:
+                data[key] = value
+        return data
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, source: str = "recipe") -> Self:
@@ -92,21 +202,31 @@ class Spec(BaseModel):
 
 
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
-    lines = []
+    """What is wrong with each key, a line per key."""
+    problems: dict[str, str] = {}
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+        where = _key_of(item["loc"])
         if item["type"] == "extra_forbidden":
             siblings = _keys_beside(cls, item["loc"])
             near = difflib.get_close_matches(str(item["loc"][-1]), siblings, n=1, cutoff=0.5)
             hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(siblings)}"
-            lines.append(f'{source}: unknown key "{where}"; {hint}')
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            found = (
-                "" if isinstance(item["input"], dict) or item["type"] == "missing" else f" (found {item['input']!r})"
-            )
-            lines.append(f"{source}: {where + ': ' if where else ''}{message}{found}")
-    return "\n".join(lines)
+            problems[where] = f'unknown key "{where}"; {hint}'
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        if where in problems:  # a value of several types fails as each of them
+            if item["type"] == "literal_error":
+                problems[where] += f"; or write {item.get('ctx', {}).get('expected')}"
+            continue
+        prefix = f"{where}: " if where else ""
+        shown = "" if isinstance(item["input"], dict) or item["type"] == "missing" else f" (found {item['input']!r})"
+        problems[where] = prefix + message + shown
+    return "\n".join(f"{source}: {problem}" for problem in problems.values())
+
+
+def _key_of(location: tuple[int | str, ...]) -> str:
+    """The dotted key of an error's location, without the names that pydantic gives to members of a union."""
+    members = ("int", "float", "str", "bool")
+    return ".".join(str(part) for part in location if part not in members and "[" not in str(part))
 
 
 def _keys_beside(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -117,7 +237,7 @@ def _keys_beside(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[
         annotation = cls.model_fields[part].annotation
         nested = [annotation, *getattr(annotation, "__args__", ())]
         cls = next((a for a in nested if isinstance(a, type) and issubclass(a, BaseModel)), cls)
-    return list(cls.model_fields)
+    return cls.keys() if issubclass(cls, Spec) else list(cls.model_fields)
 
 
 def seed_from(*parts: int | str) -> int:

@@ -251,7 +251,7 @@ class Logits:
 
 def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
     """The evaluation sequences as batches of token ids (B, context)."""
-    context = plan.run.data.context
+    context = plan.recipe.data.context
     per_batch = max(1, 4096 // context)
     if ce:
         per_batch = max(1, min(per_batch, LOGIT_BYTES // (4 * context * plan.facts.vocab_size)))
@@ -271,7 +271,7 @@ def evaluate_run(
     if not suite.legs:
         raise RunDirectoryError(f"{paths.root}: no leg is finished yet; finish the run with `saerelay train --resume`")
     test = Corpus.open(paths.tokens).test
-    asked = {"tokens": min(tokens or plan.run.evaluate.tokens, int(test.size)), "ce": wants_ce(plan)}
+    asked = {"tokens": min(tokens or plan.recipe.evaluate.tokens, int(test.size)), "ce": wants_ce(plan)}
     missing = [leg for leg in suite.legs if not _measured(paths, leg, asked)]
     if missing:
         model = model or load_model(plan)
@@ -288,12 +288,12 @@ def evaluate_run(
 
 def held_out(plan: Plan, split: np.ndarray, tokens: int) -> np.ndarray:
     """The first sequences (N, context) of a split that have as many tokens, or all it has."""
-    return split[: math.ceil(tokens / plan.run.data.context)]
+    return split[: math.ceil(tokens / plan.recipe.data.context)]
 
 
 def wants_ce(plan: Plan) -> bool:
     """Whether CE and KL are measured; ModelError if they are asked of a model without a language-model head."""
-    asked = plan.run.evaluate.ce
+    asked = plan.recipe.evaluate.ce
     if asked is True and not plan.facts.has_lm_head:
         raise ModelError(
             f"evaluate.ce is true, but {plan.facts.name} ({plan.facts.family}) has no language-model head, so there is "

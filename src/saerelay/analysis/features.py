@@ -31,8 +31,9 @@ from saerelay.runs.files import write_tensors
 from saerelay.runs.suite import Suite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, encode_sparse, join_codes
+from saerelay.sae.maps import AffineMap
 from saerelay.sae.threads import side_by_side
-from saerelay.sae.transfer import AffineMap, fold
+from saerelay.sae.transfer import fold
 from saerelay.site import Site
 
 SCHEMA_VERSION = 1
@@ -345,7 +346,7 @@ def features_run(
 def held_out_sequences(suite: Suite, tokens: int) -> np.ndarray:
     """The sequences (N, context) of the test split that are asked for."""
     test = Corpus.open(suite.directory.tokens).test
-    return held_out(suite.plan, test, tokens or suite.plan.run.evaluate.tokens)
+    return held_out(suite.plan, test, tokens or suite.plan.recipe.evaluate.tokens)
 
 
 def neighbour_pairs(suite: Suite, legs: list[Leg]) -> list[Pair]:

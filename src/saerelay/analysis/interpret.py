@@ -495,7 +495,7 @@ def leg_document(study: Study, asker: Asker, leg: Leg, latents: list[dict[str, A
         "seed": study.seed,
         "split": "test",
         "n_tokens": study.n_tokens,
-        "piece_tokens": min(LENGTH, plan.run.data.context),
+        "piece_tokens": min(LENGTH, plan.recipe.data.context),
         "n_latents": len(latents),
         "n_explained": len(explained),
         "n_rare": sum(not latent["n_questions"] for latent in latents),

@@ -519,7 +519,7 @@ def interpretation(paths: RunDirectory, leg_id: str, latent: int) -> dict[str, A
 def token_texts(plan: Plan) -> Callable[[int], str]:
     """What gives the text of a token, or its number where the model comes without a tokenizer."""
     try:
-        tokenizer = load_tokenizer(plan.run.model.model_copy(update={"revision": plan.facts.revision}))
+        tokenizer = load_tokenizer(plan.recipe.model.changed(revision=plan.facts.revision))
     except ModelError:
         return lambda token: f"<{token}>"
     return partial(token_text, tokenizer)

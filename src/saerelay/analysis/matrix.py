@@ -24,9 +24,11 @@ from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.files import finite, read_json, write_json
 from saerelay.runs.suite import Suite
 from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments
+from saerelay.sae.refit import refit
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import carry, fold, map_between, refit
+from saerelay.sae.transfer import carry, fold
 from saerelay.site import Site
 
 SCHEMA_VERSION = 1
@@ -75,7 +77,7 @@ def matrix_run(
         if method not in HOPS:
             raise RecipeError(f'no method "{method}"; one of: {", ".join(HOPS)}')
     plan, paths, corpus = suite.plan, suite.directory, Corpus.open(suite.directory.tokens)
-    tokens = min(tokens or min(plan.run.evaluate.tokens, MATRIX_TOKENS), int(corpus.test.size))
+    tokens = min(tokens or min(plan.recipe.evaluate.tokens, MATRIX_TOKENS), int(corpus.test.size))
     cells = [cell for method in methods for cell in cells_of(suite, method, snapshots)]
     asked = {"tokens": tokens, "methods": sorted(methods), "ce": wants_ce(plan), "n_cells": len(cells)}
     if paths.matrix.is_file() and (found := read_json(paths.matrix)).get("asked") == asked:
@@ -102,7 +104,7 @@ def matrix_run(
         "ablation": "zero, all positions",
         "n_tokens": next(iter(results.values()))["n_tokens"],
         "map_tokens": maps.tokens,
-        "module": plan.run.sites.module,
+        "module": plan.recipe.sites.module,
         "layers": [site.layer for site in suite.sites],
         "cells": [cell_document(cell, result) for cell, result in results.items()],
     }
@@ -123,7 +125,7 @@ def cells_of(suite: Suite, method: str, snapshots: bool) -> Iterator[Cell]:
 
 def needs_rows(suite: Suite, methods: Sequence[str]) -> bool:
     """Whether some hop looks at activations of its target, besides their moments."""
-    moved = any(leg.dictionary.architecture != "topk" for leg in suite.standing) and set(methods) != {"identity"}
+    moved = any(not leg.dictionary.activation.l0_is_exact for leg in suite.standing) and set(methods) != {"identity"}
     return moved or "affine+refit" in methods
 
 
@@ -158,7 +160,7 @@ def carried_to(
     between = map_between(cast(Method, method), dictionary.d_model, moments[cell.source, cell.target])
     if rows is None:
         return fold(dictionary, between)
-    folded = carry(dictionary, between, rows, info.get("l0"))
+    folded = carry(dictionary, between, rows, l0=info.get("l0")).dictionary
     return refit(folded, rows.split(4096)) if refitted else folded
 
 

@@ -178,7 +178,7 @@ def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int 
     They are drawn by the run's seed, from as many batches of sequences (N, context), in an order drawn too, as hold
     four times as many.
     """
-    generator = np.random.default_rng(plan.run.train.seed)
+    generator = np.random.default_rng(plan.recipe.train.seed)
     found = list[Prompt]()
     for tokens in batches(plan, generator.permutation(sequences), True):
         first, second = model.logits(tokens)[:, :-1].topk(2).indices.cpu().unbind(dim=-1)
@@ -245,7 +245,7 @@ def measures_run(
         "schema": SCHEMA_VERSION,
         "model": plan.facts.name,
         "revision": plan.facts.revision,
-        "module": plan.run.sites.module,
+        "module": plan.recipe.sites.module,
         "split": "test",
         "n_tokens": load_features(paths, suite.legs[0].id).facts["n_tokens"],
         "n_matrix_tokens": matrix["n_tokens"] if matrix else None,

@@ -53,7 +53,7 @@ def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Pro
             raise DataError(f"{task}: {len(prompts)} prompts; at least {FEWEST_PROMPTS} are needed")
         draw.shuffle(prompts)
         return prompts[:n]
-    tokenizer, facts = load_tokenizer(plan.run.model), plan.facts
+    tokenizer, facts = load_tokenizer(plan.recipe.model), plan.facts
     groups, found, seen = TASKS[task](_whole(task, tokenizer, facts.name), draw), defaultdict(list), set[Prompt]()
     for _ in range(5 * n):
         group = [_encode(tokenizer, example, start_of(plan)) for example in next(groups)]
@@ -94,7 +94,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
         ids = dict[str, list[int]]()
         for name, part in parts.items():
             if isinstance(part, str):
-                tokenizer = tokenizer or load_tokenizer(plan.run.model)
+                tokenizer = tokenizer or load_tokenizer(plan.recipe.model)
                 part = tokenizer.encode(part, add_special_tokens=False)
             ids[name] = part if isinstance(part, list) else [part]
             if not all(type(i) is int and 0 <= i < facts.vocab_size for i in ids[name]):
@@ -116,7 +116,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
 def start_of(plan: Plan) -> list[int]:
     """What is in front of every prompt: BOS, where training has one there."""
     bos = plan.facts.bos_token_id
-    return [bos] if plan.run.data.prepend_bos and bos is not None else []
+    return [bos] if plan.recipe.data.prepend_bos and bos is not None else []
 
 
 def _encode(tokenizer: Any, example: Example, start: list[int]) -> Prompt | None:

@@ -38,11 +38,11 @@ def summary(suite: Suite) -> dict[str, Any]:
                 "moment_tokens": leg.moment_tokens,
                 "refit_tokens": leg.refit_tokens,
                 "n_latents": leg.dictionary.n_latents,
-                "lr": info.get("lr", leg.lr),
+                "lr": info.get("lr", leg.schedule.lr),
                 "seed": leg.seed,
                 "seconds": info["seconds"],
-                "goal_fvu": leg.goal_fvu,
-                "predicted_fvu": leg.predicted_fvu,
+                "goal_fvu": leg.goal.goal_fvu,
+                "predicted_fvu": leg.goal.predicted_fvu,
                 "validation_fvu": info.get("validation_fvu"),
                 "n_eval_tokens": document["metrics"]["n_tokens"],
             }
@@ -78,8 +78,8 @@ def cost(suite: Suite, seconds: dict[str, float], tokens: dict[str, int]) -> dic
     scratch = [leg.id for leg in suite.legs if not leg.parent]
     sites = {leg.site for leg in plan.legs}
     n_seen = sum(tokens[leg_id] for leg_id in scratch)
-    each = plan.run.plan.root_tokens * sum(seconds[leg_id] for leg_id in scratch) / n_seen if scratch else math.nan
-    share = min(1.0, plan.run.plan.root_tokens / everything.lm_tokens)
+    each = plan.recipe.plan.root_tokens * sum(seconds[leg_id] for leg_id in scratch) / n_seen if scratch else math.nan
+    share = min(1.0, plan.recipe.plan.root_tokens / everything.lm_tokens)
     return {
         "lm_tokens": plain.lm_tokens,
         "lm_tokens_held_out": positions.get("held_out", 0),

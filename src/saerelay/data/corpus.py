@@ -21,7 +21,7 @@ import numpy as np
 from saerelay.data.sources import Source, check_ids, open_source
 from saerelay.errors import DataError, RecipeError
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import DataSpec, Run
+from saerelay.planning.recipe import DataSpec, Recipe
 from saerelay.spec import Spec
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Corpus:
 
 
 def prepare(
-    run: Run,
+    run: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     directory: Path,
@@ -163,7 +163,7 @@ def _map_split(path: Path, facts: CorpusFacts, split: Split) -> np.ndarray:
 
 
 def _write(
-    run: Run,
+    run: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     source: Source,

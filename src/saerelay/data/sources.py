@@ -17,7 +17,7 @@ import numpy as np
 
 from saerelay.errors import DataError
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import DataSpec, Run
+from saerelay.planning.recipe import DataSpec, Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -51,7 +51,7 @@ def check_ids(largest: int, facts: ModelFacts, where: str) -> None:
         )
 
 
-def open_source(run: Run, facts: ModelFacts) -> Source:
+def open_source(run: Recipe, facts: ModelFacts) -> Source:
     data, seed = run.data, run.train.seed
     if data.dataset:
         return _dataset_source(data, seed)

@@ -26,8 +26,8 @@ from saerelay.interop.files import (
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
 from saerelay.runs.files import write_json
-from saerelay.sae.dictionary import Dictionary, to_canonical
-from saerelay.sae.spec import Architecture
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.units import to_canonical
 from saerelay.site import MODULE_KINDS, Site
 
 NAME = "dictionary_learning"
@@ -157,7 +157,7 @@ def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) 
     else:
         W_enc = W_enc.T
     n_latents, threshold, k = len(W_enc), None, None
-    architecture: Architecture = "relu"
+    architecture: str = "relu"
     match kind:
         case "AutoEncoderTopK":
             architecture = "topk"

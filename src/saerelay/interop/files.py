@@ -17,7 +17,6 @@ from torch import Tensor
 
 from saerelay.errors import FormatError
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture
 
 T = TypeVar("T")
 
@@ -156,7 +155,7 @@ def shaped(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str],
 
 
 def canonical(
-    architecture: Architecture,
+    architecture: str,
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,

@@ -14,8 +14,8 @@ from saerelay.interop.files import canonical, read_config, read_number, read_ten
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
 from saerelay.runs.files import write_json, write_tensors
-from saerelay.sae.dictionary import Dictionary, LayerNormed, unit_decoder
-from saerelay.sae.spec import Architecture
+from saerelay.sae.dictionary import Dictionary, unit_decoder
+from saerelay.sae.layer_normed import LayerNormed
 
 NAME = "saelens"
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
@@ -155,7 +155,7 @@ def _dictionary(path: Path, config: dict[str, Any], metadata: dict[str, Any]) ->
     found = shaped(weights, tensors, shapes, D=said(config, "d_in", int), F=said(config, "d_sae", int))
     (W_enc, W_dec, b_dec, b_enc), rest = found[:4], found[4:]
     W_enc, n_latents, scale = W_enc.T, len(W_dec), _scale(path, config)
-    kind: Architecture = "relu"
+    kind: str = "relu"
     threshold, k = None, None
     details = said(metadata, "training_architecture_details", dict) or {}
     match architecture:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.ports import intercept, port_of, width_at
-from saerelay.sae.dictionary import Dictionary, LayerNormed
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 ROWS_AT_ONCE = 1024

@@ -1,134 +1,133 @@
 """From a recipe to a plan: legs with all their choices made, placed on the axis of token positions."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from saerelay.errors import PlanError
 from saerelay.planning.cost import peak_state_bytes, state_bytes
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.plan import COPY_RATE, External, Leg, Plan
+from saerelay.planning.plan import COPY_RATE, Control, External, Goal, Hop, Leg, Plan, Role, Schedule
 from saerelay.planning.presets import preset_legs
-from saerelay.planning.recipe import LegSpec, Run, tokens_of
-from saerelay.sae.spec import DictionarySpec
+from saerelay.planning.recipe import LegSpec, Recipe, tokens_of
+from saerelay.sae.spec import Method, SizedDictionarySpec
 from saerelay.site import Site
 from saerelay.spec import format_count
 
 MAX_BLOCK_TOKENS = 65_536
-
-
 BLOCK_BYTES = 2**30
-"""Activations of one block stay under this, when the recipe lets us choose its size."""
+"""Activations of one block stay under this, when the recipe leaves its size to us."""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all legs of a plan are compiled under."""
+
+    recipe: Recipe
+    facts: ModelFacts
+    block_tokens: int
+    externals: Mapping[str, External] = field(default_factory=dict)
+    memory_bytes: float = math.inf
+    begin: int = 0
+    """Cursor before which nothing new may start."""
 
 
 def compile_plan(
-    run: Run,
+    recipe: Recipe,
     facts: ModelFacts,
     *,
     externals: dict[str, External] | None = None,
     memory_bytes: float = math.inf,
-    finished: "Plan | None" = None,
+    finished: Plan | None = None,
 ) -> Plan:
     """Turn a recipe into a plan; raises PlanError if it cannot be run.
 
-    `externals` describes the parents that are directories. Legs are started as early as their parents and
-    `memory_bytes` (training state of all live legs) allow. With a `finished` plan, its legs stay as they are and what
-    the recipe adds starts where it ended: new legs, and for a leg that got a larger budget one that continues it (its
-    rate warms up and decays again, so the result is not that of a longer first run).
+    `externals` describes the parents outside the plan. Legs are started as early as their parents and `memory_bytes`
+    (training state of all live legs) allow. With a `finished` plan, its legs stay as they are and what the recipe adds
+    starts where it ended: new legs, and for a leg that got a larger budget one that continues it (its rate warms up and
+    decays again, so the result is not that of a longer first run).
     """
-    if facts.max_context and run.data.context > facts.max_context:
-        raise PlanError(
-            f"data.context is {run.data.context}; {facts.name} takes at most {facts.max_context} tokens; "
-            "lower data.context"
-        )
-    layers = list(range(facts.n_layers)) if run.sites.layers == "all" else sorted(set(run.sites.layers))
-    if not layers:
-        raise PlanError('sites.layers is empty; write "all" or a list such as [0, 1]')
-    wanted = {*layers, *run.plan.roots, *run.plan.controls, *(leg.layer for leg in run.plan.legs)}
-    for layer in sorted(wanted):
-        if not 0 <= layer < facts.n_layers:
-            raise PlanError(f"layer {layer} is out of range: {facts.name} has layers 0 to {facts.n_layers - 1}")
-    if finished and not run.plan.roots:
-        roots = sorted({leg.layer for leg in finished.legs if leg.role == "root"})
-        run = run.model_copy(update={"plan": run.plan.model_copy(update={"roots": roots})})
-    specs = run.plan.legs or preset_legs(run, layers)
-    if run.plan.legs and run.plan.controls:
+    layers = _check_layers(recipe, facts)
+    if finished and not recipe.plan.roots:
+        recipe = _with_roots_of(recipe, finished)
+    specs = recipe.plan.legs or preset_legs(recipe, layers)
+    if recipe.plan.legs and recipe.plan.controls:
         raise PlanError(
             "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
         )
-    block_tokens = finished.block_tokens if finished else choose_block(run, facts, specs)
-    begin = finished.n_tokens if finished else 0
+    setting = _Setting(
+        recipe=recipe,
+        facts=facts,
+        block_tokens=finished.block_tokens if finished else choose_block(recipe, facts, specs),
+        externals=externals or {},
+        memory_bytes=memory_bytes,
+        begin=finished.n_tokens if finished else 0,
+    )
     legs = list(finished.legs) if finished else []
+    finished_legs = {leg.id: leg for leg in legs}
     for spec in _parents_first(specs):
-        leg = _leg(spec, run, facts, block_tokens, legs, externals or {})
-        before = next((old for old in (finished.legs if finished else ()) if old.id == leg.id), None)
-        added = _continuation(before, leg, legs) if before else leg
-        if added is None:
-            continue
-        legs.append(added)
-        _schedule(legs, spec, block_tokens, memory_bytes, facts, begin)
+        leg: Leg | None = _settled(spec, setting, legs)
+        if leg.id in finished_legs:
+            leg = _continuation(finished_legs[leg.id], leg, legs)
+        if leg is not None:
+            legs.append(_placed(leg, spec, setting, legs))
     if not finished:
         order = {spec.id: i for i, spec in enumerate(specs)}
         legs.sort(key=lambda leg: order[leg.id])
-    sites = sorted({leg.site for leg in legs})
-    probe = finished.probe if finished else sites[len(sites) // 2].layer if run.data.outlier_norm else None
-    plan = Plan(run=run, facts=facts, block_tokens=block_tokens, legs=legs, externals=externals or {}, probe=probe)
+    plan = Plan(
+        recipe=recipe,
+        facts=facts,
+        block_tokens=setting.block_tokens,
+        legs=legs,
+        externals=externals or {},
+        probe=finished.probe if finished else _probe_layer(recipe, legs),
+    )
     _check_widths(plan)
     return plan
 
 
-def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
-    """What a recipe adds to a finished leg: a leg with the tokens it lacks, or nothing; other changes are refused."""
-    scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "moment_tokens", "budget_tokens"}
-    scheduled |= {"lr", "lr_by_map", "goal_fvu", "decay_gain", "predicted_fvu"}
-    old, new = before.model_dump(exclude=scheduled), leg.model_dump(exclude=scheduled)
-    if changed := [key for key in new if new[key] != old[key]]:
+def _check_layers(recipe: Recipe, facts: ModelFacts) -> list[int]:
+    """The layers asked for; PlanError where the model does not have them, or takes no such context."""
+    if facts.max_context and recipe.data.context > facts.max_context:
         raise PlanError(
-            f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number of tokens "
-            "can be added. Choose another --out."
+            f"data.context is {recipe.data.context}; {facts.name} takes at most {facts.max_context} tokens; "
+            "lower data.context"
         )
-    last, seen = before, before.budget_tokens
-    while more := next(
-        (other for other in legs if other.parent == last.id and other.id.startswith(f"{leg.id}+")), None
-    ):
-        last, seen = more, seen + more.budget_tokens
-    extra = leg.budget_tokens - seen
-    if extra <= 0:
+    if recipe.sites.layers == "all":
+        layers = list(range(facts.n_layers))
+    else:
+        layers = sorted(set(recipe.sites.layers))
+    if not layers:
+        raise PlanError('sites.layers is empty; write "all" or a list such as [0, 1]')
+    named = {*layers, *recipe.plan.roots, *recipe.plan.controls, *(leg.layer for leg in recipe.plan.legs)}
+    for layer in sorted(named):
+        if not 0 <= layer < facts.n_layers:
+            raise PlanError(f"layer {layer} is out of range: {facts.name} has layers 0 to {facts.n_layers - 1}")
+    return layers
+
+
+def _with_roots_of(recipe: Recipe, finished: Plan) -> Recipe:
+    """The recipe with the roots that a finished plan had, so that more layers do not choose others."""
+    roots = sorted({leg.layer for leg in finished.legs if leg.role == "root"})
+    plan = recipe.plan.changed(roots=roots)
+    return recipe.changed(plan=plan)
+
+
+def _probe_layer(recipe: Recipe, legs: Sequence[Leg]) -> int | None:
+    """The middle one of the layers that are read."""
+    if not recipe.data.outlier_norm:
         return None
-    added = {"id": f"{leg.id}+{format_count(leg.budget_tokens)}", "parent": last.id, "method": "identity"}
-    if leg.lr_by_map:
-        added |= {"lr_by_map": False, "lr": COPY_RATE * leg.lr}
-    return leg.model_copy(
-        update=added | {"budget_tokens": extra, "moment_tokens": 0, "refit_tokens": 0, "snapshots": []}
-    )
-
-
-def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
-    """Tokens shuffled together: a multiple of the batch and of the context, from shapes alone."""
-    step = math.lcm(run.train.batch_tokens, run.data.context)
-    if run.data.block_tokens:
-        if run.data.block_tokens % step:
-            raise PlanError(
-                f"data.block_tokens is {run.data.block_tokens}; it must be a multiple of train.batch_tokens "
-                f"({run.train.batch_tokens}) and data.context ({run.data.context}), that is of {step}"
-            )
-        return run.data.block_tokens
-    bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * max(1, len({(s.layer, s.module) for s in specs}))
-    hops_only = all(spec.parent for spec in specs)  # then what they are refitted on counts
-    refitted = any(run.plan.refit if spec.refit is None else spec.refit for spec in specs)
-    least = max(16 * run.train.batch_tokens, run.plan.refit_tokens if hops_only and refitted else 0)
-    longest = max(least if hops_only else 0, *(spec.tokens for spec in specs))
-    shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])  # others hardly train
-    wanted = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, least))
-    wanted = max(step, wanted)
-    n_blocks = max(1, math.ceil(longest / wanted))
-    return step * math.ceil(longest / n_blocks / step)  # equal blocks: the last is not read in vain
+    sites = sorted({leg.site for leg in legs})
+    return sites[len(sites) // 2].layer
 
 
 def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
+    """The legs in an order in which each follows all it names; PlanError if there is none."""
     by_id = {spec.id: spec for spec in specs}
     if len(by_id) < len(specs):
-        twice = sorted({spec.id for spec in specs if sum(s.id == spec.id for s in specs) > 1})
+        ids = [spec.id for spec in specs]
+        twice = sorted({leg_id for leg_id in ids if ids.count(leg_id) > 1})
         raise PlanError(f"two legs have the id {', '.join(twice)}; give each its own")
     ordered: dict[str, LegSpec] = {}
     waiting: list[str] = []
@@ -140,11 +139,12 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
             raise PlanError(f"legs wait for each other: {' -> '.join([*waiting, spec.id])}")
         waiting.append(spec.id)
         for other in (spec.parent, spec.after, spec.control_of):
+            outside = other == spec.parent and "/" in other
             if other in by_id:
                 visit(by_id[other])
-            elif other and (other != spec.parent or "/" not in other):
+            elif other and not outside:
                 raise PlanError(
-                    f'leg {spec.id} names "{other}", which is no leg of this plan ({", ".join(sorted(by_id))}); '
+                    f'leg {spec.id} names "{other}", which is not a leg of this plan ({", ".join(sorted(by_id))}); '
                     "a dictionary outside it is given as a directory, with a slash"
                 )
         waiting.pop()
@@ -155,76 +155,133 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
     return list(ordered.values())
 
 
-def _leg(
-    spec: LegSpec, run: Run, facts: ModelFacts, block: int, legs: Sequence[Leg], externals: dict[str, External]
-) -> Leg:
-    """A leg with all its choices made, but not yet placed on the axis."""
-    p, t = run.plan, run.train
-    site = Site(spec.layer, spec.module or run.sites.module)
-    parent = next((leg for leg in legs if leg.id == spec.parent), None)
-    dictionary = _dictionary(spec, parent.dictionary if parent else run.dictionary, externals.get(spec.parent))
-    dictionary = dictionary.model_copy(update={"n_latents": dictionary.latents(facts.width(site))})
-    check_sparsity(dictionary, spec.id)
-    batch = spec.batch_tokens or t.batch_tokens
-    if t.batch_tokens % batch:
-        raise PlanError(f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {t.batch_tokens}")
-    method = (spec.method or p.method) if spec.parent else None
-    refit = bool(spec.parent) and (p.refit if spec.refit is None else spec.refit)
-    budget = batch * math.ceil(spec.tokens / batch)
-    if spec.control_of and not budget:
-        transfer = next(leg for leg in legs if leg.id == spec.control_of)
-        budget = batch * math.ceil((transfer.moment_tokens + transfer.budget_tokens) / batch)
-    if not budget and not spec.parent:
+# --- the choices of one leg ---------------------------------------------------------------------------------------
+
+
+def _settled(spec: LegSpec, setting: _Setting, legs: Sequence[Leg]) -> Leg:
+    """A leg with all its choices made, but not yet placed on the axis; `legs` are those compiled before it."""
+    recipe = setting.recipe
+    site = Site(spec.layer, spec.module or recipe.sites.module)
+    by_id = {leg.id: leg for leg in legs}
+    parent = by_id.get(spec.parent)
+    external = setting.externals.get(spec.parent)
+    hop = _settled_hop(spec, setting)
+    budget = _settled_budget(spec, setting, by_id)
+    if not budget and not hop:
         raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; give it some")
-    role: Literal["root", "transfer", "control"] = (
-        "control" if spec.control_of else "transfer" if spec.parent else "root"
-    )
-    given_lr = spec.lr or (t.transfer_lr if spec.parent else t.lr)
-    outside = externals.get(spec.parent)
-    at_home = site in (parent.site if parent else None, Site(outside.layer, outside.module) if outside else None)
-    by_map = bool(spec.parent) and not given_lr and (method != "identity" or at_home)
-    lr = given_lr or auto_lr(facts.width(site), budget, batch) * (1 if by_map or not spec.parent else COPY_RATE)
+    parent_site = parent.site if parent else external.site if external else None
+    role: Role = "transfer" if hop else "root"
     return Leg(
         id=spec.id,
-        role=role,
-        control_of=spec.control_of,
-        control_kind=spec.control_kind if spec.control_of else "",
+        role="control" if spec.control else role,
         layer=site.layer,
         module=site.module,
-        dictionary=dictionary,
-        parent=spec.parent,
-        method=method,
-        moment_tokens=_blocks(p.moment_tokens, block) if method not in (None, "identity") else 0,
-        refit_tokens=min(p.refit_tokens, block) if refit else 0,
-        budget_tokens=budget,
-        reuse=spec.reuse or (p.reuse if spec.parent else 1),
-        batch_tokens=batch,
-        lr=lr,
-        lr_by_map=by_map,
-        dead_after_tokens=t.dead_after or max(batch, min(10_000_000, budget // 50)),
-        snapshots=_snapshots(run, budget, bool(spec.parent)),
-        seed=t.seed if spec.seed is None else spec.seed,
-        goal_fvu=spec.goal_fvu,
-        decay_gain=spec.decay_gain,
-        predicted_fvu=spec.predicted_fvu,
+        dictionary=_settled_dictionary(spec, setting, parent, external),
+        seed=recipe.train.seed if spec.seed is None else spec.seed,
+        schedule=_settled_schedule(spec, setting, hop, budget, at_home=site == parent_site),
+        hop=hop,
+        control=Control.model_validate(spec.control.model_dump()) if spec.control else None,
+        goal=Goal.model_validate(spec.goal.model_dump()),
     )
 
 
-def _dictionary(spec: LegSpec, inherited: DictionarySpec, external: External | None) -> DictionarySpec:
+def _settled_hop(spec: LegSpec, setting: _Setting) -> Hop | None:
+    if not spec.hop:
+        return None
+    defaults = setting.recipe.plan.hop
+    method = spec.hop.method or defaults.method
+    refit = defaults.refit if spec.hop.refit is None else spec.hop.refit
+    return Hop(
+        parent=spec.hop.parent,
+        method=method,
+        moment_tokens=0 if method == "identity" else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
+        refit_tokens=min(defaults.refit_tokens, setting.block_tokens) if refit else 0,
+    )
+
+
+def _settled_budget(spec: LegSpec, setting: _Setting, by_id: Mapping[str, Leg]) -> int:
+    """Training tokens, in whole batches; an equal-tokens control gets all tokens that its transfer looks at."""
+    batch = _batch_tokens(spec, setting.recipe)
+    tokens = spec.tokens
+    if spec.control and not tokens:
+        transfer = by_id[spec.control.control_of]
+        tokens = transfer.moment_tokens + transfer.budget_tokens
+    return batch * math.ceil(tokens / batch)
+
+
+def _batch_tokens(spec: LegSpec, recipe: Recipe) -> int:
+    batch = spec.training.batch_tokens or recipe.train.batch_tokens
+    if recipe.train.batch_tokens % batch:
+        raise PlanError(
+            f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {recipe.train.batch_tokens}"
+        )
+    return batch
+
+
+def _settled_schedule(spec: LegSpec, setting: _Setting, hop: Hop | None, budget: int, *, at_home: bool) -> Schedule:
+    """How long and how fast; `at_home`: the leg stays at its parent's site."""
+    recipe = setting.recipe
+    optimizer = recipe.train.optimizer
+    batch = _batch_tokens(spec, recipe)
+    given = spec.training.lr
+    if given is None or given == "auto":
+        given = optimizer.transfer_lr if hop else optimizer.lr
+
+    # After a hop the map says how much there is to learn, and at home the check of the refit does. A plain copy to
+    # another site has neither: it gets a fixed share of the rate from scratch.
+    width = setting.facts.width(Site(spec.layer, spec.module or recipe.sites.module))
+    by_map = hop is not None and given == "auto" and (hop.method != "identity" or at_home)
+    if given == "auto":
+        lr = auto_lr(width, budget, batch)
+        if hop and not by_map:
+            lr *= COPY_RATE
+    else:
+        lr = given
+
+    dead_after = recipe.train.dead_after
+    if dead_after == "auto":
+        dead_after = max(batch, min(10_000_000, budget // 50))
+    return Schedule(
+        budget_tokens=budget,
+        batch_tokens=batch,
+        lr=lr,
+        dead_after_tokens=dead_after,
+        reuse=spec.training.reuse or (recipe.plan.hop.reuse if hop else 1),
+        lr_by_map=by_map,
+        snapshots=_snapshot_ages(recipe, budget, transferred=hop is not None),
+    )
+
+
+def _settled_dictionary(
+    spec: LegSpec, setting: _Setting, parent: Leg | None, external: External | None
+) -> SizedDictionarySpec:
     """What a leg's dictionary looks like: as its parent's, or the recipe's, but for what it asks to be changed."""
-    changed, l0 = spec.model_dump(include={"architecture", "n_latents"}, exclude_none=True), inherited.l0
+    width = setting.facts.width(Site(spec.layer, spec.module or setting.recipe.sites.module))
+    inherited = parent.dictionary if parent else setting.recipe.dictionary.sized(width)
+    n_latents = inherited.n_latents
+    architecture = inherited.architecture
+    l0 = inherited.l0
     if external:
-        changed = {"architecture": external.architecture, "n_latents": external.n_latents} | changed
+        n_latents = external.n_latents
+        architecture = external.architecture
         l0 = external.k or external.l0 or l0
-    if wanted := spec.k or (l0 if external or spec.architecture else None):
-        changed |= {"k": max(1, round(wanted)), "target_l0": float(wanted)}
-    return inherited.model_copy(update=changed)
+
+    changes = spec.dictionary
+    dictionary = inherited.with_architecture(changes.architecture or architecture)
+    dictionary = dictionary.changed(n_latents=changes.n_latents or n_latents)
+    asked_l0 = changes.k
+    if asked_l0 is None and (external or changes.architecture):
+        asked_l0 = l0
+    if asked_l0:
+        dictionary = dictionary.with_l0(asked_l0)
+    check_sparsity(dictionary, spec.id)
+    return dictionary
 
 
-def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:
-    """No more active latents than there are."""
+def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
+    """Raise PlanError if more latents are to be active than there are."""
     if dictionary.l0 is not None and dictionary.l0 > dictionary.n_latents:
-        key = "target_l0" if dictionary.architecture == "jumprelu" else "k"
+        key = dictionary.activation.l0_key
         raise PlanError(
             f"leg {leg_id}: dictionary.{key} is {dictionary.l0:g} but there are only {dictionary.n_latents} latents; "
             f"lower {key} or raise n_latents"
@@ -244,69 +301,152 @@ def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
     return min(max(rate, best / 6), 2 * best)
 
 
-def _snapshots(run: Run, budget: int, transferred: bool) -> list[int]:
-    wanted = run.train.snapshots
-    if not wanted and run.plan.preset == "paper":
-        n = 5 if transferred else 10
-        wanted = [i / n for i in range(1, n)]
-    batch = run.train.batch_tokens
-    ages = {batch * round(tokens_of(value, budget) / batch) for value in wanted}
+def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[int]:
+    """Ages at which a leg is also published, in whole batches; age 0 only after a hop."""
+    asked = recipe.train.snapshots
+    if not asked and recipe.plan.preset == "paper":
+        n_parts = 5 if transferred else 10
+        asked = [i / n_parts for i in range(1, n_parts)]
+    batch = recipe.train.batch_tokens
+    ages = {batch * round(tokens_of(value, budget) / batch) for value in asked}
     return sorted(age for age in ages if age < budget and (age or transferred))
 
 
-def _blocks(tokens: int, block: int) -> int:
+def _whole_blocks(tokens: int, block: int) -> int:
     """Rounded to whole blocks, at least one."""
     return block * max(1, round(tokens / block))
 
 
-def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, facts: ModelFacts, begin: int) -> None:
-    """Place the last leg on the axis: from `begin` on, as early as its parent, `after` and memory allow."""
-    leg = legs.pop()
-    parent = next((other for other in legs if other.id == leg.parent), None)
-    earliest = begin
-    if parent:
-        forked = parent.fold_at + math.ceil(tokens_of(spec.fork_at, parent.budget_tokens) / parent.reuse)
-        earliest = max(begin, parent.start, block * math.ceil(forked / block) - leg.moment_tokens)
-    if spec.after:
-        earliest = max(earliest, block * math.ceil(next(o for o in legs if o.id == spec.after).end / block))
-    needed = state_bytes(leg, facts)
-    if needed > memory_bytes:
+def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
+    """What a recipe adds to a finished leg: a leg with the tokens it lacks, or None; other changes are refused."""
+    changed = _changed_keys(before, leg)
+    if changed:
+        raise PlanError(
+            f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number of tokens "
+            "can be added. Choose another --out."
+        )
+    last = before
+    n_tokens = before.budget_tokens
+    by_parent = {other.parent: other for other in legs if other.id.startswith(f"{leg.id}+")}
+    while last.id in by_parent:
+        last = by_parent[last.id]
+        n_tokens += last.budget_tokens
+    missing = leg.budget_tokens - n_tokens
+    if missing <= 0:
+        return None
+    changes: dict[str, Any] = {"budget_tokens": missing, "snapshots": []}
+    if leg.schedule.lr_by_map:
+        changes["lr_by_map"] = False
+        changes["lr"] = COPY_RATE * leg.schedule.lr
+    added = leg.changed(**changes)
+    return added.changed(id=f"{leg.id}+{format_count(leg.budget_tokens)}", hop=Hop(parent=last.id, method="identity"))
+
+
+def _changed_keys(before: Leg, now: Leg) -> list[str]:
+    """The keys, but for those that follow from the schedule, in which two versions of a leg differ."""
+    scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "moment_tokens", "budget_tokens"}
+    scheduled |= {"lr", "lr_by_map", "goal_fvu", "decay_gain", "predicted_fvu"}
+    old = before.model_dump()
+    new = now.model_dump()
+    return [key for key in new if key not in scheduled and new[key] != old.get(key)]
+
+
+# --- placing on the axis ------------------------------------------------------------------------------------------
+
+
+def _placed(leg: Leg, spec: LegSpec, setting: _Setting, legs: Sequence[Leg]) -> Leg:
+    """A leg with its start: as early as its parent, `after` and memory allow; `legs` are those placed before it."""
+    needed = state_bytes(leg, setting.facts)
+    if needed > setting.memory_bytes:
         raise PlanError(
             f"leg {leg.id} alone needs {needed / 2**30:.1f} GiB of training state, more than the "
-            f"{memory_bytes / 2**30:.1f} GiB allowed; lower n_latents or raise train.memory_gib"
+            f"{setting.memory_bytes / 2**30:.1f} GiB allowed; lower n_latents or raise train.memory_gib"
         )
-    candidates = sorted({earliest, *(block * math.ceil(other.end / block) for other in legs)})
-    for start in (s for s in candidates if s >= earliest):
-        placed = leg.model_copy(update={"start": start})
-        if peak_state_bytes([*legs, placed], facts) <= memory_bytes:
+    by_id = {other.id: other for other in legs}
+    parent = by_id.get(leg.parent)
+    block = setting.block_tokens
+    earliest = setting.begin
+    if parent and spec.hop:
+        age = tokens_of(spec.hop.fork_at, parent.budget_tokens)
+        forked_at = parent.fold_at + math.ceil(age / parent.schedule.reuse)
+        moments_start = block * math.ceil(forked_at / block) - leg.moment_tokens
+        earliest = max(earliest, parent.start, moments_start)
+    if spec.after:
+        earliest = max(earliest, block * math.ceil(by_id[spec.after].end / block))
+
+    # Memory only becomes free where another leg ends, so only such blocks are worth trying after the earliest start.
+    ends = {block * math.ceil(other.end / block) for other in legs}
+    for start in sorted({earliest, *ends}):
+        if start < earliest:
+            continue
+        placed = leg.changed(start=start)
+        if peak_state_bytes([*legs, placed], setting.facts) <= setting.memory_bytes:
             break
     else:
         raise AssertionError("after the last leg's end there is room for one")
     if parent:
-        age = min(parent.budget_tokens, parent.reuse * max(0, placed.fold_at - parent.fold_at))
-        placed = placed.model_copy(update={"fork_at_tokens": age})
-    legs.append(placed)
+        age = parent.schedule.reuse * max(0, placed.fold_at - parent.fold_at)
+        placed = placed.changed(fork_at_tokens=min(parent.budget_tokens, age))
+    return placed
+
+
+def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
+    """Tokens shuffled together: a multiple of the batch and of the context, from shapes alone."""
+    step = math.lcm(recipe.train.batch_tokens, recipe.data.context)
+    asked = recipe.data.block_tokens
+    if asked != "auto":
+        if asked % step:
+            raise PlanError(
+                f"data.block_tokens is {asked}; it must be a multiple of train.batch_tokens "
+                f"({recipe.train.batch_tokens}) and data.context ({recipe.data.context}), that is of {step}"
+            )
+        return asked
+    n_sites = max(1, len({(spec.layer, spec.module) for spec in specs}))
+    bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * n_sites
+
+    # A block has at least 16 batches, and where all legs are hops, the tokens that they are refitted on.
+    least = 16 * recipe.train.batch_tokens
+    hops_only = all(spec.hop for spec in specs)
+    if hops_only and any(_is_refitted(spec, recipe) for spec in specs):
+        least = max(least, recipe.plan.hop.refit_tokens)
+
+    # It has at most a quarter of the shortest leg (those that hardly train aside), so that no leg sees but a few
+    # sequences; and all blocks of the longest leg are equal, so that the last is not read in vain.
+    longest = max(least if hops_only else 0, *(spec.tokens for spec in specs))
+    shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])
+    largest = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, least))
+    n_blocks = max(1, math.ceil(longest / max(step, largest)))
+    return step * math.ceil(longest / n_blocks / step)
+
+
+def _is_refitted(spec: LegSpec, recipe: Recipe) -> bool:
+    refit = spec.hop.refit if spec.hop else None
+    return recipe.plan.hop.refit if refit is None else refit
 
 
 def _check_widths(plan: Plan) -> None:
+    """Raise PlanError where a transfer does not fit: widths, layers of another model, too few tokens for a map."""
     for leg in plan.legs:
-        if not leg.parent:
-            continue
-        source, target = plan.parent_site(leg), plan.facts.width(leg.site)
-        outside = plan.externals.get(leg.parent)
-        found = outside.d_model if outside else plan.facts.width(source)
-        if found != target:
-            raise PlanError(
-                f"leg {leg.id}: its parent {leg.parent} reads activations {found} wide, {leg.site} is {target} wide; "
-                "a transfer needs equal widths"
-            )
-        if outside and outside.layer >= plan.facts.n_layers:
-            raise PlanError(
-                f"leg {leg.id}: its parent {leg.parent} is of layer {outside.layer}, and {plan.facts.name} has layers "
-                f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
-            )
-        if leg.method != "identity" and leg.moment_tokens <= 2 * target:
-            raise PlanError(
-                f"leg {leg.id}: method {leg.method} fits a {target}-dimensional map on {leg.moment_tokens} tokens; "
-                f"raise plan.moment_tokens over {2 * target}"
-            )
+        if leg.hop:
+            _check_width(plan, leg, leg.hop.method)
+
+
+def _check_width(plan: Plan, leg: Leg, method: Method) -> None:
+    width = plan.facts.width(leg.site)
+    external = plan.externals.get(leg.parent)
+    source_width = external.d_model if external else plan.facts.width(plan.parent_site(leg))
+    if source_width != width:
+        raise PlanError(
+            f"leg {leg.id}: its parent {leg.parent} reads activations {source_width} wide, {leg.site} is {width} wide; "
+            "a transfer needs equal widths"
+        )
+    if external and external.layer >= plan.facts.n_layers:
+        raise PlanError(
+            f"leg {leg.id}: its parent {leg.parent} is of layer {external.layer}, and {plan.facts.name} has layers "
+            f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
+        )
+    if method != "identity" and leg.moment_tokens <= 2 * width:
+        raise PlanError(
+            f"leg {leg.id}: method {method} fits a {width}-dimensional map on {leg.moment_tokens} tokens; "
+            f"raise plan.moment_tokens over {2 * width}"
+        )

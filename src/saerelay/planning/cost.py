@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
-from saerelay.sae.spec import DictionarySpec, takes_sparse_step
+from saerelay.sae.spec import SizedDictionarySpec, takes_sparse_step
 from saerelay.spec import Spec
 
 
@@ -30,72 +30,39 @@ class Cost(Spec):
     """What `data.cache` takes if nothing is in it yet and no sequence is read twice; 0 without one."""
 
 
-def step_flops(dictionary: DictionarySpec, facts: ModelFacts, width: int) -> tuple[float, float]:
-    """Operations of one training step for one token: (executed, dense equivalent 12·D·F)."""
+TYPICAL_L0 = 32.0
+"""Active latents per token that are counted where an architecture asks for no number of them."""
+
+
+def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int) -> tuple[float, float]:
+    """Operations of one training step per token: (executed, dense equivalent 12·D·F)."""
     dense = 12.0 * width * dictionary.n_latents
-    if takes_sparse_step(facts.device):
-        return 2.0 * width * dictionary.n_latents + 8.0 * width * (dictionary.l0 or dictionary.k), dense
-    return dense, dense
+    if not takes_sparse_step(facts.device):
+        return dense, dense
+    encoder = 2.0 * width * dictionary.n_latents
+    return encoder + 8.0 * width * (dictionary.l0 or TYPICAL_L0), dense
 
 
 def fit_flops(leg: Leg, width: int) -> float:
     """Operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky."""
-    F, moments = leg.dictionary.n_latents, leg.moment_tokens * 8.0 * width**2
+    moments = leg.moment_tokens * 8.0 * width**2
     if not leg.refit_tokens:
         return moments
-    codes = leg.refit_tokens * (2.0 * width * F + 2.0 * leg.dictionary.k * (F + 2 * width))
+    F = leg.dictionary.n_latents
+    l0 = leg.dictionary.l0 or TYPICAL_L0
+    codes = leg.refit_tokens * (2.0 * width * F + 2.0 * l0 * (F + 2 * width))
     return moments + codes + F**3 / 3 + 2.0 * F**2 * width
 
 
 def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
-    """Operations of the language model's first `n_layers` layers for one token, attention included."""
+    """Operations of the language model's first `n_layers` layers per token, attention included."""
     return n_layers * (2.0 * facts.layer_params + 4.0 * context * facts.d_attn_z)
-
-
-def plan_cost(plan: Plan) -> Cost:
-    """Predict a plan's cost from shapes alone."""
-    facts, context, block = plan.facts, plan.run.data.context, plan.block_tokens
-    lm_tokens, flops, read = 0, 0.0, Counter[int]()
-    for start in range(0, plan.n_tokens, block):
-        sites = plan.open_sites(start, start + block)
-        if sites:
-            lm_tokens += block
-            read[sum(facts.width(site) for site in sites)] += block
-            flops += block * forward_flops(facts, max(s.layer for s in sites) + 1, context)
-    lm_flops = dense = flops
-    for leg in plan.legs:
-        width = facts.width(leg.site)
-        executed, equivalent = step_flops(leg.dictionary, facts, width)
-        fits = fit_flops(leg, width)
-        flops += leg.budget_tokens * executed + fits
-        dense += leg.budget_tokens * equivalent + fits
-    weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
-    live = peak_state_bytes(plan.legs, facts)
-    value_bytes = 4.0 if facts.dtype == "float32" else 2.0
-    buffer_bytes = 2.0 if plan.run.data.cache else value_bytes
-    return Cost(
-        lm_tokens=lm_tokens,
-        sae_samples=sum(leg.budget_tokens + leg.refit_tokens for leg in plan.legs),
-        flops=flops,
-        lm_flops=lm_flops,
-        flops_dense_equivalent=dense,
-        flops_all_from_scratch=_all_from_scratch(plan),
-        memory_bytes=live + buffer_bytes * block * max(read) + value_bytes * facts.model_params,
-        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / plan.run.data.epochs,
-        cache_bytes=2.0 * sum(width * n for width, n in read.items()) if plan.run.data.cache else 0.0,
-    )
-
-
-def _all_from_scratch(plan: Plan) -> float:
-    facts, tokens = plan.facts, plan.run.plan.root_tokens
-    own = {leg.site: leg for leg in plan.legs if leg.role != "control"}
-    steps = sum(step_flops(leg.dictionary, facts, facts.width(site))[0] for site, leg in own.items())
-    return tokens * (steps + forward_flops(facts, max(site.layer for site in own) + 1, plan.run.data.context))
 
 
 def parameters(leg: Leg, facts: ModelFacts) -> int:
     """Parameters of a leg's dictionary."""
-    return leg.dictionary.n_latents * (2 * facts.width(leg.site) + 1) + facts.width(leg.site)
+    width = facts.width(leg.site)
+    return leg.dictionary.n_latents * (2 * width + 1) + width
 
 
 def state_bytes(leg: Leg, facts: ModelFacts) -> float:
@@ -104,4 +71,62 @@ def state_bytes(leg: Leg, facts: ModelFacts) -> float:
 
 
 def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts) -> float:
-    return max(sum(state_bytes(o, facts) for o in legs if o.start <= leg.start < o.end) for leg in legs)
+    """The largest training state of all legs that are live at the same time; peaks are where a leg starts."""
+    peaks = []
+    for leg in legs:
+        live = [other for other in legs if other.start <= leg.start < other.end]
+        peaks.append(sum(state_bytes(other, facts) for other in live))
+    return max(peaks)
+
+
+def plan_cost(plan: Plan) -> Cost:
+    """Predict a plan's cost from shapes alone."""
+    facts = plan.facts
+    recipe = plan.recipe
+
+    lm_tokens = 0
+    lm_flops = 0.0
+    tokens_by_width = Counter[int]()  # of all open sites together
+    for start in range(0, plan.n_tokens, plan.block_tokens):
+        sites = plan.open_sites(start, start + plan.block_tokens)
+        if sites:
+            deepest = max(site.layer for site in sites)
+            lm_tokens += plan.block_tokens
+            lm_flops += plan.block_tokens * forward_flops(facts, deepest + 1, recipe.data.context)
+            tokens_by_width[sum(facts.width(site) for site in sites)] += plan.block_tokens
+
+    flops = lm_flops
+    dense = lm_flops
+    for leg in plan.legs:
+        width = facts.width(leg.site)
+        executed, equivalent = step_flops(leg.dictionary, facts, width)
+        fits = fit_flops(leg, width)
+        flops += leg.budget_tokens * executed + fits
+        dense += leg.budget_tokens * equivalent + fits
+
+    weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.schedule.snapshots)) for leg in plan.legs)
+    live = peak_state_bytes(plan.legs, facts)
+    value_bytes = 4.0 if facts.dtype == "float32" else 2.0
+    buffer_bytes = 2.0 if recipe.data.cache else value_bytes
+    cached = sum(width * n for width, n in tokens_by_width.items()) if recipe.data.cache else 0
+    return Cost(
+        lm_tokens=lm_tokens,
+        sae_samples=sum(leg.budget_tokens + leg.refit_tokens for leg in plan.legs),
+        flops=flops,
+        lm_flops=lm_flops,
+        flops_dense_equivalent=dense,
+        flops_all_from_scratch=_flops_all_from_scratch(plan),
+        memory_bytes=live + buffer_bytes * plan.block_tokens * max(tokens_by_width) + value_bytes * facts.model_params,
+        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / recipe.data.epochs,
+        cache_bytes=2.0 * cached,
+    )
+
+
+def _flops_all_from_scratch(plan: Plan) -> float:
+    """The same sites, each from scratch with root_tokens, in one pass of the language model."""
+    facts = plan.facts
+    tokens = plan.recipe.plan.root_tokens
+    last_at_site = {leg.site: leg for leg in plan.legs if not leg.control}
+    steps = sum(step_flops(leg.dictionary, facts, facts.width(site))[0] for site, leg in last_at_site.items())
+    deepest = max(site.layer for site in last_at_site)
+    return tokens * (steps + forward_flops(facts, deepest + 1, plan.recipe.data.context))

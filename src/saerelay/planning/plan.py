@@ -1,4 +1,4 @@
-"""The compiled, immutable plan: which leg is trained where, from whom, when and for how long. Pure Python.
+"""The compiled, immutable plan: which leg is trained where, from which parent, when and for how long. Pure Python.
 
 All legs live on one axis, the cursor: raw token positions read from the corpus. A leg's life on it:
 
@@ -13,27 +13,27 @@ parent reaches the age it forks at, so that both share the language model's forw
 
 import math
 from collections.abc import Container, Iterable
-from typing import Literal
+from typing import Literal, Self
 
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import LegId, Run
-from saerelay.sae.spec import Architecture, DictionarySpec, Method
+from saerelay.planning.recipe import ControlKind, LegId, Recipe
+from saerelay.sae.spec import Method, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec
 
-SCHEMA_VERSION = 1
-
-
+SCHEMA_VERSION = 2
 COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
 
+Role = Literal["root", "transfer", "control"]
+
 
 class External(Spec):
-    """A parent outside the plan: what its dictionary.json says."""
+    """A parent outside the plan: what its files say."""
 
     layer: int
     module: ModuleKind
-    architecture: Architecture
+    architecture: str
     n_latents: int
     d_model: int
     k: int | None
@@ -42,52 +42,113 @@ class External(Spec):
     model: str = ""
     """The language model, where its files say."""
     path: str
-    """Its directory or file, absolute."""
-
-
-class Leg(Spec):
-    """One SAE's training."""
-
-    id: LegId
-    role: Literal["root", "transfer", "control"]
-    control_of: str = ""
-    control_kind: Literal["", "equal_tokens", "full"] = ""
-    layer: int
-    module: ModuleKind
-    dictionary: DictionarySpec
-    parent: str = ""
-    """Id of a leg of this plan, or a directory of another run's leg or snapshot; "" for a leg from scratch."""
-    fork_at_tokens: int = 0
-    """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
-    method: Method | None = None
-    start: int = 0
-    moment_tokens: int = 0
-    refit_tokens: int = 0
-    """Tokens that the decoder is refitted on: of the last block of the moments, or, without moments, of its first."""
-    budget_tokens: int
-    """Tokens trained on, repetitions counted."""
-    reuse: int = 1
-    """How often each of its blocks is trained on; its age counts repetitions, so it is that many times the cursor's."""
-    batch_tokens: int
-    lr: float
-    """Largest learning rate; if `lr_by_map`, times `transfer.rate_share` of the map it hops by and of the plan's
-    `newness`, or, of a copy onto its parent's own site, by whether there is something to learn."""
-    lr_by_map: bool = False
-    dead_after_tokens: int
-    snapshots: list[int] = []
-    """Ages published beside the end."""
-    seed: int
-    goal_fvu: float | None = None
-    """FVU on held-out rows of the validation split at which it may end early."""
-    decay_gain: float = 0.9
-    """FVU after the learning rate's decay over that before it, as far as known; with a goal only."""
-    predicted_fvu: float | None = None
-    """What a survey predicts of it, on the same rows; changes nothing."""
+    """The directory that it is read from when the run needs it, absolute."""
 
     @property
     def site(self) -> Site:
         """Where it reads."""
         return Site(self.layer, self.module)
+
+
+class Hop(Spec):
+    """How a leg begins from its parent."""
+
+    parent: str
+    """Id of a leg of this plan, or a dictionary outside it, as the recipe names it."""
+    method: Method
+    fork_at_tokens: int = 0
+    """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
+    moment_tokens: int = 0
+    """Tokens that the map is fitted on."""
+    refit_tokens: int = 0
+    """Tokens that the decoder is refitted on: of the last block of the moments, or, without moments, of its first."""
+
+
+class Schedule(Spec):
+    """How long a leg is trained, on what, and how fast."""
+
+    budget_tokens: int
+    """Tokens trained on, repetitions counted."""
+    batch_tokens: int
+    lr: float
+    """Largest learning rate; if `lr_by_map`, times `maps.rate_share` of the map it hops by and of the plan's `newness`,
+    or, of a copy onto its parent's own site, by whether there is something to learn."""
+    dead_after_tokens: int
+    """Tokens without firing after which a latent is dead."""
+    reuse: int = 1
+    """How many times each of its blocks is trained on; its age counts repetitions, so it is that multiple of the
+    cursor's."""
+    lr_by_map: bool = False
+    snapshots: list[int] = []
+    """Ages published in addition to the end."""
+
+
+class Control(Spec):
+    """What a leg is a from-scratch control of."""
+
+    control_of: str
+    control_kind: ControlKind
+
+
+class Goal(Spec):
+    """What FVU is expected of a leg, on held-out rows of the validation split."""
+
+    goal_fvu: float | None = None
+    """At which it may end early."""
+    decay_gain: float = 0.9
+    """FVU after the learning rate's decay over FVU before it, as far as known."""
+    predicted_fvu: float | None = None
+    """What a survey predicts; changes nothing."""
+
+
+class Leg(Spec):
+    """One SAE's training."""
+
+    inline = ("hop", "schedule", "control", "goal")
+
+    id: LegId
+    role: Role
+    """A leg that continues another has that one's role, though it has a parent."""
+    layer: int
+    module: ModuleKind
+    dictionary: SizedDictionarySpec
+    seed: int
+    schedule: Schedule
+    start: int = 0
+    hop: Hop | None = None
+    """None for a leg from scratch."""
+    control: Control | None = None
+    goal: Goal = Goal()
+
+    @property
+    def site(self) -> Site:
+        """Where it reads."""
+        return Site(self.layer, self.module)
+
+    @property
+    def parent(self) -> str:
+        """What it is transferred from; "" for a leg from scratch."""
+        return self.hop.parent if self.hop else ""
+
+    @property
+    def method(self) -> Method | None:
+        """How; None for a leg from scratch."""
+        return self.hop.method if self.hop else None
+
+    @property
+    def moment_tokens(self) -> int:
+        """Tokens that the map from its parent is fitted on; 0 without one."""
+        return self.hop.moment_tokens if self.hop else 0
+
+    @property
+    def refit_tokens(self) -> int:
+        """Tokens that its decoder is refitted on before training; 0 if it is not."""
+        return self.hop.refit_tokens if self.hop else 0
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens trained on, repetitions counted."""
+        return self.schedule.budget_tokens
 
     @property
     def fold_at(self) -> int:
@@ -97,21 +158,32 @@ class Leg(Spec):
     @property
     def end(self) -> int:
         """Cursor at which it retires; an untrained one lives for one batch."""
-        return self.fold_at + max(math.ceil(self.budget_tokens / self.reuse), self.batch_tokens)
+        positions = math.ceil(self.budget_tokens / self.schedule.reuse)
+        return self.fold_at + max(positions, self.schedule.batch_tokens)
+
+    @property
+    def control_of(self) -> str:
+        """The leg that it is a control of; "" if it is none."""
+        return self.control.control_of if self.control else ""
+
+    @property
+    def control_kind(self) -> ControlKind | None:
+        """With which budget; None if it is no control."""
+        return self.control.control_kind if self.control else None
 
 
 class Plan(Spec):
-    """Everything that fixes a run: written to plan.json; after that nothing reads the recipe again."""
+    """Everything that fixes a run: written to plan.json before training."""
 
     schema_version: int = SCHEMA_VERSION
-    run: Run
+    recipe: Recipe
     facts: ModelFacts
     block_tokens: int
     legs: list[Leg]
     externals: dict[str, External] = {}
-    """Parents outside this plan, by their directory as the recipe gives it."""
+    """Parents outside this plan, by the name that the recipe gives them."""
     probe: int | None
-    """Layer at which outlier norms are looked for, whichever sites are open; none if they are kept."""
+    """Layer at which outlier norms are looked for, whichever sites are open; None if they are kept."""
 
     def leg(self, leg_id: str) -> Leg:
         """The leg with an id."""
@@ -124,7 +196,8 @@ class Plan(Spec):
     @property
     def n_tokens(self) -> int:
         """Length of the axis: token positions the language model reads."""
-        return self.block_tokens * math.ceil(max(leg.end for leg in self.legs) / self.block_tokens)
+        last = max(leg.end for leg in self.legs)
+        return self.block_tokens * math.ceil(last / self.block_tokens)
 
     @property
     def sites(self) -> list[Site]:
@@ -134,7 +207,7 @@ class Plan(Spec):
     @property
     def probe_site(self) -> Site | None:
         """Where outlier norms are looked for."""
-        return None if self.probe is None else Site(self.probe, self.run.sites.module)
+        return None if self.probe is None else Site(self.probe, self.recipe.sites.module)
 
     def open_sites(self, start: int, stop: int, ended: Container[str] = ()) -> list[Site]:
         """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop.
@@ -149,49 +222,58 @@ class Plan(Spec):
 
     def with_probe(self, sites: Iterable[Site]) -> list[Site]:
         """Sites in order, and the one where outlier norms are looked for."""
-        return sorted({*sites, self.probe_site} if self.probe_site else set(sites))
+        probed = set(sites)
+        if self.probe_site:
+            probed.add(self.probe_site)
+        return sorted(probed)
 
-    def without_controls(self) -> "Plan":
-        """What a user would run who believes us."""
-        return self.model_copy(update={"legs": [leg for leg in self.legs if leg.role != "control"]})
+    def without_controls(self) -> Self:
+        """The plan without its control legs."""
+        return self.changed(legs=[leg for leg in self.legs if not leg.control])
 
-    def ended_after(self, tokens: dict[str, int]) -> "Plan":
+    def ended_after(self, tokens: dict[str, int]) -> Self:
         """The plan as it was run, with the tokens that legs had when they ended."""
-        legs = [leg.model_copy(update={"budget_tokens": tokens.get(leg.id, leg.budget_tokens)}) for leg in self.legs]
-        return self.model_copy(update={"legs": legs})
+        legs = [leg.changed(budget_tokens=tokens.get(leg.id, leg.budget_tokens)) for leg in self.legs]
+        return self.changed(legs=legs)
+
+    def parent_site(self, leg: Leg) -> Site:
+        """Where a leg's parent reads."""
+        if self.has(leg.parent):
+            return self.leg(leg.parent).site
+        return self.externals[leg.parent].site
 
     def reshapes(self, leg: Leg) -> bool:
         """Whether a leg's dictionary is of another architecture, number of latents or sparsity than its parent's."""
         now = leg.dictionary
         if self.has(leg.parent):
             before = self.leg(leg.parent).dictionary
-            return (now.architecture, now.n_latents, now.l0) != (before.architecture, before.n_latents, before.l0)
-        outside = self.externals[leg.parent]
-        l0 = outside.k or outside.l0
-        same = (now.architecture, now.n_latents) == (outside.architecture, outside.n_latents)
-        return not same or bool(l0 and now.l0 and l0 != now.l0)
+            l0 = before.l0
+        else:
+            before = self.externals[leg.parent]
+            l0 = before.k or before.l0
+            if not l0 or not now.l0:
+                l0 = now.l0  # where one of them is not known, they count as equal
+        shape = (before.architecture, before.n_latents, l0)
+        return shape != (now.architecture, now.n_latents, now.l0)
 
     def origin(self, leg: Leg) -> Literal["scratch", "from below", "from above", "same layer"]:
-        """Where a leg's latents come from; one that goes on where another of its layer ended has that one's origin."""
+        """Where a leg's latents come from; one that continues another leg of its layer has that one's origin."""
         while self.has(leg.parent) and self.leg(leg.parent).layer == leg.layer:
             leg = self.leg(leg.parent)
-        if not leg.parent:
+        if not leg.hop:
             return "scratch"
         source = self.parent_site(leg).layer
-        return "same layer" if source == leg.layer else "from below" if source < leg.layer else "from above"
+        if source == leg.layer:
+            return "same layer"
+        return "from below" if source < leg.layer else "from above"
 
     def newness(self, leg: Leg) -> float:
         """Share of a leg's own tokens in all that its dictionary is trained on, parents included; 0 if not known."""
-        before, child = 0, leg
-        while child.parent:
+        tokens_before = 0
+        child = leg
+        while child.hop:
             if not self.has(child.parent):
                 return 0.0
-            before += child.fork_at_tokens
+            tokens_before += child.hop.fork_at_tokens
             child = self.leg(child.parent)
-        return leg.budget_tokens / max(1, before + leg.budget_tokens)
-
-    def parent_site(self, leg: Leg) -> Site:
-        """Where a leg's parent reads."""
-        if self.has(leg.parent):
-            return self.leg(leg.parent).site
-        return Site(self.externals[leg.parent].layer, self.externals[leg.parent].module)
+        return leg.budget_tokens / max(1, tokens_before + leg.budget_tokens)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from saerelay.errors import PlanError
-from saerelay.planning.recipe import LegSpec, Run
+from saerelay.planning.recipe import LegControl, LegHop, LegSpec, Recipe
 from saerelay.site import Site
 
 
@@ -12,62 +12,81 @@ def hub_of(layers: Sequence[int]) -> int:
     return layers[5 * len(layers) // 8]
 
 
-def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
-    """The legs a preset means, as if they had been written out."""
-    p = run.plan
-    if outside := sorted(set(p.roots) - set(layers)):
-        raise PlanError(f"plan.roots names layer {outside[0]}, which is not among sites.layers ({layers})")
-    parents = preset_parents(run, layers)
-    roots = sorted({layer for layer in layers if layer not in parents or p.preset == "paper"})
-    legs = [LegSpec(id=_name(run, layer), layer=layer, tokens=p.root_tokens) for layer in roots]
+def preset_legs(recipe: Recipe, layers: Sequence[int]) -> list[LegSpec]:
+    """The legs that the recipe's preset means.
+
+    Raises PlanError where a root is not among the layers, or a control has nothing to be compared with.
+    """
+    plan = recipe.plan
+    strangers = sorted(set(plan.roots) - set(layers))
+    if strangers:
+        raise PlanError(f"plan.roots names layer {strangers[0]}, which is not among sites.layers ({layers})")
+    parents = preset_parents(recipe, layers)
+    roots = [layer for layer in sorted(layers) if layer not in parents or plan.preset == "paper"]
+    legs = [LegSpec(id=_name(recipe, layer), layer=layer, tokens=plan.root_tokens) for layer in roots]
     for layer, sources in sorted(parents.items()):
         for source in sources:
-            parent = _name(run, source) if source in roots else f"{_name(run, source)}-from-L{parents[source][0]}"
-            leg_id = f"{_name(run, layer)}-from-L{source}"
-            legs.append(LegSpec(id=leg_id, layer=layer, parent=parent, tokens=p.transfer_tokens, fork_at=p.fork_at))
-    for layer in p.controls:
-        legs += control_legs(run, layer, [leg for leg in legs if leg.layer == layer and leg.parent])
+            parent = _name(recipe, source)
+            if source not in roots:
+                parent += f"-from-L{parents[source][0]}"
+            legs.append(
+                LegSpec(
+                    id=f"{_name(recipe, layer)}-from-L{source}",
+                    layer=layer,
+                    tokens=plan.transfer_tokens,
+                    hop=LegHop(parent=parent, fork_at=plan.hop.fork_at),
+                )
+            )
+    for layer in plan.controls:
+        transfers = [leg for leg in legs if leg.layer == layer and leg.hop]
+        legs += control_legs(recipe, layer, transfers)
     return legs
 
 
-def _name(run: Run, layer: int) -> str:
-    return str(Site(layer, run.sites.module))
+def _name(recipe: Recipe, layer: int) -> str:
+    return str(Site(layer, recipe.sites.module))
 
 
-def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
+def control_legs(recipe: Recipe, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
+    """The from-scratch controls of a layer that is reached by transfers: with equal tokens, and the full budget."""
+    if not transfers:
+        raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")
+    name = _name(recipe, layer)
+    transfer = transfers[0].id
+    return [
+        LegSpec(
+            id=f"{name}-scratch-equal",
+            layer=layer,
+            tokens=0,  # settled when the plan is compiled
+            control=LegControl(control_of=transfer, control_kind="equal_tokens"),
+        ),
+        LegSpec(
+            id=f"{name}-scratch-full",
+            layer=layer,
+            tokens=recipe.plan.root_tokens,
+            control=LegControl(control_of=transfer, control_kind="full"),
+        ),
+    ]
+
+
+# --- who is transferred from whom ---------------------------------------------------------------------------------
+
+
+def preset_parents(recipe: Recipe, layers: Sequence[int]) -> dict[int, list[int]]:
     """For each layer that is not (only) trained from scratch, the layers it is transferred from."""
-    p, last = run.plan, len(layers) - 1
-    neighbours = {
-        layer: (layers[i - 1] if i else None, layers[i + 1] if i < last else None) for i, layer in enumerate(layers)
-    }
-    match p.preset:
+    match recipe.plan.preset:
         case "scratch":
             return {}
         case "hub":
-            root = p.roots or [hub_of(layers)]
-            nearest = {layer: min(root, key=lambda r: (abs(r - layer), -r)) for layer in layers if layer not in root}
-            return {layer: [source] for layer, source in nearest.items()}
-        case "forward" | "backward":
-            chain = list(layers) if p.preset == "forward" else list(reversed(layers))
-            roots = p.roots or [chain[0]]
-            first = min(chain.index(r) for r in roots)
-            onward = {chain[i]: [chain[i - 1]] for i in range(first + 1, len(chain)) if chain[i] not in roots}
-            return onward | {chain[i]: [chain[i + 1]] for i in range(first)}
+            return _hub(layers, recipe.plan.roots)
+        case "forward":
+            return _chain(list(layers), recipe.plan.roots)
+        case "backward":
+            return _chain(list(reversed(layers)), recipe.plan.roots)
         case "alternate":
-            backward = p.direction != "forward"
-            roots = p.roots or [layer for i, layer in enumerate(layers) if i % 2 == (1 if backward and last else 0)]
-            parents = {}
-            for layer in (layer for layer in layers if layer not in roots):
-                below, above = neighbours[layer]
-                wanted = (above, below) if backward else (below, above)
-                parents[layer] = [
-                    next((s for s in wanted if s in roots), None) or min(roots, key=lambda r: abs(r - layer))
-                ]
-            return parents
+            return _alternate(layers, recipe.plan.roots, backward=recipe.plan.direction != "forward")
         case "paper":
-            both = {layer: {"forward": below, "backward": above} for layer, (below, above) in neighbours.items()}
-            kinds = ("forward", "backward") if p.direction in ("auto", "both") else (p.direction,)
-            return {layer: [s for kind in kinds if (s := pair[kind]) is not None] for layer, pair in both.items()}
+            return _both_neighbours(layers, recipe.plan.direction)
         case "auto":
             raise PlanError(
                 'preset = "auto" plans from a survey, which this command does not make; write the plan out with '
@@ -75,12 +94,61 @@ def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
             )
 
 
-def control_legs(run: Run, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
-    """From-scratch controls of a layer that is reached by transfers."""
-    if not transfers:
-        raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")
-    name, common = _name(run, layer), {"layer": layer, "control_of": transfers[0].id}
-    return [
-        LegSpec(id=f"{name}-scratch-equal", tokens=0, control_kind="equal_tokens", **common),
-        LegSpec(id=f"{name}-scratch-full", tokens=run.plan.root_tokens, control_kind="full", **common),
-    ]
+def _hub(layers: Sequence[int], roots: list[int]) -> dict[int, list[int]]:
+    """All others straight from the nearest root; of two as near, from the one above."""
+    roots = roots or [hub_of(layers)]
+    parents = {}
+    for layer in layers:
+        if layer not in roots:
+            parents[layer] = [min(roots, key=lambda root, layer=layer: (abs(root - layer), -root))]
+    return parents
+
+
+def _chain(chain: list[int], roots: list[int]) -> dict[int, list[int]]:
+    """Each from its predecessor in the chain; what precedes the first root, from its successor."""
+    roots = roots or [chain[0]]
+    first = min(chain.index(root) for root in roots)
+    parents = {}
+    for i in range(first + 1, len(chain)):
+        if chain[i] not in roots:
+            parents[chain[i]] = [chain[i - 1]]
+    for i in range(first):
+        parents[chain[i]] = [chain[i + 1]]
+    return parents
+
+
+def _alternate(layers: Sequence[int], roots: list[int], *, backward: bool) -> dict[int, list[int]]:
+    """Every other layer from the neighbour above (or below); the other neighbour, or the nearest root, if none."""
+    if not roots:
+        first = 1 if backward and len(layers) > 1 else 0
+        roots = list(layers[first::2])
+    parents = {}
+    for i, layer in enumerate(layers):
+        if layer in roots:
+            continue
+        below, above = _neighbours(layers, i)
+        preferred = (above, below) if backward else (below, above)
+        nearest = min(roots, key=lambda root, layer=layer: abs(root - layer))
+        parents[layer] = [next((other for other in preferred if other in roots), nearest)]
+    return parents
+
+
+def _both_neighbours(layers: Sequence[int], direction: str) -> dict[int, list[int]]:
+    """Each from the layer below, the one above, or both."""
+    parents = {}
+    for i, layer in enumerate(layers):
+        below, above = _neighbours(layers, i)
+        sources = []
+        if below is not None and direction != "backward":
+            sources.append(below)
+        if above is not None and direction != "forward":
+            sources.append(above)
+        parents[layer] = sources
+    return parents
+
+
+def _neighbours(layers: Sequence[int], i: int) -> tuple[int | None, int | None]:
+    """The layers before and after the i-th."""
+    below = layers[i - 1] if i > 0 else None
+    above = layers[i + 1] if i + 1 < len(layers) else None
+    return below, above

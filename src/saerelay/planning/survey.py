@@ -11,17 +11,13 @@ from saerelay.planning.compile import choose_block, compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.presets import hub_of
-from saerelay.planning.recipe import LegSpec, Run
+from saerelay.planning.recipe import AutoSpec, LegSpec, Recipe
 from saerelay.site import Site
 from saerelay.spec import Spec
 
-SCHEMA_VERSION = 2
-
-
+SCHEMA_VERSION = 3
 LONG = "long"
-"""Id of the long pilot."""
-
-
+"""Id of the hub's long pilot."""
 TOKENS_PER_LATENT = 64
 """Of the long pilot, at least; the curves have no floor to be seen when the short ones get less than a quarter."""
 
@@ -67,61 +63,80 @@ class SurveyCost(Spec):
     seconds_per_lm_flop: float
 
 
+class LongPilots(Spec):
+    """Pilots with more tokens: at the hub, and at the first and the last layer."""
+
+    long_tokens: int
+    long_fvu: float
+    """Of the hub's."""
+    long_refitted: float
+    """Of the hub's with its decoder refitted."""
+    long_decay_gain: float
+    long_hops: dict[int, float]
+    """FVU of the hub's carried to each other layer and refitted there."""
+    ends: dict[int, float]
+    """FVU of those at the first and the last layer, where curves are least like the hub's."""
+
+
 class Survey(Spec):
     """What was measured: `survey.json`. All FVUs are on the same rows of the validation split."""
 
+    inline = ("long",)
+
     schema_version: int = SCHEMA_VERSION
-    asked: Run
+    asked: Recipe
     hub: int
     n_latents: int
-    pilot_tokens: int
-    long_tokens: int
-    layers: list[SurveyedLayer]
-    hops: list[SurveyedHop]
     block_tokens: int
     """Of the pilots; the plan has the same, since what is learned from few tokens depends on how they are shuffled."""
-    long_fvu: float
-    """Of the hub's long pilot, with `long_tokens`."""
-    long_refitted: float
-    """Of that with its decoder refitted."""
-    long_decay_gain: float
-    ends: dict[int, float]
-    """FVU of as long pilots at the first and the last layer, where curves are least like the hub's."""
-    long_hops: dict[int, float]
-    """Of the long pilot carried to each other layer and refitted there."""
+    pilot_tokens: int
+    layers: list[SurveyedLayer]
+    hops: list[SurveyedHop]
+    long: LongPilots
     cost: SurveyCost
 
 
-def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
-    """The pilots, as a plan like any other."""
-    p, batch = run.plan, run.train.batch_tokens
-    plain = p.model_copy(update={"preset": "hub", "budget": "", "fvu_ratio": 0.0, "stop": True, "controls": []})
-    usual = compile_plan(run.model_copy(update={"plan": plain}), facts)  # refuses what no plan can have
+def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
+    """The pilots, as a plan like any other.
+
+    Raises PlanError for a recipe that no plan could be made of.
+    """
+    plain = recipe.plan.changed(preset="hub", auto=AutoSpec(), stop=True, controls=[])
+    usual = compile_plan(recipe.changed(plan=plain), facts)
     layers = sorted({leg.layer for leg in usual.legs})
-    hub = p.roots[0] if p.roots else hub_of(layers)
-    long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
-    pilot = batch * (long // 4 // batch)
-    legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=pilot) for layer in layers]
+    hub = recipe.plan.roots[0] if recipe.plan.roots else hub_of(layers)
+
+    batch = recipe.train.batch_tokens
+    asked = recipe.plan.auto.survey_tokens
+    long = batch * max(8, (pilot_tokens(recipe, facts) if asked == "auto" else asked) // batch)
+    short = batch * (long // 4 // batch)
+    legs = [LegSpec(id=f"L{layer}", layer=layer, tokens=short) for layer in layers]
     legs.append(LegSpec(id=LONG, layer=hub, tokens=long))
     for layer in sorted({layers[0], layers[-1]} - {hub}):
         legs.append(LegSpec(id=f"{LONG}-L{layer}", layer=layer, tokens=long))
-    plan = plain.model_copy(update={"legs": legs, "roots": []})
-    train = run.train.model_copy(update={"snapshots": [], "loggers": []})
-    block = choose_block(run, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
-    data = run.data.model_copy(update={"cache": "", "block_tokens": block})
-    update = {"plan": plan, "train": train, "data": data, "sites": run.sites.model_copy(update={"layers": layers})}
-    compiled = compile_plan(run.model_copy(update=update), facts, memory_bytes=memory_bytes)
-    return compiled.model_copy(
-        update={"legs": [leg.model_copy(update={"snapshots": [before_decay(leg, run)]}) for leg in compiled.legs]}
+
+    block = choose_block(recipe, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
+    surveying = recipe.changed(
+        plan=plain.changed(legs=legs, roots=[]),
+        train=recipe.train.changed(snapshots=[], loggers=[]),
+        data=recipe.data.changed(cache="", block_tokens=block),
+        sites=recipe.sites.changed(layers=layers),
     )
+    compiled = compile_plan(surveying, facts, memory_bytes=memory_bytes)
+    with_snapshots = [leg.changed(snapshots=[before_decay(leg, recipe)]) for leg in compiled.legs]
+    return compiled.changed(legs=with_snapshots)
 
 
-def pilot_tokens(run: Run, facts: ModelFacts) -> int:
+def pilot_tokens(recipe: Recipe, facts: ModelFacts) -> int:
     """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
-    root, n_latents = run.plan.root_tokens, run.dictionary.latents(facts.width(Site(0, run.sites.module)))
-    return max(root // 10, min(root // 4, TOKENS_PER_LATENT * n_latents))
+    root_tokens = recipe.plan.root_tokens
+    width = facts.width(Site(0, recipe.sites.module))
+    n_latents = recipe.dictionary.sized(width).n_latents
+    return max(root_tokens // 10, min(root_tokens // 4, TOKENS_PER_LATENT * n_latents))
 
 
-def before_decay(leg: Leg, run: Run) -> int:
-    """Age at which a leg's decay begins."""
-    return run.train.batch_tokens * max(1, round((1 - run.train.decay) * leg.budget_tokens / run.train.batch_tokens))
+def before_decay(leg: Leg, recipe: Recipe) -> int:
+    """Age at which a leg's decay begins, in whole batches."""
+    batch = recipe.train.batch_tokens
+    share = 1 - recipe.train.optimizer.decay
+    return batch * max(1, round(share * leg.budget_tokens / batch))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import safetensors
 from safetensors.torch import load_file
@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from saerelay.errors import RunDirectoryError
 from saerelay.planning.plan import SCHEMA_VERSION
 from saerelay.runs.files import read_json, write_json, write_tensors
+from saerelay.sae.architectures import architecture_named
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture
 
 
 def publish(directory: Path, dictionary: Dictionary, info: Mapping[str, Any]) -> None:
@@ -41,11 +41,10 @@ def read_dictionary(directory: Path) -> tuple[Dictionary, dict[str, Any]]:
             raise RunDirectoryError(
                 f"{directory}: schema {info['schema_version']}, this program reads {SCHEMA_VERSION}"
             )
-        if info["architecture"] not in get_args(Architecture):
-            raise RunDirectoryError(f'{directory}: unknown architecture "{info["architecture"]}"')
+        architecture_named(info["architecture"])
         dictionary = Dictionary(architecture=info["architecture"], k=info["k"], **tensors)
         _check_shapes(dictionary, info["n_latents"], info["d_model"], path)
-    except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise RunDirectoryError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     return dictionary, info
 

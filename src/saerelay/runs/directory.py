@@ -68,7 +68,7 @@ class RunDirectory:
 
     def ages(self, leg: Leg) -> list[int]:
         """Ages of a leg's published snapshots."""
-        return [age for age in leg.snapshots if self.snapshot(leg.id, age).is_dir()]
+        return [age for age in leg.schedule.snapshots if self.snapshot(leg.id, age).is_dir()]
 
     def evaluation(self, leg_id: str) -> Path:
         """The quality of a leg."""

@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saerelay.errors import RunDirectoryError
-from saerelay.runs.files import write_tensors, write_text
+from saerelay.runs.files import finite, write_tensors, write_text
 
 STATE_FILE = "state.safetensors"
 
@@ -55,6 +55,12 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under `prefix`, without it."""
     return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def append_metrics(log: IO[str], cursor: int, leg_id: str, values: Mapping[str, Any]) -> None:
+    """Write a line of the training log."""
+    line = {"cursor": cursor, "leg": leg_id, **values}
+    log.write(json.dumps(finite(line)) + "\n")
 
 
 def truncate_metrics(path: Path, cursor: int) -> None:

@@ -71,7 +71,7 @@ class Suite:
         if name in published:
             return published[name]
         if name.isdecimal():
-            return self.leg_at(Site(int(name), self.plan.run.sites.module))
+            return self.leg_at(Site(int(name), self.plan.recipe.sites.module))
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; there are {", ".join(published) or "none"}')
 
     def attach(
@@ -102,10 +102,10 @@ class Suite:
                 f"({type(model).__name__}) has {found[0]} layers, {found[1]} wide. Attach the suite to that model or "
                 "one fine-tuned from it; `saerelay hop --from-model` carries an SAE to another"
             )
-        module = self.plan.run.sites.module
+        module = self.plan.recipe.sites.module
         legs = self.one_a_site if layers is None else [self.leg_at(Site(layer, module)) for layer in layers]
         if leave_alone is None:
-            bos = facts.bos_token_id if self.plan.run.data.prepend_bos else None
+            bos = facts.bos_token_id if self.plan.recipe.data.prepend_bos else None
             leave_alone = [] if bos is None else [bos]
         return attach(model, {leg.site: self[leg.id] for leg in legs}, replace=replace, leave_alone=leave_alone)
 

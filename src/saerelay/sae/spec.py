@@ -1,48 +1,136 @@
-"""What a dictionary is asked to be, and the names of architectures and transfer methods. Pure Python."""
+"""What a dictionary is asked to be, and the names of transfer methods. Pure Python."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from saerelay.spec import Count, Spec
-
-Architecture = Literal["topk", "batchtopk", "jumprelu", "relu"]
-
+from saerelay.sae.architectures import ARCHITECTURES, Architecture, TopK, architecture_named
+from saerelay.spec import Count, Described, OrAuto, Spec
 
 Method = Literal["identity", "rescale", "procrustes", "affine"]
 
 
-class DictionarySpec(Spec):
-    """What a dictionary looks like and how sparse it is."""
+class AnyDictionarySpec(Spec):
+    """What a dictionary looks like but for its size.
 
-    architecture: Architecture = Field(default="topk", description="topk, batchtopk, jumprelu or relu")
-    expansion: float = Field(default=8, gt=0, description="latents per dimension of the model's activations ...")
-    n_latents: Count = Field(default=0, ge=0, description="... or their number; 0 takes expansion")
-    k: int = Field(default=32, ge=1, description="topk, batchtopk: active latents per token")
-    target_l0: float = Field(default=32.0, gt=0, description="jumprelu: active latents per token to aim for")
-    l1: float = Field(default=4.0, ge=0, description="relu: weight of the L1 penalty, in normalised units")
-    l0_weight: float = Field(
-        default=1.0, ge=0, description="jumprelu: weight of the penalty ((L0 - target) / target)^2"
-    )
-    bandwidth: float = Field(
-        default=0.3, gt=0, description="jumprelu: width of the straight-through window, in normalised units"
-    )
-    aux_weight: float = Field(
-        default=1 / 32, ge=0, description="topk, batchtopk: weight of the dead latents' loss (AuxK)"
-    )
+    The keys of the architecture that is asked for are written beside the others; keys of other architectures may stand
+    there too, as in what `saerelay init` prints, and mean nothing.
+    """
+
     normalise: bool = Field(
         default=True, description="train on centred, rescaled activations; false reproduces the paper"
     )
+    activation: SerializeAsAny[Architecture] = TopK()
+    """The architecture, with its own keys."""
 
-    def latents(self, width: int) -> int:
-        """Number of latents on activations of a width."""
-        return self.n_latents or round(self.expansion * width)
+    @property
+    def architecture(self) -> str:
+        """The name of the architecture."""
+        return self.activation.name
 
     @property
     def l0(self) -> float | None:
-        """Active latents per token that are asked for; ReLU's follow from its penalty."""
-        return {"relu": None, "jumprelu": self.target_l0}.get(self.architecture, float(self.k))
+        """Active latents per token that are asked for; None if they follow from a penalty."""
+        return self.activation.l0
+
+    def changed(self, **changes: Any) -> Self:
+        """See `Spec.changed`: keys of the architecture among them."""
+        own = {key: changes.pop(key) for key in type(self.activation).model_fields if key in changes}
+        if own:
+            changes["activation"] = self.activation.changed(**own)
+        return super().changed(**changes)
+
+    def described(self) -> Iterator[Described]:
+        """See `Spec.described`: with the keys of all architectures."""
+        names = ", ".join(architecture.name for architecture in ARCHITECTURES)
+        yield Described("architecture", self.architecture, names)
+        for item in super().described():
+            if item.key != "activation":
+                yield item
+        for key, architectures in _keys_of_architectures().items():
+            default = architectures[0].model_fields[key]
+            used_by = ", ".join(architecture.name for architecture in architectures)
+            value = getattr(self.activation, key, default.default)
+            yield Described(key, value, f"{used_by}: {default.description}")
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """See `Spec.keys`."""
+        own = [key for key in cls.model_fields if key != "activation"]
+        return ["architecture", *own, *_keys_of_architectures()]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_architecture(cls, data: Any) -> Any:
+        """Give the architecture that is named its keys."""
+        if not isinstance(data, dict) or "activation" in data:
+            return data
+        rest = dict(data)
+        chosen = architecture_named(rest.pop("architecture", TopK.name))
+        own = {key: rest[key] for key in chosen.model_fields if key in rest}
+        for key in _keys_of_architectures():
+            rest.pop(key, None)
+        rest["activation"] = chosen.model_validate(own)
+        return rest
+
+    @model_serializer(mode="wrap")
+    def _spread_architecture(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the architecture's name and keys beside the others."""
+        data = handler(self)
+        own = data.pop("activation", {})
+        return {"architecture": self.architecture, **data, **own}
+
+
+class DictionarySpec(AnyDictionarySpec):
+    """What a dictionary looks like and how sparse it is.
+
+    >>> spec = DictionarySpec.parse({"architecture": "batchtopk", "k": 24, "expansion": 16})
+    >>> spec.activation
+    BatchTopK(k=24, aux_weight=0.03125)
+    >>> spec.sized(768).n_latents
+    12288
+    """
+
+    expansion: float = Field(default=8, gt=0, description="latents per dimension of the model's activations ...")
+    n_latents: OrAuto[Count] = Field(default="auto", description='... or their number; "auto": by expansion')
+
+    def sized(self, width: int) -> "SizedDictionarySpec":
+        """The same with its number of latents settled, on activations of a width."""
+        return SizedDictionarySpec(
+            normalise=self.normalise,
+            activation=self.activation,
+            n_latents=round(self.expansion * width) if self.n_latents == "auto" else self.n_latents,
+        )
+
+
+class SizedDictionarySpec(AnyDictionarySpec):
+    """A dictionary whose number of latents is settled."""
+
+    n_latents: Count
+
+    def with_architecture(self, name: str) -> "SizedDictionarySpec":
+        """The same with another architecture, whose own keys have their defaults, at the same L0."""
+        if name == self.architecture:
+            return self
+        activation = architecture_named(name)()
+        if self.l0:
+            activation = activation.with_l0(self.l0)
+        return self.changed(activation=activation)
+
+    def with_l0(self, l0: float) -> "SizedDictionarySpec":
+        """The same, asking for another number of active latents per token."""
+        return self.changed(activation=self.activation.with_l0(l0))
+
+
+def _keys_of_architectures() -> dict[str, list[type[Architecture]]]:
+    """Every key that an architecture has, and which do."""
+    found: dict[str, list[type[Architecture]]] = {}
+    for architecture in ARCHITECTURES:
+        for key in architecture.model_fields:
+            found.setdefault(key, []).append(architecture)
+    return found
 
 
 def takes_sparse_step(device: str) -> bool:

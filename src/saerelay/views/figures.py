@@ -462,7 +462,7 @@ def plan_figure(plan: Document, *, theme: Theme = "light") -> "Figure":
     """Who came from whom: each leg a bar over its layer, along the tokens that the language model reads."""
     compiled, colours = Plan.parse(plan, source="plan.json"), _COLOURS[theme]
     places = _places([{"id": leg.id, "layer": leg.layer} for leg in compiled.legs], 0.25)
-    run, facts = compiled.run, compiled.facts
+    run, facts = compiled.recipe, compiled.facts
     parts = [facts.name, f"{format_count(compiled.n_tokens)} tokens of the training split", f"seed {run.train.seed}."]
     small = (
         "A bar is a SAE in training, with its tokens; a thin line is where its map is fitted; an arrow leads from the "
@@ -495,9 +495,9 @@ def plan_figure(plan: Document, *, theme: Theme = "light") -> "Figure":
                     "va": "bottom",
                 }
                 axis.annotate(format_count(leg.budget_tokens), (x, leg.end), **place)
-            if compiled.has(leg.parent):
+            if leg.hop and compiled.has(leg.parent):
                 parent = compiled.leg(leg.parent)
-                left_at = parent.fold_at + leg.fork_at_tokens / parent.reuse
+                left_at = parent.fold_at + leg.hop.fork_at_tokens / parent.schedule.reuse
                 arrow = {
                     "arrowstyle": "-|>,head_width=0.12,head_length=0.3",
                     "color": colours["faint"],

@@ -35,12 +35,12 @@ def survey_table(survey: Survey) -> Table:
 
 def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
     """What a choice rests on, and what it is predicted to take."""
-    taken, long = survey.cost, ", ".join(map(str, sorted({survey.hub, *survey.ends})))
+    taken, long = survey.cost, ", ".join(map(str, sorted({survey.hub, *survey.long.ends})))
     return [
         Text(
             f"Predicted: every layer at no more than {choice.ratio:.3f} times the FVU of scratch with root_tokens, on "
             f"validation rows. Basis: pilots of {format_count(survey.pilot_tokens)} tokens at all layers and of "
-            f"{format_count(survey.long_tokens)} at layers {long}, hops of the pilots without training."
+            f"{format_count(survey.long.long_tokens)} at layers {long}, hops of the pilots without training."
         ),
         Text(
             f"The survey took {duration(taken.seconds)}, {flops(taken.flops)}, {format_count(taken.sae_samples)} "
@@ -233,17 +233,17 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
         table.add_column(name, justify="right" if name in right else "left")
     for leg in plan.legs:
         predicted = [""] * 2 if reference else []
-        if reference and leg.predicted_fvu:
-            predicted = [f"{leg.predicted_fvu:.4f}", f"{leg.predicted_fvu / reference[leg.layer]:.3f}"]
+        if reference and leg.goal.predicted_fvu:
+            predicted = [f"{leg.goal.predicted_fvu:.4f}", f"{leg.goal.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(
             leg.id,
-            leg.role if leg.role != "control" else f"control ({leg.control_kind.replace('_', ' ')})",
+            leg.role if leg.role != "control" else f"control ({(leg.control_kind or '').replace('_', ' ')})",
             escape(leg.parent) or "scratch",
             f"{leg.method}{' + refit' if leg.refit_tokens else ''}" if leg.method else "",
             format_count(leg.fold_at),
             format_count(leg.budget_tokens),
             str(leg.dictionary.n_latents),
-            f"{leg.lr:.1e}",
+            f"{leg.schedule.lr:.1e}",
             *predicted,
         )
     return table
@@ -270,7 +270,7 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
     if cost.cache_bytes:
         table.add_row(
             "cache",
-            f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.run.data.cache)} "
+            f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.recipe.data.cache)} "
             "(less what is there already, and what is read again)",
         )
     return table

@@ -7,10 +7,11 @@ from typing import Any
 from rich.console import Console
 
 from saerelay.errors import RunDirectoryError
-from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Run, TrainSpec
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Recipe, TrainSpec
 from saerelay.runs.directory import sole_writer
 from saerelay.runs.files import read_json, write_text
 from saerelay.runs.state import STATE_FILE
+from saerelay.sae.architectures import TopK
 from saerelay.sae.spec import DictionarySpec
 from saerelay.views.report import report_run
 from saerelay.workflows.launch import train_run
@@ -18,9 +19,9 @@ from saerelay.workflows.launch import train_run
 MARK = ".saerelay-demo"
 """Marks a directory that a demo made, so that the next demo may replace it."""
 
-DEMO = Run(
+DEMO = Recipe(
     data=DataSpec(epochs=2),  # only needed where the standard library comes without its tests (Debian's)
-    dictionary=DictionarySpec(expansion=16, k=24),
+    dictionary=DictionarySpec(expansion=16, activation=TopK(k=24)),
     plan=PlanSpec(preset="hub", root_tokens=2_000_000, transfer_tokens=250_000, controls=[2, 6]),
     train=TrainSpec(batch_tokens=512),
     evaluate=EvaluateSpec(tokens=65_536),
@@ -28,7 +29,7 @@ DEMO = Run(
 """One root, transferred to all other layers, and from-scratch controls for two of them."""
 
 
-def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> dict[str, Any]:
+def run_demo(out: Path, console: Console | None, run: Recipe = DEMO) -> dict[str, Any]:
     """Train, transfer, evaluate and report; replaces an earlier demo in `out`, and nothing else.
 
     Raises RunDirectoryError if `out` holds anything but a demo.

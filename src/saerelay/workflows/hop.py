@@ -22,75 +22,104 @@ from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.compile import auto_lr
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import LegSpec, ModelSpec, Run
+from saerelay.planning.recipe import LegSpec, ModelSpec, Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.suite import Suite
-from saerelay.sae.dictionary import Dictionary, LayerNormed, match_l0, mean_l0
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
+from saerelay.sae.maps import map_between, rate_share, unexplained
 from saerelay.sae.moments import Moments
+from saerelay.sae.quality import mean_l0
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import fold, map_between, rate_share, unexplained
+from saerelay.sae.transfer import L0_ROWS, carry
 from saerelay.site import Site
-from saerelay.training.train import L0_ROWS
-from saerelay.workflows.launch import check_directory, plan_run, tokenise, train_run
+from saerelay.workflows.activations import tokenise
+from saerelay.workflows.launch import train_run
+from saerelay.workflows.settle import check_directory, plan_run
 
 
 def hop_run(
     source: str | Path,
     layer: int,
-    run: Run,
+    recipe: Recipe,
     out: str | Path,
     *,
     site: Site | None = None,
     model: str = "",
     format: str = "",
     console: Console | None = None,
-    **asked: Any,
+    **leg_keys: Any,
 ) -> Suite:
     """Transfer one trained SAE to a layer, with or without fine-tuning, into a run directory of its own.
 
     `source` is a directory or file of any format, or hf://user/repo[@revision][/path]; `site` where it reads, if its
     files do not say; `model` another language model that it was trained on, with the same tokens as the recipe's: the
-    map is then fitted between the two on the same text. `asked` are keys of a leg of a plan (tokens, method, refit,
-    architecture, n_latents, k, lr, ...); what is not asked for is the recipe's. Onto its own site an SAE is copied,
+    map is then fitted between the two on the same text. `leg_keys` are keys of a leg of a plan (tokens, method, refit,
+    architecture, n_latents, k, lr, ...); what is not given is the recipe's. Onto its own site an SAE is copied,
     refitted if that explains tokens better that the refit has not seen, and with tokens = 0 and nothing else asked for
     only measured. Raises FormatError for a source that cannot be read.
     """
-    paths, target = RunDirectory(Path(out)), Site(layer, run.sites.module)
+    paths = RunDirectory(Path(out))
+    target = Site(layer, recipe.sites.module)
     dictionary, origin = read_any(source, format=format, site=site)
     if not origin.site:
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
-    if console and not model and origin.model not in ("", run.model.name, public_name(run.model.name)):
-        console.print(f"note: {source} was trained on {origin.model}; it is taken to read {run.model.name} as well")
-    named = {"id": f"{target}-from-{origin.site}", "layer": layer, "tokens": run.plan.transfer_tokens}
-    leg = LegSpec.parse(named | asked, source=f"hop from {source}")
-    changed: dict[str, Any] = {}
+    if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
+        console.print(f"note: {source} was trained on {origin.model}; it is taken to read {recipe.model.name} as well")
+    leg = _asked_leg(source, origin.site, target, recipe, leg_keys)
+    assert leg.hop
     if origin.site == target and not model:
-        looked_at = not asked.keys() - {"tokens"} and not leg.tokens
-        changed = {"method": leg.method or "identity", "refit": False if looked_at else leg.refit}
+        only_measured = not leg_keys.keys() - {"tokens"} and not leg.tokens
+        leg = leg.changed(
+            method=leg.hop.method or "identity",
+            refit=False if only_measured else leg.hop.refit,
+        )
     parent = Path(source) if Path(source).exists() else source
     if model or format or site or isinstance(dictionary, LayerNormed):
+        # What had to be read or changed in a way that was asked for is written down in canonical form first.
         check_directory(paths, resume=False)
         parent = paths.root / "parent"
         if model:
-            moved = carry(dictionary, origin, run, target, model, leg.method or run.plan.method, console)
-            dictionary, origin = moved.dictionary, moved.origin
-            scratch = auto_lr(dictionary.d_model, leg.tokens, run.train.batch_tokens)
-            lr = leg.lr or run.train.transfer_lr or moved.rate_share * scratch
-            changed = {"method": "identity", "lr": lr}
+            method = (leg.hop and leg.hop.method) or recipe.plan.hop.method
+            moved = carry_from_model(dictionary, origin, recipe, target, model, method, console)
+            dictionary = moved.dictionary
+            origin = moved.origin
+            leg = leg.changed(method="identity", lr=_rate_after(moved, leg, recipe))
         elif isinstance(dictionary, LayerNormed):
-            dictionary = scaled(dictionary, run, origin.site, console)
+            dictionary = scaled(dictionary, recipe, origin.site, console)
         write_dictionary(parent, dictionary, origin, "saerelay")
-    changed["parent"] = str(parent) if "/" in str(parent) else f"./{parent}"
-    return train_run(with_leg(run, leg.model_copy(update=changed)), out, console=console)
+    name = str(parent) if "/" in str(parent) else f"./{parent}"
+    return train_run(with_leg(recipe, leg.changed(parent=name)), out, console=console)
 
 
-def with_leg(run: Run, leg: LegSpec) -> Run:
+def _asked_leg(source: str | Path, site: Site, target: Site, recipe: Recipe, leg_keys: dict[str, Any]) -> LegSpec:
+    """The leg that was asked for, with a parent that is settled later."""
+    keys = {
+        "id": f"{target}-from-{site}",
+        "layer": target.layer,
+        "tokens": recipe.plan.transfer_tokens,
+        "parent": str(source),
+        **leg_keys,
+    }
+    return LegSpec.parse(keys, source=f"hop from {source}")
+
+
+def _rate_after(moved: "CarriedFromModel", leg: LegSpec, recipe: Recipe) -> float:
+    """The learning rate after a hop from another model: what is given, or by what its map leaves unexplained."""
+    for given in (leg.training.lr, recipe.train.optimizer.transfer_lr):
+        if given is not None and given != "auto":
+            return given
+    return moved.rate_share * auto_lr(moved.dictionary.d_model, leg.tokens, recipe.train.batch_tokens)
+
+
+def with_leg(recipe: Recipe, leg: LegSpec) -> Recipe:
     """A recipe for one leg and nothing else."""
-    return run.model_copy(update={"plan": run.plan.model_copy(update={"legs": [leg], "controls": [], "roots": []})})
+    plan = recipe.plan.changed(legs=[leg], controls=[], roots=[])
+    return recipe.changed(plan=plan)
 
 
-class Carried(NamedTuple):
-    """A dictionary that was carried to another model, and what its map leaves unexplained of the learning."""
+class CarriedFromModel(NamedTuple):
+    """A dictionary that was carried from another model, and the learning rate that its map calls for."""
 
     dictionary: Dictionary
     origin: Origin
@@ -98,82 +127,100 @@ class Carried(NamedTuple):
 
 
 @torch.no_grad()
-def carry(
+def carry_from_model(
     dictionary: Dictionary | LayerNormed,
     origin: Origin,
-    run: Run,
+    recipe: Recipe,
     target: Site,
     name: str,
     method: Method,
     console: Console | None = None,
-) -> Carried:
+) -> CarriedFromModel:
     """Fold a dictionary of another model's activations into one of the recipe's model, by a map fitted on its text.
 
     Both models read the first plan.moment_tokens of the training split. Raises ModelError if they do not read the same
     tokens, TransferError if the map cannot be fitted.
     """
-    began, site = time.perf_counter(), origin.site
+    began = time.perf_counter()
+    site = origin.site
     assert site
-    plan = moments_plan(run, target)
-    other_spec = run.model.model_copy(update={"name": name, "revision": ""})
-    check_tokens(run, other_spec)
+    plan = moments_plan(recipe, target)
+    other_spec = recipe.model.changed(name=name, revision="")
+    check_tokens(recipe, other_spec)
     other = LanguageModel.load(other_spec)
     other.check_site(site)
-    moments, x_source, x_target = Moments.empty(other.facts.width(site), plan.facts.width(target)), None, None
-    with console.status(f"reading {name} and {run.model.name} side by side") if console else nullcontext():
+    moments = Moments.empty(other.facts.width(site), plan.facts.width(target))
+    x_source: Tensor | None = None
+    x_target: Tensor | None = None
+    with console.status(f"reading {name} and {recipe.model.name} side by side") if console else nullcontext():
         for tokens, keep, x_target in kept_rows(plan, target):
             if int(tokens.max()) >= other.facts.vocab_size:
                 raise ModelError(f"{name} has {other.facts.vocab_size} tokens, the text has token {int(tokens.max())}")
-            x_source = other.harvest(tokens.to(other.device), [site])[site][keep.to(other.device)].float()
+            harvested = other.harvest(tokens.to(other.device), [site])[site]
+            x_source = harvested[keep.to(other.device)].float()
             moments.add(x_source.to(x_target.device), x_target)
     assert x_source is not None and x_target is not None
     if isinstance(dictionary, LayerNormed):
         dictionary = dictionary.at_scale(x_source.cpu())
-    carried = fold(dictionary, map_between(method, max(moments.n_source, plan.facts.width(target)), moments))
+    between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments)
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())
-    carried = match_l0(carried, x_target[:L0_ROWS].cpu(), l0)
-    facts = {"model": name, "site": str(site), "method": method, "moment_tokens": moments.n_tokens}
-    facts |= {"lm_tokens": 2 * plan.run.plan.moment_tokens, "unexplained": unexplained(moments)}
-    facts |= {"seconds": round(time.perf_counter() - began, 3)}
-    where = Origin(model=run.model.name, site=target, l0=l0, provenance=origin.provenance | {"carried_from": facts})
-    return Carried(carried, where, rate_share(moments))
+    carried = carry(dictionary, between, x_target.cpu(), l0=l0).dictionary
+    facts = {
+        "model": name,
+        "site": str(site),
+        "method": method,
+        "moment_tokens": moments.n_tokens,
+        "lm_tokens": 2 * plan.recipe.plan.hop.moment_tokens,
+        "unexplained": unexplained(moments),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    return CarriedFromModel(
+        dictionary=carried,
+        origin=Origin(
+            model=recipe.model.name,
+            site=target,
+            l0=l0,
+            provenance={**origin.provenance, "carried_from": facts},
+        ),
+        rate_share=rate_share(moments),
+    )
 
 
-def scaled(dictionary: LayerNormed, run: Run, site: Site, console: Console | None) -> Dictionary:
+def scaled(dictionary: LayerNormed, recipe: Recipe, site: Site, console: Console | None) -> Dictionary:
     """The dictionary of raw activations that is nearest to a layer-normed one on the recipe's text."""
     with console.status("reading the scale of activations") if console else nullcontext():
-        _, _, x = next(kept_rows(moments_plan(run, site), site))
+        _, _, x = next(kept_rows(moments_plan(recipe, site), site))
     return dictionary.at_scale(x.cpu())
 
 
-def moments_plan(run: Run, site: Site) -> Plan:
+def moments_plan(recipe: Recipe, site: Site) -> Plan:
     """A plan that reads as many tokens at a site as maps are fitted on."""
-    leg = LegSpec(id="moments", layer=site.layer, module=site.module, tokens=run.plan.moment_tokens)
-    return plan_run(with_leg(run, leg))
+    leg = LegSpec(id="moments", layer=site.layer, module=site.module, tokens=recipe.plan.hop.moment_tokens)
+    return plan_run(with_leg(recipe, leg))
 
 
 def kept_rows(plan: Plan, site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of training tokens (B, C), bool (B, C) for the positions that are kept, and their activations (n, D)."""
-    model, context = load_model(plan), plan.run.data.context
+    model, context = load_model(plan), plan.recipe.data.context
     with TemporaryDirectory(prefix="saerelay-") as place:
         corpus = tokenise(plan, RunDirectory(Path(place)), None)
-        for tokens in batches(plan, corpus.train[: math.ceil(plan.run.plan.moment_tokens / context)], ce=False):
+        for tokens in batches(plan, corpus.train[: math.ceil(plan.recipe.plan.hop.moment_tokens / context)], ce=False):
             tokens = tokens.to(model.device)
             found = model.harvest(tokens, plan.with_probe([site]))
             keep = trained_on(plan, tokens, found)
             yield tokens, keep, found[site][keep].float()
 
 
-def check_tokens(run: Run, other: ModelSpec) -> None:
+def check_tokens(recipe: Recipe, other: ModelSpec) -> None:
     """Raise ModelError unless another model's tokenizer gives each token of the recipe's model the same number."""
-    if run.data.tokens:
+    if recipe.data.tokens:
         return
-    ours, theirs = load_tokenizer(run.model).get_vocab(), load_tokenizer(other).get_vocab()
+    ours, theirs = load_tokenizer(recipe.model).get_vocab(), load_tokenizer(other).get_vocab()
     differing = sorted((number, token) for token, number in ours.items() if theirs.get(token, number) != number)
     shared = sum(theirs.get(token) == number for token, number in ours.items())
     if differing or 2 * shared < len(ours):
         number, token = differing[0] if differing else next((n, t) for t, n in ours.items() if t not in theirs)
         raise ModelError(
-            f'{run.model.name} and {other.name} do not read the same tokens: "{token}" is {number} in the one and '
+            f'{recipe.model.name} and {other.name} do not read the same tokens: "{token}" is {number} in the one and '
             f"{theirs.get(token, 'none')} in the other; a map between two models needs a tokenizer that they share"
         )

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,89 +12,172 @@ from torch import Tensor
 from saerelay.data.stream import LiveStream, gather_rows
 from saerelay.planning.cost import forward_flops, plan_cost
 from saerelay.planning.plan import Leg, Plan
-from saerelay.planning.recipe import Run
-from saerelay.planning.survey import LONG, Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.survey import LONG, LongPilots, Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.files import read_json
 from saerelay.runs.suite import Suite, load
-from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.maps import AffineMap, affine
 from saerelay.sae.moments import Moments
+from saerelay.sae.quality import fvu
+from saerelay.sae.refit import refit
 from saerelay.sae.threads import side_by_side
-from saerelay.sae.transfer import AffineMap, affine, carry, refit
+from saerelay.sae.transfer import carry
 from saerelay.site import Site
-from saerelay.training.engine import fvu
 from saerelay.training.train import hold_out
 
 MAP_ROWS = 16_384
 """Rows that the maps of the survey are fitted on, at least."""
-
-
 REACH = 2
 """Layers further apart than this exchange no dictionaries, unless one of them is the hub."""
 
 
+class PilotFVU(NamedTuple):
+    """FVU on held-out rows of a pilot at some site."""
+
+    as_it_is: float
+    refitted: float
+    """With its decoder refitted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What is known of the pilots of a survey, and of the layers."""
+
+    plan: Plan
+    rows: dict[Site, Tensor]
+    """Training rows (B, D) of each site."""
+    held_out: dict[Site, Tensor]
+    """Validation rows (B, D) of each site."""
+    maps: dict[tuple[Site, Site], AffineMap]
+    fvu: dict[tuple[str, Site], PilotFVU]
+    """Of each leg at each site that it was measured at."""
+    decay_gain: dict[str, float]
+    """FVU over that before the learning rate's decay, by leg."""
+
+    @property
+    def pilots(self) -> dict[Site, Leg]:
+        """The short pilots, by site."""
+        return {leg.site: leg for leg in self.plan.legs if not leg.id.startswith(LONG)}
+
+    def layers(self) -> list[SurveyedLayer]:
+        """What is said of each layer."""
+        layers = []
+        for site, leg in sorted(self.pilots.items()):
+            at_home = self.fvu[leg.id, site]
+            layers.append(
+                SurveyedLayer(
+                    layer=site.layer,
+                    rms_norm=rms_norm(self.held_out[site]),
+                    fvu=at_home.as_it_is,
+                    refitted=at_home.refitted,
+                    decay_gain=self.decay_gain[leg.id],
+                )
+            )
+        return layers
+
+    def hops(self) -> list[SurveyedHop]:
+        """What is said of each pair of layers."""
+        hops = []
+        for source, target in sorted(self.maps):
+            carried = self.fvu[self.pilots[source].id, target]
+            hops.append(
+                SurveyedHop(
+                    source=source.layer,
+                    target=target.layer,
+                    r2=r2(self.maps[source, target], self.held_out[source], self.held_out[target]),
+                    angle=angle(self.held_out[source], self.held_out[target]),
+                    fvu=carried.as_it_is,
+                    refitted=carried.refitted,
+                )
+            )
+        return hops
+
+    def long(self) -> LongPilots:
+        """What is said of the long pilots."""
+        hub = self.plan.leg(LONG)
+        at_home = self.fvu[LONG, hub.site]
+        ends = [leg for leg in self.plan.legs if leg.id.startswith(f"{LONG}-")]
+        targets = [target for source, target in self.maps if source == hub.site]
+        return LongPilots(
+            long_tokens=hub.budget_tokens,
+            long_fvu=at_home.as_it_is,
+            long_refitted=at_home.refitted,
+            long_decay_gain=self.decay_gain[LONG],
+            long_hops={target.layer: self.fvu[LONG, target].refitted for target in targets},
+            ends={leg.layer: self.fvu[leg.id, leg.site].as_it_is for leg in ends},
+        )
+
+
 @torch.no_grad()
-def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream) -> Survey:
+def measure_survey(
+    asked: Recipe, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream
+) -> Survey:
     """Measure what the run of a survey's plan has trained, and the layers themselves."""
-    began, suite = time.perf_counter(), load(paths.root)
-    pilots = {leg.site: leg for leg in plan.legs if not leg.parent and not leg.id.startswith(LONG)}
-    long = plan.leg(LONG)
-    rows, n_read = gather_rows(plan, stream, max(MAP_ROWS, 4 * max(plan.facts.width(site) for site in pilots)))
+    began = time.perf_counter()
+    suite = load(paths.root)
+    widest = max(plan.facts.width(site) for site in plan.sites)
+    rows, n_read = gather_rows(plan, stream, max(MAP_ROWS, 4 * widest))
     held_out, n_held_out = hold_out(plan, validation)
-    maps = dict[tuple[Site, Site], AffineMap]()
-    for a, b in pairs(sorted(pilots), long.site):
+    maps = fit_maps(plan, rows)
+    fvus = pilot_fvus(asked, plan, suite, rows, held_out, maps)
+    decay_gain = {}
+    for leg in plan.legs:
+        before, _ = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))
+        fvu_before = fvu(before.to(stream.device), held_out[leg.site])
+        decay_gain[leg.id] = min(1.0, fvus[leg.id, leg.site].as_it_is / fvu_before)
+    measured = Measured(plan, rows, held_out, maps, fvus, decay_gain)
+    return Survey(
+        asked=asked,
+        hub=plan.leg(LONG).layer,
+        n_latents=suite[LONG].n_latents,
+        block_tokens=plan.block_tokens,
+        pilot_tokens=min(leg.budget_tokens for leg in measured.pilots.values()),
+        layers=measured.layers(),
+        hops=measured.hops(),
+        long=measured.long(),
+        cost=survey_cost(plan, suite, n_read + n_held_out, time.perf_counter() - began),
+    )
+
+
+def fit_maps(plan: Plan, rows: dict[Site, Tensor]) -> dict[tuple[Site, Site], AffineMap]:
+    """The affine map of each pair that exchanges dictionaries, both ways."""
+    maps = {}
+    for a, b in pairs(plan.sites, plan.leg(LONG).site):
         moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
         moments.add(rows[a], rows[b])
         maps[a, b] = affine(moments)
         maps[b, a] = maps[a, b].reversed()
+    return maps
 
-    def there(leg: Leg, site: Site) -> tuple[float, float]:
-        """FVU of a leg's dictionary at a site, as it is and refitted."""
-        dictionary = suite[leg.id].to(stream.device)
+
+def pilot_fvus(
+    asked: Recipe,
+    plan: Plan,
+    suite: Suite,
+    rows: dict[Site, Tensor],
+    held_out: dict[Site, Tensor],
+    maps: dict[tuple[Site, Site], AffineMap],
+) -> dict[tuple[str, Site], PilotFVU]:
+    """FVU of all pilots at home, and of the short ones and the hub's long one wherever a map leads."""
+    hub = plan.leg(LONG)
+    pilots = {leg.site: leg for leg in plan.legs if not leg.id.startswith(LONG)}
+    jobs = [(pilots[source], target) for source, target in maps]
+    jobs += [(hub, target) for source, target in maps if source == hub.site]
+    jobs += [(leg, leg.site) for leg in plan.legs]
+
+    def measure(job: tuple[Leg, Site]) -> PilotFVU:
+        leg, site = job
+        dictionary = suite[leg.id].to(rows[site].device)
         if leg.site != site:
-            dictionary = carry(dictionary, maps[leg.site, site], rows[site], asked.dictionary.l0)
-        return worth(dictionary, rows[site], held_out[site])
+            between = maps[leg.site, site]
+            dictionary = carry(dictionary, between, rows[site], l0=asked.dictionary.l0).dictionary
+        refitted = refit(dictionary, rows[site].split(4096))
+        return PilotFVU(fvu(dictionary, held_out[site]), fvu(refitted, held_out[site]))
 
-    wanted = [(pilots[source], target) for source, target in maps]
-    wanted += [(long, target) for source, target in maps if source == long.site]
-    wanted += [(leg, leg.site) for leg in plan.legs]
-    measured = side_by_side(lambda one: there(*one), wanted, stream.device)
-    fvu_of = {(leg.id, site): fvus for (leg, site), fvus in zip(wanted, measured, strict=True)}
-    final = {leg.id: fvu_of[leg.id, leg.site][0] for leg in plan.legs}
-    gain = {}
-    for leg in plan.legs:
-        before = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))[0].to(stream.device)
-        gain[leg.id] = min(1.0, final[leg.id] / fvu(before, held_out[leg.site]))
-    layers = list[SurveyedLayer]()
-    for site, leg in sorted(pilots.items()):
-        as_it_is, refitted = fvu_of[leg.id, site]
-        found = {"fvu": as_it_is, "refitted": refitted, "decay_gain": gain[leg.id]}
-        layers.append(SurveyedLayer(layer=site.layer, rms_norm=rms_norm(held_out[site]), **found))
-    hops = list[SurveyedHop]()
-    for (source, target), between in sorted(maps.items(), key=lambda item: item[0]):
-        as_it_is, refitted = fvu_of[pilots[source].id, target]
-        alike = {
-            "r2": r2(between, held_out[source], held_out[target]),
-            "angle": angle(held_out[source], held_out[target]),
-        }
-        hops.append(SurveyedHop(source=source.layer, target=target.layer, fvu=as_it_is, refitted=refitted, **alike))
-    return Survey(
-        asked=asked,
-        hub=long.layer,
-        n_latents=suite[LONG].n_latents,
-        pilot_tokens=min(leg.budget_tokens for leg in pilots.values()),
-        long_tokens=long.budget_tokens,
-        block_tokens=plan.block_tokens,
-        layers=layers,
-        hops=hops,
-        long_fvu=final[LONG],
-        long_refitted=fvu_of[LONG, long.site][1],
-        long_decay_gain=gain[LONG],
-        ends={leg.layer: final[leg.id] for leg in plan.legs if leg.id.startswith(f"{LONG}-")},
-        long_hops={site.layer: fvu_of[LONG, site][1] for source, site in maps if source == long.site},
-        cost=survey_cost(plan, suite, n_read + n_held_out, time.perf_counter() - began),
-    )
+    fvus = side_by_side(measure, jobs, rows[hub.site].device)
+    return {(leg.id, site): result for (leg, site), result in zip(jobs, fvus, strict=True)}
 
 
 def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
@@ -101,11 +186,6 @@ def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
         for j, b in enumerate(sites[i + 1 :], i + 1):
             if j - i <= REACH or hub in (a, b):
                 yield a, b
-
-
-def worth(dictionary: Dictionary, rows: Tensor, held_out: Tensor) -> tuple[float, float]:
-    """FVU on held-out rows (B, D), as the dictionary is and with its decoder refitted on other rows."""
-    return fvu(dictionary, held_out), fvu(refit(dictionary, rows.split(4096)), held_out)
 
 
 def r2(between: AffineMap, source: Tensor, target: Tensor) -> float:
@@ -126,9 +206,13 @@ def rms_norm(x: Tensor) -> float:
 
 def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds: float) -> SurveyCost:
     """What the survey took, its measuring included."""
-    cost, seconds = plan_cost(plan), read_json(suite.directory.cost)["seconds"]
-    steps = sum(read_dictionary(suite.directory.leg(leg.id))[1]["seconds"] for leg in suite.legs)
-    forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.run.data.context)
+    cost = plan_cost(plan)
+    seconds = read_json(suite.directory.cost)["seconds"]
+    steps = 0.0
+    for leg in suite.legs:
+        _, info = read_dictionary(suite.directory.leg(leg.id))
+        steps += info["seconds"]
+    forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.recipe.data.context)
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,
         sae_samples=cost.sae_samples,

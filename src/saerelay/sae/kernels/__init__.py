@@ -1,10 +1,11 @@
 """Sparse encoding, decoding and training: what makes a step cost little more than its encoder product."""
 
 from saerelay.sae.kernels.codes import Codes, dense_codes, join_codes, split_codes
-from saerelay.sae.kernels.step import Step, encode_sparse, latent_pieces, products, reconstruct, sparse_step
+from saerelay.sae.kernels.step import Reading, Step, encode_sparse, latent_pieces, products, reconstruct, sparse_step
 
 __all__ = [
     "Codes",
+    "Reading",
     "Step",
     "dense_codes",
     "encode_sparse",

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from saerelay.sae.kernels.codes import Codes
+from saerelay.sae.kernels.select import codes_at_least as codes_at_least
+from saerelay.sae.kernels.select import nonzero_codes as nonzero_codes
 from saerelay.sae.kernels.select import top_codes as top_codes
+from saerelay.sae.kernels.select import top_codes_of_batch as top_codes_of_batch
 
 
 def available() -> bool:

@@ -5,90 +5,135 @@ reaches a bound hold everything that does. Shapes: B tokens, F latents, G latent
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saerelay.sae.kernels.codes import Codes
+from saerelay.sae.threads import in_parallel
 
 GROUP = 16
 
 
-def top_codes(pre: Tensor, k: int) -> Codes:
-    """The k largest pre-activations (B, F) of each row, negative ones as zero (TopK).
+# --- the k largest of each token ----------------------------------------------------------------------------------
 
-    The k-th largest of the groups' maxima is not above the k-th largest value, and seldom far below.
-    """
+
+def top_codes(pre: Tensor, k: int) -> Codes:
+    """The k largest pre-activations (B, F) of each row, negative ones as zero (TopK)."""
     B, F = pre.shape
     if pre.device.type != "cpu" or F % GROUP or F < 4 * GROUP * k:
         values, columns = pre.topk(k, dim=1, sorted=False)
     else:
-        groups = _groups(pre)
-        maxima, group = groups.amax(1).topk(k, dim=1, sorted=False)
-        bound, group = maxima.amin(dim=1, keepdim=True), group.flatten()
-        rows = torch.arange(B).repeat_interleave(k)
-        values, columns = _widest(*_reaching(groups, rows, group, bound), B, k)
+        values, columns = _top_by_groups(pre, k)
     row_starts = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=pre.device)
     return Codes(row_starts, columns.flatten().int(), values.flatten().relu().to(_wide(pre)), F)
 
 
-def top_codes_of_batch(pre: Tensor, k: int) -> Codes:
-    """The k·B largest pre-activations of a batch (B, F), negative ones as zero (BatchTopK)."""
-    flat = pre.flatten().topk(k * pre.shape[0], sorted=False).indices.sort().values
-    row_starts = torch.zeros(pre.shape[0] + 1, dtype=torch.int32, device=pre.device)
-    row_starts[1:] = torch.bincount(flat // pre.shape[1], minlength=pre.shape[0]).cumsum(0)
-    values = pre.flatten()[flat].relu().to(_wide(pre))
-    return Codes(row_starts, (flat % pre.shape[1]).int(), values, pre.shape[1])
+def _top_by_groups(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns (B, k) of the k largest of each row, in no order.
 
-
-def at_least(pre: Tensor, bound: Tensor) -> Codes:
-    """All pre-activations (B, F) that are at least `bound`, a scalar."""
-    bound = bound.expand(pre.shape[0], 1)
-    if pre.shape[1] % GROUP:
-        rows, columns = (pre >= bound).nonzero(as_tuple=True)
-        return _codes(pre, rows, columns, pre[rows, columns])
+    The k-th largest of a row's group maxima is a bound: k values reach it, so the k largest do. It is seldom far below
+    the k-th largest value, so few others reach it, and all that do are in the k groups with the largest maxima.
+    """
     groups = _groups(pre)
-    rows, group = (groups.amax(1) >= bound).nonzero(as_tuple=True)
-    return _codes(pre, *_reaching(groups, rows, group, bound))
+    maxima, group = groups.amax(1).topk(k, dim=1, sorted=False)
+    bound = maxima.amin(dim=1, keepdim=True)
+    row = torch.arange(pre.shape[0]).repeat_interleave(k)
+    candidates = _reaching(groups, row, group.flatten(), bound)
+    return _largest_of_ragged(*candidates, pre.shape[0], k)
 
 
-def _reaching(groups: Tensor, rows: Tensor, group: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value of those members of some rows' groups that are at least the row's bound (B, 1)."""
-    members = groups[rows, :, group]
-    hit, member = (members >= bound[rows]).nonzero(as_tuple=True)
-    return rows[hit], group[hit] + member * groups.shape[2], members[hit, member]
+def _largest_of_ragged(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns (B, k) of the k largest of each row's entries, which come row by row.
+
+    Entries are laid out in a table as wide as the longest row, with −∞ behind the ends of shorter ones.
+    """
+    counts = torch.bincount(rows, minlength=n_rows)
+    width = max(k, int(counts.max()))  # a row of NaN has fewer than k entries
+    first_of_row = counts.cumsum(0) - counts
+    position = torch.arange(rows.shape[0]) + (rows * width - first_of_row[rows])
+    table = values.new_full((n_rows * width,), -torch.inf).index_copy_(0, position, values)
+    table_columns = columns.new_zeros(n_rows * width).index_copy_(0, position, columns)
+    top, index = table.view(n_rows, width).topk(k, dim=1, sorted=False)
+    return top, table_columns.view(n_rows, width).gather(1, index)
 
 
-def _codes(pre: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Codes:
-    row_starts = torch.searchsorted(rows, torch.arange(pre.shape[0] + 1, device=pre.device), out_int32=True)
-    return Codes(row_starts, columns.int(), values.to(_wide(pre)), pre.shape[1])
+# --- the largest of a batch ---------------------------------------------------------------------------------------
 
 
-def bound_of_batch(pre: Tensor, k: int) -> Tensor:
+def top_codes_of_batch(pres: Sequence[Tensor], n: int) -> list[Codes]:
+    """The n largest of all pre-activations of a batch, given in pieces (rows, F), negative ones as zero (BatchTopK).
+
+    Each piece is searched above a bound that is guessed from some of its rows. Where the guess was too high, the piece
+    may hold more of the largest: it is searched again, above the lowest bound of all.
+    """
+    if pres[0].device.type != "cpu":
+        return [_top_of_all(pre, n) for pre in pres]  # one piece: an accelerator takes the whole batch
+    n_rows = sum(pre.shape[0] for pre in pres)
+    bounds = in_parallel(lambda pre: _guessed_bound(pre, n // n_rows), pres)
+    candidates = in_parallel(lambda i: codes_at_least(pres[i], bounds[i]), range(len(pres)))
+    kept, smallest = _keep_largest(candidates, n)
+    missed = [i for i, bound in enumerate(bounds) if float(bound) > smallest]
+    if missed:
+        lowest = min(smallest, *(float(bound) for bound in bounds))
+        for i in missed:
+            candidates[i] = codes_at_least(pres[i], torch.full_like(bounds[i], lowest))
+        kept, _ = _keep_largest(candidates, n)
+    return [codes.with_values(codes.values.relu()) for codes in kept]
+
+
+def _top_of_all(pre: Tensor, n: int) -> Codes:
+    """The n largest of pre-activations (B, F), negative ones as zero."""
+    B, F = pre.shape
+    largest = pre.flatten().topk(n, sorted=False).indices.sort().values
+    row_starts = torch.zeros(B + 1, dtype=torch.int32, device=pre.device)
+    row_starts[1:] = torch.bincount(largest // F, minlength=B).cumsum(0)
+    values = pre.flatten()[largest].relu().to(_wide(pre))
+    return Codes(row_starts, (largest % F).int(), values, F)
+
+
+def _guessed_bound(pre: Tensor, k: int) -> Tensor:
     """A guess, from some rows, below the (k·B)-th largest of pre-activations (B, F); a scalar."""
-    some = pre[:: max(1, pre.shape[0] // 64)]
-    maxima = (_groups(some).amax(1) if pre.shape[1] % GROUP == 0 else some).flatten()
-    return maxima.topk(min(maxima.shape[0], some.shape[0] * k * 5 // 4), sorted=False).values.amin()
+    sample = pre[:: max(1, pre.shape[0] // 64)]
+    maxima = _groups(sample).amax(1) if pre.shape[1] % GROUP == 0 else sample
+    n = min(maxima.numel(), sample.shape[0] * k * 5 // 4)
+    return maxima.flatten().topk(n, sorted=False).values.amin()
 
 
-def keep_largest(parts: list[Codes], n: int) -> tuple[list[Codes], float]:
+def _keep_largest(parts: list[Codes], n: int) -> tuple[list[Codes], float]:
     """The n largest entries of all parts together (the first of equal ones), and the smallest of them."""
     values = np.concatenate([part.values.numpy() for part in parts])
     if values.shape[0] <= n:
         return parts, -math.inf
     smallest = float(np.partition(values, values.shape[0] - n)[values.shape[0] - n])
-    room, kept = n - int((values > smallest).sum()), []
+    room_for_ties = n - int((values > smallest).sum())
+    kept = []
     for part in parts:
         keep = part.values > smallest
-        ties = (part.values == smallest).nonzero().squeeze(1)[:room]
+        ties = (part.values == smallest).nonzero().squeeze(1)[:room_for_ties]
         keep[ties] = True
-        room -= ties.shape[0]
-        before = torch.zeros(keep.shape[0] + 1, dtype=torch.int32)
-        torch.cumsum(keep, 0, out=before[1:])
-        starts = before[part.row_starts.long()]
-        kept.append(Codes(starts, part.columns[keep], part.values[keep], part.n_latents))
+        room_for_ties -= ties.shape[0]
+        kept_before = torch.zeros(keep.shape[0] + 1, dtype=torch.int32)
+        torch.cumsum(keep, 0, out=kept_before[1:])
+        row_starts = kept_before[part.row_starts.long()]
+        kept.append(Codes(row_starts, part.columns[keep], part.values[keep], part.n_latents))
     return kept, smallest
+
+
+# --- all above a bound --------------------------------------------------------------------------------------------
+
+
+def codes_at_least(pre: Tensor, bound: Tensor) -> Codes:
+    """All pre-activations (B, F) that are at least `bound`, a scalar."""
+    bound = bound.expand(pre.shape[0], 1)
+    if pre.shape[1] % GROUP:
+        rows, columns = (pre >= bound).nonzero(as_tuple=True)
+        return _row_by_row(pre, rows, columns, pre[rows, columns])
+    groups = _groups(pre)
+    rows, group = (groups.amax(1) >= bound).nonzero(as_tuple=True)
+    return _row_by_row(pre, *_reaching(groups, rows, group, bound))
 
 
 def nonzero_codes(z: Tensor) -> Codes:
@@ -99,20 +144,27 @@ def nonzero_codes(z: Tensor) -> Codes:
     return Codes(row_starts, columns.int(), z[rows, columns], z.shape[1])
 
 
+# --- groups -------------------------------------------------------------------------------------------------------
+
+
 def _groups(pre: Tensor) -> Tensor:
     """(B, F) -> (B, G, F/G): group j is columns j, j + F/G, j + 2F/G ..., so that maxima are taken side by side."""
     return pre.view(pre.shape[0], GROUP, -1)
 
 
-def _widest(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row's entries, which come row by row: values and columns (B, k)."""
-    counts = torch.bincount(rows, minlength=n_rows)
-    width = max(k, int(counts.max()))  # a row of NaN has fewer
-    place = torch.arange(rows.shape[0]) + (rows * width - (counts.cumsum(0) - counts)[rows])
-    spread = values.new_full((n_rows * width,), -torch.inf).index_copy_(0, place, values)
-    where = columns.new_zeros(n_rows * width).index_copy_(0, place, columns)
-    values, best = spread.view(n_rows, width).topk(k, dim=1, sorted=False)
-    return values, where.view(n_rows, width).gather(1, best)
+def _reaching(groups: Tensor, rows: Tensor, group: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and value of those members of some rows' groups that are at least the row's bound (B, 1)."""
+    members = groups[rows, :, group]
+    hit, member = (members >= bound[rows]).nonzero(as_tuple=True)
+    columns = group[hit] + member * groups.shape[2]
+    return rows[hit], columns, members[hit, member]
+
+
+def _row_by_row(pre: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Codes:
+    """Codes from entries of pre-activations (B, F) that come row by row."""
+    all_rows = torch.arange(pre.shape[0] + 1, device=pre.device)
+    row_starts = torch.searchsorted(rows, all_rows, out_int32=True)
+    return Codes(row_starts, columns.int(), values.to(_wide(pre)), pre.shape[1])
 
 
 def _wide(pre: Tensor) -> torch.dtype:

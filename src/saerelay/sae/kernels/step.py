@@ -1,8 +1,13 @@
 """The sparse training step: one dense encoder product, then work only where latents are active.
 
-Gradients are written out by hand and equal those of autograd on `dictionaries.training_loss`; a test in float64 keeps
-it so. On a CPU the batch is cut into pieces of tokens whose pre-activations stay in the cache, and gradients are made
-for pieces of latents. Shapes: B tokens, D model width, F latents, N dead latents.
+Gradients are written out by hand and equal those of autograd on `loss.training_loss`; a test in float64 keeps it so.
+With e = x_hat − x and g = 2e / divisor:
+
+    ∂W_dec = Zᵀg        ∂pre = g W_decᵀ where z > 0        ∂W_enc = (∂pre)ᵀ x        biases: sums over tokens
+
+On a CPU the batch is cut into pieces of tokens whose pre-activations stay in the cache (`Forward`), what the pieces
+leave behind is joined (`Step`), and gradients are made for pieces of latents. Pieces are cut by shapes alone.
+Shapes: B tokens, D model width, F latents, N dead latents, n_active the non-zero codes of a batch.
 """
 
 from dataclasses import dataclass
@@ -12,18 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saerelay.sae.dictionary import AUX_EVERY, Dictionary, Loss, error_divisor, k_aux
+from saerelay.sae.architectures.architecture import BatchSums, Penalty
+from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import cpu, reference
 from saerelay.sae.kernels.codes import Codes, join_codes
-from saerelay.sae.kernels.select import (
-    at_least,
-    bound_of_batch,
-    keep_largest,
-    nonzero_codes,
-    top_codes,
-    top_codes_of_batch,
-)
-from saerelay.sae.spec import DictionarySpec, takes_sparse_step
+from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor, k_aux
+from saerelay.sae.spec import AnyDictionarySpec, takes_sparse_step
 from saerelay.sae.threads import in_parallel
 
 ROWS = 256
@@ -43,16 +42,17 @@ def products(device: torch.device) -> ModuleType:
 
 def encode_sparse(dictionary: Dictionary, x: Tensor) -> Codes:
     """The codes of x (B, D), as `Dictionary.encode` gives them, without the zeros."""
-    if dictionary.architecture == "topk":
-        assert dictionary.k is not None
-        return top_codes(dictionary.pre_activations(x), dictionary.k)
-    return nonzero_codes(dictionary.encode(x))
+    pre = dictionary.pre_activations(x)
+    return dictionary.activation.encode_sparse(pre, dictionary.threshold, products(x.device))
 
 
 def reconstruct(dictionary: Dictionary, x: Tensor) -> tuple[Codes, Tensor]:
     """Sparse codes and reconstruction (B, D) of activations x (B, D): `dictionary(x)` without a dense code."""
     codes = encode_sparse(dictionary, x)
     return codes, products(x.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------
 
 
 def pieces(n: int, n_pieces: int, device: torch.device) -> list[slice]:
@@ -67,12 +67,84 @@ def latent_pieces(d: Dictionary) -> list[slice]:
     return pieces(d.n_latents, n_pieces, d.W_dec.device)
 
 
-@dataclass(eq=False)
+def row_pieces(x: Tensor) -> list[slice]:
+    """The tokens of a batch x (B, D), piece by piece."""
+    n_rows = x.shape[0]
+    at_least_two = min(2, -(-n_rows // 64))  # of a batch that has more than 64 rows
+    return pieces(n_rows, max(-(-n_rows // ROWS), at_least_two), x.device)
+
+
+# --- AuxK ---------------------------------------------------------------------------------------------------------
+
+
+class AuxPart(NamedTuple):
+    """AuxK on the sampled rows of one piece of tokens (see `loss.aux_loss`); gradients are not scaled yet."""
+
+    z: Tensor
+    """(rows, N): codes of the dead latents."""
+    to_z: Tensor
+    """(rows, N)."""
+    g: Tensor
+    """(rows, D): gradient to the reconstruction by dead latents."""
+    missing: Tensor
+    """Σ‖e − e_hat‖²."""
+    error: Tensor
+    """Σ‖e‖²."""
+
+
+class Aux(NamedTuple):
+    """AuxK of a whole batch."""
+
+    dead: Tensor
+    """int64 (N): which latents are dead."""
+    z: Tensor
+    to_z: Tensor
+    g: Tensor
+    """Those of `AuxPart`, all rows together."""
+    scale: Tensor
+    """What gradients are multiplied by."""
+    loss: Tensor
+
+    @classmethod
+    def of(cls, dead: Tensor, parts: list[AuxPart], weight: float) -> "Aux":
+        """Join the parts of a batch."""
+        missing = torch.stack([part.missing for part in parts]).sum()
+        error = torch.stack([part.error for part in parts]).sum()
+        scale = weight / error.clamp(min=1e-30)
+        return cls(
+            dead=dead,
+            z=torch.cat([part.z for part in parts]),
+            to_z=torch.cat([part.to_z for part in parts]),
+            g=torch.cat([part.g for part in parts]),
+            scale=scale,
+            loss=scale * missing,
+        )
+
+    def add(self, latents: slice, x: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Add to the gradients of some latents; x (B, D) is what the encoder read."""
+        ends = torch.tensor([latents.start, latents.stop], device=self.dead.device)
+        low, high = torch.searchsorted(self.dead, ends).tolist()
+        if low == high:
+            return
+        rows = self.dead[low:high] - latents.start
+        z = self.z[:, low:high]
+        to_z = self.to_z[:, low:high]
+        own = {
+            "W_enc": to_z.T @ x[::AUX_EVERY],
+            "b_enc": to_z.sum(dim=0),
+            "W_dec": z.T @ self.g,
+        }
+        for name, gradient in own.items():
+            gradients[name].index_add_(0, rows, gradient * self.scale)
+
+
+# --- what a batch leaves behind -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """A batch that went forward: its loss, and what the gradients are made of."""
 
-    spec: DictionarySpec
-    dictionary: Dictionary
     ops: ModuleType
     loss: Loss
     x: Tensor
@@ -83,50 +155,26 @@ class Step:
     """∂loss/∂x_hat as a multiple of the residuals."""
     codes: Codes
     to_pre: Tensor
-    """∂loss/∂pre-activation at the codes' places (n_active)."""
+    """∂loss/∂pre-activation at the codes' positions (n_active)."""
     to_threshold: Tensor | None
-    """JumpReLU: ∂loss/∂threshold at the codes' places (n_active)."""
+    """∂loss/∂threshold at the codes' positions (n_active), where thresholds are trained."""
     variance: Tensor
     """Σ‖x − mean of the batch‖²."""
     b_dec: Tensor
     """∂loss/∂b_dec (D)."""
-    aux: "Aux | None"
+    aux: Aux | None
 
     def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
         """Write the gradients of some latents, by parameter name, into the tensors given."""
-        z, places = self.codes.transposed(latents)
-        to_pre, values = self.to_pre.index_select(0, places), z.values * self.to_x_hat
-        self.ops.decode_pair(z, to_pre, self.x, values, self.residuals, into["W_enc"], into["W_dec"])
+        z, order = self.codes.transposed(latents)
+        to_pre = self.to_pre.index_select(0, order)
+        to_row = z.values * self.to_x_hat
+        self.ops.decode_pair(z, to_pre, self.x, to_row, self.residuals, into["W_enc"], into["W_dec"])
         into["b_enc"].copy_(row_sums(z.with_values(to_pre)))
         if self.to_threshold is not None:
-            into["threshold"].copy_(row_sums(z.with_values(self.to_threshold[places])))
+            into["threshold"].copy_(row_sums(z.with_values(self.to_threshold[order])))
         if self.aux is not None:
             self.aux.add(latents, self.x, into)
-
-
-class Aux(NamedTuple):
-    """AuxK's part of a step, on every 16th token (see `dictionaries.aux_loss`)."""
-
-    dead: Tensor
-    """int64 (N)."""
-    z: Tensor
-    """(rows, N)."""
-    to_z: Tensor
-    """(rows, N), not scaled."""
-    g: Tensor
-    """(rows, D), not scaled."""
-    scale: Tensor
-
-    def add(self, latents: slice, x: Tensor, gradients: dict[str, Tensor]) -> None:
-        """Add to the gradients of some latents."""
-        ends = torch.tensor([latents.start, latents.stop], device=self.dead.device)
-        low, high = torch.searchsorted(self.dead, ends).tolist()
-        if low == high:
-            return
-        mine, z, to_z = self.dead[low:high] - latents.start, self.z[:, low:high], self.to_z[:, low:high]
-        to_W_enc = to_z.T @ x[::AUX_EVERY]
-        for name, gradient in (("W_enc", to_W_enc), ("b_enc", to_z.sum(dim=0)), ("W_dec", z.T @ self.g)):
-            gradients[name].index_add_(0, mine, gradient * self.scale)
 
 
 def row_sums(codes: Codes) -> Tensor:
@@ -134,158 +182,202 @@ def row_sums(codes: Codes) -> Tensor:
     return torch.segment_reduce(codes.values, "sum", offsets=codes.row_starts)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What one piece of tokens leaves behind."""
 
     codes: Codes
     to_z: Tensor
-    """∂loss/∂z at the codes' places."""
+    """∂(squared error)/∂z at the codes' positions."""
     window: Tensor | None
-    """JumpReLU: which places are in the straight-through window of their threshold."""
-    sums: list[Tensor]
-    """Σ error², number active, Σ x², Σ z; then Σ x and Σ residual, (D) each."""
-    aux: tuple[Tensor, ...] | None
-    """z, to_z, g, Σ missing² and Σ error² of the rows that AuxK looks at."""
+    """Which positions are in the straight-through window of their threshold, for architectures that have one."""
+    numbers: Tensor
+    """(4): Σ error², number active, Σ x², Σ z."""
+    x_sum: Tensor
+    """(D): Σ x."""
+    residual_sum: Tensor
+    """(D)."""
+    aux: AuxPart | None
+
+
+# --- forward ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How the encoder reads a batch of raw activations."""
+
+    units: tuple[Tensor, Tensor] | None = None
+    """Mean (D) and scale of training units; None if the batch is in them already."""
+    encoder: Tensor | None = None
+    """A copy of W_enc (F, D) in the dtype that the product with it runs in."""
+    whitening: Tensor | None = None
+    """(D, D): what activations are multiplied by before the encoder."""
+
+
+class Forward:
+    """One batch on its way forward, piece by piece of its tokens."""
+
+    def __init__(
+        self,
+        spec: AnyDictionarySpec,
+        dictionary: Dictionary,
+        x: Tensor,
+        reading: Reading,
+        dead: Tensor | None,
+        ops: ModuleType,
+    ) -> None:
+        self.activation = spec.activation
+        self.dictionary = dictionary
+        self.x = x
+        self.reading = reading
+        self.ops = ops
+        self.divisor = error_divisor(spec, x)
+        self.to_x_hat = -2 / self.divisor
+        self.encoder = dictionary.W_enc if reading.encoder is None else reading.encoder
+        self.shift = self.activation.shift(dictionary.threshold)
+        bias = dictionary.b_enc if self.shift is None else dictionary.b_enc - self.shift
+        self.bias = bias.to(self.encoder)
+
+        # Buffers of the batch, which pieces write their rows of.
+        self.inputs = x.new_empty(x.shape, dtype=dictionary.W_dec.dtype)
+        self.residuals = torch.empty_like(self.inputs)
+        self.encoded = self.inputs if reading.whitening is None else torch.empty_like(self.inputs)
+
+        self.dead: Tensor | None = None
+        if dead is not None and self.activation.weight_of_aux:
+            indices = dead.nonzero().squeeze(1)
+            self.dead = indices if indices.numel() else None
+        self.W_dead = None if self.dead is None else dictionary.W_dec[self.dead]
+
+    def pre_activations(self, rows: slice) -> Tensor:
+        """Pre-activations (rows, F), less the architecture's shift."""
+        inputs = self.inputs[rows]
+        if self.reading.units is None:
+            inputs.copy_(self.x[rows])
+        else:
+            mean, scale = self.reading.units
+            torch.sub(self.x[rows].to(inputs.dtype), mean, out=inputs).div_(scale)
+        read = inputs.to(self.encoder.dtype)
+        if self.reading.whitening is not None:
+            read = read @ self.reading.whitening.to(self.encoder.dtype)
+            self.encoded[rows] = read
+        return torch.nn.functional.linear(read, self.encoder, self.bias)
+
+    def whole(self, rows: slice) -> Part:
+        """One piece of tokens, for architectures that select token by token."""
+        pre = self.pre_activations(rows)
+        return self.backward(rows, pre, self.activation.select(pre, self.ops))
+
+    def backward(self, rows: slice, pre: Tensor, codes: Codes) -> Part:
+        """The residual of one piece and its gradient to the selected codes."""
+        window = None
+        if self.shift is not None:
+            codes, window = self.activation.unshift(codes, self.shift)
+        inputs = self.inputs[rows]
+        residual = torch.sub(inputs, self.dictionary.b_dec, out=self.residuals[rows])
+        self.ops.subtract_decoded(residual, codes, self.dictionary.W_dec)
+        to_z = self.ops.sampled(codes, residual, self.dictionary.W_dec).mul_(self.to_x_hat)
+        error = torch.linalg.vector_norm(residual).square()
+        n_active = (codes.values > 0).sum().to(error)
+        square = torch.linalg.vector_norm(inputs).square()
+        return Part(
+            codes=codes,
+            to_z=to_z,
+            window=window,
+            numbers=torch.stack([error, n_active, square, codes.values.sum()]),
+            x_sum=inputs.sum(dim=0),
+            residual_sum=residual.sum(dim=0),
+            aux=self._aux(rows, pre, residual),
+        )
+
+    def _aux(self, rows: slice, pre: Tensor, residual: Tensor) -> AuxPart | None:
+        """AuxK on every 16th token of the batch that lies in a piece."""
+        if self.dead is None or self.W_dead is None:
+            return None
+        sample = slice(-rows.start % AUX_EVERY, None, AUX_EVERY)
+        residual = residual[sample]
+        # Not in bf16: oneDNN would keep a compiled kernel for each number of dead latents.
+        pre_dead = pre[sample][:, self.dead].to(self.W_dead)
+        n_used = k_aux(residual.shape[1], self.dead.numel())
+        values, columns = pre_dead.topk(n_used, dim=1, sorted=False)
+        z = torch.zeros_like(pre_dead).scatter_(1, columns, values.relu())
+        missing = residual - z @ self.W_dead
+        g = -2 * missing
+        to_z = (g @ self.W_dead.T) * (z > 0)
+        return AuxPart(z, to_z, g, missing.square().sum(), residual.square().sum())
+
+    def joined(self, parts: list[Part], warmth: float) -> Step:
+        """The whole batch, with what the architecture and AuxK add to loss and gradients."""
+        codes = join_codes([part.codes for part in parts])
+        to_z = torch.cat([part.to_z for part in parts])
+        error, n_active, square, total_code = torch.stack([part.numbers for part in parts]).sum(dim=0)
+        x_sum = torch.stack([part.x_sum for part in parts]).sum(dim=0)
+        residual_sum = torch.stack([part.residual_sum for part in parts]).sum(dim=0)
+        n_rows = self.x.shape[0]
+
+        loss = error / self.divisor
+        penalty = self.activation.penalty(BatchSums(n_rows, n_active, total_code, self.divisor), warmth)
+        if penalty is not None:
+            loss = loss + penalty.loss
+            if penalty.to_z is not None:
+                to_z = to_z + penalty.to_z
+        to_threshold = self._to_threshold(codes, to_z, penalty, parts)
+        aux = None
+        aux_parts = [part.aux for part in parts if part.aux is not None]
+        if aux_parts and self.dead is not None:
+            aux = Aux.of(self.dead, aux_parts, self.activation.weight_of_aux)
+            loss = loss + aux.loss
+        return Step(
+            ops=self.ops,
+            loss=Loss(loss, error, n_active.long(), self._fired(codes)),
+            x=self.encoded,
+            residuals=self.residuals,
+            to_x_hat=self.to_x_hat,
+            codes=codes,
+            to_pre=to_z * (codes.values > 0),
+            to_threshold=to_threshold,
+            variance=square - x_sum.square().sum() / n_rows,
+            b_dec=residual_sum * self.to_x_hat,
+            aux=aux,
+        )
+
+    def _to_threshold(self, codes: Codes, to_z: Tensor, penalty: Penalty | None, parts: list[Part]) -> Tensor | None:
+        """∂loss/∂threshold at the codes' positions, where a window gives it one."""
+        threshold = self.dictionary.threshold
+        windows = [part.window for part in parts if part.window is not None]
+        if threshold is None or penalty is None or penalty.to_step is None or not windows:
+            return None
+        window = torch.cat(windows)
+        return self.activation.threshold_gradient(to_z, penalty.to_step, threshold[codes.columns], window)
+
+    def _fired(self, codes: Codes) -> Tensor:
+        """Bool (F): latents active on some token."""
+        largest = self.dictionary.b_enc.new_zeros(self.dictionary.n_latents)
+        return largest.scatter_reduce_(0, codes.columns.long(), codes.values, "amax") > 0
 
 
 @torch.no_grad()
 def sparse_step(
-    spec: DictionarySpec,
+    spec: AnyDictionarySpec,
     dictionary: Dictionary,
     x: Tensor,
     *,
-    units: tuple[Tensor, Tensor] | None = None,
+    reading: Reading | None = None,
     dead: Tensor | None = None,
-    sparsity: float = 1.0,
-    encoder: Tensor | None = None,
-    whitening: Tensor | None = None,
+    warmth: float = 1.0,
     ops: ModuleType | None = None,
 ) -> Step:
-    """Take a batch x (B, D) forward, raw if `units` (mean, scale) are given, else in training units.
+    """Take a batch of activations x (B, D) forward; see `Step.gradients` for the way back.
 
-    With e = x_hat − x and g = 2e/divisor: ∂W_dec = Zᵀg, ∂pre = g W_decᵀ where z > 0, ∂W_enc = (∂pre)ᵀx, and biases are
-    sums over tokens. `encoder` is a copy of W_enc in the dtype that the product with it runs in; with `whitening`
-    (D, D), the encoder reads x times it.
+    `dead` (F, bool) marks the latents that AuxK looks at, `warmth` in [0, 1] is the share of the penalty's weight that
+    is in force, `ops` the kernels, if not the fastest of x's device.
     """
-    d, ops = dictionary, ops or products(x.device)
-    low = d.W_enc if encoder is None else encoder
-    B, architecture = x.shape[0], spec.architecture
-    shift = None  # where JumpReLU's windows begin
-    if architecture == "jumprelu":
-        assert d.threshold is not None
-        shift = d.threshold - spec.bandwidth / 2
-    bias = (d.b_enc if shift is None else d.b_enc - shift).to(low)
-    inputs, residuals = (x.new_empty(x.shape, dtype=d.W_dec.dtype) for _ in range(2))
-    encoded = inputs if whitening is None else torch.empty_like(inputs)
-    divisor = error_divisor(spec, x)
-    index = dead.nonzero().squeeze(1) if dead is not None and spec.aux_weight else None
-    W_dead = None if index is None or index.numel() == 0 else d.W_dec[index]
-
-    def pre_activations(rows: slice) -> Tensor:
-        """(rows, F), less `shift`."""
-        if units is None:
-            inputs[rows] = x[rows]
-        else:
-            torch.sub(x[rows].to(inputs.dtype), units[0], out=inputs[rows]).div_(units[1])
-        read = inputs[rows].to(low.dtype)
-        if whitening is not None:
-            read = read @ whitening.to(low.dtype)
-            encoded[rows] = read
-        return torch.nn.functional.linear(read, low, bias)
-
-    def backward(rows: slice, pre: Tensor, codes: Codes) -> _Part:
-        window = None
-        if shift is not None:
-            above = codes.values
-            window = (above > 0) & (above < spec.bandwidth)
-            codes = codes.with_values((above + shift[codes.columns]) * (above > spec.bandwidth / 2))
-        residual = torch.sub(inputs[rows], d.b_dec, out=residuals[rows])
-        ops.subtract_decoded(residual, codes, d.W_dec)
-        to_z = ops.sampled(codes, residual, d.W_dec).mul_(-2 / divisor)
-        error, square = torch.linalg.vector_norm(residual).square(), torch.linalg.vector_norm(inputs[rows]).square()
-        numbers = torch.stack([error, (codes.values > 0).sum().to(error), square, codes.values.sum()])
-        sums = [numbers, inputs[rows].sum(dim=0), residual.sum(dim=0)]
-        some = slice(-rows.start % AUX_EVERY, None, AUX_EVERY)
-        aux = None if W_dead is None else aux_part(pre[some], residual[some])
-        return _Part(codes, to_z, window, sums, aux)
-
-    def aux_part(pre: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-        assert index is not None and W_dead is not None
-        values, columns = pre[:, index].to(W_dead).topk(k_aux(x.shape[1], index.numel()), dim=1, sorted=False)
-        z = W_dead.new_zeros(pre.shape[0], index.numel()).scatter_(1, columns, values.relu())
-        missing = residual - z @ W_dead  # not in bf16: oneDNN would keep a compiled kernel for each number of dead
-        aux_g = -2 * missing
-        return z, (aux_g @ W_dead.T) * (z > 0), aux_g, missing.square().sum(), residual.square().sum()
-
-    def whole(rows: slice) -> _Part:
-        pre = pre_activations(rows)
-        codes = ops.top_codes(pre, spec.k) if architecture == "topk" else at_least(pre, pre.new_zeros(1, 1))
-        return backward(rows, pre, codes)
-
-    row_pieces = pieces(B, max(-(-B // ROWS), min(2, -(-B // 64))), x.device)
-    if architecture == "batchtopk":
-        pres = in_parallel(pre_activations, row_pieces)
-        chosen = codes_of_batch(pres, spec.k * B)
-        parts = in_parallel(lambda i: backward(row_pieces[i], pres[i], chosen[i]), range(len(row_pieces)))
+    forward = Forward(spec, dictionary, x, reading or Reading(), dead, ops or products(x.device))
+    rows = row_pieces(x)
+    if forward.activation.selects_over_batch:
+        pres = in_parallel(forward.pre_activations, rows)
+        codes = forward.activation.select_over_batch(pres, forward.ops)
+        parts = in_parallel(lambda i: forward.backward(rows[i], pres[i], codes[i]), range(len(rows)))
     else:
-        parts = in_parallel(whole, row_pieces)
-    return _assemble(spec, d, ops, encoded, residuals, divisor, sparsity, index, parts)
-
-
-def codes_of_batch(pres: list[Tensor], n: int) -> list[Codes]:
-    """The n largest of all pre-activations, given in pieces (rows, F), negative ones as zero."""
-    if pres[0].device.type != "cpu":
-        return [top_codes_of_batch(pres[0], n // pres[0].shape[0])]
-    n_rows = sum(pre.shape[0] for pre in pres)
-    bounds = in_parallel(lambda pre: bound_of_batch(pre, n // n_rows), pres)
-    found = in_parallel(lambda i: at_least(pres[i], bounds[i]), range(len(pres)))
-    kept, smallest = keep_largest(found, n)
-    missed = [i for i, bound in enumerate(bounds) if float(bound) > smallest]
-    if missed:  # these pieces may hold more: take all of theirs that could be among the largest
-        smallest = min(smallest, *(float(bound) for bound in bounds))
-        for i in missed:
-            found[i] = at_least(pres[i], torch.full_like(bounds[i], smallest))
-        kept, _ = keep_largest(found, n)
-    return [codes.with_values(codes.values.relu()) for codes in kept]
-
-
-def _assemble(
-    spec: DictionarySpec,
-    d: Dictionary,
-    ops: ModuleType,
-    x: Tensor,
-    residuals: Tensor,
-    divisor: float,
-    sparsity: float,
-    index: Tensor | None,
-    parts: list[_Part],
-) -> Step:
-    codes = join_codes([part.codes for part in parts])
-    to_z = torch.cat([part.to_z for part in parts])
-    numbers, x_sum, residual_sum = (torch.stack([part.sums[i] for part in parts]).sum(dim=0) for i in range(3))
-    error, n_active, square, z_sum = numbers
-    total, active, to_threshold = error / divisor, codes.values > 0, None
-    if spec.architecture == "relu":
-        weight = sparsity * spec.l1 / divisor
-        total, to_z = total + weight * z_sum, to_z + weight
-    elif spec.architecture == "jumprelu":
-        assert d.threshold is not None
-        excess = n_active / len(x) / spec.target_l0 - 1
-        total = total + sparsity * spec.l0_weight * excess**2
-        to_step = sparsity * spec.l0_weight * 2 * excess / (spec.target_l0 * len(x))
-        window = torch.cat([part.window for part in parts if part.window is not None])
-        to_threshold = (to_z * d.threshold[codes.columns] + to_step) * window / -spec.bandwidth
-    aux = None
-    auxes = [part.aux for part in parts if part.aux is not None]
-    if auxes:
-        assert index is not None
-        z, aux_to_z, aux_g = (torch.cat([aux[i] for aux in auxes]) for i in range(3))
-        missing, explained = (torch.stack([aux[i] for aux in auxes]).sum() for i in (3, 4))
-        scale = spec.aux_weight / explained.clamp(min=1e-30)
-        total = total + scale * missing
-        aux = Aux(index, z, aux_to_z, aux_g, scale)
-    fired = d.b_enc.new_zeros(d.n_latents).scatter_reduce_(0, codes.columns.long(), codes.values, "amax") > 0
-    return Step(
-        spec, d, ops, Loss(total, error, n_active.long(), fired), x, residuals, -2 / divisor, codes, to_z * active,
-        to_threshold, square - x_sum.square().sum() / len(x), residual_sum * (-2 / divisor), aux,
-    )  # fmt: skip
+        parts = in_parallel(forward.whole, rows)
+    return forward.joined(parts, warmth)

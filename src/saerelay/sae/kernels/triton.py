@@ -15,6 +15,9 @@ from torch import Tensor
 
 from saerelay.sae.kernels import select
 from saerelay.sae.kernels.codes import Codes
+from saerelay.sae.kernels.select import codes_at_least as codes_at_least
+from saerelay.sae.kernels.select import nonzero_codes as nonzero_codes
+from saerelay.sae.kernels.select import top_codes_of_batch as top_codes_of_batch
 
 try:
     import triton  # pyright: ignore[reportMissingImports]
@@ -57,7 +60,7 @@ def _sum_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
-# --- rows of Z: a program takes a token and a block of columns ---------------------------------------------------
+# --- rows of Z: a program takes a token and a block of columns ----------------------------------------------------
 
 
 @jit
@@ -127,7 +130,7 @@ def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-# --- rows of Zᵀ: a program takes a piece of a latent's tokens and a block of columns -----------------------------
+# --- rows of Zᵀ: a program takes a piece of a latent's tokens and a block of columns ------------------------------
 
 
 @jit
@@ -206,7 +209,7 @@ def decode_pair(
     _launch(_join_kernel, (n_extra, -(-D // block)), *arguments, BLOCK_D=block)
 
 
-# --- selection -----------------------------------------------------------------------------------------------------
+# --- selection ----------------------------------------------------------------------------------------------------
 
 
 @jit

@@ -66,7 +66,7 @@ def legs_by_origin(suite: Suite, layers: list[int] | None = None) -> dict[tuple[
     """
     continued = {(leg.parent, leg.site) for leg in suite.legs}
     legs = [leg for leg in suite.legs if (leg.id, leg.site) not in continued]
-    legs.sort(key=lambda leg: (PREFERRED.index(leg.control_kind), leg.seed, leg.id), reverse=True)
+    legs.sort(key=lambda leg: (PREFERRED.index(leg.control_kind or ""), leg.seed, leg.id), reverse=True)
     known = sorted({leg.layer for leg in legs})
     if missing := sorted(set(layers or ()) - set(known)):
         raise RunDirectoryError(

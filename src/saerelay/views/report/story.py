@@ -63,7 +63,7 @@ def trained(plan: Plan, summary: Document) -> str:
     """Which dictionaries were made, how, from what."""
     legs = _suite(summary)
     roots, children = [leg for leg in legs if not leg["parent"]], [leg for leg in legs if leg["parent"]]
-    first, data = legs[0], plan.run.data
+    first, data = legs[0], plan.recipe.data
     parts = [
         f"A {NAMES[first['architecture']]} sparse autoencoder with {first['n_latents']:,} latents for each layer of "
         f"{summary['model']} ({plan.facts.family}, {plan.facts.n_layers} layers, {plan.facts.d_model} wide, "
@@ -343,7 +343,7 @@ def plan_rows(plan: Plan) -> list[Document]:
                 "how": f"{leg.method}{' + refit' if leg.refit_tokens else ''}" if leg.method else "from scratch",
                 "tokens": format_count(leg.budget_tokens),
                 "moments": format_count(leg.moment_tokens) if leg.moment_tokens else "",
-                "lr": f"{leg.lr:.1e}",
+                "lr": f"{leg.schedule.lr:.1e}",
             }
             | {name: round(value, 2) for name, value in at.items()}
         )

@@ -1,0 +1,83 @@
+"""The loss that each architecture is trained with, by autograd on dense codes.
+
+Written for training units (see `units`). It is the reference that the sparse step of `kernels` is tested against, and
+what trains on devices without sparse kernels. Shapes: B tokens, D model width, F latents.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.spec import AnyDictionarySpec
+
+AUX_EVERY = 16
+"""AuxK looks at every 16th token of a batch, a fair sample of shuffled rows: as good, cheaper, and fewer stay dead."""
+
+
+class Loss(NamedTuple):
+    """The loss of a batch and what a training log needs; all but `total` are detached."""
+
+    total: Tensor
+    squared_error: Tensor
+    """Σ ‖x − x_hat‖² over the batch."""
+    n_active: Tensor
+    """Non-zero codes in the batch."""
+    fired: Tensor
+    """Bool (F): latents active on some token."""
+
+
+def error_divisor(spec: AnyDictionarySpec, x: Tensor) -> float:
+    """What Σ‖x − x_hat‖² is divided by in the loss: B·D in normalised units (so that it is close to FVU), else B."""
+    return float(x.numel() if spec.normalise else x.shape[0])
+
+
+def training_loss(
+    spec: AnyDictionarySpec,
+    dictionary: Dictionary,
+    x: Tensor,
+    *,
+    dead: Tensor | None = None,
+    warmth: float = 1.0,
+) -> Loss:
+    """The training loss on x (B, D) in training units, differentiable by autograd.
+
+    The squared error, plus the architecture's penalty at a share `warmth` in [0, 1] of its weight (its warm-up), plus
+    AuxK on the latents marked in `dead` (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
+    """
+    activation = spec.activation
+    divisor = error_divisor(spec, x)
+    pre = dictionary.pre_activations(x)
+    z = activation.training_codes(pre, dictionary.threshold)
+    residual = x - dictionary.decode(z)
+    error = residual.square().sum()
+    total = error / divisor
+    penalty = activation.training_penalty(pre, z, dictionary.threshold, divisor)
+    if penalty is not None:
+        total = total + warmth * penalty
+    if dead is not None and activation.weight_of_aux:
+        sample = slice(None, None, AUX_EVERY)
+        aux = aux_loss(dictionary, pre[sample], residual[sample].detach(), dead)
+        total = total + activation.weight_of_aux * aux
+    active = z > 0
+    return Loss(total, error.detach(), active.sum().detach(), active.any(dim=0).detach())
+
+
+def aux_loss(dictionary: Dictionary, pre: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    """AuxK: what share of the residual (B, D) the D/2 strongest dead latents of each token fail to explain.
+
+    Σ‖e − e_hat‖² / Σ‖e‖² with e_hat decoded without bias from the dead latents alone (Gao et al. 2024, eq. 6 and 7).
+    """
+    if not bool(dead.any()):
+        return pre.new_zeros(())
+    pre_dead = pre[:, dead]
+    values, indices = pre_dead.topk(k_aux(residual.shape[1], pre_dead.shape[1]), dim=-1, sorted=False)
+    z = torch.zeros_like(pre_dead).scatter(-1, indices, values.relu())
+    missing = residual - z @ dictionary.W_dec[dead]
+    return missing.square().sum() / residual.square().sum().clamp(min=1e-30)
+
+
+def k_aux(d_model: int, n_dead: int) -> int:
+    """How many dead latents AuxK uses on each token: half the model's width, if there are as many."""
+    return min(max(1, d_model // 2), n_dead)

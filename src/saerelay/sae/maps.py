@@ -1,0 +1,137 @@
+"""Affine maps between the activations of two sites, fitted on their moments in closed form.
+
+Shapes: S source width, T target width.
+"""
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from saerelay.errors import TransferError
+from saerelay.sae.moments import Moments
+from saerelay.sae.spec import Method
+
+RIDGE = 1e-3
+"""Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
+LEAST_RATE_SHARE = 0.03
+"""Learning rate after a hop that left nothing to explain, as a share of the rate from scratch."""
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """Two maps between the activations of a source and a target, fitted apart: x_t ≈ A x_s + c and x_s ≈ B x_t + b."""
+
+    A: Tensor
+    """(T, S)."""
+    c: Tensor
+    """(T)."""
+    B: Tensor
+    """(S, T)."""
+    b: Tensor
+    """(S)."""
+
+    def reversed(self) -> "AffineMap":
+        """The same, from the target to the source."""
+        return AffineMap(self.B, self.b, self.A, self.c)
+
+
+def identity(width: int) -> AffineMap:
+    """The plain copy of Ghilardi et al. 2024: A = B = I, c = b = 0."""
+    eye = torch.eye(width, dtype=torch.float64)
+    zeros = torch.zeros(width, dtype=torch.float64)
+    return AffineMap(eye, zeros, eye, zeros)
+
+
+def rescale(moments: Moments) -> AffineMap:
+    """Match mean and size: A = r·I with r the ratio of centred RMS norms, c = m_t − r·m_s, and the exact inverse."""
+    r = (moments.cov_target.trace() / moments.cov_source.trace()).sqrt()
+    eye = torch.eye(moments.n_source, dtype=torch.float64)
+    return _through_means(moments, r * eye, eye / r)
+
+
+def procrustes(moments: Moments) -> AffineMap:
+    """Best rotation times scale between centred activations (Schönemann 1966), and its exact inverse.
+
+    A = r·Q with UΣVᵀ the SVD of the cross-covariance (T, S), Q = UVᵀ and r = tr Σ / tr cov_s.
+    """
+    U, sigma, Vt = torch.linalg.svd(moments.cross, full_matrices=False)
+    Q = U @ Vt
+    r = sigma.sum() / moments.cov_source.trace()
+    return _through_means(moments, r * Q, Q.T / r)
+
+
+def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
+    """Ridge regression each way; B is fitted by itself, never as the inverse of an ill-conditioned A.
+
+    A = C_ts (C_ss + λI)⁻¹ with λ = `ridge` × mean variance of the source; B is the same with the roles exchanged.
+    """
+    A = regress(moments.cov_source, moments.cross.T, ridge).T
+    B = regress(moments.cov_target, moments.cross, ridge).T
+    return _through_means(moments, A, B)
+
+
+def unexplained(moments: Moments, ridge: float = RIDGE) -> float:
+    """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1."""
+    A = regress(moments.cov_source, moments.cross.T, ridge).T
+    variance = moments.cov_target.trace()
+    residual = variance - 2 * (A * moments.cross).sum() + ((A @ moments.cov_source) * A).sum()
+    return float((residual / variance).clamp(0, 1))
+
+
+def rate_share(moments: Moments, newness: float = 0.0) -> float:
+    """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
+
+    2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or 0.75·`newness`, if that is more, where `newness` is the share of
+    its own tokens in all that the dictionary will have been trained on, its parents' included: a parent that is far
+    from finished leaves much to learn as well. From the sweeps in docs/log.md, where 1 − R² was 0.03 to 0.17.
+    """
+    share = max(2.75 * unexplained(moments), 0.75 * newness, LEAST_RATE_SHARE)
+    return min(share, 1.0)
+
+
+def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """(cov + λI)⁻¹ cross with λ = `ridge` × mean variance; cov (S, S), cross (S, T)."""
+    damped = cov.clone()
+    damped.diagonal().add_(ridge * cov.diagonal().mean())
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+
+
+def _through_means(moments: Moments, A: Tensor, B: Tensor) -> AffineMap:
+    """The maps with linear parts A and B that take the one mean to the other."""
+    m_s = moments.mean_source
+    m_t = moments.mean_target
+    return AffineMap(A, m_t - A @ m_s, B, m_s - B @ m_t)
+
+
+def map_between(method: Method, width: int, moments: Moments | None) -> AffineMap:
+    """The map of a method; all but identity need moments.
+
+    Raises TransferError where the two widths differ and the method cannot bridge them, where the moments are of too few
+    tokens, and where they are not finite.
+    """
+    if moments and method in ("identity", "rescale") and moments.n_source != len(moments.mean_target):
+        raise TransferError(
+            f"method {method} needs a source and a target of the same width, these are {moments.n_source} and "
+            f"{len(moments.mean_target)} wide; use affine"
+        )
+    if method == "identity":
+        return identity(width)
+    if moments is None or moments.n_tokens <= 2 * width:
+        n_tokens = 0 if moments is None else moments.n_tokens
+        raise TransferError(
+            f"method {method} fits a {width}-dimensional map on {n_tokens} tokens; "
+            f"raise plan.moment_tokens over {2 * width}"
+        )
+    if not bool(torch.isfinite(moments.products).all()):
+        raise TransferError(f"method {method}: the activations it was to be fitted on are not all finite")
+    match method:
+        case "rescale":
+            return rescale(moments)
+        case "procrustes":
+            return procrustes(moments)
+        case "affine":
+            return affine(moments)
+        case unreachable:
+            assert_never(unreachable)

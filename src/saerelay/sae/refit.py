@@ -1,0 +1,148 @@
+"""The decoder refit: a dictionary's decoder in closed form, with its codes as they are.
+
+Shapes: B tokens, D model width, F latents.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saerelay.errors import TransferError
+from saerelay.sae.dictionary import Dictionary, unit_decoder
+from saerelay.sae.kernels import Codes, join_codes, products, reconstruct
+
+DIRECT_LATENTS = 16_384
+"""Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
+
+
+@dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """What a change ΔW (F, D) of the decoder has to solve: (ZᵀZ − n·mean·meanᵀ + damping) ΔW = goal.
+
+    The change of b_dec is eliminated; it follows from ΔW.
+    """
+
+    codes: Codes
+    """Z (B, F)."""
+    mean: Tensor
+    """(F): mean codes."""
+    squares: Tensor
+    """(F): Σ z²."""
+    damping: Tensor
+    """(F)."""
+    goal: Tensor
+    """(F, D): Zᵀ(residuals), centred."""
+
+    def solve_directly(self) -> Tensor:
+        """Factor the (F, F) matrix (Cholesky)."""
+        matrix = self.codes.gram().addr_(self.mean, self.mean, alpha=-self.codes.n_rows)
+        matrix.diagonal().add_(self.damping)
+        return torch.cholesky_solve(self.goal, torch.linalg.cholesky(matrix))
+
+    def solve_iteratively(self, tolerance: float, max_iterations: int) -> Tensor:
+        """Conjugate gradients, which never form the matrix."""
+        n = self.codes.n_rows
+        diagonal = (self.squares - n * self.mean.square() + self.damping).clamp(min=1e-12)
+        return conjugate_gradients(self.times, self.goal, diagonal, tolerance, max_iterations)
+
+    def times(self, W: Tensor) -> Tensor:
+        """The matrix times W (F, D)."""
+        ops = products(W.device)
+        product = ops.decode(self.codes.transposed()[0], ops.decode(self.codes, W))
+        product = product + self.damping[:, None] * W
+        return product - self.codes.n_rows * torch.outer(self.mean, self.mean @ W)
+
+
+@torch.no_grad()
+def refit(
+    dictionary: Dictionary,
+    x: Iterable[Tensor],
+    ridge: float = 0.1,
+    *,
+    direct: bool | None = None,
+    tolerance: float = 1e-3,
+    max_iterations: int = 200,
+) -> Dictionary:
+    """Refit a dictionary's decoder on activations x, batches (B, D), by ridge towards the decoder it has.
+
+    Minimises Σ‖x − b_dec − W_decᵀ z‖² + λ Σ_j g_j ‖w_j − w_j⁰‖² over W_dec and b_dec, with codes z fixed, g_j = Σ z_j²
+    plus its mean (so that a rare latent moves little and one that never fires not at all) and λ = `ridge`. Codes are
+    kept, sparse; activations are not. `direct` factors the (F, F) matrix, the default up to 16384 latents; above,
+    conjugate gradients never form it. Rows of the new decoder have unit norm: their norms go into the encoder.
+
+    >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
+    ...                  b_dec=torch.zeros(2))
+    >>> x = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
+    >>> better = refit(sae, [3 * x, 3 * x + 1])
+    >>> bool((better(3 * x) - 3 * x).norm() < 1e-3 * x.norm())
+    True
+
+    Raises TransferError if activations are not finite.
+    """
+    ops = products(dictionary.W_dec.device)
+    target = torch.zeros_like(dictionary.W_dec)
+    residual_sum = torch.zeros_like(dictionary.b_dec)
+    batches: list[Codes] = []
+    for batch in x:
+        codes, x_hat = reconstruct(dictionary, batch)
+        residual = batch - x_hat
+        target += ops.decode(codes.transposed()[0], residual)
+        residual_sum += residual.sum(dim=0)
+        batches.append(codes)
+    if not batches:
+        return dictionary
+    if not bool(torch.isfinite(residual_sum).all()):
+        raise TransferError("the decoder refit met activations that are not finite")
+
+    equations = _normal_equations(dictionary, join_codes(batches), target, residual_sum, ridge)
+    if direct is None:
+        direct = dictionary.n_latents <= DIRECT_LATENTS
+    change = equations.solve_directly() if direct else equations.solve_iteratively(tolerance, max_iterations)
+    changed = replace(
+        dictionary,
+        W_dec=dictionary.W_dec + change,
+        b_dec=dictionary.b_dec + residual_sum / equations.codes.n_rows - equations.mean @ change,
+    )
+    return unit_decoder(changed)
+
+
+def _normal_equations(
+    dictionary: Dictionary, codes: Codes, target: Tensor, residual_sum: Tensor, ridge: float
+) -> NormalEquations:
+    """Those of a refit, from codes of all tokens, Zᵀ(residuals) (F, D) and Σ residuals (D)."""
+    zeros = torch.zeros_like(dictionary.b_enc)
+    squares = zeros.index_add(0, codes.columns, codes.values.square())
+    mean = zeros.index_add(0, codes.columns, codes.values) / codes.n_rows
+    damping = (ridge * (squares + squares.mean())).clamp(min=1e-12)
+    goal = target - torch.outer(mean, residual_sum)
+    return NormalEquations(codes=codes, mean=mean, squares=squares, damping=damping, goal=goal)
+
+
+def conjugate_gradients(
+    normal: Callable[[Tensor], Tensor], goal: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int
+) -> Tensor:
+    """Solve normal(X) = goal for X (F, D), column by column side by side, preconditioned by `diagonal` (F).
+
+    `normal` is symmetric and positive definite; stops when ‖residual‖ ≤ tolerance·‖goal‖ in every column
+    (Hestenes and Stiefel 1952).
+    """
+    X = torch.zeros_like(goal)
+    R = goal.clone()
+    Z = R / diagonal[:, None]
+    P = Z.clone()
+    rz = (R * Z).sum(dim=0)
+    small = (tolerance * goal.norm(dim=0)).clamp(min=1e-30)
+    for _ in range(max_iterations):
+        if bool((R.norm(dim=0) <= small).all()):
+            break
+        Q = normal(P)
+        step = rz / (P * Q).sum(dim=0).clamp(min=1e-30)
+        X += step * P
+        R -= step * Q
+        Z = R / diagonal[:, None]
+        rz_next = (R * Z).sum(dim=0)
+        P = Z + (rz_next / rz.clamp(min=1e-30)) * P
+        rz = rz_next
+    return X

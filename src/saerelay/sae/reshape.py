@@ -1,0 +1,160 @@
+"""Give a dictionary other latents: revive silent ones, grow or prune it, change its architecture.
+
+Shapes: B tokens, D model width, F latents, N silent latents.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.architectures import architecture_named
+from saerelay.sae.dictionary import Dictionary, match_l0
+from saerelay.sae.kernels import reconstruct
+from saerelay.sae.maps import RIDGE, regress
+
+SAMPLE_ROWS = 8_192
+"""Tokens on which revived latents are set to fire as often as they should."""
+SILENT_BELOW = 1 / 16_384
+"""A latent that fires on a smaller share of tokens is silent."""
+REVIVED_FREQUENCY = 1 / 3
+"""How often revived latents fire at first, relative to the mean latent."""
+ADDED_FREQUENCY = 0.1
+"""The same for latents that are added to a dictionary: at a third they displace too much (docs/log.md)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a dictionary is reshaped to."""
+
+    architecture: str
+    n_latents: int
+    l0: float | None
+    """Mean number of active latents; None where the architecture and its threshold stay as they are."""
+    seed: int = 0
+
+
+@torch.no_grad()
+def revive(dictionary: Dictionary, x: Tensor, seed: int = 0, frequency: float = REVIVED_FREQUENCY) -> Dictionary:
+    """Give latents that are silent on activations x (B, D) something of x to stand for; others stay as they are.
+
+    Each takes up the residual r of a token drawn with probability ∝ ‖r‖², as in Bricken et al. 2023, but its encoder is
+    the matched filter for r in what x is otherwise, C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon 1969), and its bias
+    lets it fire `frequency` times as often as the mean latent. The decoder is best refitted after this.
+    """
+    counts, residual = _firing_and_residual(dictionary, x)
+    silent = (counts < SILENT_BELOW * len(x)).nonzero()[:, 0]
+    if not len(silent):
+        return dictionary
+    chances = residual.square().sum(dim=1).double().cpu()
+    if not bool(chances.sum() > 0) or not bool(torch.isfinite(chances).all()):
+        return dictionary
+
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(chances, len(silent), replacement=True, generator=generator)
+    directions = torch.nn.functional.normalize(residual[drawn.to(x.device)], dim=1)
+
+    mean = x.mean(dim=0)
+    filters = _matched_filters(x - mean, directions).to(x)
+
+    # A filter answers (x − mean)·filter. It fires on the `n_firing` tokens of the sample that it answers to most if its
+    # bias puts the answer to the last of these at the level that it takes to fire.
+    sample = x[:SAMPLE_ROWS]
+    n_fired = float(counts.sum())
+    n_firing = max(1, round(frequency * n_fired / len(x) / dictionary.n_latents * len(sample)))
+    answers = [((sample - mean) @ part.T).topk(n_firing, dim=0).values[-1] for part in filters.split(1024)]
+    level = dictionary.activation.firing_level(dictionary, sample, silent)
+    biases = level - torch.cat(answers) - filters @ mean
+    return replace(
+        dictionary,
+        W_enc=dictionary.W_enc.index_copy(0, silent, filters),
+        b_enc=dictionary.b_enc.index_copy(0, silent, biases),
+        W_dec=dictionary.W_dec.index_copy(0, silent, directions),
+    )
+
+
+def _firing_and_residual(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
+    """On how many tokens each latent fires (F), and what is left of activations x (B, D)."""
+    counts = torch.zeros_like(dictionary.b_enc)
+    residuals = []
+    for part in x.split(4096):
+        codes, x_hat = reconstruct(dictionary, part)
+        active = codes.columns[codes.values > 0].long()
+        counts += torch.bincount(active, minlength=dictionary.n_latents)
+        residuals.append(part - x_hat)
+    return counts, torch.cat(residuals)
+
+
+def _matched_filters(centred: Tensor, directions: Tensor) -> Tensor:
+    """C⁻¹r / rᵀC⁻¹r for directions r (N, D), with C the covariance of centred activations (B, D); float64."""
+    cov = centred.T.double() @ centred.double() / len(centred)
+    filters = regress(cov, directions.T.double(), RIDGE).T
+    return filters / (filters * directions).sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def reshape(dictionary: Dictionary, x: Tensor, shape: Shape) -> Dictionary:
+    """Give a dictionary another architecture, number of latents, or mean L0 on activations x (B, D).
+
+    With fewer latents those stay, in their order, that put most into reconstructions, by Σ z²‖w‖²; new ones are added
+    behind the others and revived (see `revive`). Other weights stay; `shape.l0` sets k, thresholds or (ReLU) biases.
+
+    >>> sae = Dictionary(architecture="topk", k=1, W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
+    ...                  b_dec=torch.zeros(4))
+    >>> x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 2.0, 0.1])
+    >>> smaller = reshape(sae, x, Shape("jumprelu", 2, 0.5))
+    >>> smaller.W_dec.argmax(dim=1).tolist(), float((smaller.encode(x) > 0).sum(dim=1).float().mean())
+    ([1, 2], 0.5)
+    """
+    sample = x[:SAMPLE_ROWS]
+    n_before = dictionary.n_latents
+    if shape.n_latents < n_before:
+        dictionary = _pruned(dictionary, x, shape.n_latents)
+    dictionary = _converted(dictionary, shape)
+    if shape.l0:
+        dictionary = match_l0(dictionary, sample, shape.l0)
+    if shape.n_latents > n_before:
+        grown = _with_empty_latents(dictionary, shape.n_latents - n_before)
+        dictionary = revive(grown, x, shape.seed, ADDED_FREQUENCY)
+        if shape.l0:
+            dictionary = match_l0(dictionary, sample, shape.l0)
+    return dictionary
+
+
+def _pruned(dictionary: Dictionary, x: Tensor, n_latents: int) -> Dictionary:
+    """Only the latents that put most into the reconstructions of x (B, D), in their order."""
+    squares = torch.zeros_like(dictionary.b_enc)
+    for part in x.split(4096):
+        codes, _ = reconstruct(dictionary, part)
+        squares.index_add_(0, codes.columns.long(), codes.values.square())
+    contribution = squares * dictionary.W_dec.square().sum(dim=1)
+    best = contribution.topk(n_latents).indices.sort().values
+    rows = {name: tensor[best] for name, tensor in dictionary.tensors().items() if name != "b_dec"}
+    return dictionary.with_tensors(rows)
+
+
+def _converted(dictionary: Dictionary, shape: Shape) -> Dictionary:
+    """The same weights under another architecture, whose k is the L0 that is asked for, or the one it had."""
+    kind = architecture_named(shape.architecture)
+    activation = kind.of_dictionary(dictionary.k)
+    if shape.l0:
+        activation = activation.with_l0(shape.l0)
+    return replace(
+        dictionary,
+        architecture=kind.name,
+        k=activation.published_k,
+        threshold=dictionary.threshold if kind.has_threshold else None,
+    )
+
+
+def _with_empty_latents(dictionary: Dictionary, n_added: int) -> Dictionary:
+    """More latents, which never fire."""
+    wider: dict[str, Tensor] = {}
+    for name, tensor in dictionary.tensors().items():
+        if name == "b_dec":
+            continue
+        added = tensor.new_zeros(n_added, *tensor.shape[1:])
+        if name == "threshold":
+            added += tensor.median()
+        wider[name] = torch.cat([tensor, added])
+    return dictionary.with_tensors(wider)

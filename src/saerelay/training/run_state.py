@@ -1,0 +1,138 @@
+"""Everything that changes while a plan runs, and how it is saved and taken up again."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saerelay.data.stream import Block
+from saerelay.planning.plan import Plan
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.state import load_state, prefixed, save_state, under
+from saerelay.sae.moments import Moments
+from saerelay.site import Site
+from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.state import TraineeState
+
+
+def _no_seconds() -> dict[str, float]:
+    return {"total": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0}
+
+
+def _no_positions() -> dict[str, int]:
+    return {"read": 0, "left_out": 0, "held_out": 0}
+
+
+@dataclass
+class Training:
+    """A plan under way; `save` and `restore` are all of resume."""
+
+    plan: Plan
+    cohort: Cohort
+    cursor: int = 0
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """Of the hops that are coming, by leg."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why legs had to stop."""
+    seconds: dict[str, float] = field(default_factory=_no_seconds)
+    positions: dict[str, int] = field(default_factory=_no_positions)
+    """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
+    held_out: dict[Site, Tensor] = field(default_factory=dict)
+    """Validation activations of all sites, if legs have goals."""
+
+    @property
+    def ended(self) -> set[str]:
+        """Legs whose time has come and that do not live any more (or never did)."""
+        return {leg.id for leg in self.plan.legs if leg.fold_at < self.cursor and leg.id not in self.cohort}
+
+    @property
+    def n_repetitions(self) -> int:
+        """How many times some live leg trains on a block."""
+        return max((trainee.leg.schedule.reuse for trainee in self.cohort.live), default=1)
+
+    def count(self, block: Block) -> None:
+        """Count the positions of a block that was read."""
+        self.positions["read"] += block.keep.numel()
+        self.positions["left_out"] += int((~block.keep).sum())
+
+    def save(self, paths: RunDirectory) -> None:
+        """Write the resume state."""
+        tensors: dict[str, Tensor] = {}
+        for leg_id, trainee in self.cohort.trainees.items():
+            tensors.update(prefixed(f"leg/{leg_id}", trainee.state.tensors()))
+        for leg_id, moments in self.moments.items():
+            tensors.update(prefixed(f"moments/{leg_id}", moments.state()))
+        facts = {
+            "cursor": self.cursor,
+            "failures": self.failures,
+            "seconds": self.seconds,
+            "positions": self.positions,
+            "live": list(self.cohort.trainees),
+            "moments": list(self.moments),
+            "machine": machine(),
+        }
+        save_state(paths.state, tensors, facts)
+
+    @classmethod
+    def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device) -> "Training":
+        """Take up the saved state, or start at zero where there is none."""
+        training = cls(plan, Cohort(plan.recipe.train.batch_tokens))
+        saved = load_state(paths.state)
+        if saved is None:
+            return training
+        tensors, facts = saved
+        training.cursor = facts["cursor"]
+        training.failures = facts["failures"]
+        training.seconds = facts["seconds"]
+        training.positions = facts["positions"]
+        for leg_id in facts["live"]:
+            own = {name: tensor.to(device) for name, tensor in under(f"leg/{leg_id}", tensors).items()}
+            leg = plan.leg(leg_id)
+            training.cohort.add(Trainee(leg, plan.recipe.train, TraineeState.restore(leg, own)))
+        for leg_id in facts["moments"]:
+            training.moments[leg_id] = Moments.restore(under(f"moments/{leg_id}", tensors))
+        return training
+
+
+def machine() -> dict[str, Any]:
+    """What bitwise equality depends on."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time spent inside to `seconds[name]`."""
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,172 @@
+"""All of one SAE in training that is not a function of its age: its parameters, units, optimizer and counts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saerelay.planning.plan import Leg
+from saerelay.planning.recipe import TrainSpec
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.initialise import initialise
+from saerelay.sae.threads import alone
+from saerelay.sae.units import to_training_units
+from saerelay.spec import seed_from
+
+INITIAL_ROWS = 1_024
+"""Rows that a fresh dictionary's scale and thresholds are set on."""
+
+
+@dataclass
+class TraineeState:
+    """All of a trainee that is not a function of its age: what is saved, and nothing else is."""
+
+    dictionary: Dictionary
+    """In training units; W_enc reads activations times `whitening`."""
+    mean: Tensor
+    """(D): the dictionary is one of (x − mean) / scale."""
+    scale: Tensor
+    whitening: Tensor | None
+    """(D, D); None if the encoder reads activations as they are."""
+    gradient_means: dict[str, Tensor]
+    """Adam's first moments, by parameter; parameters that are not trained have none."""
+    gradient_squares: dict[str, Tensor]
+    n_steps: Tensor
+    last_fired: Tensor
+    """int64 (F): age at which each latent fired last."""
+    budget_tokens: int
+    """The leg's, or less once its goal is in sight."""
+    age: int = 0
+    lr_share: float = 1.0
+    """What the leg's learning rate is multiplied by."""
+    seconds: float = 0.0
+    """Spent in steps."""
+    failure: str = ""
+    """Why training stopped; "" while it goes on."""
+
+    @classmethod
+    def begin(
+        cls,
+        dictionary: Dictionary,
+        units: tuple[Tensor, Tensor],
+        whitening: Tensor | None,
+        *,
+        budget_tokens: int,
+        lr_share: float = 1.0,
+    ) -> "TraineeState":
+        """At age 0, with parameters of its own and a fresh optimizer."""
+        own = {name: tensor.detach().clone() for name, tensor in dictionary.tensors().items()}
+        trained = dict(own)
+        if dictionary.activation.threshold_is_calibrated:
+            del trained["threshold"]
+        device = dictionary.W_enc.device
+        return cls(
+            dictionary=dictionary.with_tensors(own),
+            mean=units[0],
+            scale=units[1],
+            whitening=whitening,
+            gradient_means={name: torch.zeros_like(tensor) for name, tensor in trained.items()},
+            gradient_squares={name: torch.zeros_like(tensor) for name, tensor in trained.items()},
+            n_steps=torch.zeros((), device=device),
+            last_fired=torch.zeros(dictionary.n_latents, dtype=torch.int64, device=device),
+            budget_tokens=budget_tokens,
+            lr_share=lr_share,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but a failure, as tensors; a leg that failed is not saved."""
+        tensors = {f"parameter.{name}": tensor for name, tensor in self.dictionary.tensors().items()}
+        for name, tensor in self.gradient_means.items():
+            tensors[f"adam.exp_avg.{name}"] = tensor
+        for name, tensor in self.gradient_squares.items():
+            tensors[f"adam.exp_avg_sq.{name}"] = tensor
+        if self.whitening is not None:
+            tensors["whitening"] = self.whitening
+        tensors["adam.step"] = self.n_steps
+        tensors["mean"] = self.mean
+        tensors["scale"] = self.scale
+        tensors["last_fired"] = self.last_fired
+        tensors["age"] = torch.tensor(self.age)
+        tensors["budget"] = torch.tensor(self.budget_tokens)
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        tensors["lr_share"] = torch.tensor(self.lr_share, dtype=torch.float64)
+        return tensors
+
+    @classmethod
+    def restore(cls, leg: Leg, tensors: Mapping[str, Tensor]) -> "TraineeState":
+        """Undo `tensors`."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+        activation = leg.dictionary.activation
+        return cls(
+            dictionary=Dictionary(architecture=activation.name, k=activation.published_k, **under("parameter.")),
+            mean=tensors["mean"],
+            scale=tensors["scale"],
+            whitening=tensors.get("whitening"),
+            gradient_means=under("adam.exp_avg."),
+            gradient_squares=under("adam.exp_avg_sq."),
+            n_steps=tensors["adam.step"],
+            last_fired=tensors["last_fired"],
+            budget_tokens=int(tensors["budget"]),
+            age=int(tensors["age"]),
+            lr_share=float(tensors["lr_share"]),
+            seconds=float(tensors["seconds"]),
+        )
+
+
+def first_state(
+    leg: Leg, spec: TrainSpec, first: Tensor, inherited: Dictionary | None = None, *, lr_share: float = 1.0
+) -> TraineeState:
+    """The state at age 0.
+
+    `first` are raw activations (B, D) of the leg's site that fix its units; `inherited` is the folded parent, in
+    canonical form, or None to start from scratch.
+    """
+    first = first.float()
+    with alone():
+        units = _units(first) if leg.dictionary.normalise else _no_units(first)
+        mean, scale = units
+        normalised = (first - mean) / scale
+        if inherited is None:
+            generator = torch.Generator().manual_seed(seed_from("init", leg.seed, str(leg.site)))
+            dictionary = initialise(leg.dictionary, normalised[:INITIAL_ROWS], generator)
+        else:
+            dictionary = to_training_units(inherited.to(first.device), mean, scale)
+        whitening = None
+        power = spec.optimizer.whitening
+        if power and leg.dictionary.normalise:
+            whitening = whitening_matrix(normalised, power)
+            W_enc = torch.linalg.solve(whitening.double(), dictionary.W_enc.double(), left=False)
+            dictionary = replace(dictionary, W_enc=W_enc.float())
+        return TraineeState.begin(dictionary, units, whitening, budget_tokens=leg.budget_tokens, lr_share=lr_share)
+
+
+def _units(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D) and scale (scalar): the centred activations over `scale` have mean square 1 in each dimension."""
+    parts = x.cpu().split(4096)
+    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
+    square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
+    return mean.to(x), square.sqrt().clamp(min=1e-12).to(x)
+
+
+def _no_units(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(x[0]), torch.ones_like(x[0, 0])
+
+
+def whitening_matrix(x: Tensor, power: float) -> Tensor:
+    """(C + λI)^-power of the covariance C of x (B, D), in training units; λ is a thousandth of the mean variance.
+
+    An encoder that reads x times this learns as if its gradient were multiplied by C^(-2·power): directions of little
+    variance keep up (as in K-FAC, Martens and Grosse 2015, and Shampoo, Gupta et al. 2018, of which this is the
+    input's half, held fixed). Entries are rounded to bfloat16, so that products in it change nothing.
+
+    >>> x = torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 0.5])
+    >>> (x @ whitening_matrix(x, 0.5)).std(dim=0).round(decimals=1)
+    tensor([1., 1.])
+    """
+    variances, axes = torch.linalg.eigh((x.T @ x / len(x)).double())
+    damped = variances + 1e-3 * variances.mean()
+    return ((axes * damped**-power) @ axes.T).bfloat16().float()

@@ -1,0 +1,101 @@
+"""From text to the stream of activations that a plan trains on."""
+
+import math
+import shutil
+from contextlib import nullcontext
+
+import numpy as np
+from rich.console import Console
+
+from saerelay.data.cache import ActivationCache
+from saerelay.data.corpus import Corpus, prepare
+from saerelay.data.stream import LiveStream
+from saerelay.errors import DataError
+from saerelay.lm.model import load_model
+from saerelay.lm.tokens import load_tokenizer
+from saerelay.planning.plan import Plan
+from saerelay.runs.directory import RunDirectory
+from saerelay.spec import format_count
+from saerelay.training.train import HELD_OUT_ROWS
+
+
+def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_least: int = 0) -> Corpus:
+    """The run's tokens: those it has, if they are enough for the plan, or new ones that take their place.
+
+    As many as `at_least` are taken if the corpus has them.
+    """
+    data = plan.recipe.data
+    if (paths.tokens / "corpus.json").is_file():
+        corpus = Corpus.open(paths.tokens)
+        if corpus.train.size * data.epochs >= plan.n_tokens:
+            return corpus
+    tokenizer = None if data.tokens else load_tokenizer(plan.recipe.model)
+    fresh = paths.tokens.with_name("tokens.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with console.status("reading the corpus") if console else nullcontext() as status:
+
+        def show(n_tokens: int) -> None:
+            if status:
+                status.update(f"reading the corpus: {format_count(n_tokens)} tokens")
+
+        prepare(
+            plan.recipe,
+            plan.facts,
+            tokenizer,
+            fresh,
+            train_sequences=math.ceil(max(plan.n_tokens, at_least) / data.context),
+            eval_sequences=math.ceil(plan.recipe.evaluate.tokens / data.context),
+            progress=show,
+        )
+    try:
+        _check_corpus(plan, Corpus.open(fresh))
+    except DataError:
+        shutil.rmtree(fresh)
+        raise
+    shutil.rmtree(paths.tokens, ignore_errors=True)
+    fresh.replace(paths.tokens)
+    return Corpus.open(paths.tokens)
+
+
+def _check_corpus(plan: Plan, corpus: Corpus) -> None:
+    """Raise DataError unless there are enough training tokens for the plan at the epochs given."""
+    epochs = plan.recipe.data.epochs
+    available = corpus.train.size
+    if available * epochs < plan.n_tokens:
+        needed = math.ceil(plan.n_tokens / available)
+        times = f" (x {epochs} epochs)" if epochs > 1 else ""
+        raise DataError(
+            f"the plan needs {plan.n_tokens:,} training tokens and the corpus has {available:,}{times}; "
+            f"set data.epochs = {needed}, lower plan.root_tokens or transfer_tokens, or give more text"
+        )
+
+
+def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
+    """The plan's activations of sequences (N, context), with the language model, unless all of them are in data.cache.
+
+    Raises DataError if the cache is damaged, or if what it lacks does not fit on its disk.
+    """
+    if not plan.recipe.data.cache:
+        return LiveStream(load_model(plan), sequences, plan)
+    cache = ActivationCache(plan)
+    stream = LiveStream(None, sequences, plan, cache)
+    needed = stream.uncached_bytes()
+    existing = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DataError(
+            f"{cache.folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
+            'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
+            "fewer tokens or layers"
+        )
+    if needed:
+        stream.model = load_model(plan)
+    return stream
+
+
+def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:
+    """Blocks of HELD_OUT_ROWS positions of the validation split."""
+    context = plan.recipe.data.context
+    block_tokens = context * math.ceil(HELD_OUT_ROWS / context)
+    small = plan.changed(block_tokens=block_tokens)
+    return LiveStream(stream.model or load_model(plan), corpus.validation, small)

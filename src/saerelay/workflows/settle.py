@@ -1,0 +1,210 @@
+"""Settles the plan of a run before it starts: compiled from a recipe, taken up again, or extended."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.interop import load_dictionary, own, write_dictionary
+from saerelay.interop.hub import local
+from saerelay.interop.origin import Origin
+from saerelay.lm.facts import read_facts
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.cost import plan_cost
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import External, Plan
+from saerelay.planning.recipe import Recipe
+from saerelay.runs.directory import RunDirectory, read_plan
+from saerelay.runs.state import state_facts
+from saerelay.sae.dictionary import Dictionary
+
+FREE_TO_CHANGE = {
+    "train": ("checkpoint_every", "loggers", "memory_gib"),
+    "evaluate": ("tokens", "ce"),
+}
+"""Keys of a recipe that may differ from those a run was begun with."""
+LEFT_BY_A_FAILED_START = {
+    "state",
+    "tokens",
+    "tokens.new",
+    ".tokens.new.partial",
+    ".plan.json.tmp",
+    ".saerelay-demo",
+    "survey",
+    "survey.json",
+    ".survey.json.tmp",
+    "parent",
+    "parents",
+}
+
+
+def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
+    """Compile a recipe for the model it names: reads the model's configuration, no weights.
+
+    With a `finished` plan, what the recipe adds to it is placed after its end.
+    """
+    facts = read_facts(recipe.model)
+    externals = {}
+    for leg in recipe.plan.legs:
+        if "/" in leg.parent:
+            externals[leg.parent] = describe_external(leg.parent)
+    return compile_plan(
+        recipe,
+        facts,
+        externals=externals,
+        memory_bytes=memory_allowed(recipe, facts),
+        finished=finished,
+    )
+
+
+def memory_allowed(recipe: Recipe, facts: ModelFacts) -> float:
+    """Bytes that the training state of all live legs may take."""
+    gib = recipe.train.memory_gib
+    return 0.7 * device_memory(facts.device) if gib == "auto" else gib * 2**30
+
+
+def device_memory(device: str) -> float:
+    """Bytes of memory of a device, free or not."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+# --- parents outside the plan ------------------------------------------------------------------------------------
+
+
+def describe_external(reference: str) -> External:
+    """What a plan must know of a parent outside it: a dictionary of any format."""
+    dictionary, origin = _load_with_site(reference)
+    assert origin.site
+    return External(
+        layer=origin.site.layer,
+        module=origin.site.module,
+        architecture=dictionary.architecture,
+        n_latents=dictionary.n_latents,
+        d_model=dictionary.d_model,
+        k=dictionary.k,
+        l0=origin.l0,
+        model=origin.model,
+        path=str(local(reference).resolve()),
+    )
+
+
+def _load_with_site(reference: str) -> tuple[Dictionary, Origin]:
+    dictionary, origin = load_dictionary(reference)
+    if not origin.site:
+        raise FormatError(
+            f"{reference}: its files do not say which layer it reads; `saerelay import {reference} --layer N --out "
+            "DIR` makes a copy that does, for parent = DIR"
+        )
+    return dictionary, origin
+
+
+def with_canonical_parents(plan: Plan, paths: RunDirectory) -> Plan:
+    """The plan with parents of other formats copied into the run in canonical form, which is all that training reads.
+
+    Parents in our own format are read where they are.
+    """
+    externals = {}
+    for reference, external in plan.externals.items():
+        if not own.recognises(Path(external.path)):
+            digest = hashlib.blake2b(reference.encode(), digest_size=8).hexdigest()
+            dictionary, origin = _load_with_site(reference)
+            write_dictionary(paths.root / "parents" / digest, dictionary, origin, own.NAME)
+            external = external.changed(path=f"parents/{digest}")
+        externals[reference] = external
+    return plan.changed(externals=externals)
+
+
+# --- a run directory -----------------------------------------------------------------------------------------------
+
+
+def check_directory(paths: RunDirectory, *, resume: bool) -> None:
+    """Refuse a directory that holds another run, or anything else, before touching it."""
+    if not paths.root.exists():
+        return
+    if not paths.root.is_dir():
+        raise RunDirectoryError(f"{paths.root} is a file; choose another --out")
+    if paths.plan.is_file():
+        if not resume:
+            raise RunDirectoryError(
+                f"{paths.root} already holds a run; continue it with --resume, or choose another --out"
+            )
+        return
+    others = [path.name for path in paths.root.iterdir() if path.name not in LEFT_BY_A_FAILED_START]
+    if others:
+        raise RunDirectoryError(f"{paths.root} is not empty and holds no run ({others[0]}, ...); choose another --out")
+    if (paths.root / "state").exists() and not resume:
+        raise RunDirectoryError(
+            f"{paths.root} contains a run that stopped before training began; restart it with --resume"
+        )
+
+
+def new_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
+    """The plan of a run that begins; tokens of one that never began, perhaps with another recipe, are removed."""
+    plan = plan_run(recipe)
+    shutil.rmtree(paths.tokens, ignore_errors=True)
+    return plan
+
+
+def resumed_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
+    """The plan that a run was begun with, and the recipe's keys that are free to change."""
+    old = read_plan(paths.root)
+    _check_same(old.recipe, recipe, paths)
+    sections: dict[str, Any] = {}
+    for name, keys in FREE_TO_CHANGE.items():
+        now = getattr(recipe, name)
+        sections[name] = getattr(old.recipe, name).changed(**{key: getattr(now, key) for key in keys})
+    return old.changed(recipe=old.recipe.changed(**sections))
+
+
+def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
+    """The plan of a finished run with what the recipe adds: legs, layers, or tokens of a leg."""
+    old = read_plan(paths.root)
+    _check_same(old.recipe, recipe, paths, extending=True)
+    saved = state_facts(paths.state)
+    if saved is None or saved["cursor"] < old.n_tokens:
+        raise RunDirectoryError(f"{paths.root} is not finished; finish it with --resume before extending it")
+    plan = plan_run(recipe, finished=old)
+    if plan.legs == old.legs:
+        raise RunDirectoryError(
+            f"{paths.root}: the recipe adds nothing to this run; add legs, layers or tokens to extend it"
+        )
+    return plan
+
+
+def _check_same(old: Recipe, new: Recipe, paths: RunDirectory, *, extending: bool = False) -> None:
+    """A run goes on with the recipe it began with, but for keys free to change; extending changes layers and plan."""
+    before = old.model_dump(mode="json")
+    after = new.model_dump(mode="json")
+    lines = []
+    for section, values in after.items():
+        for key, value in values.items():
+            free = key in FREE_TO_CHANGE.get(section, ())
+            if extending:
+                free = free or section == "plan" or (section, key) == ("sites", "layers")
+            if not free and before[section].get(key) != value:
+                lines.append(f"  {section}.{key}: {before[section].get(key)!r} in the run, {value!r} in the recipe")
+    if lines:
+        differences = "\n".join(lines)
+        raise RunDirectoryError(
+            f"{paths.root} was begun with another recipe:\n{differences}\nresume it with {paths.recipe}, "
+            "choose another --out, or, to add legs or tokens to a finished run, use --extend"
+        )
+
+
+def check_disk(plan: Plan, paths: RunDirectory) -> None:
+    """Refuse to begin what the disk cannot hold; a run that goes on has taken its space already."""
+    if paths.plan.is_file():
+        return
+    needed = plan_cost(plan).disk_bytes
+    free = shutil.disk_usage(paths.root).free
+    if needed > free:
+        raise RunDirectoryError(
+            f"{paths.root}: the run needs up to {needed / 2**30:.1f} GiB on disk and {free / 2**30:.1f} GiB are free; "
+            "free space, choose another --out, or lower n_latents or the number of snapshots"
+        )

@@ -1,0 +1,65 @@
+"""The survey behind `preset = "auto"`, made where there is none yet, and the legs chosen by it."""
+
+import shutil
+from pathlib import Path
+from shlex import quote
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from saerelay.errors import Interrupted
+from saerelay.lm.facts import read_facts
+from saerelay.planning.choose import Choice, choose
+from saerelay.planning.recipe import Recipe, annotated_toml
+from saerelay.planning.survey import Survey, survey_plan
+from saerelay.runs.directory import RunDirectory, read_plan
+from saerelay.runs.files import write_text
+from saerelay.training.train import train_plan
+from saerelay.workflows.activations import open_stream, open_validation, tokenise
+from saerelay.workflows.pilots import measure_survey
+from saerelay.workflows.settle import memory_allowed
+from saerelay.workflows.watching import watching
+
+
+def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> tuple[Survey, Choice]:
+    """What a survey measures of a recipe's layers, and the legs chosen by it; a finished survey is not made again.
+
+    It lives in `survey/` of the run directory until it is done, and is resumed there after an interruption.
+    """
+    facts = read_facts(recipe.model)
+    memory = memory_allowed(recipe, facts)
+    plan = survey_plan(recipe, facts, memory)
+    if paths.survey.is_file():
+        survey = Survey.from_json(paths.survey)
+        if survey_plan(survey.asked, facts, memory) == plan:  # whatever the budget or the ratio was
+            return survey, choose(recipe, facts, survey, memory)
+
+    inner = RunDirectory(paths.root / "survey")
+    if not inner.plan.is_file() or read_plan(inner.root) != plan:
+        shutil.rmtree(inner.root, ignore_errors=True)
+        shutil.rmtree(paths.tokens, ignore_errors=True)
+        write_text(inner.recipe, annotated_toml(recipe))
+        write_text(inner.plan, plan.to_json())
+    corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
+    stream = open_stream(plan, corpus.train)
+    if console:
+        console.print("surveying the layers")
+    try:
+        with watching(plan, inner, console) as watcher:
+            train_plan(plan, inner, stream, watcher, stream.device)
+        survey = measure_survey(recipe, plan, inner, stream, open_validation(plan, stream, corpus))
+    except (Interrupted, KeyboardInterrupt):
+        command = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
+        raise Interrupted(command) from None
+    write_text(paths.survey, survey.to_json())
+    shutil.rmtree(inner.root)
+    return survey, choose(recipe, facts, survey, memory)
+
+
+def survey_once(recipe: Recipe, console: Console | None) -> tuple[Survey, Choice]:
+    """A survey, and the legs chosen by it, that leave no files behind."""
+    with TemporaryDirectory(prefix="saerelay-survey-") as directory:
+        try:
+            return survey_run(recipe, RunDirectory(Path(directory)), console)
+        except Interrupted:
+            raise KeyboardInterrupt from None

@@ -1,0 +1,71 @@
+"""How long a plan will take here, from one forward pass and a few steps of each shape of leg."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from saerelay.data.stream import LM_BATCH_TOKENS
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.plan import Leg, Plan
+from saerelay.training.engine import Trainee
+from saerelay.training.state import first_state
+
+REPEATS = 5
+
+
+def time_plan(plan: Plan, model: LanguageModel) -> dict[str, float]:
+    """Seconds a plan should take: of the language model, of training steps, and in total."""
+    lm = _forward_seconds(plan, model)
+    steps = 0.0
+    seconds_by_shape: dict[tuple, float] = {}
+    for leg in plan.legs:
+        width = plan.facts.width(leg.site)
+        shape = (width, leg.schedule.batch_tokens, leg.dictionary)
+        if shape not in seconds_by_shape:
+            seconds_by_shape[shape] = _step_seconds(plan, leg, width, model.device)
+        steps += leg.budget_tokens * seconds_by_shape[shape]
+    return {"lm": lm, "steps": steps, "total": lm + steps}
+
+
+def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
+    """Seconds of the language model, which stops at the deepest open site of each block."""
+    context = plan.recipe.data.context
+    shape = (max(1, LM_BATCH_TOKENS // context), context)
+    tokens = torch.randint(plan.facts.vocab_size, shape, device=model.device)
+    deepest = plan.sites[-1]
+    per_token = _median_seconds(lambda: model.harvest(tokens, [deepest]), model.device) / tokens.numel()
+    seconds = 0.0
+    for start in range(0, plan.n_tokens, plan.block_tokens):
+        sites = plan.open_sites(start, start + plan.block_tokens)
+        if sites:
+            depth = (sites[-1].layer + 1) / (deepest.layer + 1)
+            seconds += plan.block_tokens * per_token * depth
+    return seconds
+
+
+def _step_seconds(plan: Plan, leg: Leg, width: int, device: torch.device) -> float:
+    """Seconds per token of a leg's training step."""
+    batch = leg.schedule.batch_tokens
+    x = torch.randn(4 * batch, width, device=device)
+    probe = leg.changed(budget_tokens=10**9).changed(hop=None)
+    train = plan.recipe.train
+    trainee = Trainee(probe, train, first_state(probe, train, x))
+    return _median_seconds(lambda: trainee.step(x[:batch]), device) / batch
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median of a few calls, after one that warms up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        _finish(device)
+        began = time.perf_counter()
+        call()
+        _finish(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[REPEATS // 2]
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,33 @@
+"""What shows a run under way: a live table on a terminal, plain lines elsewhere, and the loggers a recipe names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from saerelay.planning.plan import Plan
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.state import state_facts
+from saerelay.training.progress import LiveTable, PlainLog, Watcher
+from saerelay.training.run_state import machine
+from saerelay.training.trackers import Several, asked_for
+
+
+@contextmanager
+def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterator[Watcher]:
+    """Whoever watches a run; nothing is printed without a console."""
+    saved = state_facts(paths.state)
+    cursor = saved["cursor"] if saved else 0
+    if saved and console and saved["machine"] != machine():
+        console.print(
+            f"note: this run was begun with {saved['machine']}, this is {machine()}: it goes on, but not to "
+            "bitwise the weights of an uninterrupted run"
+        )
+    loggers = asked_for(plan, paths.root)
+    if console is None:
+        yield Several(loggers)
+    elif console.is_terminal:
+        with LiveTable(plan, console, cursor) as table:
+            yield Several([table, *loggers])
+    else:
+        yield Several([PlainLog(plan, cursor, out=console.file), *loggers])
