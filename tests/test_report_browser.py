@@ -93,7 +93,13 @@ def test_the_summary_can_be_read_without_javascript(chromium: Any, report: Path)
     page = context.new_page()
     page.goto(report.as_uri())
     text = page.inner_text("main")
-    for expected in ("What was saved?", "At what loss?", "Which layers transfer badly?", "<i>model</i>", "L0-from-L1"):
+    for expected in (
+        "What was saved?",
+        "What did it cost",
+        "Which layers transfer poorly?",
+        "<i>model</i>",
+        "L0-from-L1",
+    ):
         assert expected in text
     context.close()
 
@@ -126,7 +132,7 @@ def test_filters_and_numbers_find_latents(visit: Visit) -> None:
     page.get_by_label("Density").select_option("0")
     assert page.locator("ol.list a.row .id").all_inner_texts() == ["0"]
     page.get_by_label("Density").select_option("")
-    page.get_by_label("On the way").select_option("x")
+    page.get_by_label("In the next layer").select_option("x")
     assert set(page.locator("ol.list a.row .fate").all_inner_texts()) == {"died"}
 
 
@@ -146,11 +152,11 @@ def test_a_click_follows_a_feature_to_the_next_layer(visit: Visit) -> None:
 
 def test_a_control_leads_back_to_what_it_was_matched_with(visit: Visit) -> None:
     page = visit.at("#/feature/L0-from-L1/5")
-    link = page.locator("section:has(> h2:text('Matched with')) a").first
+    link = page.locator("section:has(> h2:text('Matched one to one with')) a").first
     there = link.get_attribute("href")
     link.click()
     visit.drawn(there)
-    page.click("section:has(> h2:text('Matched with')) a")
+    page.click("section:has(> h2:text('Matched one to one with')) a")
     visit.drawn("#/feature/L0-from-L1/5")
 
 
@@ -193,12 +199,12 @@ def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
 def test_explanations_stand_by_their_features(visit: Visit) -> None:
     page = visit.at("#/feature/L1/1")
     line = page.inner_text(".explanation")
-    assert line.startswith("Explained as: fires on <script>alert(5)</script> <img src=x onerror=alert(6)> [U+202E]and")
-    assert line.endswith("y" * EXPLANATION.count("y") + " (detection 0.50, fuzzing 0.25; 0.5 is chance)")
+    assert line.startswith("Explanation: fires on <script>alert(5)</script> <img src=x onerror=alert(6)> [U+202E]and")
+    assert line.endswith("y" * EXPLANATION.count("y") + " (detection 0.50, fuzzing 0.25; chance is 0.5)")
     assert visit.at("#/feature/L1/3").locator(".explanation").count() == 0
     page = visit.at("#/interpret")
     rows = page.locator("[data-view=interpret] table >> nth=0").locator("tbody tr").all_inner_texts()
-    assert [row.split("\t")[0] for row in rows] == ["scratch", "from above"] and "0.750 ± 0.250" in rows[0]
+    assert [row.split("\t")[0] for row in rows] == ["from scratch", "from a later layer"] and "0.750 ± 0.250" in rows[0]
     page.locator("summary:has-text('L1: 2')").last.click()
     page.locator(".explanations a:visible").first.click()
     visit.drawn("#/feature/L1/1")
@@ -225,5 +231,5 @@ def test_the_heat_map_tells_values_to_mouse_and_keyboard(visit: Visit) -> None:
     page.keyboard.press("ArrowDown")
     assert "SAE of layer 1 on layer 0" in page.inner_text("#tip")
     first = page.inner_text(".heat td >> nth=1")
-    page.get_by_label("Carried").select_option("affine")
+    page.get_by_label("Transfer method").select_option("affine")
     assert page.inner_text(".heat td >> nth=1") != first

@@ -117,7 +117,8 @@ function go(to) {
 }
 
 function startOver() {
-  if (!confirm("Forget all answers on this page? Export them first.")) return;
+  if (!confirm("Delete all answers on this page? Export them first if you want to keep them."))
+    return;
   Object.assign(state, { judge: "", answers: {}, given: [] });
   go(0);
 }
@@ -211,19 +212,18 @@ function drawButtons() {
 const heading = (text) => element("h1", { tabindex: -1 }, text);
 
 /** @param {string} text */
-const keycap = (text) => element("kbd", {}, text);
+const keycap = (text) => element("kbd", text);
 
 function storageWarning() {
   if (isStored) return null;
   return element(
     "p.note",
-    {},
-    "This browser keeps nothing of this page: export before you close it.",
+    "This browser does not store your answers: export them before you close this page.",
   );
 }
 
 function introduction() {
-  const begin = state.given.length > 0 ? "Go on " : "Begin ";
+  const begin = state.given.length > 0 ? "Continue " : "Begin ";
   /** @param {SubmitEvent} event */
   function submit(event) {
     event.preventDefault();
@@ -232,29 +232,28 @@ function introduction() {
   return [
     element(
       "div.welcome",
-      {},
-      heading("Does it stand for something?"),
+      heading("Is this feature interpretable?"),
       element(
         "p.lead",
-        {},
-        `${wholeNumber(N)} features of a language model, one at a time. Of each you see where it fires most, and which next tokens it argues for and against.`,
+        `${wholeNumber(N)} features of a language model, one at a time. For each of them you see ` +
+          "where it fires most, and which next tokens it promotes and suppresses.",
       ),
       rules(),
       element(
         "p",
-        {},
-        "Judge by the examples first. “It fires on one token, always” is something to share. The features come from several sources in random order; which is which is not in this page, so please do not try to find out.",
+        "Judge mainly by the examples. “It always fires on the same token” is something that " +
+          "they have in common. The features come from several sources, in random order. This " +
+          "page does not know which comes from which, so please do not try to find out.",
       ),
       element(
         "p.soft",
-        {},
-        "Your answers stay in this browser until you export them; nothing is sent anywhere.",
+        "Your answers stay in this browser until you export them. Nothing is sent anywhere.",
       ),
       storageWarning(),
       element(
         "form.begin",
         { submit },
-        element("label", {}, "Your name, for the export", nameField()),
+        element("label", "Your name, to go into the export", nameField()),
         element("button.button.primary", { type: "submit" }, begin, keycap("Enter")),
       ),
     ),
@@ -276,49 +275,44 @@ function nameField() {
 }
 
 function rules() {
-  return element(
-    "dl.rules",
-    {},
-    element("dt", {}, keycap("y"), "Yes"),
-    element("dd", {}, "You can say in a few words what these places share, and most of them fit."),
-    element("dt", {}, keycap("n"), "No"),
-    element(
-      "dd",
-      {},
-      "They have nothing in common that you could name, or several unrelated things.",
-    ),
-    element("dt", {}, keycap("s"), "Skip"),
-    element("dd", {}, "You cannot tell: a language you do not read, say. It will not count."),
-    element("dt", {}, keycap("u"), "Undo"),
-    element(
-      "dd",
-      {},
-      "Takes back the last answer. ",
-      keycap("←"),
-      " ",
-      keycap("→"),
-      " look around without answering.",
-    ),
-  );
+  /** @type {[key: string, name: string, meaning: Child][]} */
+  const rows = [
+    ["y", "Yes", "You can say in a few words what most of the examples have in common."],
+    ["n", "No", "They have nothing in common that you can name, or fall into unrelated groups."],
+    [
+      "s",
+      "Skip",
+      "You cannot tell, perhaps because you do not read the language. It will not count.",
+    ],
+    [
+      "u",
+      "Undo",
+      ["Takes back your last answer. ", keycap("←"), " ", keycap("→"), " move without answering."],
+    ],
+  ];
+  const items = rows.map(([key, name, meaning]) => [
+    element("dt", keycap(key), name),
+    element("dd", meaning),
+  ]);
+  return element("dl.rules", items);
 }
 
 /** @param {JudgedItem} item */
 function featureScreen(item) {
   const examples = item.examples.map((example) => {
     const level = levelText(example.levels[example.peak]);
-    return element("li", {}, element("span.value", {}, level), exampleText(example));
+    return element("li", element("span.value", level), exampleText(example));
   });
   return [
     heading(`Feature ${state.at}`),
     storageWarning(),
     element(
       "div.columns",
-      {},
       element(
         "section",
         { "aria-labelledby": "h-places" },
-        element("h2", { id: "h-places" }, "Where it fires most"),
-        element("ol.examples", {}, examples),
+        element("h2", { id: "h-places" }, "Top-activating examples"),
+        element("ol.examples", examples),
       ),
       effectsSection(item),
     ),
@@ -331,10 +325,9 @@ function effectsSection({ top, bottom }) {
   return element(
     "section",
     { "aria-labelledby": "h-says" },
-    element("h2", { id: "h-says" }, "What it says"),
+    element("h2", { id: "h-says" }, "Effect on the next token"),
     element(
       "div.effects",
-      {},
       logitEffects("More likely next", top, "var(--transfer)", DATA.texts),
       logitEffects("Less likely next", bottom, "var(--root)", DATA.texts),
     ),
@@ -366,23 +359,21 @@ function theEnd() {
   return [
     element(
       "div.welcome",
-      {},
-      heading(left ? "Some are left" : "Done. Thank you!"),
-      element("p.lead", {}, `You answered ${judged} and skipped ${skipped}${leftText}.`),
-      element("p", {}, "Export your answers and give the file to whoever gave you this page."),
+      heading(left ? "Some features are left" : "Done. Thank you!"),
+      element("p.lead", `You judged ${judged} and skipped ${skipped}${leftText}.`),
+      element("p", "Export your answers and send the file to the person who gave you this page."),
       storageWarning(),
       element(
         "div.begin",
-        {},
         element(
           "button.button.primary",
           { type: "button", click: exportJudgements },
           "Export ",
           keycap("e"),
         ),
-        left ? button("Go to the first one left", () => go(firstUnanswered())) : null,
+        left ? button("Go to the first unanswered feature", () => go(firstUnanswered())) : null,
         button("Undo ", undo, keycap("u")),
-        button("Start over, for another judge", startOver),
+        button("Start over for another judge", startOver),
       ),
     ),
   ];

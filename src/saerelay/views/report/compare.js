@@ -12,12 +12,12 @@ saerelay.views.compare = async function drawComparison(body, [legId, latentText]
   const title = `Feature ${latent} of ${layerName(run, legId)}`;
   const back = element("a", { href: featureAddress(legId, latent) }, title);
   body.append(
-    element("div.crumbs", {}, element("span", {}, back, " / side by side")),
-    element("h1", {}, "One feature's place, layer by layer"),
+    element("div.crumbs", element("span", back, " / across layers")),
+    element("h1", "One feature across layers"),
     element(
       "p.lead",
-      {},
-      "Where it fires most in each layer, and the tokens it promotes there; the number on the way up is the decoder cosine with the next layer's.",
+      "For each layer: the tokens that the feature promotes, its top-activating examples, and " +
+        "what happens to it in the next layer, with the cosine between the two decoder rows.",
     ),
     element(
       "div.panes",
@@ -36,19 +36,18 @@ saerelay.views.compare = async function drawComparison(body, [legId, latentText]
 async function comparePane(run, { leg, latent, step }, isCurrent) {
   const layer = layerName(run, leg);
   if (latent === null) {
-    const note = element("p.soft", {}, "No partner here.");
-    return element("section.pane", {}, element("h2", {}, layer), note);
+    const note = element("p.soft", "No match here.");
+    return element("section.pane", element("h2", layer), note);
   }
   const feature = await readFeature(leg, latent);
   const link = element("a", { href: featureAddress(leg, latent) }, `${layer} #${latent}`);
   const activity = feature.fired
-    ? `fires on ${percent(densityOf(feature))}, strongest ${number(feature.max)}`
-    : "silent";
+    ? `${percent(densityOf(feature))} of tokens, maximum ${number(feature.max)}`
+    : "never fires";
   return element(
     isCurrent ? "section.pane.here" : "section.pane",
-    {},
-    element("h2", {}, link),
-    element("p.soft.small", {}, activity),
+    element("h2", link),
+    element("p.soft.small", activity),
     stepLine(step),
     await promotedChips(feature),
     await exampleList(run, feature, { examples: 4, beyond: 0 }),
@@ -57,8 +56,8 @@ async function comparePane(run, { leg, latent, step }, isCurrent) {
 
 /** @param {Step | null} step */
 function stepLine(step) {
-  if (!step) return element("p.small", {}, "last layer");
-  const text = ` on the way up, ${cosine(step.decoder)}`;
+  if (!step) return element("p.small", "last layer");
+  const text = ` in the next layer, cosine ${cosine(step.decoder)}`;
   return element("p.small", { "data-tip": stepText(step) }, fateBadge(step.fate), text);
 }
 
@@ -67,5 +66,5 @@ async function promotedChips({ top }) {
   if (!top) return null;
   const vocabulary = await saerelay.load("vocabulary");
   const chips = top.slice(0, 5).map(([id]) => chip(vocabulary[id]));
-  return element("div.chips", {}, chips);
+  return element("div.chips", chips);
 }

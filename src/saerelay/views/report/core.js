@@ -5,18 +5,17 @@
 // --- elements ------------------------------------------------------------------------------------
 
 /**
- * An HTML element: `element("a.button", { href: "#/" }, "text", child, …)`.
+ * An HTML element: `element("a.button", { href: "#/" }, "text", child, …)`, or without attributes
+ * `element("p", "text")`.
  *
  * @param {string} kind a tag, then classes: "a.button.primary"
- * @param {Attributes} attributes a function is a listener, a name that begins with "--" a style
- *   property; null, undefined and false leave the attribute out
- * @param {Child[]} children
+ * @param {Parts} parts
  * @returns {HTMLElement}
  */
-function element(kind, attributes = {}, ...children) {
+function element(kind, ...parts) {
   const [tag, ...classes] = kind.split(".");
   const node = document.createElement(tag);
-  complete(node, classes, attributes, children);
+  complete(node, classes, parts);
   return node;
 }
 
@@ -24,30 +23,43 @@ function element(kind, attributes = {}, ...children) {
  * The same for an element of a drawing: `svgElement("line.grid", { x1: 0, x2: 9 })`.
  *
  * @param {string} kind
- * @param {Attributes} attributes
- * @param {Child[]} children
+ * @param {Parts} parts
  * @returns {SVGElement}
  */
-function svgElement(kind, attributes = {}, ...children) {
+function svgElement(kind, ...parts) {
   const [tag, ...classes] = kind.split(".");
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  complete(node, classes, attributes, children);
+  complete(node, classes, parts);
   return /** @type {SVGElement} */ (node);
 }
 
 /**
  * @param {Element} node
  * @param {string[]} classes
- * @param {Attributes} attributes
- * @param {Child[]} children
+ * @param {Parts} parts
  */
-function complete(node, classes, attributes, children) {
+function complete(node, classes, parts) {
   if (classes.length) node.setAttribute("class", classes.join(" "));
+  const [first, ...others] = parts;
+  const attributes = isAttributes(first) ? first : {};
+  const children = isAttributes(first) ? others : parts;
   for (const [name, value] of Object.entries(attributes)) setAttribute(node, name, value);
-  appendChildren(node, children);
+  appendChildren(node, /** @type {Child[]} */ (children));
 }
 
 /**
+ * @param {Attributes | Child} part
+ * @returns {part is Attributes}
+ */
+function isAttributes(part) {
+  if (typeof part !== "object" || part === null) return false;
+  return !Array.isArray(part) && !(part instanceof Node);
+}
+
+/**
+ * A function is a listener, and a name that begins with "--" is a style property; null, undefined
+ * and false leave the attribute out.
+ *
  * @param {Element} node
  * @param {string} name
  * @param {AttributeValue} value
@@ -171,7 +183,7 @@ function signOf(character) {
  * @returns {Child[]}
  */
 function visibleText(text, dotted = false) {
-  if (text === "") return [element("span.sign", {}, "∅")];
+  if (text === "") return [element("span.sign", "∅")];
   let start = text.slice(0, MAX_CHARACTERS);
   if (dotted) start = start.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
 
@@ -180,13 +192,13 @@ function visibleText(text, dotted = false) {
   let end = 0; // of what is in nodes so far
   for (const match of start.matchAll(INVISIBLE)) {
     nodes.push(start.slice(end, match.index));
-    nodes.push(element("span.sign", {}, signOf(match[0])));
+    nodes.push(element("span.sign", signOf(match[0])));
     end = match.index + match[0].length;
   }
   nodes.push(start.slice(end));
 
   if (text.length > MAX_CHARACTERS) {
-    nodes.push(element("span.sign", {}, `…(${wholeNumber(text.length)} characters)`));
+    nodes.push(element("span.sign", `…(${wholeNumber(text.length)} characters)`));
   }
   return nodes;
 }
@@ -198,7 +210,7 @@ function visibleText(text, dotted = false) {
  * @param {boolean} isHit whether a search found it
  */
 function chip(text, isHit = false) {
-  return element(isHit ? "bdi.chip.hit" : "bdi.chip", {}, visibleText(text, true));
+  return element(isHit ? "bdi.chip.hit" : "bdi.chip", visibleText(text, true));
 }
 
 /**
@@ -228,9 +240,9 @@ function logitEffects(title, pairs, colour, vocabulary) {
   const largest = Math.max(...sizes, 1e-9);
   const items = pairs.map(([id, value], i) => {
     const attributes = { "--w": (100 * sizes[i]) / largest, "--side": colour };
-    return element("li", attributes, chip(vocabulary[id]), element("span", {}, fixed(value)));
+    return element("li", attributes, chip(vocabulary[id]), element("span", fixed(value)));
   });
-  return element("div", {}, element("h3", {}, title), element("ol", {}, items));
+  return element("div", element("h3", title), element("ol", items));
 }
 
 // --- tooltip: the data-tip of what is under the pointer or has the focus -------------------------

@@ -1,7 +1,7 @@
 // A feature's strongest examples as text, and the histogram of its activations.
 "use strict";
 
-const NEVER_FIRED = "It never fired on these tokens.";
+const NEVER_FIRED = "It never fires on these tokens.";
 
 /**
  * @param {Run} run
@@ -10,7 +10,7 @@ const NEVER_FIRED = "It never fired on these tokens.";
  *   tokens beyond each one's window
  */
 async function exampleList(run, feature, sizes) {
-  if (!feature.examples.length) return element("p.soft", {}, NEVER_FIRED);
+  if (!feature.examples.length) return element("p.soft", NEVER_FIRED);
   const tokens = await saerelay.load("tokens");
   const vocabulary = await saerelay.load("vocabulary");
   const items = feature.examples.slice(0, sizes.examples).map((columns) => {
@@ -19,9 +19,9 @@ async function exampleList(run, feature, sizes) {
     const largest = Math.max(...example.levels.values());
     const value = number((feature.max * largest) / run.levels);
     const text = exampleText(run, feature, example, row, sizes.beyond, vocabulary);
-    return element("li", {}, element("span.value", {}, value), text);
+    return element("li", element("span.value", value), text);
   });
-  return element("ol.examples", {}, items);
+  return element("ol.examples", items);
 }
 
 /**
@@ -78,7 +78,7 @@ const HISTOGRAM = { width: 360, height: 130, foot: 22, head: 6 };
  * @param {Feature} feature
  */
 function histogram({ histogram: [firstBin, ...counts], leg }) {
-  if (!counts.length) return element("p.soft", {}, NEVER_FIRED);
+  if (!counts.length) return element("p.soft", NEVER_FIRED);
   const { width, height, foot } = HISTOGRAM;
   const firstEdge = leg.features.histogram_first_edge;
   /** @param {number} bin */
@@ -96,9 +96,9 @@ function histogram({ histogram: [firstBin, ...counts], leg }) {
   const most = Math.max(...counts);
   counts.forEach((count, bin) => {
     const x = bin * barWidth;
-    const range = `${number(lowerEdge(bin))} to ${number(lowerEdge(bin + 1))}`;
+    const range = `${number(lowerEdge(bin))} and ${number(lowerEdge(bin + 1))}`;
     svg.append(
-      ...histogramBar(x, barWidth, count / most, `${wholeNumber(count)} tokens at ${range}`),
+      ...histogramBar(x, barWidth, count / most, `${wholeNumber(count)} tokens between ${range}`),
     );
     if (bin % labelEvery) return;
     const attributes = { x, y: height - 5, "font-size": 11 };

@@ -24,7 +24,7 @@ async function readFeature(legId, latent) {
   const run = await saerelay.load("run");
   const leg = findLeg(run, legId);
   if (!leg || !Number.isInteger(latent) || latent < 0 || latent >= leg.n_latents) {
-    throw new Error(`No feature ${latent} in ${legId}.`);
+    throw new Error(`There is no feature ${latent} in SAE "${legId}".`);
   }
   const chunk = await saerelay.load(`features/${legId}/${Math.floor(latent / run.chunk)}`);
   const i = latent % run.chunk;

@@ -1,5 +1,5 @@
-// One feature's page: where and how strongly it fires, what it does to the logits, and what it is in
-// other layers.
+// One feature's page: where and how strongly it fires, what it does to the logits, and what it is
+// in other layers.
 "use strict";
 
 saerelay.views.feature = async function drawFeature(body, [legId, latentText]) {
@@ -9,17 +9,15 @@ saerelay.views.feature = async function drawFeature(body, [legId, latentText]) {
   const stops = await followThroughLayers(legId, latent);
   appendChildren(body, [
     featureCrumbs(feature, stops.length > 1),
-    element("h1", {}, `Feature ${latent} of layer ${feature.leg.layer}`),
+    element("h1", `Feature ${latent} of layer ${feature.leg.layer}`),
     featureFacts(feature),
     await explanationLine(run, legId, latent),
     stops.length > 1 ? await otherLayers(run, stops, legId) : null,
     element(
       "div.columns",
-      {},
       await exampleSection(run, feature),
       element(
         "div",
-        {},
         histogramSection(feature),
         await logitSection(feature),
         similarSection(run, feature),
@@ -39,20 +37,17 @@ function featureCrumbs({ leg, latent }, hasOtherLayers) {
   const compareAddress = `#/compare/${encodeURIComponent(leg.id)}/${latent}`;
   return element(
     "div.crumbs",
-    {},
     element(
       "span",
-      {},
       element("a", { href: listAddress(leg.id) }, "Features"),
       ` / layer ${leg.layer} / ${leg.id}`,
     ),
     element(
       "span.pager",
-      {},
       pagerLink(leg, latent - 1, "←"),
       pagerLink(leg, latent + 1, "→"),
       hasOtherLayers
-        ? element("a.button", { href: compareAddress }, "Side by side across layers")
+        ? element("a.button", { href: compareAddress }, "Compare across layers")
         : null,
     ),
   );
@@ -75,13 +70,13 @@ function featureFacts(feature) {
   const all = wholeNumber(feature.leg.features.n_tokens);
   const facts = [
     ["Fires on", `${percent(densityOf(feature))} (${fired} of ${all} tokens)`],
-    ["strongest", number(feature.max)],
-    ["mean where it fires", number(feature.mean)],
+    ["maximum activation", number(feature.max)],
+    ["mean when active", number(feature.mean)],
   ];
   const items = facts.map(([name, value]) =>
-    element("div", {}, element("dt", {}, name), element("dd", {}, value)),
+    element("div", element("dt", name), element("dd", value)),
   );
-  return element("dl.facts", {}, items);
+  return element("dl.facts", items);
 }
 
 // --- other layers --------------------------------------------------------------------------------
@@ -94,7 +89,7 @@ function featureFacts(feature) {
 async function otherLayers(run, stops, legId) {
   return element(
     "section.next",
-    { "aria-label": "What became of it" },
+    { "aria-label": "This feature in other layers" },
     nextLayerSentence(run, stops, legId),
     await featureStrand(stops, legId),
   );
@@ -110,31 +105,30 @@ async function otherLayers(run, stops, legId) {
 function nextLayerSentence(run, stops, legId) {
   const i = stops.findIndex((stop) => stop.leg === legId);
   const next = stops[i + 1];
-  if (!next) return element("p", {}, "This is the last layer of the suite.");
+  if (!next) return element("p", "This is the last layer of the suite.");
   const layer = layerName(run, next.leg);
   const step = stops[i].step;
-  if (!step || step.latent === null) return element("p", {}, `It has no partner in ${layer}.`);
-  const cosines = `decoder cosine ${cosine(step.decoder)}, encoder ${cosine(step.encoder)}, correlation ${cosine(step.correlation)}. `;
+  if (!step || step.latent === null) return element("p", `It has no match in ${layer}.`);
   const link = element(
     "a.onward",
     { href: featureAddress(next.leg, step.latent) },
-    `What it became in ${layer}: feature ${step.latent} →`,
+    `Go to feature ${step.latent} of ${layer} →`,
   );
-  return element("p", {}, fateSentence(step.fate, layer), cosines, link);
+  return element("p", `${fateText(step.fate, layer)}: ${similarityText(step)}. `, link);
 }
 
 /**
  * @param {Fate} fate
  * @param {string} layer
  */
-function fateSentence(fate, layer) {
+function fateText(fate, layer) {
   const sentences = {
-    k: `In ${layer} it was kept: `,
-    d: `In ${layer} it drifted: `,
-    r: `In ${layer} its place has another meaning: `,
-    x: `In ${layer} it died (its place is silent there): `,
-    b: `It is silent here, and born in ${layer}: `,
-    "-": `It is silent here and in ${layer}: `,
+    k: `Kept in ${layer}`,
+    d: `Drifted in ${layer}`,
+    r: `Replaced in ${layer}, where this latent means something else`,
+    x: `Died: it never fires in ${layer}`,
+    b: `Never fires here, born in ${layer}`,
+    "-": `Never fires, neither here nor in ${layer}`,
   };
   return sentences[fate];
 }
@@ -162,7 +156,7 @@ async function counterpartSection(run, legId, latent) {
     }
   }
   if (!items.length) return null;
-  return element("section", {}, element("h2", {}, "Matched with"), element("ul", {}, items));
+  return element("section", element("h2", "Matched one to one with"), element("ul", items));
 }
 
 /**
@@ -172,7 +166,7 @@ async function counterpartSection(run, legId, latent) {
  */
 function counterpart(legId, latent, step) {
   const link = element("a", { href: featureAddress(legId, latent) }, `${legId} #${latent}`);
-  return element("li", {}, link, `, decoder cosine ${cosine(step.decoder)}`);
+  return element("li", link, `, decoder cosine ${cosine(step.decoder)}`);
 }
 
 /**
@@ -188,15 +182,13 @@ function similarSection(run, feature) {
   if (!rows.length) return null;
   const head = element(
     "tr",
-    {},
     element("th", { scope: "col" }, "Feature"),
     element("th.n", { scope: "col" }, "Decoder cosine"),
   );
   return element(
     "section",
-    {},
-    element("h2", {}, "Similar next door"),
-    element("table.similar", {}, element("thead", {}, head), element("tbody", {}, rows)),
+    element("h2", "Most similar features in adjacent layers"),
+    element("table.similar", element("thead", head), element("tbody", rows)),
   );
 }
 
@@ -210,7 +202,7 @@ function similarRows(run, legId, pairs) {
   return pairs.map(([latent, similarity]) => {
     const address = featureAddress(legId, latent);
     const link = element("a", { href: address }, `${layerName(run, legId)} #${latent}`);
-    return element("tr", {}, element("td", {}, link), element("td.n", {}, fixed(similarity)));
+    return element("tr", element("td", link), element("td.n", fixed(similarity)));
   });
 }
 
@@ -224,12 +216,13 @@ async function exampleSection(run, feature) {
   const sizes = { examples: Infinity, beyond: 12 };
   return element(
     "section",
-    {},
-    element("h2", {}, "Where it fires most"),
+    element("h2", "Top-activating examples"),
     await exampleList(run, feature, sizes),
     captionOf(
       run,
-      "One example a document window, by falling activation; shade: activation over the feature's largest; pale text: beyond the window, activations not kept. Shown to 1 % of the largest.",
+      "One example per sequence, strongest first. Shading: activation relative to the feature's " +
+        "maximum, in steps of 1 %. Pale text lies outside the stored window, so its activations " +
+        "are not known.",
     ),
   );
 }
@@ -238,10 +231,9 @@ async function exampleSection(run, feature) {
 function histogramSection(feature) {
   return element(
     "section",
-    {},
-    element("h2", {}, "How strongly"),
+    element("h2", "Activation histogram"),
     histogram(feature),
-    element("p.caption", {}, "Tokens by activation, in half octaves."),
+    element("p.caption", "Number of tokens by activation, in bins of half an octave."),
   );
 }
 
@@ -250,17 +242,16 @@ async function logitSection({ top, bottom }) {
   if (!top || !bottom) return null;
   const vocabulary = await saerelay.load("vocabulary");
   const caption =
-    "Its decoder row through the unembedding: logits per unit of activation, nothing between counted.";
+    "The decoder row multiplied by the unembedding: logits per unit of activation, ignoring " +
+    "everything in between.";
   return element(
     "section",
-    {},
-    element("h2", {}, "What it says"),
+    element("h2", "Direct effect on the logits"),
     element(
       "div.effects",
-      {},
       logitEffects("Promotes", top, "var(--transfer)", vocabulary),
       logitEffects("Suppresses", bottom, "var(--root)", vocabulary),
     ),
-    element("p.caption", {}, caption),
+    element("p.caption", caption),
   );
 }

@@ -6,17 +6,17 @@ const LIST_ROWS = { first: 60, more: 60 };
 /** Orders by name: what the menu says, and how two features compare. */
 const FEATURE_ORDERS = /** @type {Record<string, FeatureOrder>} */ ({
   match: { text: "best match", compare: (a, b) => b.score - a.score || b.fired - a.fired },
-  id: { text: "number", compare: (a, b) => a.latent - b.latent },
-  often: { text: "fires most often", compare: (a, b) => b.fired - a.fired },
-  rarely: { text: "fires most rarely", compare: (a, b) => a.fired - b.fired },
-  strong: { text: "strongest", compare: (a, b) => b.max - a.max },
-  changed: { text: "changed most", compare: (a, b) => (a.cosine ?? 2000) - (b.cosine ?? 2000) },
+  id: { text: "feature number", compare: (a, b) => a.latent - b.latent },
+  often: { text: "most frequent", compare: (a, b) => b.fired - a.fired },
+  rarely: { text: "least frequent", compare: (a, b) => a.fired - b.fired },
+  strong: { text: "largest activation", compare: (a, b) => b.max - a.max },
+  changed: { text: "most changed", compare: (a, b) => (a.cosine ?? 2000) - (b.cosine ?? 2000) },
 });
 
 /** Densities to choose from: shares of tokens, from the first up to but without the second. */
 const DENSITIES = /** @type {[string, string][]} */ ([
   ["", "any"],
-  ["0", "never"],
+  ["0", "never fires"],
   ["0.0000001-0.0001", "under 0.01 %"],
   ["0.0001-0.001", "0.01 to 0.1 %"],
   ["0.001-0.01", "0.1 to 1 %"],
@@ -29,7 +29,7 @@ saerelay.views.features = async function drawFeatures(body, parts, query) {
   const vocabulary = await saerelay.load("vocabulary");
   const choice = choiceFromAddress(run, parts, query);
   const hasLeg = choice.leg === "all" || findLeg(run, choice.leg);
-  if (!hasLeg) throw new Error(`No SAE ${choice.leg} in this run.`);
+  if (!hasLeg) throw new Error(`This run has no SAE "${choice.leg}".`);
   const results = element("div", { "aria-live": "polite" });
 
   /** @type {ListedFeature[]} */
@@ -59,7 +59,10 @@ saerelay.views.features = async function drawFeatures(body, parts, query) {
     results,
     captionOf(
       run,
-      "Fires most on: tokens at the peaks of its strongest examples. Promotes: tokens whose logits its decoder row raises most, directly. Density: share of tokens it fires on. Search looks in both, ignoring case.",
+      "Fires most on: the tokens at which its strongest examples peak. Promotes: the tokens " +
+        "whose logits its decoder row raises most, directly. Density: the share of tokens on " +
+        "which it fires. Maximum: its largest activation. Search looks through both lists of " +
+        "tokens and ignores case.",
     ),
   );
   await readFeatures();
@@ -105,7 +108,7 @@ function listControls(run, choice, choose) {
   const search = element("input", {
     type: "search",
     value: choice.q,
-    placeholder: "a token, or 123",
+    placeholder: "a token, or a number",
     autocomplete: "off",
     spellcheck: "false",
     input: (event) => choose({ q: event.target.value }),
@@ -119,12 +122,10 @@ function listControls(run, choice, choose) {
   return element(
     "form.controls",
     { role: "search", submit: (event) => event.preventDefault() },
-    element("label", {}, "Search", search),
+    element("label", "Search", search),
     menu("SAE", [["all", "all layers"], ...legs], choice.leg, (leg) => choose({ leg })),
     menu("Density", DENSITIES, choice.density, (density) => choose({ density })),
-    menu("On the way to the next layer", [["", "anything"], ...fates], choice.fate, (fate) =>
-      choose({ fate }),
-    ),
+    menu("In the next layer", [["", "any"], ...fates], choice.fate, (fate) => choose({ fate })),
     menu("Sort by", orders, choice.sort, (sort) => choose({ sort })),
   );
 }
@@ -132,8 +133,8 @@ function listControls(run, choice, choose) {
 // --- search --------------------------------------------------------------------------------------
 
 /**
- * What a search looks for: the tokens that equal its text, apart from spaces, and those that contain
- * it; for "123" and "#123" also the feature of that number.
+ * What a search looks for: the tokens that equal its text, apart from spaces, and those that
+ * contain it; for "123" and "#123" also the feature of that number.
  *
  * @param {string} text
  * @param {Record<number, string>} vocabulary
@@ -168,8 +169,9 @@ function matchingFeatures(features, choice, search) {
 }
 
 /**
- * How well a feature matches. Tokens that it fires on count twice as much as those that it promotes,
- * and equal tokens three times as much as tokens that contain the text; its number beats all.
+ * How well a feature matches. Tokens that it fires on count twice as much as tokens that it
+ * promotes, and equal tokens three times as much as tokens that contain the text. Its number beats
+ * all.
  *
  * @param {ListedFeature} feature
  * @param {TokenSearch} search
@@ -226,8 +228,8 @@ function isOfDensity(feature, density) {
  * @param {Record<number, string>} vocabulary
  */
 function resultList(features, matches, choice, search, vocabulary) {
-  const titles = ["Feature", "Fires most on", "Promotes", "Density", "Strongest", "Next layer"];
-  const heads = titles.map((title) => element("span", {}, title));
+  const titles = ["Feature", "Fires most on", "Promotes", "Density", "Maximum", "Next layer"];
+  const heads = titles.map((title) => element("span", title));
   const list = element("ol.list", { "aria-label": "Features" });
   list.append(element("li.head", { "aria-hidden": "true" }, heads));
   const showMore = revealInSteps(matches, LIST_ROWS, (feature) => {
@@ -235,11 +237,12 @@ function resultList(features, matches, choice, search, vocabulary) {
   });
   if (!matches.length) {
     const advice =
-      "No feature matches. Search looks for tokens, not for meanings: try a shorter piece of a word, or all layers.";
-    list.append(element("li", {}, element("p.soft", {}, advice)));
+      "No feature matches. Search looks for tokens, not meanings: try part of a word, or all " +
+      "layers.";
+    list.append(element("li", element("p.soft", advice)));
   }
   const tally = `${wholeNumber(matches.length)} of ${wholeNumber(features.length)} features`;
-  return [element("p.soft.small", {}, tally), list, element("p", {}, showMore)];
+  return [element("p.soft.small", tally), list, element("p", showMore)];
 }
 
 /**
@@ -250,18 +253,18 @@ function resultList(features, matches, choice, search, vocabulary) {
  */
 function featureRow(feature, withLayer, search, vocabulary) {
   const { leg, latent, fate } = feature;
-  const layer = withLayer ? element("small", {}, `layer ${leg.layer}`) : null;
+  const layer = withLayer ? element("small", `layer ${leg.layer}`) : null;
   const row = element(
     "a.row",
     { href: featureAddress(leg.id, latent) },
-    element("span.id", {}, String(latent), layer),
+    element("span.id", String(latent), layer),
     tokenChips(feature.peaks, search, vocabulary),
-    element("span.promoted", {}, tokenChips(feature.top, search, vocabulary)),
-    element("span.n", {}, percent(feature.density)),
-    element("span.n.most", {}, number(feature.max)),
-    fate ? fateBadge(fate) : element("span.soft.fate.x", {}, "–"),
+    element("span.promoted", tokenChips(feature.top, search, vocabulary)),
+    element("span.n", percent(feature.density)),
+    element("span.n.most", number(feature.max)),
+    fate ? fateBadge(fate) : element("span.soft.fate.x", "–"),
   );
-  return element("li", {}, row);
+  return element("li", row);
 }
 
 /**
@@ -276,5 +279,5 @@ function tokenChips(ids, search, vocabulary) {
   const isHit = (id) => tokenScore(id, search) > 0;
   const sorted = unique(ids).sort((a, b) => Number(isHit(b)) - Number(isHit(a)));
   const chips = sorted.slice(0, 6).map((id) => chip(vocabulary[id], isHit(id)));
-  return element("span.chips", {}, chips);
+  return element("span.chips", chips);
 }

@@ -144,7 +144,7 @@ function drawBand(run, layout, column, fate) {
   const source = layerName(run, layout.legs[column]);
   const target = layerName(run, layout.legs[column + 1]);
   const count = wholeNumber(layout.counts[column][fate]);
-  const text = `${count} ${labels.fates[fate]} from ${source} to ${target}`;
+  const text = `${count} ${labels.fates[fate]} between ${source} and ${target}`;
   return svgElement(`path.band.${fate}`, {
     d: bandPath(layout, column, fate),
     role: "button",

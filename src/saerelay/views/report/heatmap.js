@@ -17,17 +17,16 @@ function heatMap(map) {
       if (i === 0 && j === 0 && cell.hasAttribute("tabindex")) cell.tabIndex = 0;
       return cell;
     });
-    return element("tr", {}, element("th", { scope: "row" }, map.rowName(row)), cells);
+    return element("tr", element("th", { scope: "row" }, map.rowName(row)), cells);
   });
 
   const heads = [corner, ...columns.map((column) => map.columnName(column))];
   const head = element(
     "tr",
-    {},
     heads.map((text) => element("th", { scope: "col" }, text)),
   );
-  const table = element("table.heat", {}, element("thead", {}, head), element("tbody", {}, body));
-  return element("div", {}, element("div.scroll", {}, table), heatKey(map, scale));
+  const table = element("table.heat", element("thead", head), element("tbody", body));
+  return element("div", element("div.scroll", table), heatKey(map, scale));
 }
 
 /**
@@ -62,7 +61,7 @@ function heatScale({ rows, columns, value }) {
  */
 function heatCell(map, scale, row, column) {
   const value = map.value(row, column);
-  if (!isNumber(value)) return element("td.none", {}, "–");
+  if (!isNumber(value)) return element("td.none", "–");
   const p = scale.percentOfRange(value);
   const dark = p > 55 ? ".deep" : "";
   const home = row === column ? ".home" : "";
@@ -100,12 +99,11 @@ function heatKey({ rows, columns, value, digits }, { low, high, logarithmic }) {
   const framed = rows.some((row) => columns.includes(row) && isNumber(value(row, row)));
   return element(
     "p.scale",
-    {},
     number(low, digits),
     element("i", { "aria-hidden": "true" }),
     number(high, digits),
-    logarithmic ? element("span", {}, "logarithmic colours") : null,
-    framed ? element("span", {}, "framed: an SAE at home") : null,
+    logarithmic ? element("span", "logarithmic colour scale") : null,
+    framed ? element("span", "framed: an SAE on its own layer") : null,
   );
 }
 

@@ -1,11 +1,11 @@
-// Explanations of features by a language model: scores by origin and by SAE, the explanations, and a
-// line on a feature's page.
+// Explanations of features by a language model: scores by origin and by SAE, the explanations, and
+// a line on a feature's page.
 "use strict";
 
 saerelay.views.interpret = async function drawInterpretations(body) {
   const run = await saerelay.load("run");
   if (!run.has.interpretations) {
-    const sentence = "No language model has been asked yet what features mean.";
+    const sentence = "No language model has explained these features yet.";
     body.append(missingNote(sentence, "saerelay interpret RUN --model NAME"));
     return;
   }
@@ -14,20 +14,22 @@ saerelay.views.interpret = async function drawInterpretations(body) {
   body.append(
     element(
       "p.lead",
-      {},
       "A language model (",
-      element("bdi", {}, visibleText(models)),
-      ") explained features from the texts in which they fire most. Each explanation is scored by whether it tells where the feature fires in other texts.",
+      element("bdi", visibleText(models)),
+      ") explained features from the texts in which they fire most. An explanation is scored by " +
+        "how well it predicts where the feature fires in other texts.",
     ),
-    element("h2", {}, "By origin"),
+    element("h2", "Scores by origin"),
     originTable(origins),
-    element("h2", {}, "By SAE"),
+    element("h2", "Scores by SAE"),
     legTable(legs),
     captionOf(
       run,
-      "Balanced accuracy, mean over features ± standard error; 0.5 is chance. Detection: in which texts does the feature fire? Fuzzing: are the marked tokens those it fires on? After Paulo et al. 2024.",
+      "Balanced accuracy (chance is 0.5), mean over features ± standard error. Detection: does " +
+        "the feature fire in this text? Fuzzing: are the marked tokens those on which it fires? " +
+        "After Paulo et al. 2024.",
     ),
-    element("h2", {}, "Explanations"),
+    element("h2", "Explanations"),
     ...legs.map(({ leg }) => explanationsOf(leg, latents[leg] ?? {})),
   );
 };
@@ -36,7 +38,7 @@ saerelay.views.interpret = async function drawInterpretations(body) {
 function originTable(rows) {
   const named = rows.map((row) => ({ ...row, origin: labelOf(labels.origins, row.origin) }));
   return dataTable(named, [
-    { name: "origin", heading: "SAE trained" },
+    { name: "origin", heading: "origin" },
     { name: "n_legs", heading: "SAEs", format: wholeNumber },
     { name: "n_explained", heading: "explained", format: wholeNumber },
     { name: "detection", heading: "detection", format: scoreText },
@@ -50,7 +52,7 @@ function legTable(rows) {
   return dataTable(named, [
     { name: "layer", heading: "layer", format: wholeNumber },
     { name: "leg", heading: "SAE" },
-    { name: "origin", heading: "trained" },
+    { name: "origin", heading: "origin" },
     { name: "n_explained", heading: "explained", format: wholeNumber },
     { name: "n_failed", heading: "failed", format: wholeNumber },
     { name: "n_rare", heading: "too rare", format: wholeNumber },
@@ -78,18 +80,16 @@ function explanationsOf(legId, latents) {
   const items = entries.map(([latent, [explanation, detection, fuzzing]]) =>
     element(
       "li",
-      {},
       element("a", { href: featureAddress(legId, latent) }, latent),
       " ",
-      element("bdi", {}, explanationText(explanation)),
-      element("span.soft", {}, ` ${fixed(detection)}, ${fixed(fuzzing)}`),
+      element("bdi", explanationText(explanation)),
+      element("span.soft", ` ${fixed(detection)}, ${fixed(fuzzing)}`),
     ),
   );
   return element(
     "details",
-    {},
-    element("summary", {}, `${legId}: ${entries.length}`),
-    element("ul.explanations", {}, items),
+    element("summary", `${legId}: ${entries.length} explained`),
+    element("ul.explanations", items),
   );
 }
 
@@ -106,13 +106,12 @@ async function explanationLine(run, legId, latent) {
   const entry = latents[legId]?.[latent];
   if (!entry) return null;
   const [explanation, detection, fuzzing] = entry;
-  const scores = `detection ${fixed(detection)}, fuzzing ${fixed(fuzzing)}; 0.5 is chance`;
+  const scores = `detection ${fixed(detection)}, fuzzing ${fixed(fuzzing)}; chance is 0.5`;
   return element(
     "p.explanation.wide",
-    {},
-    element("b", {}, "Explained as: "),
-    element("bdi", {}, explanationText(explanation)),
-    element("span.soft", {}, ` (${scores})`),
+    element("b", "Explanation: "),
+    element("bdi", explanationText(explanation)),
+    element("span.soft", ` (${scores})`),
   );
 }
 

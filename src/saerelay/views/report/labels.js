@@ -1,4 +1,4 @@
-// The words for names that occur in the data files. Nothing else in these scripts spells them out.
+// The words for names that occur in the data files. No other script spells them out.
 "use strict";
 
 const labels = {
@@ -13,31 +13,31 @@ const labels = {
   },
   /** How an SAE was carried to a layer that it was not trained on. */
   methods: {
-    identity: "as it is (plain copy)",
+    identity: "copied unchanged",
     rescale: "rescaled",
-    procrustes: "rotated (procrustes)",
-    affine: "carried by an affine map",
-    "affine+refit": "affine map, decoder refitted",
+    procrustes: "rotated (Procrustes)",
+    affine: "affine map",
+    "affine+refit": "affine map + decoder refit",
   },
   /** Where an SAE's features come from. */
   origins: {
-    scratch: "scratch",
-    "from below": "from below",
-    "from above": "from above",
-    "same layer": "same layer",
+    scratch: "from scratch",
+    "from below": "from an earlier layer",
+    "from above": "from a later layer",
+    "same layer": "from the same layer",
   },
   /** Columns of the training log: a name, and what it means. */
   curves: {
     fvu: [
       "FVU",
-      "FVU on the training tokens of each block: E‖x − x̂‖² / E‖x − E x‖², lower is better",
+      "FVU on the training tokens of each block: E‖x − x̂‖² / E‖x − E x‖²; lower is better",
     ],
-    loss: [
-      "loss",
-      "Training loss: reconstruction error in normalised units, with the auxiliary terms",
+    loss: ["loss", "Training loss in normalised units, including auxiliary terms"],
+    l0: ["L0", "L0: mean number of active features per token"],
+    n_dead: [
+      "dead features",
+      "Dead features: those that have not fired for longer than the leg's dead_after_tokens",
     ],
-    l0: ["L0", "L0: mean number of active latents per token"],
-    n_dead: ["dead latents", "Latents silent for longer than the leg's window (dead_after_tokens)"],
     learning_rate: ["learning rate", "The optimiser's learning rate"],
   },
 };

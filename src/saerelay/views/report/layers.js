@@ -6,7 +6,7 @@
 saerelay.views.layers = async function drawLayers(body) {
   const run = await saerelay.load("run");
   if (!run.has.matrix) {
-    const sentence = "Every SAE on every layer's activations has not been measured yet.";
+    const sentence = "The SAEs have not been measured across layers yet.";
     body.append(missingNote(sentence, "saerelay eval RUN --matrix"));
     return;
   }
@@ -30,12 +30,11 @@ saerelay.views.layers = async function drawLayers(body) {
   body.append(
     element(
       "p.lead",
-      {},
-      "Each layer's SAE on every layer's activations, untrained there: how far a dictionary carries before fine-tuning.",
+      "How well each layer's SAE reconstructs the activations of every layer, without any " +
+        "training there: how far a dictionary carries before fine-tuning.",
     ),
     element(
       "div.controls",
-      {},
       menu(
         "Metric",
         metrics.map((name) => [name, run.metrics[name][0]]),
@@ -43,7 +42,7 @@ saerelay.views.layers = async function drawLayers(body) {
         (metric) => choose({ metric }),
       ),
       menu(
-        "Carried",
+        "Transfer method",
         methods.map((name) => [name, labelOf(labels.methods, name)]),
         choice.method,
         (method) => choose({ method }),
@@ -62,7 +61,7 @@ saerelay.views.layers = async function drawLayers(body) {
 function ageMenu(ages, onChange) {
   /** @type {[string, string][]} */
   const options = ages.map((age) => [String(age), `${shortCount(age)} tokens`]);
-  return menu("SAE at", [["", "its end"], ...options], "", onChange);
+  return menu("SAE after", [["", "all its training"], ...options], "", onChange);
 }
 
 /**
@@ -81,25 +80,28 @@ function matrixPicture(run, matrix, choice) {
   return [
     element(
       "p",
-      {},
-      `On average, ${name}: ${mean(0)} at home, ${mean(1)} on the next layer (forward), ${mean(-1)} on the previous one (backward).`,
+      `Mean ${name}: ${mean(0)} on the SAE's own layer, ${mean(1)} one layer later (forward), ` +
+        `${mean(-1)} one layer earlier (backward).`,
     ),
     heatMap({
       rows: matrix.layers,
       columns: matrix.layers,
       corner: "SAE ↓ on layer →",
       digits: 3,
-      rowName: (layer) => `SAE of ${layer}`,
+      rowName: (layer) => `SAE of layer ${layer}`,
       columnName: (layer) => String(layer),
       value: (source, target) => cells.get(`${source},${target}`)?.[choice.metric],
       tooltip(source, target, value) {
-        const how = source === target ? " (home)" : `, ${method}`;
-        return `${name} ${number(value, 4)}\nSAE of layer ${source} on layer ${target}${how}`;
+        const how = source === target ? "its own layer" : method;
+        return `${name} ${number(value, 4)}\nSAE of layer ${source} on layer ${target} (${how})`;
       },
     }),
     captionOf(
       run,
-      `These cells are over the first ${wholeNumber(matrix.n_tokens)} of those tokens, so the SAEs at home differ a little from the summary; maps fitted on ${wholeNumber(matrix.map_tokens)} training tokens; nothing was trained on the target. ${definition}.`,
+      `Measured on the first ${wholeNumber(matrix.n_tokens)} of those tokens, so values on the ` +
+        "SAEs' own layers differ slightly from the summary. Maps were fitted on " +
+        `${wholeNumber(matrix.map_tokens)} training tokens; nothing was trained on the target ` +
+        `layer. ${definition}.`,
     ),
   ];
 }

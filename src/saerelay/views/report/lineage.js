@@ -8,8 +8,8 @@ saerelay.views.lineage = async function drawLineage(body) {
   const legs = run.standing;
   const links = legs.slice(0, -1).map((leg, i) => findLink(run, "depth", leg, legs[i + 1]));
   if (links.every((number) => number < 0)) {
-    const sentence = "This run has one layer only: there is nothing to follow.";
-    body.append(element("p.note", {}, sentence));
+    const sentence = "This run has only one layer, so there is nothing to compare.";
+    body.append(element("p.note", sentence));
     return;
   }
   const list = element("div", { "aria-live": "polite" });
@@ -17,16 +17,16 @@ saerelay.views.lineage = async function drawLineage(body) {
     const onTrace = (/** @type {Stop[]} */ stops) => flow.trace(stops);
     list.replaceChildren(...(await bandList(run, links[column], fate, onTrace)));
   });
-  const key = BAND_FATES.map((fate) => element(`span.key.${fate}`, {}, labels.fates[fate]));
+  const key = BAND_FATES.map((fate) => element(`span.key.${fate}`, labels.fates[fate]));
   body.append(
     element(
       "p.lead",
-      {},
-      "What became of each feature from one layer to the next. Click a band to list its features; choose one to see its way through all layers.",
+      "What happened to each feature from one layer to the next. Select a band to list its " +
+        "features; select a feature to trace it through all layers.",
     ),
     inheritanceNote(run, links),
-    element("div.scroll", {}, flow.svg),
-    element("p.legend", {}, key),
+    element("div.scroll", flow.svg),
+    element("p.legend", key),
     captionOf(run, lineageDefinitions(run.lineage)),
     list,
   );
@@ -35,13 +35,21 @@ saerelay.views.lineage = async function drawLineage(body) {
 
 /** @param {Run["lineage"]} lineage */
 function lineageDefinitions({ kept_above, replaced_below, alive_above, n_tokens, map_tokens }) {
-  const often = alive_above ? ` more than ${alive_above} times` : "";
-  return `Kept: the cosine of its decoder row, folded through the affine map between the layers, with that in the next layer is over ${kept_above}; drifted: not over it; replaced: under ${replaced_below}, the place has another meaning now; died, born: alive on one side only (alive: it fired${often} in ${wholeNumber(n_tokens)} tokens). Maps fitted on ${wholeNumber(map_tokens)} training tokens. A column's height is its number of alive features.`;
+  const often = alive_above ? `more than ${alive_above} times` : "at least once";
+  return (
+    "Kept: the feature's decoder row, carried over by the affine map between the two layers, has " +
+    `a cosine above ${kept_above} with the decoder row in the next layer. Drifted: a cosine ` +
+    `between ${replaced_below} and ${kept_above}. Replaced: below ${replaced_below}, so this ` +
+    "latent now means something else. Died, born: alive in only one of the two layers (alive: it " +
+    `fired ${often} in ${wholeNumber(n_tokens)} tokens). Maps were fitted on ` +
+    `${wholeNumber(map_tokens)} training tokens. The height of a column is the number of alive ` +
+    "features in that layer."
+  );
 }
 
 /**
- * What the bands mean. Transferred SAEs start as their parents, so "kept" only says that training did
- * not undo a feature; controls say how much independent training would find again.
+ * What the bands mean. Transferred SAEs start as their parents, so "kept" only says that training
+ * did not undo a feature; controls say how much independent training would also find.
  *
  * @param {Run} run
  * @param {number[]} links
@@ -51,18 +59,21 @@ function inheritanceNote(run, links) {
   if (!inherited) {
     return element(
       "p.wide",
-      {},
-      "These SAEs were trained independently: features were matched one to one, by the largest sum of decoder cosines.",
+      "These SAEs were trained independently. Their features were matched one to one, so that " +
+        "the sum of decoder cosines is largest.",
     );
   }
   const controls = run.links.filter((link) => link.kind === "control").map(keptShare);
   return element(
     "p.wide",
-    {},
-    "Transferred SAEs start as their parents, and a feature keeps its number: what is kept here was inherited, and training did not undo it. Neighbours in this picture need not be parent and child. ",
+    "A transferred SAE starts from its parent, and each feature keeps its number: “kept” means " +
+      "inherited, and not undone by training. Neighbouring layers here need not be parent and " +
+      "child. ",
     controls.length
-      ? `Of an SAE trained independently at the same layer, matched one to one, this much is the same: ${controls.join(", ")}.`
-      : "Without controls, this run does not say how much independent training would find again.",
+      ? "For comparison, the share of features that an SAE trained independently at the same " +
+          `layer also has, matched one to one: ${controls.join(", ")}.`
+      : "This run has no controls, so it cannot say how many of these features independent " +
+          "training would also find.",
   );
 }
 
@@ -101,8 +112,8 @@ async function bandList(run, number, fate, onTrace) {
     }
     const stops = await followThroughLayers(source, latent);
     onTrace(stops);
-    const title = `Feature ${latent} of ${layerName(run, source)} through all layers`;
-    strand.replaceChildren(element("h3", {}, title), await featureStrand(stops, source));
+    const title = `Feature ${latent} of ${layerName(run, source)} across all layers`;
+    strand.replaceChildren(element("h3", title), await featureStrand(stops, source));
   }
 
   /** @param {number} latent */
@@ -118,9 +129,9 @@ async function bandList(run, number, fate, onTrace) {
   const targetLayer = layerName(run, target);
   const count = wholeNumber(latents.length);
   return [
-    element("h2", {}, `${count} ${labels.fates[fate]}, ${sourceLayer} → ${targetLayer}`),
+    element("h2", `${count} ${labels.fates[fate]}, ${sourceLayer} → ${targetLayer}`),
     strand,
-    element("div.scroll", {}, bandTable(sourceLayer, targetLayer, rows)),
+    element("div.scroll", bandTable(sourceLayer, targetLayer, rows)),
     showMore,
   ];
 }
@@ -147,14 +158,14 @@ function latentsOf(link, fate) {
 function bandTable(sourceLayer, targetLayer, rows) {
   const heads = [
     element("th", { scope: "col" }, "Trace"),
-    element("th", { scope: "col" }, "Fires on"),
+    element("th", { scope: "col" }, "Fires most on"),
     element("th.n", { scope: "col" }, "Decoder cosine"),
     element("th.n", { scope: "col" }, "Encoder cosine"),
     element("th.n", { scope: "col" }, "Correlation"),
     element("th.n", { scope: "col" }, sourceLayer),
     element("th.n", { scope: "col" }, targetLayer),
   ];
-  return element("table.wide", {}, element("thead", {}, element("tr", {}, heads)), rows);
+  return element("table.wide", element("thead", element("tr", heads)), rows);
 }
 
 /** @param {BandRow} row */
@@ -170,13 +181,12 @@ function bandRow({ source, target, link, latent, partner, tokenTexts, trace }) {
   const there = element("a", { href: featureAddress(target, partner) }, `#${partner}`);
   return element(
     "tr",
-    {},
-    element("td", {}, button),
-    element("td", {}, element("div.chips", {}, chips)),
-    element("td.n", {}, cosine(link.decoder_cosine[latent])),
-    element("td.n", {}, cosine(link.encoder_cosine[latent])),
-    element("td.n", {}, cosine(link.correlation[latent])),
-    element("td.n", {}, here),
-    element("td.n", {}, partner >= 0 ? there : "–"),
+    element("td", button),
+    element("td", element("div.chips", chips)),
+    element("td.n", cosine(link.decoder_cosine[latent])),
+    element("td.n", cosine(link.encoder_cosine[latent])),
+    element("td.n", cosine(link.correlation[latent])),
+    element("td.n", here),
+    element("td.n", partner >= 0 ? there : "–"),
   );
 }

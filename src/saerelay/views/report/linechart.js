@@ -117,7 +117,7 @@ function drawAxes({ xLabel, yLabel, logarithmic }, frame) {
     svgElement("text", { x: x(tick), y: bottom + 18, "text-anchor": "middle" }, xTickText(tick)),
   );
   const middle = (left + right) / 2;
-  const yName = logarithmic ? `${yLabel}, logarithmic` : yLabel;
+  const yName = logarithmic ? `${yLabel} (logarithmic)` : yLabel;
   return [
     horizontal,
     vertical,
@@ -161,7 +161,7 @@ function lineChart(chart) {
     highlight(curves, pinned);
     return pinned;
   });
-  return element("figure", {}, swatches, drawing);
+  return element("figure", swatches, drawing);
 }
 
 /**
@@ -250,8 +250,6 @@ function swatchList(lines, pin) {
       });
     });
   });
-  const items = buttons.map((button, i) =>
-    element(lines[i].dashed ? "li.control" : "li", {}, button),
-  );
-  return element("ul.swatches", {}, items);
+  const items = buttons.map((button, i) => element(lines[i].dashed ? "li.control" : "li", button));
+  return element("ul.swatches", items);
 }

@@ -6,7 +6,8 @@ saerelay.views.measures = async function drawMeasures(body) {
   if (!run.has.measures) {
     body.append(
       missingNote(
-        "What dictionaries have in common (mean maximum cosine similarity, feature transferability, transfer scores, averages by layer offset, direct logit attribution) has not been measured yet.",
+        "Similarity of dictionaries, feature transferability, transfer scores, means by layer " +
+          "offset and direct logit attribution have not been measured yet.",
         "saerelay eval RUN --measures",
       ),
     );
@@ -16,8 +17,8 @@ saerelay.views.measures = async function drawMeasures(body) {
   body.append(
     element(
       "p.lead",
-      {},
-      "What the dictionaries of different layers have in common, and what transfer brought, as measured by Ghilardi et al. 2024.",
+      "What the dictionaries of different layers have in common and what transfer achieved, by " +
+        "the measures of Ghilardi et al. 2024.",
     ),
     ...similaritySection(run, measures),
     ...transferabilitySection(run, measures),
@@ -59,23 +60,26 @@ function similaritySection(run, measures) {
         return name === "mmcs" ? pair?.mmcs : pair?.mmcs_folded;
       },
       tooltip: (source, target, value) =>
-        `${number(value, 4)}: latents of layer ${layerOf[source]} in layer ${layerOf[target]}`,
+        `${number(value, 4)}: features of layer ${layerOf[source]} in layer ${layerOf[target]}`,
     });
     picture.replaceChildren(map);
   }
   draw("mmcs_folded");
   /** @type {[string, string][]} */
   const options = [
-    ["mmcs_folded", "folded through the map between the layers"],
+    ["mmcs_folded", "folded through the affine map"],
     ["mmcs", "raw, as in the paper"],
   ];
   return [
-    element("h2", {}, "Mean maximum cosine similarity"),
-    element("div.controls", {}, menu("Compared", options, "mmcs_folded", draw)),
+    element("h2", "Mean maximum cosine similarity"),
+    element("div.controls", menu("Decoder rows", options, "mmcs_folded", draw)),
     picture,
     captionOf(
       run,
-      "Mean over the source's alive latents of the largest cosine with a decoder row of the target's alive ones. Raw spaces of two layers are not comparable, hence the folded one.",
+      "For each alive feature of the source, the largest cosine between its decoder row and " +
+        "those of the target's alive features; mean over features. Layers do not share one " +
+        "activation space, so source rows are first folded through the affine map between the " +
+        "layers.",
     ),
   ];
 }
@@ -88,19 +92,21 @@ function transferabilitySection(run, measures) {
   const rows = finished(measures.transferability);
   if (!rows.length) return [];
   return [
-    element("h2", {}, "Feature transferability"),
+    element("h2", "Feature transferability"),
     dataTable(rows, [
       { name: "leg", heading: "SAE" },
-      { name: "parent", heading: "from" },
-      { name: "n_latents", heading: "latents", format: wholeNumber },
+      { name: "parent", heading: "parent" },
+      { name: "n_latents", heading: "features", format: wholeNumber },
       { name: "top_logits", heading: "promoted tokens", format: fixed },
       { name: "bottom_logits", heading: "suppressed tokens", format: fixed },
-      { name: "top_tokens", heading: "firing tokens", format: fixed },
+      { name: "top_tokens", heading: "top-activating tokens", format: fixed },
       { name: "transferability", heading: "mean", format: fixed },
     ]),
     captionOf(
       run,
-      "Shares of tokens that a latent and the one it came from have in common: among those it promotes, suppresses, and fires on; over latents alive in both.",
+      "Share of tokens that a feature and its parent feature have in common, among the tokens " +
+        "that they promote, suppress and fire on most; mean over features that are alive in both " +
+        "SAEs.",
     ),
   ];
 }
@@ -110,21 +116,26 @@ function transferabilitySection(run, measures) {
  * @param {Measures} measures
  */
 function transferScoreSection(run, measures) {
-  const rows = finished(measures.transfer_scores);
+  const rows = finished(measures.transfer_scores).map((row) => {
+    return { ...row, method: labelOf(labels.methods, row.method) };
+  });
   if (!rows.length) return [];
   return [
-    element("h2", {}, "Transfer score"),
+    element("h2", "Transfer score"),
     dataTable(rows, [
       { name: "leg", heading: "SAE" },
-      { name: "parent", heading: "from" },
-      { name: "scratch", heading: "against" },
-      { name: "method", heading: "zero-shot by" },
+      { name: "parent", heading: "parent" },
+      { name: "scratch", heading: "compared with" },
+      { name: "method", heading: "zero-shot method" },
       { name: "fvu", heading: "FVU", format: fixed },
       { name: "ce_loss_score", heading: "CE score", format: fixed },
     ]),
     captionOf(
       run,
-      "(transferred − zero-shot) / (from scratch − zero-shot): 0 is the parent carried over untrained, 1 the one from scratch; above 1 transfer did better. –: carried over untrained it is already as good as scratch. Each over the tokens of “Across layers”.",
+      "(transferred − zero-shot) / (from scratch − zero-shot). 0: no better than the parent " +
+        "without any training at the new layer (zero-shot). 1: as good as the SAE trained from " +
+        "scratch. Above 1: better. –: zero-shot is already as good as from scratch. Measured on " +
+        "the tokens of “Across layers”.",
     ),
   ];
 }
@@ -151,12 +162,13 @@ function offsetSection(run, measures) {
   /** @type {[string, string][]} */
   const options = metrics.map((metric) => [metric, nameOf(metric)]);
   return [
-    element("h2", {}, "By distance between layers"),
-    element("div.controls", {}, menu("Metric", options, metrics[0], draw)),
+    element("h2", "By layer offset"),
+    element("div.controls", menu("Metric", options, metrics[0], draw)),
     picture,
     captionOf(
       run,
-      "Means of the cells of “Across layers” by target minus source layer. (The paper's offsets have the other sign.)",
+      "Means over the cells of “Across layers” by target minus source layer. (The paper's " +
+        "offsets have the opposite sign.)",
     ),
   ];
 }
@@ -187,7 +199,7 @@ function offsetChart(rows, metric, metricName) {
     xLabel: "target layer − source layer",
     yLabel: metricName,
     logarithmic: positive && metric !== "l0",
-    label: `${metric} by layer offset`,
+    label: `${metricName} by layer offset`,
   };
 }
 
@@ -203,7 +215,7 @@ function attributionSection(run, measures) {
   /** @param {number} value */
   const toOneDecimal = (value) => fixed(value, 1);
   return [
-    element("h2", {}, "Direct logit attribution"),
+    element("h2", "Direct logit attribution"),
     dataTable(finished(measures.dla.legs), [
       { name: "leg", heading: "SAE" },
       { name: "layer", heading: "layer", format: number },
@@ -212,7 +224,9 @@ function attributionSection(run, measures) {
     ]),
     captionOf(
       run,
-      `Mean over ${measures.dla.n_prompts} prompts of the largest, over latents, of activation × decoder row · (unembedding of the correct − of the wrong token).`,
+      `For each of ${measures.dla.n_prompts} prompts, the largest value over features of ` +
+        "activation × decoder row · (unembedding of the correct token − that of the wrong one); " +
+        "mean over prompts.",
     ),
   ];
 }

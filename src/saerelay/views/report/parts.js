@@ -40,7 +40,7 @@ function menu(label, options, chosen, onChange) {
     element("option", { value, selected: value === chosen }, text),
   );
   const select = element("select", { change: (event) => onChange(event.target.value) }, items);
-  return element("label", {}, label, select);
+  return element("label", label, select);
 }
 
 /**
@@ -52,11 +52,10 @@ function menu(label, options, chosen, onChange) {
 function missingNote(sentence, command) {
   return element(
     "p.note",
-    {},
-    `${sentence} `,
-    element("code", {}, command),
-    " makes it; then run ",
-    element("code", {}, "saerelay report"),
+    `${sentence} Run `,
+    element("code", command),
+    ", then ",
+    element("code", "saerelay report"),
     " again.",
   );
 }
@@ -68,7 +67,7 @@ function missingNote(sentence, command) {
  * @param {string} text
  */
 function captionOf(run, text = "") {
-  return element("p.caption", {}, element("bdi", {}, run.caption), text && ` ${text}`);
+  return element("p.caption", element("bdi", run.caption), text && ` ${text}`);
 }
 
 /**
@@ -84,17 +83,11 @@ function dataTable(rows, columns) {
   );
   const body = rows.map((row) => {
     const cells = columns.map((column) => dataCell(row, column));
-    return element("tr", {}, cells);
+    return element("tr", cells);
   });
   return element(
     "div.scroll",
-    {},
-    element(
-      "table",
-      {},
-      element("thead", {}, element("tr", {}, heads)),
-      element("tbody", {}, body),
-    ),
+    element("table", element("thead", element("tr", heads)), element("tbody", body)),
   );
 }
 
@@ -105,8 +98,8 @@ function dataTable(rows, columns) {
  */
 function dataCell(row, { name, format }) {
   const value = row[name];
-  if (format) return element("td.n", {}, format(value));
-  return element("td", {}, element("bdi", {}, String(value ?? "–")));
+  if (format) return element("td.n", format(value));
+  return element("td", element("bdi", String(value ?? "–")));
 }
 
 /**

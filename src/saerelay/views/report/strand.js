@@ -5,11 +5,21 @@
 const fateClass = (fate) => (fate === "-" ? "x" : fate);
 
 /** @param {Fate} fate */
-const fateBadge = (fate) => element(`span.fate.${fateClass(fate)}`, {}, labels.fates[fate]);
+const fateBadge = (fate) => element(`span.fate.${fateClass(fate)}`, labels.fates[fate]);
+
+/**
+ * How similar a feature is to the one it leads to.
+ *
+ * @param {Step} step
+ */
+function similarityText({ decoder, encoder, correlation }) {
+  const cosines = `decoder cosine ${cosine(decoder)}, encoder cosine ${cosine(encoder)}`;
+  return `${cosines}, activation correlation ${cosine(correlation)}`;
+}
 
 /** @param {Step} step */
-function stepText({ fate, decoder, encoder, correlation }) {
-  return `${labels.fates[fate]}: decoder cosine ${cosine(decoder)}, encoder ${cosine(encoder)}, correlation of activations ${cosine(correlation)}`;
+function stepText(step) {
+  return `${labels.fates[step.fate]}: ${similarityText(step)}`;
 }
 
 /** @param {Feature} feature */
@@ -25,7 +35,7 @@ async function featureStrand(stops, currentLegId) {
   const run = await saerelay.load("run");
   const items = [];
   for (const stop of stops) items.push(await strandStop(run, stop, stop.leg === currentLegId));
-  return element("ol.strand", { "aria-label": "This feature over depth" }, items);
+  return element("ol.strand", { "aria-label": "This feature across layers" }, items);
 }
 
 /**
@@ -38,10 +48,9 @@ async function strandStop(run, { leg, latent, step }, isCurrent) {
   if (latent === null) {
     return element(
       "li.gone",
-      {},
       element("div.link.x"),
-      element("span.at.soft", {}, layer),
-      element("small", {}, "no partner"),
+      element("span.at.soft", layer),
+      element("small", "no match"),
     );
   }
   const feature = await readFeature(leg, latent);
@@ -55,12 +64,11 @@ async function strandStop(run, { leg, latent, step }, isCurrent) {
   };
   return element(
     `li${here}${gone}`,
-    {},
     element(`div.link.${step ? fateClass(step.fate) : "x"}`, tooltip),
     continues ? element("span.cos", tooltip, cosine(step.decoder)) : null,
     element("a.at", address, `${layer} #${latent}`),
-    element("small", {}, feature.fired ? `fires on ${percent(densityOf(feature))}` : "silent"),
-    element("span.chips", {}, await strongestToken(feature)),
+    element("small", feature.fired ? `${percent(densityOf(feature))} of tokens` : "never fires"),
+    element("span.chips", await strongestToken(feature)),
   );
 }
 

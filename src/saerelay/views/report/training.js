@@ -20,7 +20,9 @@ saerelay.views.training = async function drawTraining(body) {
     const [, definition] = labels.curves[choice.curve];
     const caption = captionOf(
       run,
-      `${definition}. A mean over each block; dashed: controls. Values within a run are not those of a shorter run: the learning rate has not decayed.`,
+      `${definition}. Each point is a mean over one block of tokens; dashed lines are controls. ` +
+        "Values before the end are not those of a shorter run: the learning rate has not decayed " +
+        "yet.",
     );
     picture.replaceChildren(lineChart(chart), caption);
   }
@@ -28,14 +30,13 @@ saerelay.views.training = async function drawTraining(body) {
   body.append(
     element(
       "p.lead",
-      {},
-      "Each SAE over its own tokens: transferred ones start where their parent's knowledge puts them.",
+      "Each SAE over the tokens it was trained on. A transferred SAE starts from its parent's " +
+        "weights, not from a random initialisation.",
     ),
     element(
       "div.controls",
-      {},
       menu(
-        "Shown",
+        "Curve",
         curves.map((name) => [name, labels.curves[name][0]]),
         choice.curve,
         (curve) => choose({ curve: /** @type {CurveName} */ (curve) }),
@@ -52,8 +53,8 @@ function roleMenu(onChange) {
   /** @type {[string, string][]} */
   const options = [
     ["all", "all"],
-    ["suite", "the suite"],
-    ["controls", "controls"],
+    ["suite", "suite only"],
+    ["controls", "controls only"],
   ];
   return menu("SAEs", options, "all", onChange);
 }
@@ -78,8 +79,8 @@ function trainingChart(legs, training, choice) {
       points: curvePoints(training[leg.id], choice.curve, logarithmic),
     }))
     .filter((line) => line.points.length);
-  const label = `${name} of every SAE over its own training tokens`;
-  return { lines, xLabel: "tokens of its own", yLabel: name, logarithmic, label };
+  const label = `${name} of every SAE over its training tokens`;
+  return { lines, xLabel: "training tokens", yLabel: name, logarithmic, label };
 }
 
 /**

@@ -232,6 +232,8 @@ interface InterpretedLeg {
 type AttributeValue = string | number | boolean | null | undefined | ((event: any) => void);
 type Attributes = Record<string, AttributeValue>;
 type Child = Node | string | null | undefined | Child[];
+/** What an element is made of: its attributes, if it has any, and its children. */
+type Parts = [Attributes, ...Child[]] | Child[];
 
 /** Draws one section into `body`; parts and query are those of the address. */
 type View = (body: HTMLElement, parts: string[], query: URLSearchParams) => Promise<void>;

@@ -52,7 +52,7 @@ function requestScript(name, onError) {
   const path = name.split("/").map(encodeURIComponent).join("/");
   script.src = `data/${path}.js`;
   script.onerror = () => {
-    onError(new Error(`data/${name}.js is missing; keep the report's folder together`));
+    onError(new Error(`data/${name}.js is missing. Keep all of the report's files in one folder.`));
   };
   document.head.append(script);
 }
@@ -132,7 +132,7 @@ async function redraw(view, draw) {
   try {
     await draw(body);
   } catch (error) {
-    body.replaceChildren(element("p.note", {}, /** @type {Error} */ (error).message));
+    body.replaceChildren(element("p.note", /** @type {Error} */ (error).message));
   }
   document.querySelector(`[data-view="${view}"] .body`)?.replaceWith(body);
 
