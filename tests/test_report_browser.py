@@ -20,6 +20,41 @@ VIEWS = (
     "# #/plan #/layers #/training #/lineage #/features/all #/feature/L1/123 #/compare/L1/123 #/measures "
     "#/interpret #/judging #/circuits #/figures"
 )
+HARD_TO_READ_OR_HIT = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const paper = rgba(getComputedStyle(document.body).backgroundColor);
+  const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => (c * a + under[i] * (255 - a)) / 255);
+  const behind = (node) => {
+    const parents = node.parentElement === null ? paper : behind(node.parentElement);
+    return over(rgba(getComputedStyle(node).backgroundColor), parents);
+  };
+  const linear = (c) => (c <= 10 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const faults = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const box = node.getBoundingClientRect();
+    const style = getComputedStyle(node);
+    if (!box.width || !box.height || style.visibility === "hidden" || node.closest("svg, [disabled]")) continue;
+    const name = `${node.tagName} "${node.textContent.slice(0, 30)}"`;
+    const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (hasText) {
+      const [low, high] = [rgba(style.color), behind(node)].map(luminance).sort((a, b) => a - b);
+      const contrast = (high + 0.05) / (low + 0.05);
+      if (contrast < 4.4) faults.push(`${name}: contrast ${contrast.toFixed(1)}`);
+    }
+    const isInline = node.closest("p, dd, .crumbs, .skip") !== null;
+    if (node.matches("a:not(:has(img)), button, select, input, summary") && !isInline)
+      if (box.width < 24 || box.height < 24) faults.push(`${name}: ${box.width} by ${box.height} pixels`);
+  }
+  return faults;
+}"""
+"""Text with less than the contrast that WCAG AA asks for, and what can be pressed but is under 24 pixels."""
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -82,6 +117,7 @@ def test_every_view_loads_and_fits(chromium: Any, report: Path, viewport: dict[s
         assert page.locator("main h1:visible").count() == 1
         assert page.locator(".note:visible").count() == (1 if "measures" in address else 0), page.inner_text("main")
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], address
+        assert page.evaluate(HARD_TO_READ_OR_HIT) == [], address
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 60) == (theme == "dark")
     seen.page.context.close()
@@ -233,3 +269,21 @@ def test_the_heat_map_tells_values_to_mouse_and_keyboard(visit: Visit) -> None:
     first = page.inner_text(".heat td >> nth=1")
     page.get_by_label("Transfer method").select_option("affine")
     assert page.inner_text(".heat td >> nth=1") != first
+
+
+def test_arrow_keys_step_over_cells_without_a_value(visit: Visit) -> None:
+    page = visit.at("#/layers")
+    page.evaluate("""() => document.querySelector("main section:not([hidden]) .body").replaceChildren(heatMap({
+        rows: [0, 1, 2], columns: [0, 1, 2], corner: "", digits: 2, rowName: String, columnName: String,
+        value: (row, column) => (row === column ? null : 3 * row + column),
+        tooltip: (row, column) => `${row} on ${column}`,
+    }))""")
+    page.locator(".heat td[tabindex='0']").focus()
+    assert page.inner_text("#tip") == "0 on 1"
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#tip") == "2 on 1"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#tip") == "1 on 0"
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#tip") == "1 on 0"

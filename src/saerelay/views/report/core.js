@@ -138,11 +138,11 @@ function cosine(thousandths) {
   return fixed(thousandths / 1000);
 }
 
-/** @param {number} share */
+/** @param {number} share written with a space that does not break */
 function percent(share) {
-  if (share === 0) return "0 %";
-  if (share < 0.0001) return "< 0.01 %";
-  return `${number(100 * share, 2)} %`;
+  if (share === 0) return "0\u00a0%";
+  if (share < 0.0001) return "<\u00a00.01\u00a0%";
+  return `${number(100 * share, 2)}\u00a0%`;
 }
 
 /** @param {number} n a whole number, written in full: "1,234,567" */

@@ -70,8 +70,8 @@ function featureFacts(feature) {
   const all = wholeNumber(feature.leg.features.n_tokens);
   const facts = [
     ["Fires on", `${percent(densityOf(feature))} (${fired} of ${all} tokens)`],
-    ["maximum activation", number(feature.max)],
-    ["mean when active", number(feature.mean)],
+    ["Maximum activation", number(feature.max)],
+    ["Mean when active", number(feature.mean)],
   ];
   const items = facts.map(([name, value]) =>
     element("div", element("dt", name), element("dd", value)),

@@ -11,12 +11,8 @@
 function heatMap(map) {
   const { rows, columns, corner } = map;
   const scale = heatScale(map);
-  const body = rows.map((row, i) => {
-    const cells = columns.map((column, j) => {
-      const cell = heatCell(map, scale, row, column);
-      if (i === 0 && j === 0 && cell.hasAttribute("tabindex")) cell.tabIndex = 0;
-      return cell;
-    });
+  const body = rows.map((row) => {
+    const cells = columns.map((column) => heatCell(map, scale, row, column));
     return element("tr", element("th", { scope: "row" }, map.rowName(row)), cells);
   });
 
@@ -26,6 +22,7 @@ function heatMap(map) {
     heads.map((text) => element("th", { scope: "col" }, text)),
   );
   const table = element("table.heat", element("thead", head), element("tbody", body));
+  table.querySelector("td[tabindex]")?.setAttribute("tabindex", "0");
   return element("div", element("div.scroll", table), heatKey(map, scale));
 }
 
@@ -63,7 +60,6 @@ function heatCell(map, scale, row, column) {
   const value = map.value(row, column);
   if (!isNumber(value)) return element("td.none", "–");
   const p = scale.percentOfRange(value);
-  const dark = p > 55 ? ".deep" : "";
   const home = row === column ? ".home" : "";
   const attributes = {
     "--p": p.toFixed(1),
@@ -72,7 +68,7 @@ function heatCell(map, scale, row, column) {
     keydown: moveInTable,
   };
   const text = map.columns.length > 18 ? "" : heatNumber(value, map.digits);
-  return element(`td${dark}${home}`, attributes, text);
+  return element(`td${home}`, attributes, text);
 }
 
 /**
@@ -124,12 +120,22 @@ function moveInTable(event) {
   const move = ARROWS[event.key];
   if (!move) return;
   const cell = /** @type {HTMLTableCellElement} */ (event.currentTarget);
-  const row = /** @type {HTMLTableRowElement} */ (cell.parentElement);
-  const section = /** @type {HTMLTableSectionElement} */ (row.parentElement);
-  const next = section.rows[row.sectionRowIndex + move[0]]?.cells[cell.cellIndex + move[1]];
-  if (!next?.matches("td[tabindex]")) return;
+  let next = neighbour(cell, move);
+  while (next?.matches("td.none")) next = neighbour(next, move); // step over cells without a value
+  if (!next?.matches("td")) return;
   event.preventDefault();
   cell.tabIndex = -1;
   next.tabIndex = 0;
   next.focus();
+}
+
+/**
+ * @param {HTMLTableCellElement} cell
+ * @param {[rows: number, columns: number]} move
+ * @returns {HTMLTableCellElement | undefined}
+ */
+function neighbour(cell, [rows, columns]) {
+  const row = /** @type {HTMLTableRowElement} */ (cell.parentElement);
+  const section = /** @type {HTMLTableSectionElement} */ (row.parentElement);
+  return section.rows[row.sectionRowIndex + rows]?.cells[cell.cellIndex + columns];
 }
