@@ -15,7 +15,7 @@ export default [
       "max-len": ["error", { code: 100 }],
       "max-lines": ["error", 400],
       "max-lines-per-function": ["error", 60],
-      "max-params": ["error", 6],
+      "max-params": ["error", 5],
       "max-statements-per-line": "error",
       "no-else-return": "error",
       "no-implicit-coercion": "error",

@@ -4,7 +4,7 @@
 saerelay.views.compare = async function drawComparison(body, [legId, latentText]) {
   const latent = Number(latentText);
   const run = await saerelay.load("run");
-  await readFeature(legId, latent); // says so if there is none
+  await readFeature(legId, latent); // throws if there is no such feature
   const stops = await followThroughLayers(legId, latent);
   const panes = [];
   for (const stop of stops) panes.push(await comparePane(run, stop, stop.leg === legId));

@@ -15,10 +15,10 @@ async function exampleList(run, feature, sizes) {
   const vocabulary = await saerelay.load("vocabulary");
   const items = feature.examples.slice(0, sizes.examples).map((columns) => {
     const example = readExample(feature, columns);
-    const row = tokens[example.sequence];
+    const texts = tokens[example.sequence].map((id) => vocabulary[id] ?? "");
     const largest = Math.max(...example.levels.values());
     const value = number((feature.max * largest) / run.levels);
-    const text = exampleText(run, feature, example, row, sizes.beyond, vocabulary);
+    const text = exampleText(run, feature, example, texts, sizes.beyond);
     return element("li", element("span.value", value), text);
   });
   return element("ol.examples", items);
@@ -48,21 +48,20 @@ function readExample(feature, [sequence, position, ...pairs]) {
  * @param {Run} run
  * @param {Feature} feature
  * @param {Example} example
- * @param {number[]} row token ids of the sequence
+ * @param {string[]} texts of the sequence's tokens
  * @param {number} beyond
- * @param {Record<number, string>} vocabulary
  */
-function exampleText(run, feature, example, row, beyond, vocabulary) {
+function exampleText(run, feature, example, texts, beyond) {
   const { position, start, end, levels } = example;
   const first = Math.max(0, start - beyond);
-  const last = Math.min(row.length - 1, end + beyond);
+  const last = Math.min(texts.length - 1, end + beyond);
   const text = element("div.tokens", { dir: "ltr" });
   for (let at = first; at <= last; at++) {
     const share = (levels.get(at) ?? 0) / run.levels;
     const peak = at === position ? ".peak" : "";
     const pale = at < start || at > end ? ".beyond" : "";
     const activation = number(feature.max * share);
-    text.append(shadedToken(vocabulary[row[at]] ?? "", share, activation, peak + pale));
+    text.append(shadedToken(texts[at], share, activation, peak + pale));
   }
   return text;
 }

@@ -58,7 +58,7 @@ function toPairs(flat, unit) {
 }
 
 /**
- * What the list of features shows of a leg's, and what became of each on the way to the next layer.
+ * A leg's features as the list shows them, with what becomes of each in the next layer.
  *
  * @param {Run} run
  * @param {string} legId

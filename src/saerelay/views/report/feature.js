@@ -28,7 +28,7 @@ saerelay.views.feature = async function drawFeature(body, [legId, latentText]) {
 };
 
 /**
- * The way back to the list, and on to the features before and after this one.
+ * Links back to the list, and to the features before and after this one.
  *
  * @param {Feature} feature
  * @param {boolean} hasOtherLayers
@@ -114,23 +114,8 @@ function nextLayerSentence(run, stops, legId) {
     { href: featureAddress(next.leg, step.latent) },
     `Go to feature ${step.latent} of ${layer} →`,
   );
-  return element("p", `${fateText(step.fate, layer)}: ${similarityText(step)}. `, link);
-}
-
-/**
- * @param {Fate} fate
- * @param {string} layer
- */
-function fateText(fate, layer) {
-  const sentences = {
-    k: `Kept in ${layer}`,
-    d: `Drifted in ${layer}`,
-    r: `Replaced in ${layer}, where this latent means something else`,
-    x: `Died: it never fires in ${layer}`,
-    b: `Never fires here, born in ${layer}`,
-    "-": `Never fires, neither here nor in ${layer}`,
-  };
-  return sentences[fate];
+  const fate = capitalised(labels.fates[step.fate]);
+  return element("p", `${fate} in ${layer}: ${similarityText(step)}. `, link);
 }
 
 /**

@@ -236,10 +236,10 @@ function drawColumn(run, layout, leg, column) {
   ];
 }
 
-// --- one feature's way ---------------------------------------------------------------------------
+// --- one feature's path --------------------------------------------------------------------------
 
 /**
- * Draw one feature's way over the bands, in place of an earlier one.
+ * Draw one feature's path across the bands, instead of an earlier one.
  *
  * @param {SVGElement} svg
  * @param {FlowLayout} layout

@@ -50,3 +50,6 @@ const labels = {
  * @param {string} name
  */
 const labelOf = (words, name) => words[name] ?? name;
+
+/** @param {string} label at the beginning of a sentence */
+const capitalised = (label) => label.charAt(0).toUpperCase() + label.slice(1);

@@ -91,7 +91,7 @@ function keptShare({ counts, target }) {
  * @param {Run} run
  * @param {number} number the link's
  * @param {Fate} fate
- * @param {(stops: Stop[]) => void} onTrace draws a feature's way into the picture
+ * @param {(stops: Stop[]) => void} onTrace draws a feature's path into the picture
  */
 async function bandList(run, number, fate, onTrace) {
   const { source, target } = run.links[number];
@@ -177,8 +177,8 @@ function bandRow({ source, target, link, latent, partner, tokenTexts, trace }) {
   );
   button.addEventListener("click", () => trace(latent, button));
   const chips = tokenTexts.slice(0, 4).map((text) => chip(text));
-  const here = element("a", { href: featureAddress(source, latent) }, `#${latent}`);
-  const there = element("a", { href: featureAddress(target, partner) }, `#${partner}`);
+  const sourceLink = element("a", { href: featureAddress(source, latent) }, `#${latent}`);
+  const targetLink = element("a", { href: featureAddress(target, partner) }, `#${partner}`);
   return element(
     "tr",
     element("td", button),
@@ -186,7 +186,7 @@ function bandRow({ source, target, link, latent, partner, tokenTexts, trace }) {
     element("td.n", cosine(link.decoder_cosine[latent])),
     element("td.n", cosine(link.encoder_cosine[latent])),
     element("td.n", cosine(link.correlation[latent])),
-    element("td.n", here),
-    element("td.n", partner >= 0 ? there : "–"),
+    element("td.n", sourceLink),
+    element("td.n", partner >= 0 ? targetLink : "–"),
   );
 }

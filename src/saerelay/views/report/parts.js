@@ -44,7 +44,7 @@ function menu(label, options, chosen, onChange) {
 }
 
 /**
- * A note in place of what has not been measured, with the command that measures it.
+ * A note that something has not been measured, with the command that measures it.
  *
  * @param {string} sentence
  * @param {string} command
@@ -71,7 +71,7 @@ function captionOf(run, text = "") {
 }
 
 /**
- * Rows of a document as a table. A column without a `format` is text, and may come from strangers.
+ * Rows of a document as a table. A column without a `format` is text, which is untrusted.
  *
  * @template Row
  * @param {Row[]} rows
@@ -111,14 +111,14 @@ function dataCell(row, { name, format }) {
  * @param {(item: Item) => void} append
  */
 function revealInSteps(items, sizes, append) {
-  let shown = 0;
+  let revealed = 0;
   const button = element("button.button", { type: "button" }, "Show more");
 
   /** @param {number} n */
   function reveal(n) {
-    items.slice(shown, shown + n).forEach(append);
-    shown += n;
-    button.hidden = shown >= items.length;
+    items.slice(revealed, revealed + n).forEach(append);
+    revealed += n;
+    button.hidden = revealed >= items.length;
   }
   button.addEventListener("click", () => reveal(sizes.more));
   reveal(sizes.first);

@@ -55,15 +55,15 @@ async function strandStop(run, { leg, latent, step }, isCurrent) {
   }
   const feature = await readFeature(leg, latent);
   const continues = step !== null && step.latent !== null;
-  const here = isCurrent ? ".here" : "";
-  const gone = continues ? "" : ".gone";
+  const currentClass = isCurrent ? ".here" : "";
+  const endClass = continues ? "" : ".gone";
   const tooltip = step ? { "data-tip": stepText(step) } : {};
   const address = {
     href: featureAddress(leg, latent),
     "aria-current": isCurrent ? "true" : null,
   };
   return element(
-    `li${here}${gone}`,
+    `li${currentClass}${endClass}`,
     element(`div.link.${step ? fateClass(step.fate) : "x"}`, tooltip),
     continues ? element("span.cos", tooltip, cosine(step.decoder)) : null,
     element("a.at", address, `${layer} #${latent}`),

@@ -400,6 +400,6 @@ interface Flow {
   svg: SVGElement;
   /** Chooses the first band of features that changed, if there is one. */
   chooseFirstChange: (() => void) | null;
-  /** Draws one feature's way. */
+  /** Draws one feature's path. */
   trace: (stops: Stop[]) => void;
 }

@@ -1,9 +1,9 @@
 // The report's frame: data files, and views by address. Nothing here knows what a view shows.
 "use strict";
 
-/** @type {Map<string, Promise<unknown>>} data files that were asked for, or came with the page */
+/** @type {Map<string, Promise<unknown>>} data files that were requested, or came with the page */
 const dataFiles = new Map();
-/** @type {Map<string, (data: any) => void>} resolve the promises of those that are on their way */
+/** @type {Map<string, (data: any) => void>} resolve the promises of those still being loaded */
 const waiting = new Map();
 
 const saerelay = {
