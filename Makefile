@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := src tests bench docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format docs bench-env clean
+.PHONY: help demo test test-fast check check-js format docs bench-env clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,13 @@ check: $(VENV)/.dev  ## formatting, lint, types, import order; a pre-commit hook
 	$(BIN)/pyright --pythonpath $(BIN)/python src
 	$(BIN)/python -m pytest tests/test_layering.py
 
+check-js:  ## layout, lint and types of the report's JavaScript; skipped without Node.js 20.19 or newer
+	@if node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' 2>/dev/null && command -v npm >/dev/null; then \
+	  $(MAKE) -s node_modules/.installed && npm run --silent check; \
+	else \
+	  echo "check-js: skipped; it needs npm and Node.js 20.19 or newer" >&2; \
+	fi
+
 format: $(VENV)/.dev  ## format, and mend what lint can mend
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
@@ -35,7 +42,7 @@ docs: $(VENV)/.docs  ## the documentation, in site/; opens from disk
 bench-env: .peers/.installed  ## this package and the tools that bench/step.py compares with, in .peers
 
 clean:  ## remove the environments and everything built
-	rm -rf $(VENV) .peers site runs/demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) .peers node_modules site runs/demo .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +59,10 @@ $(VENV)/.dev: $(VENV)/.installed
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+node_modules/.installed: package.json package-lock.json
+	npm ci --silent --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .peers/.installed: pyproject.toml bench/peers.txt

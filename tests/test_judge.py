@@ -274,7 +274,7 @@ def test_the_report_shows_scores_once_there_are_some(suite: Suite, tmp_path: Pat
     monkeypatch.setattr("saerelay.views.report.data.token_texts", lambda plan: token_text)
     monkeypatch.setattr(report, "write_figures", lambda suite, summary, folder: [])
     page = report.write_report(suite, summary(suite))
-    assert "What people make of features" not in page.read_text(encoding="utf-8")
+    assert "Human judgements of features" not in page.read_text(encoding="utf-8")
     _, key = judge_run(suite, n=5)
     said = {item["item"]: "yes" if item["origin"] == "forward" else "no" for item in key["items"]}
     files = [answered(tmp_path / f"{name[0]}.json", key["page"], said, name) for name in ("Ada", "<b>Bob</b>")]
@@ -287,10 +287,9 @@ def test_the_report_shows_scores_once_there_are_some(suite: Suite, tmp_path: Pat
         "forward": "5 of 5 100.0 % 56.6 % to 100.0 % 2: 100.0 %",
         "backward": "5 of 5 0.0 % 0.0 % to 43.4 % 0: 0.0 %",
     }
-    assert (
-        "<bdi>Ada</bdi> and <bdi>&lt;b&gt;Bob&lt;/b&gt;</bdi> agree on 100.0 % of 20 (Cohen’s kappa 1.00)" in text
-        and "<b>Bob" not in text
-    )
+    agreement = "<bdi>Ada</bdi> and <bdi>&lt;b&gt;Bob&lt;/b&gt;</bdi> agree on 100.0 % of 20 features"
+    assert f"{agreement} (Cohen’s kappa 1.00)" in text
+    assert "<b>Bob" not in text
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------
@@ -387,8 +386,8 @@ def test_held_keys_shortcuts_and_typing_judge_nothing(
     page.keyboard.down("n")
     assert page.inner_text("#progress") == f"3 of {n} · 2 done"
     page.evaluate("n => go(n + 1)", n)
-    assert page.inner_text("main h1") == "Some are left"
-    page.get_by_text("Go to the first one left").click()
+    assert page.inner_text("main h1") == "Some features are left"
+    page.get_by_text("Go to the first unanswered feature").click()
     page.keyboard.press("u")
     with page.expect_download() as download:
         page.keyboard.press("e")
@@ -457,4 +456,4 @@ def test_a_damaged_memory_is_forgotten(visit: Any, judging: tuple[Path, dict[str
     for damaged in ("{", "null", json.dumps(another), json.dumps(strange)):
         page.evaluate("([id, text]) => localStorage.setItem(`saerelay-judge-${id}`, text)", [page_id, damaged])
         page.reload()
-        assert page.inner_text("main h1") == "Does it stand for something?" and page.inner_text("#progress") == ""
+        assert page.inner_text("main h1") == "Is this feature interpretable?" and page.inner_text("#progress") == ""

@@ -20,6 +20,41 @@ VIEWS = (
     "# #/plan #/layers #/training #/lineage #/features/all #/feature/L1/123 #/compare/L1/123 #/measures "
     "#/interpret #/judging #/circuits #/figures"
 )
+HARD_TO_READ_OR_HIT = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const paper = rgba(getComputedStyle(document.body).backgroundColor);
+  const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => (c * a + under[i] * (255 - a)) / 255);
+  const behind = (node) => {
+    const parents = node.parentElement === null ? paper : behind(node.parentElement);
+    return over(rgba(getComputedStyle(node).backgroundColor), parents);
+  };
+  const linear = (c) => (c <= 10 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const faults = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const box = node.getBoundingClientRect();
+    const style = getComputedStyle(node);
+    if (!box.width || !box.height || style.visibility === "hidden" || node.closest("svg, [disabled]")) continue;
+    const name = `${node.tagName} "${node.textContent.slice(0, 30)}"`;
+    const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (hasText) {
+      const [low, high] = [rgba(style.color), behind(node)].map(luminance).sort((a, b) => a - b);
+      const contrast = (high + 0.05) / (low + 0.05);
+      if (contrast < 4.4) faults.push(`${name}: contrast ${contrast.toFixed(1)}`);
+    }
+    const isInline = node.closest("p, dd, .crumbs, .skip") !== null;
+    if (node.matches("a:not(:has(img)), button, select, input, summary") && !isInline)
+      if (box.width < 24 || box.height < 24) faults.push(`${name}: ${box.width} by ${box.height} pixels`);
+  }
+  return faults;
+}"""
+"""Text with less than the contrast that WCAG AA asks for, and what can be pressed but is under 24 pixels."""
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -82,6 +117,7 @@ def test_every_view_loads_and_fits(chromium: Any, report: Path, viewport: dict[s
         assert page.locator("main h1:visible").count() == 1
         assert page.locator(".note:visible").count() == (1 if "measures" in address else 0), page.inner_text("main")
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], address
+        assert page.evaluate(HARD_TO_READ_OR_HIT) == [], address
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 60) == (theme == "dark")
     seen.page.context.close()
@@ -93,7 +129,13 @@ def test_the_summary_can_be_read_without_javascript(chromium: Any, report: Path)
     page = context.new_page()
     page.goto(report.as_uri())
     text = page.inner_text("main")
-    for expected in ("What was saved?", "At what loss?", "Which layers transfer badly?", "<i>model</i>", "L0-from-L1"):
+    for expected in (
+        "What was saved?",
+        "What did it cost",
+        "Which layers transfer poorly?",
+        "<i>model</i>",
+        "L0-from-L1",
+    ):
         assert expected in text
     context.close()
 
@@ -126,7 +168,7 @@ def test_filters_and_numbers_find_latents(visit: Visit) -> None:
     page.get_by_label("Density").select_option("0")
     assert page.locator("ol.list a.row .id").all_inner_texts() == ["0"]
     page.get_by_label("Density").select_option("")
-    page.get_by_label("On the way").select_option("x")
+    page.get_by_label("In the next layer").select_option("x")
     assert set(page.locator("ol.list a.row .fate").all_inner_texts()) == {"died"}
 
 
@@ -146,11 +188,11 @@ def test_a_click_follows_a_feature_to_the_next_layer(visit: Visit) -> None:
 
 def test_a_control_leads_back_to_what_it_was_matched_with(visit: Visit) -> None:
     page = visit.at("#/feature/L0-from-L1/5")
-    link = page.locator("section:has(> h2:text('Matched with')) a").first
+    link = page.locator("section:has(> h2:text('Matched one to one with')) a").first
     there = link.get_attribute("href")
     link.click()
     visit.drawn(there)
-    page.click("section:has(> h2:text('Matched with')) a")
+    page.click("section:has(> h2:text('Matched one to one with')) a")
     visit.drawn("#/feature/L0-from-L1/5")
 
 
@@ -193,12 +235,12 @@ def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
 def test_explanations_stand_by_their_features(visit: Visit) -> None:
     page = visit.at("#/feature/L1/1")
     line = page.inner_text(".explanation")
-    assert line.startswith("Explained as: fires on <script>alert(5)</script> <img src=x onerror=alert(6)> [U+202E]and")
-    assert line.endswith("y" * EXPLANATION.count("y") + " (detection 0.50, fuzzing 0.25; 0.5 is chance)")
+    assert line.startswith("Explanation: fires on <script>alert(5)</script> <img src=x onerror=alert(6)> [U+202E]and")
+    assert line.endswith("y" * EXPLANATION.count("y") + " (detection 0.50, fuzzing 0.25; chance is 0.5)")
     assert visit.at("#/feature/L1/3").locator(".explanation").count() == 0
     page = visit.at("#/interpret")
     rows = page.locator("[data-view=interpret] table >> nth=0").locator("tbody tr").all_inner_texts()
-    assert [row.split("\t")[0] for row in rows] == ["scratch", "from above"] and "0.750 ± 0.250" in rows[0]
+    assert [row.split("\t")[0] for row in rows] == ["from scratch", "from a later layer"] and "0.750 ± 0.250" in rows[0]
     page.locator("summary:has-text('L1: 2')").last.click()
     page.locator(".explanations a:visible").first.click()
     visit.drawn("#/feature/L1/1")
@@ -225,5 +267,23 @@ def test_the_heat_map_tells_values_to_mouse_and_keyboard(visit: Visit) -> None:
     page.keyboard.press("ArrowDown")
     assert "SAE of layer 1 on layer 0" in page.inner_text("#tip")
     first = page.inner_text(".heat td >> nth=1")
-    page.get_by_label("Carried").select_option("affine")
+    page.get_by_label("Transfer method").select_option("affine")
     assert page.inner_text(".heat td >> nth=1") != first
+
+
+def test_arrow_keys_step_over_cells_without_a_value(visit: Visit) -> None:
+    page = visit.at("#/layers")
+    page.evaluate("""() => document.querySelector("main section:not([hidden]) .body").replaceChildren(heatMap({
+        rows: [0, 1, 2], columns: [0, 1, 2], corner: "", digits: 2, rowName: String, columnName: String,
+        value: (row, column) => (row === column ? null : 3 * row + column),
+        tooltip: (row, column) => `${row} on ${column}`,
+    }))""")
+    page.locator(".heat td[tabindex='0']").focus()
+    assert page.inner_text("#tip") == "0 on 1"
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#tip") == "2 on 1"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#tip") == "1 on 0"
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#tip") == "1 on 0"

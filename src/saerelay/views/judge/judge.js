@@ -1,43 +1,101 @@
-// The judging page: an introduction, the features one by one, the end. What was answered is kept in the browser as it is
-// given, under the page's own name; the export is what `saerelay judge --score` reads.
+// The judging page: an introduction, the features one by one, the end. Answers are kept in the
+// browser under the page's own name; the exported file is what `saerelay judge --score` reads.
 "use strict";
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
-const STORE = `saerelay-judge-${DATA.page}`, N = DATA.items.length;
-const ANSWERS = { y: "yes", n: "no", s: "skip" };
-const state = recalled() ?? { page: DATA.page, judge: "", at: 0, answers: {}, given: [] }; // at: 0 introduction, 1 to N, N + 1 the end
-let kept = true;
+/** @type {JudgingData} */
+const DATA = JSON.parse(byId("data").textContent ?? "");
+const STORAGE_KEY = `saerelay-judge-${DATA.page}`;
+const N = DATA.items.length;
+const ANSWERS = /** @type {Record<string, Answer>} */ ({ y: "yes", n: "no", s: "skip" });
 
-// --- what is kept -------------------------------------------------------------------------------------------------
+/** @type {JudgingState} */
+const state = readState() ?? { page: DATA.page, judge: "", at: 0, answers: {}, given: [] };
+let isStored = true;
 
-// The state as it was left, or null for none, and for anything that this page did not write.
-function recalled() {
+// --- what the browser keeps ----------------------------------------------------------------------
+
+/**
+ * The state as it was left; null if there is none, or one that this page did not write.
+ *
+ * @returns {JudgingState | null}
+ */
+function readState() {
   try {
-    const found = JSON.parse(localStorage.getItem(STORE));
-    const item = (i) => Number.isInteger(i) && i >= 1 && i <= N;
-    const answers = Object.entries(found.answers).every(([i, answer]) => item(Number(i)) && Object.values(ANSWERS).includes(answer));
-    const given = found.given.every(item) && new Set(found.given).size === found.given.length && found.given.length === Object.keys(found.answers).length && found.given.every((i) => found.answers[i]);
-    return found.page === DATA.page && typeof found.judge === "string" && (item(found.at) || found.at === 0 || found.at === N + 1) && answers && given ? found : null;
-  } catch { return null; }
+    const stored = JSON.parse(localStorage.getItem(STORAGE_KEY) ?? "null");
+    return isState(stored) ? stored : null;
+  } catch {
+    return null;
+  }
 }
 
-function keep() {
-  try { localStorage.setItem(STORE, JSON.stringify(state)); } catch { kept = false; }
+/**
+ * Throws for what has not even the form of a state.
+ *
+ * @param {any} stored
+ */
+function isState(stored) {
+  if (stored.page !== DATA.page || typeof stored.judge !== "string") return false;
+  const isScreen = isItem(stored.at) || stored.at === 0 || stored.at === N + 1;
+  if (!isScreen) return false;
+
+  const answers = Object.entries(stored.answers);
+  const valid = Object.values(ANSWERS);
+  if (!answers.every(([i, value]) => isItem(Number(i)) && valid.includes(value))) return false;
+
+  // Every answered item was given once, and nothing else.
+  const given = new Set(stored.given);
+  if (given.size !== stored.given.length || given.size !== answers.length) return false;
+  return [...given].every((i) => isItem(i) && stored.answers[i]);
+}
+
+/**
+ * @param {any} i
+ * @returns {i is number}
+ */
+function isItem(i) {
+  return Number.isInteger(i) && i >= 1 && i <= N;
+}
+
+function storeState() {
+  try {
+    localStorage.setItem(STORAGE_KEY, JSON.stringify(state));
+  } catch {
+    isStored = false;
+  }
 }
 
 function exportJudgements() {
   const { page, judge, answers } = state;
-  const blob = new Blob([`${JSON.stringify({ schema: 1, page, judge, answers }, null, 1)}\n`], { type: "application/json" });
-  const link = element("a", { href: URL.createObjectURL(blob), download: `judgements-${[page, judge.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)].filter(Boolean).join("-")}.json` });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  const text = `${JSON.stringify({ schema: 1, page, judge, answers }, null, 1)}\n`;
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  element("a", { href: url, download: exportName(page, judge) }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-// --- what keys and buttons do -------------------------------------------------------------------------------------
+/**
+ * @param {string} page
+ * @param {string} judge whose name may hold what file names may not
+ */
+function exportName(page, judge) {
+  const safeJudge = judge.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
+  const parts = ["judgements", page, safeJudge].filter(Boolean);
+  return `${parts.join("-")}.json`;
+}
 
-const tally = (answer) => state.given.filter((i) => state.answers[i] === answer).length;
-const firstLeft = () => Array.from({ length: N }, (_, i) => i + 1).find((i) => !state.answers[i]) ?? N + 1;
+// --- what keys and buttons do --------------------------------------------------------------------
 
+/** @param {Answer} value */
+const tally = (value) => state.given.filter((i) => state.answers[i] === value).length;
+const isJudging = () => isItem(state.at);
+
+/** The first item without an answer, or the end. */
+function firstUnanswered() {
+  let i = 1;
+  while (i <= N && state.answers[i]) i++;
+  return i;
+}
+
+/** @param {Answer} value */
 function answer(value) {
   state.given = [...state.given.filter((i) => i !== state.at), state.at];
   state.answers[state.at] = value;
@@ -51,109 +109,278 @@ function undo() {
   go(last);
 }
 
+/** @param {number} to a screen: 0 is the introduction, 1 to N are items, N + 1 is the end */
 function go(to) {
   state.at = Math.max(0, Math.min(N + 1, to));
-  keep();
+  storeState();
   draw();
 }
 
 function startOver() {
-  if (!confirm("Forget all answers on this page? Export them first.")) return;
+  if (!confirm("Delete all answers on this page? Export them first if you want to keep them."))
+    return;
   Object.assign(state, { judge: "", answers: {}, given: [] });
   go(0);
 }
 
-const judging = () => state.at >= 1 && state.at <= N;
+/**
+ * Do what a key, or its button, stands for.
+ *
+ * @param {string} key in lower case
+ * @returns {boolean} whether it stands for something
+ */
 function press(key) {
-  if (key in ANSWERS && judging()) answer(ANSWERS[key]);
+  if (key in ANSWERS && isJudging()) answer(ANSWERS[key]);
   else if (key === "u") undo();
   else if (key === "arrowleft") go(state.at - 1);
   else if (key === "arrowright") go(state.at + 1);
   else if (key === "e") exportJudgements();
-  else if (key === "enter" && state.at === 0) go(firstLeft());
+  else if (key === "enter" && state.at === 0) go(firstUnanswered());
   else return false;
   return true;
 }
 
-addEventListener("keydown", (event) => {
-  const typing = event.target.closest?.("input"), pressed = event.target.closest?.("button");
-  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || (typing && event.key !== "Enter") || (pressed && event.key === "Enter")) return;
-  if (press(event.key.toLowerCase())) event.preventDefault();
-});
-for (const button of document.querySelectorAll("#answers [data-key]")) button.addEventListener("click", () => press(button.dataset.key));
-document.getElementById("export").addEventListener("click", exportJudgements);
+/**
+ * Whether a key is meant for the page: not one that is held down, nor part of a browser's shortcut,
+ * nor typed into the field for the name, nor Enter on a button, which presses that button.
+ *
+ * @param {KeyboardEvent} event
+ */
+function isForPage(event) {
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return false;
+  const target = /** @type {Element} */ (event.target);
+  if (target.closest?.("input")) return event.key === "Enter";
+  if (target.closest?.("button")) return event.key !== "Enter";
+  return true;
+}
 
-// --- what is seen -------------------------------------------------------------------------------------------------
+addEventListener("keydown", (event) => {
+  if (isForPage(event) && press(event.key.toLowerCase())) event.preventDefault();
+});
+
+/** @type {NodeListOf<HTMLButtonElement>} */
+const answerButtons = document.querySelectorAll("#answers [data-key]");
+for (const button of answerButtons) {
+  button.addEventListener("click", () => press(button.dataset.key ?? ""));
+}
+byId("export").addEventListener("click", exportJudgements);
+
+// --- the screens ---------------------------------------------------------------------------------
 
 function draw() {
-  const main = document.getElementById("main"), done = tally("yes") + tally("no") + tally("skip");
-  main.replaceChildren(...(state.at === 0 ? introduction() : judging() ? feature(DATA.items[state.at - 1]) : theEnd()));
-  document.getElementById("answers").hidden = !judging();
-  document.getElementById("export").hidden = !done || state.at > N;
-  document.getElementById("meter").value = done / N;
-  const number = judging() ? `${state.at} of ${N}` : state.at ? "The end" : "";
-  document.getElementById("progress").textContent = `${number}${done ? `${number ? " · " : ""}${done} done` : ""}`;
-  for (const button of document.querySelectorAll("#answers [data-key]")) {
-    if (button.dataset.key in ANSWERS) button.setAttribute("aria-pressed", state.answers[state.at] === ANSWERS[button.dataset.key]);
-    if (button.dataset.key === "u") button.disabled = !state.given.length;
-  }
-  document.getElementById("tip").hidden = true;
+  const main = byId("main");
+  const done = tally("yes") + tally("no") + tally("skip");
+  main.replaceChildren();
+  appendChildren(main, currentScreen());
+  byId("answers").hidden = !isJudging();
+  byId("export").hidden = !done || state.at > N;
+  /** @type {HTMLProgressElement} */ (byId("meter")).value = done / N;
+  byId("progress").textContent = progressText(done);
+  drawButtons();
+  hideTooltip();
   scrollTo(0, 0);
-  if (!judging()) main.querySelector("h1").focus({ preventScroll: true });
+  if (!isJudging()) main.querySelector("h1")?.focus({ preventScroll: true });
 }
 
+function currentScreen() {
+  if (state.at === 0) return introduction();
+  return isJudging() ? featureScreen(DATA.items[state.at - 1]) : theEnd();
+}
+
+/** @param {number} done */
+function progressText(done) {
+  const parts = [];
+  if (isJudging()) parts.push(`${state.at} of ${N}`);
+  else if (state.at > N) parts.push("The end");
+  if (done) parts.push(`${done} done`);
+  return parts.join(" · ");
+}
+
+/** Mark the answer that the current item has, if any. */
+function drawButtons() {
+  for (const button of answerButtons) {
+    const key = button.dataset.key ?? "";
+    if (key in ANSWERS) {
+      const isChosen = state.answers[state.at] === ANSWERS[key];
+      button.setAttribute("aria-pressed", String(isChosen));
+    }
+    if (key === "u") button.disabled = !state.given.length;
+  }
+}
+
+/** @param {string} text */
 const heading = (text) => element("h1", { tabindex: -1 }, text);
-const lost = () => (kept ? null : element("p.note", {}, "This browser keeps nothing of this page: export before you close it."));
+
+/** @param {string} text */
+const keycap = (text) => element("kbd", text);
+
+function storageWarning() {
+  if (isStored) return null;
+  return element(
+    "p.note",
+    "This browser does not store your answers: export them before you close this page.",
+  );
+}
 
 function introduction() {
-  const name = element("input", { type: "text", value: state.judge, maxlength: 80, autocomplete: "off", placeholder: "optional", input: (event) => { state.judge = event.target.value; keep(); } });
-  const begun = state.given.length > 0;
-  return [element("div.welcome", {}, heading("Does it stand for something?"),
-    element("p.lead", {}, `${N.toLocaleString("en")} features of a language model, one at a time. Of each you see where it fires most, and which next tokens it argues for and against.`),
-    element("dl.rules", {},
-      element("dt", {}, element("kbd", {}, "y"), "Yes"), element("dd", {}, "You can say in a few words what these places share, and most of them fit."),
-      element("dt", {}, element("kbd", {}, "n"), "No"), element("dd", {}, "They have nothing in common that you could name, or several unrelated things."),
-      element("dt", {}, element("kbd", {}, "s"), "Skip"), element("dd", {}, "You cannot tell: a language you do not read, say. It will not count."),
-      element("dt", {}, element("kbd", {}, "u"), "Undo"), element("dd", {}, "Takes back the last answer. ", element("kbd", {}, "←"), " ", element("kbd", {}, "→"), " look around without answering.")),
-    element("p", {}, "Judge by the examples first. “It fires on one token, always” is something to share. The features come from several sources in random order; which is which is not in this page, so please do not try to find out."),
-    element("p.soft", {}, "Your answers stay in this browser until you export them; nothing is sent anywhere."),
-    lost(),
-    element("form.begin", { submit: (event) => { event.preventDefault(); go(firstLeft()); } },
-      element("label", {}, "Your name, for the export", name),
-      element("button.button.primary", { type: "submit" }, begun ? "Go on " : "Begin ", element("kbd", {}, "Enter"))))];
+  const begin = state.given.length > 0 ? "Continue " : "Begin ";
+  /** @param {SubmitEvent} event */
+  function submit(event) {
+    event.preventDefault();
+    go(firstUnanswered());
+  }
+  return [
+    element(
+      "div.welcome",
+      heading("Is this feature interpretable?"),
+      element(
+        "p.lead",
+        `${wholeNumber(N)} features of a language model, one at a time. For each of them you see ` +
+          "where it fires most, and which next tokens it promotes and suppresses.",
+      ),
+      rules(),
+      element(
+        "p",
+        "Judge mainly by the examples. “It always fires on the same token” is something that " +
+          "they have in common. The features come from several sources, in random order. This " +
+          "page does not know which comes from which, so please do not try to find out.",
+      ),
+      element(
+        "p.soft",
+        "Your answers stay in this browser until you export them. Nothing is sent anywhere.",
+      ),
+      storageWarning(),
+      element(
+        "form.begin",
+        { submit },
+        element("label", "Your name, to go into the export", nameField()),
+        element("button.button.primary", { type: "submit" }, begin, keycap("Enter")),
+      ),
+    ),
+  ];
 }
 
-function feature(item) {
-  return [heading(`Feature ${state.at}`), lost(), element("div.columns", {},
-    element("section", { "aria-labelledby": "h-places" }, element("h2", { id: "h-places" }, "Where it fires most"),
-      element("ol.examples", {}, item.examples.map((example) => element("li", {}, element("span.value", {}, told(example.levels[example.peak])), exampleText(example))))),
-    item.top ? element("section", { "aria-labelledby": "h-says" }, element("h2", { id: "h-says" }, "What it says"),
-      element("div.effects", {}, effects("More likely next", item.top, "var(--transfer)", DATA.texts), effects("Less likely next", item.bottom, "var(--root)", DATA.texts))) : null)
-  ].filter(Boolean);
+function nameField() {
+  return element("input", {
+    type: "text",
+    value: state.judge,
+    maxlength: 80,
+    autocomplete: "off",
+    placeholder: "optional",
+    input(event) {
+      state.judge = event.target.value;
+      storeState();
+    },
+  });
 }
 
-const told = (level) => `${Math.round((100 * level) / DATA.levels)} %`;
+function rules() {
+  /** @type {[key: string, name: string, meaning: Child][]} */
+  const rows = [
+    ["y", "Yes", "You can say in a few words what most of the examples have in common."],
+    ["n", "No", "They have nothing in common that you can name, or fall into unrelated groups."],
+    [
+      "s",
+      "Skip",
+      "You cannot tell, perhaps because you do not read the language. It will not count.",
+    ],
+    [
+      "u",
+      "Undo",
+      ["Takes back your last answer. ", keycap("←"), " ", keycap("→"), " move without answering."],
+    ],
+  ];
+  const items = rows.map(([key, name, meaning]) => [
+    element("dt", keycap(key), name),
+    element("dd", meaning),
+  ]);
+  return element("dl.rules", items);
+}
 
-function exampleText(example) {
-  return element("div.tokens", { dir: "ltr" }, example.tokens.map((text, i) => {
-    const level = example.levels[i];
-    return shaded(DATA.texts[text], Math.max(0, level) / DATA.levels, told(level), `${i === example.peak ? ".peak" : ""}${level < 0 ? ".beyond" : ""}`);
-  }));
+/** @param {JudgedItem} item */
+function featureScreen(item) {
+  const examples = item.examples.map((example) => {
+    const level = levelText(example.levels[example.peak]);
+    return element("li", element("span.value", level), exampleText(example));
+  });
+  return [
+    heading(`Feature ${state.at}`),
+    storageWarning(),
+    element(
+      "div.columns",
+      element(
+        "section",
+        { "aria-labelledby": "h-places" },
+        element("h2", { id: "h-places" }, "Top-activating examples"),
+        element("ol.examples", examples),
+      ),
+      effectsSection(item),
+    ),
+  ];
+}
+
+/** @param {JudgedItem} item */
+function effectsSection({ top, bottom }) {
+  if (!top || !bottom) return null;
+  return element(
+    "section",
+    { "aria-labelledby": "h-says" },
+    element("h2", { id: "h-says" }, "Effect on the next token"),
+    element(
+      "div.effects",
+      logitEffects("More likely next", top, "var(--transfer)", DATA.texts),
+      logitEffects("Less likely next", bottom, "var(--root)", DATA.texts),
+    ),
+  );
+}
+
+/** @param {number} level */
+const levelText = (level) => `${Math.round((100 * level) / DATA.levels)} %`;
+
+/** @param {JudgedExample} example */
+function exampleText({ tokens, levels, peak }) {
+  const items = tokens.map((token, i) => {
+    const share = Math.max(0, levels[i]) / DATA.levels;
+    const peakClass = i === peak ? ".peak" : "";
+    const beyondClass = levels[i] < 0 ? ".beyond" : "";
+    return shadedToken(DATA.texts[token], share, levelText(levels[i]), peakClass + beyondClass);
+  });
+  return element("div.tokens", { dir: "ltr" }, items);
 }
 
 function theEnd() {
   const left = N - state.given.length;
-  const say = (n, one, many) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
-  return [element("div.welcome", {}, heading(left ? "Some are left" : "Done. Thank you!"),
-    element("p.lead", {}, `You answered ${say(tally("yes") + tally("no"), "feature", "features")} and skipped ${say(tally("skip"), "feature", "features")}${left ? `; ${say(left, "is", "are")} left` : ""}.`),
-    element("p", {}, "Export your answers and give the file to whoever gave you this page."),
-    lost(),
-    element("div.begin", {},
-      element("button.button.primary", { type: "button", click: exportJudgements }, "Export ", element("kbd", {}, "e")),
-      left ? element("button.button", { type: "button", click: () => go(firstLeft()) }, "Go to the first one left") : null,
-      element("button.button", { type: "button", click: undo }, "Undo ", element("kbd", {}, "u")),
-      element("button.button", { type: "button", click: startOver }, "Start over, for another judge")))];
+  const judged = featureCount(tally("yes") + tally("no"));
+  const skipped = featureCount(tally("skip"));
+  const leftText = left ? `; ${wholeNumber(left)} ${left === 1 ? "is" : "are"} left` : "";
+  /** @param {string} text @param {() => void} click @param {HTMLElement} [shortcut] */
+  const button = (text, click, shortcut) =>
+    element("button.button", { type: "button", click }, text, shortcut);
+  return [
+    element(
+      "div.welcome",
+      heading(left ? "Some features are left" : "Done. Thank you!"),
+      element("p.lead", `You judged ${judged} and skipped ${skipped}${leftText}.`),
+      element("p", "Export your answers and send the file to the person who gave you this page."),
+      storageWarning(),
+      element(
+        "div.begin",
+        element(
+          "button.button.primary",
+          { type: "button", click: exportJudgements },
+          "Export ",
+          keycap("e"),
+        ),
+        left ? button("Go to the first unanswered feature", () => go(firstUnanswered())) : null,
+        button("Undo ", undo, keycap("u")),
+        button("Start over for another judge", startOver),
+      ),
+    ),
+  ];
 }
 
-keep();
+/** @param {number} n */
+const featureCount = (n) => `${wholeNumber(n)} ${n === 1 ? "feature" : "features"}`;
+
+storeState();
 draw();

@@ -48,7 +48,6 @@ MATRIX_TOKENS = 4_096
 Drawing = Callable[[Theme], Any]
 MARK = ".saerelay-report"
 """Marks a directory that a report made, so that the next may replace it."""
-ASSETS = ("style.css", "core.js", "views.js", "charts.js", "features.js", "interpret.js")
 
 
 def report_run(
@@ -174,5 +173,6 @@ def write_page(suite: Suite, summary: dict[str, Any], figures: list[dict[str, An
         run=suite.directory.root.resolve().name,
     )
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
-    for name in ASSETS:
-        (folder / name).write_bytes(here.joinpath(name).read_bytes())
+    for asset in here.iterdir():
+        if asset.name.endswith((".js", ".css")):
+            (folder / asset.name).write_bytes(asset.read_bytes())

@@ -1,126 +1,319 @@
-// The ground floor of our pages: elements, numbers, tokens, what appears under the pointer, the theme. The judging page
-// (`saerelay judge`) stands on it too. Text of tokens and names comes from strangers: it reaches a page through textContent only.
+// Shared by the report and the judging page (`saerelay judge`): elements, numbers, token text, the
+// tooltip, the theme. Token text and names are untrusted: they reach a page as text nodes only.
 "use strict";
 
-// --- elements -----------------------------------------------------------------------------------------------------
+// --- elements ------------------------------------------------------------------------------------
 
-// element("a.button", {href: "#/"}, "text", child, …); attributes that are functions are listeners.
-function element(kind, attributes = {}, ...children) {
+/**
+ * An HTML element: `element("a.button", { href: "#/" }, "text", child, …)`, or without attributes
+ * `element("p", "text")`.
+ *
+ * @param {string} kind a tag, then classes: "a.button.primary"
+ * @param {Parts} parts
+ * @returns {HTMLElement}
+ */
+function element(kind, ...parts) {
   const [tag, ...classes] = kind.split(".");
-  const made = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  if (classes.length) made.setAttribute("class", classes.join(" "));
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (typeof value === "function") made.addEventListener(name, value);
-    else if (name.startsWith("--")) made.style.setProperty(name, value);
-    else made.setAttribute(name, value === true ? "" : value);
+  const node = document.createElement(tag);
+  complete(node, classes, parts);
+  return node;
+}
+
+/**
+ * The same for an element of a drawing: `svgElement("line.grid", { x1: 0, x2: 9 })`.
+ *
+ * @param {string} kind
+ * @param {Parts} parts
+ * @returns {SVGElement}
+ */
+function svgElement(kind, ...parts) {
+  const [tag, ...classes] = kind.split(".");
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  complete(node, classes, parts);
+  return /** @type {SVGElement} */ (node);
+}
+
+/**
+ * @param {Element} node
+ * @param {string[]} classes
+ * @param {Parts} parts
+ */
+function complete(node, classes, parts) {
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  const [first, ...others] = parts;
+  const attributes = isAttributes(first) ? first : {};
+  const children = isAttributes(first) ? others : parts;
+  for (const [name, value] of Object.entries(attributes)) setAttribute(node, name, value);
+  appendChildren(node, /** @type {Child[]} */ (children));
+}
+
+/**
+ * @param {Attributes | Child} part
+ * @returns {part is Attributes}
+ */
+function isAttributes(part) {
+  if (typeof part !== "object" || part === null) return false;
+  return !Array.isArray(part) && !(part instanceof Node);
+}
+
+/**
+ * A function is a listener, and a name that begins with "--" is a style property; null, undefined
+ * and false leave the attribute out.
+ *
+ * @param {Element} node
+ * @param {string} name
+ * @param {AttributeValue} value
+ */
+function setAttribute(node, name, value) {
+  if (value === null || value === undefined || value === false) return;
+  if (typeof value === "function") {
+    node.addEventListener(name, value);
+  } else if (name.startsWith("--")) {
+    /** @type {HTMLElement} */ (node).style.setProperty(name, String(value));
+  } else {
+    node.setAttribute(name, value === true ? "" : String(value));
   }
-  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
-  return made;
-}
-const SVG = new Set(["svg", "path", "rect", "line", "circle", "text", "g", "polyline"]);
-
-function choice(label, options, chosen, onChange) {
-  const items = options.map(([value, text]) => element("option", { value, selected: String(value) === String(chosen) }, text));
-  return element("label", {}, label, element("select", { change: (event) => onChange(event.target.value) }, items));
 }
 
-function missing(what, command) {
-  return element("p.note", {}, `${what} `, element("code", {}, command), " makes it; then run ", element("code", {}, "saerelay report"), " again.");
+/**
+ * Children may be nested lists; null and undefined are left out.
+ *
+ * @param {Element} node
+ * @param {Child[]} children
+ */
+function appendChildren(node, children) {
+  for (const child of children) {
+    if (Array.isArray(child)) appendChildren(node, child);
+    else if (child !== null && child !== undefined) node.append(child);
+  }
 }
 
-// --- numbers ------------------------------------------------------------------------------------------------------
+/**
+ * An element that the page's own HTML contains.
+ *
+ * @param {string} id
+ * @returns {HTMLElement}
+ */
+function byId(id) {
+  const node = document.getElementById(id);
+  if (!node) throw new Error(`this page has no element #${id}`);
+  return node;
+}
 
-const minus = (text) => text.replace("-", "−");
+// --- numbers -------------------------------------------------------------------------------------
 
+/** @param {string} text a number as JavaScript writes it, with hyphens for minus signs */
+const withMinusSigns = (text) => text.replaceAll("-", "−");
+
+/**
+ * A number to some significant digits: "1,234", "0.0123", "1.0e−5"; "–" where there is none.
+ *
+ * @param {number | null | undefined} value
+ * @param {number} digits
+ */
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
-  if (value !== 0 && (Math.abs(value) >= 10 ** 5 || Math.abs(value) < 10 ** -4)) return minus(value.toExponential(1));
+  const size = Math.abs(value);
+  if (value !== 0 && (size >= 1e5 || size < 1e-4)) return withMinusSigns(value.toExponential(1));
   const rounded = Number(value.toPrecision(digits));
-  return minus(rounded.toLocaleString("en", { maximumSignificantDigits: Math.max(digits, 6) }));
+  const options = { maximumSignificantDigits: Math.max(digits, 6) };
+  return withMinusSigns(rounded.toLocaleString("en", options));
 }
-const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : minus(value.toFixed(digits).replace(/^-(?=0\.?0*$)/, "")));
-const cosine = (thousandths) => (thousandths === null || thousandths === undefined ? "–" : fixed(thousandths / 1000));
-const percent = (share) => (share === 0 ? "0 %" : share < 0.0001 ? "< 0.01 %" : `${number(100 * share, 2)} %`);
 
-function count(n) {
-  for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) if (n >= size) return `${Number((n / size).toPrecision(3))}${unit}`;
+/**
+ * A number with a fixed count of decimals, never "−0.00"; "–" where there is none.
+ *
+ * @param {number | null | undefined} value
+ * @param {number} decimals
+ */
+function fixed(value, decimals = 2) {
+  if (value === null || value === undefined) return "–";
+  const text = value.toFixed(decimals).replace(/^-(?=0\.?0*$)/, "");
+  return withMinusSigns(text);
+}
+
+/** @param {number | null | undefined} thousandths a cosine or correlation, as data files have it */
+function cosine(thousandths) {
+  if (thousandths === null || thousandths === undefined) return "–";
+  return fixed(thousandths / 1000);
+}
+
+/** @param {number} share written with a space that does not break */
+function percent(share) {
+  if (share === 0) return "0\u00a0%";
+  if (share < 0.0001) return "<\u00a00.01\u00a0%";
+  return `${number(100 * share, 2)}\u00a0%`;
+}
+
+/** @param {number} n a whole number, written in full: "1,234,567" */
+const wholeNumber = (n) => n.toLocaleString("en");
+
+/** @param {number} n a count in short: "1.23M" */
+function shortCount(n) {
+  if (n >= 1e9) return `${Number((n / 1e9).toPrecision(3))}B`;
+  if (n >= 1e6) return `${Number((n / 1e6).toPrecision(3))}M`;
+  if (n >= 1e3) return `${Number((n / 1e3).toPrecision(3))}k`;
   return String(n);
 }
 
-// --- tokens -------------------------------------------------------------------------------------------------------
+// --- tokens --------------------------------------------------------------------------------------
 
-const LONGEST = 60; // characters of a token that are shown
-const UNSEEN = /[\u0000-\u001f\u007f-\u00a0\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]|\p{Cs}/gu;
+const MAX_CHARACTERS = 60; // of one token; the rest is counted
+const INVISIBLE =
+  /[\u0000-\u001f\u007f-\u00a0\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]|\p{Cs}/gu;
 
-// A character that would not be seen, or would move its neighbours, as a sign that stands for it.
-function sign(character) {
-  const code = character.codePointAt(0);
+/**
+ * A visible sign for a character that cannot be seen, or that would reorder its neighbours.
+ *
+ * @param {string} character
+ */
+function signOf(character) {
+  const code = /** @type {number} */ (character.codePointAt(0));
   if (code === 10) return "⏎";
   if (code === 9) return "⇥";
-  if (code < 32) return String.fromCodePoint(0x2400 + code);
+  if (code < 32) return String.fromCodePoint(0x2400 + code); // Unicode's own pictures of these
   return `[U+${code.toString(16).toUpperCase().padStart(4, "0")}]`;
 }
 
-// Text as nodes: unseen characters as signs, long ones cut; at the edges of a chip, spaces as dots.
-function visible(text, edges = false) {
-  if (text === "") return [element("span.sign", {}, "∅")];
-  let shown = text.length > LONGEST ? text.slice(0, LONGEST) : text;
-  if (edges) shown = shown.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
+/**
+ * Text as nodes: signs for invisible characters, and no more than MAX_CHARACTERS.
+ *
+ * @param {string} text
+ * @param {boolean} dotted whether spaces at either end are drawn as dots
+ * @returns {Child[]}
+ */
+function visibleText(text, dotted = false) {
+  if (text === "") return [element("span.sign", "∅")];
+  let start = text.slice(0, MAX_CHARACTERS);
+  if (dotted) start = start.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
+
+  /** @type {Child[]} */
   const nodes = [];
-  let from = 0;
-  for (const match of shown.matchAll(UNSEEN)) {
-    nodes.push(shown.slice(from, match.index), element("span.sign", {}, sign(match[0])));
-    from = match.index + match[0].length;
+  let end = 0; // of what is in nodes so far
+  for (const match of start.matchAll(INVISIBLE)) {
+    nodes.push(start.slice(end, match.index));
+    nodes.push(element("span.sign", signOf(match[0])));
+    end = match.index + match[0].length;
   }
-  nodes.push(shown.slice(from));
-  if (text.length > LONGEST) nodes.push(element("span.sign", {}, `…(${text.length.toLocaleString("en")} characters)`));
+  nodes.push(start.slice(end));
+
+  if (text.length > MAX_CHARACTERS) {
+    nodes.push(element("span.sign", `…(${wholeNumber(text.length)} characters)`));
+  }
   return nodes;
 }
 
-function chip(text, hit = false) {
-  return element(hit ? "bdi.chip.hit" : "bdi.chip", {}, visible(text, true));
+/**
+ * A token standing alone, its spaces as dots.
+ *
+ * @param {string} text
+ * @param {boolean} isHit whether a search found it
+ */
+function chip(text, isHit = false) {
+  return element(isHit ? "bdi.chip.hit" : "bdi.chip", visibleText(text, true));
 }
 
-// A token of an example, shaded by its activation's share of the largest; what it tells under the pointer.
-function shaded(text, share, told, kind = "") {
-  return element(`bdi.token${kind}`, share ? { "--a": 100 * share, "data-tip": told } : {}, visible(text));
+/**
+ * A token of an example, shaded by its activation.
+ *
+ * @param {string} text
+ * @param {number} share its activation as a share of the feature's largest; 0 leaves it plain
+ * @param {string} tooltip
+ * @param {string} classes ".peak" for the token of the largest activation, ".beyond" outside the
+ *   window; "" for others
+ */
+function shadedToken(text, share, tooltip, classes = "") {
+  const attributes = share ? { "--a": 100 * share, "data-tip": tooltip } : {};
+  return element(`bdi.token${classes}`, attributes, visibleText(text));
 }
 
-// The tokens that a feature promotes or suppresses most, as pairs of an entry of the vocabulary and a value.
-function effects(title, pairs, side, vocabulary) {
-  const most = Math.max(...pairs.map(([, value]) => Math.abs(value)), 1e-9);
-  const items = pairs.map(([id, value]) => element("li", { "--w": (100 * Math.abs(value)) / most, "--side": side }, chip(vocabulary[id]), element("span", {}, fixed(value))));
-  return element("div", {}, element("h3", {}, title), element("ol", {}, items));
+/**
+ * The tokens that a feature promotes or suppresses most, with bars.
+ *
+ * @param {string} title
+ * @param {[id: number, value: number][]} pairs
+ * @param {string} colour
+ * @param {Record<number, string>} vocabulary
+ */
+function logitEffects(title, pairs, colour, vocabulary) {
+  const sizes = pairs.map(([, value]) => Math.abs(value));
+  const largest = Math.max(...sizes, 1e-9);
+  const items = pairs.map(([id, value], i) => {
+    const attributes = { "--w": (100 * sizes[i]) / largest, "--side": colour };
+    return element("li", attributes, chip(vocabulary[id]), element("span", fixed(value)));
+  });
+  return element("div", element("h3", title), element("ol", items));
 }
 
-// --- what appears under the pointer, or on focus ------------------------------------------------------------------
+// --- tooltip: the data-tip of what is under the pointer or has the focus -------------------------
 
-function tip(event) {
-  const box = document.getElementById("tip"), owner = event.target.closest?.("[data-tip]");
-  box.hidden = !owner;
+/** @param {Event} event */
+function showTooltip(event) {
+  const target = /** @type {Element} */ (event.target);
+  const owner = /** @type {HTMLElement | null} */ (target.closest?.("[data-tip]") ?? null);
+  const tooltip = byId("tip");
+  tooltip.hidden = !owner;
   if (!owner) return;
-  box.textContent = owner.dataset.tip;
-  const at = owner.getBoundingClientRect(), own = box.getBoundingClientRect();
-  const x = event.clientX || at.left + at.width / 2, y = event.clientY || at.top;
-  box.style.left = `${Math.max(4, Math.min(x + 10, innerWidth - own.width - 4))}px`;
-  box.style.top = `${y - own.height - 12 < 0 ? y + 18 : y - own.height - 12}px`;
+  tooltip.textContent = owner.dataset.tip ?? "";
+
+  // At the pointer; for keyboard focus, which has no position, at the element. Above it where there
+  // is room, and never beyond the window's sides.
+  const { clientX = 0, clientY = 0 } = /** @type {Partial<PointerEvent>} */ (event);
+  const ownerBox = owner.getBoundingClientRect();
+  const x = clientX || ownerBox.left + ownerBox.width / 2;
+  const y = clientY || ownerBox.top;
+  const size = tooltip.getBoundingClientRect();
+  const left = Math.max(4, Math.min(x + 10, innerWidth - size.width - 4));
+  const above = y - size.height - 12;
+  tooltip.style.left = `${left}px`;
+  tooltip.style.top = `${above < 0 ? y + 18 : above}px`;
 }
-for (const kind of ["pointerover", "pointermove", "focusin"]) document.addEventListener(kind, tip);
-document.addEventListener("focusout", () => { document.getElementById("tip").hidden = true; });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") document.getElementById("tip").hidden = true; });
 
-// --- theme: the system's, or the one chosen here, kept where the browser allows it ----------------------------------
+function hideTooltip() {
+  byId("tip").hidden = true;
+}
 
-const themes = {
-  read() { try { return localStorage.getItem("saerelay-theme"); } catch { return null; } },
-  write(theme) { try { localStorage.setItem("saerelay-theme", theme); } catch { /* private window, or storage is off */ } },
-};
-if (themes.read()) document.documentElement.dataset.theme = themes.read();
+for (const type of ["pointerover", "pointermove", "focusin"]) {
+  document.addEventListener(type, showTooltip);
+}
+document.addEventListener("focusout", hideTooltip);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") hideTooltip();
+});
+
+// --- theme: the system's, or the one chosen here, remembered where the browser allows it ---------
+
+const THEME_KEY = "saerelay-theme";
+
+function savedTheme() {
+  try {
+    return localStorage.getItem(THEME_KEY);
+  } catch {
+    return null;
+  }
+}
+
+/** @param {string} theme */
+function saveTheme(theme) {
+  try {
+    localStorage.setItem(THEME_KEY, theme);
+  } catch {
+    // A private window, or storage is off: the theme holds until the page is closed.
+  }
+}
+
+function currentTheme() {
+  const chosen = document.documentElement.dataset.theme;
+  if (chosen) return chosen;
+  return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+}
 
 function switchTheme() {
-  const now = document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-  themes.write(document.documentElement.dataset.theme);
+  const theme = currentTheme() === "dark" ? "light" : "dark";
+  document.documentElement.dataset.theme = theme;
+  saveTheme(theme);
 }
-addEventListener("DOMContentLoaded", () => document.getElementById("theme").addEventListener("click", switchTheme));
+
+const themeAtStart = savedTheme();
+if (themeAtStart) document.documentElement.dataset.theme = themeAtStart;
+addEventListener("DOMContentLoaded", () => byId("theme").addEventListener("click", switchTheme));

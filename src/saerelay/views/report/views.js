@@ -1,71 +1,156 @@
 // The report's frame: data files, and views by address. Nothing here knows what a view shows.
 "use strict";
 
-const saerelay = {
-  views: {}, // name: async (body, ...parts of the address) => nothing; each draws one section
-  arrivals: new Map(),
-  loading: new Map(),
+/** @type {Map<string, Promise<unknown>>} data files that were requested, or came with the page */
+const dataFiles = new Map();
+/** @type {Map<string, (data: any) => void>} resolve the promises of those still being loaded */
+const waiting = new Map();
 
-  // Every data file is one call of this (fetch is refused on file://, scripts are not).
+const saerelay = {
+  /** @type {Record<string, View>} each draws one section of the page */
+  views: {},
+
+  /**
+   * Every data file is one call of this: a page opened from disk may load scripts, but not fetch.
+   *
+   * @template {keyof DataFiles} Name
+   * @param {Name} name
+   * @param {DataFiles[Name]} data
+   */
   feed(name, data) {
-    if (saerelay.arrivals.has(name)) saerelay.arrivals.get(name)(data);
-    else saerelay.loading.set(name, Promise.resolve(data));
+    const resolve = waiting.get(name);
+    if (resolve) resolve(data);
+    else dataFiles.set(name, Promise.resolve(data));
   },
 
+  /**
+   * The contents of data/<name>.js, loaded when first asked for.
+   *
+   * @template {keyof DataFiles} Name
+   * @param {Name} name
+   * @returns {Promise<DataFiles[Name]>}
+   */
   load(name) {
-    if (!saerelay.loading.has(name)) {
-      saerelay.loading.set(name, new Promise((resolve, reject) => {
-        saerelay.arrivals.set(name, resolve);
-        const script = document.createElement("script");
-        script.src = `data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
-        script.onerror = () => reject(new Error(`data/${name}.js is missing; keep the report's folder together`));
-        document.head.append(script);
-      }));
+    let file = dataFiles.get(name);
+    if (!file) {
+      file = new Promise((resolve, reject) => {
+        waiting.set(name, resolve);
+        requestScript(name, reject);
+      });
+      dataFiles.set(name, file);
     }
-    return saerelay.loading.get(name);
+    return /** @type {Promise<DataFiles[Name]>} */ (file);
   },
 };
 
-// --- views by address: #/feature/L4-from-L5/123?q=… ---------------------------------------------------------------
-
-function address() {
-  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
-  const parts = path.split("/").filter(Boolean).map((part) => { try { return decodeURIComponent(part); } catch { return part; } });
-  return { view: parts[0] || "summary", parts: parts.slice(1), query: new URLSearchParams(query) };
+/**
+ * @param {string} name
+ * @param {(error: Error) => void} onError
+ */
+function requestScript(name, onError) {
+  const script = document.createElement("script");
+  const path = name.split("/").map(encodeURIComponent).join("/");
+  script.src = `data/${path}.js`;
+  script.onerror = () => {
+    onError(new Error(`data/${name}.js is missing. Keep all of the report's files in one folder.`));
+  };
+  document.head.append(script);
 }
-const featureAddress = (leg, latent) => `#/feature/${encodeURIComponent(leg)}/${latent}`;
 
-async function show() {
-  let { view, parts, query } = address();
-  if (!document.querySelector(`[data-view="${CSS.escape(view)}"]`)) view = "summary";
-  const tab = { feature: "features", compare: "features", summary: "" }[view] ?? view;
+// --- addresses: #/feature/L4-from-L5/123, #/features/L4?q=… --------------------------------------
+
+function currentAddress() {
+  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  const [view, ...parts] = path.split("/").filter(Boolean).map(decoded);
+  return { view: view ?? "summary", parts, query: new URLSearchParams(query) };
+}
+
+/** @param {string} part as it stands in an address, which people may have typed */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
+/**
+ * @param {string} legId
+ * @param {number | string} latent
+ */
+function featureAddress(legId, latent) {
+  return `#/feature/${encodeURIComponent(legId)}/${latent}`;
+}
+
+/** @param {string} legId or "all" */
+const listAddress = (legId) => `#/features/${encodeURIComponent(legId)}`;
+
+// --- views ---------------------------------------------------------------------------------------
+
+/** Views that have no entry in the navigation, and the entry to mark while they are shown. */
+const ENTRY_OF_VIEW = /** @type {Record<string, string>} */ ({
+  summary: "",
+  feature: "features",
+  compare: "features",
+});
+
+async function showCurrentView() {
+  const { view: asked, parts, query } = currentAddress();
+  const exists = document.querySelector(`[data-view="${CSS.escape(asked)}"]`);
+  const view = exists ? asked : "summary";
+  markNavigation(ENTRY_OF_VIEW[view] ?? view);
+
+  /** @type {NodeListOf<HTMLElement>} */
+  const sections = document.querySelectorAll("[data-view]");
+  for (const section of sections) section.hidden = section.dataset.view !== view;
+
+  const draw = saerelay.views[view];
+  if (draw) await redraw(view, (body) => draw(body, parts, query));
+  document.documentElement.dataset.shown = location.hash || "#/"; // the tests wait for this
+}
+
+/** @param {string} entry */
+function markNavigation(entry) {
   for (const link of document.querySelectorAll("nav a")) {
-    const current = link.getAttribute("href") === `#/${tab}`;
-    if (current) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-    if (current) link.scrollIntoView({ block: "nearest", inline: "nearest" });
-  }
-  for (const section of document.querySelectorAll("[data-view]")) section.hidden = section.dataset.view !== view;
-  const body = document.querySelector(`[data-view="${view}"] .body`);
-  if (body && saerelay.views[view]) {
-    const drawn = element("div.body");
-    try {
-      await saerelay.views[view](drawn, ...parts, query);
-    } catch (error) {
-      drawn.replaceChildren(element("p.note", {}, error.message));
-    }
-    document.querySelector(`[data-view="${view}"] .body`).replaceWith(drawn); // whole, so that nothing flickers
-    for (const here of drawn.querySelectorAll(".strand .here, .panes .here")) {
-      const row = here.parentElement;
-      row.scrollLeft = here.offsetLeft - row.offsetLeft - (row.clientWidth - here.clientWidth) / 2;
+    if (link.getAttribute("href") === `#/${entry}`) {
+      link.setAttribute("aria-current", "page");
+      link.scrollIntoView({ block: "nearest", inline: "nearest" });
+    } else {
+      link.removeAttribute("aria-current");
     }
   }
-  document.documentElement.dataset.shown = location.hash || "#/";
+}
+
+/**
+ * Draw a view beside the old one and replace that at once, so that nothing flickers.
+ *
+ * @param {string} view
+ * @param {(body: HTMLElement) => Promise<void>} draw
+ */
+async function redraw(view, draw) {
+  const body = element("div.body");
+  try {
+    await draw(body);
+  } catch (error) {
+    body.replaceChildren(element("p.note", /** @type {Error} */ (error).message));
+  }
+  document.querySelector(`[data-view="${view}"] .body`)?.replaceWith(body);
+
+  /** @type {NodeListOf<HTMLElement>} */
+  const currentStops = body.querySelectorAll(".strand .here, .panes .here");
+  for (const stop of currentStops) centreInRow(stop);
+}
+
+/** @param {HTMLElement} stop */
+function centreInRow(stop) {
+  const row = /** @type {HTMLElement} */ (stop.parentElement);
+  const margin = (row.clientWidth - stop.clientWidth) / 2;
+  row.scrollLeft = stop.offsetLeft - row.offsetLeft - margin;
 }
 
 addEventListener("hashchange", async () => {
-  await show();
+  await showCurrentView();
   scrollTo(0, 0);
-  document.getElementById("main").focus({ preventScroll: true });
+  byId("main").focus({ preventScroll: true });
 });
-addEventListener("DOMContentLoaded", show);
+addEventListener("DOMContentLoaded", showCurrentView);

@@ -1,0 +1,45 @@
+// Rules for the scripts of the report and the judging page. TypeScript checks names and types (see
+// tsconfig.json beside the scripts), prettier the layout; these keep what they do not.
+export default [
+  { ignores: ["site/", ".venv/", ".peers/", "runs/", "build/", "dist/"] },
+  {
+    files: ["src/**/*.js"],
+    languageOptions: { sourceType: "script", ecmaVersion: 2023 },
+    linterOptions: { reportUnusedDisableDirectives: "error" },
+    rules: {
+      "array-callback-return": "error",
+      complexity: ["error", 10],
+      "default-param-last": "error",
+      eqeqeq: "error",
+      "max-depth": ["error", 3],
+      "max-len": ["error", { code: 100 }],
+      "max-lines": ["error", 400],
+      "max-lines-per-function": ["error", 60],
+      "max-params": ["error", 5],
+      "max-statements-per-line": "error",
+      "no-else-return": "error",
+      "no-implicit-coercion": "error",
+      "no-nested-ternary": "error",
+      "no-shadow": "error",
+      "no-unused-vars": ["error", { vars: "local" }],
+      "no-use-before-define": ["error", { functions: false, variables: false }],
+      "no-var": "error",
+      "object-shorthand": "error",
+      "one-var": ["error", "never"],
+      "prefer-const": "error",
+      "prefer-template": "error",
+      strict: ["error", "global"],
+      // Token text and names are untrusted: they reach the page as text nodes only.
+      "no-restricted-properties": [
+        "error",
+        { property: "innerHTML" },
+        { property: "outerHTML" },
+        { property: "insertAdjacentHTML" },
+        { object: "document", property: "write" },
+      ],
+      "no-eval": "error",
+      "no-implied-eval": "error",
+      "no-new-func": "error",
+    },
+  },
+];
