@@ -259,7 +259,7 @@ def test_bos_is_touched_on_request(llama: Any) -> None:
         assert (attached[1].latents() > 0).any(dim=2).all()
         logits_of(llama, tokens=None, inputs_embeds=torch.randn(1, 3, 32))
         assert attached[1].latents().shape == (1, 3, F)
-        with pytest.raises(ModelError, match="no token ids came by yet"):
+        with pytest.raises(ModelError, match="no token ids were recorded yet"):
             attached.tokens  # noqa: B018
     with sr.attach(llama, {Site(1): sae}, leave_alone=[5, 3]) as attached:
         logits_of(llama)
@@ -383,18 +383,18 @@ def test_what_cannot_be(llama: Any) -> None:
     with pytest.raises(PlanError, match='L7: "LlamaForCausalLM" has 3 layers; layers go from 0 to 2'):
         with sr.attach(llama, {Site(7): sae}):
             pass
-    with pytest.raises(ModelError, match=r"L1.attn_z: the SAE reads activations 32 wide, .* are 64 wide there. Attach"):
+    with pytest.raises(ModelError, match=r"L1.attn_z: this SAE reads activations 32 wide, .* are 64 wide. Attach"):
         with sr.attach(llama, {Site(1, "attn_z"): sae}):
             pass
     with sr.attach(llama, {Site(1): sae, Site(1, "mlp_out"): sae}) as attached:
-        with pytest.raises(ModelError, match="no SAE at 0; SAEs are attached at: L1.mlp_out, L1"):
+        with pytest.raises(ModelError, match="no SAE is attached at 0; SAEs are attached at: L1.mlp_out, L1"):
             attached[0]
-        with pytest.raises(ModelError, match="several sites at 1"):
+        with pytest.raises(ModelError, match="several SAEs are attached at 1"):
             attached[1]
-        with pytest.raises(ModelError, match="no activations passed L1 yet"):
+        with pytest.raises(ModelError, match="no activations have passed L1 yet"):
             attached[Site(1)].latents()
         for wrong in (-1, F):
-            with pytest.raises(ModelError, match=f"L1: no latent {wrong}; they are numbered 0 to {F - 1}"):
+            with pytest.raises(ModelError, match=f"L1: no latent {wrong}; latents are numbered 0 to {F - 1}"):
                 attached[Site(1)].ablate(wrong)
 
 

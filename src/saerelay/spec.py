@@ -1,6 +1,6 @@
 """Frozen specs: what a user asked for, validated once, never changed.
 
-Constructing a spec validates and does nothing else: no file, no clock, no device.
+Constructing a spec validates it and does nothing else: it touches no file, no clock and no device.
 """
 
 import difflib
@@ -29,7 +29,9 @@ def parse_count(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([kMB]?)\s*", value)
     if not match:
-        raise ValueError(f'"{value}" is no count; write a number, or one with k, M or B, like "250k" or "50M"')
+        raise ValueError(f'"{value}" is not a valid count; write a number, or one with k, M or B: "250k", "50M"')
+
+    # Decimal, not float: "1.1B" must be exactly 1100000000.
     exact = Decimal(match[1].replace("_", "")) * _SUFFIXES[match[2]]
     if exact != int(exact):
         raise ValueError(f'"{value}" is not a whole number')
@@ -37,14 +39,17 @@ def parse_count(value: object) -> object:
 
 
 def format_count(n: int) -> str:
-    """Write a count as people say it.
+    """Write a count the way people say it, with three significant digits.
 
     >>> format_count(2_000_000), format_count(262_144), format_count(999_936), format_count(12)
     ('2M', '262k', '1M', '12')
     """
     for suffix in ("B", "M", "k"):
-        if n >= 0.9995 * _SUFFIXES[suffix]:
-            return f"{n / _SUFFIXES[suffix]:.{3 if n < 999.5 * _SUFFIXES[suffix] else 4}g}{suffix}"
+        scaled = n / _SUFFIXES[suffix]
+        if scaled >= 999.5:
+            return f"{scaled:.4g}{suffix}"  # with three digits, 1000B would become 1e+03B
+        if scaled >= 0.9995:
+            return f"{scaled:.3g}{suffix}"  # 999,936 rounds to 1M, not to 1000k
     return str(n)
 
 
@@ -53,13 +58,14 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 
 
 class Spec(BaseModel):
-    """Base of all specs: frozen, and an unknown key is an error that names the nearest valid one."""
+    """Base of all specs: frozen; an unknown key is an error that names the nearest valid one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, source: str = "recipe") -> Self:
-        """Validate a nested dict; errors say where in `source` and what would be right."""
+        """Validate nested data; a RecipeError says where in `source` it is wrong, and what would
+        be right."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -67,7 +73,7 @@ class Spec(BaseModel):
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
-        """Read a spec from a TOML file."""
+        """Read a spec from a TOML file; RecipeError if it is missing, damaged or invalid."""
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -80,51 +86,65 @@ class Spec(BaseModel):
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
-        """Read a spec from a JSON file."""
+        """Read a spec from a JSON file; RecipeError if it is missing, damaged or invalid."""
         try:
             return cls.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: cannot be read ({error}).") from None
 
     def to_json(self) -> str:
-        """The spec as indented JSON text."""
+        """The spec as indented JSON."""
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
 
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
+    """One line for each of pydantic's complaints, in our words."""
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+        key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            siblings = _keys_beside(cls, item["loc"])
-            near = difflib.get_close_matches(str(item["loc"][-1]), siblings, n=1, cutoff=0.5)
-            hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(siblings)}"
-            lines.append(f'{source}: unknown key "{where}"; {hint}')
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            found = (
-                "" if isinstance(item["input"], dict) or item["type"] == "missing" else f" (found {item['input']!r})"
-            )
-            lines.append(f"{source}: {where + ': ' if where else ''}{message}{found}")
+            lines.append(f'{source}: unknown key "{key}"; {_nearest_key(cls, item["loc"])}')
+            continue
+
+        message = item["msg"].removeprefix("Value error, ")
+        where = f"{key}: " if key else ""
+        # A missing key has no value, and the value of a section is too long to be shown.
+        shows_value = item["type"] != "missing" and not isinstance(item["input"], dict)
+        found = f" (found {item['input']!r})" if shows_value else ""
+        lines.append(f"{source}: {where}{message}{found}")
     return "\n".join(lines)
 
 
-def _keys_beside(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The valid keys of the (nested) spec in which `location`'s last part stands."""
+def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """A question about the valid key most similar to the last part of `location`, or else all
+    valid keys."""
+    valid_keys = _valid_keys(cls, location)
+    similar = difflib.get_close_matches(str(location[-1]), valid_keys, n=1, cutoff=0.5)
+    if similar:
+        return f'did you mean "{similar[0]}"?'
+    return f"valid keys: {', '.join(valid_keys)}"
+
+
+def _valid_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section that the last part of `location` stands in: from `cls` down, one
+    field after another."""
     for part in location[:-1]:
-        if isinstance(part, int):
+        if isinstance(part, int):  # an item of a list of sections, all of the same class
             continue
         annotation = cls.model_fields[part].annotation
-        nested = [annotation, *getattr(annotation, "__args__", ())]
-        cls = next((a for a in nested if isinstance(a, type) and issubclass(a, BaseModel)), cls)
+        candidates = [annotation, *getattr(annotation, "__args__", ())]  # `Section`, or `list[Section]`
+        sections = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if sections:
+            cls = sections[0]
     return list(cls.model_fields)
 
 
 def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else.
+    """A 63-bit seed that depends on all of the parts, and on nothing else.
 
     >>> seed_from(0, "L3") == seed_from(0, "L3"), seed_from(0, "L3") == seed_from(1, "L3")
     (True, False)
     """
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    text = "\0".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

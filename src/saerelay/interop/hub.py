@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from saerelay.errors import FormatError
-from saerelay.lm.source import explain_hub
+from saerelay.hub import explain_hub
 
 _WEIGHTS = (".safetensors", ".npz", ".pt")
 _KINDS = (*_WEIGHTS, ".json", ".md")

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from saerelay.lm.ports import MLPS, PROJECTIONS
+from saerelay.module_names import MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _HOOKS: dict[ModuleKind, str] = {
