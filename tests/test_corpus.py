@@ -332,7 +332,10 @@ def test_errors_of_text(make: Callable[..., Corpus], tmp_path: Path, tokenizer: 
     assert said == f'data.text: no such file or directory: "nowhere.txt" (relative paths start in {Path.cwd()}).'
     (tmp_path / "bare").mkdir()
     said = message(lambda: make(text=[str(tmp_path / "bare")]))
-    assert said == f'data.text: "{tmp_path}/bare" holds no .txt, .md, .py, .jsonl files; name other files singly.'
+    assert (
+        said
+        == f'data.text: "{tmp_path}/bare" holds no .txt, .md, .py, .jsonl files; name files of other kinds one by one.'
+    )
     path = write_jsonl(tmp_path / "a.jsonl", texts(30), key="body")
     said = message(lambda: make(text=[str(path)]))
     assert f"{path}, line " in said and 'no text under "text"; found id, body. Name the right one in data.col' in said
@@ -340,11 +343,11 @@ def test_errors_of_text(make: Callable[..., Corpus], tmp_path: Path, tokenizer: 
     assert f"{path}, line 32: not valid JSON (" in message(lambda: make(text=[str(path)]))
     (tmp_path / "empty.txt").touch()
     said = message(lambda: make(text=[str(tmp_path / "empty.txt")]))
-    assert "no documents in it (empty ones are skipped). Give a source with text." in said
+    assert "contains no documents (empty ones are skipped). Give a source with text." in said
     (tmp_path / "small.txt").write_text("a few words " * 20)
     said = message(lambda: make(text=[str(tmp_path / "small.txt")]))
     assert re.search(
-        r"too little for the .* split, which got no sequence. It holds 1 documents with \d+ tokens; ", said
+        r"too little text for the .* split, which got no sequence. It holds 1 documents with \d+ tokens; ", said
     )
     assert said.endswith("Give more documents, or lower data.context.")
     assert list((tmp_path / "out").iterdir()) == []
@@ -501,14 +504,16 @@ def test_errors_of_datasets(make: Callable[..., Corpus], tmp_path: Path, monkeyp
     said = message(lambda: make(dataset=name))
     assert said == f'data.dataset = "{name}" has no split "train"; set data.split to one of: learn, check.'
     said = message(lambda: make(dataset=name, split="learn"))
-    expected = f'data.dataset = "{name}" has no column "text"; set data.column to the one with the text, of: body, ids.'
+    expected = (
+        f'data.dataset = "{name}" has no column "text"; set data.column to the one with the text, one of: body, ids.'
+    )
     assert said == expected
     said = message(lambda: make(dataset=name, split="learn", column="ids"))
     assert f'data.dataset = "{name}": the column "ids" holds list, expected text.' in said and "data.tokens" in said
 
     write_jsonl(tmp_path / "lines" / "a.jsonl", texts(30), key="body")
     lines = str(tmp_path / "lines")
-    assert 'no column "text"; set data.column to the one with the text, of: id, body.' in message(
+    assert 'no column "text"; set data.column to the one with the text, one of: id, body.' in message(
         lambda: make(dataset=lines)
     )
     said = message(lambda: make(dataset=lines, split="test"))
@@ -519,7 +524,7 @@ def test_errors_of_datasets(make: Callable[..., Corpus], tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = message(lambda: make(dataset="nobody/nothing"))
     assert said.startswith('data.dataset = "nobody/nothing" (data.subset = "", data.split = "train") cannot be read: ')
-    assert "`hf auth login`" in said and said.endswith("or give data.text.")
+    assert "`hf auth login`" in said and said.endswith("or give data.text instead.")
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
