@@ -245,8 +245,8 @@ def test_llama_scope(tmp_path: Path, log: bool) -> None:
         ({"norm_activation": "token-wise"}, "norm of each token divides it"),
         ({"norm_activation": "batch-wise"}, "norm of each batch divides it"),
         ({"use_glu_encoder": True}, "use_glu_encoder"),
-        ({"act_fn": "batchtopk"}, "keeps other latents of a token in another batch"),
-        ({"act_fn": "gelu"}, "relu, jumprelu, topk are known"),
+        ({"act_fn": "batchtopk"}, "depend on the rest of the batch"),
+        ({"act_fn": "gelu"}, "these are read: relu, jumprelu, topk"),
         ({"hook_point_out": "blocks.15.hook_resid_post"}, "is a transcoder"),
         ({"sae_type": "crosscoder"}, "is a crosscoder"),
         ({"act_fn": "topk", "top_k": F + 1}, f"top_k is {F + 1}, expected a whole number from 1 to {F}"),
@@ -367,7 +367,7 @@ def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     path = tmp_path / "params.safetensors"
     save_file({"w_enc": torch.zeros(D, F)}, path)
-    with pytest.raises(FormatError, match=r"params.safetensors: tensor b_enc \(F\) is missing; there is w_enc"):
+    with pytest.raises(FormatError, match=r"params.safetensors: tensor b_enc \(F\) is missing; the file has w_enc"):
         load_dictionary(path)
 
 

@@ -125,7 +125,7 @@ def test_batchtopk_with_thresholds_of_its_own_goes_to_dictionary_learning_as_jum
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
 def test_sparsify_refuses_what_it_cannot_say(architecture: str, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=rf"TopK alone, this is {architecture}; saelens and dictionary_learning"):
+    with pytest.raises(FormatError, match=rf"only TopK, and this is {architecture}; saelens and dictionary_learning"):
         write_dictionary(tmp_path / "out", random_dictionary(architecture), Origin(), "sparsify")
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +136,7 @@ def test_sparsify_refuses_what_it_cannot_say(architecture: str, tmp_path: Path) 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("saelens/topk", {"architecture": "jumprelu_transcoder"}, r"jumprelu_transcoder.* maps one site .*standard, topk,"),
     ("saelens/topk", {"architecture": "temporal"}, r'"temporal" is not known here; these are read: standard, topk, '),
-    ("saelens/topk", {"normalize_activations": "constant_norm_rescale"}, r"constant_norm_rescale.* no fixed map"),
+    ("saelens/topk", {"normalize_activations": "constant_norm_rescale"}, r"constant_norm_rescale.* not a fixed map"),
     ("saelens/topk", {"normalize_activations": "covariance_whitening"}, r"covariance_whitening.* read: none, "),
     ("saelens/topk", {"k": None}, r"cfg.json: k is None, expected a "),
     ("saelens/topk", {"k": 25}, r"cfg.json: k is 25, expected a whole number from 1 to 24"),
@@ -146,7 +146,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         r"sae_weights.safetensors: tensor W_enc has shape \(8, 24\), expected .* \(8, 32\)",
     ),
     ("saelens/topk", {"architecture": "jumprelu"}, r"sae_weights.safetensors: tensor threshold \(F\) is missing"),
-    ("saelens/topk-before6", {"hook_point_head_index": 2}, r"reads head 2 of blocks.3.hook_resid_post alone"),
+    ("saelens/topk-before6", {"hook_point_head_index": 2}, r"reads only head 2 of blocks.3.hook_resid_post"),
     ("saelens/topk-before6", {"activation_fn_str": "tanh-relu"}, r'activation "tanh-relu" cannot be read'),
     ("sparsify/topk", {"activation": "groupmax"}, r'cfg.json: activation is "groupmax"; only topk is read'),
     ("sparsify/topk", {"signed": True}, r'cfg.json: activation is "signed topk"'),
@@ -175,7 +175,7 @@ def test_saelens_transcoders_and_single_heads_are_refused(tmp_path: Path) -> Non
     with pytest.raises(FormatError, match=r"maps blocks.3.hook_resid_post to blocks.3.hook_mlp_out"):
         read_any(path)
     edit(path / "cfg.json", lambda config: config["metadata"].update(hook_name_out=None, hook_head_index=0))
-    with pytest.raises(FormatError, match="reads head 0 of"):
+    with pytest.raises(FormatError, match="reads only head 0 of"):
         read_any(path)
 
 
@@ -208,7 +208,7 @@ def test_sparsify_with_tensors_of_something_else_is_refused(name: str, tmp_path:
     path = copied("sparsify/topk", tmp_path)
     tensors = load_file(path / "sae.safetensors")
     save_file(tensors | {name: torch.zeros(D, D)}, path / "sae.safetensors")
-    with pytest.raises(FormatError, match="skip connection" if name == "W_skip" else "has tensor log_threshold"):
+    with pytest.raises(FormatError, match="skip connection" if name == "W_skip" else "has a tensor log_threshold"):
         read_any(path)
 
 
@@ -329,9 +329,9 @@ def test_a_threshold_that_is_not_known_yet_lets_all_positive_codes_through(tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dict_class": "CrossCoder"}, r'"CrossCoder" is not known; these are read: AutoEncoder, AutoEncoderNew'),
+        ({"dict_class": "CrossCoder"}, r'unknown dict_class "CrossCoder"; these are read: AutoEncoder, AutoEncoderNew'),
         ({"dict_size": 32}, r"ae.pt: tensor encoder.weight has shape \(24, 8\), expected .* \(32, 8\)"),
-        ({"dict_class": "JumpReluAutoEncoder"}, r"ae.pt: tensor W_enc \(D, F\) is missing; there is "),
+        ({"dict_class": "JumpReluAutoEncoder"}, r"ae.pt: tensor W_enc \(D, F\) is missing; the file has "),
     ],
 )
 def test_dictionary_learning_refusals(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from saerelay import cli
-from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.errors import FormatError, HubError, RunDirectoryError
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import Run
@@ -355,13 +355,13 @@ def test_pull_brings_it_back(run: Path, fake: Hub, pushed: str, tmp_path: Path) 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from saerelay.errors import FormatError
+from saerelay.errors import SaeRelayError
 from saerelay.interop import hub, load_dictionary
 for reference in sys.argv[1:]:
     try:
         dictionary, origin = load_dictionary(reference)
         print(json.dumps([str(hub.local(reference)), origin.site.layer, float(dictionary.W_dec.sum())]))
-    except FormatError as error:
+    except SaeRelayError as error:
         print(json.dumps(str(error)))
 """
 
@@ -387,12 +387,12 @@ def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_p
     fetched = {request.split("/resolve/")[1] for request in fake.requests if "/resolve/" in request}
     assert fetched == {f"{COMMIT}/layer_1/{name}" for name in ("cfg.json", "sae_weights.safetensors")}
     reasons = [
-        "hf://me/saes holds no SAE itself; these folders hold files of some: layer_0, layer_1, layer_2",
+        "hf://me/saes holds no SAE itself; these folders contain SAE files: layer_0, layer_1, layer_2",
         'no "layre_1"; did you mean layer_',
         '"me/none" is not on the hub. Check the name; if it is private, run `hf auth login`',
         '"me/saes" has no revision "v2"',
         '"me/gated" is gated: accept the licence at',
-        '"hf://me" is no reference to the hub; write hf://user/repo',
+        '"hf://me" is not a valid reference to the hub; write hf://user/repo',
     ]
     for message, reason in zip(refused, reasons, strict=True):
         assert reason in message
@@ -450,7 +450,7 @@ def test_a_dry_run_needs_no_network(run: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_who_is_not_logged_in_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(FormatError, match="nobody is logged in to the hub here; run `hf auth login`"):
+    with pytest.raises(HubError, match="you are not logged in to the hub; run `hf auth login`"):
         share.push_run(str(run), "me/saes", "saelens")
 
 
@@ -461,7 +461,7 @@ def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="choose another --out"):
         share.export_run(str(run), tmp_path / "file" / "out", "saelens")
-    with pytest.raises(FormatError, match="gemma_scope is read, not written"):
+    with pytest.raises(FormatError, match="gemma_scope is only read, not written"):
         share.export_run(str(run), tmp_path / "out", "gemma_scope")
     assert read_json(tmp_path / "new" / "plan.json") and not (tmp_path / "out").exists()
 

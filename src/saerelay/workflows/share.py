@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from saerelay.errors import FormatError, RunDirectoryError
-from saerelay.interop import hub, load_dictionary, own, places_in, read_any, write_dictionary
+from saerelay.interop import find_saes, hub, load_dictionary, own, read_any, write_dictionary
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
@@ -114,7 +114,7 @@ def pull(reference: str, out: Path) -> list[Path]:
     """
     with new_directory(out) as place:
         folder = hub.download(reference if hub.is_remote(reference) else f"hf://{reference}", place.with_name("all"))
-        places = places_in(folder)
+        places = find_saes(folder)
         loose = [path for path in folder.rglob("*.pt") if path not in places and path.parent not in places]
         if loose or not places:
             what = f"{loose[0].relative_to(folder)} is a pickle of no known format" if loose else "no SAE is there"
