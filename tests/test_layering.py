@@ -38,7 +38,7 @@ ORDER = {
     "training": "engine progress trackers train",
     "analysis": "site_maps summary evaluate matrix features lineage prompts measures circuits endpoint interpret",
     "views": "tables figures report judge",
-    "workflows": "pilots launch hop share demo",
+    "workflows": "pilots launch hop model_card share demo",
 }
 """Inside a wing a module imports only from those before it."""
 

@@ -33,7 +33,7 @@ from saerelay.runs.files import read_json, write_json, write_text
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
-from saerelay.workflows import share
+from saerelay.workflows import model_card, share
 from saerelay.workflows.launch import describe_external, plan_run
 
 torch.set_num_threads(1)
@@ -161,21 +161,21 @@ def test_the_card_of_a_hub_model_links_it(tmp_path: Path) -> None:
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     model = 'x|y <img src=x onerror="a()"> `c` [d](javascript:e)\n---\n# f'
-    one = share.Shared("layer_0", "topk | <b>", Origin(model=model, site=Site(0)), None, {})
-    card = share.model_card([one], "saerelay", licence="---\nevil: true\n<script>")
+    one = model_card.ExportedSAE("layer_0", "topk | <b>", Origin(model=model, site=Site(0)), leg=None, metrics={})
+    card = model_card.model_card([one], "saerelay", licence="---\nevil: true\n<script>")
     data = ModelCard(card).data.to_dict()
     assert data["license"] == "---\nevil: true\n<script>" and "evil" not in data
     text = ModelCard(card).text
     outside = re.sub(r"\\.", "", text.split("## Loading")[0] + text.split("## Licence")[1])
     assert not re.search(r"[<>`\[]|\n# f|^---$", re.sub("`saerelay[^`]*`", "", outside), re.M)
-    assert share._fenced("a\n````\nb", "toml").startswith("`````toml\n")
+    assert model_card._fenced("a\n````\nb", "toml").startswith("`````toml\n")
 
 
 def test_paths_of_modules_are_not_trusted(tmp_path: Path) -> None:
     for path in ("model.../../../evil", "model./etc", "model.layers.3.input", ""):
         place = tmp_path / hashlib.sha256(path.encode()).hexdigest()[:8]
         write_dictionary(place, random_sae(0), Origin(site=Site(3, "mlp_out"), module_path=path), "saerelay")
-        with pytest.raises(FormatError, match="names SAEs by the module's path in the model"):
+        with pytest.raises(FormatError, match="names SAEs after the path of the module"):
             share.export_run(str(place), tmp_path / "out", "sparsify")
         assert not (tmp_path / "out").exists()
 
