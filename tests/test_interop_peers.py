@@ -193,7 +193,7 @@ def test_a_factor_that_is_not_on_file_is_said(tmp_path: Path) -> None:
     path = copied("saelens/batchtopk-checkpoint-normed", tmp_path)
     with_factor, _ = load_dictionary(path)
     (path / "activation_scaler.json").unlink()
-    with pytest.warns(UserWarning, match=r"not on file \(activation_scaler.json\); read as if it were 1"):
+    with pytest.warns(UserWarning, match=r"missing here \(activation_scaler.json\); read as if it were 1"):
         without, _ = load_dictionary(path)
     assert not torch.allclose(with_factor.b_dec, without.b_dec)
 

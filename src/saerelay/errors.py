@@ -13,7 +13,7 @@
     └── LegFailed             training of a leg stopped (non-finite loss); the CLI exits with 1
     Interrupted               Ctrl-C: not an error; the state was saved; the CLI exits with 130
 
-A message says what is wrong, where, what was expected, what was found, and how to put it right.
+A message says what is wrong, where, what was expected, what was found, and what to do about it.
 """
 
 

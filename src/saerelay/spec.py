@@ -64,8 +64,7 @@ class Spec(BaseModel):
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, source: str = "recipe") -> Self:
-        """Validate nested data; a RecipeError says where in `source` it is wrong, and what would
-        be right."""
+        """Validate nested data; RecipeError names the key in `source` and what would be right."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -116,8 +115,7 @@ def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
 
 
 def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """A question about the valid key most similar to the last part of `location`, or else all
-    valid keys."""
+    """The most similar valid key as a question, or else all valid keys."""
     valid_keys = _valid_keys(cls, location)
     similar = difflib.get_close_matches(str(location[-1]), valid_keys, n=1, cutoff=0.5)
     if similar:
@@ -126,8 +124,7 @@ def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
 
 
 def _valid_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section that the last part of `location` stands in: from `cls` down, one
-    field after another."""
+    """The keys of the section in which the last part of `location` stands."""
     for part in location[:-1]:
         if isinstance(part, int):  # an item of a list of sections, all of the same class
             continue

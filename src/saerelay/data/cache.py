@@ -66,8 +66,7 @@ class ActivationCache:
         self._indexes: dict[Site, dict[int, tuple[Path, int]]] = {}
 
     def missing(self, site: Site, ids: np.ndarray) -> np.ndarray:
-        """Bool (n): which sequences are not in the cache; DataError if a shard of this site is
-        damaged."""
+        """Bool (n): which sequences are not cached; DataError if a shard is damaged."""
         index = self._index(site)
         return np.array([sequence not in index for sequence in ids.tolist()], dtype=bool)
 
@@ -95,8 +94,7 @@ class ActivationCache:
                 yield position, x
 
     def write(self, site: Site, ids: np.ndarray, x: Tensor) -> None:
-        """Add a shard of sequences, x (n, C, D) bfloat16; DataError if the disk does not take
-        it."""
+        """Add a shard of sequences, x (n, C, D) bfloat16; DataError if the disk is full."""
         assert x.shape == (len(ids), self.context, self.facts.width(site)), x.shape
         assert x.dtype == torch.bfloat16, x.dtype
         sequences = ids.tolist()
@@ -118,8 +116,8 @@ class ActivationCache:
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise DataError(
-                f"{path}: cannot be written ({error}); free some disk space and continue with --resume, "
-                "or set data.cache to another disk in a new run"
+                f"{path}: cannot be written ({error}); free some disk space and continue with "
+                "--resume, or set data.cache to another disk in a new run"
             ) from None
 
         index = self._index(site)
@@ -131,8 +129,7 @@ class ActivationCache:
         return 2 * self.context * self.facts.width(site)
 
     def _index(self, site: Site) -> dict[int, tuple[Path, int]]:
-        """Shard and row of each sequence; the first call reads and checks the headers of all
-        shards."""
+        """Shard and row of each sequence, from the headers of all shards."""
         if site in self._indexes:
             return self._indexes[site]
         folder = self.folder / str(site)
@@ -146,8 +143,7 @@ class ActivationCache:
         return index
 
     def _open(self, path: Path, site: Site) -> Any:
-        """A memory-mapped shard, once its header is checked: tensors, dtypes, shapes, and what
-        they belong to."""
+        """A memory-mapped shard, once its header is checked."""
         try:
             shard: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -205,8 +201,7 @@ def _digest(data: Any) -> str:
 
 
 def _crc32(x: Tensor, sequence: int) -> int:
-    """Checksum of a sequence's activations, which its id takes part in: swapped rows are
-    damage."""
+    """Checksum of a sequence's activations and its id: swapped rows are damage."""
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy().data, sequence & 0xFFFFFFFF)
 
 

@@ -1,5 +1,4 @@
-"""Documents to token sequences on disk, so that training has an integer cursor and resumes
-exactly.
+"""Documents to token sequences on disk: training has an integer cursor and resumes exactly.
 
 A document goes to train, validation or test as a whole, before packing: no sequence of one split
 shares a document with another. A corpus is a directory:
@@ -64,8 +63,7 @@ class CorpusFacts(Spec):
     validation_sequences: int
     test_sequences: int
     complete: bool
-    """Whether the source ended before every split had what was asked for, so that there is no
-    more."""
+    """Whether the source ended before every split was full: there is no more to be had."""
 
 
 @final
@@ -100,14 +98,13 @@ def prepare(
     eval_sequences: int,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Tokenise just enough of `run.data` into a directory, or open what an earlier call for the
-    same run left there.
+    """Tokenise just enough of `run.data` into a directory, or open what is there already.
 
     The train split may come out shorter than asked for; then `facts.complete` is true. `tokenizer`
     may be None if the recipe gives token ids. `progress` is called with the number of token
     positions in all splits so far, at most `context * (train_sequences + 2 * eval_sequences)`.
     Raises DataError if the source is missing, unsuitable, or leaves a split empty; then, and after
-    an interruption, nothing is left in or beside the directory.
+    an interruption, nothing is left in the directory or next to it.
     """
     assert train_sequences > 0 and eval_sequences > 0, (train_sequences, eval_sequences)
     if (directory / "corpus.json").exists():
@@ -118,8 +115,7 @@ def prepare(
         raise DataError(f"{directory}: exists but holds no corpus.json; remove it, or choose another directory.")
     source = open_source(run, facts)
 
-    # Everything is written beside the directory and renamed, so that a corpus is complete or
-    # absent.
+    # All files are written next to the directory and renamed: a corpus is complete or absent.
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     sizes: dict[Split, int] = {"train": train_sequences, "validation": eval_sequences, "test": eval_sequences}
@@ -139,8 +135,7 @@ def prepare(
 
 
 def split_of(index: int, seed: int) -> Split:
-    """Which split the `index`-th document in reading order belongs to: of every 20, one is test
-    and one validation.
+    """Which split a document belongs to: of every 20, one is test and one validation.
 
     >>> from collections import Counter
     >>> sorted(Counter(split_of(i, seed=0) for i in range(2000)).items())
@@ -157,8 +152,7 @@ def split_of(index: int, seed: int) -> Split:
 
 @lru_cache(maxsize=4)
 def _held_out(block: int, seed: int) -> tuple[int, int]:
-    """Which two of a block's documents are held out: the one for validation, and the one for
-    test."""
+    """Which two of a block's documents are held out, for validation and for test."""
     generator = np.random.default_rng([seed, _HELD_OUT_STREAM, block])
     order = generator.permutation(_PERIOD)
     return int(order[0]), int(order[1])
@@ -177,8 +171,8 @@ def _read_facts(directory: Path) -> CorpusFacts:
         raise DataError(f"{error}\nRemove {directory}; it is made anew from the recipe.") from None
     if facts.schema_version != _SCHEMA:
         raise DataError(
-            f"{path}: schema_version is {facts.schema_version}, this version of saerelay reads {_SCHEMA}. "
-            f"Remove {directory}; it is made anew from the recipe."
+            f"{path}: schema_version is {facts.schema_version}, this version of saerelay reads "
+            f"{_SCHEMA}. Remove {directory}; it is made anew from the recipe."
         )
     return facts
 
@@ -214,8 +208,7 @@ def _fill(
     source: Source,
     progress: Callable[[int], None] | None,
 ) -> CorpusFacts:
-    """Deal documents to the splits until each has what is wanted, or the source ends, and write
-    them."""
+    """Deal documents to the splits until all are full or the source ends; write them."""
     n_documents = 0
     complete = True
     for batch in _batches(source.documents):
@@ -253,8 +246,7 @@ def _fill(
 
 
 def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
-    """Group documents so that a batch is neither long nor large; documents without content are
-    dropped."""
+    """Group documents in batches of limited length and size, without empty ones."""
     batch = []
     size = 0
     for document in documents:
@@ -274,8 +266,7 @@ def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
 def _encode(
     documents: Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None", facts: ModelFacts
 ) -> Sequence[np.ndarray]:
-    """The token ids of some documents; those of a token file are ids already, and were checked
-    when it was opened."""
+    """The token ids of some documents; those of a token file are ids already."""
     if not documents or not isinstance(documents[0], str):
         return documents
     assert tokenizer is not None
@@ -319,7 +310,7 @@ class _Packer:
         return self.n_sequences == self.wanted
 
     def add(self, ids: np.ndarray) -> None:
-        """Append a document, behind a separator unless it is the first."""
+        """Append a document, after a separator unless it is the first."""
         if not ids.size:
             return
         pieces = [ids.astype(self.dtype)]
@@ -331,8 +322,7 @@ class _Packer:
                 self.n_ids += piece.size
 
     def finish(self) -> None:
-        """Write the sequences as .npy, with BOS in front where it is asked for, and remove the raw
-        file."""
+        """Write the sequences as .npy, with their BOS, and remove the raw file."""
         header = {
             "descr": self.dtype.str,
             "fortran_order": False,
@@ -377,8 +367,8 @@ def _check_splits(packers: "Mapping[Split, _Packer]", description: str, n_docume
     if empty:
         n_tokens = sum(packer.n_ids for packer in packers.values())
         raise DataError(
-            f"{description}: too little text for the {' and the '.join(empty)} split, which got no sequence. It holds "
-            f"{n_documents} documents with {n_tokens} tokens; a sequence needs {packers['train'].ids_per_sequence} "
-            f"tokens, and of {_PERIOD} documents one goes to validation and one to test. "
-            "Give more documents, or lower data.context."
+            f"{description}: too little text for the {' and the '.join(empty)} split, which got "
+            f"no sequence. It holds {n_documents} documents with {n_tokens} tokens; a sequence "
+            f"needs {packers['train'].ids_per_sequence} tokens, and of {_PERIOD} documents one "
+            "goes to validation and one to test. Give more documents, or lower data.context."
         )

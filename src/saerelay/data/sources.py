@@ -1,5 +1,4 @@
-"""Where documents come from: text files, token files, Hugging Face datasets, or the built-in
-corpus.
+"""Where documents come from: text files, token files, datasets, or the built-in corpus.
 
 Each source gives documents, as text or as arrays of token ids, in an order that follows from the
 seed; a streamed dataset keeps its own order.
@@ -48,18 +47,18 @@ def open_source(run: Run, facts: ModelFacts) -> Source:
     if run.model.name == "demo":
         return _demo_source(seed)
     raise DataError(
-        f'no data given for the model "{run.model.name}": set data.dataset, data.text or data.tokens '
-        '(only model.name = "demo" has a built-in corpus).'
+        f'no data given for the model "{run.model.name}": set data.dataset, data.text or '
+        'data.tokens (only model.name = "demo" has a built-in corpus).'
     )
 
 
 def check_ids(largest: int, facts: ModelFacts, where: str) -> None:
-    """Raise DataError if a token id is outside the model's vocabulary; `where` is what it was
-    found in."""
+    """Raise DataError if a token id found in `where` is outside the model's vocabulary."""
     if largest >= facts.vocab_size:
         raise DataError(
-            f"{where} gives the token id {largest}, but the model {facts.name} has a vocabulary of {facts.vocab_size} "
-            f"(ids up to {facts.vocab_size - 1}). Use the tokenizer that belongs to this model."
+            f"{where} gives the token id {largest}, but the model {facts.name} has a vocabulary "
+            f"of {facts.vocab_size} (ids up to {facts.vocab_size - 1}). Use the tokenizer that "
+            "belongs to this model."
         )
 
 
@@ -183,8 +182,7 @@ def _read_span(path: Path, start: int, stop: int, column: str) -> str:
 
 
 def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
-    """The text of a line of a .jsonl file, "" where it has none; DataError if the column holds
-    something else."""
+    """The text in a line of a .jsonl file, "" for none; DataError if it is not text."""
     if not line.strip():
         return ""
     try:
@@ -264,8 +262,10 @@ def _chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _token_spans(tokens: np.ndarray, context: int, facts: ModelFacts) -> np.ndarray:
-    """Where the documents of a 1-D array start and stop, [N, 2]: between EOS tokens, or BOS, or in
-    even pieces."""
+    """Where the documents of a 1-D array start and stop, [N, 2].
+
+    They lie between EOS tokens, or BOS tokens, or are pieces of even length.
+    """
     for separator in (facts.eos_token_id, facts.bos_token_id):
         if separator is None:
             continue
@@ -311,8 +311,7 @@ def _dataset_source(data: DataSpec, seed: int) -> Source:
 
 
 def _open_dataset(data: DataSpec) -> "Dataset | IterableDataset":
-    """Open a saved dataset, or stream one from the hub or from files; DataError if it lacks the
-    split or the column."""
+    """Open a dataset; DataError if it lacks the split or the column."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -341,8 +340,7 @@ def _open_dataset(data: DataSpec) -> "Dataset | IterableDataset":
 
 
 def _load_dataset(data: DataSpec) -> Any:
-    """What `datasets` makes of a directory that it has saved, of other files, or of a name on the
-    hub."""
+    """Open a directory that `datasets` has saved, or stream other files or from the hub."""
     import datasets
 
     path = Path(data.dataset).expanduser()
@@ -360,8 +358,7 @@ def _load_dataset(data: DataSpec) -> Any:
 
 
 def _dataset_texts(rows: Iterable[Any], data: DataSpec) -> Iterator[str]:
-    """The texts of a dataset's rows; DataError if the column holds something else, or the stream
-    breaks."""
+    """The texts of a dataset's rows; DataError if they are not text, or the stream breaks."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -369,8 +366,9 @@ def _dataset_texts(rows: Iterable[Any], data: DataSpec) -> Iterator[str]:
             text = row[data.column]
             if text is not None and not isinstance(text, str):
                 raise DataError(
-                    f'data.dataset = "{data.dataset}": the column "{data.column}" holds {type(text).__name__}, '
-                    "expected text. Set data.column to a column of text, or save ids as .npy and give data.tokens."
+                    f'data.dataset = "{data.dataset}": the column "{data.column}" holds '
+                    f"{type(text).__name__}, expected text. Set data.column to a column of text, "
+                    "or save ids as .npy and give data.tokens."
                 )
             yield text or ""
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -381,7 +379,8 @@ def _unreadable(data: DataSpec, error: Exception) -> DataError:
     text = str(error).strip()
     reason = text.splitlines()[0] if text else type(error).__name__
     return DataError(
-        f'data.dataset = "{data.dataset}" (data.subset = "{data.subset}", data.split = "{data.split}") cannot be read: '
-        f"{reason}. It must be a local directory or a dataset on the hub: check the spelling and the network, log in "
-        "with `hf auth login` if access is restricted, or give data.text instead."
+        f'data.dataset = "{data.dataset}" (data.subset = "{data.subset}", data.split = '
+        f'"{data.split}") cannot be read: {reason}. It must be a local directory or a dataset on '
+        "the hub: check the spelling and the network, log in with `hf auth login` if access is "
+        "restricted, or give data.text instead."
     )

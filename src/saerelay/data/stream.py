@@ -1,5 +1,4 @@
-"""The seam between training and the outside: activations of many sites, block by block, in a fixed
-random order.
+"""The seam between training and the outside: blocks of activations of many sites.
 
 A block is a stretch of raw token positions: sequences drawn from the whole corpus without
 replacement. Which sequences it holds, the order in which their positions are shuffled, and which
@@ -34,8 +33,7 @@ LM_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Activations of one block, in shuffled order; valid until its stream is asked for the next
-    one.
+    """Activations of one block, in shuffled order; valid until the next is asked for.
 
     What it gives may be views of the stream's buffers: read them, do not write to them.
     """
@@ -52,14 +50,12 @@ class Block:
         return self.keep.shape[0] // self.batch_tokens
 
     def batch(self, index: int) -> dict[Site, Tensor]:
-        """The kept rows (at most batch_tokens, D) of one batch, as stored, the same positions at
-        every site."""
+        """The kept rows (at most batch_tokens, D) of one batch, the same at every site."""
         start = index * self.batch_tokens
         return self._kept(self.activations, start, start + self.batch_tokens)
 
     def again(self, index: int, times: int) -> dict[Site, Tensor]:
-        """The batch that legs with `reuse` train on after batch `index`: another one for each
-        number of `times`.
+        """What legs with `reuse` train on after batch `index`: another batch per `times`.
 
         It lies `times` strides of 5/13 of the block further on, around its end: as `index` runs
         through all batches, so does this one.
@@ -68,8 +64,7 @@ class Block:
         return self.batch((index + times * stride) % self.n_batches)
 
     def chunks(self, sites: Iterable[Site], n: int = 4096) -> Iterator[dict[Site, Tensor]]:
-        """All kept rows of some sites, float32, in shuffled order, those of n positions at a
-        time."""
+        """All kept rows of some sites, float32, those of n positions at a time."""
         for start in range(0, self.keep.shape[0], n):
             rows = self._kept(sites, start, start + n)
             yield {site: x.float() for site, x in rows.items()}
@@ -90,8 +85,7 @@ class Block:
 
 
 class AbstractStream(ABC):
-    """Gives block `number` with the activations of the sites asked for; the same call gives the
-    same bits.
+    """Gives activations block by block; the same call gives the same bits.
 
     A block may be gone once the next one is asked for.
     """
@@ -108,8 +102,7 @@ def shuffled(n: int, seed: int, number: int) -> Tensor:
 
 
 class TensorStream(AbstractStream):
-    """Activations held in memory, {site: (N, D)}, over and over again: for tests, and for tensors
-    of the user's."""
+    """Activations held in memory, {site: (N, D)}, over and over again."""
 
     def __init__(self, tensors: dict[Site, Tensor], *, block_tokens: int, batch_tokens: int, seed: int = 0) -> None:
         self.tensors = tensors
@@ -130,8 +123,7 @@ class TensorStream(AbstractStream):
 
 
 class LiveStream(AbstractStream):
-    """Activations computed by the language model as they are needed, from sequences (N, C) of
-    token ids.
+    """Activations computed by the language model, from sequences (N, C) of token ids.
 
     Each open site has one buffer (P, D), which all blocks share: activations go from the model's
     forward straight to their shuffled rows. With a cache, activations are rounded to bfloat16;
@@ -184,8 +176,7 @@ class LiveStream(AbstractStream):
         )
 
     def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
-        """Run the model over tokens (S, C), and put each position's activations into its row of
-        `rows` (S, C).
+        """Run the model over tokens (S, C); each position has its row of the block in `rows`.
 
         Batches without a sequence that is `needed`, bool (S), are skipped.
         """
@@ -261,8 +252,7 @@ class LiveStream(AbstractStream):
         return self.read_order(number * per_block, per_block)
 
     def read_order(self, first: int, n: int) -> np.ndarray:
-        """Which sequences are read at the places first to first + n - 1: in every epoch all of
-        them, in a new order.
+        """Which sequences are read from `first` on: all of them per epoch, in a new order.
 
         Long documents fill many sequences in a row; read in their order, a short leg would see
         only a few documents.
@@ -306,15 +296,13 @@ def kept_positions(
 
 
 def trained_on(plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor]) -> Tensor:
-    """Bool (B, C): `kept_positions` of tokens (B, C), from activations (B, C, D) with those of the
-    probe site."""
+    """Bool (B, C): `kept_positions` of tokens (B, C), from activations (B, C, D)."""
     rows = {site: x.flatten(0, 1) for site, x in activations.items()}
     return kept_positions(plan, tokens, rows).view_as(tokens)
 
 
 def gather_rows(plan: Plan, stream: AbstractStream, n: int) -> tuple[dict[Site, Tensor], int]:
-    """The first n kept rows (n, D) of every site of a plan, float32, and how many positions were
-    read for them."""
+    """The first n kept rows (n, D) of every site, float32, and how many positions were read."""
     n_blocks = math.ceil(n / plan.block_tokens)
     parts: dict[Site, list[Tensor]] = {site: [] for site in plan.sites}
     for number in range(n_blocks):

@@ -30,8 +30,7 @@ class Format(Protocol):
         ...
 
     def read(self, path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
-        """The SAE in canonical form, exactly the same function, and what the files say about
-        it."""
+        """The SAE in canonical form, exactly the same function, and its origin."""
         ...
 
 
@@ -71,16 +70,16 @@ def load_dictionary(
     dictionary, origin = read_any(reference, format=format, model=model, site=site)
     if isinstance(dictionary, LayerNormed):
         raise FormatError(
-            f"{reference}: normalises each token by its own mean and deviation, which no fixed dictionary of raw "
-            "activations does. In Python, saerelay.load_layer_normed reads it as it is, and its at_scale(x) is the "
-            "nearest one for activations x; `saerelay hop` uses that one"
+            f"{reference}: normalises each token by its own mean and deviation, which no fixed "
+            "dictionary of raw activations does. In Python, saerelay.load_layer_normed reads it "
+            "as it is, and its at_scale(x) is the nearest one for activations x; `saerelay hop` "
+            "uses that one"
         )
     return dictionary, origin
 
 
 def load_layer_normed(reference: str | Path, *, format: str = "") -> tuple[LayerNormed, Origin]:
-    """Read a trained SAE that normalises each token by itself (layer norm): OpenAI's v5, some of
-    SAELens.
+    """Read a trained SAE with a layer norm over each token: OpenAI's v5, some of SAELens.
 
     Raises what `load_dictionary` raises, and FormatError for SAEs of raw activations.
     """
@@ -93,8 +92,7 @@ def load_layer_normed(reference: str | Path, *, format: str = "") -> tuple[Layer
 def read_any(
     reference: str | Path, *, format: str = "", model: str = "", site: Site | None = None
 ) -> tuple[Dictionary | LayerNormed, Origin]:
-    """Read a trained SAE of any format, with or without a layer norm; otherwise as
-    `load_dictionary`."""
+    """Read a trained SAE with or without a layer norm; otherwise as `load_dictionary`."""
     path = hub.local(reference)
     chosen = format_named(format) if format else format_of(path)
     dictionary, origin = chosen.read(path)
@@ -122,8 +120,7 @@ def format_of(path: Path) -> Format:
 
 
 def find_saes(directory: Path) -> list[Path]:
-    """The SAEs in a directory (itself, directories and files below), as far as names tell; none
-    inside another."""
+    """The SAEs in a directory or below it, as far as names tell; none inside another."""
     saes: set[Path] = set()
     for path in [directory, *sorted(directory.rglob("*"))]:
         is_inside_another = not saes.isdisjoint(path.parents)

@@ -1,8 +1,7 @@
-"""dictionary_learning (Marks, Karvonen and Mueller): ae.pt, a plain state dict, and config.json
-beside it.
+"""dictionary_learning (Marks, Karvonen and Mueller): ae.pt, a state dict, and config.json.
 
-Their forward: codes z, as its class says, from u = x − b_dec (JumpReluAutoEncoder and
-AutoEncoderNew: u = x), and x_hat = z W_dec + b_dec. Classes with linear layers store
+Their forward: codes z of u = x − b_dec, by class (JumpReluAutoEncoder and AutoEncoderNew: u = x),
+and x_hat = z W_dec + b_dec. Classes with linear layers store
 decoder.weight (D, F), the others W_enc (D, F).
 """
 
@@ -68,8 +67,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """A `trainer_i` directory, an ae.pt, or a checkpoints/ae_STEP.pt in canonical form: same codes
-    and reconstructions.
+    """A `trainer_i` directory, an ae.pt, or a checkpoints/ae_STEP.pt in canonical form.
 
     Gated SAEs become the JumpReLU they equal; BatchTopK and Matryoshka act as at inference, by
     threshold. A backup (a state dict saved together with its optimizer) reads activations divided
@@ -173,8 +171,7 @@ def _state(kind: str, dictionary: Dictionary) -> dict[str, Tensor]:
 
 
 def _config(weights: Path) -> dict[str, Any]:
-    """The config.json of a trainer's directory: beside the weights, or one level above those of a
-    checkpoint."""
+    """The config.json beside the weights, or one level above those of a checkpoint."""
     directories = [weights.parent]
     if weights.parent.name == "checkpoints":
         directories.append(weights.parent.parent)

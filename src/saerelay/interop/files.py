@@ -1,5 +1,4 @@
-"""Reading other tools' files: nothing in a file is run, and errors name the file, the tensor and
-both shapes."""
+"""Reading other tools' files: nothing is run, and errors name the file and the tensor."""
 
 import json
 import math
@@ -60,8 +59,7 @@ def read_number(path: Path, config: Mapping[str, Any], key: str) -> float:
 
 
 def read_count(path: Path, config: Mapping[str, Any], key: str, *, most: int) -> int:
-    """The whole number from 1 to `most` that a configuration gives for a key; FormatError if there
-    is none.
+    """The whole number from 1 to `most` for a key; FormatError if there is none.
 
     >>> read_count(Path("cfg.json"), {"k": 65}, "k", most=64)
     Traceback (most recent call last):
@@ -77,8 +75,7 @@ def read_count(path: Path, config: Mapping[str, Any], key: str, *, most: int) ->
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors, .npz or .pt file, or in the shards that `path`.index.json
-    lists.
+    """The tensors in a .safetensors, .npz or .pt file, or in the shards of an index.
 
     Of a .pt file only the tensors are taken; `read_pickle` gives the rest. Raises FormatError if
     a file is missing or damaged.
@@ -124,7 +121,7 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index lists, each of which must lie beside it."""
     shards = read_config(index).get("weight_map")
     if not isinstance(shards, dict):
-        raise FormatError(f"{index}: weight_map is missing; it says which file has which tensor")
+        raise FormatError(f"{index}: weight_map is missing, which tells the file of each tensor")
     for name in shards.values():
         if not _is_file_name(name):
             raise FormatError(f"{index}: names {name!r}, which is not a file beside it; refused")
@@ -158,8 +155,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: no such file") from None
     except UnpicklingError:  # whose text explains at length how to switch the protection off
         raise FormatError(
-            f"{path}: damaged, or holds Python objects besides tensors, and reading those can run code; refused. "
-            "Convert it where you trust it: save only its tensors, with safetensors.torch.save_file"
+            f"{path}: damaged, or holds Python objects besides tensors, and reading those can run "
+            "code; refused. Convert it where you trust it: save only its tensors, with "
+            "safetensors.torch.save_file"
         ) from None
     except damages as error:
         reason = " ".join(str(error).split())

@@ -1,10 +1,9 @@
-"""Gemma Scope: JumpReLU SAEs of every layer of Gemma 2 (params.npz) and Gemma 3
-(params.safetensors, config.json).
+"""Gemma Scope: params.npz for Gemma 2, params.safetensors and config.json for Gemma 3.
 
     pre = x w_enc + b_enc        z = relu(pre)·1[pre > threshold]        x_hat = z w_dec + b_dec
 
-They read raw activations. Which ones, the names of repository and folders say; config.json as
-well, where there is one.
+They read raw activations. At which site is in the names of repository and folders, and in
+config.json where there is one.
 """
 
 import math
@@ -70,7 +69,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
 
 
 def _weights_file(path: Path) -> Path:
-    """The file of a directory, or the file itself; if there is none, the one to be missed."""
+    """The file in a directory, or the file itself; if neither exists, the name for the error."""
     if path.is_file():
         return path
     for name in _FILES:
@@ -94,8 +93,10 @@ def _check_is_sae(file: Path, kind: str, config: dict[str, Any], tensor_names: s
 
 
 def _kind(file: Path) -> str:
-    """What the path says is there: a key of _MODULES, a transcoder, or "" for nothing. Folders
-    outrank repositories."""
+    """What the path says is there: a key of _MODULES, a transcoder, or "".
+
+    The name of a folder outranks that of the repository.
+    """
     path = file.absolute().as_posix()
     folder = re.search(r".*/(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?/", path)
     if folder:
@@ -105,8 +106,7 @@ def _kind(file: Path) -> str:
 
 
 def _repository(path: str) -> re.Match[str] | None:
-    """The name of a Gemma Scope repository in a path: gemma-scope-2b-pt-res,
-    gemma-scope-2-4b-it."""
+    """A repository's name in a path: gemma-scope-2b-pt-res, gemma-scope-2-4b-it."""
     return re.search(
         r".*gemma-scope-(?P<gemma_3>2-)?(?P<size>\d+[mb])-(?P<variant>pt|it)"
         r"(?:-(?P<kind>res|mlp|att|transcoders))?(?![\w-])",
@@ -140,8 +140,7 @@ def _site(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
 
 
 def _model(path: str, config: dict[str, Any]) -> str:
-    """The hub id of the Gemma that an SAE belongs to, "" if nothing says; Gemma Scope 2 is of
-    Gemma 3."""
+    """The hub id of the SAE's Gemma, "" if nothing says it; Gemma Scope 2 is of Gemma 3."""
     named = re.search(r"gemma-v?3-(\d+[mb])-(pt|it)", str(config.get("model_name", "")))
     if named:
         return _hub_id("3", size=named[1], variant=named[2])

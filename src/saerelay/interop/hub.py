@@ -1,5 +1,4 @@
-"""The Hugging Face hub: what hf://user/repo[@revision][/path] names, brought here; a folder, taken
-there."""
+"""The Hugging Face hub: bring what hf://user/repo[@revision][/path] names, upload a folder."""
 
 import difflib
 import glob
@@ -60,8 +59,7 @@ def parse(reference: str | Path) -> Reference:
 
 
 def local(reference: str | Path) -> Path:
-    """The directory or file that a reference means, brought from the hub if it is
-    hf://user/repo[@revision][/path].
+    """The directory or file that a reference means, fetched if it is on the hub.
 
     >>> local("runs/a/legs/L3")
     PosixPath('runs/a/legs/L3')
@@ -69,7 +67,7 @@ def local(reference: str | Path) -> Path:
     Files go into the hub's cache, under the hash of the commit that the name means now; without a
     network, what is in the cache is used. Of a directory only an SAE's own files are fetched, not
     what lies below. Raises HubError if the repository, the revision or the path does not exist, or
-    not for you, and FormatError if there is no SAE in the directory.
+    is not accessible to you, and FormatError if the directory holds no SAE.
     """
     if not is_remote(reference):
         return Path(reference).expanduser()
@@ -84,10 +82,9 @@ def local(reference: str | Path) -> Path:
 
 
 def download(reference: str, into: Path) -> Path:
-    """Fetch all SAEs of a repository, or of a folder in it, into a new directory; returns where
-    that folder is.
+    """Fetch all SAEs in a repository or folder into a new directory; where they are then.
 
-    Code, and the states of optimizers, are left behind. Raises HubError as `local` does.
+    Code and optimizer states are not fetched. Raises HubError as `local` does.
     """
     from huggingface_hub import snapshot_download
 
@@ -157,8 +154,7 @@ def _own_files(remote: Reference, listed: _Names) -> list[str]:
 
 
 def _files_below(remote: Reference, listed: _Names) -> list[str]:
-    """Files worth fetching in and below the folder that is named; HubError if there is no such
-    folder."""
+    """Files worth fetching in and below the named folder; HubError if there is none."""
     folder = _folder(remote, listed)
     is_root = folder == PurePosixPath(".")
     inside = [name for name in listed.names if is_root or name.startswith(f"{folder}/")]
@@ -175,7 +171,7 @@ def _folder(remote: Reference, listed: _Names) -> PurePosixPath:
 
 
 def _similar_paths(path: str, names: list[str]) -> str:
-    """A hint at files and folders with similar names, or at what there is."""
+    """Files and folders with similar names, as a question, or else all that exist."""
     existing = set(names)
     for name in names:
         existing.update(str(parent) for parent in PurePosixPath(name).parents)
@@ -210,8 +206,7 @@ def _asking_the_hub(remote: Reference) -> Iterator[None]:
 
 
 def upload(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Put a folder's files into a repository of the hub, created if necessary; returns the address
-    of the commit.
+    """Upload a folder to a repository, created if necessary; the address of the commit.
 
     Raises HubError if nobody is logged in, or the hub refuses.
     """
@@ -226,7 +221,7 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
     except (HfHubHTTPError, HTTPError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise HubError(
-            f'"{repo}" was not uploaded ({reason}). Check the name and the network connection, and with '
-            "`hf auth whoami` that you may write there"
+            f'"{repo}" was not uploaded ({reason}). Check the name and the network connection, '
+            "and with `hf auth whoami` that you may write there"
         ) from None
     return str(commit.commit_url)

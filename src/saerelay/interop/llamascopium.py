@@ -1,5 +1,4 @@
-"""llamascopium (config.json, sae_weights.safetensors) and Llama Scope (hyperparams.json,
-checkpoints/).
+"""llamascopium (config.json, sae_weights.safetensors) and Llama Scope (hyperparams.json).
 
 With u = s·x, s = √D / (mean norm of the training activations), and n_j the norm of decoder row j
 if `sparsity_include_decoder_norm`, else 1:
@@ -91,8 +90,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
 
 
 def _open(path: Path) -> _Files:
-    """Read the files of a directory; FormatError if they are missing, damaged, or hold no SAE that
-    can be read."""
+    """Read the files of a directory; FormatError unless they hold an SAE that can be read."""
     if (path / _LLAMA_SCOPE).is_file():
         config_file = path / _LLAMA_SCOPE
         weights_file = path / "checkpoints" / "final.safetensors"
@@ -103,8 +101,9 @@ def _open(path: Path) -> _Files:
     _check_supported(config_file, config)
     if (path / "sae_weights.dcp").exists() and not weights_file.is_file():
         raise FormatError(
-            f"{path}/sae_weights.dcp: is a distributed checkpoint, which is a pickle; refused. Where you trust it, "
-            "load it in llamascopium without a device mesh and save it again: that writes sae_weights.safetensors"
+            f"{path}/sae_weights.dcp: is a distributed checkpoint, which is a pickle; refused. "
+            "Where you trust it, load it in llamascopium without a device mesh and save it again: "
+            "that writes sae_weights.safetensors"
         )
     return _Files(config_file, weights_file, config=config, tensors=read_tensors(weights_file))
 
@@ -127,8 +126,8 @@ def _check_supported(config_file: Path, config: Mapping[str, Any]) -> None:
         problem = "has an encoder with a gate (use_glu_encoder), which no SAE here has"
     elif activation.startswith("batch"):
         problem = (
-            f"has act_fn {activation}, whose active latents of a token depend on the rest of the batch; "
-            "turn it into JumpReLU with llamascopium's topk_to_jumprelu_conversion first"
+            f"has act_fn {activation}, whose active latents of a token depend on the rest of the "
+            "batch; turn it into JumpReLU with llamascopium's topk_to_jumprelu_conversion first"
         )
     elif activation not in _ACTIVATIONS:
         problem = f"has act_fn {activation}; these are read: {', '.join(_ACTIVATIONS)}"
@@ -138,8 +137,7 @@ def _check_supported(config_file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _weights(files: _Files) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc, b_enc, W_dec and b_dec, with one row per latent; their names are of two
-    generations."""
+    """W_enc, b_enc, W_dec and b_dec, one row per latent; there are two sets of names."""
     is_linear = "encoder.weight" in files.tensors
     if is_linear:
         shapes = {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"}
@@ -169,8 +167,9 @@ def _scale(files: _Files) -> float:
     if mode != "dataset-wise":
         unit = str(mode).split("-")[0]
         raise FormatError(
-            f"{files.config_file}: norm_activation is {mode}: the norm of each {unit} divides it, which no fixed "
-            "dictionary of raw activations does; only dataset-wise and inference can be read"
+            f"{files.config_file}: norm_activation is {mode}: the norm of each {unit} divides it, "
+            "which no fixed dictionary of raw activations does; only dataset-wise and inference "
+            "can be read"
         )
 
     name = f"dataset_average_activation_norm.{files.reads}"

@@ -13,7 +13,7 @@ _HOOKS: dict[ModuleKind, str] = {
     "attn_out": "hook_attn_out",
     "attn_z": "attn.hook_z",
 }
-"""TransformerLens' name of each kind of site, behind "blocks.<layer>."."""
+"""TransformerLens' name of each kind of site, after "blocks.<layer>."."""
 
 _MODULES: dict[ModuleKind, tuple[str, ...]] = {
     "resid_post": ("",),
@@ -36,8 +36,7 @@ def hook_name(site: Site) -> str:
 
 
 def site_named(name: str) -> Site | None:
-    """The site that a TransformerLens hook or a module's path stands for; None if it is not one of
-    ours.
+    """The site that a TransformerLens hook or a module's path stands for; None for others.
 
     >>> site_named("blocks.3.attn.hook_z"), site_named("gpt_neox.layers.10"), site_named("h.2.mlp")
     (Site(layer=3, module='attn_z'), Site(layer=10, module='resid_post'), Site(layer=2, module='mlp_out'))
@@ -64,8 +63,7 @@ def site_named(name: str) -> Site | None:
 
 
 def public_name(model: str) -> str:
-    """A model's name as others understand it: of a local directory the last part, and not just
-    "demo".
+    """A model's name as others understand it: the hub id, or the name of its directory.
 
     >>> public_name("demo"), public_name("EleutherAI/pythia-70m")
     ('saerelay-demo', 'EleutherAI/pythia-70m')
@@ -78,8 +76,7 @@ def public_name(model: str) -> str:
 
 
 def hub_id(name: str) -> str:
-    """The name, if it is that of a model or dataset on the hub and not a path on this machine,
-    else "".
+    """The name, if it is a hub id and not a path on this machine, else "".
 
     >>> hub_id("EleutherAI/pythia-70m"), hub_id("./mine"), hub_id("demo")
     ('EleutherAI/pythia-70m', '', '')

@@ -1,5 +1,4 @@
-"""OpenAI's SAEs of GPT-2 small (Gao et al. 2024): <location>/autoencoders/<layer>.pt, a pickled
-state dict.
+"""OpenAI's SAEs of GPT-2 small (Gao et al. 2024): <location>/autoencoders/<layer>.pt.
 
 With u = x for ReLU (v1, v4), and x normalised token by token for TopK (v5):
 

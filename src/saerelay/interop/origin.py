@@ -8,8 +8,7 @@ from saerelay.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a dictionary reads, and what it was trained on; None and "" where the file does not
-    say."""
+    """Where a dictionary reads, and what it was trained on; None and "" where unknown."""
 
     model: str = ""
     """Hub id or name of the language model."""

@@ -1,5 +1,4 @@
-"""Our own format, also for tools without one: dictionary.safetensors in canonical form,
-dictionary.json beside it."""
+"""Our own format: dictionary.safetensors in canonical form, dictionary.json beside it."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def as_info(origin: Origin) -> dict[str, Any]:
-    """What dictionary.json says of an origin."""
+    """An origin as the keys of dictionary.json."""
     site = origin.site
     return {
         **origin.provenance,

@@ -1,5 +1,4 @@
-"""SAELens: cfg.json and sae_weights.safetensors, of finished SAEs and of training checkpoints,
-before and after 6.0.
+"""SAELens before and since 6.0, SAEs and checkpoints: cfg.json, sae_weights.safetensors.
 
 Their forward, with W_enc (D, F): u = norm(x) − b_dec (if `apply_b_dec_to_input`),
 pre = u W_enc + b_enc, z by `architecture`, x_hat = norm⁻¹(z W_dec + b_dec). Thresholds are strict
@@ -80,9 +79,9 @@ def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
     Gated SAEs become the JumpReLU they equal. TopK with `rescale_acts_by_decoder_norm`, and
     checkpoints of BatchTopK and Matryoshka, become what SAELens itself makes of them at the end of
     training: rows of W_dec have unit norm, and the running threshold is that of all latents. The
-    factor of `expected_average_only_in` is folded in where it is on file (activation_scaler.json);
-    otherwise a warning says that it is missing. Raises FormatError for transcoders, single heads,
-    normalisations of other kinds, and damaged files.
+    factor of `expected_average_only_in` is folded in if the directory has it
+    (activation_scaler.json); otherwise a warning says that it is missing. Raises FormatError for
+    transcoders, single heads, normalisations of other kinds, and damaged files.
     """
     config = {}
     for key, value in read_config(path / CONFIG).items():
@@ -140,7 +139,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def _origin(config: dict[str, Any], metadata: dict[str, Any]) -> Origin:
-    """What a configuration says besides what the dictionary computes."""
+    """What a configuration says about the model, the data and the provenance."""
     name = lookup(metadata, "hook_name", str) or ""
     # SAELens also reads Hugging Face models without TransformerLens; hooks then have the names of
     # modules.
@@ -248,8 +247,7 @@ def _dictionary(path: Path, config: dict[str, Any], metadata: dict[str, Any]) ->
 
 
 def _shapes(architecture: object, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The tensors of an architecture: W_enc, W_dec, b_dec and a bias of the encoder, then the
-    others."""
+    """The tensors of an architecture: W_enc, W_dec, b_dec, an encoder bias, then others."""
     shapes = {"W_enc": "DF", "W_dec": "FD", "b_dec": "D"}
     match architecture:
         case "gated":
@@ -299,7 +297,8 @@ def _scale(path: Path, config: dict[str, Any]) -> float:
         return read_number(path / SCALER, read_config(path / SCALER), "scaling_factor")
     warnings.warn(
         f"{path / CONFIG}: was trained on activations times a factor (normalize_activations = "
-        f"expected_average_only_in) that is not on file ({SCALER}); read as if it were 1, as SAELens does",
+        f"expected_average_only_in) that is missing here ({SCALER}); read as if it were 1, as "
+        "SAELens does",
         stacklevel=2,
     )
     return 1.0

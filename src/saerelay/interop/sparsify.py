@@ -1,5 +1,4 @@
-"""sparsify (EleutherAI): cfg.json and sae.safetensors in a directory named after the module whose
-output is read.
+"""sparsify (EleutherAI): cfg.json and sae.safetensors, in a directory named after a module.
 
 Their forward, with encoder.weight and W_dec (F, D): z = the k largest of
 relu((x − b_dec) encoder.weightᵀ + encoder.bias), x_hat = z W_dec + b_dec.
@@ -50,8 +49,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
 
 
 def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
-    """Write a TopK dictionary as a sparse coder of sparsify; name the directory after the module,
-    as "layers.10".
+    """Write a TopK dictionary; name the directory after the module it reads: "layers.10".
 
     Raises FormatError for other architectures: sparsify has no threshold.
     """
@@ -106,8 +104,7 @@ def _check_tensors(path: Path, names: set[str]) -> None:
 
 
 def _origin(path: Path, config: dict[str, Any]) -> Origin:
-    """What the directory's name, the run's config.json beside it, and our own note in cfg.json
-    say."""
+    """What the directory's name, the run's config.json and our note in cfg.json say."""
     directory = path.resolve()
     if re.fullmatch(r"seed\d+", directory.name):
         directory = directory.parent

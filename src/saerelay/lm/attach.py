@@ -1,5 +1,4 @@
-"""SAEs at work inside a language model: read its latents, or change them, while it runs or
-generates.
+"""SAEs at work in a language model: read its latents, or change them, while it runs.
 
     with suite.attach(model) as attached:        # or attach(model, {Site(3): sae}), without a run
         attached[3].ablate(123)
@@ -36,8 +35,7 @@ def attach(
     replace: bool = False,
     leave_alone: Collection[int] | None = None,
 ) -> "Iterator[Attachment]":
-    """Put SAEs to work in a language model while the `with` block lasts: they record, and may
-    change, what passes.
+    """Let SAEs record, and change, what passes in a language model while the `with` block lasts.
 
     >>> from saerelay.planning.recipe import ModelSpec
     >>> sae = Dictionary(architecture="topk", k=2, W_enc=torch.eye(192), b_enc=torch.zeros(192),
@@ -100,15 +98,15 @@ def _check_width(model: Any, site: Site, tap: "Tap") -> None:
     width = width_at(model, site)
     if width != tap.d_model:
         raise ModelError(
-            f"{site}: this SAE reads activations {tap.d_model} wide, but in this model ({type(model).__name__}) they "
-            f"are {width} wide. Attach it to the model it was trained on, or to one fine-tuned from that; "
-            "`saerelay hop --from-model` carries an SAE to another model."
+            f"{site}: this SAE reads activations {tap.d_model} wide, but in this model "
+            f"({type(model).__name__}) they are {width} wide. Attach it to the model it was "
+            "trained on, or to one fine-tuned from that; `saerelay hop --from-model` carries an "
+            "SAE to another model."
         )
 
 
 class Attachment:
-    """The SAEs attached to a model, by site or by layer; what they recorded outlives the `with`
-    block."""
+    """The SAEs attached to a model; what they recorded outlives the `with` block."""
 
     def __init__(self, taps: "Mapping[Site, Tap]", leave_alone: Collection[int]) -> None:
         self._taps = taps
@@ -117,8 +115,7 @@ class Attachment:
         """Token ids (B,C), by the position in the sequence at which they begin."""
 
     def __getitem__(self, key: Site | int) -> "Tap":
-        """The tap at a site, or at the only site of a layer; ModelError if there is none, or more
-        than one."""
+        """The tap at a site, or at a layer's only site; ModelError unless there is exactly one."""
         matching = [tap for site, tap in self._taps.items() if key in (site, site.layer)]
         if len(matching) != 1:
             problem = "several SAEs are" if matching else "no SAE is"
@@ -133,13 +130,11 @@ class Attachment:
 
     @property
     def tokens(self) -> Tensor:
-        """The token ids (B,C) that the recorded codes belong to; ModelError if the model was given
-        none."""
+        """The token ids (B,C) of the recorded codes; ModelError if the model was given none."""
         return _joined(self._tokens, "token ids were recorded")
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note where in its sequences a forward begins, and which of its positions (B,C) are
-        touched."""
+        """Note where a forward begins in its sequences, and which positions (B,C) are touched."""
         arguments = signature(module.forward).bind_partial(*args, **kwargs).arguments
         ids = arguments.get("input_ids")
         mask = arguments.get("attention_mask")
@@ -183,8 +178,7 @@ class Tap:
 
     @property
     def _inner(self) -> Dictionary:
-        """The dictionary itself, which reads normalised activations if the SAE has a layer
-        norm."""
+        """The dictionary itself: under a layer norm, it reads normalised activations."""
         return self._sae.dictionary if isinstance(self._sae, LayerNormed) else self._sae
 
     def ablate(self, *latents: int) -> None:
@@ -197,8 +191,7 @@ class Tap:
         self._edits[self._checked(latent)] = (0.0, value)
 
     def steer(self, latent: int, amount: float) -> None:
-        """Add an amount to the code of a latent, at every position that is touched; after `set`,
-        to that value."""
+        """Add an amount to the code of a latent, or to the value it was `set` to."""
         factor, addend = self._edits.get(self._checked(latent), (1.0, 0.0))
         self._edits[latent] = (factor, addend + amount)
 
@@ -207,8 +200,7 @@ class Tap:
         self._edits.clear()
 
     def latents(self, *latents: int) -> Tensor:
-        """The recorded codes (B,C,F), or (B,C,n) of n latents: what the SAE made of the
-        activations, before edits.
+        """The recorded codes (B,C,F), or (B,C,n) of n latents, as they were before edits.
 
         They belong to the sequences that passed last. A forward that continues a key-value cache
         appends to what was recorded for it; any other starts anew. So `generate` leaves the codes
@@ -223,8 +215,7 @@ class Tap:
         return codes.index_select(2, index).to_dense()
 
     def codes(self) -> Tensor:
-        """The recorded codes as a sparse COO tensor (B,C,F), which stays small for large models
-        and long texts."""
+        """The recorded codes as a sparse COO tensor (B,C,F), which takes little memory."""
         return _joined(self._codes, f"activations have passed {self.site}").coalesce()
 
     def _checked(self, latent: int) -> int:
@@ -233,8 +224,7 @@ class Tap:
         return latent
 
     def _begin(self, start: int, touched: Tensor) -> None:
-        """Prepare for a forward that begins at a position of its sequences, and touches some
-        (B,C)."""
+        """Prepare for a forward that begins at a position, and touches some others (B,C)."""
         self._start = start
         self._touched = touched
         _cut(self._codes, start)
@@ -256,8 +246,7 @@ class Tap:
         return x.index_put((touched,), torch.cat(outputs).to(x.dtype))
 
     def _apply(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What takes the place of activations (N,D), and their codes (N,F), sparse and
-        detached."""
+        """What takes the place of activations (N,D), and their sparse, detached codes (N,F)."""
         self._sae = self._sae.to(x.device)
         sae = self._inner
         x = x.to(sae.W_enc.dtype)
@@ -291,8 +280,7 @@ class Tap:
 
 
 def _cut(pieces: dict[int, Tensor], end: int) -> None:
-    """Drop what was recorded from a position on: another sequence, or tokens that were cut off the
-    cache since.
+    """Drop what was recorded from a position on: other text, or tokens taken back since.
 
     `pieces` are tensors (B,C,...) by the position at which they begin, in order.
     """

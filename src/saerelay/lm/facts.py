@@ -17,8 +17,7 @@ lack some."""
 
 
 def read_facts(spec: ModelSpec) -> ModelFacts:
-    """Read what a plan must know of a model from its configuration and tokenizer, without loading
-    weights.
+    """Read what a plan must know of a model, without loading its weights.
 
     >>> facts = read_facts(ModelSpec())
     >>> facts.family, facts.n_layers, facts.d_model, facts.bos_token_id
@@ -54,8 +53,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
 
 
 def _attn_z_width(layers: Any) -> int:
-    """Width of what attention's output projection reads, in the first layer that has attention; 0
-    if none has."""
+    """Width of attn_z in the first layer that has attention; 0 if none has."""
     for layer in layers:
         port = find_port(layer, "attn_z")
         if port is not None:
@@ -64,8 +62,9 @@ def _attn_z_width(layers: Any) -> int:
 
 
 def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None]:
-    """What starts a sequence and what ends a document, by the tokenizer if there is one, else by
-    the configuration.
+    """What starts a sequence, and what ends a document: BOS and EOS, or CLS and SEP.
+
+    The tokenizer decides, or the configuration of a model without one.
 
     BOS and EOS, or an encoder's CLS and SEP.
     """
@@ -94,8 +93,7 @@ def _max_context(config: Any, model: Any) -> int:
 
 
 def _resolve_device(asked: str) -> torch.device:
-    """The device of `model.device`; "auto" takes a GPU where there is one, and mps only when asked
-    for by name."""
+    """The device of `model.device`; "auto" is a GPU or the CPU, mps must be asked for."""
     available = {
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
@@ -119,8 +117,7 @@ def _resolve_device(asked: str) -> torch.device:
 
 
 def _resolve_dtype(asked: str, device: torch.device) -> str:
-    """The dtype of `model.dtype`; "auto" is bfloat16 where the hardware multiplies it fast, else
-    float32."""
+    """The dtype of `model.dtype`; "auto" is bfloat16 where the hardware is fast at it."""
     if asked != "auto":
         return asked
     if device.type == "cuda":

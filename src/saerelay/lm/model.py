@@ -1,5 +1,4 @@
-"""The language model: activations at many sites from one forward, and forwards with some of them
-replaced.
+"""The language model: read activations at many sites, or replace some of them.
 
 In shapes: B sequences, C positions, D width of the activations at a site, V vocabulary.
 """
@@ -44,7 +43,7 @@ class _Stop(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """What a whole forward of a language model left behind; see `LanguageModel.forward`."""
+    """What is kept of a whole forward of a language model; see `LanguageModel.forward`."""
 
     tokens: Tensor
     """(B,C)."""
@@ -53,8 +52,7 @@ class Forward:
     activations: dict[Site, Tensor]
     """(B,C,D) at each site asked for."""
     layer_extras: list[tuple | None]
-    """What each layer returned behind the residual stream; None for one that returns the stream
-    alone."""
+    """What each layer returned after the residual stream; None for one that returns only that."""
 
 
 @final
@@ -95,12 +93,13 @@ class LanguageModel:
                 output_loading_info=True,
                 **location.options,
             )
-            # Poolers sit beside the layers, and many checkpoints come without them.
+            # A pooler is not one of the layers, and many checkpoints come without it.
             missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
             if missing:
                 raise ModelError(
-                    f'the weights of "{spec.name}" lack {len(missing)} tensors ({missing[0]}), which would be random. '
-                    "Download the model again, or save it with save_pretrained from the class it was trained as."
+                    f'the weights of "{spec.name}" lack {len(missing)} tensors ({missing[0]}), '
+                    "which would be random. Download the model again, or save it with "
+                    "save_pretrained from the class it was trained as."
                 )
             return cls(model, facts)
 
@@ -110,8 +109,7 @@ class LanguageModel:
         return self._model
 
     def check_site(self, site: Site) -> None:
-        """Raise PlanError if the model has no such layer, ModelError if its layers have no such
-        module."""
+        """Raise PlanError for a layer, ModelError for a module that the model does not have."""
         self._port(site)
 
     def _port(self, site: Site) -> Port:
@@ -123,7 +121,7 @@ class LanguageModel:
     def visit(self, tokens: Tensor, visitors: Mapping[Site, Callable[[Tensor], object]]) -> None:
         """Show each visitor the activations (B,C,D) at its site, in one forward over tokens (B,C).
 
-        The forward ends at the deepest site: nothing behind it runs. Every position attends as in
+        The forward ends at the deepest site: nothing after it runs. Every position attends as in
         a sequence without padding. A visitor sees the model's own tensor, in inference mode: it
         copies what it wants, and neither keeps nor changes it. Raises what `check_site` raises.
         """
@@ -165,8 +163,7 @@ class LanguageModel:
 
     @contextmanager
     def splice(self, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace activations (B,C,D) at a site by `function` of them, in every forward inside the
-        `with` block.
+        """Replace activations (B,C,D) at a site by `function` of them in every forward.
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> with model.splice(Site(3), torch.zeros_like):
@@ -195,15 +192,15 @@ class LanguageModel:
     def _check_lm_head(self) -> None:
         if not self.facts.has_lm_head:
             raise ModelError(
-                f'"{self.facts.name}" ({self.facts.family}) has no language-model head, so it gives no logits. '
-                "Use a causal LM (one whose config.json says ...ForCausalLM under `architectures`), "
-                "or leave out the metrics that need logits (evaluate.ce = false)."
+                f'"{self.facts.name}" ({self.facts.family}) has no language-model head, so it '
+                "gives no logits. Use a causal LM (one whose config.json says ...ForCausalLM "
+                "under `architectures`), or leave out the metrics that need logits (evaluate.ce = "
+                "false)."
             )
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, sites: Iterable[Site]) -> Forward:
-        """Run one whole forward over tokens (B,C), from the middle of which others can continue
-        (`resuming`).
+        """Run a whole forward over tokens (B,C), to be continued from its middle (`resuming`).
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> clean = model.forward(tokens, [Site(3)])
@@ -214,8 +211,7 @@ class LanguageModel:
 
         Raises what `check_site` raises, and ModelError without a language-model head.
         """
-        # To continue from a site inside a layer, `resuming` starts from the stream before that
-        # layer.
+        # From a site inside a layer, `resuming` starts with the stream before that layer.
         wanted: dict[Site, None] = {}
         for site in sites:
             wanted[site] = None
@@ -247,18 +243,17 @@ class LanguageModel:
 
     @contextmanager
     def resuming(self, clean: Forward, site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function that gives the logits (B,C,V) of an earlier forward with other activations x
-        (B,C,D) at a site.
+        """A function from other activations (B,C,D) at a site to the logits (B,C,V) they give.
 
         Gradients flow to an x that asks for them. Layers before the site do not run. Some models
-        pass their layers more than the residual stream, so that starting in the middle does not
-        reproduce their own logits (this is tried once per layer): of those, everything runs.
+        pass more than the residual stream from layer to layer, so that starting in the middle does
+        not reproduce their own logits (this is tried once per layer): of those, everything runs.
         Threads may call the function at the same time; apart from that, the model must not be used
         inside the `with` block.
         """
-        # How to see this: the first n layers are replaced by a function that returns the stream
-        # behind them. At a site between two layers that stream is x itself. Inside a layer it is
-        # the clean stream before that layer, which then runs, with x spliced in.
+        # How to see this: the first n layers are replaced by a function that returns the residual
+        # stream after them. At a site between two layers, that stream is x itself. Inside a layer,
+        # it is the clean stream before that layer, which then runs with x spliced in.
         n_skipped = site.layer
         if site.module == "resid_post":
             n_skipped += 1
@@ -290,21 +285,19 @@ class LanguageModel:
 
     @torch.no_grad()
     def _reproduces_logits(self, clean: Forward, n_skipped: int, site: Site) -> bool:
-        """Whether the model, started with its own stream behind the first layers, gives its own
-        logits."""
+        """Whether the model reproduces its own logits if it starts after the first layers."""
         stream = clean.activations[_stream_at(site)]
         try:
             with self._skipping(clean, n_skipped, stream.clone):
                 logits = self._logits(clean.tokens)
-        except Exception:  # a model may fail in any way where it misses something from the layers before
+        except Exception:  # without what earlier layers pass on, a model may fail in any way
             return False
         largest = float(clean.logits.abs().max())
         return torch.allclose(logits, clean.logits, rtol=1e-2, atol=1e-2 * largest)
 
     @contextmanager
     def _skipping(self, clean: Forward, n: int, stream: Callable[[], Tensor]) -> Iterator[None]:
-        """Let the first n layers return stream() (B,C,D), and their clean extras, without
-        running."""
+        """Let the first n layers return stream() (B,C,D) and their clean extras."""
 
         def skip(extras: tuple | None, *_: Any, **__: Any) -> Any:
             if extras is None:
@@ -324,8 +317,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:
-        """What a direction of the last residual stream adds to each logit: float32 (V,D), with the
-        final norm's gain.
+        """What a direction of the last residual stream adds to each logit: float32 (V,D).
 
         A final LayerNorm also takes the mean out, and so does this; the norm's division by the
         size of the stream is left out, so values compare within a row, not across models. Raises
@@ -358,8 +350,7 @@ def _stream_at(site: Site) -> Site:
 
 
 def load_model(plan: Plan) -> LanguageModel:
-    """The model that a plan was made for: the same revision and dtype, with every module that the
-    plan reads.
+    """The model that a plan was made for, with every module that the plan reads.
 
     Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
     """

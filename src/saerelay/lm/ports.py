@@ -21,8 +21,8 @@ _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3, OLMo 2
     ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM 4
 )
-"""Norms between attention or MLP and the residual stream, always both: one alone, by the same
-name, means another thing (Llama's post_attention_layernorm comes before its MLP)."""
+"""Norms of what attention and MLP return, before it is added to the residual stream. Both must
+exist: Llama has a post_attention_layernorm as well, which is the norm before its MLP."""
 
 _RESCALING = (
     "Afmoe",
@@ -62,8 +62,7 @@ def port_of(model: Any, site: Site) -> Port:
 
 
 def port_in(layers: nn.ModuleList, site: Site, *, name: str, family: str) -> Port:
-    """The port of a site in the layers of a model; its name and family are for the errors, those
-    of `port_of`."""
+    """The port of a site in a model's layers; name and family are for the errors."""
     if site.layer >= len(layers):
         raise PlanError(f'{site}: "{name}" has {len(layers)} layers; layers go from 0 to {len(layers) - 1}')
     layer = layers[site.layer]
@@ -72,9 +71,9 @@ def port_in(layers: nn.ModuleList, site: Site, *, name: str, family: str) -> Por
         supported = [kind for kind in MODULE_KINDS if find_port(layer, kind)]
         paths = MLPS if site.module == "mlp_out" else PROJECTIONS
         raise ModelError(
-            f"{site}: cannot find {site.module} in layer {site.layer} ({type(layer).__name__}) of {family}. "
-            f"Looked for {', '.join(paths)}, in a layer that adds their output unscaled. "
-            f"Supported there: {', '.join(supported)}."
+            f"{site}: cannot find {site.module} in layer {site.layer} ({type(layer).__name__}) of "
+            f"{family}. Looked for {', '.join(paths)}, in a layer that adds their output "
+            f"unscaled. Supported there: {', '.join(supported)}."
         )
     return port
 
@@ -114,8 +113,7 @@ def first_module(module: nn.Module, paths: Iterable[str]) -> nn.Module | None:
 
 
 def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
-    """The dotted name, in the Hugging Face model, of the module whose output is read at each site;
-    loads no weights.
+    """The path of the module that is read at each site, "gpt_neox.layers.3"; loads no weights.
 
     >>> module_paths(ModelSpec(), [Site(3), Site(3, "attn_z")])[Site(3)]
     'gpt_neox.layers.3'
@@ -141,7 +139,7 @@ def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
 
 
 def find_layers(model: Any, name: str) -> nn.ModuleList:
-    """The model's layers: a list of modules as long as its configuration says.
+    """The model's layers: the list of modules whose length is num_hidden_layers.
 
     Of several such lists (a vision tower may have as many), the one with the most parameters.
     Raises ModelError for encoder-decoders and other models that are not one stack.
@@ -153,8 +151,8 @@ def find_layers(model: Any, name: str) -> nn.ModuleList:
             lists.append(module)
     if model.config.is_encoder_decoder or not lists:
         raise ModelError(
-            f'"{name}" ({model.config.model_type}) is not a single stack of layers that every token passes through. '
-            "Use a decoder-only or encoder-only language model."
+            f'"{name}" ({model.config.model_type}) is not a single stack of layers that every '
+            "token passes through. Use a decoder-only or encoder-only language model."
         )
     return max(lists, key=n_parameters)
 
@@ -166,8 +164,7 @@ def shape_of(model: Any) -> tuple[int, int]:
 
 
 def width_at(model: Any, site: Site) -> int:
-    """Width D of the activations at a site of a transformers model; raises what `port_of`
-    raises."""
+    """Width D of the activations at a site; raises what `port_of` raises."""
     port = port_of(model, site)
     if site.module == "attn_z":
         return n_inputs(port.module)
@@ -192,8 +189,7 @@ def n_parameters(module: nn.Module) -> int:
 
 @contextmanager
 def intercept(port: Port, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the activations (B,C,D) that pass a port by `function` of them while the `with`
-    block lasts.
+    """Replace the activations (B,C,D) that pass a port by `function` of them.
 
     The result is cast to their dtype; `site` is for the error if its shape is another.
     """

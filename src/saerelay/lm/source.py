@@ -31,8 +31,7 @@ class Location(NamedTuple):
 
 
 def locate(spec: ModelSpec) -> Location:
-    """Where a model is: a directory, for which the hub is never asked, or a hub id and its
-    revision.
+    """Where a model is: a directory, or a hub id and its revision.
 
     Raises ModelError if the name can only mean a directory, and there is no model in it.
     """
@@ -118,8 +117,7 @@ def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
 
 @contextmanager
 def loading(spec: ModelSpec) -> Iterator[None]:
-    """Turn whatever transformers and the hub raise into a ModelError with its remedy, and keep
-    them quiet."""
+    """Turn errors of transformers and the hub into a ModelError; print nothing."""
     from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: ignore  # re-exported
     from safetensors import SafetensorError
 
@@ -133,8 +131,7 @@ def loading(spec: ModelSpec) -> Iterator[None]:
 
 @contextmanager
 def _only_downloads_shown() -> Iterator[None]:
-    """Silence the load reports and progress bars of transformers, but not the progress bars of
-    downloads."""
+    """Silence transformers' load reports and progress bars, but not those of downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -173,9 +170,10 @@ def _explain(spec: ModelSpec, error: BaseException) -> str:
         return f'"{name}" has no fast tokenizer. {TOKENIZER_REMEDY} ({text})'
     if isinstance(error, OSError) and ".safetensors" in text:
         return (
-            f'"{name}" has no weights in safetensors format. '
-            "If it has pickled ones (pytorch_model.bin), convert them once with "
-            f'`AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("DIR")`, and pass DIR. ({text})'
+            f'"{name}" has no weights in safetensors format. If it has pickled ones '
+            "(pytorch_model.bin), convert them once with "
+            f'`AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("DIR")`, and pass '
+            f"DIR. ({text})"
         )
     return (
         f'"{name}" cannot be loaded. '

@@ -36,8 +36,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
 
 
 def _bare_tokenizer(spec: ModelSpec, file: Path) -> Any:
-    """The tokenizer of a tokenizer.json without tokenizer_config.json; the model's configuration
-    has BOS and EOS.
+    """The tokenizer of a tokenizer.json alone, with BOS and EOS from the configuration.
 
     AutoTokenizer would add the default tokens of its family, with ids that the model does not
     have.

@@ -1,5 +1,4 @@
-"""The model card of exported SAEs: README.md with what they are, how good, how made, and how to
-load them."""
+"""The model card of exported SAEs: what they are, how good, how made, how to load them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -61,8 +60,7 @@ class ExportedSAE:
 def model_card(
     saes: Sequence[ExportedSAE], format: str, *, licence: str = "", repo: str = "", plan: Plan | None = None
 ) -> str:
-    """The text of README.md: what is there, how good it is, how it was made, the recipe, how to
-    load it.
+    """The text of README.md: quality, lineage, how to load, recipe, licence.
 
     `plan` is that of the run, if the SAEs are of one. Names and texts from files are escaped.
     """
@@ -92,8 +90,7 @@ def model_card(
 
 
 def without_paths(data: Any) -> Any:
-    """JSON in which absolute paths are cut to their last part: the layout of a machine is nobody's
-    business.
+    """JSON in which absolute paths are cut to their last part.
 
     >>> without_paths({"text": ["/home/me/notes"], "parent": "runs/a/legs/L5"})
     {'text': ['notes'], 'parent': 'runs/a/legs/L5'}
@@ -126,14 +123,14 @@ def _header(saes: Sequence[ExportedSAE], format: str, licence: str) -> str:
 
 
 def _introduction(n_saes: int, format: str, *, of_demo_model: bool) -> str:
-    """What there is, and where it comes from."""
+    """A sentence on the SAEs, and one on who wrote them."""
     if n_saes > 1:
         text = f"{n_saes} sparse autoencoders (SAEs) in {_escaped(format)}'s format, one per directory."
     else:
         text = f"A sparse autoencoder (SAE) in {_escaped(format)}'s format."
     text += (
-        " The input is the model's raw activations. Written by saerelay, which trains an SAE at one layer "
-        "and carries it to the others by closed-form maps."
+        " The input is the model's raw activations. Written by saerelay, which trains an SAE at "
+        "one layer and carries it to the others by closed-form maps."
     )
     if of_demo_model:
         text += " `saerelay-demo` is the small model of Python code that comes with saerelay."
@@ -169,8 +166,8 @@ def _quality(saes: Sequence[ExportedSAE]) -> str:
         )
 
     notes = [
-        "FVU: fraction of variance unexplained. ΔCE: how much the language model's loss rises when the SAE's "
-        "reconstruction takes the place of the activations."
+        "FVU: fraction of variance unexplained. ΔCE: how much the language model's loss rises "
+        "when the SAE's reconstruction takes the place of the activations."
     ]
     measured = [sae.metrics["n_tokens"] for sae in saes if sae.metrics]
     if measured:
@@ -181,8 +178,7 @@ def _quality(saes: Sequence[ExportedSAE]) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:
-    """The cells for FVU, explained variance, ΔCE, CE score and the share of latents that are
-    alive."""
+    """The cells for FVU, explained variance, ΔCE, CE score and latents that are alive."""
     if not metrics:
         return ["not evaluated", "-", "-", "-", "-"]
     delta_ce = _number(metrics.get("delta_ce"), ".4f")

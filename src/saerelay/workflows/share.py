@@ -1,5 +1,4 @@
-"""SAEs out and in: a run in other tools' formats with a model card, up to the hub and down; any
-SAE in our own form."""
+"""SAEs out and in: export with a model card, push to the hub, pull, import."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -28,8 +27,7 @@ from saerelay.workflows.model_card import ExportedSAE, model_card, without_paths
 def import_dictionary(
     reference: str, out: Path, *, format: str = "", model: str = "", site: Site | None = None
 ) -> tuple[Dictionary, Origin]:
-    """Write a trained SAE of any format into a new directory in canonical form, for `hop --from`
-    and `parent = `.
+    """Write a trained SAE of any format into a new directory in canonical form.
 
     Raises what `load_dictionary` raises, FormatError if neither its files nor `site` say where it
     reads, and RunDirectoryError if `out` exists.
@@ -60,8 +58,7 @@ def describe(dictionary: Dictionary) -> str:
 def export_run(
     source: str, out: Path, format: str, *, legs: Iterable[str] = (), licence: str = "", repo: str = ""
 ) -> list[ExportedSAE]:
-    """Write a run's suite, or one SAE of any format, into a new directory in a format, with a
-    model card.
+    """Write a run's suite, or one SAE, into a new directory in a format, with a model card.
 
     Each SAE has a directory named after its site: layer_3, layer_3.mlp_out; sparsify's are named
     after the module's path: layers.3. `legs` are the ids of the legs to take, instead of one per
@@ -83,8 +80,7 @@ def export_run(
 def push_run(
     source: str, repo: str, format: str, *, legs: Iterable[str] = (), licence: str = "", private: bool = False
 ) -> str:
-    """Export to a temporary directory and upload that to a repository of the hub; the address of
-    the commit.
+    """Export a run or SAE, and upload that to the hub; the address of the commit.
 
     Raises what `export_run` raises, and HubError if nobody is logged in or the hub refuses.
     """
@@ -95,8 +91,7 @@ def push_run(
 
 
 def preview(source: str, repo: str, format: str, *, legs: Iterable[str] = (), licence: str = "") -> str:
-    """What `push_run` would upload: its files with their sizes, and the model card. Needs no
-    network."""
+    """What `push_run` would upload: files with their sizes, and the model card."""
     with TemporaryDirectory(prefix="saerelay-push-") as temporary:
         directory = Path(temporary) / "export"
         export_run(source, directory, format, legs=legs, licence=licence, repo=repo)
@@ -143,8 +138,7 @@ def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) ->
 
 
 def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
-    """The numbers in a leg's evaluation, without curves and histograms; {} if it was not
-    evaluated."""
+    """The numbers in a leg's evaluation, without curves; {} if it was not evaluated."""
     path = suite.directory.evaluation(leg.id)
     if not path.is_file():
         return {}
@@ -153,8 +147,7 @@ def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
 
 
 def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, module_path: str) -> Origin:
-    """What is said about a leg's dictionary outside this machine: all that is known of it, but no
-    local paths."""
+    """What is published about a leg's dictionary: all that is known, but no local paths."""
     return replace(
         origin,
         model=public_name(plan.run.model.name),
@@ -168,8 +161,7 @@ def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, mo
 
 
 def _folder(origin: Origin, format: str, *, has_prefix: bool) -> str:
-    """layer_3, layer_3.mlp_out; for sparsify the path of the module in the base model: layers.3,
-    layers.3.mlp.
+    """layer_3, layer_3.mlp_out; for sparsify the module's path: layers.3, layers.3.mlp.
 
     `has_prefix`: the module's path begins with the name of the base model ("gpt_neox.layers.3").
     """
@@ -197,8 +189,7 @@ def _folder(origin: Origin, format: str, *, has_prefix: bool) -> str:
 
 
 def pull(reference: str, out: Path) -> list[Path]:
-    """Download a repository of SAEs, or a folder of it, into a new directory; the paths of the
-    SAEs in it.
+    """Download the SAEs in a repository or folder into a new directory; their paths.
 
     Every SAE is read once: FormatError if one cannot be read, or if there is a pickle that belongs
     to none; HubError if the hub does not have it or refuses. No code is fetched, and after an
@@ -222,8 +213,7 @@ def pull(reference: str, out: Path) -> list[Path]:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory under a temporary name that becomes `out` at the end; if anything fails, nothing
-    is left.
+    """A directory that becomes `out` at the end; if anything fails, nothing is left.
 
     Raises RunDirectoryError if `out` exists or cannot be made.
     """
