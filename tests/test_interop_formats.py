@@ -85,7 +85,9 @@ def gemma_file(root: Path, folder: str, n: dict[str, Tensor]) -> Path:
         ("somewhere/else", "", None, None),
     ],
 )  # fmt: skip
-def test_gemma_scope(tmp_path: Path, folder: str, model: str, site: Site | None, l0: float | None) -> None:
+def test_gemma_scope_does_what_its_formula_says(
+    tmp_path: Path, folder: str, model: str, site: Site | None, l0: float | None
+) -> None:
     n = numbers()
     path = gemma_file(tmp_path, folder, n)
     for reference in (path, path / "params.npz"):
@@ -116,7 +118,7 @@ def test_gemma_scope_of_embeddings_reads_the_stream(tmp_path: Path) -> None:
          Site(12, "mlp_out")),
     ],
 )  # fmt: skip
-def test_gemma_scope_2(tmp_path: Path, folder: str, config: dict | None, model: str, site: Site) -> None:
+def test_gemma_scope_2_is_of_gemma_3(tmp_path: Path, folder: str, config: dict | None, model: str, site: Site) -> None:
     n = numbers()
     path = tmp_path / folder
     path.mkdir(parents=True)
@@ -194,7 +196,7 @@ def top(pre: Tensor) -> Tensor:
 @pytest.mark.parametrize("by_norm", [True, False], ids=["by norm", "plain"])
 @pytest.mark.parametrize("mode", ["dataset-wise", "inference"])
 @pytest.mark.parametrize("act_fn", ["jumprelu", "topk", "relu"])
-def test_llamascopium(tmp_path: Path, act_fn: str, mode: str, by_norm: bool) -> None:
+def test_llamascopium_does_what_its_formula_says(tmp_path: Path, act_fn: str, mode: str, by_norm: bool) -> None:
     n = numbers()
     path = llama(tmp_path / "sae", n, act_fn=act_fn, norm_activation=mode, sparsity_include_decoder_norm=by_norm)
     activate = {"relu": torch.relu, "topk": top, "jumprelu": lambda pre: pre * (pre > n["threshold"])}[act_fn]
@@ -212,7 +214,7 @@ def test_llamascopium_without_a_decoder_bias(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", [True, False], ids=["R1-distill", "Llama Scope"])
-def test_llama_scope(tmp_path: Path, log: bool) -> None:
+def test_llama_scope_does_what_its_formula_says(tmp_path: Path, log: bool) -> None:
     n = numbers()
     path = tmp_path / "Llama3_1-8B-Base-L15R-8x"
     (path / "checkpoints").mkdir(parents=True)
@@ -288,7 +290,7 @@ def openai(path: Path, n: dict[str, Tensor], **more: Any) -> Path:
         ("v1/layer_3.pt", None),
     ],
 )
-def test_openai_relu(tmp_path: Path, name: str, site: Site | None) -> None:
+def test_openai_relu_does_what_its_formula_says(tmp_path: Path, name: str, site: Site | None) -> None:
     n = numbers()
     path = openai(tmp_path / name, n)
     codes = torch.relu((n["x"] - n["b_dec"]) @ n["W_enc"] + n["b_enc"])

@@ -114,7 +114,7 @@ def test_an_origin_that_says_nothing_is_written_and_read(tmp_path: Path) -> None
         assert load_dictionary(tmp_path / format)[1] == Origin()
 
 
-def test_batchtopk_with_thresholds_of_its_own_goes_to_dictionary_learning_as_jumprelu(tmp_path: Path) -> None:
+def test_batchtopk_with_several_thresholds_goes_to_dictionary_learning_as_jumprelu(tmp_path: Path) -> None:
     written = random_dictionary("batchtopk", threshold=torch.rand(F, generator=torch.Generator().manual_seed(0)))
     write_dictionary(tmp_path, written, Origin(), "dictionary_learning")
     assert read_json(tmp_path / "config.json")["trainer"]["dict_class"] == "JumpReluAutoEncoder"
@@ -189,7 +189,7 @@ def test_saelens_decoders_that_were_rescaled_in_finetuning_are_refused(tmp_path:
         read_any(path)
 
 
-def test_a_factor_that_is_not_on_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_scaling_factor_is_warned_of(tmp_path: Path) -> None:
     path = copied("saelens/batchtopk-checkpoint-normed", tmp_path)
     with_factor, _ = load_dictionary(path)
     (path / "activation_scaler.json").unlink()
@@ -198,7 +198,7 @@ def test_a_factor_that_is_not_on_file_is_said(tmp_path: Path) -> None:
     assert not torch.allclose(with_factor.b_dec, without.b_dec)
 
 
-def test_layer_norm_is_no_dictionary_of_raw_activations() -> None:
+def test_an_sae_with_a_layer_norm_is_not_a_dictionary_of_raw_activations() -> None:
     with pytest.raises(FormatError, match="normalises each token"):
         load_dictionary(DATA / "saelens" / "topk-layernorm" / "sae")
 
@@ -258,7 +258,7 @@ def test_saelens_jumprelu_that_was_trained_as_batchtopk_is_that_again(tmp_path: 
     assert (dictionary.architecture, dictionary.k) == ("batchtopk", 5)
 
 
-def test_sparsify_directories_say_where_they_read(tmp_path: Path) -> None:
+def test_the_directory_of_a_sparsify_sae_says_where_it_reads(tmp_path: Path) -> None:
     run = DATA / "sparsify" / "topk"
     shutil.copytree(run / "layers.3", tmp_path / "run" / "h.7.attn" / "seed1")
     shutil.copy(run / "config.json", tmp_path / "run" / "config.json")
@@ -279,7 +279,9 @@ def test_sparsify_directories_say_where_they_read(tmp_path: Path) -> None:
         ({"submodule_name": "something", "layer": 4}, None),
     ],
 )
-def test_dictionary_learning_submodules(said: dict[str, Any], site: Site | None, tmp_path: Path) -> None:
+def test_the_submodule_of_dictionary_learning_is_the_site(
+    said: dict[str, Any], site: Site | None, tmp_path: Path
+) -> None:
     path = copied("dictionary_learning/AutoEncoderTopK", tmp_path)
     edit(path / "config.json", lambda config: config["trainer"].update(said))
     assert load_dictionary(path)[1].site == site
@@ -334,7 +336,9 @@ def test_a_threshold_that_is_not_known_yet_lets_all_positive_codes_through(tmp_p
         ({"dict_class": "JumpReluAutoEncoder"}, r"ae.pt: tensor W_enc \(D, F\) is missing; the file has "),
     ],
 )
-def test_dictionary_learning_refusals(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_of_dictionary_learning_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = copied("dictionary_learning/AutoEncoderTopK", tmp_path)
     edit(path / "config.json", lambda config: config["trainer"].update(change))
     with pytest.raises(FormatError, match=message):
@@ -359,6 +363,8 @@ def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(FormatError, match=r"ae.pt: .*can run code; refused"):
         read_any(tmp_path)
     assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "ae.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it is dangerous indeed
 
 
 def test_what_we_write_is_a_plain_state_dict(tmp_path: Path) -> None:

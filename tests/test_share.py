@@ -81,7 +81,7 @@ def same(found: Dictionary, expected: Dictionary) -> None:
 
 
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "saerelay"])
-def test_a_suite_goes_out_a_directory_a_layer(run: Path, tmp_path: Path, format: str) -> None:
+def test_a_suite_is_exported_with_one_directory_per_layer(run: Path, tmp_path: Path, format: str) -> None:
     shared = share.export_run(str(run), tmp_path / "out", format)
     legs = share.load(run).one_a_site
     name = "layers.{}" if format == "sparsify" else "layer_{}"
@@ -448,10 +448,28 @@ def test_a_dry_run_needs_no_network(run: Path, monkeypatch: pytest.MonkeyPatch, 
     assert re.search(r"bytes would be uploaded to me/saes", shown)
 
 
-def test_who_is_not_logged_in_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_not_logged_in_is_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(HubError, match="you are not logged in to the hub; run `hf auth login`"):
+    message = "me/saes: you are not logged in to the hub; run `hf auth login`"
+    with pytest.raises(HubError, match=message):
         share.push_run(str(run), "me/saes", "saelens")
+    monkeypatch.setattr(sys, "argv", ["saerelay", "push", str(run), "me/saes"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 2 and "not logged in to the hub" in shown and "Traceback" not in shown
+
+
+def test_an_upload_that_the_hub_refuses_is_a_hub_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("you have no\n  right to do this")
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(HubError, match=r'"me/saes" was not uploaded \(you have no right to do this\). Check'):
+        hub.upload(tmp_path, "me/saes")
 
 
 def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Path) -> None:
