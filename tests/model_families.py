@@ -25,6 +25,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", WIDE),
     "gemma2": ("gemma2", WIDE),
     "gemma3": ("gemma3_text", WIDE),
+    "glm4": ("glm4", WIDE),
     "bert": ("bert", {**COMMON, **ONE_EOS}),
     # layers of Falcon return tuples, and add to mlp_out in place
     "falcon": ("falcon", {**COMMON, "parallel_attn": True, "num_kv_heads": 4}),

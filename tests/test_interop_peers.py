@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerelay.errors import FormatError
-from saerelay.interop import format_of, load_dictionary, read_any, write_dictionary
+from saerelay.interop import format_of, load_dictionary, load_layer_normed, read_any, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.runs.files import read_json
 from saerelay.sae.dictionary import Dictionary
@@ -130,6 +130,14 @@ def test_sparsify_refuses_what_it_cannot_say(architecture: str, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_sparsify_is_told_whether_decoder_rows_have_unit_norm(tmp_path: Path) -> None:
+    dictionary = random_dictionary("topk")
+    unit = replace(dictionary, W_dec=torch.nn.functional.normalize(dictionary.W_dec, dim=1))
+    for name, written, is_unit in (("plain", dictionary, False), ("unit", unit, True)):
+        write_dictionary(tmp_path / name, written, Origin(), "sparsify")
+        assert read_json(tmp_path / name / "cfg.json")["normalize_decoder"] is is_unit
+
+
 # --- refusals: which file, what is wrong, what would do -------------------------------------------------------------
 
 
@@ -201,6 +209,8 @@ def test_a_missing_scaling_factor_is_warned_of(tmp_path: Path) -> None:
 def test_an_sae_with_a_layer_norm_is_not_a_dictionary_of_raw_activations() -> None:
     with pytest.raises(FormatError, match="normalises each token"):
         load_dictionary(DATA / "saelens" / "topk-layernorm" / "sae")
+    with pytest.raises(FormatError, match="reads raw activations; load it with saerelay.load_dictionary"):
+        load_layer_normed(sae_of(DATA / "saelens" / "topk"))
 
 
 @pytest.mark.parametrize("name", ["W_skip", "log_threshold"])
@@ -222,6 +232,15 @@ def test_a_file_that_is_cut_off_is_refused(name: str, tmp_path: Path) -> None:
 
 
 # --- where it reads -------------------------------------------------------------------------------------------------
+
+
+def test_a_site_is_used_where_the_files_do_not_say_and_refused_where_they_say_another(tmp_path: Path) -> None:
+    write_dictionary(tmp_path / "silent", random_dictionary("topk"), Origin(), "saelens")
+    assert load_dictionary(tmp_path / "silent", site=Site(2), model="m")[1] == Origin(model="m", site=Site(2))
+    write_dictionary(tmp_path / "says", random_dictionary("topk"), Origin(model="n", site=Site(3)), "saelens")
+    assert load_dictionary(tmp_path / "says", site=Site(3), model="m")[1].model == "n"
+    with pytest.raises(FormatError, match="says: its files say it reads L3, not L2"):
+        load_dictionary(tmp_path / "says", site=Site(2))
 
 
 def test_saelens_metadata_becomes_the_origin(tmp_path: Path) -> None:
@@ -252,7 +271,7 @@ def test_saelens_before_6_had_bos_unless_it_said_otherwise(tmp_path: Path) -> No
 
 def test_saelens_jumprelu_that_was_trained_as_batchtopk_is_that_again(tmp_path: Path) -> None:
     path = copied("saelens/jumprelu", tmp_path)
-    trained = {"training_architecture": "batchtopk", "training_architecture_details": {"k": 5.0}}
+    trained = {"training_architecture": "batchtopk", "training_architecture_details": {"k": 4.6}}  # a mean
     edit(path / "cfg.json", lambda config: config["metadata"].update(trained))
     dictionary, _ = load_dictionary(path)
     assert (dictionary.architecture, dictionary.k) == ("batchtopk", 5)

@@ -20,7 +20,12 @@ from saerelay.planning.recipe import ModelSpec
 from saerelay.sae.threads import alone, in_parallel
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
-POST_NORM = {"gemma2", "gemma3"}
+POST_NORMS = {
+    "gemma2": "post_attention_layernorm",
+    "gemma3": "post_attention_layernorm",
+    "glm4": "post_self_attn_layernorm",
+}
+"""Norms of what attention returns, before it is added."""
 NO_HEAD = r"\(bert\) has no language-model head, so it gives no logits"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,8 +91,8 @@ def test_attention_out_and_mlp_out_are_told_apart(family: str, activations: dict
     projection = next(m for name, m in layer.named_modules() if name in names)
     with torch.no_grad():
         out = projection(activations[Site(1, "attn_z")])
-        if family in POST_NORM:
-            out = layer.post_attention_layernorm(out)
+        if family in POST_NORMS:
+            out = getattr(layer, POST_NORMS[family])(out)
     assert_close(activations[Site(1, "attn_out")], out, rtol=1e-5, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
-from saerelay.lm.tokens import load_tokenizer
+from saerelay.lm.tokens import load_tokenizer, token_text
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site
 
@@ -93,6 +93,19 @@ def test_the_tokenizer_decides_on_special_tokens(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     facts = read_facts(spec_of(tmp_path))
     assert (facts.bos_token_id, facts.eos_token_id) == (0, 1)
+
+
+def test_the_space_in_front_of_a_sentencepiece_token_is_shown() -> None:
+    class SentencePiece:
+        """Three tokens, of which decode drops the leading space, as SentencePiece does."""
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return ["▁the", "re", "▁"][token]
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return ["the", "re", " "][ids[0]]
+
+    assert [token_text(SentencePiece(), token) for token in range(3)] == [" the", "re", " "]
 
 
 @pytest.mark.parametrize("name, text, head", [("gemma3", "gemma3_text", True), ("llava", "llama", False)])

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -399,6 +400,35 @@ def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_p
     offline = env | {"HF_HUB_OFFLINE": "1"}
     again, other = read_all("hf://me/saes/layer_1", "hf://me/saes/layer_2", env=offline)
     assert again == first and 'the hub is not reachable, and the cache has no "layer_2"' in other
+
+
+@pytest.mark.slow
+def test_of_a_file_on_the_hub_only_its_own_files_are_fetched(fake: Hub, tmp_path: Path) -> None:
+    sae = random_sae(3)
+    state = {
+        "encoder.weight": sae.W_enc,
+        "latent_bias": sae.b_enc,
+        "decoder.weight": sae.W_dec.T,
+        "pre_bias": sae.b_dec,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    folder = "gpt2-small/resid_delta_mlp_v4/autoencoders"
+    names = [
+        f"{folder}/6.pt",
+        f"{folder}/7.pt",
+        f"{folder}/notes.json",
+        f"{folder}/run.py",
+        "config.json",
+        "other/8.pt",
+    ]
+    fake.repos["me/files"] = dict.fromkeys(names, b"{}") | {f"{folder}/6.pt": buffer.getvalue()}
+    fake.requests.clear()
+    [(path, layer, total)] = read_all(f"hf://me/files/{folder}/6.pt", env=environment(fake, tmp_path / "home"))
+    assert path.endswith(f"{COMMIT}/{folder}/6.pt") and layer == 6
+    assert total == pytest.approx(float(sae.W_dec.sum()), rel=1e-4)
+    fetched = {request.split(f"/resolve/{COMMIT}/")[1] for request in fake.requests if "/resolve/" in request}
+    assert fetched == {f"{folder}/6.pt", f"{folder}/notes.json", "config.json"}
 
 
 @pytest.mark.slow

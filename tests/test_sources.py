@@ -37,6 +37,7 @@ def test_directories_are_searched_and_each_file_is_read_once(make_corpus: MakeCo
         path.write_text(text)
     write_jsonl(root / "more.jsonl", texts(80)[60:], key="body")
     (root / "skipped.bin").write_bytes(b"\0")
+    (root / "link.txt").symlink_to(root / "d0" / "0.txt")
     corpus = make_corpus(text=[str(root), str(root / "d0"), str(root / "d0" / "0.txt")], column="body")
     assert corpus.facts.n_documents == 80
     assert corpus.facts.source == f"text in {root}, {root}/d0, {root}/d0/0.txt (files: 61)"

@@ -39,6 +39,8 @@ def lookup(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
 
     >>> lookup({"l0": 32}, "l0", float), lookup({"l0": "32"}, "l0", float)
     (32.0, None)
+    >>> lookup({"k": True}, "k", int) is None
+    True
     """
     value: Any = config.get(key)
     is_bool = isinstance(value, bool)  # which Python takes for an int as well
