@@ -149,7 +149,8 @@ class Attachment:
             left_alone = torch.tensor(self._leave_alone, dtype=ids.dtype, device=ids.device)
             touched &= ~torch.isin(ids, left_alone)
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            touched &= mask[:, -touched.shape[1] :].to(touched)  # it covers what is in the cache as well
+            # The mask covers the positions in the cache as well, which come first.
+            touched &= mask[:, -touched.shape[1] :].to(touched)
         for tap in self._taps.values():
             tap._begin(start, touched)
 
@@ -191,7 +192,7 @@ class Tap:
         self._edits[self._checked(latent)] = (0.0, value)
 
     def steer(self, latent: int, amount: float) -> None:
-        """Add an amount to the code of a latent, or to the value it was `set` to."""
+        """Add an amount to the code of a latent, or to what it was `set` to, where touched."""
         factor, addend = self._edits.get(self._checked(latent), (1.0, 0.0))
         self._edits[latent] = (factor, addend + amount)
 
@@ -224,7 +225,7 @@ class Tap:
         return latent
 
     def _begin(self, start: int, touched: Tensor) -> None:
-        """Prepare for a forward that begins at a position, and touches some others (B,C)."""
+        """Prepare for a forward that begins at `start` and touches some positions, bool (B,C)."""
         self._start = start
         self._touched = touched
         _cut(self._codes, start)
