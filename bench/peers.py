@@ -25,7 +25,6 @@ from torch import Tensor
 
 from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
-from saerelay.sae.architectures import Architecture
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import DictionarySpec
 from saerelay.training.engine import Trainee

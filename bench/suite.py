@@ -149,7 +149,8 @@ def ours(job: Job, dtype: str = "auto") -> dict:
     from saerelay.runs.files import read_json
     from saerelay.training.trackers import Several
     from saerelay.training.train import train_plan
-    from saerelay.workflows.launch import open_stream, plan_run
+    from saerelay.workflows.activations import open_stream
+    from saerelay.workflows.settle import plan_run
 
     recipe = {
         "model": {"name": job.directory, "dtype": dtype, "device": "cpu"},

@@ -29,7 +29,7 @@ from saerelay.sae.transfer import fold
 from saerelay.site import Site
 from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
-from saerelay.workflows.launch import plan_run
+from saerelay.workflows.settle import plan_run
 
 
 def harvest(run: Recipe, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

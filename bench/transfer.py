@@ -55,8 +55,10 @@ from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.spec import format_count
 from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
+from saerelay.workflows.activations import open_stream
 from saerelay.workflows.demo import DEMO
-from saerelay.workflows.launch import open_stream, plan_run, train_run
+from saerelay.workflows.launch import train_run
+from saerelay.workflows.settle import plan_run
 
 BLOCK = 50_176
 """Tokens shuffled together in every run: 98 batches. A map is fitted on two blocks, a refit made on one."""

@@ -192,7 +192,7 @@ def test_an_ablated_latent_changes_only_where_it_was_active_and_what_comes_later
     assert torch.equal(changed, z[..., latent] > 0)  # the last layer's: no position reads another's
 
 
-def test_layer_normed(llama: Any) -> None:
+def test_an_sae_with_a_layer_norm_is_edited_in_units_of_its_deviation(llama: Any) -> None:
     sae = LayerNormed(random_sae())
 
     def edited(x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def test_generate_is_a_greedy_loop(model: Any, family: str, use_cache: bool, rep
     assert_close(attached[1].latents(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_left_padding_is_left_alone(model: Any) -> None:
+def test_left_padding_is_neither_changed_nor_recorded(model: Any) -> None:
     padded = torch.tensor([[0, 0, BOS, 5, 9], [BOS, 44, 8, 3, 7]])
     mask = (padded != 0).long()
     sae = random_sae()
@@ -260,7 +260,7 @@ def test_bos_is_touched_on_request(llama: Any) -> None:
         assert (attached[1].latents() > 0).any(dim=2).all()
         logits_of(llama, tokens=None, inputs_embeds=torch.randn(1, 3, 32))
         assert attached[1].latents().shape == (1, 3, F)
-        with pytest.raises(ModelError, match="no token ids came by yet"):
+        with pytest.raises(ModelError, match="no token ids were recorded yet"):
             attached.tokens  # noqa: B018
     with sr.attach(llama, {Site(1): sae}, leave_alone=[5, 3]) as attached:
         logits_of(llama)
@@ -285,16 +285,29 @@ def test_a_cropped_cache_crops_the_record(llama: Any) -> None:
     assert_close(attached[1].latents()[:, :n], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_beams_and_samples(model: Any) -> None:
+def test_samples_are_recorded_as_they_were_read(model: Any, family: str) -> None:
+    sae = random_sae()
+    with sr.attach(model, {Site(1): sae}) as attached:
+        sampled = {**GREEDY, "do_sample": True, "num_return_sequences": 2}
+        texts = model.generate(PROMPT, max_new_tokens=5, **sampled)
+    assert texts.shape == (4, 9) and torch.equal(attached.tokens, texts[:, :-1])
+    seen: list[Tensor] = []
+    with hooked(model, *HOOKS[family]["resid_post"], lambda x: seen.append(x) or x):
+        logits_of(model, texts[:, :-1])
+    expected = sae.encode(seen[0]) * not_bos(texts[:, :-1])
+    assert_close(attached[1].latents(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_beams_have_a_row_each(model: Any) -> None:
     with sr.attach(model, {Site(1): random_sae()}, replace=True) as attached:
         attached[1].ablate(2)
         model.generate(PROMPT, max_new_tokens=5, num_beams=3, **GREEDY)
-        assert attached[1].latents().shape == (6, 8, F)
-        model.generate(PROMPT, max_new_tokens=5, num_return_sequences=2, **GREEDY | {"do_sample": True})
-        assert attached[1].latents().shape == (4, 8, F)
+    z = attached[1].latents()
+    assert z.shape == (6, 8, F) and attached.tokens.shape == (6, 8)
+    assert torch.equal((z > 0).any(dim=2), attached.tokens != BOS)
 
 
-def test_bfloat16_model(models: dict[str, Any]) -> None:
+def test_in_a_bfloat16_model_codes_are_those_of_its_activations() -> None:
     model = build("llama").bfloat16()
     sae, seen = random_sae(), []
     with hooked(model, "model.layers.1", "output", lambda x: seen.append(x.clone()) or x):
@@ -306,7 +319,7 @@ def test_bfloat16_model(models: dict[str, Any]) -> None:
         assert logits_of(model).dtype == torch.bfloat16
 
 
-def test_gradients(llama: Any) -> None:
+def test_gradients_are_unchanged_by_recording_and_follow_the_formula_of_edits(llama: Any) -> None:
     """Recording leaves them as they are; edits are differentiated as their formula."""
 
     def gradient() -> Tensor:
@@ -368,7 +381,7 @@ def test_many_rows_are_encoded_in_parts(llama: Any, monkeypatch: pytest.MonkeyPa
     assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
-def test_an_encoder() -> None:
+def test_an_encoder_is_read_without_bos_and_padding() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("bert", **SMALL, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
                                   intermediate_size=48)  # fmt: skip
@@ -379,23 +392,23 @@ def test_an_encoder() -> None:
     assert torch.equal((attached[2].latents() > 0).any(dim=2), padded > BOS)
 
 
-def test_what_cannot_be(llama: Any) -> None:
+def test_sites_widths_and_latents_that_do_not_exist_are_refused(llama: Any) -> None:
     sae = random_sae()
     with pytest.raises(PlanError, match='L7: "LlamaForCausalLM" has 3 layers; layers go from 0 to 2'):
         with sr.attach(llama, {Site(7): sae}):
             pass
-    with pytest.raises(ModelError, match=r"L1.attn_z: the SAE reads activations 32 wide, .* are 64 wide there. Attach"):
+    with pytest.raises(ModelError, match=r"L1.attn_z: this SAE reads activations 32 wide, .* are 64 wide. Attach"):
         with sr.attach(llama, {Site(1, "attn_z"): sae}):
             pass
     with sr.attach(llama, {Site(1): sae, Site(1, "mlp_out"): sae}) as attached:
-        with pytest.raises(ModelError, match="no SAE at 0; SAEs are attached at: L1.mlp_out, L1"):
+        with pytest.raises(ModelError, match="no SAE is attached at 0; SAEs are attached at: L1.mlp_out, L1"):
             attached[0]
-        with pytest.raises(ModelError, match="several sites at 1"):
+        with pytest.raises(ModelError, match="several SAEs are attached at 1"):
             attached[1]
-        with pytest.raises(ModelError, match="no activations passed L1 yet"):
+        with pytest.raises(ModelError, match="no activations have passed L1 yet"):
             attached[Site(1)].latents()
         for wrong in (-1, F):
-            with pytest.raises(ModelError, match=f"L1: no latent {wrong}; they are numbered 0 to {F - 1}"):
+            with pytest.raises(ModelError, match=f"L1: no latent {wrong}; latents are numbered 0 to {F - 1}"):
                 attached[Site(1)].ablate(wrong)
 
 
@@ -427,7 +440,7 @@ def demo() -> LanguageModel:
     return LanguageModel.load(ModelSpec(device="cpu", dtype="float32"))
 
 
-def test_a_suite_on_its_model(suite: sr.Suite, demo: LanguageModel) -> None:
+def test_a_suite_attached_to_its_model_is_its_dictionaries(suite: sr.Suite, demo: LanguageModel) -> None:
     tokens = torch.tensor([[0, 5, 7, 9, 300]])
     clean = demo.logits(tokens)
     x = demo.harvest(tokens, [Site(2), Site(5)])
@@ -443,7 +456,7 @@ def test_a_suite_on_its_model(suite: sr.Suite, demo: LanguageModel) -> None:
         assert_close(found, demo.logits(tokens), rtol=1e-4, atol=1e-3)
 
 
-def test_a_suite_on_another_model(suite: sr.Suite, llama: Any) -> None:
+def test_a_suite_is_attached_to_another_model_only_if_it_has_the_same_shape(suite: sr.Suite, llama: Any) -> None:
     with pytest.raises(ModelError, match=r"trained on demo \(8 layers, 192 wide\); this model .* 3 layers, 32 wide"):
         suite.attach(llama)
     with pytest.raises(RunDirectoryError, match="no dictionary at L4; there are L2, L5"):

@@ -224,7 +224,7 @@ def test_a_write_that_fails_leaves_nothing(opened: Callable[[], LiveStream], mon
     stream = opened()
     with monkeypatch.context() as patch:
         patch.setattr("saerelay.data.cache.save_file", full)
-        with pytest.raises(DataError, match="cannot be written .*No space left.*; free disk space and continue"):
+        with pytest.raises(DataError, match="cannot be written .*No space left.*; free some disk space and continue"):
             stream.block(0, SITES)
     assert files(stream.cache.folder) == []
 

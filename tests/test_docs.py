@@ -2,13 +2,14 @@
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_cli import call
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
 import saerelay as sr
 from saerelay.interop import FORMATS, WRITTEN
@@ -51,15 +52,10 @@ def fences(page: str, title: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, save_tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a random model of 6 layers, tokens and a recipe, to work in."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    GPTNeoXForCausalLM(config).save_pretrained("model")
+    save_tiny_model(Path("model"), n_layers=6, eos_token_id=None)
     steps = np.random.default_rng(0).integers(1, 4, size=40_000).cumsum() % 100 + 1
     np.save("tokens.npy", steps.astype(np.uint16))
     Path("run.toml").write_text(RECIPE)

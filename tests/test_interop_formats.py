@@ -86,7 +86,9 @@ def gemma_file(root: Path, folder: str, n: dict[str, Tensor]) -> Path:
         ("somewhere/else", "", None, None),
     ],
 )  # fmt: skip
-def test_gemma_scope(tmp_path: Path, folder: str, model: str, site: Site | None, l0: float | None) -> None:
+def test_gemma_scope_does_what_its_formula_says(
+    tmp_path: Path, folder: str, model: str, site: Site | None, l0: float | None
+) -> None:
     n = numbers()
     path = gemma_file(tmp_path, folder, n)
     for reference in (path, path / "params.npz"):
@@ -117,7 +119,7 @@ def test_gemma_scope_of_embeddings_reads_the_stream(tmp_path: Path) -> None:
          Site(12, "mlp_out")),
     ],
 )  # fmt: skip
-def test_gemma_scope_2(tmp_path: Path, folder: str, config: dict | None, model: str, site: Site) -> None:
+def test_gemma_scope_2_is_of_gemma_3(tmp_path: Path, folder: str, config: dict | None, model: str, site: Site) -> None:
     n = numbers()
     path = tmp_path / folder
     path.mkdir(parents=True)
@@ -195,7 +197,7 @@ def top(pre: Tensor) -> Tensor:
 @pytest.mark.parametrize("by_norm", [True, False], ids=["by norm", "plain"])
 @pytest.mark.parametrize("mode", ["dataset-wise", "inference"])
 @pytest.mark.parametrize("act_fn", ["jumprelu", "topk", "relu"])
-def test_llamascopium(tmp_path: Path, act_fn: str, mode: str, by_norm: bool) -> None:
+def test_llamascopium_does_what_its_formula_says(tmp_path: Path, act_fn: str, mode: str, by_norm: bool) -> None:
     n = numbers()
     path = llama(tmp_path / "sae", n, act_fn=act_fn, norm_activation=mode, sparsity_include_decoder_norm=by_norm)
     activate = {"relu": torch.relu, "topk": top, "jumprelu": lambda pre: pre * (pre > n["threshold"])}[act_fn]
@@ -213,7 +215,7 @@ def test_llamascopium_without_a_decoder_bias(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", [True, False], ids=["R1-distill", "Llama Scope"])
-def test_llama_scope(tmp_path: Path, log: bool) -> None:
+def test_llama_scope_does_what_its_formula_says(tmp_path: Path, log: bool) -> None:
     n = numbers()
     path = tmp_path / "Llama3_1-8B-Base-L15R-8x"
     (path / "checkpoints").mkdir(parents=True)
@@ -246,8 +248,8 @@ def test_llama_scope(tmp_path: Path, log: bool) -> None:
         ({"norm_activation": "token-wise"}, "norm of each token divides it"),
         ({"norm_activation": "batch-wise"}, "norm of each batch divides it"),
         ({"use_glu_encoder": True}, "use_glu_encoder"),
-        ({"act_fn": "batchtopk"}, "keeps other latents of a token in another batch"),
-        ({"act_fn": "gelu"}, "relu, jumprelu, topk are known"),
+        ({"act_fn": "batchtopk"}, "depend on the rest of the batch"),
+        ({"act_fn": "gelu"}, "these are read: relu, jumprelu, topk"),
         ({"hook_point_out": "blocks.15.hook_resid_post"}, "is a transcoder"),
         ({"sae_type": "crosscoder"}, "is a crosscoder"),
         ({"act_fn": "topk", "top_k": F + 1}, f"top_k is {F + 1}, expected a whole number from 1 to {F}"),
@@ -289,7 +291,7 @@ def openai(path: Path, n: dict[str, Tensor], **more: Any) -> Path:
         ("v1/layer_3.pt", None),
     ],
 )
-def test_openai_relu(tmp_path: Path, name: str, site: Site | None) -> None:
+def test_openai_relu_does_what_its_formula_says(tmp_path: Path, name: str, site: Site | None) -> None:
     n = numbers()
     path = openai(tmp_path / name, n)
     codes = torch.relu((n["x"] - n["b_dec"]) @ n["W_enc"] + n["b_enc"])
@@ -368,7 +370,7 @@ def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     path = tmp_path / "params.safetensors"
     save_file({"w_enc": torch.zeros(D, F)}, path)
-    with pytest.raises(FormatError, match=r"params.safetensors: tensor b_enc \(F\) is missing; there is w_enc"):
+    with pytest.raises(FormatError, match=r"params.safetensors: tensor b_enc \(F\) is missing; the file has w_enc"):
         load_dictionary(path)
 
 

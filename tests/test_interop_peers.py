@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerelay.errors import FormatError
-from saerelay.interop import format_of, load_dictionary, read_any, write_dictionary
+from saerelay.interop import format_of, load_dictionary, load_layer_normed, read_any, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.runs.files import read_json
 from saerelay.sae.dictionary import Dictionary
@@ -114,7 +114,7 @@ def test_an_origin_that_says_nothing_is_written_and_read(tmp_path: Path) -> None
         assert load_dictionary(tmp_path / format)[1] == Origin()
 
 
-def test_batchtopk_with_thresholds_of_its_own_goes_to_dictionary_learning_as_jumprelu(tmp_path: Path) -> None:
+def test_batchtopk_with_several_thresholds_goes_to_dictionary_learning_as_jumprelu(tmp_path: Path) -> None:
     written = random_dictionary("batchtopk", threshold=torch.rand(F, generator=torch.Generator().manual_seed(0)))
     write_dictionary(tmp_path, written, Origin(), "dictionary_learning")
     assert read_json(tmp_path / "config.json")["trainer"]["dict_class"] == "JumpReluAutoEncoder"
@@ -125,9 +125,17 @@ def test_batchtopk_with_thresholds_of_its_own_goes_to_dictionary_learning_as_jum
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
 def test_sparsify_refuses_what_it_cannot_say(architecture: str, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=rf"TopK alone, this is {architecture}; saelens and dictionary_learning"):
+    with pytest.raises(FormatError, match=rf"only TopK, and this is {architecture}; saelens and dictionary_learning"):
         write_dictionary(tmp_path / "out", random_dictionary(architecture), Origin(), "sparsify")
     assert not (tmp_path / "out").exists()
+
+
+def test_sparsify_is_told_whether_decoder_rows_have_unit_norm(tmp_path: Path) -> None:
+    dictionary = random_dictionary("topk")
+    unit = replace(dictionary, W_dec=torch.nn.functional.normalize(dictionary.W_dec, dim=1))
+    for name, written, is_unit in (("plain", dictionary, False), ("unit", unit, True)):
+        write_dictionary(tmp_path / name, written, Origin(), "sparsify")
+        assert read_json(tmp_path / name / "cfg.json")["normalize_decoder"] is is_unit
 
 
 # --- refusals: which file, what is wrong, what would do -------------------------------------------------------------
@@ -136,7 +144,7 @@ def test_sparsify_refuses_what_it_cannot_say(architecture: str, tmp_path: Path) 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("saelens/topk", {"architecture": "jumprelu_transcoder"}, r"jumprelu_transcoder.* maps one site .*standard, topk,"),
     ("saelens/topk", {"architecture": "temporal"}, r'"temporal" is not known here; these are read: standard, topk, '),
-    ("saelens/topk", {"normalize_activations": "constant_norm_rescale"}, r"constant_norm_rescale.* no fixed map"),
+    ("saelens/topk", {"normalize_activations": "constant_norm_rescale"}, r"constant_norm_rescale.* not a fixed map"),
     ("saelens/topk", {"normalize_activations": "covariance_whitening"}, r"covariance_whitening.* read: none, "),
     ("saelens/topk", {"k": None}, r"cfg.json: k is None, expected a "),
     ("saelens/topk", {"k": 25}, r"cfg.json: k is 25, expected a whole number from 1 to 24"),
@@ -146,7 +154,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         r"sae_weights.safetensors: tensor W_enc has shape \(8, 24\), expected .* \(8, 32\)",
     ),
     ("saelens/topk", {"architecture": "jumprelu"}, r"sae_weights.safetensors: tensor threshold \(F\) is missing"),
-    ("saelens/topk-before6", {"hook_point_head_index": 2}, r"reads head 2 of blocks.3.hook_resid_post alone"),
+    ("saelens/topk-before6", {"hook_point_head_index": 2}, r"reads only head 2 of blocks.3.hook_resid_post"),
     ("saelens/topk-before6", {"activation_fn_str": "tanh-relu"}, r'activation "tanh-relu" cannot be read'),
     ("sparsify/topk", {"activation": "groupmax"}, r'cfg.json: activation is "groupmax"; only topk is read'),
     ("sparsify/topk", {"signed": True}, r'cfg.json: activation is "signed topk"'),
@@ -175,7 +183,7 @@ def test_saelens_transcoders_and_single_heads_are_refused(tmp_path: Path) -> Non
     with pytest.raises(FormatError, match=r"maps blocks.3.hook_resid_post to blocks.3.hook_mlp_out"):
         read_any(path)
     edit(path / "cfg.json", lambda config: config["metadata"].update(hook_name_out=None, hook_head_index=0))
-    with pytest.raises(FormatError, match="reads head 0 of"):
+    with pytest.raises(FormatError, match="reads only head 0 of"):
         read_any(path)
 
 
@@ -189,18 +197,20 @@ def test_saelens_decoders_that_were_rescaled_in_finetuning_are_refused(tmp_path:
         read_any(path)
 
 
-def test_a_factor_that_is_not_on_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_scaling_factor_is_warned_of(tmp_path: Path) -> None:
     path = copied("saelens/batchtopk-checkpoint-normed", tmp_path)
     with_factor, _ = load_dictionary(path)
     (path / "activation_scaler.json").unlink()
-    with pytest.warns(UserWarning, match=r"not on file \(activation_scaler.json\); read as if it were 1"):
+    with pytest.warns(UserWarning, match=r"missing here \(activation_scaler.json\); read as if it were 1"):
         without, _ = load_dictionary(path)
     assert not torch.allclose(with_factor.b_dec, without.b_dec)
 
 
-def test_layer_norm_is_no_dictionary_of_raw_activations() -> None:
+def test_an_sae_with_a_layer_norm_is_not_a_dictionary_of_raw_activations() -> None:
     with pytest.raises(FormatError, match="normalises each token"):
         load_dictionary(DATA / "saelens" / "topk-layernorm" / "sae")
+    with pytest.raises(FormatError, match="reads raw activations; load it with saerelay.load_dictionary"):
+        load_layer_normed(sae_of(DATA / "saelens" / "topk"))
 
 
 @pytest.mark.parametrize("name", ["W_skip", "log_threshold"])
@@ -208,7 +218,7 @@ def test_sparsify_with_tensors_of_something_else_is_refused(name: str, tmp_path:
     path = copied("sparsify/topk", tmp_path)
     tensors = load_file(path / "sae.safetensors")
     save_file(tensors | {name: torch.zeros(D, D)}, path / "sae.safetensors")
-    with pytest.raises(FormatError, match="skip connection" if name == "W_skip" else "has tensor log_threshold"):
+    with pytest.raises(FormatError, match="skip connection" if name == "W_skip" else "has a tensor log_threshold"):
         read_any(path)
 
 
@@ -222,6 +232,15 @@ def test_a_file_that_is_cut_off_is_refused(name: str, tmp_path: Path) -> None:
 
 
 # --- where it reads -------------------------------------------------------------------------------------------------
+
+
+def test_a_site_is_used_where_the_files_do_not_say_and_refused_where_they_say_another(tmp_path: Path) -> None:
+    write_dictionary(tmp_path / "silent", random_dictionary("topk"), Origin(), "saelens")
+    assert load_dictionary(tmp_path / "silent", site=Site(2), model="m")[1] == Origin(model="m", site=Site(2))
+    write_dictionary(tmp_path / "says", random_dictionary("topk"), Origin(model="n", site=Site(3)), "saelens")
+    assert load_dictionary(tmp_path / "says", site=Site(3), model="m")[1].model == "n"
+    with pytest.raises(FormatError, match="says: its files say it reads L3, not L2"):
+        load_dictionary(tmp_path / "says", site=Site(2))
 
 
 def test_saelens_metadata_becomes_the_origin(tmp_path: Path) -> None:
@@ -252,13 +271,13 @@ def test_saelens_before_6_had_bos_unless_it_said_otherwise(tmp_path: Path) -> No
 
 def test_saelens_jumprelu_that_was_trained_as_batchtopk_is_that_again(tmp_path: Path) -> None:
     path = copied("saelens/jumprelu", tmp_path)
-    trained = {"training_architecture": "batchtopk", "training_architecture_details": {"k": 5.0}}
+    trained = {"training_architecture": "batchtopk", "training_architecture_details": {"k": 4.6}}  # a mean
     edit(path / "cfg.json", lambda config: config["metadata"].update(trained))
     dictionary, _ = load_dictionary(path)
     assert (dictionary.architecture, dictionary.k) == ("batchtopk", 5)
 
 
-def test_sparsify_directories_say_where_they_read(tmp_path: Path) -> None:
+def test_the_directory_of_a_sparsify_sae_says_where_it_reads(tmp_path: Path) -> None:
     run = DATA / "sparsify" / "topk"
     shutil.copytree(run / "layers.3", tmp_path / "run" / "h.7.attn" / "seed1")
     shutil.copy(run / "config.json", tmp_path / "run" / "config.json")
@@ -279,7 +298,9 @@ def test_sparsify_directories_say_where_they_read(tmp_path: Path) -> None:
         ({"submodule_name": "something", "layer": 4}, None),
     ],
 )
-def test_dictionary_learning_submodules(said: dict[str, Any], site: Site | None, tmp_path: Path) -> None:
+def test_the_submodule_of_dictionary_learning_is_the_site(
+    said: dict[str, Any], site: Site | None, tmp_path: Path
+) -> None:
     path = copied("dictionary_learning/AutoEncoderTopK", tmp_path)
     edit(path / "config.json", lambda config: config["trainer"].update(said))
     assert load_dictionary(path)[1].site == site
@@ -329,12 +350,14 @@ def test_a_threshold_that_is_not_known_yet_lets_all_positive_codes_through(tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dict_class": "CrossCoder"}, r'"CrossCoder" is not known; these are read: AutoEncoder, AutoEncoderNew'),
+        ({"dict_class": "CrossCoder"}, r'unknown dict_class "CrossCoder"; these are read: AutoEncoder, AutoEncoderNew'),
         ({"dict_size": 32}, r"ae.pt: tensor encoder.weight has shape \(24, 8\), expected .* \(32, 8\)"),
-        ({"dict_class": "JumpReluAutoEncoder"}, r"ae.pt: tensor W_enc \(D, F\) is missing; there is "),
+        ({"dict_class": "JumpReluAutoEncoder"}, r"ae.pt: tensor W_enc \(D, F\) is missing; the file has "),
     ],
 )
-def test_dictionary_learning_refusals(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_of_dictionary_learning_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = copied("dictionary_learning/AutoEncoderTopK", tmp_path)
     edit(path / "config.json", lambda config: config["trainer"].update(change))
     with pytest.raises(FormatError, match=message):
@@ -359,6 +382,8 @@ def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(FormatError, match=r"ae.pt: .*can run code; refused"):
         read_any(tmp_path)
     assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "ae.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it is dangerous indeed
 
 
 def test_what_we_write_is_a_plain_state_dict(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import saerelay
 
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-GROUND = ("errors", "site", "spec", "demo")
+GROUND = ("errors", "site", "spec", "hub", "module_names", "demo")
 """Modules that everything stands on; they are not listed in ARROWS as targets."""
 
 ARROWS = {
@@ -21,7 +21,7 @@ ARROWS = {
     "data": "lm planning",
     "runs": "lm planning sae",
     "training": "data planning runs sae",
-    "interop": "lm runs sae",
+    "interop": "runs sae",
     "analysis": "data lm planning runs sae",
     "views": "analysis data lm planning runs",
     "workflows": "analysis data interop lm planning runs sae training views",
@@ -39,7 +39,7 @@ ORDER = {
     "training": "adam schedule state engine progress trackers run_state inherit train",
     "analysis": "site_maps summary evaluate matrix features lineage prompts measures circuits endpoint interpret",
     "views": "tables figures report judge",
-    "workflows": "settle activations watching pilots survey launch timing hop share demo",
+    "workflows": "settle activations watching pilots survey launch timing hop model_card share demo",
 }
 """Inside a wing a module imports only from those before it."""
 

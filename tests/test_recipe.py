@@ -70,7 +70,7 @@ def test_errors_name_the_key_and_the_remedy() -> None:
     assert "sites.module" in error_of({"sites": {"module": "resid"}}) and "'resid_post'" in error_of(
         {"sites": {"module": "q"}}
     )
-    assert '"5 mil" is no count' in error_of({"plan": {"root_tokens": "5 mil"}})
+    assert '"5 mil" is not a valid count' in error_of({"plan": {"root_tokens": "5 mil"}})
     assert "dataset and text are given; keep one" in error_of({"data": {"dataset": "a", "text": ["b"]}})
     assert 'plan.legs.0.layers"; did you mean "layer"?' in error_of(
         {"plan": {"legs": [{"id": "a", "layers": 1, "tokens": 5}]}}
@@ -104,12 +104,12 @@ def test_sites_come_back_from_text(layer: int, module) -> None:
 
 @pytest.mark.parametrize("text", ["3", "L3.mlp", "L-1", "L3.mlp_out.x", "l3"])
 def test_texts_that_are_no_site(text: str) -> None:
-    with pytest.raises(PlanError, match="is no site"):
+    with pytest.raises(PlanError, match='invalid site "'):
         Site.parse(text)
 
 
 def test_impossible_sites() -> None:
-    with pytest.raises(PlanError, match='unknown module "mlp"; one of: resid_post'):
+    with pytest.raises(PlanError, match='unknown module "mlp"; expected one of: resid_post'):
         Site(1, "mlp")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="negative"):
         Site(-1)

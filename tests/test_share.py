@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from saerelay import cli
-from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.errors import FormatError, HubError, RunDirectoryError
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import Recipe
@@ -33,7 +34,7 @@ from saerelay.runs.files import read_json, write_json, write_text
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
-from saerelay.workflows import share
+from saerelay.workflows import model_card, share
 from saerelay.workflows.settle import describe_external, plan_run
 
 torch.set_num_threads(1)
@@ -81,7 +82,7 @@ def same(found: Dictionary, expected: Dictionary) -> None:
 
 
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "saerelay"])
-def test_a_suite_goes_out_a_directory_a_layer(run: Path, tmp_path: Path, format: str) -> None:
+def test_a_suite_is_exported_with_one_directory_per_layer(run: Path, tmp_path: Path, format: str) -> None:
     shared = share.export_run(str(run), tmp_path / "out", format)
     legs = share.load(run).one_a_site
     name = "layers.{}" if format == "sparsify" else "layer_{}"
@@ -161,21 +162,21 @@ def test_the_card_of_a_hub_model_links_it(tmp_path: Path) -> None:
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     model = 'x|y <img src=x onerror="a()"> `c` [d](javascript:e)\n---\n# f'
-    one = share.Shared("layer_0", "topk | <b>", Origin(model=model, site=Site(0)), None, {})
-    card = share.model_card([one], "saerelay", licence="---\nevil: true\n<script>")
+    one = model_card.ExportedSAE("layer_0", "topk | <b>", Origin(model=model, site=Site(0)), leg=None, metrics={})
+    card = model_card.model_card([one], "saerelay", licence="---\nevil: true\n<script>")
     data = ModelCard(card).data.to_dict()
     assert data["license"] == "---\nevil: true\n<script>" and "evil" not in data
     text = ModelCard(card).text
     outside = re.sub(r"\\.", "", text.split("## Loading")[0] + text.split("## Licence")[1])
     assert not re.search(r"[<>`\[]|\n# f|^---$", re.sub("`saerelay[^`]*`", "", outside), re.M)
-    assert share._fenced("a\n````\nb", "toml").startswith("`````toml\n")
+    assert model_card._fenced("a\n````\nb", "toml").startswith("`````toml\n")
 
 
 def test_paths_of_modules_are_not_trusted(tmp_path: Path) -> None:
     for path in ("model.../../../evil", "model./etc", "model.layers.3.input", ""):
         place = tmp_path / hashlib.sha256(path.encode()).hexdigest()[:8]
         write_dictionary(place, random_sae(0), Origin(site=Site(3, "mlp_out"), module_path=path), "saerelay")
-        with pytest.raises(FormatError, match="names SAEs by the module's path in the model"):
+        with pytest.raises(FormatError, match="names SAEs after the path of the module"):
             share.export_run(str(place), tmp_path / "out", "sparsify")
         assert not (tmp_path / "out").exists()
 
@@ -355,13 +356,13 @@ def test_pull_brings_it_back(run: Path, fake: Hub, pushed: str, tmp_path: Path) 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from saerelay.errors import FormatError
+from saerelay.errors import SaeRelayError
 from saerelay.interop import hub, load_dictionary
 for reference in sys.argv[1:]:
     try:
         dictionary, origin = load_dictionary(reference)
         print(json.dumps([str(hub.local(reference)), origin.site.layer, float(dictionary.W_dec.sum())]))
-    except FormatError as error:
+    except SaeRelayError as error:
         print(json.dumps(str(error)))
 """
 
@@ -387,18 +388,47 @@ def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_p
     fetched = {request.split("/resolve/")[1] for request in fake.requests if "/resolve/" in request}
     assert fetched == {f"{COMMIT}/layer_1/{name}" for name in ("cfg.json", "sae_weights.safetensors")}
     reasons = [
-        "hf://me/saes holds no SAE itself; these folders hold files of some: layer_0, layer_1, layer_2",
+        "hf://me/saes holds no SAE itself; these folders contain SAE files: layer_0, layer_1, layer_2",
         'no "layre_1"; did you mean layer_',
         '"me/none" is not on the hub. Check the name; if it is private, run `hf auth login`',
         '"me/saes" has no revision "v2"',
         '"me/gated" is gated: accept the licence at',
-        '"hf://me" is no reference to the hub; write hf://user/repo',
+        '"hf://me" is not a valid reference to the hub; write hf://user/repo',
     ]
     for message, reason in zip(refused, reasons, strict=True):
         assert reason in message
     offline = env | {"HF_HUB_OFFLINE": "1"}
     again, other = read_all("hf://me/saes/layer_1", "hf://me/saes/layer_2", env=offline)
     assert again == first and 'the hub is not reachable, and the cache has no "layer_2"' in other
+
+
+@pytest.mark.slow
+def test_of_a_file_on_the_hub_only_its_own_files_are_fetched(fake: Hub, tmp_path: Path) -> None:
+    sae = random_sae(3)
+    state = {
+        "encoder.weight": sae.W_enc,
+        "latent_bias": sae.b_enc,
+        "decoder.weight": sae.W_dec.T,
+        "pre_bias": sae.b_dec,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    folder = "gpt2-small/resid_delta_mlp_v4/autoencoders"
+    names = [
+        f"{folder}/6.pt",
+        f"{folder}/7.pt",
+        f"{folder}/notes.json",
+        f"{folder}/run.py",
+        "config.json",
+        "other/8.pt",
+    ]
+    fake.repos["me/files"] = dict.fromkeys(names, b"{}") | {f"{folder}/6.pt": buffer.getvalue()}
+    fake.requests.clear()
+    [(path, layer, total)] = read_all(f"hf://me/files/{folder}/6.pt", env=environment(fake, tmp_path / "home"))
+    assert path.endswith(f"{COMMIT}/{folder}/6.pt") and layer == 6
+    assert total == pytest.approx(float(sae.W_dec.sum()), rel=1e-4)
+    fetched = {request.split(f"/resolve/{COMMIT}/")[1] for request in fake.requests if "/resolve/" in request}
+    assert fetched == {f"{folder}/6.pt", f"{folder}/notes.json", "config.json"}
 
 
 @pytest.mark.slow
@@ -448,10 +478,28 @@ def test_a_dry_run_needs_no_network(run: Path, monkeypatch: pytest.MonkeyPatch, 
     assert re.search(r"bytes would be uploaded to me/saes", shown)
 
 
-def test_who_is_not_logged_in_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_not_logged_in_is_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(FormatError, match="nobody is logged in to the hub here; run `hf auth login`"):
+    message = "me/saes: you are not logged in to the hub; run `hf auth login`"
+    with pytest.raises(HubError, match=message):
         share.push_run(str(run), "me/saes", "saelens")
+    monkeypatch.setattr(sys, "argv", ["saerelay", "push", str(run), "me/saes"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 2 and "not logged in to the hub" in shown and "Traceback" not in shown
+
+
+def test_an_upload_that_the_hub_refuses_is_a_hub_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("you have no\n  right to do this")
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(HubError, match=r'"me/saes" was not uploaded \(you have no right to do this\). Check'):
+        hub.upload(tmp_path, "me/saes")
 
 
 def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Path) -> None:
@@ -461,7 +509,7 @@ def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="choose another --out"):
         share.export_run(str(run), tmp_path / "file" / "out", "saelens")
-    with pytest.raises(FormatError, match="gemma_scope is read, not written"):
+    with pytest.raises(FormatError, match="gemma_scope is only read, not written"):
         share.export_run(str(run), tmp_path / "out", "gemma_scope")
     assert read_json(tmp_path / "new" / "plan.json") and not (tmp_path / "out").exists()
 

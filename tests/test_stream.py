@@ -94,6 +94,17 @@ def test_a_tensor_stream_gives_each_row_once_and_starts_again() -> None:
     assert torch.equal(stream.block(1, [Site(1)]).rows(Site(1)), -blocks[1])
 
 
+def test_reuse_trains_on_every_batch_once_more_in_each_pass() -> None:
+    stream = TensorStream({Site(0): torch.arange(208.0)[:, None]}, block_tokens=208, batch_tokens=16)
+    block = stream.block(0, [Site(0)])
+    first = [block.batch(i)[Site(0)] for i in range(13)]
+    for times in (1, 2):
+        again = [block.repeated(i, times)[Site(0)] for i in range(13)]
+        assert sorted(torch.cat(again).flatten().tolist()) == sorted(torch.cat(first).flatten().tolist())
+        assert not any(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(block.repeated(4, 0)[Site(0)], first[4])
+
+
 class Large(TorchDispatchMode):
     """Keeps what has a storage of `at_least` bytes, from whichever operation."""
 
@@ -110,7 +121,7 @@ class Large(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_a_block_is_one_buffer_a_site_and_batches_are_views_of_it() -> None:
+def test_a_block_is_one_buffer_per_site_and_batches_are_views_of_it() -> None:
     """Nothing else as large as a buffer is ever made, neither in filling nor in reading it."""
     plan = make_plan(block_tokens=6 * LM_BATCH_TOKENS, context=64, bos=False)
     stream, sites = make_stream(plan, 400), [Site(1), Site(3)]

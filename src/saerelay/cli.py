@@ -346,7 +346,7 @@ def export(
     from saerelay.workflows.share import export_run
 
     for one in export_run(source, out, format, legs=leg, licence=licence):
-        print(f"{out / one.folder}: {one.kind}")
+        print(f"{out / one.folder}: {one.description}")
 
 
 @app.command()

@@ -1,18 +1,19 @@
 """Every error that `saerelay` raises on purpose.
 
-    SaeRelayError                 what a user can cause; the CLI prints its text, no traceback, and exits with 2
-    ├── RecipeError               run.toml: unknown key, wrong value, impossible combination
-    ├── PlanError                 the legs cannot be run as asked: layer out of range, missing parent, k > n_latents
-    ├── ModelError                the language model is missing, gated, unreadable, or cannot do what is asked of it
-    ├── DataError                 corpus missing, empty, too short, or of the wrong type
-    ├── TransferError             source and target do not fit together
-    ├── FormatError               a file of another tool is missing, damaged, or says what cannot be expressed here
-    ├── EndpointError             a language model elsewhere cannot be asked: address, key, refusal, or it keeps failing
-    ├── RunDirectoryError         the output directory is taken, locked, unreadable, or of another run
-    └── LegFailed                 training of at least one leg stopped (non-finite loss); the CLI exits with 1
-    Interrupted                   Ctrl-C: no error; the state was saved; the CLI exits with 130
+    SaeRelayError             anything a user can cause; the CLI prints it and exits with 2
+    ├── RecipeError           run.toml: unknown key, wrong value, impossible combination
+    ├── PlanError             the legs cannot be run as asked: no such layer, no parent, k > n_latents
+    ├── ModelError            the language model is missing, gated, unreadable or unsuitable
+    ├── DataError             the corpus is missing, too short or unsuitable; cached data is damaged
+    ├── TransferError         source and target of a transfer do not fit together
+    ├── FormatError           a file from another tool is missing, damaged, or has no equal here
+    ├── HubError              the Hugging Face hub lacks it, denies access, or cannot be reached
+    ├── EndpointError         a language model elsewhere cannot be asked, refuses, or keeps failing
+    ├── RunDirectoryError     the output directory is taken, locked, unreadable, or another run's
+    └── LegFailed             training of a leg stopped (non-finite loss); the CLI exits with 1
+    Interrupted               Ctrl-C: not an error; the state was saved; the CLI exits with 130
 
-A message says what is wrong, where, what was expected and found, and the remedy.
+A message says what is wrong, where, what was expected, what was found, and what to do about it.
 """
 
 
@@ -31,11 +32,11 @@ class PlanError(SaeRelayError):
 
 
 class ModelError(SaeRelayError):
-    """The language model is missing, unreadable or unfit."""
+    """The language model is missing, unreadable or unsuitable."""
 
 
 class DataError(SaeRelayError):
-    """The corpus is missing, too short or unfit."""
+    """The corpus is missing, too short or unsuitable, or cached data is damaged."""
 
 
 class TransferError(SaeRelayError):
@@ -44,6 +45,10 @@ class TransferError(SaeRelayError):
 
 class FormatError(SaeRelayError):
     """A dictionary in another tool's format cannot be read, or ours cannot be written in it."""
+
+
+class HubError(SaeRelayError):
+    """The Hugging Face hub lacks what was asked for, denies access, or cannot be reached."""
 
 
 class EndpointError(SaeRelayError):

@@ -1,6 +1,6 @@
 """Where in a language model activations are read: a value, never a string, in every signature.
 
-The text form of a site ("L3", "L3.mlp_out", or a raw module path) exists only here.
+Only this module knows how a site is written as text ("L3", "L3.mlp_out").
 """
 
 import re
@@ -20,8 +20,10 @@ class Site:
     >>> Site(3), str(Site(3)), str(Site(3, "mlp_out"))
     (Site(layer=3, module='resid_post'), 'L3', 'L3.mlp_out')
 
-    `resid_post` is the residual stream after the layer (for the last layer: before the final norm), `resid_pre` before
-    it, `mlp_out` and `attn_out` what the two blocks add to it, `attn_z` the input of the attention's output projection.
+    `resid_pre` and `resid_post` are the residual stream before and after the layer (after the last
+    layer: before the final norm); `attn_out` and `mlp_out` are what attention and MLP add to it;
+    `attn_z` is the input of attention's output projection. Raises PlanError for an unknown module
+    or a negative layer.
     """
 
     layer: int
@@ -29,21 +31,24 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.module not in MODULE_KINDS:
-            raise PlanError(f'unknown module "{self.module}"; one of: {", ".join(MODULE_KINDS)}')
+            raise PlanError(f'unknown module "{self.module}"; expected one of: {", ".join(MODULE_KINDS)}')
         if self.layer < 0:
-            raise PlanError(f"layer {self.layer} is negative; layers count from 0")
+            raise PlanError(f"layer {self.layer} is negative; layers are counted from 0")
 
     def __str__(self) -> str:
-        return f"L{self.layer}" if self.module == "resid_post" else f"L{self.layer}.{self.module}"
+        if self.module == "resid_post":
+            return f"L{self.layer}"
+        return f"L{self.layer}.{self.module}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the text form back.
+        """Read the text form back; PlanError if it is not a site.
 
         >>> Site.parse("L3.mlp_out")
         Site(layer=3, module='mlp_out')
         """
         match = re.fullmatch(r"L(\d+)(?:\.(\w+))?", text)
-        if not match or (match[2] and match[2] not in MODULE_KINDS):
-            raise PlanError(f'"{text}" is no site; write "L3" or "L3.mlp_out"')
-        return cls(int(match[1]), match[2] or "resid_post")  # type: ignore[arg-type]
+        kind = "resid_post" if match is None or match[2] is None else match[2]
+        if match is None or kind not in MODULE_KINDS:
+            raise PlanError(f'invalid site "{text}"; write it like "L3" or "L3.mlp_out"')
+        return cls(layer=int(match[1]), module=kind)

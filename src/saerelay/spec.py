@@ -1,6 +1,6 @@
 """Frozen specs: what a user asked for, validated once, never changed.
 
-Constructing a spec validates and does nothing else: no file, no clock, no device.
+Constructing a spec validates it and does nothing else: it touches no file, no clock and no device.
 """
 
 import difflib
@@ -38,7 +38,9 @@ def parse_count(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*(\d+(?:_\d+)*(?:\.\d+)?)\s*([kMB]?)\s*", value)
     if not match:
-        raise ValueError(f'"{value}" is no count; write a number, or one with k, M or B, like "250k" or "50M"')
+        raise ValueError(f'"{value}" is not a valid count; write a number, or one with k, M or B: "250k", "50M"')
+
+    # Decimal, not float: "1.1B" must be exactly 1100000000.
     exact = Decimal(match[1].replace("_", "")) * _SUFFIXES[match[2]]
     if exact != int(exact):
         raise ValueError(f'"{value}" is not a whole number')
@@ -46,14 +48,17 @@ def parse_count(value: object) -> object:
 
 
 def format_count(n: int) -> str:
-    """Write a count as people say it.
+    """Write a count the way people say it, with three significant digits.
 
     >>> format_count(2_000_000), format_count(262_144), format_count(999_936), format_count(12)
     ('2M', '262k', '1M', '12')
     """
     for suffix in ("B", "M", "k"):
-        if n >= 0.9995 * _SUFFIXES[suffix]:
-            return f"{n / _SUFFIXES[suffix]:.{3 if n < 999.5 * _SUFFIXES[suffix] else 4}g}{suffix}"
+        scaled = n / _SUFFIXES[suffix]
+        if scaled >= 999.5:
+            return f"{scaled:.4g}{suffix}"  # with three digits, 1000B would become 1e+03B
+        if scaled >= 0.9995:
+            return f"{scaled:.3g}{suffix}"  # 999,936 rounds to 1M, not to 1000k
     return str(n)
 
 
@@ -105,11 +110,11 @@ class Spec(BaseModel):
         return next(part for part in candidates if isinstance(part, type) and issubclass(part, Spec))
 
     @classmethod
-    def keys(cls) -> list[str]:
+    def all_keys(cls) -> list[str]:
         """The keys that may be written, those of inline parts among them."""
         found: list[str] = []
         for name in cls.model_fields:
-            found += cls.part(name, {}).keys() if name in cls.inline else [name]
+            found += cls.part(name, {}).all_keys() if name in cls.inline else [name]
         return found
 
     def changed(self, **changes: Any) -> Self:
@@ -123,7 +128,7 @@ class Spec(BaseModel):
             if key in type(self).model_fields:
                 own[key] = value
                 continue
-            part = next((name for name in self.inline if key in type(self).part(name, {}).keys()), None)
+            part = next((name for name in self.inline if key in type(self).part(name, {}).all_keys()), None)
             if part is None:
                 raise TypeError(f"{type(self).__name__} has no key {key}")
             parts.setdefault(part, {})[key] = value
@@ -151,7 +156,7 @@ class Spec(BaseModel):
             if name in rest:  # made in code, from a part
                 continue
             part = cls.part(name, data)
-            own = {key: rest.pop(key) for key in part.keys() if key in rest}
+            own = {key: rest.pop(key) for key in part.all_keys() if key in rest}
             if own:
                 rest[name] = part.model_validate(own)
         return rest
@@ -169,7 +174,7 @@ class Spec(BaseModel):
 
     @classmethod
     def parse(cls, data: dict[str, Any], *, source: str = "recipe") -> Self:
-        """Validate a nested dict; errors say where in `source` and what would be right."""
+        """Validate nested data; RecipeError names the key in `source` and what would be right."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -177,7 +182,7 @@ class Spec(BaseModel):
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
-        """Read a spec from a TOML file."""
+        """Read a spec from a TOML file; RecipeError if it is missing, damaged or invalid."""
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -190,36 +195,36 @@ class Spec(BaseModel):
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
-        """Read a spec from a JSON file."""
+        """Read a spec from a JSON file; RecipeError if it is missing, damaged or invalid."""
         try:
             return cls.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: cannot be read ({error}).") from None
 
     def to_json(self) -> str:
-        """The spec as indented JSON text."""
+        """The spec as indented JSON."""
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
 
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
-    """What is wrong with each key, a line per key."""
+    """What is wrong with each key, in our words, a line per key."""
     problems: dict[str, str] = {}
     for item in error.errors():
-        where = _key_of(item["loc"])
+        key = _key_of(item["loc"])
         if item["type"] == "extra_forbidden":
-            siblings = _keys_beside(cls, item["loc"])
-            near = difflib.get_close_matches(str(item["loc"][-1]), siblings, n=1, cutoff=0.5)
-            hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(siblings)}"
-            problems[where] = f'unknown key "{where}"; {hint}'
+            problems[key] = f'unknown key "{key}"; {_nearest_key(cls, item["loc"])}'
             continue
-        message = item["msg"].removeprefix("Value error, ")
-        if where in problems:  # a value of several types fails as each of them
+        if key in problems:  # a value that may have several types fails as each of them
             if item["type"] == "literal_error":
-                problems[where] += f"; or write {item.get('ctx', {}).get('expected')}"
+                problems[key] += f"; or write {item.get('ctx', {}).get('expected')}"
             continue
-        prefix = f"{where}: " if where else ""
-        shown = "" if isinstance(item["input"], dict) or item["type"] == "missing" else f" (found {item['input']!r})"
-        problems[where] = prefix + message + shown
+
+        message = item["msg"].removeprefix("Value error, ")
+        where = f"{key}: " if key else ""
+        # A missing key has no value, and the value of a section is too long to be shown.
+        shows_value = item["type"] != "missing" and not isinstance(item["input"], dict)
+        found = f" (found {item['input']!r})" if shows_value else ""
+        problems[key] = f"{where}{message}{found}"
     return "\n".join(f"{source}: {problem}" for problem in problems.values())
 
 
@@ -229,22 +234,34 @@ def _key_of(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location if part not in members and "[" not in str(part))
 
 
-def _keys_beside(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The valid keys of the (nested) spec in which `location`'s last part stands."""
+def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """The most similar valid key as a question, or else all valid keys."""
+    valid_keys = _valid_keys(cls, location)
+    similar = difflib.get_close_matches(str(location[-1]), valid_keys, n=1, cutoff=0.5)
+    if similar:
+        return f'did you mean "{similar[0]}"?'
+    return f"valid keys: {', '.join(valid_keys)}"
+
+
+def _valid_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section in which the last part of `location` stands."""
     for part in location[:-1]:
-        if isinstance(part, int):
+        if isinstance(part, int):  # an item of a list of sections, all of the same class
             continue
         annotation = cls.model_fields[part].annotation
-        nested = [annotation, *getattr(annotation, "__args__", ())]
-        cls = next((a for a in nested if isinstance(a, type) and issubclass(a, BaseModel)), cls)
-    return cls.keys() if issubclass(cls, Spec) else list(cls.model_fields)
+        candidates = [annotation, *getattr(annotation, "__args__", ())]  # `Section`, or `list[Section]`
+        sections = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if sections:
+            cls = sections[0]
+    return cls.all_keys() if issubclass(cls, Spec) else list(cls.model_fields)
 
 
 def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else.
+    """A 63-bit seed that depends on all of the parts, and on nothing else.
 
     >>> seed_from(0, "L3") == seed_from(0, "L3"), seed_from(0, "L3") == seed_from(1, "L3")
     (True, False)
     """
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    text = "\0".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,16 +1,19 @@
-"""Documents to token sequences on disk, so that training has an integer cursor and resumes exactly.
+"""Documents to token sequences on disk: training has an integer cursor and resumes exactly.
 
-A document goes to train, validation or test as a whole, before packing: no sequence of one split shares a document with
-another. A corpus is a directory:
+A document goes to train, validation or test as a whole, before packing: no sequence of one split
+shares a document with another. A corpus is a directory:
 
     corpus.json      CorpusFacts
-    train.npy        [N, context] token ids, uint16 or uint32; validation.npy and test.npy alike
+    train.npy        [N, context] token ids, uint16 or uint32
+    validation.npy   the same for documents that may steer training
+    test.npy         the same for documents that are only ever reported on
 
-What is read, and in which order, follows from the recipe and its seed alone: a longer corpus begins with the shorter.
+What is read, and in which order, follows from the recipe and its seed alone: a longer corpus
+begins with the shorter one.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +34,19 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 _SCHEMA = 1
-_PERIOD = 20  # consecutive documents of which one is for validation and one for test
-_HELD_OUT = 2  # what a generator is for, mixed with the seed
-_BATCH_DOCUMENTS, _BATCH_SIZE = 64, 1_000_000  # documents, and characters or ids, tokenised together
-_CHUNK = 1 << 22  # ids of a finished split looked at together
+_PERIOD = 20
+"""Of this many consecutive documents, one is for validation and one for test."""
+
+_HELD_OUT_STREAM = 2
+"""Mixed with the seed: random numbers for this purpose and no other."""
+
+_BATCH_DOCUMENTS = 64
+_BATCH_SIZE = 1_000_000
+"""Documents are tokenised together until there are this many, or this many characters or ids of
+them."""
+
+_CHUNK_IDS = 1 << 22
+"""Token ids of a finished split that are in memory together."""
 
 
 class CorpusFacts(Spec):
@@ -42,16 +54,16 @@ class CorpusFacts(Spec):
 
     schema_version: int = _SCHEMA
     source: str
-    """For people: "Python 3.11.7 standard library", "dataset wikitext, split train"."""
+    """For people to read: "Python 3.11.7 standard library", "dataset wikitext, split train"."""
     context: int
     prepend_bos: bool
     n_documents: int
-    """Documents read; empty ones are not counted."""
+    """Documents read; empty ones do not count."""
     train_sequences: int
     validation_sequences: int
     test_sequences: int
     complete: bool
-    """The source ended before every split had what was asked for: there is no more to have."""
+    """Whether the source ended before every split was full: there is no more to be had."""
 
 
 @final
@@ -68,7 +80,12 @@ class Corpus:
     def open(cls, directory: Path) -> "Corpus":
         """Map the files of a prepared corpus; DataError if they are missing or damaged."""
         facts = _read_facts(directory)
-        return cls(facts, *(_map_split(directory / f"{split}.npy", facts, split) for split in SPLITS))
+        return cls(
+            facts=facts,
+            train=_map_split(directory, facts, "train"),
+            validation=_map_split(directory, facts, "validation"),
+            test=_map_split(directory, facts, "test"),
+        )
 
 
 def prepare(
@@ -81,37 +98,44 @@ def prepare(
     eval_sequences: int,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Tokenise just enough of `run.data` into `directory`, or open what an earlier call for the same run left there.
+    """Tokenise just enough of `run.data` into a directory, or open what is there already.
 
-    The train split may come out shorter than asked: `facts.complete` is true then. `tokenizer` may be None where the
-    recipe gives tokens. `progress` is called with the token positions there are so far in all splits, at most
-    `context * (train_sequences + 2 * eval_sequences)`. DataError if the source is missing, unfit, or leaves a split
-    empty; then, or when interrupted, nothing is left in or beside `directory`.
+    The train split may come out shorter than asked for; then `facts.complete` is true. `tokenizer`
+    may be None if the recipe gives token ids. `progress` is called with the number of token
+    positions in all splits so far, at most `context * (train_sequences + 2 * eval_sequences)`.
+    Raises DataError if the source is missing, unsuitable, or leaves a split empty; then, and after
+    an interruption, nothing is left in the directory or next to it.
     """
     assert train_sequences > 0 and eval_sequences > 0, (train_sequences, eval_sequences)
     if (directory / "corpus.json").exists():
         return Corpus.open(directory)
     _check_recipe(run.data, facts, tokenizer)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    is_taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if is_taken:
         raise DataError(f"{directory}: exists but holds no corpus.json; remove it, or choose another directory.")
     source = open_source(run, facts)
 
-    scratch = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
+    # All files are written next to the directory and renamed: a corpus is complete or absent.
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    sizes: dict[Split, int] = {"train": train_sequences, "validation": eval_sequences, "test": eval_sequences}
     try:
-        scratch.mkdir(parents=True)
-        written = _write(run, facts, tokenizer, source, scratch, (train_sequences, eval_sequences), progress)
-        (scratch / "corpus.json").write_text(written.to_json(), encoding="utf-8")
+        partial.mkdir(parents=True)
+        packers: dict[Split, _Packer] = {}
+        for split, size in sizes.items():
+            packers[split] = _Packer(partial / f"{split}.npy", run.data, facts, size)
+        corpus_facts = _fill(packers, run, facts, tokenizer, source=source, progress=progress)
+        (partial / "corpus.json").write_text(corpus_facts.to_json(), encoding="utf-8")
         if directory.exists():
             directory.rmdir()
-        scratch.rename(directory)
+        partial.rename(directory)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return Corpus.open(directory)
 
 
 def split_of(index: int, seed: int) -> Split:
-    """Which split the `index`-th document in reading order belongs to: of every 20, one is test and one validation.
+    """Which split a document belongs to: of every 20, one is test and one validation.
 
     >>> from collections import Counter
     >>> sorted(Counter(split_of(i, seed=0) for i in range(2000)).items())
@@ -119,13 +143,22 @@ def split_of(index: int, seed: int) -> Split:
     """
     block, position = divmod(index, _PERIOD)
     validation, test = _held_out(block, seed)
-    return "validation" if position == validation else "test" if position == test else "train"
+    if position == validation:
+        return "validation"
+    if position == test:
+        return "test"
+    return "train"
 
 
 @lru_cache(maxsize=4)
 def _held_out(block: int, seed: int) -> tuple[int, int]:
-    first, second = np.random.default_rng([seed, _HELD_OUT, block]).permutation(_PERIOD)[:2]
-    return int(first), int(second)
+    """Which two of a block's documents are held out, for validation and for test."""
+    generator = np.random.default_rng([seed, _HELD_OUT_STREAM, block])
+    order = generator.permutation(_PERIOD)
+    return int(order[0]), int(order[1])
+
+
+# --- reading -----------------------------------------------------------------------------------
 
 
 def _read_facts(directory: Path) -> CorpusFacts:
@@ -138,55 +171,65 @@ def _read_facts(directory: Path) -> CorpusFacts:
         raise DataError(f"{error}\nRemove {directory}; it is made anew from the recipe.") from None
     if facts.schema_version != _SCHEMA:
         raise DataError(
-            f"{path}: schema_version is {facts.schema_version}, this version of saerelay reads {_SCHEMA}. "
-            f"Remove {directory}; it is made anew from the recipe."
+            f"{path}: schema_version is {facts.schema_version}, this version of saerelay reads "
+            f"{_SCHEMA}. Remove {directory}; it is made anew from the recipe."
         )
     return facts
 
 
-def _map_split(path: Path, facts: CorpusFacts, split: Split) -> np.ndarray:
+def _map_split(directory: Path, facts: CorpusFacts, split: Split) -> np.ndarray:
+    """Map the file of a split; DataError if it is not the array that the facts promise."""
+    path = directory / f"{split}.npy"
     expected = (getattr(facts, f"{split}_sequences"), facts.context)
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-        found = f"an array {array.shape}"
     except (OSError, ValueError) as error:
-        array, found = None, str(error)
-    if array is None or array.shape != expected:
-        raise DataError(
-            f"{path}: damaged; expected an array {expected}, found {found}. "
-            f"Remove {path.parent}; it is made anew from the recipe."
-        )
+        raise _damaged(path, expected, error) from None
+    if array.shape != expected:
+        raise _damaged(path, expected, f"an array {array.shape}")
     return array
 
 
-# --- packing ---
+def _damaged(path: Path, expected: tuple[int, int], found: object) -> DataError:
+    return DataError(
+        f"{path}: damaged; expected an array {expected}, found {found}. "
+        f"Remove {path.parent}; it is made anew from the recipe."
+    )
 
 
-def _write(
+# --- packing -----------------------------------------------------------------------------------
+
+
+def _fill(
+    packers: "Mapping[Split, _Packer]",
     run: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     source: Source,
-    directory: Path,
-    wanted: tuple[int, int],
     progress: Callable[[int], None] | None,
 ) -> CorpusFacts:
-    """Deal documents to the splits until each has what is wanted (of train and of the others), or the source ends."""
-    packers: dict[Split, _Packer] = {
-        split: _Packer(directory / f"{split}.npy", run.data, facts, wanted[split != "train"]) for split in SPLITS
-    }
-    n_documents, complete = 0, True
+    """Deal documents to the splits until all are full or the source ends; write them."""
+    n_documents = 0
+    complete = True
     for batch in _batches(source.documents):
-        dealt = [(packers[split_of(index, run.train.seed)], text) for index, text in enumerate(batch, n_documents)]
-        dealt = [(packer, text) for packer, text in dealt if not packer.full]
+        # Documents of a split that is full are counted, but neither tokenised nor kept.
+        receivers = []
+        documents = []
+        for index, document in enumerate(batch, start=n_documents):
+            packer = packers[split_of(index, run.train.seed)]
+            if not packer.full:
+                receivers.append(packer)
+                documents.append(document)
         n_documents += len(batch)
-        for (packer, _), ids in zip(dealt, _encode([text for _, text in dealt], tokenizer, facts), strict=True):
+
+        for packer, ids in zip(receivers, _encode(documents, tokenizer, facts), strict=True):
             packer.add(ids)
         if progress:
             progress(run.data.context * sum(packer.n_sequences for packer in packers.values()))
         if all(packer.full for packer in packers.values()):
             complete = False
             break
+
     _check_splits(packers, source.description, n_documents)
     for packer in packers.values():
         packer.finish()
@@ -203,105 +246,129 @@ def _write(
 
 
 def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
-    """Group documents so that a batch is neither long nor large; empty documents are dropped."""
-    batch, size = [], 0
+    """Group documents in batches of limited length and size, without empty ones."""
+    batch = []
+    size = 0
     for document in documents:
-        if not (document.strip() if isinstance(document, str) else len(document)):
+        content = document.strip() if isinstance(document, str) else document
+        if not len(content):
             continue
         batch.append(document)
         size += len(document)
         if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_SIZE:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 def _encode(
-    batch: Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None", facts: ModelFacts
+    documents: Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None", facts: ModelFacts
 ) -> Sequence[np.ndarray]:
-    """The ids of a batch of documents, which may be ids (checked) already."""
-    if not batch or not isinstance(batch[0], str):
-        return batch
+    """The token ids of some documents; those of a token file are ids already."""
+    if not documents or not isinstance(documents[0], str):
+        return documents
     assert tokenizer is not None
-    encoded = tokenizer(list(batch), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
     arrays = [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
-    check_ids(max(int(ids.max(initial=0)) for ids in arrays), facts, "the tokenizer")
+    largest = max(int(ids.max(initial=0)) for ids in arrays)
+    check_ids(largest, facts, "the tokenizer")
     return arrays
 
 
 @final
 class _Packer:
-    """Joins the documents of one split with EOS and cuts them into sequences, by way of a raw file of ids."""
+    """Joins the documents of one split with EOS and cuts them into sequences.
+
+    Ids are first appended to a raw file, whose length says how many sequences there are; `finish`
+    makes an array of it.
+    """
 
     def __init__(self, path: Path, data: DataSpec, facts: ModelFacts, wanted: int) -> None:
         self.path = path
         self.wanted = wanted
         self.context = data.context
         self.bos = facts.bos_token_id if data.prepend_bos else None
-        self.n_body = data.context - data.prepend_bos  # ids of documents in one sequence
-        self.dtype = np.dtype("<u2" if facts.vocab_size <= 1 << 16 else "<u4")
-        self.separator = np.array([] if facts.eos_token_id is None else [facts.eos_token_id], self.dtype)
+        self.ids_per_sequence = data.context - data.prepend_bos
+        fits_16_bits = facts.vocab_size <= 1 << 16
+        self.dtype = np.dtype("<u2" if fits_16_bits else "<u4")
+        separator = [] if facts.eos_token_id is None else [facts.eos_token_id]
+        self.separator = np.array(separator, self.dtype)
         self.raw = path.with_suffix(".raw")
         self.raw.touch()
         self.n_ids = 0
 
     @property
     def n_sequences(self) -> int:
-        return min(self.n_ids // self.n_body, self.wanted)
+        """Whole sequences so far, at most as many as are wanted."""
+        return min(self.n_ids // self.ids_per_sequence, self.wanted)
 
     @property
     def full(self) -> bool:
+        """Whether there are as many sequences as are wanted."""
         return self.n_sequences == self.wanted
 
     def add(self, ids: np.ndarray) -> None:
-        """Append a document."""
+        """Append a document, after a separator unless it is the first."""
         if not ids.size:
             return
-        pieces = [self.separator, ids.astype(self.dtype)] if self.n_ids else [ids.astype(self.dtype)]
+        pieces = [ids.astype(self.dtype)]
+        if self.n_ids:
+            pieces.insert(0, self.separator)
         with self.raw.open("ab") as file:
             for piece in pieces:
                 file.write(piece.tobytes())
                 self.n_ids += piece.size
 
     def finish(self) -> None:
-        """Write the sequences as .npy and remove the raw file."""
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.n_sequences, self.context)}
-        step = max(1, _CHUNK // self.context)
+        """Write the sequences as .npy, with their BOS, and remove the raw file."""
+        header = {
+            "descr": self.dtype.str,
+            "fortran_order": False,
+            "shape": (self.n_sequences, self.context),
+        }
+        step = max(1, _CHUNK_IDS // self.context)
         with self.raw.open("rb") as raw, self.path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, self.n_sequences, step):
-                rows = np.empty((min(step, self.n_sequences - start), self.context), self.dtype)
-                body = raw.read(len(rows) * self.n_body * self.dtype.itemsize)
-                rows[:, self.context - self.n_body :] = np.frombuffer(body, self.dtype).reshape(-1, self.n_body)
+                n = min(step, self.n_sequences - start)
+                content = raw.read(n * self.ids_per_sequence * self.dtype.itemsize)
+                ids = np.frombuffer(content, self.dtype).reshape(n, self.ids_per_sequence)
+                rows = np.empty((n, self.context), self.dtype)
+                rows[:, self.context - self.ids_per_sequence :] = ids
                 if self.bos is not None:
                     rows[:, 0] = self.bos
                 file.write(rows.tobytes())
         self.raw.unlink()
 
 
+# --- checks ------------------------------------------------------------------------------------
+
+
 def _check_recipe(data: DataSpec, facts: ModelFacts, tokenizer: object) -> None:
-    """What can be known before anything is read."""
+    """Refuse what can be refused before anything is read."""
     if data.prepend_bos and facts.bos_token_id is None:
         raise DataError(
             f"data.prepend_bos is true, but the model {facts.name} has no BOS token; set data.prepend_bos = false."
         )
     if tokenizer is None and not data.tokens:
         raise DataError(
-            f"the model {facts.name} comes without a tokenizer, so that text cannot be read; "
+            f"the model {facts.name} comes without a tokenizer, so text cannot be read; "
             "tokenise it yourself and give data.tokens (a .npy file of token ids)."
         )
 
 
-def _check_splits(packers: "dict[Split, _Packer]", description: str, n_documents: int) -> None:
-    """Each split must have got a sequence."""
+def _check_splits(packers: "Mapping[Split, _Packer]", description: str, n_documents: int) -> None:
+    """Refuse a source that leaves a split without a sequence."""
     if not n_documents:
-        raise DataError(f"{description}: no documents in it (empty ones are skipped). Give a source with text.")
+        raise DataError(f"{description}: contains no documents (empty ones are skipped). Give a source with text.")
     empty = [split for split, packer in packers.items() if not packer.n_sequences]
     if empty:
         n_tokens = sum(packer.n_ids for packer in packers.values())
         raise DataError(
-            f"{description}: too little for the {' and the '.join(empty)} split, which got no sequence. It holds "
-            f"{n_documents} documents with {n_tokens} tokens; a sequence needs {packers['train'].n_body} tokens, and "
-            f"of {_PERIOD} documents one goes to validation, one to test. Give more documents, or lower data.context."
+            f"{description}: too little text for the {' and the '.join(empty)} split, which got "
+            f"no sequence. It holds {n_documents} documents with {n_tokens} tokens; a sequence "
+            f"needs {packers['train'].ids_per_sequence} tokens, and of {_PERIOD} documents one "
+            "goes to validation and one to test. Give more documents, or lower data.context."
         )

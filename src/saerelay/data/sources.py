@@ -1,7 +1,7 @@
-"""Where documents come from: text files, token files, Hugging Face datasets, or the built-in corpus.
+"""Where documents come from: text files, token files, datasets, or the built-in corpus.
 
-Each source gives documents, as text or as arrays of token ids, in an order that follows from the seed (streams keep
-their own).
+Each source gives documents, as text or as arrays of token ids, in an order that follows from the
+seed; a streamed dataset keeps its own order.
 """
 
 import itertools
@@ -22,9 +22,8 @@ from saerelay.planning.recipe import DataSpec, Recipe
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-_ORDER = 1  # what a generator is for, mixed with the seed
-_CHUNK = 1 << 22  # ids of a token file looked at together
-_TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+_ORDER_STREAM = 1
+"""Mixed with the seed: random numbers for this purpose and no other."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +34,10 @@ class Source:
     documents: Iterator[str] | Iterator[np.ndarray]
 
 
-def _shuffled(n: int, seed: int) -> np.ndarray:
-    """The order in which `n` documents at hand are visited."""
-    return np.random.default_rng([seed, _ORDER]).permutation(n)
-
-
-# --- opening ---
-
-
-def check_ids(largest: int, facts: ModelFacts, where: str) -> None:
-    if largest >= facts.vocab_size:
-        raise DataError(
-            f"{where} gives the token id {largest}, but the model {facts.name} has a vocabulary of {facts.vocab_size} "
-            f"(ids up to {facts.vocab_size - 1}). Tokenise with the tokenizer that belongs to this model."
-        )
-
-
 def open_source(run: Recipe, facts: ModelFacts) -> Source:
-    data, seed = run.data, run.train.seed
+    """Open the source that a recipe names; DataError if it names none, or it cannot be read."""
+    data = run.data
+    seed = run.train.seed
     if data.dataset:
         return _dataset_source(data, seed)
     if data.text:
@@ -62,13 +47,28 @@ def open_source(run: Recipe, facts: ModelFacts) -> Source:
     if run.model.name == "demo":
         return _demo_source(seed)
     raise DataError(
-        f'no data given for the model "{run.model.name}": set data.dataset, data.text or data.tokens '
-        '(only model.name = "demo" has a built-in corpus).'
+        f'no data given for the model "{run.model.name}": set data.dataset, data.text or '
+        'data.tokens (only model.name = "demo" has a built-in corpus).'
     )
 
 
+def check_ids(largest: int, facts: ModelFacts, where: str) -> None:
+    """Raise DataError if a token id found in `where` is outside the model's vocabulary."""
+    if largest >= facts.vocab_size:
+        raise DataError(
+            f"{where} gives the token id {largest}, but the model {facts.name} has a vocabulary "
+            f"of {facts.vocab_size} (ids up to {facts.vocab_size - 1}). Use the tokenizer that "
+            "belongs to this model."
+        )
+
+
+def _shuffled(n: int, seed: int) -> np.ndarray:
+    """The order in which `n` documents are read."""
+    return np.random.default_rng([seed, _ORDER_STREAM]).permutation(n)
+
+
 def _demo_source(seed: int) -> Source:
-    from saerelay import demo  # it reads a thousand files, at use only
+    from saerelay import demo
 
     texts = demo.documents()
     if not texts:
@@ -79,73 +79,100 @@ def _demo_source(seed: int) -> Source:
     return Source(demo.source(), (texts[i] for i in _shuffled(len(texts), seed)))
 
 
-# Text files: a document is a stretch of bytes of a file, so that a large file is never held in memory.
+# --- text files --------------------------------------------------------------------------------
+#
+# A document is a *span* (file number, start, stop) of bytes: a whole file, a line of a .jsonl
+# file, or, where there are few files, a piece of a large one. Files are never held in memory.
 
-_MIN_FILES = 40  # with fewer, large files are cut
-_MIN_PIECE = 2000  # bytes
-_CUTS = tuple(re.compile(pattern) for pattern in (rb"\n[ \t\r]*\n", rb"\n", rb" "))
+_TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+
+_MIN_FILES = 40
+"""With fewer files than this, large ones are cut, so that no document is most of a split."""
+
+_N_PIECES = 200
+"""About how many pieces all files together are cut into."""
+
+_MIN_PIECE_BYTES = 2000
+"""Pieces are not smaller than this, however few they are."""
+
+_CUTS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb" "))
+"""Where a piece may end, the best first: after a blank line, a line, a word."""
 
 
 def _text_source(data: DataSpec, seed: int) -> Source:
     paths = _text_files(data.text)
-    total = sum(path.stat().st_size for path in paths)
-    cut_at = max(_MIN_PIECE, total // 200) if len(paths) < _MIN_FILES else total
-    spans = np.concatenate([_file_spans(path, number, cut_at) for number, path in enumerate(paths)])
-    description = f"text in {', '.join(data.text)} (files: {len(paths)})"
-    return Source(description, (_read_span(paths, span, data.column) for span in spans[_shuffled(len(spans), seed)]))
+    n_bytes = sum(path.stat().st_size for path in paths)
+    piece_bytes = n_bytes
+    if len(paths) < _MIN_FILES:
+        piece_bytes = max(_MIN_PIECE_BYTES, n_bytes // _N_PIECES)
+
+    spans = np.concatenate([_file_spans(path, i, piece_bytes) for i, path in enumerate(paths)])
+    spans = spans[_shuffled(len(spans), seed)]
+    documents = (_read_span(paths[i], int(start), int(stop), data.column) for i, start, stop in spans)
+    return Source(f"text in {', '.join(data.text)} (files: {len(paths)})", documents)
 
 
 def _text_files(names: list[str]) -> list[Path]:
-    """The files named, and those in the directories named, each once."""
-    found: dict[Path, Path] = {}
+    """The files named, and the text files in the directories named, each once."""
+    files: dict[Path, Path] = {}
     for name in names:
         path = Path(name).expanduser()
         if not path.exists():
             raise DataError(f'data.text: no such file or directory: "{name}" (relative paths start in {Path.cwd()}).')
-        inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES)
-        inside = [p for p in inside if p.is_file()]
-        if not inside:
-            raise DataError(f'data.text: "{name}" holds no {", ".join(_TEXT_SUFFIXES)} files; name other files singly.')
-        for p in inside:
-            found.setdefault(p.resolve(), p)
-    return list(found.values())
+        candidates = [path]
+        if not path.is_file():
+            candidates = [inside for inside in sorted(path.rglob("*")) if inside.suffix in _TEXT_SUFFIXES]
+        candidates = [candidate for candidate in candidates if candidate.is_file()]
+        if not candidates:
+            raise DataError(
+                f'data.text: "{name}" holds no {", ".join(_TEXT_SUFFIXES)} files; name files of other kinds one by one.'
+            )
+        for candidate in candidates:
+            files.setdefault(candidate.resolve(), candidate)
+    return list(files.values())
 
 
-def _file_spans(path: Path, number: int, cut_at: int) -> np.ndarray:
-    """[N, 3]: the file's number, and where each of its documents starts and stops."""
+def _file_spans(path: Path, number: int, piece_bytes: int) -> np.ndarray:
+    """The spans of a file's documents, [N, 3]: its number, starts and stops."""
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             if path.suffix == ".jsonl":
                 stops = np.fromiter(itertools.accumulate(len(line) for line in file), np.int64)
-            elif size > cut_at:
+            elif size > piece_bytes:
                 with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-                    stops = np.array([*_cuts(content, cut_at), size], np.int64)
+                    stops = np.array([*_cuts(content, piece_bytes), size], np.int64)
             else:
                 stops = np.array([size], np.int64)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions.") from None
     starts = np.concatenate([[0], stops])[: len(stops)]
-    return np.stack([np.full(len(stops), number), starts, stops], axis=1).astype(np.int64)
+    numbers = np.full(len(stops), number)
+    return np.stack([numbers, starts, stops], axis=1).astype(np.int64)
 
 
 def _cuts(content: mmap, size: int) -> Iterator[int]:
-    """Where to cut into stretches of about `size`: after a blank line, else a line end, else a space, else anywhere."""
+    """Where to cut a text into pieces of about `size` bytes, at most twice that."""
     start = 0
     while len(content) - start > size:
-        nearest = (cut.search(content, start + size, start + 2 * size) for cut in _CUTS)
-        match = next((match for match in nearest if match), None)
-        start += size
-        if match:
-            start = match.end()
+        start = _cut_after(content, start + size, start + 2 * size)
         while start < len(content) and content[start] & 0xC0 == 0x80:  # inside a UTF-8 character
             start += 1
         if start < len(content):
             yield start
 
 
-def _read_span(paths: list[Path], span: np.ndarray, column: str) -> str:
-    path, start, stop = paths[span[0]], int(span[1]), int(span[2])
+def _cut_after(content: mmap, first: int, last: int) -> int:
+    """The end of the best cut between two positions, or the first where there is none."""
+    for cut in _CUTS:
+        match = cut.search(content, first, last)
+        if match:
+            return match.end()
+    return first
+
+
+def _read_span(path: Path, start: int, stop: int, column: str) -> str:
+    """The text of a document."""
     with path.open("rb") as file:
         file.seek(start)
         content = file.read(stop - start)
@@ -155,26 +182,43 @@ def _read_span(paths: list[Path], span: np.ndarray, column: str) -> str:
 
 
 def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
+    """The text in a line of a .jsonl file, "" for none; DataError if it is not text."""
     if not line.strip():
         return ""
     try:
         row = json.loads(line.decode("utf-8-sig", errors="replace"))
     except ValueError as error:
-        found = f"not valid JSON ({error})"
-    else:
-        if isinstance(row, dict) and isinstance(row.get(column, 0), str | None):
-            return row[column] or ""
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        found = f'no text under "{column}"; found {keys}. Name the right one in data.column'
+        raise _bad_line(path, start, f"not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise _bad_line(path, start, f"expected a JSON object, found a {type(row).__name__}")
+    if column not in row or not isinstance(row[column], str | None):
+        keys = ", ".join(row)
+        raise _bad_line(path, start, f'no text under "{column}"; found {keys}. Name the right one in data.column')
+    return row[column] or ""
+
+
+def _bad_line(path: Path, start: int, problem: str) -> DataError:
+    """An error with the number of the line that begins at a byte of a file."""
     with path.open("rb") as file:
         number = file.read(start).count(b"\n") + 1
-    raise DataError(f"{path}, line {number}: {found}. A .jsonl file has one JSON object with text in each line.")
+    return DataError(
+        f"{path}, line {number}: {problem}. Each line of a .jsonl file must be one JSON object with the text in it."
+    )
 
 
-# Token files: a document is a row, or a stretch of a 1-D array.
+# --- token files -------------------------------------------------------------------------------
+#
+# A document is a row of a 2-D array, or of a 1-D array what lies between two separators.
 
-_STRETCH = 64  # contexts in a stretch of an array without separators
-_MIN_STRETCHES = 20  # and fewest separators that count as such
+_CHUNK_IDS = 1 << 22
+"""Ids of a token file that are in memory together."""
+
+_MIN_SEPARATORS = 20
+"""With fewer EOS (or BOS) tokens than this, a 1-D array is cut into pieces of even length."""
+
+_PIECE_CONTEXTS = 64
+"""Length of such a piece in contexts; shorter ones where there would be fewer than
+_MIN_SEPARATORS."""
 
 
 def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
@@ -198,93 +242,123 @@ def _open_tokens(path: Path, facts: ModelFacts) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: not a .npy file of token ids ({error}). Write one with {convert}; "
-            'a raw file of ids is read with array = np.fromfile("tokens.bin", dtype=...).'
+            'to read a raw file of ids, use array = np.fromfile("tokens.bin", dtype=...).'
         ) from None
     if tokens.dtype not in (np.uint16, np.uint32):
         raise DataError(f"{path}: expected uint16 or uint32, found {tokens.dtype}. Convert it with {convert}.")
     if tokens.ndim not in (1, 2) or not tokens.size:
         raise DataError(f"{path}: expected a 1-D or 2-D array of token ids, found the shape {tokens.shape}.")
-    check_ids(max(int(chunk.max()) for _, chunk in _chunks(tokens)), facts, str(path))
+    largest = max(int(chunk.max()) for _, chunk in _chunks(tokens))
+    check_ids(largest, facts, str(path))
     return tokens
 
 
 def _chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    step = max(1, _CHUNK // (tokens.size // len(tokens)))
+    """An array in parts that fit in memory, each with the index of its first row."""
+    row_size = tokens.size // len(tokens)
+    step = max(1, _CHUNK_IDS // row_size)
     for start in range(0, len(tokens), step):
         yield start, tokens[start : start + step]
 
 
 def _token_spans(tokens: np.ndarray, context: int, facts: ModelFacts) -> np.ndarray:
-    """[N, 2]: where the documents of a 1-D array start and stop."""
+    """Where the documents of a 1-D array start and stop, [N, 2].
+
+    They lie between EOS tokens, or BOS tokens, or are pieces of even length.
+    """
     for separator in (facts.eos_token_id, facts.bos_token_id):
         if separator is None:
             continue
-        at = np.concatenate([start + np.flatnonzero(chunk == separator) for start, chunk in _chunks(tokens)])
-        if at.size >= _MIN_STRETCHES:
-            spans = np.stack([np.append(0, at + 1), np.append(at, len(tokens))], axis=1)
-            return spans[spans[:, 0] < spans[:, 1]]
-    length = max(1, min(_STRETCH * context, len(tokens) // _MIN_STRETCHES))
+        found = [start + np.flatnonzero(chunk == separator) for start, chunk in _chunks(tokens)]
+        separators = np.concatenate(found)
+        if separators.size >= _MIN_SEPARATORS:
+            starts = np.append(0, separators + 1)
+            stops = np.append(separators, len(tokens))
+            not_empty = starts < stops
+            return np.stack([starts[not_empty], stops[not_empty]], axis=1)
+
+    length = min(_PIECE_CONTEXTS * context, len(tokens) // _MIN_SEPARATORS)
+    length = max(1, length)
     starts = np.arange(0, len(tokens), length)
-    return np.stack([starts, np.minimum(starts + length, len(tokens))], axis=1)
+    stops = np.minimum(starts + length, len(tokens))
+    return np.stack([starts, stops], axis=1)
 
 
 def _without_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
-    """The packer puts BOS where it belongs."""
-    return ids[1:] if bos is not None and len(ids) and ids[0] == bos else ids
+    """A document without the BOS in front: the packer puts one before every sequence."""
+    if bos is not None and len(ids) and ids[0] == bos:
+        return ids[1:]
+    return ids
 
 
-# Hugging Face datasets
+# --- Hugging Face datasets ---------------------------------------------------------------------
 
 
 def _dataset_source(data: DataSpec, seed: int) -> Source:
     import datasets  # takes a second
 
     dataset = _open_dataset(data)
-    described = [f"dataset {data.dataset}", data.subset and f"subset {data.subset}", f"split {data.split}"]
-    described.append(data.revision and f"revision {data.revision}")
     if isinstance(dataset, datasets.Dataset):
-        dataset = dataset.select_columns([data.column]).select(_shuffled(len(dataset), seed))
-    return Source(", ".join(filter(None, described)), _dataset_texts(dataset, data))
+        dataset = dataset.select_columns([data.column])
+        dataset = dataset.select(_shuffled(len(dataset), seed))
+
+    description = f"dataset {data.dataset}"
+    for key in ("subset", "split", "revision"):
+        value = getattr(data, key)
+        if value:
+            description += f", {key} {value}"
+    return Source(description, _dataset_texts(dataset, data))
 
 
 def _open_dataset(data: DataSpec) -> "Dataset | IterableDataset":
-    """A dataset with (at least) the column asked for."""
+    """Open a dataset; DataError if it lacks the split or the column."""
     import datasets
     from datasets.exceptions import DatasetsError
 
-    path = Path(data.dataset).expanduser()
-    local = path.is_dir()
     try:
-        if local and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-            opened = datasets.load_from_disk(str(path))
-        else:
-            opened = datasets.load_dataset(
-                str(path) if local else data.dataset,
-                name=data.subset or None,
-                split=data.split,
-                revision=data.revision or None,
-                streaming=True,
-            )
-        if isinstance(opened, datasets.DatasetDict):
-            if data.split not in opened:
-                splits = ", ".join(map(str, opened))
+        dataset = _load_dataset(data)
+        if isinstance(dataset, datasets.DatasetDict):
+            if data.split not in dataset:
+                splits = ", ".join(str(name) for name in dataset)
                 raise DataError(
                     f'data.dataset = "{data.dataset}" has no split "{data.split}"; set data.split to one of: {splits}.'
                 )
-            opened = opened[data.split]
-        assert isinstance(opened, datasets.Dataset | datasets.IterableDataset), type(opened)
-        columns = opened.column_names or list(next(iter(opened), {}))
+            dataset = dataset[data.split]
+        assert isinstance(dataset, datasets.Dataset | datasets.IterableDataset), type(dataset)
+        columns = dataset.column_names or list(next(iter(dataset), {}))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(_dataset_message(data, error)) from None
+        raise _unreadable(data, error) from None
+
     if columns and data.column not in columns:
         raise DataError(
             f'data.dataset = "{data.dataset}" has no column "{data.column}"; '
-            f"set data.column to the one with the text, of: {', '.join(columns)}."
+            f"set data.column to the one with the text, one of: {', '.join(columns)}."
         )
-    return opened if isinstance(opened, datasets.Dataset) or not columns else opened.select_columns([data.column])
+    if isinstance(dataset, datasets.IterableDataset) and columns:
+        return dataset.select_columns([data.column])
+    return dataset
+
+
+def _load_dataset(data: DataSpec) -> Any:
+    """Open a directory that `datasets` has saved, or stream other files or from the hub."""
+    import datasets
+
+    path = Path(data.dataset).expanduser()
+    is_directory = path.is_dir()
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if is_directory and is_saved:
+        return datasets.load_from_disk(str(path))
+    return datasets.load_dataset(
+        str(path) if is_directory else data.dataset,
+        name=data.subset or None,
+        split=data.split,
+        revision=data.revision or None,
+        streaming=True,
+    )
 
 
 def _dataset_texts(rows: Iterable[Any], data: DataSpec) -> Iterator[str]:
+    """The texts of a dataset's rows; DataError if they are not text, or the stream breaks."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -292,18 +366,21 @@ def _dataset_texts(rows: Iterable[Any], data: DataSpec) -> Iterator[str]:
             text = row[data.column]
             if text is not None and not isinstance(text, str):
                 raise DataError(
-                    f'data.dataset = "{data.dataset}": the column "{data.column}" holds {type(text).__name__}, '
-                    "expected text. Set data.column to a column of text, or save ids as .npy and give data.tokens."
+                    f'data.dataset = "{data.dataset}": the column "{data.column}" holds '
+                    f"{type(text).__name__}, expected text. Set data.column to a column of text, "
+                    "or save ids as .npy and give data.tokens."
                 )
             yield text or ""
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(_dataset_message(data, error)) from None
+        raise _unreadable(data, error) from None
 
 
-def _dataset_message(data: DataSpec, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f'data.dataset = "{data.dataset}" (data.subset = "{data.subset}", data.split = "{data.split}") cannot be read: '
-        f"{reason}. It must be a local directory or a dataset on the hub: check the spelling and the network, log in "
-        "with `hf auth login` if access is restricted, or give data.text."
+def _unreadable(data: DataSpec, error: Exception) -> DataError:
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return DataError(
+        f'data.dataset = "{data.dataset}" (data.subset = "{data.subset}", data.split = '
+        f'"{data.split}") cannot be read: {reason}. It must be a local directory or a dataset on '
+        "the hub: check the spelling and the network, log in with `hf auth login` if access is "
+        "restricted, or give data.text instead."
     )

@@ -1,8 +1,13 @@
-"""The seam between training and the outside: activations of many sites, block by block, in a fixed random order.
+"""The seam between training and the outside: blocks of activations of many sites.
 
-A block is a run of raw token positions: sequences drawn from the whole corpus without replacement. Which it holds, the
-order positions are shuffled in, and which of them are left out (BOS, outlier norms) depend on the seed and the block's
-number alone, never on which sites are open: rows do not shift when legs come and go, and a stream has no state to save.
+A block is a stretch of raw token positions: sequences drawn from the whole corpus without
+replacement. Which sequences it holds, the order in which their positions are shuffled, and which
+of these are left out (BOS, outlier norms) depend on the seed and the block's number alone, never
+on which sites are open: rows do not shift when legs come and go, and a stream has no state to
+save.
+
+In shapes: P positions in a block, S sequences in a block, C positions in a sequence (the context),
+D width of the activations at a site.
 """
 
 import math
@@ -28,15 +33,15 @@ LM_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Activations of one block, in shuffled order; valid until its stream is asked for the next. P positions, D width.
+    """Activations of one block, in shuffled order; valid until the next is asked for.
 
-    What it gives may be views of the stream's buffers: to be read, not written to.
+    What it gives may be views of the stream's buffers: read them, do not write to them.
     """
 
     activations: dict[Site, Tensor]
     """(P, D) for each open site, in the dtype the model has there."""
     keep: Tensor
-    """bool (P): rows that are trained on."""
+    """Bool (P): rows that are trained on."""
     batch_tokens: int
 
     @property
@@ -45,62 +50,71 @@ class Block:
         return self.keep.shape[0] // self.batch_tokens
 
     def batch(self, index: int) -> dict[Site, Tensor]:
-        """The kept rows (at most batch_tokens, D) of one batch, as stored, the same positions at every site."""
-        return self._kept(self.activations, index * self.batch_tokens, (index + 1) * self.batch_tokens)
+        """The kept rows (at most batch_tokens, D) of one batch, the same at every site."""
+        start = index * self.batch_tokens
+        return self._kept(self.activations, start, start + self.batch_tokens)
 
     def repeated(self, index: int, repetition: int) -> dict[Site, Tensor]:
-        """The batch that legs train on after batch `index` in a repetition of the block; 0 is the batch itself.
+        """What legs with `reuse` train on after batch `index` in a repetition of the block; 0 is the batch itself.
 
-        In each repetition every batch comes once, far from where it came before.
+        It lies `repetition` strides of 5/13 of the block further on, around its end: as `index` runs through all
+        batches, so does this one.
         """
         stride = max(1, self.n_batches * 5 // 13)
         return self.batch((index + repetition * stride) % self.n_batches)
 
     def chunks(self, sites: Iterable[Site], n: int = 4096) -> Iterator[dict[Site, Tensor]]:
-        """All kept rows of some sites, float32, in shuffled order, from n positions at a time."""
+        """All kept rows of some sites, float32, those of n positions at a time."""
         for start in range(0, self.keep.shape[0], n):
-            yield {site: x.float() for site, x in self._kept(sites, start, start + n).items()}
+            rows = self._kept(sites, start, start + n)
+            yield {site: x.float() for site, x in rows.items()}
 
     def rows(self, site: Site, n: int = 32_768) -> Tensor:
         """The first n kept rows (at most n, D) of a site, float32, in shuffled order."""
-        return self.activations[site].index_select(0, self.keep.nonzero()[:n, 0]).float()
+        first_kept = self.keep.nonzero()[:n, 0]
+        return self.activations[site].index_select(0, first_kept).float()
 
     def _kept(self, sites: Iterable[Site], start: int, stop: int) -> dict[Site, Tensor]:
-        """Kept rows in [start, stop), copied only where some are left out."""
+        """Kept rows in [start, stop): views where all are kept, else copies."""
         slices = {site: self.activations[site][start:stop] for site in sites}
         keep = self.keep[start:stop]
-        if not bool(keep.all()):
-            positions = keep.nonzero()[:, 0]
-            slices = {site: x.index_select(0, positions) for site, x in slices.items()}
-        return slices
+        if bool(keep.all()):
+            return slices
+        positions = keep.nonzero()[:, 0]
+        return {site: x.index_select(0, positions) for site, x in slices.items()}
 
 
 class AbstractStream(ABC):
-    """Gives block `number` with the activations of the sites asked for; the same call gives the same bits.
+    """Gives activations block by block; the same call gives the same bits.
 
-    A block may be gone once the next is asked for.
+    A block may be gone once the next one is asked for.
     """
 
     @abstractmethod
     def block(self, number: int, sites: Sequence[Site]) -> Block:
-        """Positions [number·P, (number + 1)·P) of the axis."""
+        """Positions [number·P, (number + 1)·P) of the token axis, at some sites."""
 
 
 def shuffled(n: int, seed: int, number: int) -> Tensor:
-    """The order of a block's n positions, from seed and block number."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_from("shuffle", seed, number)))
+    """The order of a block's n positions, which follows from the seed and the block's number."""
+    generator = torch.Generator().manual_seed(seed_from("shuffle", seed, number))
+    return torch.randperm(n, generator=generator)
 
 
 class TensorStream(AbstractStream):
-    """Activations held in memory, {site: (N, D)}; past the end it starts again. For tests and for one's own tensors."""
+    """Activations held in memory, {site: (N, D)}, over and over again."""
 
     def __init__(self, tensors: dict[Site, Tensor], *, block_tokens: int, batch_tokens: int, seed: int = 0) -> None:
-        self.tensors, self.block_tokens, self.batch_tokens, self.seed = tensors, block_tokens, batch_tokens, seed
+        self.tensors = tensors
+        self.block_tokens = block_tokens
+        self.batch_tokens = batch_tokens
+        self.seed = seed
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`."""
-        n = next(iter(self.tensors.values())).shape[0]
-        positions = (number * self.block_tokens + shuffled(self.block_tokens, self.seed, number)) % n
+        n_rows = next(iter(self.tensors.values())).shape[0]
+        start = number * self.block_tokens
+        positions = (start + shuffled(self.block_tokens, self.seed, number)) % n_rows
         return Block(
             activations={site: self.tensors[site][positions] for site in sites},
             keep=torch.ones(self.block_tokens, dtype=torch.bool),
@@ -109,20 +123,29 @@ class TensorStream(AbstractStream):
 
 
 class LiveStream(AbstractStream):
-    """Activations computed by the language model as they are needed, from sequences (N, context) of token ids.
+    """Activations computed by the language model, from sequences (N, C) of token ids.
 
-    Each open site has one buffer (P, D), which all blocks share: the model's activations go from its forward straight
-    to their shuffled place. With a cache they are rounded to bfloat16, read from it where it has them and added to it
-    where not; `model` may be None if it has them all.
+    Each open site has one buffer (P, D), which all blocks share: activations go from the model's
+    forward straight to their shuffled rows. With a cache, activations are rounded to bfloat16;
+    those in the cache are read, others are computed and added to it. `model` may be None if the
+    cache has all that will be read.
     """
 
     def __init__(
-        self, model: LanguageModel | None, sequences: np.ndarray, plan: Plan, cache: ActivationCache | None = None
+        self,
+        model: LanguageModel | None,
+        sequences: np.ndarray,
+        plan: Plan,
+        cache: ActivationCache | None = None,
     ) -> None:
-        self.model, self.sequences, self.plan, self.cache = model, sequences, plan, cache
+        self.model = model
+        self.sequences = sequences
+        self.plan = plan
+        self.cache = cache
         self.ids = sequence_ids(sequences) if cache else np.empty(0, dtype=np.int64)
         self.buffers: dict[Site, Tensor] = {}
-        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+        self._epoch = -1
+        self._epoch_order = np.empty(0, dtype=np.int64)
 
     @property
     def device(self) -> torch.device:
@@ -131,118 +154,160 @@ class LiveStream(AbstractStream):
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`."""
-        plan, index = self.plan, self.sequences_of(number)
+        index = self.sequences_of(number)
         tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
-        if self.device.type == "cuda":  # one transfer a block, which no forward waits for
+        if self.device.type == "cuda":  # one transfer per block, which no forward waits for
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        order = shuffled(plan.block_tokens, plan.recipe.train.seed, number).to(self.device)
-        slots = order.argsort().view(tokens.shape)  # where each position goes
+
+        # Row i of the block is position order[i]; the inverse permutation gives the row of each
+        # position.
+        order = shuffled(self.plan.block_tokens, self.plan.recipe.train.seed, number).to(self.device)
+        rows = order.argsort().view(tokens.shape)
         for closed in self.buffers.keys() - set(sites):
             del self.buffers[closed]
         if self.cache:
-            self._read_or_compute(self.cache, self.ids[index], tokens, slots, sites)
+            self._read_or_compute(self.cache, self.ids[index], tokens, rows, sites)
         else:
-            self._compute(tokens, slots, sites)
+            self._compute(tokens, rows, sites)
         return Block(
             activations=self.buffers,
-            keep=kept_positions(plan, tokens, self.buffers, order),
-            batch_tokens=plan.recipe.train.batch_tokens,
+            keep=kept_positions(self.plan, tokens, self.buffers, order),
+            batch_tokens=self.plan.recipe.train.batch_tokens,
         )
 
-    def _compute(self, tokens: Tensor, slots: Tensor, sites: Sequence[Site], lacking: np.ndarray | None = None) -> None:
-        """Run the model over tokens (S, context) into slots (S, context), without batches that lack no sequence."""
-        size = max(1, LM_BATCH_TOKENS // self.plan.recipe.data.context)
-        for start in range(0, tokens.shape[0], size):
-            part = slice(start, start + size)
-            if lacking is None or lacking[part].any():
-                assert self.model, "everything was in the cache when the run began"
-                self.model.visit(tokens[part], {site: partial(self._put, site, slots[part]) for site in sites})
+    def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
+        """Run the model over tokens (S, C); each position has its row of the block in `rows`.
 
-    def _put(self, site: Site, slots: Tensor, x: Tensor) -> None:
-        """Copy activations (..., D) to their slots (...) of a site's buffer."""
-        x = (x.bfloat16() if self.cache else x).flatten(0, -2).contiguous()
+        Batches without a sequence that is `needed`, bool (S), are skipped.
+        """
+        sequences_per_batch = max(1, LM_BATCH_TOKENS // self.plan.recipe.data.context)
+        for start in range(0, tokens.shape[0], sequences_per_batch):
+            batch = slice(start, start + sequences_per_batch)
+            if needed is not None and not needed[batch].any():
+                continue
+            assert self.model, "everything was in the cache when the run began"
+            visitors = {site: partial(self._put, site, rows[batch]) for site in sites}
+            self.model.visit(tokens[batch], visitors)
+
+    def _put(self, site: Site, rows: Tensor, x: Tensor) -> None:
+        """Copy activations (..., D) to their rows (...) of a site's buffer."""
+        if self.cache:
+            x = x.bfloat16()
+        x = x.flatten(0, -2).contiguous()
         if site not in self.buffers:
-            with torch.inference_mode(False):  # rows of it may meet autograd
+            with torch.inference_mode(False):  # views of it may meet autograd
                 self.buffers[site] = x.new_empty(self.plan.block_tokens, x.shape[1])
         buffer = self.buffers[site]
-        if x.device.type == "cpu" and all(n * x.itemsize % 16 == 0 for n in (x.shape[1], x.storage_offset())):
-            buffer, x = buffer.view(torch.complex128), x.view(torch.complex128)  # wide words: half the time
-        buffer.index_copy_(0, slots.flatten(), x)
+
+        # On a CPU, index_copy_ copies element by element: in words of 16 bytes it takes half the
+        # time.
+        row_bytes = x.shape[1] * x.itemsize
+        offset_bytes = x.storage_offset() * x.itemsize
+        if x.device.type == "cpu" and row_bytes % 16 == 0 and offset_bytes % 16 == 0:
+            buffer = buffer.view(torch.complex128)
+            x = x.view(torch.complex128)
+        buffer.index_copy_(0, rows.flatten(), x)
 
     def _read_or_compute(
-        self, cache: ActivationCache, ids: np.ndarray, tokens: Tensor, slots: Tensor, sites: Sequence[Site]
+        self, cache: ActivationCache, ids: np.ndarray, tokens: Tensor, rows: Tensor, sites: Sequence[Site]
     ) -> None:
-        """Fill the buffers from the cache; where it lacks sequences at a site, from the model, and add them to it."""
-        lacking = {site: cache.lacking(site, ids) for site in sites}
-        computed = [site for site in sites if lacking[site].any()]
-        if computed:
-            self._compute(tokens, slots, computed, np.any([lacking[site] for site in computed], axis=0))
+        """Fill the buffers from the cache; what it lacks comes from the model, and is added to it.
+
+        ids: int64 (S); tokens and rows: (S, C).
+        """
+        missing = {site: cache.missing(site, ids) for site in sites}
+        to_compute = [site for site in sites if missing[site].any()]
+        if to_compute:
+            missing_somewhere = np.any([missing[site] for site in to_compute], axis=0)
+            self._compute(tokens, rows, to_compute, needed=missing_somewhere)
+
         for site in sites:
-            known = np.flatnonzero(~lacking[site])
-            for position, x in cache.read(site, ids[known]):
-                self._put(site, slots[known[position]], x.to(self.device))
-            new = np.flatnonzero(lacking[site])
+            # What is in the cache takes the place of what the model has just computed along with
+            # it.
+            stored = np.flatnonzero(~missing[site])
+            for i, x in cache.read(site, ids[stored]):
+                self._put(site, rows[stored[i]], x.to(self.device))
+
+            new = np.flatnonzero(missing[site])
             for start in range(0, len(new), cache.per_shard):
-                part = new[start : start + cache.per_shard]
-                rows = self.buffers[site].index_select(0, slots[part].flatten())
-                cache.write(site, ids[part], rows.view(*slots[part].shape, -1).cpu())
+                shard = new[start : start + cache.per_shard]
+                x = self.buffers[site].index_select(0, rows[shard].flatten())
+                cache.write(site, ids[shard], x.view(*rows[shard].shape, -1).cpu())
 
     def uncached_bytes(self) -> int:
-        """Bytes that the whole plan, read through, would add to the cache."""
+        """Bytes that reading the whole plan would add to the cache."""
         assert self.cache
-        plan, found = self.plan, defaultdict[Site, set[int]](set)
-        for start in range(0, plan.n_tokens, plan.block_tokens):
-            ids = self.ids[self.sequences_of(start // plan.block_tokens)]
-            for site in plan.open_sites(start, start + plan.block_tokens):
-                found[site].update(ids[self.cache.lacking(site, ids)].tolist())
-        return sum(len(ids) * self.cache.bytes_per_sequence(site) for site, ids in found.items())
+        block_tokens = self.plan.block_tokens
+        uncached = defaultdict[Site, set[int]](set)
+        for start in range(0, self.plan.n_tokens, block_tokens):
+            ids = self.ids[self.sequences_of(start // block_tokens)]
+            for site in self.plan.open_sites(start, start + block_tokens):
+                missing = self.cache.missing(site, ids)
+                uncached[site].update(ids[missing].tolist())
+        return sum(len(ids) * self.cache.bytes_per_sequence(site) for site, ids in uncached.items())
 
     def sequences_of(self, number: int) -> np.ndarray:
-        """Which sequences block `number` holds: int64 (P / context)."""
+        """Which sequences block `number` holds: int64 (S)."""
         per_block = self.plan.block_tokens // self.plan.recipe.data.context
         return self.read_order(number * per_block, per_block)
 
     def read_order(self, first: int, n: int) -> np.ndarray:
-        """Which sequences are read as the first-th and the n - 1 after it: a new permutation of all in every epoch.
+        """Which sequences are read from `first` on: all of them per epoch, in a new order.
 
-        Long documents fill many sequences in a row; without this a short leg would see only a few of them.
+        Long documents fill many sequences in a row; read in their order, a short leg would see
+        only a few documents.
         """
-        total, parts = len(self.sequences), []
+        total = len(self.sequences)
+        parts = []
         for epoch in range(first // total, (first + n - 1) // total + 1):
-            if epoch != self.epoch:
+            if epoch != self._epoch:
                 generator = np.random.default_rng(seed_from("order", self.plan.recipe.train.seed, epoch))
-                self.epoch, self.order = epoch, generator.permutation(total)
-            parts.append(self.order[max(0, first - epoch * total) : first + n - epoch * total])
+                self._epoch = epoch
+                self._epoch_order = generator.permutation(total)
+            begin = max(0, first - epoch * total)
+            end = first + n - epoch * total
+            parts.append(self._epoch_order[begin:end])
         return np.concatenate(parts)
 
 
-def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor], order: Tensor | None = None) -> Tensor:
-    """bool (P): not the BOS in front, no outlier of norm at the plan's probe site; tokens: (P / context, context).
+# --- which positions are kept ------------------------------------------------------------------
 
-    `order` (P) is that of the activations' rows, if they are not in the tokens' order; the result has the same.
+
+def kept_positions(
+    plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor], order: Tensor | None = None
+) -> Tensor:
+    """Bool (P): not the BOS in front, nor an outlier of norm at the plan's probe site.
+
+    tokens: (P / C, C); activations: (P, D), with those of the probe site. `order` (P) is the order
+    of their rows, if it is not that of the tokens; the result has the same order.
     """
     keep = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     if plan.recipe.data.prepend_bos:
         keep[:, 0] = False
-    keep = keep.flatten() if order is None else keep.flatten()[order]
+    keep = keep.flatten()
+    if order is not None:
+        keep = keep[order]
     if plan.probe_site:
-        norms = torch.cat([x.float().norm(dim=1) for x in activations[plan.probe_site].split(4096)])
-        keep &= norms <= plan.recipe.data.outlier_norm * norms[keep].nanmedian()
+        x = activations[plan.probe_site]
+        norms = torch.cat([rows.float().norm(dim=1) for rows in x.split(4096)])
+        median = norms[keep].nanmedian()
+        keep &= norms <= plan.recipe.data.outlier_norm * median
     return keep
 
 
 def trained_on(plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor]) -> Tensor:
-    """bool (B, C): `kept_positions` of tokens (B, C), from activations (B, C, D) with those of the probe site."""
-    flat = {site: x.flatten(0, 1) for site, x in activations.items()}
-    return kept_positions(plan, tokens, flat).view_as(tokens)
+    """Bool (B, C): `kept_positions` of tokens (B, C), from activations (B, C, D)."""
+    rows = {site: x.flatten(0, 1) for site, x in activations.items()}
+    return kept_positions(plan, tokens, rows).view_as(tokens)
 
 
 def gather_rows(plan: Plan, stream: AbstractStream, n: int) -> tuple[dict[Site, Tensor], int]:
-    """At least n rows (n, D) of every site, from the first blocks; and how many positions were read for them."""
-    found = {site: list[Tensor]() for site in plan.sites}
+    """The first n kept rows (n, D) of every site, float32, and how many positions were read."""
     n_blocks = math.ceil(n / plan.block_tokens)
+    parts: dict[Site, list[Tensor]] = {site: [] for site in plan.sites}
     for number in range(n_blocks):
         block = stream.block(number, plan.sites)
-        for site, parts in found.items():
-            parts.append(block.rows(site, n))
-    return {site: torch.cat(parts)[:n] for site, parts in found.items()}, n_blocks * plan.block_tokens
+        for site in plan.sites:
+            parts[site].append(block.rows(site, n))
+    rows = {site: torch.cat(parts[site])[:n] for site in plan.sites}
+    return rows, n_blocks * plan.block_tokens

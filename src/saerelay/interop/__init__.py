@@ -1,15 +1,14 @@
-"""Dictionaries of other tools in, ours out: one file a format, each with `recognises`, `read` and (some) `write`.
+"""Dictionaries of other tools in, ours out: one file per format.
 
     own  saelens  gemma_scope  sparsify  dictionary_learning  llamascopium  openai
 
-`recognises(path)` looks at the names in a directory (or at the name of a file) and opens no tensors; `read(path)` gives
-a canonical `Dictionary`, exactly the same function, and an `Origin`; `write(path, dictionary, origin)` fills a
-directory. May import the ground, `sae` and `runs`.
+To add a format, write a module as `Format` describes it, and list it in FORMATS. May import the
+ground, `sae` and `runs`.
 """
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 from saerelay.errors import FormatError
 from saerelay.interop import dictionary_learning, gemma_scope, hub, llamascopium, openai, own, saelens, sparsify
@@ -18,43 +17,83 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
-FORMATS: tuple[ModuleType, ...] = (own, saelens, gemma_scope, sparsify, dictionary_learning, llamascopium, openai)
-"""All that are read; those with a `write` are written, too."""
-WRITTEN = tuple(format.NAME for format in FORMATS if hasattr(format, "write"))
+
+class Format(Protocol):
+    """What the module of a format has."""
+
+    @property
+    def NAME(self) -> str:
+        """What --format calls it; a constant."""
+        ...
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a directory or file is of this format, by names alone: no tensors are read."""
+        ...
+
+    def read(self, path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
+        """The SAE in canonical form, exactly the same function, and its origin."""
+        ...
+
+
+class WritableFormat(Format, Protocol):
+    """What the module of a format has that is written as well."""
+
+    def write(self, path: Path, dictionary: Dictionary, origin: Origin) -> None:
+        """Fill a directory; FormatError if the format cannot express the dictionary."""
+        ...
+
+
+FORMATS: tuple[Format, ...] = (own, saelens, gemma_scope, sparsify, dictionary_learning, llamascopium, openai)
+"""All that are read, in the order in which they are tried."""
+
+_WRITABLE: tuple[WritableFormat, ...] = (own, saelens, sparsify, dictionary_learning)
+
+WRITTEN = tuple(format.NAME for format in _WRITABLE)
+"""Names of the formats that are written as well."""
+
+
+# --- reading -----------------------------------------------------------------------------------
 
 
 def load_dictionary(
     reference: str | Path, *, format: str = "", model: str = "", site: Site | None = None
 ) -> tuple[Dictionary, Origin]:
-    """Read a trained SAE of any format in canonical form, and what its files say of it.
+    """Read a trained SAE of any format in canonical form, and what its files say about it.
 
-    `sae, origin = load_dictionary("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")`; a reference
-    is a directory, a file, or hf://user/repo[@revision][/path]. `format` is found out unless given; `model` and `site`
-    are taken where the files do not say. Raises FormatError if it is of no known format or damaged, if its files name
-    another site, or if no dictionary of raw activations equals it (then `load_layer_normed` reads it).
+    `sae, origin =
+    load_dictionary("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")`; a
+    reference is a directory, a file, or hf://user/repo[@revision][/path]. The format is detected
+    unless `format` names it; `model` and `site` are used where the files do not say. Raises
+    HubError if the hub cannot provide it; FormatError if it is damaged or of no known format, if
+    its files name another site, or if it equals no dictionary of raw activations
+    (`load_layer_normed` reads those that do not).
     """
     dictionary, origin = read_any(reference, format=format, model=model, site=site)
     if isinstance(dictionary, LayerNormed):
         raise FormatError(
-            f"{reference}: normalises each token by its own mean and deviation, which no fixed dictionary of raw "
-            "activations does. In Python, saerelay.load_layer_normed reads it as it is, and its at_scale(x) is the "
-            "nearest one for activations x; `saerelay hop` takes that one"
+            f"{reference}: normalises each token by its own mean and deviation, which no fixed "
+            "dictionary of raw activations does. In Python, saerelay.load_layer_normed reads it "
+            "as it is, and its at_scale(x) is the nearest one for activations x; `saerelay hop` "
+            "uses that one"
         )
     return dictionary, origin
 
 
 def load_layer_normed(reference: str | Path, *, format: str = "") -> tuple[LayerNormed, Origin]:
-    """Read a trained SAE that normalises each token by itself (layer norm): OpenAI's v5, some of SAELens."""
+    """Read a trained SAE with a layer norm over each token: OpenAI's v5, some of SAELens.
+
+    Raises what `load_dictionary` raises, and FormatError for SAEs of raw activations.
+    """
     dictionary, origin = read_any(reference, format=format)
     if isinstance(dictionary, Dictionary):
-        raise FormatError(f"{reference}: acts on raw activations; saerelay.load_dictionary reads it")
+        raise FormatError(f"{reference}: reads raw activations; load it with saerelay.load_dictionary")
     return dictionary, origin
 
 
 def read_any(
     reference: str | Path, *, format: str = "", model: str = "", site: Site | None = None
 ) -> tuple[Dictionary | LayerNormed, Origin]:
-    """What `load_dictionary` reads, or `load_layer_normed`."""
+    """Read a trained SAE with or without a layer norm; otherwise as `load_dictionary`."""
     path = hub.local(reference)
     chosen = format_named(format) if format else format_of(path)
     dictionary, origin = chosen.read(path)
@@ -63,39 +102,57 @@ def read_any(
     return dictionary, replace(origin, model=origin.model or model, site=origin.site or site)
 
 
-def format_of(path: Path) -> ModuleType:
-    """The format of a directory or file."""
+# --- detecting ---------------------------------------------------------------------------------
+
+
+def format_of(path: Path) -> Format:
+    """The format of a directory or file; FormatError if it is of none, or holds several SAEs."""
     if not path.exists():
         raise FormatError(f"{path}: no such file or directory")
     for format in FORMATS:
         if format.recognises(path):
             return format
-    found = [place.relative_to(path) for place in places_in(path)]
-    names = ", ".join(format.NAME for format in FORMATS)
-    if found:
-        shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-        raise FormatError(f"{path}: holds {len(found)} SAEs; give one of them: {shown}")
-    raise FormatError(f"{path}: no SAE of a known format ({names}) is here; name one with --format if it is")
+
+    inside = [str(sae.relative_to(path)) for sae in find_saes(path)]
+    if inside:
+        more = ", ..." if len(inside) > 8 else ""
+        raise FormatError(f"{path}: holds {len(inside)} SAEs; give one of them: {', '.join(inside[:8])}{more}")
+    raise FormatError(f"{path}: no SAE of a known format here ({_names(FORMATS)}); if it is one, name it with --format")
 
 
-def places_in(path: Path) -> list[Path]:
-    """The directories and files in a directory, itself included, that hold an SAE each, as far as names tell."""
-    inside = [path, *sorted(path.rglob("*"))]
-    known = {place for place in inside if any(format.recognises(place) for format in FORMATS)}
-    return [place for place in inside if place in known and known.isdisjoint(place.parents)]
+def find_saes(directory: Path) -> list[Path]:
+    """The SAEs in a directory or below it, as far as names tell; none inside another."""
+    saes: set[Path] = set()
+    for path in [directory, *sorted(directory.rglob("*"))]:
+        is_inside_another = not saes.isdisjoint(path.parents)
+        if not is_inside_another and any(format.recognises(path) for format in FORMATS):
+            saes.add(path)
+    return sorted(saes)
 
 
-def format_named(name: str) -> ModuleType:
-    """The format with a name."""
+def format_named(name: str) -> Format:
+    """The format with a name; FormatError if there is none."""
     for format in FORMATS:
         if format.NAME == name:
             return format
-    raise FormatError(f'no format "{name}"; these are known: {", ".join(format.NAME for format in FORMATS)}')
+    raise FormatError(f'unknown format "{name}"; expected one of: {_names(FORMATS)}')
+
+
+def _names(formats: tuple[Format, ...]) -> str:
+    return ", ".join(format.NAME for format in formats)
+
+
+# --- writing -----------------------------------------------------------------------------------
 
 
 def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, format: str) -> None:
-    """Write a dictionary into a directory in one of the formats of WRITTEN; FormatError if it cannot be said there."""
-    chosen = format_named(format)
-    if format not in WRITTEN:
-        raise FormatError(f"{format} is read, not written; these are: {', '.join(WRITTEN)}")
-    chosen.write(Path(path), dictionary, origin)
+    """Write a dictionary into a directory in one of the formats of WRITTEN.
+
+    Raises FormatError if the format cannot express it, is only read, or is unknown.
+    """
+    for writable in _WRITABLE:
+        if writable.NAME == format:
+            writable.write(Path(path), dictionary, origin)
+            return
+    format_named(format)  # an error if it is unknown
+    raise FormatError(f"{format} is only read, not written; these formats are written: {', '.join(WRITTEN)}")

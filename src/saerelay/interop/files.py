@@ -1,4 +1,4 @@
-"""Reading tensors of others: nothing in a file is run, and what is wrong is said with file, tensor and shapes."""
+"""Reading other tools' files: nothing is run, and errors name the file and the tensor."""
 
 import json
 import math
@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saerelay.errors import FormatError
-from saerelay.sae.dictionary import Dictionary
 
 T = TypeVar("T")
+
+
+# --- configurations ----------------------------------------------------------------------------
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -32,182 +34,176 @@ def read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .npz or .pt file, or of the shards that `path`.index.json names.
+def lookup(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    """The value of a key in a configuration, or None if it has none, or one of another type.
 
-    Of a .pt only the tensors are taken; `read_pickle` gives the rest.
+    >>> lookup({"l0": 32}, "l0", float), lookup({"l0": "32"}, "l0", float)
+    (32.0, None)
+    >>> lookup({"k": True}, "k", int) is None
+    True
+    """
+    value: Any = config.get(key)
+    is_bool = isinstance(value, bool)  # which Python takes for an int as well
+    if is_bool and kind is not bool:
+        return None
+    if kind is float and isinstance(value, int):
+        value = float(value)
+    return value if isinstance(value, kind) else None
+
+
+def read_number(path: Path, config: Mapping[str, Any], key: str) -> float:
+    """The positive number that a configuration gives for a key; FormatError if there is none."""
+    value: Any = config.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise FormatError(f"{path}: {key} is {value!r}, expected a positive number")
+    return value
+
+
+def read_count(path: Path, config: Mapping[str, Any], key: str, *, most: int) -> int:
+    """The whole number from 1 to `most` for a key; FormatError if there is none.
+
+    >>> read_count(Path("cfg.json"), {"k": 65}, "k", most=64)
+    Traceback (most recent call last):
+    saerelay.errors.FormatError: cfg.json: k is 65, expected a whole number from 1 to 64
+    """
+    value = read_number(path, config, key)
+    if value % 1 or value > most:
+        raise FormatError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {most}")
+    return int(value)
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors, .npz or .pt file, or in the shards of an index.
+
+    Of a .pt file only the tensors are taken; `read_pickle` gives the rest. Raises FormatError if
+    a file is missing or damaged.
     """
     index = path.with_name(f"{path.name}.index.json")
     if not path.is_file() and index.is_file():
-        return {name: tensor for shard in _shards(index) for name, tensor in _read_safetensors(shard).items()}
-    match path.suffix:
-        case ".npz":
-            with _damage_named(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        case ".pt" | ".pth":
-            return {name: value for name, value in read_pickle(path).items() if isinstance(value, Tensor)}
-        case _:
-            return _read_safetensors(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with _damage_named(path):
-        return load_file(path)
+        tensors = {}
+        for shard in _shards(index):
+            tensors.update(_read_safetensors(shard))
+        return tensors
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.suffix in (".pt", ".pth"):
+        values = read_pickle(path)
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return _read_safetensors(path)
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """What a .pt file holds: tensors and plain values. A pickle can run code: one that asks for more is refused."""
-    with _damage_named(path):
+    """What a .pt file holds: tensors and plain values.
+
+    A pickle can run code when it is read; one that asks for more than tensors and plain values is
+    refused with a FormatError.
+    """
+    with _reading(path):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
         raise FormatError(f"{path}: holds a {type(loaded).__name__}, expected tensors by name")
     return loaded
 
 
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except UnpicklingError:  # its text says at length how to switch the protection off
-        raise FormatError(
-            f"{path}: damaged, or holds Python objects beside tensors, and reading those can run code; refused. "
-            "Convert it where you trust it: keep the tensors alone, with safetensors.torch.save_file"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile,
-            safetensors.SafetensorError) as error:  # fmt: skip
-        raise FormatError(f"{path}: cut off or damaged, cannot be read ({' '.join(str(error).split())})") from None
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _reading(path):
+        return load_file(path)
 
 
-def said(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
-    """What a configuration says for a key, or None if it says nothing, or something of another type.
-
-    >>> said({"l0": 32}, "l0", float), said({"l0": "32"}, "l0", float)
-    (32.0, None)
-    """
-    value: Any = config.get(key)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    return value if isinstance(value, kind) and isinstance(value, bool) == (kind is bool) else None
-
-
-def read_number(path: Path, config: Mapping[str, Any], key: str, *, most: int | None = None) -> float:
-    """The positive number that a configuration gives for a key, a whole one up to `most` if that is given.
-
-    >>> read_number(Path("cfg.json"), {"k": 65}, "k", most=64)
-    Traceback (most recent call last):
-    saerelay.errors.FormatError: cfg.json: k is 65, expected a whole number from 1 to 64
-
-    Raises FormatError if there is no such number.
-    """
-    value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise FormatError(f"{path}: {key} is {value!r}, expected a positive number")
-    if most is not None and (value % 1 or value > most):
-        raise FormatError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {most}")
-    return value
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with _reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
 def _shards(index: Path) -> list[Path]:
+    """The files that an index lists, each of which must lie beside it."""
     shards = read_config(index).get("weight_map")
     if not isinstance(shards, dict):
-        raise FormatError(f"{index}: weight_map is missing; it says which file has which tensor")
+        raise FormatError(f"{index}: weight_map is missing, which tells the file of each tensor")
     for name in shards.values():
-        if not isinstance(name, str) or PurePath(name).name != name or not name or "\\" in name or name == "..":
+        if not _is_file_name(name):
             raise FormatError(f"{index}: names {name!r}, which is not a file beside it; refused")
     return [index.with_name(name) for name in sorted(set(shards.values()))]
 
 
-def shaped(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], **sizes: int | None) -> list[Tensor]:
-    """The tensors named in `shapes`, float32, with one letter a dimension meaning the same size everywhere.
+def _is_file_name(name: Any) -> bool:
+    """Whether it is a plain name, which leads to no other directory."""
+    if not isinstance(name, str) or not name or name == ".." or "\\" in name:
+        return False
+    return PurePath(name).name == name
 
-    >>> found = {"W": torch.zeros(2, 3), "b": torch.zeros(4)}
-    >>> shaped(Path("a.safetensors"), found, {"W": "DF", "b": "F"})
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a file into a FormatError that names it."""
+    damages = (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        safetensors.SafetensorError,
+    )
+    try:
+        yield
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except UnpicklingError:  # whose text explains at length how to switch the protection off
+        raise FormatError(
+            f"{path}: damaged, or holds Python objects besides tensors, and reading those can run "
+            "code; refused. Convert it where you trust it: save only its tensors, with "
+            "safetensors.torch.save_file"
+        ) from None
+    except damages as error:
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{path}: cut off or damaged, cannot be read ({reason})") from None
+
+
+def take(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], **sizes: int | None) -> list[Tensor]:
+    """The tensors named in `shapes`, as float32, once their shapes are checked.
+
+    >>> tensors = {"W": torch.zeros(2, 3), "b": torch.zeros(4)}
+    >>> take(Path("a.safetensors"), tensors, {"W": "DF", "b": "F"})
     Traceback (most recent call last):
     saerelay.errors.FormatError: a.safetensors: tensor b has shape (4), expected (F) = (3)
 
-    `sizes` are those that something else says of letters (a configuration, say). Raises FormatError for a tensor that
-    is missing, of another shape, or not finite.
+    Shapes have one letter per dimension, which means the same size in all of them; `sizes` are
+    those that are known from elsewhere, such as a configuration. Raises FormatError for a tensor
+    that is missing, of another shape, or not finite.
     """
-    known = {letter: size for letter, size in sizes.items() if size is not None}
+    bound = {letter: size for letter, size in sizes.items() if size is not None}
     taken = []
     for name, letters in shapes.items():
         if name not in tensors:
-            there = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items()) or "nothing"
-            raise FormatError(f"{path}: tensor {name} ({', '.join(letters)}) is missing; there is {there}")
-        tensor = tensors[name]
-        bound = known | {
-            letter: size for letter, size in zip(letters, tensor.shape, strict=False) if letter not in known
-        }
-        expected = tuple(bound.get(letter, -1) for letter in letters)
-        if tuple(tensor.shape) != expected:
-            found, wanted = ", ".join(map(str, tensor.shape)), ", ".join(map(str, expected))
+            present = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
             raise FormatError(
-                f"{path}: tensor {name} has shape ({found}), expected ({', '.join(letters)}) = ({wanted})"
+                f"{path}: tensor {name} ({', '.join(letters)}) is missing; the file has {present or 'no tensors'}"
             )
-        tensor = tensor.float()
-        if tensor.numel() and not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):  # fast, sees NaN
-            raise FormatError(f"{path}: tensor {name} has values that are not finite; the file is damaged")
-        known = bound
+        tensor = tensors[name].float()
+        for letter, size in zip(letters, tensor.shape, strict=False):
+            bound.setdefault(letter, size)  # the first tensor with a letter decides its size
+        _check(path, name, tensor, letters, bound)
         taken.append(tensor)
     return taken
 
 
-def canonical(
-    architecture: str,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    *,
-    subtracts_b_dec: bool = False,
-    scale: float = 1.0,
-    threshold: Tensor | None = None,
-    k: int | None = None,
-) -> Dictionary:
-    """A dictionary of raw activations x from one that reads s·x, with b_dec subtracted first or not.
-
-    W_enc and W_dec have one row per latent. With u = s·x: pre = (u − b_dec) W_encᵀ + b_enc and u_hat = z W_dec + b_dec
-    become W_enc' = s W_enc, b_enc' = b_enc − W_enc b_dec, W_dec' = W_dec / s, b_dec' = b_dec / s; codes and thresholds
-    stay as they are.
-    """
-    W_enc, W_dec = W_enc.contiguous(), W_dec.contiguous()
-    if subtracts_b_dec:
-        b_enc = (b_enc.double() - _product(W_enc, b_dec)).float()
-    if scale != 1:
-        W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, b_dec / scale
-    return Dictionary(
-        architecture=architecture,
-        W_enc=W_enc,
-        b_enc=b_enc,
-        W_dec=W_dec,
-        b_dec=b_dec,
-        threshold=threshold,
-        k=k,
-    )
-
-
-def encoder_bias(dictionary: Dictionary) -> Tensor:
-    """b_enc (F) for tools whose encoder reads x − b_dec: undoes what `canonical` does with `subtracts_b_dec`."""
-    d = dictionary
-    return (d.b_enc.double() + _product(d.W_enc, d.b_dec)).float()
-
-
-def _product(W: Tensor, b: Tensor) -> Tensor:
-    """W b (F) in float64, for W (F, D); in parts, for W has gigabytes and b, a mean, is large."""
-    return torch.cat([rows.double() @ b.double() for rows in W.split(512)])
-
-
-def ungated(W: Tensor, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc, b_enc and threshold of the JumpReLU that a gated encoder equals; W (F, D), the others (F).
-
-    1[W u + b_gate > 0]·relu(e^r W u + b_mag) (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 6 to 8): with
-    pre = e^r W u + b_mag, the gate is open where pre > b_mag − e^r b_gate.
-
-    >>> one = torch.ones(1)
-    >>> ungated(one[None], 0 * one, -0.5 * one, 2 * one)
-    (tensor([[1.]]), tensor([2.]), tensor([2.5000]))
-    """
-    magnitude = r_mag.exp()
-    return W * magnitude[:, None], b_mag, (b_mag - magnitude * b_gate).clamp(min=0)
+def _check(path: Path, name: str, tensor: Tensor, letters: str, sizes: Mapping[str, int]) -> None:
+    """Raise FormatError if a tensor is of another shape than its letters say, or not finite."""
+    expected = [sizes.get(letter, "?") for letter in letters]
+    if list(tensor.shape) != expected:
+        found_sizes = ", ".join(str(size) for size in tensor.shape)
+        expected_sizes = ", ".join(str(size) for size in expected)
+        raise FormatError(
+            f"{path}: tensor {name} has shape ({found_sizes}), expected ({', '.join(letters)}) = ({expected_sizes})"
+        )
+    if tensor.numel():
+        extremes = torch.stack(tensor.aminmax())  # NaN anywhere gives NaN
+        if not bool(extremes.isfinite().all()):
+            raise FormatError(f"{path}: tensor {name} has values that are not finite; the file is damaged")

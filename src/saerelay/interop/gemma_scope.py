@@ -1,8 +1,9 @@
-"""Gemma Scope: JumpReLU SAEs of every layer of Gemma 2 (params.npz) and Gemma 3 (params.safetensors, config.json).
+"""Gemma Scope: params.npz for Gemma 2, params.safetensors and config.json for Gemma 3.
 
     pre = x w_enc + b_enc        z = relu(pre)·1[pre > threshold]        x_hat = z w_dec + b_dec
 
-They read raw activations. Which, the names of repository and folders say; config.json too, where there is one.
+They read raw activations. At which site is in the names of repository and folders, and in
+config.json where there is one.
 """
 
 import math
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from saerelay.errors import FormatError
-from saerelay.interop.files import canonical, read_config, read_tensors, shaped
+from saerelay.interop.canonical import canonical
+from saerelay.interop.files import read_config, read_tensors, take
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary
@@ -20,9 +22,17 @@ from saerelay.site import ModuleKind, Site
 NAME = "gemma_scope"
 _FILES = ("params.npz", "params.safetensors")
 _SHAPES = {"w_enc": "DF", "b_enc": "F", "w_dec": "FD", "b_dec": "D", "threshold": "F"}
+_TRANSCODERS = ("transcoder", "transcoders", "clt")
+
 _MODULES: dict[str, ModuleKind] = {
-    **{"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"},  # at the end of a repository's name
-    **{"resid_post": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_z"},  # the names of folders, since Gemma 3
+    # at the end of a repository's name
+    "res": "resid_post",
+    "mlp": "mlp_out",
+    "att": "attn_z",
+    # folders, since Gemma 3
+    "resid_post": "resid_post",
+    "mlp_out": "mlp_out",
+    "attn_out": "attn_z",
 }
 
 
@@ -34,54 +44,117 @@ def recognises(path: Path) -> bool:
 def read(path: Path) -> tuple[Dictionary, Origin]:
     """The SAE of a directory such as gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71.
 
-    Those in `embedding` read embeddings before Gemma multiplies them by √D; here they read the residual stream before
-    layer 0, which is after that (so b_dec is multiplied, too). Raises FormatError for transcoders, which read one place
-    and write another.
+    Those in `embedding` read embeddings before Gemma multiplies them by √D; here they read the
+    residual stream before layer 0, which comes after that (so b_dec is multiplied as well). Raises
+    FormatError for transcoders, which read one place and write another.
     """
-    file = (
-        path if path.is_file() else next((path / name for name in _FILES if (path / name).is_file()), path / _FILES[1])
-    )
+    file = _weights_file(path)
     config_file = file.with_name("config.json")
     config = read_config(config_file) if config_file.is_file() else {}
-    origin, kind = _origin(file, config)
-    reads, writes = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    kind = _kind(file)
     tensors = read_tensors(file)
-    unknown = sorted(tensors.keys() - _SHAPES.keys())
-    if kind in ("transcoder", "transcoders", "clt") or unknown or (writes and writes != reads):
-        why = (
-            f"it has a tensor {unknown[0]}" if unknown else f"it reads {reads or 'one place'}, writes {writes or kind}"
-        )
-        raise FormatError(f"{file}: is a transcoder or another relative of SAEs ({why}); saerelay reads SAEs")
-    w_enc, b_enc, w_dec, b_dec, threshold = shaped(file, tensors, _SHAPES)
+    _check_is_sae(file, kind, config, set(tensors))
+
+    w_enc, b_enc, w_dec, b_dec, threshold = take(file, tensors, _SHAPES)
+    dictionary = Dictionary(
+        architecture="jumprelu",
+        W_enc=w_enc.T,
+        b_enc=b_enc,
+        W_dec=w_dec,
+        b_dec=b_dec,
+        threshold=threshold,
+    )
     scale = 1 / math.sqrt(len(b_dec)) if "embedding" in file.parts else 1.0
-    return canonical("jumprelu", w_enc.T, b_enc, w_dec, b_dec, scale=scale, threshold=threshold), origin
+    return canonical(dictionary, scale=scale), _origin(file, kind, config)
 
 
-def _origin(file: Path, config: dict[str, Any]) -> tuple[Origin, str]:
-    """What the path and the configuration say, and the kind of thing that is there by its path."""
-    place = file.absolute().as_posix()
-    repository = re.search(r".*gemma-scope-(2-)?(\d+[mb])-(pt|it)(?:-(res|mlp|att|transcoders))?(?![\w-])", place)
-    named = re.search(r"gemma-v?3-(\d+[mb])-(pt|it)", str(config.get("model_name", "")))
-    model, module = "", ""
-    if repository:
-        module = repository[4] or ""
-        generation = "3" if repository[1] else "2"
-        model = _model(generation, repository[2], repository[3])
-    if named:
-        model = _model("3", named[1], named[2])
-    folder = re.search(r".*/(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?/", place)
-    module = folder[1] if folder else module
-    layer, l0 = re.search(r".*/layer_(\d+)", place), re.search(r"/average_l0_(\d+)", place)
-    site = site_named(str(config.get("hf_hook_point_in", "")))
+def _weights_file(path: Path) -> Path:
+    """The file in a directory, or the file itself; if neither exists, the name for the error."""
+    if path.is_file():
+        return path
+    for name in _FILES:
+        if (path / name).is_file():
+            return path / name
+    return path / "params.safetensors"
+
+
+def _check_is_sae(file: Path, kind: str, config: dict[str, Any], tensor_names: set[str]) -> None:
+    """Raise FormatError for transcoders and other relatives of SAEs."""
+    reads = config.get("hf_hook_point_in")
+    writes = config.get("hf_hook_point_out")
+    unknown = sorted(tensor_names - _SHAPES.keys())
+    if unknown:
+        reason = f"it has a tensor {unknown[0]}"
+    elif kind in _TRANSCODERS or (writes and writes != reads):
+        reason = f"it reads {reads or 'one place'} and writes {writes or kind}"
+    else:
+        return
+    raise FormatError(f"{file}: is a transcoder or another relative of SAEs ({reason}); saerelay reads SAEs")
+
+
+def _kind(file: Path) -> str:
+    """What the path says is there: a key of _MODULES, a transcoder, or "".
+
+    The name of a folder outranks that of the repository.
+    """
+    path = file.absolute().as_posix()
+    folder = re.search(r".*/(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?/", path)
+    if folder:
+        return folder[1]
+    repository = _repository(path)
+    return (repository["kind"] or "") if repository else ""
+
+
+def _repository(path: str) -> re.Match[str] | None:
+    """A repository's name in a path: gemma-scope-2b-pt-res, gemma-scope-2-4b-it."""
+    return re.search(
+        r".*gemma-scope-(?P<gemma_3>2-)?(?P<size>\d+[mb])-(?P<variant>pt|it)"
+        r"(?:-(?P<kind>res|mlp|att|transcoders))?(?![\w-])",
+        path,
+    )
+
+
+def _origin(file: Path, kind: str, config: dict[str, Any]) -> Origin:
+    """Model, site and L0, by the path and the configuration."""
+    path = file.absolute().as_posix()
+    l0 = re.search(r"/average_l0_(\d+)", path)
+    return Origin(
+        model=_model(path, config),
+        site=_site(file, kind, config),
+        context=1024,
+        prepend_bos=True,
+        l0=float(l0[1]) if l0 else None,
+    )
+
+
+def _site(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
     if "embedding" in file.parts:
-        site = Site(0, "resid_pre")
-    elif site is None and layer and module in _MODULES:
-        site = Site(int(layer[1]), _MODULES[module])
-    origin = Origin(model=model, site=site, context=1024, prepend_bos=True, l0=float(l0[1]) if l0 else None)
-    return origin, module
+        return Site(0, "resid_pre")
+    site = site_named(str(config.get("hf_hook_point_in", "")))
+    if site is not None:
+        return site
+    layer = re.search(r".*/layer_(\d+)", file.absolute().as_posix())
+    if layer and kind in _MODULES:
+        return Site(int(layer[1]), _MODULES[kind])
+    return None
 
 
-def _model(generation: str, size: str, variant: str) -> str:
-    """The hub id of a Gemma: google/gemma-2-2b, google/gemma-2-2b-it, google/gemma-3-1b-pt, google/gemma-3-270m."""
+def _model(path: str, config: dict[str, Any]) -> str:
+    """The hub id of the SAE's Gemma, "" if nothing says it; Gemma Scope 2 is of Gemma 3."""
+    named = re.search(r"gemma-v?3-(\d+[mb])-(pt|it)", str(config.get("model_name", "")))
+    if named:
+        return _hub_id("3", size=named[1], variant=named[2])
+    repository = _repository(path)
+    if repository:
+        generation = "3" if repository["gemma_3"] else "2"
+        return _hub_id(generation, size=repository["size"], variant=repository["variant"])
+    return ""
+
+
+def _hub_id(generation: str, *, size: str, variant: str) -> str:
+    """google/gemma-2-2b, google/gemma-2-2b-it, google/gemma-3-1b-pt, google/gemma-3-270m."""
     base = f"google/gemma-{generation}-{size}"
-    return base if variant == "pt" and (generation == "2" or size == "270m") else f"{base}-{variant}"
+    pretrained_has_no_suffix = generation == "2" or size == "270m"
+    if variant == "pt" and pretrained_has_no_suffix:
+        return base
+    return f"{base}-{variant}"

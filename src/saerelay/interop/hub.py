@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what hf://user/repo[@revision][/path] names, brought here; a folder, taken there."""
+"""The Hugging Face hub: bring what hf://user/repo[@revision][/path] names, upload a folder."""
 
 import difflib
 import glob
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from saerelay.errors import FormatError
-from saerelay.lm.source import explain_hub
+from saerelay.errors import FormatError, HubError
+from saerelay.hub import explain_hub
 
 _WEIGHTS = (".safetensors", ".npz", ".pt")
-_KINDS = (*_WEIGHTS, ".json", ".md")
+_FETCHED = (*_WEIGHTS, ".json", ".md")
 """Endings of the files that are fetched: never code."""
 _TRAINING_STATE = re.compile(r"(optimizer|lr_scheduler|state|rank_\d+_state).*\.pt")
 
@@ -25,63 +25,10 @@ class Reference(NamedTuple):
     revision: str
     path: str
 
-
-def local(reference: str | Path) -> Path:
-    """The directory or file that a reference means, brought from the hub if it is hf://user/repo[@revision][/path].
-
-    >>> local("runs/a/legs/L3")
-    PosixPath('runs/a/legs/L3')
-
-    Files come into the hub's cache, under the hash of the commit that the name means now; without network, what is
-    there is used. Of a directory only an SAE's own files are fetched, not what lies below. Raises FormatError if the
-    repository, the revision or the path is not there, or not for you, with the remedy.
-    """
-    if not is_remote(reference):
-        return Path(reference).expanduser()
-    from huggingface_hub import snapshot_download
-
-    named = parse(reference)
-    with _explained(named):
-        wanted = _own_files(named, *_listed(named))
-        here = snapshot_download(named.repo, revision=named.revision or None, allow_patterns=_exactly(wanted))
-    return Path(here) / named.path
-
-
-def download(reference: str, into: Path) -> Path:
-    """Fetch all SAEs of a repository, or of a folder in it, into a new directory; the directory of that folder.
-
-    Code, and the states of optimisers, stay where they are. Raises what `local` raises.
-    """
-    from huggingface_hub import snapshot_download
-
-    named = parse(reference)
-    with _explained(named):
-        wanted = _below(named, *_listed(named))
-        snapshot_download(named.repo, revision=named.revision or None, allow_patterns=_exactly(wanted), local_dir=into)
-    shutil.rmtree(into / ".cache", ignore_errors=True)  # the hub's own notes of the download
-    here = into / named.path
-    return here.parent if here.is_file() else here
-
-
-def upload(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Put a folder's files into a repository of the hub, made if it is not there; the address of the commit."""
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore  # re-exported: httpx or httpx2
-
-    if get_token() is None:
-        raise FormatError(
-            f"{repo}: nobody is logged in to the hub here; run `hf auth login`, with a token that may write"
-        )
-    try:
-        HfApi().create_repo(repo, private=private, exist_ok=True)
-        return str(
-            HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="SAEs from saerelay").commit_url
-        )
-    except (HfHubHTTPError, HTTPError, ValueError) as error:
-        raise FormatError(
-            f'"{repo}" was not uploaded: {" ".join(str(error).split())}. Check the name, the network, and with '
-            "`hf auth whoami` that you may write there"
-        ) from None
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        path = f"/{self.path}" if self.path else ""
+        return f"hf://{self.repo}{revision}{path}"
 
 
 def is_remote(reference: str | Path) -> bool:
@@ -94,84 +41,187 @@ def is_remote(reference: str | Path) -> bool:
 
 
 def parse(reference: str | Path) -> Reference:
-    """Take a reference to the hub apart.
+    """Take a reference to the hub apart; HubError if it is not one.
 
     >>> parse("hf://user/repo@refs/pr/1/layer_3")
     Reference(repo='user/repo', revision='refs/pr/1', path='layer_3')
-
-    Raises FormatError if it is none.
     """
+    # One slash is enough: pathlib makes hf:/user/repo of hf://user/repo.
     match = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@(refs/pr/\d+|[^/@]+))?(?:/+(.*?)/*)?", str(reference))
     if not match:
-        raise FormatError(
-            f'"{reference}" is no reference to the hub; write hf://user/repo, or hf://user/repo@main/layer_3'
+        raise HubError(
+            f'"{reference}" is not a valid reference to the hub; write hf://user/repo, or hf://user/repo@main/layer_3'
         )
-    return Reference(match[1], match[2] or "", match[3] or "")
+    return Reference(repo=match[1], revision=match[2] or "", path=match[3] or "")
 
 
-def _listed(named: Reference) -> tuple[list[str], str]:
-    """The files of a repository, or, if the hub cannot be asked, of what is in the cache; and which of both."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # pyright: ignore  # as above
+# --- from the hub ------------------------------------------------------------------------------
 
-    revision = named.revision or None
+
+def local(reference: str | Path) -> Path:
+    """The directory or file that a reference means, fetched if it is on the hub.
+
+    >>> local("runs/a/legs/L3")
+    PosixPath('runs/a/legs/L3')
+
+    Files go into the hub's cache, under the hash of the commit that the name means now; without a
+    network, what is in the cache is used. Of a directory only an SAE's own files are fetched, not
+    what lies below. Raises HubError if the repository, the revision or the path does not exist, or
+    is not accessible to you, and FormatError if the directory holds no SAE.
+    """
+    if not is_remote(reference):
+        return Path(reference).expanduser()
+    from huggingface_hub import snapshot_download
+
+    remote = parse(reference)
+    with _asking_the_hub(remote):
+        names = _file_names(remote)
+        wanted = [glob.escape(name) for name in _own_files(remote, names)]
+        root = snapshot_download(remote.repo, revision=remote.revision or None, allow_patterns=wanted)
+    return Path(root) / remote.path
+
+
+def download(reference: str, into: Path) -> Path:
+    """Fetch all SAEs in a repository or folder into a new directory; where they are then.
+
+    Code and optimizer states are not fetched. Raises HubError as `local` does.
+    """
+    from huggingface_hub import snapshot_download
+
+    remote = parse(reference)
+    with _asking_the_hub(remote):
+        names = _file_names(remote)
+        wanted = [glob.escape(name) for name in _files_below(remote, names)]
+        snapshot_download(remote.repo, revision=remote.revision or None, allow_patterns=wanted, local_dir=into)
+    shutil.rmtree(into / ".cache", ignore_errors=True)  # the hub's own notes about the download
+    path = into / remote.path
+    return path.parent if path.is_file() else path
+
+
+class _Names(NamedTuple):
+    """Names of the files in a repository, and where they were listed, for errors."""
+
+    names: list[str]
+    where: str
+
+
+def _file_names(remote: Reference) -> _Names:
+    """The files of a repository, or, if the hub cannot be asked, those of it in the cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # pyright: ignore  # re-exported
+
     try:
-        siblings = HfApi().model_info(named.repo, revision=revision).siblings or []
-        return [sibling.rfilename for sibling in siblings], "the repository"
-    except HfHubHTTPError:
+        siblings = HfApi().model_info(remote.repo, revision=remote.revision or None).siblings
+    except HfHubHTTPError:  # the hub's answer, and a kind of HTTPError
         raise
     except (HTTPError, OfflineModeIsEnabled):
-        nothing = [""]  # of all files the cache would have to be complete
-        cached = Path(snapshot_download(named.repo, revision=revision, local_files_only=True, allow_patterns=nothing))
-        files = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
-        return files, "the hub is not reachable, and the cache"
+        return _Names(_cached_files(remote), "the hub is not reachable, and the cache")
+    return _Names([sibling.rfilename for sibling in siblings or []], "the repository")
 
 
-def _own_files(named: Reference, names: list[str], where: str) -> list[str]:
-    """Those of an SAE: beside it, in its `checkpoints`, and the configurations of the folders it lies in."""
-    below, is_file = _below(named, names, where), named.path in names
-    folder = PurePosixPath(named.path).parent if is_file else PurePosixPath(named.path)
+def _cached_files(remote: Reference) -> list[str]:
+    from huggingface_hub import snapshot_download
+
+    nothing = [""]  # with the pattern of all files, the cache would have to be complete
+    snapshot = snapshot_download(
+        remote.repo, revision=remote.revision or None, local_files_only=True, allow_patterns=nothing
+    )
+    root = Path(snapshot)
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+
+
+def _own_files(remote: Reference, listed: _Names) -> list[str]:
+    """The files of the SAE that is named, by a folder or a file.
+
+    Those are the files in the folder (beside the file: its configuration), the weights in
+    `checkpoints` below it, and the config.json of the folders that it lies in. Raises FormatError
+    if there are no weights among them.
+    """
+    below = _files_below(remote, listed)
+    folder = _folder(remote, listed)
     own = [name for name in below if PurePosixPath(name).parent == folder]
-    if is_file:
-        own = [name for name in own if name == named.path or not name.endswith(_WEIGHTS)]
+    if remote.path in listed.names:
+        own = [name for name in own if name == remote.path or not name.endswith(_WEIGHTS)]
     own += [name for name in below if PurePosixPath(name).match(f"{folder}/checkpoints/*.safetensors")]
     if not any(name.endswith(_WEIGHTS) for name in own):
-        folders = sorted({str(PurePosixPath(name).parent) for name in below if name.endswith(_WEIGHTS)})
-        raise FormatError(f"{_said(named)} holds no SAE itself; these folders hold files of some: {_few(folders)}")
-    return own + [name for name in (str(parent / "config.json") for parent in folder.parents) if name in names]
+        folders = {str(PurePosixPath(name).parent) for name in below if name.endswith(_WEIGHTS)}
+        raise FormatError(
+            f"{remote} holds no SAE itself; these folders contain SAE files: {_first_few(sorted(folders))}"
+        )
+
+    configs = [str(parent / "config.json") for parent in folder.parents]
+    return own + [name for name in configs if name in listed.names]
 
 
-def _below(named: Reference, names: list[str], where: str) -> list[str]:
-    """Files of use in the folder that is named (beside the file, if it is one) and below."""
-    folder = str(PurePosixPath(named.path).parent) if named.path in names else named.path
-    inside = names if folder in ("", ".") else [name for name in names if name.startswith(f"{folder}/")]
+def _files_below(remote: Reference, listed: _Names) -> list[str]:
+    """Files worth fetching in and below the named folder; HubError if there is none."""
+    folder = _folder(remote, listed)
+    is_root = folder == PurePosixPath(".")
+    inside = [name for name in listed.names if is_root or name.startswith(f"{folder}/")]
     if not inside:
-        known = {*names, *(str(parent) for name in names for parent in PurePosixPath(name).parents)} - {"."}
-        near = difflib.get_close_matches(named.path, sorted(known), n=5, cutoff=0.5)
-        shown = f"did you mean {_few(near)}?" if near else f"there are {_few(sorted(known))}"
-        raise FormatError(f'{_said(named)}: {where} has no "{named.path}"; {shown}')
-    return [n for n in inside if n.endswith(_KINDS) and not _TRAINING_STATE.fullmatch(PurePosixPath(n).name)]
+        raise HubError(f'{remote}: {listed.where} has no "{remote.path}"; {_similar_paths(remote.path, listed.names)}')
+    wanted = [name for name in inside if name.endswith(_FETCHED)]
+    return [name for name in wanted if not _TRAINING_STATE.fullmatch(PurePosixPath(name).name)]
 
 
-def _exactly(names: list[str]) -> list[str]:
-    return [glob.escape(name) for name in names]
+def _folder(remote: Reference, listed: _Names) -> PurePosixPath:
+    """The folder that a reference names, or that the file it names lies in."""
+    path = PurePosixPath(remote.path)
+    return path.parent if remote.path in listed.names else path
 
 
-def _said(named: Reference) -> str:
-    revision = f"@{named.revision}" if named.revision else ""
-    return f"hf://{named.repo}{revision}" + (f"/{named.path}" if named.path else "")
+def _similar_paths(path: str, names: list[str]) -> str:
+    """Files and folders with similar names, as a question, or else all that exist."""
+    existing = set(names)
+    for name in names:
+        existing.update(str(parent) for parent in PurePosixPath(name).parents)
+    existing.discard(".")
+    similar = difflib.get_close_matches(path, sorted(existing), n=5, cutoff=0.5)
+    if similar:
+        return f"did you mean {_first_few(similar)}?"
+    return f"there are {_first_few(sorted(existing))}"
 
 
-def _few(names: list[str]) -> str:
-    return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "none"
+def _first_few(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = ", ..." if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 @contextmanager
-def _explained(named: Reference) -> Iterator[None]:
-    from huggingface_hub.errors import HTTPError  # pyright: ignore  # as above
+def _asking_the_hub(remote: Reference) -> Iterator[None]:
+    """Turn what the hub raises into a HubError with its remedy."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore  # re-exported
 
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        said = explain_hub(named.repo, named.revision, error)
-        raise FormatError(said or f"{_said(named)} cannot be fetched ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        explanation = explain_hub(remote.repo, remote.revision, error)
+        raise HubError(explanation or f"{remote} cannot be fetched ({reason})") from None
+
+
+# --- to the hub --------------------------------------------------------------------------------
+
+
+def upload(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload a folder to a repository, created if necessary; the address of the commit.
+
+    Raises HubError if nobody is logged in, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore  # re-exported
+
+    if get_token() is None:
+        raise HubError(f"{repo}: you are not logged in to the hub; run `hf auth login`, with a token that may write")
+    try:
+        HfApi().create_repo(repo, private=private, exist_ok=True)
+        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="SAEs from saerelay")
+    except (HfHubHTTPError, HTTPError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise HubError(
+            f'"{repo}" was not uploaded ({reason}). Check the name and the network connection, '
+            "and with `hf auth whoami` that you may write there"
+        ) from None
+    return str(commit.commit_url)

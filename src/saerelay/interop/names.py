@@ -1,9 +1,9 @@
-"""What other tools call the places in a model that we call sites, and what everybody calls the models."""
+"""What other tools call the sites of a model, and what everybody calls the models."""
 
 import re
 from pathlib import Path
 
-from saerelay.lm.ports import MLPS, PROJECTIONS
+from saerelay.module_names import MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _HOOKS: dict[ModuleKind, str] = {
@@ -13,13 +13,17 @@ _HOOKS: dict[ModuleKind, str] = {
     "attn_out": "hook_attn_out",
     "attn_z": "attn.hook_z",
 }
-_PARTS: dict[ModuleKind, tuple[str, ...]] = {
+"""TransformerLens' name of each kind of site, after "blocks.<layer>."."""
+
+_MODULES: dict[ModuleKind, tuple[str, ...]] = {
     "resid_post": ("",),
     "resid_pre": ("input",),
     "mlp_out": (*MLPS, "ffn", "feed_forward", "post_feedforward_layernorm"),
     "attn_out": (*PROJECTIONS, "attn", "self_attn", "attention", "self_attention"),
     "attn_z": tuple(f"{path}.input" for path in PROJECTIONS),
 }
+"""Paths of modules within a layer whose output, or with ".input" whose input, is a site of each
+kind."""
 
 
 def hook_name(site: Site) -> str:
@@ -32,38 +36,50 @@ def hook_name(site: Site) -> str:
 
 
 def site_named(name: str) -> Site | None:
-    """The site that a TransformerLens hook or the path of a module (its output) means, if it is one of ours.
+    """The site that a TransformerLens hook or a module's path stands for; None for others.
 
     >>> site_named("blocks.3.attn.hook_z"), site_named("gpt_neox.layers.10"), site_named("h.2.mlp")
     (Site(layer=3, module='attn_z'), Site(layer=10, module='resid_post'), Site(layer=2, module='mlp_out'))
     >>> site_named("embed_tokens") is None
     True
+
+    A path means the module's output, unless it ends in ".input".
     """
     hook = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", name)
+    if hook:
+        layer, hook_point = hook.groups()
+        for kind in MODULE_KINDS:
+            if hook_point == _HOOKS[kind]:
+                return Site(int(layer), kind)
+
     path = re.fullmatch(r"(?:\w+\.)*?(?:layers?|h|blocks)\.(\d+)\.?([\w.]*)", name)
-    for kind in MODULE_KINDS:
-        if hook and hook[2] == _HOOKS[kind]:
-            return Site(int(hook[1]), kind)
-        if path and path[2].removesuffix("output").removesuffix(".") in _PARTS.get(kind, ()):
-            return Site(int(path[1]), kind)
+    if path:
+        layer, module = path.groups()
+        module = module.removesuffix("output").removesuffix(".")
+        for kind in MODULE_KINDS:
+            if module in _MODULES[kind]:
+                return Site(int(layer), kind)
     return None
 
 
 def public_name(model: str) -> str:
-    """What others understand of a model's name: a local directory's last part, and not just "demo".
+    """A model's name as others understand it: the hub id, or the name of its directory.
 
     >>> public_name("demo"), public_name("EleutherAI/pythia-70m")
     ('saerelay-demo', 'EleutherAI/pythia-70m')
     """
     if model == "demo":
         return "saerelay-demo"
-    return model if hub_id(model) else Path(model).expanduser().resolve().name
+    if hub_id(model):
+        return model
+    return Path(model).expanduser().resolve().name
 
 
 def hub_id(name: str) -> str:
-    """The name, if it is that of a model or dataset on the hub and not of a place on this machine, else "".
+    """The name, if it is a hub id and not a path on this machine, else "".
 
     >>> hub_id("EleutherAI/pythia-70m"), hub_id("./mine"), hub_id("demo")
     ('EleutherAI/pythia-70m', '', '')
     """
-    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else ""
+    looks_like_one = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return name if looks_like_one and not Path(name).exists() else ""

@@ -1,4 +1,4 @@
-"""OpenAI's SAEs of GPT-2 small (Gao et al. 2024): <place>/autoencoders/<layer>.pt, a pickle of a state dict.
+"""OpenAI's SAEs of GPT-2 small (Gao et al. 2024): <location>/autoencoders/<layer>.pt.
 
 With u = x for ReLU (v1, v4), and x normalised token by token for TopK (v5):
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from saerelay.errors import FormatError
-from saerelay.interop.files import canonical, read_number, read_pickle, shaped
+from saerelay.interop.canonical import canonical
+from saerelay.interop.files import lookup, read_count, read_pickle, take
 from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
@@ -19,10 +20,15 @@ from saerelay.site import ModuleKind, Site
 
 NAME = "openai"
 _SHAPES = {"encoder.weight": "FD", "latent_bias": "F", "decoder.weight": "DF", "pre_bias": "D"}
-_PLACES: dict[str, ModuleKind | None] = {
-    **{"resid_post_mlp": "resid_post", "resid_delta_mlp": "mlp_out", "resid_delta_attn": "attn_out"},
-    **{"resid_post_attn": None, "mlp_post_act": None},  # no site of ours: between the blocks, and inside the MLP
+
+_LOCATIONS: dict[str, ModuleKind | None] = {
+    "resid_post_mlp": "resid_post",
+    "resid_delta_mlp": "mlp_out",
+    "resid_delta_attn": "attn_out",
+    "resid_post_attn": None,  # between attention and MLP
+    "mlp_post_act": None,  # inside the MLP
 }
+"""Their names of places in the model, and our sites there."""
 
 
 def recognises(path: Path) -> bool:
@@ -31,29 +37,50 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
-    """The SAE of a file; the one of v5 keeps its layer norm. Raises FormatError if it is damaged or holds objects."""
+    """The SAE of a file; those of v5 keep their layer norm.
+
+    Raises FormatError if it is damaged, has another activation, or holds objects besides tensors.
+    """
     state = read_pickle(path)
+    activation = state.get("activation", "ReLU")
+    settings = lookup(state, "activation_state_dict", dict) or {}
+    is_topk = activation == "TopK" and settings.get("postact_fn") == "ReLU"
+    if activation != "ReLU" and not is_topk:
+        raise FormatError(f"{path}: activation is {activation!r} {settings}, expected ReLU, or TopK with ReLU")
+
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    W_enc, b_enc, W_dec, b_dec = shaped(path, tensors, _SHAPES)
-    weights, origin = (W_enc, b_enc, W_dec.T, b_dec), _origin(path)
-    match state.get("activation", "ReLU"), state.get("activation_state_dict"):
-        case "ReLU", _:
-            return canonical("relu", *weights, subtracts_b_dec=True), origin
-        case "TopK", {"postact_fn": "ReLU"} as activation:
-            k = int(read_number(path, activation, "k", most=len(b_enc)))
-            return LayerNormed(canonical("topk", *weights, subtracts_b_dec=True, k=k)), origin
-        case name, settings:
-            raise FormatError(f"{path}: activation is {name!r} {settings or ''}, expected ReLU, or TopK with ReLU")
+    W_enc, b_enc, W_dec, b_dec = take(path, tensors, _SHAPES)
+    dictionary = Dictionary(
+        architecture="topk" if is_topk else "relu",
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec.T,
+        b_dec=b_dec,
+        k=read_count(path, settings, "k", most=len(b_enc)) if is_topk else None,
+    )
+    dictionary = canonical(dictionary, subtracts_b_dec=True)
+    if is_topk:
+        return LayerNormed(dictionary), _origin(path)
+    return dictionary, _origin(path)
 
 
 def _origin(path: Path) -> Origin:
     """What the path says: gpt2-small/resid_post_mlp_v5_32k/autoencoders/6.pt."""
-    parts, layer = path.absolute().parts, re.search(r"\d+", path.stem)
-    place = next((name for name in _PLACES for part in parts if part.startswith(name)), "")
-    module = _PLACES.get(place)
+    parts = path.absolute().parts
+    location = _location(parts)
+    layer = re.search(r"\d+", path.stem)
+    module = _LOCATIONS.get(location)
     return Origin(
         model="gpt2" if "gpt2-small" in parts else "",
         site=Site(int(layer[0]), module) if layer and module else None,
         context=64,
-        provenance={"location": place} if place else {},
+        provenance={"location": location} if location else {},
     )
+
+
+def _location(parts: tuple[str, ...]) -> str:
+    """The location that a folder is named after, "" if there is none."""
+    for location in _LOCATIONS:
+        if any(part.startswith(location) for part in parts):
+            return location
+    return ""

@@ -1,4 +1,4 @@
-"""What a file says of a dictionary beside its tensors, the same for all formats."""
+"""What a file says about a dictionary besides its tensors, the same for all formats."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,18 +8,18 @@ from saerelay.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a dictionary reads and what it is; None and "" are what nobody says."""
+    """Where a dictionary reads, and what it was trained on; None and "" where unknown."""
 
     model: str = ""
     """Hub id or name of the language model."""
     site: Site | None = None
     module_path: str = ""
-    """The path of the module whose output it reads, in the Hugging Face model: "gpt_neox.layers.3"."""
+    """Path of the module whose output it reads, in the Hugging Face model: "gpt_neox.layers.3"."""
     context: int | None = None
     """Tokens in a training sequence."""
     prepend_bos: bool | None = None
     dataset: str = ""
     l0: float | None = None
-    """Mean number of active latents, as somebody measured it."""
+    """Mean number of active latents, as measured by whoever wrote the file."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Anything else worth keeping, as JSON: tokens seen, parents, metrics."""
+    """Anything else that should be kept, as JSON: tokens seen, parents, metrics."""

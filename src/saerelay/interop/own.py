@@ -1,4 +1,4 @@
-"""Our own format, and the plain one: dictionary.safetensors with canonical tensors, dictionary.json beside it."""
+"""Our own format: dictionary.safetensors in canonical form, dictionary.json beside it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from saerelay.site import Site
 
 NAME = "saerelay"
 
+_ORIGIN_KEYS = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
+_DICTIONARY_KEYS = {"schema_version", "architecture", "k", "d_model", "n_latents"}
+
 
 def recognises(path: Path) -> bool:
     """Whether a directory has a dictionary.json."""
@@ -17,20 +20,21 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """The published dictionary of a directory."""
+    """The published dictionary of a directory; RunDirectoryError if it is damaged."""
     dictionary, info = read_dictionary(path)
-    known = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
-    known |= {"schema_version", "architecture", "k", "d_model", "n_latents"}
-    return dictionary, Origin(
+    has_site = info.get("layer") is not None
+    other_keys = info.keys() - _ORIGIN_KEYS - _DICTIONARY_KEYS
+    origin = Origin(
         model=info.get("model", ""),
-        site=Site(info["layer"], info["module"]) if info.get("layer") is not None else None,
+        site=Site(info["layer"], info["module"]) if has_site else None,
         module_path=info.get("module_path", ""),
         context=info.get("context"),
         prepend_bos=info.get("prepend_bos"),
         dataset=info.get("dataset", ""),
         l0=info.get("l0"),
-        provenance={key: value for key, value in info.items() if key not in known},
+        provenance={key: value for key, value in info.items() if key in other_keys},
     )
+    return dictionary, origin
 
 
 def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
@@ -39,9 +43,10 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def as_info(origin: Origin) -> dict[str, Any]:
-    """What dictionary.json says of an origin."""
+    """An origin as the keys of dictionary.json."""
     site = origin.site
-    return origin.provenance | {
+    return {
+        **origin.provenance,
         "layer": site.layer if site else None,
         "module": site.module if site else None,
         "model": origin.model,

@@ -1,7 +1,8 @@
-"""SAELens: cfg.json and sae_weights.safetensors, of finished SAEs and of training checkpoints, before and after 6.0.
+"""SAELens before and since 6.0, SAEs and checkpoints: cfg.json, sae_weights.safetensors.
 
-Their forward, with W_enc (D, F): u = norm(x) − b_dec (if `apply_b_dec_to_input`), pre = u W_enc + b_enc, z by
-`architecture`, x_hat = norm⁻¹(z W_dec + b_dec). Thresholds are strict (pre > threshold), as ours.
+Their forward, with W_enc (D, F): u = norm(x) − b_dec (if `apply_b_dec_to_input`),
+pre = u W_enc + b_enc, z by `architecture`, x_hat = norm⁻¹(z W_dec + b_dec). Thresholds are strict
+(pre > threshold), as ours.
 """
 
 import warnings
@@ -9,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from saerelay.errors import FormatError
-from saerelay.interop.files import canonical, read_config, read_number, read_tensors, said, shaped, ungated
+from saerelay.interop.canonical import canonical, gated_as_jumprelu
+from saerelay.interop.files import lookup, read_config, read_count, read_number, read_tensors, take
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
 from saerelay.runs.files import write_json, write_tensors
@@ -18,19 +22,50 @@ from saerelay.sae.dictionary import Dictionary, unit_decoder
 from saerelay.sae.layer_normed import LayerNormed
 
 NAME = "saelens"
-CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+SCALER = "activation_scaler.json"
 VERSION = "6.54.12"
 """The version whose format is written."""
+
 BATCHTOPK = ("batchtopk", "matryoshka_batchtopk")
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *BATCHTOPK)
 NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm")
-BEFORE_6 = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
-USED = {
-    "model_name", "hook_name", "hf_hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path", "l0",
-    "sae_lens_version", "sae_lens_training_version", "training_architecture", "training_architecture_details",
+
+_ARCHITECTURES_WRITTEN: dict[str, str] = {
+    "relu": "standard",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "batchtopk": "jumprelu",
+}
+"""What our architectures are written as; SAELens itself turns a trained BatchTopK into
+JumpReLU."""
+
+_KEYS_BEFORE_6 = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+"""Keys of cfg.json before 6.0, and what they are called since."""
+
+_KNOWN_METADATA = {
+    # what an Origin has a field for
+    "model_name",
+    "hook_name",
+    "hf_hook_name",
+    "context_size",
+    "prepend_bos",
+    "dataset_path",
+    "l0",
     "saerelay",
-}  # fmt: skip
-"""Metadata that an Origin has fields for, or that is about the file; the rest is provenance."""
+    # what is about the file
+    "hook_head_index",
+    "sae_lens_version",
+    "sae_lens_training_version",
+    "training_architecture",
+    "training_architecture_details",
+}
+"""All other metadata is provenance."""
 
 
 def recognises(path: Path) -> bool:
@@ -41,59 +76,51 @@ def recognises(path: Path) -> bool:
 def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
     """A SAELens directory in canonical form: the same codes and reconstructions.
 
-    Gated SAEs become the JumpReLU they equal. TopK with `rescale_acts_by_decoder_norm`, and checkpoints of BatchTopK
-    and Matryoshka, become what SAELens itself makes of them at the end of training: rows of W_dec have unit norm, and
-    the running threshold is that of all latents. The factor of `expected_average_only_in` is folded where it is on file
-    (activation_scaler.json); else a warning says that there is none. Raises FormatError for transcoders, single heads,
-    normalisations of other kinds, and damaged files.
+    Gated SAEs become the JumpReLU they equal. TopK with `rescale_acts_by_decoder_norm`, and
+    checkpoints of BatchTopK and Matryoshka, become what SAELens itself makes of them at the end of
+    training: rows of W_dec have unit norm, and the running threshold is that of all latents. The
+    factor of `expected_average_only_in` is folded in if the directory has it
+    (activation_scaler.json); otherwise a warning says that it is missing. Raises FormatError for
+    transcoders, single heads, normalisations of other kinds, and damaged files.
     """
-    config = {BEFORE_6.get(name, name): value for name, value in read_config(path / CONFIG).items()}
-    metadata = said(config, "metadata", dict)
-    if metadata is None:  # before 6.0 all of it was one level, and the default was True
-        metadata = {"prepend_bos": True} | config
+    config = {}
+    for key, value in read_config(path / CONFIG).items():
+        config[_KEYS_BEFORE_6.get(key, key)] = value
+    metadata = lookup(config, "metadata", dict)
+    if metadata is None:  # before 6.0 everything was on one level, and BOS was there by default
+        metadata = {"prepend_bos": True, **config}
     _check_supported(path / CONFIG, config, metadata)
+
     dictionary = _dictionary(path, config, metadata)
-    name = said(metadata, "hook_name", str) or ""
-    other = {key: value for key, value in metadata.items() if key not in USED and key not in config}
-    origin = Origin(
-        model=said(metadata, "model_name", str) or "",
-        site=site_named(name),
-        module_path=said(metadata, "hf_hook_name", str) or ("" if "hook_" in name else name),
-        context=said(metadata, "context_size", int),
-        prepend_bos=said(metadata, "prepend_bos", bool),
-        dataset=said(metadata, "dataset_path", str) or "",
-        l0=said(metadata, "l0", float),
-        provenance=other | (said(metadata, "saerelay", dict) or {}),
-    )
-    return (LayerNormed(dictionary) if config.get("normalize_activations") == "layer_norm" else dictionary), origin
+    if config.get("normalize_activations") == "layer_norm":
+        return LayerNormed(dictionary), _origin(config, metadata)
+    return dictionary, _origin(config, metadata)
 
 
 def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
     """Write a dictionary as a finished SAE of SAELens, with the same codes and reconstructions.
 
-    BatchTopK goes out as JumpReLU, as in SAELens, with `training_architecture` to say what it was.
+    BatchTopK becomes JumpReLU, as in SAELens, with `training_architecture` to say what it was.
     """
-    d = dictionary
-    tensors = {"W_enc": d.W_enc.T, "b_enc": d.b_enc, "W_dec": d.W_dec, "b_dec": d.b_dec}
-    if d.threshold is not None:
-        tensors["threshold"] = d.threshold
+    site = origin.site
     config: dict[str, Any] = {
-        "architecture": {"relu": "standard", "batchtopk": "jumprelu"}.get(d.architecture, d.architecture),
-        "d_in": d.d_model,
-        "d_sae": d.n_latents,
+        "architecture": _ARCHITECTURES_WRITTEN[dictionary.architecture],
+        "d_in": dictionary.d_model,
+        "d_sae": dictionary.n_latents,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        "reshape_activations": "hook_z" if origin.site and origin.site.module == "attn_z" else "none",
+        "reshape_activations": "hook_z" if site and site.module == "attn_z" else "none",
     }
-    if d.architecture == "topk":
-        config |= {"k": d.k, "rescale_acts_by_decoder_norm": False}
-    metadata: dict[str, Any] = {
+    if dictionary.architecture == "topk":
+        config["k"] = dictionary.k
+        config["rescale_acts_by_decoder_norm"] = False
+    config["metadata"] = {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
         "model_name": origin.model or None,
-        "hook_name": hook_name(origin.site) if origin.site else origin.module_path or None,
+        "hook_name": hook_name(site) if site else origin.module_path or None,
         "hf_hook_name": origin.module_path or None,
         "hook_head_index": None,
         "context_size": origin.context,
@@ -102,87 +129,164 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         "l0": origin.l0,
         "saerelay": origin.provenance,
     }
-    if d.architecture == "batchtopk":
-        metadata |= {"training_architecture": "batchtopk", "training_architecture_details": {"k": d.k}}
+    if dictionary.architecture == "batchtopk":
+        config["metadata"]["training_architecture"] = "batchtopk"
+        config["metadata"]["training_architecture_details"] = {"k": dictionary.k}
+
+    tensors = {**dictionary.tensors(), "W_enc": dictionary.W_enc.T}
     write_tensors(path / WEIGHTS, {name: tensor.cpu() for name, tensor in tensors.items()})
-    write_json(path / CONFIG, config | {"metadata": metadata})
+    write_json(path / CONFIG, config)
+
+
+def _origin(config: dict[str, Any], metadata: dict[str, Any]) -> Origin:
+    """What a configuration says about the model, the data and the provenance."""
+    name = lookup(metadata, "hook_name", str) or ""
+    # SAELens also reads Hugging Face models without TransformerLens; hooks then have the names of
+    # modules.
+    module_path = lookup(metadata, "hf_hook_name", str)
+    if not module_path:
+        module_path = "" if "hook_" in name else name
+
+    provenance = {}
+    for key, value in metadata.items():
+        if key not in _KNOWN_METADATA and key not in config:
+            provenance[key] = value
+    provenance.update(lookup(metadata, "saerelay", dict) or {})
+    return Origin(
+        model=lookup(metadata, "model_name", str) or "",
+        site=site_named(name),
+        module_path=module_path,
+        context=lookup(metadata, "context_size", int),
+        prepend_bos=lookup(metadata, "prepend_bos", bool),
+        dataset=lookup(metadata, "dataset_path", str) or "",
+        l0=lookup(metadata, "l0", float),
+        provenance=provenance,
+    )
 
 
 def _architecture(config: dict[str, Any]) -> object:
-    """The architecture; before 6.0, TopK was an activation of the standard one."""
+    """Their architecture; before 6.0, TopK was an activation of the standard one."""
     architecture = config.get("architecture", "standard")
-    return "topk" if architecture == "standard" and config.get("activation_fn") == "topk" else architecture
+    if architecture == "standard" and config.get("activation_fn") == "topk":
+        return "topk"
+    return architecture
 
 
 def _check_supported(path: Path, config: dict[str, Any], metadata: dict[str, Any]) -> None:
-    architecture, name = _architecture(config), metadata.get("hook_name")
-    if architecture not in ARCHITECTURES:
-        why = "maps one site to another" if str(architecture).endswith("transcoder") else "is not known here"
-        raise FormatError(f'{path}: architecture "{architecture}" {why}; these are read: {", ".join(ARCHITECTURES)}')
-    if config.get("activation_fn", "relu") not in ("relu", "topk"):
-        raise FormatError(f'{path}: activation "{config["activation_fn"]}" cannot be read; relu and topk can')
-    out = metadata.get("hook_name_out")
-    if out not in (None, name):
-        raise FormatError(f"{path}: maps {name} to {out}; an SAE reconstructs what it reads, and only those are read")
-    if metadata.get("hook_head_index") is not None:
-        raise FormatError(
-            f"{path}: reads head {metadata['hook_head_index']} of {name} alone; only SAEs of whole sites are read"
-        )
-    if config.get("normalize_activations") not in (None, False, True, *NORMALISATIONS):
-        raise FormatError(
-            f'{path}: normalize_activations = "{config["normalize_activations"]}" is no fixed map of raw activations; '
+    """Raise FormatError for what no dictionary of ours equals."""
+    architecture = _architecture(config)
+    activation = config.get("activation_fn", "relu")
+    normalisation = config.get("normalize_activations")
+    reads = metadata.get("hook_name")
+    writes = metadata.get("hook_name_out")
+    head = metadata.get("hook_head_index")
+    if str(architecture).endswith("transcoder"):
+        problem = f'architecture "{architecture}" maps one site to another; these are read: {", ".join(ARCHITECTURES)}'
+    elif architecture not in ARCHITECTURES:
+        problem = f'architecture "{architecture}" is not known here; these are read: {", ".join(ARCHITECTURES)}'
+    elif activation not in ("relu", "topk"):
+        problem = f'activation "{activation}" cannot be read; relu and topk can'
+    elif writes not in (None, reads):
+        problem = f"maps {reads} to {writes}; an SAE reconstructs what it reads, and only SAEs are read"
+    elif head is not None:
+        problem = f"reads only head {head} of {reads}; only SAEs of whole sites are read"
+    elif normalisation not in (None, False, True, *NORMALISATIONS):
+        problem = (
+            f'normalize_activations = "{normalisation}" is not a fixed map of raw activations; '
             f"these are read: {', '.join(NORMALISATIONS)}"
         )
+    else:
+        return
+    raise FormatError(f"{path}: {problem}")
 
 
 def _dictionary(path: Path, config: dict[str, Any], metadata: dict[str, Any]) -> Dictionary:
-    architecture, weights = _architecture(config), path / WEIGHTS
-    tensors = read_tensors(weights)
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if name in tensors and not bool((tensors[name] == 1).all()):
-            raise FormatError(f"{weights}: tensor {name} is not all 1: decoders rescaled in that way are not read")
-    jump = "log_threshold" if "log_threshold" in tensors else "threshold"  # the logarithm in older checkpoints
+    """The dictionary of a directory, in canonical form."""
+    architecture = _architecture(config)
+    tensors = read_tensors(path / WEIGHTS)
+    _check_not_rescaled(path / WEIGHTS, tensors)
+    shapes = _shapes(architecture, tensors)
+    d_model = lookup(config, "d_in", int)
+    n_latents = lookup(config, "d_sae", int)
+    W_enc, W_dec, b_dec, b_enc, *others = take(path / WEIGHTS, tensors, shapes, D=d_model, F=n_latents)
+    W_enc = W_enc.T
+
+    kind: str = "relu"
+    threshold = None
+    match architecture:
+        case "topk":
+            kind = "topk"
+        case "gated":
+            kind = "jumprelu"
+            b_mag, r_mag = others
+            W_enc, b_enc, threshold = gated_as_jumprelu(W_enc, r_mag=r_mag, b_gate=b_enc, b_mag=b_mag)
+        case "jumprelu":
+            kind = "batchtopk" if _was_batchtopk(metadata) else "jumprelu"
+            threshold = others[0].exp() if "log_threshold" in shapes else others[0]
+        case "batchtopk" | "matryoshka_batchtopk":
+            kind = "batchtopk"
+            threshold = others[0].clamp(min=0).expand(len(W_dec))
+
+    dictionary = Dictionary(
+        architecture=kind,
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        k=_k(path / CONFIG, config, metadata, most=len(W_dec)) if kind in ("topk", "batchtopk") else None,
+    )
+    scale = _scale(path, config)
+    subtracts_b_dec = config.get("apply_b_dec_to_input") is not False
+    dictionary = canonical(dictionary, subtracts_b_dec=subtracts_b_dec, scale=scale)
+    if architecture in ("topk", *BATCHTOPK) and config.get("rescale_acts_by_decoder_norm"):
+        # With n the norm of a row of W_dec, SAELens' threshold is for codes z·n, and unit_decoder
+        # makes them z·n / s.
+        dictionary = unit_decoder(dictionary)
+        threshold = None if threshold is None else threshold / scale
+    return replace(dictionary, threshold=threshold)
+
+
+def _shapes(architecture: object, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The tensors of an architecture: W_enc, W_dec, b_dec, an encoder bias, then others."""
     shapes = {"W_enc": "DF", "W_dec": "FD", "b_dec": "D"}
     match architecture:
         case "gated":
-            shapes |= {"b_gate": "F", "b_mag": "F", "r_mag": "F"}
+            return {**shapes, "b_gate": "F", "b_mag": "F", "r_mag": "F"}
         case "jumprelu":
-            shapes |= {"b_enc": "F", jump: "F"}
+            is_old = "log_threshold" in tensors  # some checkpoints have its logarithm
+            return {**shapes, "b_enc": "F", "log_threshold" if is_old else "threshold": "F"}
         case "batchtopk" | "matryoshka_batchtopk":
-            shapes |= {"b_enc": "F", "topk_threshold": ""}
+            return {**shapes, "b_enc": "F", "topk_threshold": ""}
         case _:
-            shapes |= {"b_enc": "F"}
-    found = shaped(weights, tensors, shapes, D=said(config, "d_in", int), F=said(config, "d_sae", int))
-    (W_enc, W_dec, b_dec, b_enc), rest = found[:4], found[4:]
-    W_enc, n_latents, scale = W_enc.T, len(W_dec), _scale(path, config)
-    kind: str = "relu"
-    threshold, k = None, None
-    details = said(metadata, "training_architecture_details", dict) or {}
-    match architecture:
-        case "topk":
-            of_activation = said(config, "activation_fn_kwargs", dict) or {}
-            kind, k = "topk", config.get("k", of_activation.get("k"))
-        case "gated":
-            kind = "jumprelu"
-            W_enc, b_enc, threshold = ungated(W_enc, b_gate=b_enc, b_mag=rest[0], r_mag=rest[1])
-        case "jumprelu":
-            threshold = rest[0].exp() if jump == "log_threshold" else rest[0]
-            kind = "jumprelu"
-            if metadata.get("training_architecture") in BATCHTOPK and "k" in details:
-                kind, k = "batchtopk", details["k"]
-        case "batchtopk" | "matryoshka_batchtopk":
-            kind, k = "batchtopk", config.get("k")
-            threshold = rest[0].clamp(min=0).expand(n_latents)
-    if kind in ("topk", "batchtopk"):
-        if kind == "batchtopk" and isinstance(k, float):
-            k = max(1, round(k))  # a mean over tokens
-        k = int(read_number(path / CONFIG, {"k": k}, "k", most=n_latents))
-    subtracts = config.get("apply_b_dec_to_input") is not False
-    dictionary = canonical(kind, W_enc, b_enc, W_dec, b_dec, subtracts_b_dec=subtracts, scale=scale, k=k)
-    if architecture in ("topk", *BATCHTOPK) and config.get("rescale_acts_by_decoder_norm"):
-        dictionary = unit_decoder(dictionary)  # codes are divided by the scale: they are in units of raw x
-        threshold = None if threshold is None else threshold / scale
-    return replace(dictionary, threshold=threshold)
+            return {**shapes, "b_enc": "F"}
+
+
+def _check_not_rescaled(weights: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise FormatError where the decoder was rescaled in finetuning."""
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in tensors and not bool((tensors[name] == 1).all()):
+            raise FormatError(
+                f"{weights}: tensor {name} is not all 1; decoders that were rescaled by it cannot be read"
+            )
+
+
+def _was_batchtopk(metadata: dict[str, Any]) -> bool:
+    """Whether a JumpReLU was trained as BatchTopK, and its k is known."""
+    details = lookup(metadata, "training_architecture_details", dict) or {}
+    return metadata.get("training_architecture") in BATCHTOPK and "k" in details
+
+
+def _k(path: Path, config: dict[str, Any], metadata: dict[str, Any], *, most: int) -> int:
+    """Active latents per token, from wherever the versions of SAELens keep them."""
+    architecture = _architecture(config)
+    k: Any = config.get("k")
+    if architecture == "topk" and "k" not in config:  # before 6.0
+        k = (lookup(config, "activation_fn_kwargs", dict) or {}).get("k")
+    if architecture == "jumprelu":
+        k = (lookup(metadata, "training_architecture_details", dict) or {}).get("k")
+    if architecture != "topk" and isinstance(k, float):  # a mean over the tokens of a batch
+        k = max(1, round(k))
+    return read_count(path, {"k": k}, "k", most=most)
 
 
 def _scale(path: Path, config: dict[str, Any]) -> float:
@@ -193,7 +297,8 @@ def _scale(path: Path, config: dict[str, Any]) -> float:
         return read_number(path / SCALER, read_config(path / SCALER), "scaling_factor")
     warnings.warn(
         f"{path / CONFIG}: was trained on activations times a factor (normalize_activations = "
-        f"expected_average_only_in) that is not on file ({SCALER}); read as if it were 1, as SAELens does",
+        f"expected_average_only_in) that is missing here ({SCALER}); read as if it were 1, as "
+        "SAELens does",
         stacklevel=2,
     )
     return 1.0

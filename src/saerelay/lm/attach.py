@@ -1,12 +1,12 @@
-"""SAEs at work inside a language model: read its latents, or change them, while it runs or generates.
+"""SAEs at work in a language model: read its latents, or change them, while it runs.
 
-    with suite.attach(model) as attached:        # or attach(model, {Site(3): sae}) for dictionaries without a run
+    with suite.attach(model) as attached:        # or attach(model, {Site(3): sae}), without a run
         attached[3].ablate(123)
         model.generate(**inputs)
     z = attached[3].latents()
 
-In shapes: B sequences, C positions, D width of the activations at a site, F latents, N positions that are touched, J
-latents that are edited.
+In shapes: B sequences, C positions, D width of the activations at a site, F latents, N positions
+that are touched (neither padding nor left alone), J latents that are edited.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -25,7 +25,7 @@ from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 ROWS_AT_ONCE = 1024
-"""Codes are dense only for so many positions at a time."""
+"""Positions that are encoded together: dense codes (N,F) of more would not fit in memory."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def attach(
     replace: bool = False,
     leave_alone: Collection[int] | None = None,
 ) -> "Iterator[Attachment]":
-    """Put SAEs to work in a language model while the `with` block lasts: they record, and may change, what passes.
+    """Let SAEs record, and change, what passes in a language model while the `with` block lasts.
 
     >>> from saerelay.planning.recipe import ModelSpec
     >>> sae = Dictionary(architecture="topk", k=2, W_enc=torch.eye(192), b_enc=torch.zeros(192),
@@ -48,57 +48,81 @@ def attach(
     >>> z.shape, (z > 0).sum(dim=2)
     (torch.Size([1, 6, 192]), tensor([[0, 2, 2, 2, 2, 2]]))
 
-    `model` is any transformers model (a stack of layers), or a `LanguageModel`; each site has its SAE, in any of our
-    architectures. Without edits the model computes what it always does, to the bit. `replace` puts each
-    reconstruction in the place of the activations; without it an edit (`Tap.ablate`, `set`, `steer`) adds what the
-    change of the code decodes to, x + Σ Δz_j w_j, so that what the SAE fails to explain stays.
+    `model` is any transformers model that is one stack of layers, or a `LanguageModel`; each site
+    has its SAE, of any of our architectures. Without edits the model computes exactly what it
+    always does. With `replace` every reconstruction takes the place of the activations; without
+    it, an edit (`Tap.ablate`, `set`, `steer`) adds what the change of the code decodes to, x + Σ
+    Δz_j w_j, so that what the SAE fails to explain is kept.
 
-    Positions hidden by a two-dimensional attention mask (padding) and those of the tokens in `leave_alone` are neither
-    changed nor recorded: their codes are zero. By default these tokens are the model's BOS, on which SAEs are not
-    trained; `()` touches it, too. Where a forward gets no token ids (`inputs_embeds`), nothing is known of its tokens.
+    Positions hidden by a two-dimensional attention mask (padding), and those of the tokens in
+    `leave_alone`, are neither changed nor recorded: their codes are zero. By default `leave_alone`
+    is the model's BOS, on which SAEs are not trained; pass `()` to include it. If a forward gets
+    no token ids (`inputs_embeds`), every position counts.
 
-    SAEs keep their dtype (float32) and go to the model's device; what they put in the place of activations is cast to
-    the dtype of these. Recorded codes are detached, hence a backward through the model is what it was; through
-    replaced or edited activations it follows the formula above. Blocks may be nested, on the same sites, too: the
-    inner one reads what the outer one made. Raises PlanError or ModelError for sites that the model does not have or
-    whose width is another.
+    SAEs keep their dtype (float32) and move to the model's device; what they put in the place of
+    activations is cast to the dtype of these. Recorded codes are detached, so gradients through
+    the model are unchanged; through replaced or edited activations they follow the formula above.
+    Blocks may be nested, even on the same sites: the inner one reads what the outer one made.
+    Raises PlanError or ModelError for sites that the model does not have, or whose width is not
+    the SAE's.
     """
-    if isinstance(model, LanguageModel):
-        model, bos = model.hf_model, model.facts.bos_token_id
-    else:
-        bos = model.config.get_text_config().bos_token_id
-    if leave_alone is None:
-        leave_alone = bos if isinstance(bos, list) else [] if bos is None else [bos]
+    hf_model = model.hf_model if isinstance(model, LanguageModel) else model
     taps = {site: Tap(site, dictionaries[site], replace) for site in sorted(dictionaries)}
     for site, tap in taps.items():
-        if width_at(model, site) != tap.d_model:
-            raise ModelError(
-                f"{site}: the SAE reads activations {tap.d_model} wide, the model's ({type(model).__name__}) are "
-                f"{width_at(model, site)} wide there. Attach it to the model it was trained on, or one fine-tuned "
-                "from that; `saerelay hop --from-model` carries an SAE to another model"
-            )
+        _check_width(hf_model, site, tap)
+    if leave_alone is None:
+        leave_alone = _bos_ids(model)
+
     attached = Attachment(taps, leave_alone)
     with ExitStack() as stack:
-        handle = model.base_model.register_forward_pre_hook(attached._begin, with_kwargs=True)
+        handle = hf_model.base_model.register_forward_pre_hook(attached._begin, with_kwargs=True)
         stack.callback(handle.remove)
         for site, tap in taps.items():
-            stack.enter_context(intercept(port_of(model, site), site, tap._pass))
+            stack.enter_context(intercept(port_of(hf_model, site), site, tap._pass))
         yield attached
 
 
+def _bos_ids(model: Any) -> list[int]:
+    """The ids of a model's BOS token: one, none, or several."""
+    if isinstance(model, LanguageModel):
+        bos = model.facts.bos_token_id
+    else:
+        bos = model.config.get_text_config().bos_token_id
+    if bos is None:
+        return []
+    if isinstance(bos, list):
+        return bos
+    return [bos]
+
+
+def _check_width(model: Any, site: Site, tap: "Tap") -> None:
+    width = width_at(model, site)
+    if width != tap.d_model:
+        raise ModelError(
+            f"{site}: this SAE reads activations {tap.d_model} wide, but in this model "
+            f"({type(model).__name__}) they are {width} wide. Attach it to the model it was "
+            "trained on, or to one fine-tuned from that; `saerelay hop --from-model` carries an "
+            "SAE to another model."
+        )
+
+
 class Attachment:
-    """The SAEs attached to a model, by site or by layer; what they recorded stays when the `with` block has ended."""
+    """The SAEs attached to a model; what they recorded outlives the `with` block."""
 
     def __init__(self, taps: "Mapping[Site, Tap]", leave_alone: Collection[int]) -> None:
-        self._taps, self._leave_alone, self._tokens = taps, list(leave_alone), dict[int, Tensor]()
+        self._taps = taps
+        self._leave_alone = list(leave_alone)
+        self._tokens = dict[int, Tensor]()
+        """Token ids (B,C), by the position in the sequence at which they begin."""
 
     def __getitem__(self, key: Site | int) -> "Tap":
-        """The tap at a site, or at the one of a layer."""
-        found = [tap for site, tap in self._taps.items() if key in (site, site.layer)]
-        if len(found) != 1:
-            there = ", ".join(map(str, self._taps))
-            raise ModelError(f"{'several sites' if found else 'no SAE'} at {key}; SAEs are attached at: {there}")
-        return found[0]
+        """The tap at a site, or at a layer's only site; ModelError unless there is exactly one."""
+        matching = [tap for site, tap in self._taps.items() if key in (site, site.layer)]
+        if len(matching) != 1:
+            problem = "several SAEs are" if matching else "no SAE is"
+            sites = ", ".join(str(site) for site in self._taps)
+            raise ModelError(f"{problem} attached at {key}; SAEs are attached at: {sites}")
+        return matching[0]
 
     @property
     def sites(self) -> list[Site]:
@@ -107,21 +131,26 @@ class Attachment:
 
     @property
     def tokens(self) -> Tensor:
-        """The token ids (B,C) that the recorded codes belong to; ModelError if none were given."""
-        return _joined(self._tokens, "token ids came by")
+        """The token ids (B,C) of the recorded codes; ModelError if the model was given none."""
+        return _joined(self._tokens, "token ids were recorded")
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note where in its sequences a forward begins, and which of its positions (B,C) are touched."""
-        given = signature(module.forward).bind_partial(*args, **kwargs).arguments
-        ids, mask, cache = (given.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+        """Note where a forward begins in its sequences, and which positions (B,C) are touched."""
+        arguments = signature(module.forward).bind_partial(*args, **kwargs).arguments
+        ids = arguments.get("input_ids")
+        mask = arguments.get("attention_mask")
+        cache = arguments.get("past_key_values")
+
         start = 0 if cache is None else int(cache.get_seq_length())
-        shown = given["inputs_embeds"] if ids is None else ids
-        touched = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device)
+        inputs = arguments["inputs_embeds"] if ids is None else ids
+        touched = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         _cut(self._tokens, start)
         if ids is not None:
             self._tokens[start] = ids.clone()
-            touched &= ~torch.isin(ids, torch.tensor(self._leave_alone, dtype=ids.dtype, device=ids.device))
+            left_alone = torch.tensor(self._leave_alone, dtype=ids.dtype, device=ids.device)
+            touched &= ~torch.isin(ids, left_alone)
         if isinstance(mask, Tensor) and mask.ndim == 2:
+            # The mask covers the positions in the cache as well, which come first.
             touched &= mask[:, -touched.shape[1] :].to(touched)
         for tap in self._taps.values():
             tap._begin(start, touched)
@@ -131,9 +160,13 @@ class Tap:
     """One attached SAE: the codes it records, and the edits made to them."""
 
     def __init__(self, site: Site, sae: Dictionary | LayerNormed, replace: bool) -> None:
-        self.site, self._sae, self._replace = site, sae, replace
-        self._edits = dict[int, tuple[float, float]]()  # latent: (factor, addend) of its code
-        self._codes = dict[int, Tensor]()  # where in the sequence they begin: sparse (B,C,F)
+        self.site = site
+        self._sae = sae
+        self._replace = replace
+        self._edits = dict[int, tuple[float, float]]()
+        """A factor and an addend for the code of each edited latent."""
+        self._codes = dict[int, Tensor]()
+        """Sparse codes (B,C,F), by the position in the sequence at which they begin."""
 
     @property
     def d_model(self) -> int:
@@ -147,6 +180,7 @@ class Tap:
 
     @property
     def _inner(self) -> Dictionary:
+        """The dictionary itself: under a layer norm, it reads normalised activations."""
         return self._sae.dictionary if isinstance(self._sae, LayerNormed) else self._sae
 
     def ablate(self, *latents: int) -> None:
@@ -159,79 +193,106 @@ class Tap:
         self._edits[self._checked(latent)] = (0.0, value)
 
     def steer(self, latent: int, amount: float) -> None:
-        """Add an amount to the code of a latent, at every position that is touched; after `set`, to that value."""
+        """Add an amount to the code of a latent, or to what it was `set` to, where touched."""
         factor, addend = self._edits.get(self._checked(latent), (1.0, 0.0))
         self._edits[latent] = (factor, addend + amount)
 
     def reset(self) -> None:
-        """Take all edits back."""
+        """Undo all edits."""
         self._edits.clear()
 
-    def latents(self, *some: int) -> Tensor:
-        """The recorded codes (B,C,F), or (B,C,n) of n latents: what the SAE made of the activations, before edits.
+    def latents(self, *latents: int) -> Tensor:
+        """The recorded codes (B,C,F), or (B,C,n) of n latents, as they were before edits.
 
-        They are those of the sequences that passed last: a forward that continues a key-value cache goes on behind
-        what that holds, any other begins anew. Hence `generate` gives prompt and generated tokens, all but the last
-        (which no forward has read), with a cache or without; a row of beam search is the beam that stood there at each
-        step. ModelError if nothing passed.
+        They belong to the sequences that passed last. A forward that continues a key-value cache
+        appends to what was recorded for it; any other starts anew. So `generate` leaves the codes
+        of prompt and generated tokens, all but the last (which no forward has read), with a cache
+        or without. With beam search, a row holds the beam that stood there at each step. Raises
+        ModelError if nothing has passed.
         """
-        if not some:
-            return self.codes().to_dense()
-        index = torch.tensor([self._checked(latent) for latent in some])
         codes = self.codes()
-        return codes.index_select(2, index.to(codes.device)).to_dense()
+        if not latents:
+            return codes.to_dense()
+        index = torch.tensor([self._checked(latent) for latent in latents], device=codes.device)
+        return codes.index_select(2, index).to_dense()
 
     def codes(self) -> Tensor:
-        """The same as a sparse COO tensor (B,C,F), as it is kept: large models and long texts stay small."""
-        return _joined(self._codes, f"activations passed {self.site}").coalesce()
+        """The recorded codes as a sparse COO tensor (B,C,F), which takes little memory."""
+        return _joined(self._codes, f"activations have passed {self.site}").coalesce()
 
     def _checked(self, latent: int) -> int:
         if not 0 <= latent < self.n_latents:
-            raise ModelError(f"{self.site}: no latent {latent}; they are numbered 0 to {self.n_latents - 1}")
+            raise ModelError(f"{self.site}: no latent {latent}; latents are numbered 0 to {self.n_latents - 1}")
         return latent
 
     def _begin(self, start: int, touched: Tensor) -> None:
-        self._start, self._touched = start, touched
+        """Prepare for a forward that begins at `start` and touches some positions, bool (B,C)."""
+        self._start = start
+        self._touched = touched
         _cut(self._codes, start)
 
     def _pass(self, x: Tensor) -> Tensor:
-        """Record the codes of activations (B,C,D), and give what goes on in their place."""
-        touched, changes = self._touched.to(x.device), self._replace or bool(self._edits)
+        """Record the codes of activations (B,C,D), and return what takes their place."""
+        touched = self._touched.to(x.device)
+        changes = self._replace or bool(self._edits)
+        outputs = []
+        codes = []
         with torch.set_grad_enabled(changes and torch.is_grad_enabled()):
-            parts = [self._changed(rows) for rows in x[touched].split(ROWS_AT_ONCE)]
-        codes = torch.cat([z for _, z in parts]).coalesce()
-        rows, latents = codes.indices()
-        places = torch.stack([*touched.nonzero()[rows].T, latents])
-        shape = (*touched.shape, self.n_latents)
-        self._codes[self._start] = torch.sparse_coo_tensor(
-            places, codes.values(), shape, is_coalesced=True, check_invariants=False
-        )
-        return x.index_put((touched,), torch.cat([y for y, _ in parts]).to(x.dtype)) if changes else x
+            for rows in x[touched].split(ROWS_AT_ONCE):
+                y, z = self._apply(rows)
+                outputs.append(y)
+                codes.append(z)
+        self._codes[self._start] = self._spread(torch.cat(codes).coalesce(), touched)
+        if not changes:
+            return x
+        return x.index_put((touched,), torch.cat(outputs).to(x.dtype))
 
-    def _changed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is put in the place of activations (N,D), and their codes (N,F), sparse and detached."""
+    def _apply(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What takes the place of activations (N,D), and their sparse, detached codes (N,F)."""
         self._sae = self._sae.to(x.device)
         sae = self._inner
         x = x.to(sae.W_enc.dtype)
-        u, mean, scale = self._sae.normalise(x) if isinstance(self._sae, LayerNormed) else (x, 0.0, 1.0)
-        z = sae.encode(u)
-        J = torch.tensor([*self._edits], dtype=torch.long, device=x.device)
-        factor, addend = torch.tensor([*self._edits.values()]).reshape(-1, 2).to(z).T
-        change = z[:, J] * (factor - 1) + addend  # (N,J)
-        if self._replace:
-            y = sae.decode(z.index_add(1, J, change)) * scale + mean
+        if isinstance(self._sae, LayerNormed):
+            u, mean, scale = self._sae.normalise(x)
         else:
-            y = x + (change @ sae.W_dec[J]) * scale
+            u, mean, scale = x, 0.0, 1.0
+        z = sae.encode(u)
+
+        # An edit makes factor·z + addend of a code, which is a change of (factor − 1)·z + addend.
+        edited = torch.tensor(list(self._edits), dtype=torch.long, device=x.device)
+        factor, addend = torch.tensor(list(self._edits.values())).reshape(-1, 2).to(z).T
+        change = z[:, edited] * (factor - 1) + addend  # (N,J)
+        if self._replace:
+            y = sae.decode(z.index_add(1, edited, change)) * scale + mean
+        else:
+            y = x + (change @ sae.W_dec[edited]) * scale
         return y, z.detach().to_sparse()
+
+    def _spread(self, codes: Tensor, touched: Tensor) -> Tensor:
+        """Sparse codes (N,F) of the touched positions as sparse codes (B,C,F) of all positions."""
+        rows, latents = codes.indices()
+        sequences, positions = touched.nonzero()[rows].T
+        return torch.sparse_coo_tensor(
+            torch.stack([sequences, positions, latents]),
+            codes.values(),
+            (*touched.shape, self.n_latents),
+            is_coalesced=True,
+            check_invariants=False,
+        )
 
 
 def _cut(pieces: dict[int, Tensor], end: int) -> None:
-    """Drop what lies behind a position: another sequence, or what has been cut off the cache since."""
+    """Drop what was recorded from a position on: other text, or tokens taken back since.
+
+    `pieces` are tensors (B,C,...) by the position at which they begin, in order.
+    """
     while pieces and next(reversed(pieces)) >= end:
         pieces.popitem()
     if pieces:
         start, piece = pieces.popitem()
-        pieces[start] = piece.narrow_copy(1, 0, end - start) if start + piece.shape[1] > end else piece
+        if start + piece.shape[1] > end:
+            piece = piece.narrow_copy(1, 0, end - start)
+        pieces[start] = piece
 
 
 def _joined(pieces: dict[int, Tensor], what: str) -> Tensor:

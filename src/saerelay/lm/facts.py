@@ -5,29 +5,34 @@ from typing import Any
 import torch
 
 from saerelay.errors import ModelError
-from saerelay.lm.ports import _count, _find_layers, _n_inputs, _port
-from saerelay.lm.source import _explained, _is_causal_lm, _read_config, _skeleton
-from saerelay.lm.tokens import _first_id, load_tokenizer
+from saerelay.lm.ports import find_layers, find_port, n_inputs, n_parameters
+from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config
+from saerelay.lm.tokens import first_id, load_tokenizer
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import ModelSpec
 
+_FAST_BF16_PROBES = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+"""Functions of torch.cpu that say whether this processor multiplies bfloat16 fast; old versions
+lack some."""
+
 
 def read_facts(spec: ModelSpec) -> ModelFacts:
-    """Read what a plan must know of a model from its configuration and tokenizer, without loading weights.
+    """Read what a plan must know of a model, without loading its weights.
 
     >>> facts = read_facts(ModelSpec())
     >>> facts.family, facts.n_layers, facts.d_model, facts.bos_token_id
     ('gpt_neox', 8, 192, 0)
 
-    Raises ModelError if the model is missing, gated, unreadable or no stack of layers, or the device is absent.
+    Raises ModelError if the model is missing, gated, unreadable or not a single stack of layers,
+    or if the device is not available.
     """
     device = _resolve_device(spec.device)
-    with _explained(spec):
-        config = _read_config(spec)
-        skeleton = _skeleton(spec, config)
-    text, layers = config.get_text_config(), _find_layers(skeleton, spec.name)
-    bos, eos = _special_tokens(spec, text)
-    projection: Any = next((port[0] for layer in layers if (port := _port(layer, "attn_z"))), None)
+    with loading(spec):
+        config = read_config(spec)
+        skeleton = model_skeleton(spec, config)
+    text_config = config.get_text_config()
+    layers = find_layers(skeleton, spec.name)
+    bos, eos = _special_tokens(spec, text_config)
     return ModelFacts(
         name=spec.name,
         revision=getattr(config, "_commit_hash", None) or spec.revision,
@@ -35,59 +40,91 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         dtype=_resolve_dtype(spec.dtype, device),
         device=str(device),
         n_layers=len(layers),
-        d_model=text.hidden_size,
-        d_attn_z=_n_inputs(projection) if projection else 0,
-        vocab_size=text.vocab_size,
-        max_context=_max_context(text, skeleton),
+        d_model=text_config.hidden_size,
+        d_attn_z=_attn_z_width(layers),
+        vocab_size=text_config.vocab_size,
+        max_context=_max_context(text_config, skeleton),
         bos_token_id=bos,
         eos_token_id=eos,
-        has_lm_head=_is_causal_lm(config),
-        layer_params=_count(layers) // len(layers),
-        model_params=_count(skeleton),
+        has_lm_head=is_causal_lm(config),
+        layer_params=n_parameters(layers) // len(layers),
+        model_params=n_parameters(skeleton),
     )
 
 
+def _attn_z_width(layers: Any) -> int:
+    """Width of attn_z in the first layer that has attention; 0 if none has."""
+    for layer in layers:
+        port = find_port(layer, "attn_z")
+        if port is not None:
+            return n_inputs(port.module)
+    return 0
+
+
 def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None]:
-    """What starts a sequence and what ends a document, by the tokenizer if there is one, else by the configuration."""
+    """What starts a sequence, and what ends a document: BOS and EOS, or CLS and SEP.
+
+    The tokenizer decides, or the configuration of a model without one.
+
+    BOS and EOS, or an encoder's CLS and SEP.
+    """
     try:
-        t = load_tokenizer(spec)
+        tokenizer = load_tokenizer(spec)
     except ModelError:
-        return _first_id(config.bos_token_id), _first_id(config.eos_token_id)
-    bos, eos = t.bos_token_id, t.eos_token_id
-    return t.cls_token_id if bos is None else bos, t.sep_token_id if eos is None else eos
+        return first_id(config.bos_token_id), first_id(config.eos_token_id)
+
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.cls_token_id
+    end = tokenizer.eos_token_id
+    if end is None:
+        end = tokenizer.sep_token_id
+    return start, end
 
 
 def _max_context(config: Any, model: Any) -> int:
+    """The longest sequence that the model takes; 0 if it has no limit."""
     longest = getattr(config, "max_position_embeddings", None) or 0
     for name, module in model.base_model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest -= module.padding_idx + 1  # RoBERTa counts positions from there
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            longest -= padding + 1  # RoBERTa's first position comes after the padding token's
     return longest
 
 
 def _resolve_device(asked: str) -> torch.device:
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if asked == "auto":  # mps only when asked for: nobody has run it there yet
-        return torch.device("cuda" if counts["cuda"] else "cpu")
+    """The device of `model.device`; "auto" is a GPU or the CPU, mps must be asked for."""
+    available = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if asked == "auto":
+        return torch.device("cuda" if available["cuda"] else "cpu")
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise ModelError(f'no device "{asked}"; use "auto", "cpu", "cuda", "cuda:1" or "mps"') from None
-    n = counts.get(device.type, 0)
-    if (device.index or 0) >= n:
+        raise ModelError(f'unknown model.device "{asked}"; use "auto", "cpu", "cuda", "cuda:1" or "mps".') from None
+
+    n_devices = available.get(device.type, 0)
+    if (device.index or 0) >= n_devices:
         raise ModelError(
-            f'device "{asked}" is not there: torch {torch.__version__} sees {n} of type {device.type}. '
-            'Use device = "auto" or "cpu", or install a torch build and a driver for it.'
+            f'model.device "{asked}" is not available: '
+            f"torch {torch.__version__} finds {n_devices} devices of type {device.type}. "
+            'Use "auto" or "cpu", or install a torch build and a driver that support it.'
         )
     return device
 
 
 def _resolve_dtype(asked: str, device: torch.device) -> str:
+    """The dtype of `model.dtype`; "auto" is bfloat16 where the hardware is fast at it."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        probes = [getattr(torch.cpu, name, None) for name in _FAST_BF16_PROBES]
+        is_fast = any(probe() for probe in probes if probe is not None)
     else:
-        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if device.type == "cpu" else ()
-        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return "bfloat16" if fast else "float32"
+        is_fast = False
+    return "bfloat16" if is_fast else "float32"

@@ -1,4 +1,4 @@
-"""The language model: activations at many sites from one forward, and splicing.
+"""The language model: read activations at many sites, or replace some of them.
 
 In shapes: B sequences, C positions, D width of the activations at a site, V vocabulary.
 """
@@ -16,18 +16,25 @@ from torch import Tensor, nn
 
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
-from saerelay.lm.ports import Port, _find_layers, _first, _port_in, intercept
-from saerelay.lm.source import _auto_class, _explained, _read_config, _source
+from saerelay.lm.ports import Port, find_layers, first_module, intercept, port_in
+from saerelay.lm.source import loading, locate, model_class, read_config
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site
 
-_FINAL_NORMS = ("final_layer_norm", "norm", "ln_f", "final_layernorm", "decoder.final_layer_norm", "final_norm")
-"""Before the unembedding: GPT-NeoX, Llama and most others, GPT-2, Phi, OPT, ModernBERT."""
+_FINAL_NORMS = (
+    "final_layer_norm",  # GPT-NeoX
+    "norm",  # Llama and most others
+    "ln_f",  # GPT-2
+    "final_layernorm",  # Phi
+    "decoder.final_layer_norm",  # OPT
+    "final_norm",  # ModernBERT
+)
+"""The norm before the unembedding."""
 
-
-_BETWEEN_LAYERS = ("resid_pre", "resid_post")
+_RESIDUAL_STREAM = ("resid_pre", "resid_post")
+"""Kinds of sites that lie between two layers; all others lie inside one."""
 
 
 class _Stop(Exception):
@@ -36,7 +43,7 @@ class _Stop(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """What a whole forward of a language model left behind; see `LanguageModel.forward`."""
+    """What is kept of a whole forward of a language model; see `LanguageModel.forward`."""
 
     tokens: Tensor
     """(B,C)."""
@@ -44,8 +51,8 @@ class Forward:
     """(B,C,V), in the model's dtype."""
     activations: dict[Site, Tensor]
     """(B,C,D) at each site asked for."""
-    beside: list[tuple | None]
-    """What each layer returned beside the residual stream, if it returns a tuple."""
+    layer_extras: list[tuple | None]
+    """What each layer returned after the residual stream; None for one that returns only that."""
 
 
 @final
@@ -53,8 +60,8 @@ class LanguageModel:
     """A frozen language model whose activations are read, and replaced, at sites.
 
     >>> model = LanguageModel.load(ModelSpec(device="cpu"))
-    >>> found = model.harvest(torch.tensor([[0, 5, 7]]), [Site(2), Site(5, "mlp_out")])
-    >>> {str(site): tuple(x.shape) for site, x in found.items()}
+    >>> activations = model.harvest(torch.tensor([[0, 5, 7]]), [Site(2), Site(5, "mlp_out")])
+    >>> {str(site): tuple(x.shape) for site, x in activations.items()}
     {'L2': (1, 3, 192), 'L5.mlp_out': (1, 3, 192)}
     """
 
@@ -62,102 +69,138 @@ class LanguageModel:
         self.facts = facts
         self.device = torch.device(facts.device)
         self._model = model.eval().requires_grad_(False).to(self.device)
-        self._layers = _find_layers(model, facts.name)
-        self._resumes = dict[int, bool]()  # whether a forward can go on behind the first n layers, where tried
+        self._layers = find_layers(model, facts.name)
+        self._can_skip = dict[int, bool]()
+        """Whether a forward can start after the first n layers, for every n that was tried."""
 
     @classmethod
     def load(cls, spec: ModelSpec) -> "LanguageModel":
-        """Load weights (safetensors only) onto the device; what `read_facts` raises, and ModelError for bad weights."""
+        """Load a model's weights, which must be safetensors, onto the device.
+
+        Raises what `read_facts` raises, and ModelError if weights are missing, damaged or of
+        another shape.
+        """
         facts = read_facts(spec)
         pinned = spec.changed(revision=facts.revision)
-        with _explained(spec):
-            source, options = _source(pinned)
-            config = _read_config(pinned)
-            model, report = _auto_class(config).from_pretrained(
-                source,
+        with loading(spec):
+            location = locate(pinned)
+            config = read_config(pinned)
+            model, report = model_class(config).from_pretrained(
+                location.name_or_path,
                 config=config,
                 dtype=getattr(torch, facts.dtype),
                 use_safetensors=True,
                 output_loading_info=True,
-                **options,
+                **location.options,
             )
+            # A pooler is not one of the layers, and many checkpoints come without it.
             missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
             if missing:
                 raise ModelError(
-                    f'the weights of "{spec.name}" lack {len(missing)} tensors ({missing[0]}), which would be random. '
-                    "Download the model again, or save it with save_pretrained from the class it was trained as."
+                    f'the weights of "{spec.name}" lack {len(missing)} tensors ({missing[0]}), '
+                    "which would be random. Download the model again, or save it with "
+                    "save_pretrained from the class it was trained as."
                 )
             return cls(model, facts)
 
     @property
     def hf_model(self) -> Any:
-        """The model itself, as transformers knows it: for `generate` and whatever else it can do."""
+        """The transformers model itself, for `generate` and whatever else it can do."""
         return self._model
 
     def check_site(self, site: Site) -> None:
-        """Raise PlanError if the model has no such layer, ModelError if its layers have no such module."""
-        self._locate(site)
+        """Raise PlanError for a layer, ModelError for a module that the model does not have."""
+        self._port(site)
+
+    def _port(self, site: Site) -> Port:
+        return port_in(self._layers, site, name=self.facts.name, family=self.facts.family)
+
+    # --- reading activations ---
 
     @torch.inference_mode()
     def visit(self, tokens: Tensor, visitors: Mapping[Site, Callable[[Tensor], object]]) -> None:
         """Show each visitor the activations (B,C,D) at its site, in one forward over tokens (B,C).
 
-        The forward ends at the deepest site: nothing behind it runs. Every position attends as in a sequence without
-        padding. A visitor sees the model's own tensor, in inference mode: it copies what it wants, and neither keeps
-        nor changes it. Raises what `check_site` raises.
+        The forward ends at the deepest site: nothing after it runs. Every position attends as in
+        a sequence without padding. A visitor sees the model's own tensor, in inference mode: it
+        copies what it wants, and neither keeps nor changes it. Raises what `check_site` raises.
         """
-        waiting = set(visitors)
-
-        def shown_to(site: Site) -> Callable[[Tensor], Tensor]:
-            def show(x: Tensor) -> Tensor:
-                visitors[site](x)
-                waiting.discard(site)
-                if not waiting:
-                    raise _Stop
-                return x
-
-            return show
-
         if not visitors:
             return
+        waiting = set(visitors)
+
+        def show(site: Site, x: Tensor) -> Tensor:
+            visitors[site](x)
+            waiting.discard(site)
+            if not waiting:
+                raise _Stop
+            return x
+
         with suppress(_Stop), ExitStack() as stack:
             for site in visitors:
-                stack.enter_context(self.splice(site, shown_to(site)))
+                stack.enter_context(self.splice(site, partial(show, site)))
             self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         assert not waiting, f"asked for {list(visitors)}, the forward did not pass {waiting}"
 
     def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
-        """Read activations (B,C,D) at all sites from one forward over tokens (B,C), which stops at the deepest site.
+        """Read the activations (B,C,D) at all sites from one forward over tokens (B,C).
 
-        The tensors are the caller's: plain copies that may meet autograd, in the model's dtype, on its device. See
-        `visit`, which copies nothing.
+        The forward stops at the deepest site. The tensors are the caller's: plain copies, fit for
+        autograd, in the model's dtype and on its device. `visit` does the same without copies.
+        Raises what `check_site` raises.
         """
-        found: dict[Site, Tensor] = {}
+        copies: dict[Site, Tensor] = {}
 
         def copy(site: Site, x: Tensor) -> None:
             with torch.inference_mode(False):
-                found[site] = x.clone()
+                copies[site] = x.clone()
 
-        wanted = dict.fromkeys(sites)
-        self.visit(tokens, {site: partial(copy, site) for site in wanted})
-        return {site: found[site] for site in wanted}
+        distinct = list(dict.fromkeys(sites))
+        self.visit(tokens, {site: partial(copy, site) for site in distinct})
+        return {site: copies[site] for site in distinct}
+
+    # --- forwards with changes ---
+
+    @contextmanager
+    def splice(self, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Replace activations (B,C,D) at a site by `function` of them in every forward.
+
+        >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
+        >>> with model.splice(Site(3), torch.zeros_like):
+        ...     broken = model.logits(tokens)
+        >>> bool((broken == model.logits(tokens)).all())
+        False
+
+        The function keeps the shape; its result is cast to the model's dtype. Raises what
+        `check_site` raises.
+        """
+        with intercept(self._port(site), site, function):
+            yield
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """Predict the next token at every position: float32 (B,C,V) for tokens (B,C); ModelError without an LM head."""
+        """Predict the next token at every position: float32 (B,C,V) for tokens (B,C).
+
+        Raises ModelError if the model has no language-model head.
+        """
         return self._logits(tokens).float()
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        if not self.facts.has_lm_head:
-            raise ModelError(
-                f'"{self.facts.name}" ({self.facts.family}) has no language-model head. CE metrics need one: '
-                "use a causal LM (`architectures` in its config.json says ...ForCausalLM), or leave CE metrics out."
-            )
+        self._check_lm_head()
         return self._model(input_ids=tokens.to(self.device), use_cache=False).logits
 
+    def _check_lm_head(self) -> None:
+        if not self.facts.has_lm_head:
+            raise ModelError(
+                f'"{self.facts.name}" ({self.facts.family}) has no language-model head, so it '
+                "gives no logits. Use a causal LM (one whose config.json says ...ForCausalLM "
+                "under `architectures`), or leave out the metrics that need logits (evaluate.ce = "
+                "false)."
+            )
+
     @torch.no_grad()
-    def forward(self, tokens: Tensor, sites: Iterable[Site]) -> "Forward":
-        """One whole forward over tokens (B,C), from whose middle others can go on (`resuming`).
+    def forward(self, tokens: Tensor, sites: Iterable[Site]) -> Forward:
+        """Run a whole forward over tokens (B,C), to be continued from its middle (`resuming`).
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> clean = model.forward(tokens, [Site(3)])
@@ -166,122 +209,153 @@ class LanguageModel:
         >>> changed.shape == clean.logits.shape, bool((changed == clean.logits).all())
         (True, False)
 
-        Raises what `check_site` raises, and ModelError without an LM head.
+        Raises what `check_site` raises, and ModelError without a language-model head.
         """
-        wanted = dict.fromkeys(sites)
-        residual = {site: Site(site.layer, "resid_pre") for site in wanted if site.module not in _BETWEEN_LAYERS}
-        found, outputs = dict[Site, Tensor](), dict[int, Any]()
+        # From a site inside a layer, `resuming` starts with the stream before that layer.
+        wanted: dict[Site, None] = {}
+        for site in sites:
+            wanted[site] = None
+            wanted[_stream_at(site)] = None
+
+        activations: dict[Site, Tensor] = {}
+        outputs: dict[int, Any] = {}
 
         def keep(site: Site, x: Tensor) -> Tensor:
-            found[site] = x.clone()
+            activations[site] = x.clone()
             return x
 
+        def keep_output(i: int, _: nn.Module, args: tuple, output: Any) -> None:
+            outputs[i] = output
+
         with ExitStack() as stack:
-            for site in {**wanted, **dict.fromkeys(residual.values())}:
+            for site in wanted:
                 stack.enter_context(self.splice(site, partial(keep, site)))
             for i, layer in enumerate(self._layers):
-                hook = layer.register_forward_hook(lambda _, __, output, i=i: outputs.update({i: output}))
+                hook = layer.register_forward_hook(partial(keep_output, i))
                 stack.callback(hook.remove)
             logits = self._logits(tokens)
-        beside = [tuple(outputs[i][1:]) if isinstance(outputs[i], tuple | list) else None for i in sorted(outputs)]
-        return Forward(tokens, logits, found, beside)
+
+        layer_extras = []
+        for i in sorted(outputs):
+            returns_more = isinstance(outputs[i], tuple | list)
+            layer_extras.append(tuple(outputs[i][1:]) if returns_more else None)
+        return Forward(tokens, logits, activations, layer_extras)
 
     @contextmanager
-    def resuming(self, clean: "Forward", site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function that gives the logits (B,C,V) of an earlier forward with other activations x (B,C,D) at a site.
+    def resuming(self, clean: Forward, site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from other activations (B,C,D) at a site to the logits (B,C,V) they give.
 
-        Gradients flow to an x that asks for them. Layers before the site do not run. Where a model passes its layers
-        more than the residual stream, so that starting in the middle does not give back its own logits (tried once a
-        layer), all of it runs. Threads may call the function side by side; elsewhere the model must not be used inside
-        the `with` block.
+        Gradients flow to an x that asks for them. Layers before the site do not run. Some models
+        pass more than the residual stream from layer to layer, so that starting in the middle does
+        not reproduce their own logits (this is tried once per layer): of those, everything runs.
+        Threads may call the function at the same time; apart from that, the model must not be used
+        inside the `with` block.
         """
-        n = site.layer + (site.module == "resid_post")
-        if n not in self._resumes:
-            self._resumes[n] = self._resumes_after(clean, n, site)
-        between, given = site.module in _BETWEEN_LAYERS, threading.local()
+        # How to see this: the first n layers are replaced by a function that returns the residual
+        # stream after them. At a site between two layers, that stream is x itself. Inside a layer,
+        # it is the clean stream before that layer, which then runs with x spliced in.
+        n_skipped = site.layer
+        if site.module == "resid_post":
+            n_skipped += 1
+        if n_skipped not in self._can_skip:
+            self._can_skip[n_skipped] = self._reproduces_logits(clean, n_skipped, site)
+        can_skip = self._can_skip[n_skipped]
+        is_between_layers = site.module in _RESIDUAL_STREAM
+
+        given = threading.local()  # every thread has its own x
 
         def logits(x: Tensor) -> Tensor:
             with torch.set_grad_enabled(x.requires_grad):
-                given.x = x.to(clean.activations[site].dtype, copy=True)  # some models add to it in place
+                # Copied, because some models add to the stream in place.
+                given.x = x.to(clean.activations[site].dtype, copy=True)
                 return self._logits(clean.tokens)
 
+        def stream() -> Tensor:
+            if is_between_layers:
+                return given.x
+            return clean.activations[_stream_at(site)].clone()
+
         with ExitStack() as stack:
-            if self._resumes[n]:
-                before = None if between else clean.activations[Site(site.layer, "resid_pre")]
-                stack.enter_context(self._skipping(clean, n, lambda: given.x if before is None else before.clone()))
-            if not (n and between and self._resumes[n]):
+            if can_skip:
+                stack.enter_context(self._skipping(clean, n_skipped, stream))
+            is_returned_by_a_layer = can_skip and is_between_layers and n_skipped > 0
+            if not is_returned_by_a_layer:
                 stack.enter_context(self.splice(site, lambda _: given.x))
             yield logits
 
     @torch.no_grad()
-    def _resumes_after(self, clean: "Forward", n: int, site: Site) -> bool:
-        """Whether the model's own activations behind the first n layers give its own logits."""
-        own = clean.activations[site if site.module in _BETWEEN_LAYERS else Site(site.layer, "resid_pre")]
+    def _reproduces_logits(self, clean: Forward, n_skipped: int, site: Site) -> bool:
+        """Whether the model reproduces its own logits if it starts after the first layers."""
+        stream = clean.activations[_stream_at(site)]
         try:
-            with self._skipping(clean, n, own.clone):
-                again = self._logits(clean.tokens)
-        except Exception:  # whatever a model says that misses something from the layers before
+            with self._skipping(clean, n_skipped, stream.clone):
+                logits = self._logits(clean.tokens)
+        except Exception:  # without what earlier layers pass on, a model may fail in any way
             return False
-        return torch.allclose(again, clean.logits, rtol=1e-2, atol=1e-2 * float(clean.logits.abs().max()))
+        largest = float(clean.logits.abs().max())
+        return torch.allclose(logits, clean.logits, rtol=1e-2, atol=1e-2 * largest)
 
     @contextmanager
-    def _skipping(self, clean: "Forward", n: int, x: Callable[[], Tensor]) -> Iterator[None]:
-        """Let the first n layers return x() (B,C,D) without running."""
+    def _skipping(self, clean: Forward, n: int, stream: Callable[[], Tensor]) -> Iterator[None]:
+        """Let the first n layers return stream() (B,C,D) and their clean extras."""
 
-        def instead(beside: tuple | None) -> Callable[..., Any]:
-            return lambda *_, **__: x() if beside is None else (x(), *beside)
+        def skip(extras: tuple | None, *_: Any, **__: Any) -> Any:
+            if extras is None:
+                return stream()
+            return (stream(), *extras)
 
-        skipped = list(zip(self._layers[:n], clean.beside, strict=False))
+        skipped = self._layers[:n]
         try:
-            for layer, beside in skipped:
-                layer.forward = instead(beside)
+            for layer, extras in zip(skipped, clean.layer_extras, strict=False):
+                layer.forward = partial(skip, extras)
             yield
         finally:
-            for layer, _ in skipped:
-                layer.__dict__.pop("forward", None)
+            for layer in skipped:
+                layer.__dict__.pop("forward", None)  # what hides the class's own method
+
+    # --- weights ---
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:
-        """What a direction of the last residual stream adds to each logit: float32 (V,D), with the final norm's gain.
+        """What a direction of the last residual stream adds to each logit: float32 (V,D).
 
-        Of a final LayerNorm the mean is taken out too; the norm's division by the size of the stream is left out, so
-        values compare within a row, not across models. Raises ModelError without an LM head.
+        A final LayerNorm also takes the mean out, and so does this; the norm's division by the
+        size of the stream is left out, so values compare within a row, not across models. Raises
+        ModelError without a language-model head.
         """
-        if not self.facts.has_lm_head:
-            raise ModelError(f'"{self.facts.name}" ({self.facts.family}) has no language-model head, hence no logits')
+        self._check_lm_head()
         W_U = self._model.get_output_embeddings().weight.float()
-        norm = _first(self._model.base_model, _FINAL_NORMS)
+        norm = first_module(self._model.base_model, _FINAL_NORMS)
         if norm is None:
             return W_U
+
+        # The gain is measured, since some norms keep it as its distance from 1. A vector of signs
+        # has mean 0 and size 1, so a norm only multiplies it by its gain and adds its bias; half
+        # of norm(s) − norm(−s) is without the bias.
         norm = deepcopy(norm).float()
-        signs = torch.ones(W_U.shape[1]).to(W_U)  # of mean 0 and size 1, so that a norm only multiplies by its gain,
-        signs[1::2] = -1  # which some keep as its distance from 1
-        W_U = W_U * ((norm(signs[None]) - norm(-signs[None])) / (2 * signs))
-        return W_U - W_U.mean(dim=1, keepdim=True) if isinstance(norm, nn.LayerNorm) else W_U
+        signs = torch.ones(W_U.shape[1]).to(W_U)
+        signs[1::2] = -1
+        gain = (norm(signs[None]) - norm(-signs[None])) / (2 * signs)
+        W_U = W_U * gain
+        if isinstance(norm, nn.LayerNorm):
+            return W_U - W_U.mean(dim=1, keepdim=True)
+        return W_U
 
-    @contextmanager
-    def splice(self, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace activations (B,C,D) at a site by `function` of them, in every forward inside the `with` block.
 
-        >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
-        >>> with model.splice(Site(3), torch.zeros_like):
-        ...     broken = model.logits(tokens)
-        >>> bool((broken == model.logits(tokens)).all())
-        False
-
-        The function keeps the shape; its result is cast to the model's dtype. Raises what `check_site` raises.
-        """
-        with intercept(self._locate(site), site, function):
-            yield
-
-    def _locate(self, site: Site) -> Port:
-        return _port_in(self._layers, site, self.facts.name, self.facts.family)
+def _stream_at(site: Site) -> Site:
+    """The residual stream at a site, or, inside a layer, before that layer."""
+    if site.module in _RESIDUAL_STREAM:
+        return site
+    return Site(site.layer, "resid_pre")
 
 
 def load_model(plan: Plan) -> LanguageModel:
-    """The model a plan was made for: same revision, same dtype, with every module the plan reads."""
-    facts = plan.facts
-    model = LanguageModel.load(plan.recipe.model.changed(revision=facts.revision, dtype=facts.dtype))
+    """The model that a plan was made for, with every module that the plan reads.
+
+    Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
+    """
+    frozen = {"revision": plan.facts.revision, "dtype": plan.facts.dtype}
+    model = LanguageModel.load(plan.recipe.model.changed(**frozen))
     for leg in plan.legs:
         model.check_site(leg.site)
         if leg.parent:

@@ -1,146 +1,181 @@
-"""Where a language model comes from: a directory or the hub, its configuration, and errors with their remedy."""
+"""Where a language model comes from: a directory or the hub, and errors with their remedy."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from saerelay.demo import MODEL_DIR
 from saerelay.errors import ModelError
+from saerelay.hub import explain_hub
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import ModelSpec
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Endings of the names of classes that predict the next token."""
+
+TOKENIZER_REMEDY = "Put a tokenizer.json beside its config.json, or give token ids (data.tokens) instead of text."
 
 
-_NO_TOKENIZER = (
-    "has no fast tokenizer. Put a tokenizer.json beside its config.json, "
-    "or give token ids (`data.tokens`) instead of text."
-)
+class Location(NamedTuple):
+    """What `from_pretrained` is called with."""
+
+    name_or_path: str
+    """A hub id, or the path of a directory."""
+    options: dict[str, Any]
+    """Keyword arguments."""
+    is_directory: bool
+
+
+def locate(spec: ModelSpec) -> Location:
+    """Where a model is: a directory, or a hub id and its revision.
+
+    Raises ModelError if the name can only mean a directory, and there is no model in it.
+    """
+    options = {"trust_remote_code": spec.trust_remote_code}
+    path = MODEL_DIR if spec.name == "demo" else Path(spec.name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path}: no Hugging Face model here (config.json is missing). "
+                "Pass a directory that save_pretrained has written."
+            )
+        return Location(str(path), {**options, "local_files_only": True}, is_directory=True)
+
+    if path.exists() or spec.name.startswith(("/", ".", "~")):
+        problem = "not a directory" if path.exists() else "no such directory"
+        raise ModelError(
+            f"{path}: {problem}. Pass a directory with a config.json, or a hub id such as EleutherAI/pythia-70m."
+        )
+    return Location(spec.name, {**options, "revision": spec.revision or None}, is_directory=False)
+
+
+def read_config(spec: ModelSpec) -> Any:
+    """The model's transformers configuration."""
+    from transformers import AutoConfig
+
+    location = locate(spec)
+    return AutoConfig.from_pretrained(location.name_or_path, **location.options)
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class to load a model with: with its LM head if it has one."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if is_causal_lm(config) else AutoModel
+
+
+def is_causal_lm(config: Any) -> bool:
+    """Whether the saved weights include an LM head that predicts the next token.
+
+    What decides is the class that the model was saved from: a backbone without its head is of the
+    same family.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    family_has_one = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    saved_from = config.architectures or ()
+    return (has_own_class or family_has_one) and any(name.endswith(_CAUSAL_ENDINGS) for name in saved_from)
+
+
+def model_skeleton(spec: ModelSpec, config: Any) -> Any:
+    """The model without its weights: every module in its place, on torch's meta device."""
+    with torch.device("meta"):
+        return model_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
 def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
-    """What tells a model's weights and code from others', as JSON: a hub revision, or the files of a directory.
+    """What distinguishes a model's weights and code from all others, as JSON.
 
     >>> from saerelay.lm.facts import read_facts
     >>> sorted(weights_identity(ModelSpec(), read_facts(ModelSpec())))
     ['config', 'files']
+
+    From the hub, its commit; in a directory, the configuration's digest and the names, sizes and
+    modification times of the files with weights and code.
     """
-    source, options = _source(spec)
-    if "local_files_only" not in options:
+    location = locate(spec)
+    if not location.is_directory:
         return {"name": facts.name, "revision": facts.revision}
-    files = [path for path in sorted(Path(source).iterdir()) if path.suffix in (".safetensors", ".py")]
-    return {
-        "config": hashlib.sha256((Path(source) / "config.json").read_bytes()).hexdigest(),
-        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-    }
+
+    directory = Path(location.name_or_path)
+    files = []
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".safetensors", ".py"):
+            status = path.stat()
+            files.append([path.name, status.st_size, status.st_mtime_ns])
+    config = (directory / "config.json").read_bytes()
+    return {"config": hashlib.sha256(config).hexdigest(), "files": files}
 
 
-def _is_causal_lm(config: Any) -> bool:
-    """Whether the weights include an LM head that predicts the next token, as the saved class says, not the family."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    return known and any(name.endswith(_CAUSAL_ENDINGS) for name in config.architectures or ())
-
-
-def _skeleton(spec: ModelSpec, config: Any) -> Any:
-    """The model without weights."""
-    with torch.device("meta"):
-        return _auto_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
-
-
-def _auto_class(config: Any) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    return AutoModelForCausalLM if _is_causal_lm(config) else AutoModel
-
-
-def _source(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
-    """What to pass to `from_pretrained`: a directory, never looking at the hub, or a hub id and its revision."""
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    path = Path(__file__).parent.parent / "demo" if spec.name == "demo" else Path(spec.name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path}: this directory has no config.json, so it holds no Hugging Face model.")
-        return str(path), {**options, "local_files_only": True}
-    if path.exists() or spec.name.startswith(("/", ".", "~")):
-        raise ModelError(
-            f"{path}: no such directory. Pass one with a config.json, or a hub id like EleutherAI/pythia-70m."
-        )
-    return spec.name, {**options, "revision": spec.revision or None}
-
-
-def _read_config(spec: ModelSpec) -> Any:
-    from transformers import AutoConfig
-
-    source, options = _source(spec)
-    return AutoConfig.from_pretrained(source, **options)
+# --- errors ------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _explained(spec: ModelSpec) -> Iterator[None]:
-    """Turn what transformers and the hub raise into a ModelError with the remedy, without load reports and bars."""
-    from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: ignore  # re-exported: httpx or httpx2
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def loading(spec: ModelSpec) -> Iterator[None]:
+    """Turn errors of transformers and the hub into a ModelError; print nothing."""
+    from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: ignore  # re-exported
     from safetensors import SafetensorError
+
+    builtin_errors = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+    with _only_downloads_shown():
+        try:
+            yield
+        except (*builtin_errors, HTTPError, StrictDataclassError, SafetensorError) as error:
+            raise ModelError(_explain(spec, error)) from None
+
+
+@contextmanager
+def _only_downloads_shown() -> Iterator[None]:
+    """Silence transformers' load reports and progress bars, but not those of downloads."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    builtin = (OSError, ValueError, KeyError, RuntimeError, ImportError)
-    bars, quiet_hub, verbosity = (
-        logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-        logging.get_verbosity(),
-    )
+    verbosity = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
+    downloads_were_hidden = are_progress_bars_disabled()
+
     logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()  # these are the hub's too, whose downloads should be seen
-        if not quiet_hub:
+    if had_bars:
+        logging.disable_progress_bar()  # this hides the hub's bars as well
+        if not downloads_were_hidden:
             enable_progress_bars()
     try:
         yield
-    except (*builtin, HTTPError, StrictDataclassError, SafetensorError) as error:
-        raise ModelError(_explain(spec, error)) from None
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-            if quiet_hub:
+        if had_bars:
+            logging.enable_progress_bar()  # and this shows the hub's bars as well
+            if downloads_were_hidden:
                 disable_progress_bars()
 
 
 def _explain(spec: ModelSpec, error: BaseException) -> str:
-    name, text = spec.name, " ".join(str(error).split())
-    if said := explain_hub(name, spec.revision, error):
-        return said
+    """What an error in loading means, and what to do about it."""
+    name = spec.name
+    text = " ".join(str(error).split())
+    from_hub = explain_hub(name, spec.revision, error)
+    if from_hub:
+        return from_hub
     if "trust_remote_code" in text:
-        return f'"{name}" needs Python code of its own. If you trust its authors, set model.trust_remote_code = true.'
+        return (
+            f'"{name}" needs Python code that comes with it. '
+            "If you trust its authors, set model.trust_remote_code = true."
+        )
     if "tokenizer" in text:
-        return f'"{name}" {_NO_TOKENIZER} ({text})'
+        return f'"{name}" has no fast tokenizer. {TOKENIZER_REMEDY} ({text})'
     if isinstance(error, OSError) and ".safetensors" in text:
         return (
-            f'"{name}" has no weights as safetensors. If it has pickled ones (pytorch_model.bin), convert them once: '
-            f'`AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("DIR")`, and pass DIR. ({text})'
+            f'"{name}" has no weights in safetensors format. If it has pickled ones '
+            "(pytorch_model.bin), convert them once with "
+            f'`AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("DIR")`, and pass '
+            f"DIR. ({text})"
         )
-    return f'"{name}" cannot be loaded. Check its files, and that transformers knows the family. ({text})'
-
-
-def explain_hub(name: str, revision: str, error: BaseException) -> str:
-    """What the hub's refusal of a repository means, and the remedy; "" if the hub has nothing to do with the error."""
-    from huggingface_hub import errors as hub
-
-    text = " ".join(str(error).split())
-    offline = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HTTPError)  # pyright: ignore  # as above
-    remedies = (
-        (hub.GatedRepoError, f"is gated: accept the licence at https://huggingface.co/{name} and run `hf auth login`."),
-        (hub.RepositoryNotFoundError, "is not on the hub. Check the name; if it is private, run `hf auth login`."),
-        (hub.RevisionNotFoundError, f'has no revision "{revision}"; see https://huggingface.co/{name}/tree/main.'),
-        (hub.HFValidationError, "is neither a directory nor a possible hub id; write EleutherAI/pythia-70m or ./mine."),
-        (offline, f"did not come from the hub. Check the name, the network, or pass a local directory. ({text})"),
+    return (
+        f'"{name}" cannot be loaded. '
+        f"Check its files, and that the installed transformers supports this family. ({text})"
     )
-    chain, link = [error], error
-    while (link := link.__cause__ or link.__context__) and link not in chain:
-        chain.append(link)
-    return next((f'"{name}" {remedy}' for kind, remedy in remedies if any(isinstance(e, kind) for e in chain)), "")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from saerelay.errors import ModelError
-from saerelay.lm.source import _NO_TOKENIZER, _explained, _read_config, _source
+from saerelay.lm.source import TOKENIZER_REMEDY, loading, locate, read_config
 from saerelay.planning.recipe import ModelSpec
 
 
@@ -17,23 +17,38 @@ def load_tokenizer(spec: ModelSpec) -> Any:
 
     Raises ModelError if the model has none, or only a slow one.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    with _explained(spec):
-        source, options = _source(spec)
-        file = Path(source) / "tokenizer.json"
+    with loading(spec):
+        location = locate(spec)
+        file = Path(location.name_or_path) / "tokenizer.json"
         if file.is_file() and not file.with_name("tokenizer_config.json").is_file():
-            # AutoTokenizer would add its family's default tokens, with ids the model does not have
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
-            config = _read_config(spec).get_text_config()
-            for role in ("bos", "eos"):
-                i = _first_id(getattr(config, f"{role}_token_id"))
-                setattr(tokenizer, f"{role}_token", None if i is None else tokenizer.convert_ids_to_tokens(i))
+            tokenizer = _bare_tokenizer(spec, file)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder) or not tokenizer.is_fast:
-        # without files AutoTokenizer makes an empty one
-        raise ModelError(f'"{spec.name}" {_NO_TOKENIZER}')
+            tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **location.options)
+
+    # Where a model has no tokenizer files, AutoTokenizer makes one that knows its special tokens
+    # only.
+    has_vocabulary = len(tokenizer) > len(tokenizer.added_tokens_decoder)
+    if not has_vocabulary or not tokenizer.is_fast:
+        raise ModelError(f'"{spec.name}" has no fast tokenizer. {TOKENIZER_REMEDY}')
+    return tokenizer
+
+
+def _bare_tokenizer(spec: ModelSpec, file: Path) -> Any:
+    """The tokenizer of a tokenizer.json alone, with BOS and EOS from the configuration.
+
+    AutoTokenizer would add the default tokens of its family, with ids that the model does not
+    have.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    config = read_config(spec).get_text_config()
+    for role in ("bos", "eos"):
+        token_id = first_id(getattr(config, f"{role}_token_id"))
+        token = None if token_id is None else tokenizer.convert_ids_to_tokens(token_id)
+        setattr(tokenizer, f"{role}_token", token)
     return tokenizer
 
 
@@ -48,8 +63,16 @@ def token_text(tokenizer: Any, token: int) -> str:
     if piece is None:
         return f"<{token}>"
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text  # SentencePiece drops the first
+
+    # SentencePiece writes a leading space as "▁", and leaves it out where it decodes the first
+    # token.
+    if piece.startswith("▁") and not text.startswith(" "):
+        return f" {text}"
+    return text
 
 
-def _first_id(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
+def first_id(ids: int | list[int] | None) -> int | None:
+    """A configuration's BOS or EOS id: some models have several, of which the first is used."""
+    if isinstance(ids, list):
+        return ids[0]
+    return ids

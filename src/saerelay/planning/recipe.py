@@ -216,10 +216,10 @@ class LegSpec(Spec):
             return data
         rest = dict(data)
         if rest.get("parent") == "":
-            for key in LegHop.keys():
+            for key in LegHop.all_keys():
                 rest.pop(key, None)
         if rest.get("control_of") == "":
-            for key in LegControl.keys():
+            for key in LegControl.all_keys():
                 rest.pop(key, None)
         return rest
 

@@ -56,8 +56,8 @@ class AnyDictionarySpec(Spec):
             yield Described(key, value, f"{used_by}: {default.description}")
 
     @classmethod
-    def keys(cls) -> list[str]:
-        """See `Spec.keys`."""
+    def all_keys(cls) -> list[str]:
+        """See `Spec.all_keys`."""
         own = [key for key in cls.model_fields if key != "activation"]
         return ["architecture", *own, *_keys_of_architectures()]
 

@@ -5,6 +5,7 @@ them; every live leg steps in lockstep; legs that have spent their budget are pu
 two batches, and a run that was killed continues from there to the same bits.
 """
 
+import threading
 import time
 from shlex import quote
 from typing import IO
@@ -85,14 +86,22 @@ def train_plan(
                     log.flush()
                     now.save(paths)
                     last_saved = now.cursor
-                if stop.is_set():
-                    raise Interrupted(
-                        f"saerelay train {quote(str(paths.recipe))} --out {quote(str(paths.root))} --resume"
-                    )
+                stop_if_asked(stop, paths)
             report(now, now.cohort.live, log, watcher)
     now.seconds["total"] = time.perf_counter() - began
     now.save(paths)
     write_json(paths.cost, {"seconds": now.seconds, "positions": now.positions})
+    complain_of_failures(now, paths)
+
+
+def stop_if_asked(stop: threading.Event, paths: RunDirectory) -> None:
+    """Raise Interrupted, with the command that continues, after Ctrl-C or SIGTERM."""
+    if stop.is_set():
+        raise Interrupted(f"saerelay train {quote(str(paths.recipe))} --out {quote(str(paths.root))} --resume")
+
+
+def complain_of_failures(now: Training, paths: RunDirectory) -> None:
+    """Raise LegFailed if a leg had to stop."""
     if now.failures:
         lines = [f"leg {leg_id} stopped: {reason}" for leg_id, reason in now.failures.items()]
         lines.append(f"its last good state is in {paths.root}/legs/ID/snapshots; all other legs are done")

@@ -8,13 +8,13 @@ class _Step(torch.autograd.Function):
     """1[pre > θ] with a rectangular straight-through window of width `bandwidth` around θ."""
 
     @staticmethod
-    def forward(ctx, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[None, Tensor, None]:  # noqa: ANN001
+    def backward(ctx, *gradients: Tensor) -> tuple[None, Tensor, None]:
         pre, threshold = ctx.saved_tensors
         window = ((pre - threshold).abs() < ctx.bandwidth / 2).to(pre.dtype)
         return None, -(gradients[0] * window).sum(dim=0) / ctx.bandwidth, None
@@ -24,13 +24,13 @@ class _Jump(torch.autograd.Function):
     """pre·1[pre > θ], the gradient to θ as for `_Step`."""
 
     @staticmethod
-    def forward(ctx, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
         return pre * (pre > threshold)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         pre, threshold = ctx.saved_tensors
         window = ((pre - threshold).abs() < ctx.bandwidth / 2).to(pre.dtype)
         to_threshold = -(gradients[0] * window).sum(dim=0) * threshold / ctx.bandwidth

@@ -1,0 +1,28 @@
+"""What Hugging Face models call the parts of a layer: module paths, as plain text.
+
+`lm.ports` finds modules by them, `interop.names` reads them in other tools' files.
+"""
+
+PROJECTIONS = (
+    "self_attn.o_proj",  # Llama and most others
+    "attention.dense",  # GPT-NeoX
+    "attn.c_proj",  # GPT-2
+    "attention.output.dense",  # BERT
+    "attention.out_lin",  # DistilBERT
+    "attn.Wo",  # ModernBERT
+    "self_attn.out_proj",  # OPT
+    "self_attn.dense",  # Phi
+    "self_attention.dense",  # Falcon and BLOOM
+    "attn.attention.out_proj",  # GPT-Neo
+    "attn.out_proj",  # GPT-J and MPT
+)
+"""The projection of attention's output onto the residual stream, within a layer."""
+
+MLPS = (
+    "mlp.dense_4h_to_h",  # BLOOM, whose `mlp` adds the residual stream itself
+    "mlp",  # most others
+    "output.dense",  # BERT
+    "ffn.lin2",  # DistilBERT
+    "ffn.down_proj",  # MPT
+)
+"""The module whose output the MLP adds to the residual stream, within a layer."""

@@ -1,0 +1,291 @@
+"""The model card of exported SAEs: what they are, how good, how made, how to load them."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saerelay.interop.names import hub_id
+from saerelay.interop.origin import Origin
+from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.recipe import Recipe, annotated_toml
+from saerelay.runs.files import leafwise
+from saerelay.site import Site
+from saerelay.spec import format_count
+
+_LOADING = {
+    "saelens": """
+from sae_lens import SAE
+
+sae = SAE.from_pretrained("{repo}", "{folder}")
+""",
+    "sparsify": """
+from sparsify import Sae
+
+sae = Sae.load_from_hub("{repo}", hookpoint="{folder}")
+""",
+    "dictionary_learning": """
+from dictionary_learning.utils import load_dictionary
+from huggingface_hub import snapshot_download
+
+path = snapshot_download("{repo}", allow_patterns="{folder}/*")
+sae, config = load_dictionary(f"{{path}}/{folder}", device="cpu")
+""",
+}
+"""How each format is loaded by the tool it belongs to."""
+
+_LOADING_HERE = """
+import saerelay as sr
+
+sae, origin = sr.load_dictionary("hf://{repo}/{folder}")
+z = sae.encode(x)                # x: activations (..., width), raw
+x_hat = sae.decode(z)
+"""
+
+
+@dataclass(frozen=True)
+class ExportedSAE:
+    """One SAE that was written: where, what it is, and how good."""
+
+    folder: str
+    description: str
+    origin: Origin
+    leg: Leg | None
+    """The leg that trained it, if it is of a run."""
+    metrics: dict[str, Any]
+    """The metrics of eval/<id>.json; {} if it was not evaluated."""
+
+
+def model_card(
+    saes: Sequence[ExportedSAE], format: str, *, licence: str = "", repo: str = "", plan: Plan | None = None
+) -> str:
+    """The text of README.md: quality, lineage, how to load, recipe, licence.
+
+    `plan` is that of the run, if the SAEs are of one. Names and texts from files are escaped.
+    """
+    models = _distinct(sae.origin.model for sae in saes)
+    names = ", ".join(_escaped(model) for model in models) or "a language model"
+    paragraphs = [
+        _header(saes, format, licence),
+        f"# Sparse autoencoders of {names}",
+        _introduction(len(saes), format, of_demo_model="saerelay-demo" in models),
+    ]
+    paragraphs += ["## Quality", _quality(saes)]
+    if plan:
+        legs = [sae.leg for sae in saes if sae.leg]
+        paragraphs += ["## Lineage", _lineage(legs, plan)]
+    paragraphs += ["## Loading", *_loading(format, repo or "USER/REPO", saes[0].folder)]
+    if plan:
+        paragraphs += [
+            "## Recipe",
+            "`saerelay train run.toml --out runs/a` with this `run.toml` reproduces them.",
+            _fenced(_recipe(plan), "toml"),
+        ]
+    paragraphs += [
+        "## Licence",
+        _escaped(licence) if licence else "Whoever published these SAEs stated no licence.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def without_paths(data: Any) -> Any:
+    """JSON in which absolute paths are cut to their last part.
+
+    >>> without_paths({"text": ["/home/me/notes"], "parent": "runs/a/legs/L5"})
+    {'text': ['notes'], 'parent': 'runs/a/legs/L5'}
+    """
+
+    def cut(leaf: Any) -> Any:
+        is_absolute = isinstance(leaf, str) and re.match(r"[/~]|[A-Za-z]:\\", leaf)
+        return Path(leaf).name if is_absolute else leaf
+
+    return leafwise(cut, data)
+
+
+# --- sections ----------------------------------------------------------------------------------
+
+
+def _header(saes: Sequence[ExportedSAE], format: str, licence: str) -> str:
+    """What the hub reads: YAML between dashes."""
+    from huggingface_hub import ModelCardData
+
+    models = _distinct(sae.origin.model for sae in saes)
+    datasets = _distinct(sae.origin.dataset for sae in saes)
+    data = ModelCardData(
+        license=licence or None,
+        base_model=[model for model in models if hub_id(model)] or None,
+        library_name=format,
+        datasets=[dataset for dataset in datasets if hub_id(dataset)] or None,
+        tags=["sparse-autoencoder", "interpretability", "saerelay"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _introduction(n_saes: int, format: str, *, of_demo_model: bool) -> str:
+    """A sentence on the SAEs, and one on who wrote them."""
+    if n_saes > 1:
+        text = f"{n_saes} sparse autoencoders (SAEs) in {_escaped(format)}'s format, one per directory."
+    else:
+        text = f"A sparse autoencoder (SAE) in {_escaped(format)}'s format."
+    text += (
+        " The input is the model's raw activations. Written by saerelay, which trains an SAE at "
+        "one layer and carries it to the others by closed-form maps."
+    )
+    if of_demo_model:
+        text += " `saerelay-demo` is the small model of Python code that comes with saerelay."
+    return text
+
+
+def _quality(saes: Sequence[ExportedSAE]) -> str:
+    """A table of the metrics, and what they are."""
+    columns = (
+        "directory",
+        "reads",
+        "SAE",
+        "L0",
+        "FVU",
+        "explained variance",
+        "ΔCE (nats)",
+        "CE score",
+        "alive",
+        "trained on",
+    )
+    rows = []
+    for sae in saes:
+        tokens = sae.origin.provenance.get("tokens")
+        rows.append(
+            [
+                sae.folder,
+                _reads(sae.origin.site),
+                sae.description,
+                _number(sae.origin.l0, ".1f"),
+                *_metrics(sae.metrics),
+                f"{format_count(tokens)} tokens" if isinstance(tokens, int) else "-",
+            ]
+        )
+
+    notes = [
+        "FVU: fraction of variance unexplained. ΔCE: how much the language model's loss rises "
+        "when the SAE's reconstruction takes the place of the activations."
+    ]
+    measured = [sae.metrics["n_tokens"] for sae in saes if sae.metrics]
+    if measured:
+        notes.append(f"Measured by `saerelay eval` on {format_count(min(measured))} tokens of held-out documents.")
+    if len(measured) < len(saes):
+        notes.append("`saerelay eval` on the run's directory measures those that were not evaluated.")
+    return _table(columns, rows) + "\n\n" + " ".join(notes)
+
+
+def _metrics(metrics: dict[str, Any]) -> list[str]:
+    """The cells for FVU, explained variance, ΔCE, CE score and latents that are alive."""
+    if not metrics:
+        return ["not evaluated", "-", "-", "-", "-"]
+    delta_ce = _number(metrics.get("delta_ce"), ".4f")
+    standard_error = metrics.get("delta_ce_se")
+    if standard_error is not None:
+        delta_ce += f" ± {standard_error:.4f}"
+    return [
+        _number(metrics.get("fvu"), ".4f"),
+        _number(metrics.get("explained_variance"), ".4f"),
+        delta_ce,
+        _number(metrics.get("ce_loss_score"), ".4f"),
+        _number(metrics.get("frac_alive"), ".1%"),
+    ]
+
+
+def _lineage(legs: list[Leg], plan: Plan) -> str:
+    """A table with a row for each leg and each of its ancestors."""
+    related = {leg.id: leg for leg in legs}
+    for leg in legs:
+        while leg.parent and plan.has(leg.parent):
+            leg = plan.leg(leg.parent)
+            related[leg.id] = leg
+
+    columns = (
+        "SAE",
+        "reads",
+        "initialised from",
+        "method",
+        "map fitted on (tokens)",
+        "trained on (tokens, at most)",
+    )
+    rows = []
+    for leg in sorted(related.values(), key=lambda leg: (leg.site, leg.id)):
+        parent = leg.parent if plan.has(leg.parent) else Path(leg.parent).name  # outside the plan: a directory
+        rows.append(
+            [
+                leg.id,
+                _reads(leg.site),
+                parent or "-",
+                _method(leg),
+                format_count(leg.moment_tokens) if leg.moment_tokens else "-",
+                format_count(leg.budget_tokens),
+            ]
+        )
+    return _table(columns, rows)
+
+
+def _method(leg: Leg) -> str:
+    """How a leg's dictionary began."""
+    if not leg.parent:
+        return "from scratch"
+    return f"{leg.method} + refit" if leg.refit_tokens else str(leg.method)
+
+
+def _loading(format: str, repo: str, folder: str) -> list[str]:
+    """Code that loads one of the SAEs: by the tool whose format it is, and here."""
+    templates = [_LOADING_HERE]
+    if format in _LOADING:
+        templates.insert(0, _LOADING[format])
+    return [_fenced(template.format(repo=repo, folder=folder), "python") for template in templates]
+
+
+def _recipe(plan: Plan) -> str:
+    """The recipe as TOML, without the paths of this machine."""
+    public = without_paths(plan.recipe.model_dump())
+    return annotated_toml(Recipe.parse(public, source="card"))
+
+
+# --- markdown ----------------------------------------------------------------------------------
+
+
+def _reads(site: Site | None) -> str:
+    return f"{site.module}, layer {site.layer}" if site else "not stated"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Names without empty ones and repetitions, in order."""
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = []
+    for row in [columns, *rows]:
+        cells = [_escaped(text) for text in row]
+        lines.append(f"| {' | '.join(cells)} |")
+        if len(lines) == 1:
+            dashes = ["---"] * len(cells)
+            lines.append(f"| {' | '.join(dashes)} |")
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that reads as it is, on one line, whatever markdown would make of it.
+
+    >>> print(_escaped("a|b <b>\\nc"))
+    a\\|b \\<b\\> c
+    """
+    one_line = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", one_line)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code, whose fence is longer than any in the text."""
+    runs = [len(run) for run in re.findall("`+", text)]
+    fence = "`" * (1 + max([2, *runs]))
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
