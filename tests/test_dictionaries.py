@@ -13,7 +13,7 @@ from saerelay.sae.initialise import initialise
 from saerelay.sae.loss import aux_loss, k_aux, training_loss
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.spec import DictionarySpec
-from saerelay.sae.units import to_canonical, to_training_units
+from saerelay.sae.units import Units
 
 D, F, B = 10, 40, 64
 ARCHITECTURES = [architecture.name for architecture in CLASSES]
@@ -66,11 +66,11 @@ def test_threshold_is_strict() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_units_are_exact(architecture: str) -> None:
     d, x = random_dictionary(architecture), activations()
-    mean, scale = torch.randn(D, dtype=torch.float64), torch.tensor(2.5, dtype=torch.float64)
-    inner = to_training_units(d, mean, scale)
-    assert torch.allclose(inner((x - mean) / scale) * scale + mean, d(x))
-    assert torch.allclose(inner.encode((x - mean) / scale) * scale, d.encode(x))
-    back = to_canonical(inner, mean, scale)
+    units = Units(torch.randn(D, dtype=torch.float64), torch.tensor(2.5, dtype=torch.float64))
+    inner, u = units.from_canonical(d), units.normalise(x)
+    assert torch.allclose(inner(u) * units.scale + units.mean, d(x))
+    assert torch.allclose(inner.encode(u) * units.scale, d.encode(x))
+    back = units.to_canonical(inner)
     for name, tensor in d.tensors().items():
         assert torch.allclose(back.tensors()[name], tensor), name
 

@@ -263,7 +263,7 @@ def test_raw_units_when_not_normalised() -> None:
     x = data()
     spec = dictionary(architecture="relu", normalise=False, l1=1.0)
     trainee = trained(leg(dictionary=spec, lr=1e-3), x)
-    assert float(trainee.state.scale) == 1 and not trainee.state.mean.any()
+    assert float(trainee.state.units.scale) == 1 and not trainee.state.units.mean.any()
     assert fvu(trainee, x) < 1
 
 

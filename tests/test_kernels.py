@@ -24,6 +24,7 @@ from saerelay.sae.kernels.select import GROUP, codes_at_least, nonzero_codes, to
 from saerelay.sae.kernels.step import ROWS
 from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.spec import DictionarySpec, SizedDictionarySpec
+from saerelay.sae.units import Units
 
 OPS = [pytest.param(reference, id="reference")] + ([pytest.param(cpu, id="mkl")] if cpu.available() else [])
 D, F, B = 12, 50, 33
@@ -113,7 +114,7 @@ def test_raw_activations_in_units_equal_normalised_ones() -> None:
     spec, d, x = example("topk", 0)
     mean, scale = torch.randn(D, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
     expected, wanted = stepped(spec, d, x)
-    loss, gradients = stepped(spec, d, x * scale + mean, reading=Reading(units=(mean, scale)))
+    loss, gradients = stepped(spec, d, x * scale + mean, reading=Reading(units=Units(mean, scale)))
     assert torch.allclose(loss.total, expected.total)
     assert all(torch.allclose(gradients[name], gradient) for name, gradient in wanted.items())
 

@@ -30,7 +30,7 @@ ARROWS = {
 """Every arrow that there is. One that is not here fails, and so does one that is here and gone."""
 
 ORDER = {
-    "sae": "architectures spec moments dictionary threads loss kernels quality maps refit reshape transfer units "
+    "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise layer_normed",
     "planning": "facts recipe plan cost presets compile survey curves choose",
     "lm": "source tokens ports facts model attach",

@@ -17,7 +17,7 @@ import numpy as np
 
 from saerelay.errors import DataError
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import DataSpec, Recipe
+from saerelay.planning.recipe import DatasetSpec, DataSpec, Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -38,8 +38,8 @@ def open_source(run: Recipe, facts: ModelFacts) -> Source:
     """Open the source that a recipe names; DataError if it names none, or it cannot be read."""
     data = run.data
     seed = run.train.seed
-    if data.dataset:
-        return _dataset_source(data, seed)
+    if data.hub.dataset:
+        return _dataset_source(data.hub, seed)
     if data.text:
         return _text_source(data, seed)
     if data.tokens:
@@ -108,7 +108,7 @@ def _text_source(data: DataSpec, seed: int) -> Source:
 
     spans = np.concatenate([_file_spans(path, i, piece_bytes) for i, path in enumerate(paths)])
     spans = spans[_shuffled(len(spans), seed)]
-    documents = (_read_span(paths[i], int(start), int(stop), data.column) for i, start, stop in spans)
+    documents = (_read_span(paths[i], int(start), int(stop), data.hub.column) for i, start, stop in spans)
     return Source(f"text in {', '.join(data.text)} (files: {len(paths)})", documents)
 
 
@@ -294,93 +294,93 @@ def _without_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
 # --- Hugging Face datasets ---------------------------------------------------------------------
 
 
-def _dataset_source(data: DataSpec, seed: int) -> Source:
+def _dataset_source(spec: DatasetSpec, seed: int) -> Source:
     import datasets  # takes a second
 
-    dataset = _open_dataset(data)
+    dataset = _open_dataset(spec)
     if isinstance(dataset, datasets.Dataset):
-        dataset = dataset.select_columns([data.column])
+        dataset = dataset.select_columns([spec.column])
         dataset = dataset.select(_shuffled(len(dataset), seed))
 
-    description = f"dataset {data.dataset}"
+    description = f"dataset {spec.dataset}"
     for key in ("subset", "split", "revision"):
-        value = getattr(data, key)
+        value = getattr(spec, key)
         if value:
             description += f", {key} {value}"
-    return Source(description, _dataset_texts(dataset, data))
+    return Source(description, _dataset_texts(dataset, spec))
 
 
-def _open_dataset(data: DataSpec) -> "Dataset | IterableDataset":
+def _open_dataset(spec: DatasetSpec) -> "Dataset | IterableDataset":
     """Open a dataset; DataError if it lacks the split or the column."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = _load_dataset(data)
+        dataset = _load_dataset(spec)
         if isinstance(dataset, datasets.DatasetDict):
-            if data.split not in dataset:
+            if spec.split not in dataset:
                 splits = ", ".join(str(name) for name in dataset)
                 raise DataError(
-                    f'data.dataset = "{data.dataset}" has no split "{data.split}"; set data.split to one of: {splits}.'
+                    f'data.dataset = "{spec.dataset}" has no split "{spec.split}"; set data.split to one of: {splits}.'
                 )
-            dataset = dataset[data.split]
+            dataset = dataset[spec.split]
         assert isinstance(dataset, datasets.Dataset | datasets.IterableDataset), type(dataset)
         columns = dataset.column_names or list(next(iter(dataset), {}))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise _unreadable(data, error) from None
+        raise _unreadable(spec, error) from None
 
-    if columns and data.column not in columns:
+    if columns and spec.column not in columns:
         raise DataError(
-            f'data.dataset = "{data.dataset}" has no column "{data.column}"; '
+            f'data.dataset = "{spec.dataset}" has no column "{spec.column}"; '
             f"set data.column to the one with the text, one of: {', '.join(columns)}."
         )
     if isinstance(dataset, datasets.IterableDataset) and columns:
-        return dataset.select_columns([data.column])
+        return dataset.select_columns([spec.column])
     return dataset
 
 
-def _load_dataset(data: DataSpec) -> Any:
+def _load_dataset(spec: DatasetSpec) -> Any:
     """Open a directory that `datasets` has saved, or stream other files or from the hub."""
     import datasets
 
-    path = Path(data.dataset).expanduser()
+    path = Path(spec.dataset).expanduser()
     is_directory = path.is_dir()
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_directory and is_saved:
         return datasets.load_from_disk(str(path))
     return datasets.load_dataset(
-        str(path) if is_directory else data.dataset,
-        name=data.subset or None,
-        split=data.split,
-        revision=data.revision or None,
+        str(path) if is_directory else spec.dataset,
+        name=spec.subset or None,
+        split=spec.split,
+        revision=spec.revision or None,
         streaming=True,
     )
 
 
-def _dataset_texts(rows: Iterable[Any], data: DataSpec) -> Iterator[str]:
+def _dataset_texts(rows: Iterable[Any], spec: DatasetSpec) -> Iterator[str]:
     """The texts of a dataset's rows; DataError if they are not text, or the stream breaks."""
     from datasets.exceptions import DatasetsError
 
     try:
         for row in rows:
-            text = row[data.column]
+            text = row[spec.column]
             if text is not None and not isinstance(text, str):
                 raise DataError(
-                    f'data.dataset = "{data.dataset}": the column "{data.column}" holds '
+                    f'data.dataset = "{spec.dataset}": the column "{spec.column}" holds '
                     f"{type(text).__name__}, expected text. Set data.column to a column of text, "
                     "or save ids as .npy and give data.tokens."
                 )
             yield text or ""
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise _unreadable(data, error) from None
+        raise _unreadable(spec, error) from None
 
 
-def _unreadable(data: DataSpec, error: Exception) -> DataError:
+def _unreadable(spec: DatasetSpec, error: Exception) -> DataError:
     text = str(error).strip()
     reason = text.splitlines()[0] if text else type(error).__name__
     return DataError(
-        f'data.dataset = "{data.dataset}" (data.subset = "{data.subset}", data.split = '
-        f'"{data.split}") cannot be read: {reason}. It must be a local directory or a dataset on '
+        f'data.dataset = "{spec.dataset}" (data.subset = "{spec.subset}", data.split = '
+        f'"{spec.split}") cannot be read: {reason}. It must be a local directory or a dataset on '
         "the hub: check the spelling and the network, log in with `hf auth login` if access is "
         "restricted, or give data.text instead."
     )

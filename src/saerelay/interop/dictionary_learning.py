@@ -20,7 +20,7 @@ from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
 from saerelay.runs.files import write_json
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.units import to_canonical
+from saerelay.sae.units import Units
 from saerelay.site import MODULE_KINDS, Site
 
 NAME = "dictionary_learning"
@@ -99,7 +99,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
         # Its codes are those of x / norm_factor, and ours are norm_factor times as large: as after
         # training in other units, the weights stay, and biases and thresholds are scaled.
         mean = torch.zeros(dictionary.d_model)
-        dictionary = to_canonical(dictionary, mean, torch.tensor(norm_factor))
+        dictionary = Units(mean, torch.tensor(norm_factor)).to_canonical(dictionary)
     origin = Origin(
         model=lookup(trainer, "lm_name", str) or "",
         site=_site(trainer, buffer),

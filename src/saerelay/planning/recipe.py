@@ -85,8 +85,8 @@ class SitesSpec(Spec):
     module: ModuleKind = Field(default="resid_post", description="resid_post, resid_pre, mlp_out, attn_out or attn_z")
 
 
-class DataSpec(Spec):
-    """Where tokens come from. At most one of `dataset`, `text`, `tokens`; none means the built-in Python corpus."""
+class DatasetSpec(Spec):
+    """A Hugging Face dataset."""
 
     dataset: str = Field(
         default="", description='Hugging Face dataset: hub id (streamed) or a local directory; "" for none'
@@ -95,6 +95,14 @@ class DataSpec(Spec):
     split: str = Field(default="train", description="the dataset's split")
     column: str = Field(default="text", description="the dataset's column with the documents")
     revision: str = Field(default="", description="the dataset's branch, tag or commit")
+
+
+class DataSpec(Spec):
+    """Where tokens come from. At most one of `dataset`, `text`, `tokens`; none means the built-in Python corpus."""
+
+    inline = ("hub",)
+
+    hub: DatasetSpec = DatasetSpec()
     text: list[str] = Field(default=[], description="text files or directories of text files")
     tokens: str = Field(default="", description="a .npy file of token ids (uint16 or uint32, 1-D or 2-D)")
     context: int = Field(default=256, ge=4, description="tokens per sequence")
@@ -116,7 +124,8 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
-        given = [key for key in ("dataset", "text", "tokens") if getattr(self, key)]
+        sources = {"dataset": self.hub.dataset, "text": self.text, "tokens": self.tokens}
+        given = [key for key, value in sources.items() if value]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; keep one of them and empty the others")
         return self

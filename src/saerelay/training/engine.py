@@ -24,7 +24,6 @@ from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.quality import fvu
 from saerelay.sae.spec import takes_sparse_step
 from saerelay.sae.threads import alone, in_parallel
-from saerelay.sae.units import to_canonical
 from saerelay.site import Site
 from saerelay.training.adam import Adam, LatentPart, Triple
 from saerelay.training.schedule import learning_rate, parameter_rates, penalty_warmth
@@ -84,7 +83,7 @@ class Trainee:
         self.leg = leg
         self.spec = spec
         self.state = state
-        self.dense = dense or not takes_sparse_step(state.mean.device.type)
+        self.dense = dense or not takes_sparse_step(state.n_steps.device.type)
         self.encoder: Tensor | None = None
         self._sums = _Sums()
 
@@ -125,7 +124,7 @@ class Trainee:
         dictionary = state.dictionary.with_tensors(copies)
         if state.whitening is not None:
             dictionary = replace(dictionary, W_enc=dictionary.W_enc @ state.whitening)
-        dictionary = to_canonical(dictionary, state.mean, state.scale)
+        dictionary = state.units.to_canonical(dictionary)
         activation = self.leg.dictionary.activation
         if x is not None and activation.threshold_is_calibrated:
             assert activation.l0 is not None
@@ -194,12 +193,12 @@ class Trainee:
 
     def _sparse_step(self, x: Tensor, dead: Tensor | None) -> Step:
         state = self.state
-        reading = Reading(units=(state.mean, state.scale), encoder=self._encoder(x), whitening=state.whitening)
+        reading = Reading(units=state.units, encoder=self._encoder(x), whitening=state.whitening)
         return sparse_step(self.leg.dictionary, state.dictionary, x, reading=reading, dead=dead, warmth=self._warmth())
 
     def _dense_step(self, x: Tensor, dead: Tensor | None) -> AutogradStep:
         state = self.state
-        x = (x.float() - state.mean) / state.scale
+        x = state.units.normalise(x.float())
         parameters = {name: t.detach().requires_grad_() for name, t in state.dictionary.tensors().items()}
         with torch.enable_grad():
             dictionary = state.dictionary.with_tensors(parameters)

@@ -11,7 +11,7 @@ from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import initialise
 from saerelay.sae.threads import alone
-from saerelay.sae.units import to_training_units
+from saerelay.sae.units import Units
 from saerelay.spec import seed_from
 
 INITIAL_ROWS = 1_024
@@ -24,9 +24,7 @@ class TraineeState:
 
     dictionary: Dictionary
     """In training units; W_enc reads activations times `whitening`."""
-    mean: Tensor
-    """(D): the dictionary is one of (x − mean) / scale."""
-    scale: Tensor
+    units: Units
     whitening: Tensor | None
     """(D, D); None if the encoder reads activations as they are."""
     gradient_means: dict[str, Tensor]
@@ -49,7 +47,7 @@ class TraineeState:
     def begin(
         cls,
         dictionary: Dictionary,
-        units: tuple[Tensor, Tensor],
+        units: Units,
         whitening: Tensor | None,
         *,
         budget_tokens: int,
@@ -63,8 +61,7 @@ class TraineeState:
         device = dictionary.W_enc.device
         return cls(
             dictionary=dictionary.with_tensors(own),
-            mean=units[0],
-            scale=units[1],
+            units=units,
             whitening=whitening,
             gradient_means={name: torch.zeros_like(tensor) for name, tensor in trained.items()},
             gradient_squares={name: torch.zeros_like(tensor) for name, tensor in trained.items()},
@@ -84,8 +81,8 @@ class TraineeState:
         if self.whitening is not None:
             tensors["whitening"] = self.whitening
         tensors["adam.step"] = self.n_steps
-        tensors["mean"] = self.mean
-        tensors["scale"] = self.scale
+        tensors["mean"] = self.units.mean
+        tensors["scale"] = self.units.scale
         tensors["last_fired"] = self.last_fired
         tensors["age"] = torch.tensor(self.age)
         tensors["budget"] = torch.tensor(self.budget_tokens)
@@ -103,8 +100,7 @@ class TraineeState:
         activation = leg.dictionary.activation
         return cls(
             dictionary=Dictionary(architecture=activation.name, k=activation.published_k, **under("parameter.")),
-            mean=tensors["mean"],
-            scale=tensors["scale"],
+            units=Units(tensors["mean"], tensors["scale"]),
             whitening=tensors.get("whitening"),
             gradient_means=under("adam.exp_avg."),
             gradient_squares=under("adam.exp_avg_sq."),
@@ -127,14 +123,13 @@ def first_state(
     """
     first = first.float()
     with alone():
-        units = _units(first) if leg.dictionary.normalise else _no_units(first)
-        mean, scale = units
-        normalised = (first - mean) / scale
+        units = Units.fitted_to(first) if leg.dictionary.normalise else Units.raw(first)
+        normalised = units.normalise(first)
         if inherited is None:
             generator = torch.Generator().manual_seed(seed_from("init", leg.seed, str(leg.site)))
             dictionary = initialise(leg.dictionary, normalised[:INITIAL_ROWS], generator)
         else:
-            dictionary = to_training_units(inherited.to(first.device), mean, scale)
+            dictionary = units.from_canonical(inherited.to(first.device))
         whitening = None
         power = spec.optimizer.whitening
         if power and leg.dictionary.normalise:
@@ -142,18 +137,6 @@ def first_state(
             W_enc = torch.linalg.solve(whitening.double(), dictionary.W_enc.double(), left=False)
             dictionary = replace(dictionary, W_enc=W_enc.float())
         return TraineeState.begin(dictionary, units, whitening, budget_tokens=leg.budget_tokens, lr_share=lr_share)
-
-
-def _units(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D) and scale (scalar): the centred activations over `scale` have mean square 1 in each dimension."""
-    parts = x.cpu().split(4096)
-    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
-    square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
-    return mean.to(x), square.sqrt().clamp(min=1e-12).to(x)
-
-
-def _no_units(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(x[0]), torch.ones_like(x[0, 0])
 
 
 def whitening_matrix(x: Tensor, power: float) -> Tensor:

@@ -154,7 +154,7 @@ def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, mo
         module_path=module_path,
         context=plan.recipe.data.context,
         prepend_bos=plan.recipe.data.prepend_bos,
-        dataset=hub_id(plan.recipe.data.dataset),
+        dataset=hub_id(plan.recipe.data.hub.dataset),
         l0=metrics.get("l0", origin.l0),
         provenance={**without_paths(origin.provenance), "evaluation": metrics},
     )

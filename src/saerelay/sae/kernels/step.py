@@ -24,6 +24,7 @@ from saerelay.sae.kernels.codes import Codes, join_codes
 from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor, k_aux
 from saerelay.sae.spec import AnyDictionarySpec, takes_sparse_step
 from saerelay.sae.threads import in_parallel
+from saerelay.sae.units import Units
 
 ROWS = 256
 """Tokens in a piece, or half of a batch that has fewer than two."""
@@ -206,8 +207,8 @@ class Part(NamedTuple):
 class Reading:
     """How the encoder reads a batch of raw activations."""
 
-    units: tuple[Tensor, Tensor] | None = None
-    """Mean (D) and scale of training units; None if the batch is in them already."""
+    units: Units | None = None
+    """None if the batch is in training units already."""
     encoder: Tensor | None = None
     """A copy of W_enc (F, D) in the dtype that the product with it runs in."""
     whitening: Tensor | None = None
@@ -255,8 +256,7 @@ class Forward:
         if self.reading.units is None:
             inputs.copy_(self.x[rows])
         else:
-            mean, scale = self.reading.units
-            torch.sub(self.x[rows].to(inputs.dtype), mean, out=inputs).div_(scale)
+            self.reading.units.normalise(self.x[rows].to(inputs.dtype), out=inputs)
         read = inputs.to(self.encoder.dtype)
         if self.reading.whitening is not None:
             read = read @ self.reading.whitening.to(self.encoder.dtype)
