@@ -28,9 +28,9 @@ def load_dictionary(
     """Read a trained SAE of any format in canonical form, and what its files say of it.
 
     `sae, origin = load_dictionary("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")`; a reference
-    is a directory, a file, or hf://user/repo[@revision][/path]. `format` is found out unless given; `model` and `site`
-    are taken where the files do not say. Raises FormatError if it is of no known format or damaged, if its files name
-    another site, or if no dictionary of raw activations equals it (then `load_layer_normed` reads it).
+    is a directory, a file, or `hf://user/repo[@revision][/path]`. `format` is found out unless given; `model` and
+    `site` are taken where the files do not say. Raises FormatError if it is of no known format or damaged, if its files
+    name another site, or if no dictionary of raw activations equals it (then `load_layer_normed` reads it).
     """
     dictionary, origin = read_any(reference, format=format, model=model, site=site)
     if isinstance(dictionary, LayerNormed):

@@ -123,7 +123,7 @@ class LegSpec(Spec):
     module: ModuleKind | None = None
     parent: str = ""
     """Id of another leg, or a dictionary outside: a directory (a leg or snapshot of another run, or another tool's
-    files) or hf://user/repo[@revision][/path]; "" trains from scratch."""
+    files) or `hf://user/repo[@revision][/path]`; "" trains from scratch."""
     tokens: Count = Field(ge=0)
     """Training tokens; 0 leaves a transfer untrained (but refitted, if it is to be)."""
     fork_at: ShareOrCount = 1.0
