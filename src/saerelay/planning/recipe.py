@@ -220,7 +220,7 @@ class TrainSpec(Spec):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description='of the encoder product; "auto": bfloat16 where the model runs in it'
     )
-    lr: Rate = Field(default=0.0, description='of the decoder, from scratch; "auto" follows the sweep in docs/log.md')
+    lr: Rate = Field(default=0.0, description='of the decoder, from scratch; "auto" by width and budget (decision 007)')
     transfer_lr: Rate = Field(default=0.0, description='after a transfer; "auto" by what its map leaves unexplained')
     encoder_lr: float = Field(default=0.5, gt=0, description="rate of the encoder's weights, as a share of lr")
     bias_lr: ShareOfRate = Field(

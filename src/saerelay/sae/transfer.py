@@ -42,7 +42,7 @@ SAMPLE_ROWS = 8_192
 """Tokens on which revived latents are set to fire as often as they should."""
 GROWN_OFTEN = 0.1
 """How often latents that are added to a dictionary fire at first, against the mean latent: at a third they displace too
-much (docs/log.md)."""
+much (decision 026)."""
 RIDGE = 1e-3
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
 
@@ -110,7 +110,7 @@ def rate_share(moments: Moments, new: float = 0.0) -> float:
 
     2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or .75·`new`, if that is more, where `new` is the share of its own
     tokens in all that the dictionary will have been trained on, its parents' included: a parent that is far from
-    finished leaves much to learn, too. From the sweeps in docs/log.md, where 1 − R² went from .03 to .17.
+    finished leaves much to learn, too (decisions 019 and 029). The sweeps had 1 − R² from .03 to .17.
     """
     return min(max(2.75 * unexplained(moments), 0.75 * new, LEAST_RATE_SHARE), 1.0)
 

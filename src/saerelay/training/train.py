@@ -41,7 +41,7 @@ FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
 validation split on which goals are measured."""
 REFIT_GAIN = 0.15
 """What a refit has to gain at the site that its dictionary was trained at: a tenth is won on the documents of the block
-alone, and lost on others (docs/log.md)."""
+alone, and lost on others (decision 025)."""
 
 
 @dataclass
