@@ -110,7 +110,7 @@ def rate_share(moments: Moments, new: float = 0.0) -> float:
 
     2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or .75·`new`, if that is more, where `new` is the share of its own
     tokens in all that the dictionary will have been trained on, its parents' included: a parent that is far from
-    finished leaves much to learn, too (decisions 019 and 029). The sweeps had 1 − R² from .03 to .17.
+    finished leaves much to learn, too (decisions 019 and 029). The sweeps had 1 − R² from 0.03 to 0.17.
     """
     return min(max(2.75 * unexplained(moments), 0.75 * new, LEAST_RATE_SHARE), 1.0)
 
