@@ -37,7 +37,7 @@ format: $(VENV)/.dev  ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix $(CODE)
 
 docs: $(VENV)/.docs  ## the documentation, in site/; opens from disk
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench-env: .peers/.installed  ## this package and the tools that bench/step.py compares with, in .peers
 

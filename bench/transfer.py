@@ -79,7 +79,7 @@ class Study:
     usual: int
     """One hop's budget where only one is tried."""
     copy_lr: float
-    """Learning rate of plain copies, the best of docs/log.md's sweep: they have no map to take one from."""
+    """Learning rate of plain copies, the best of a sweep (decision 019): they have no map to take one from."""
     scale: float = 1.0
 
     @property

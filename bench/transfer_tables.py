@@ -228,7 +228,7 @@ def status_table(r: Results) -> list[Row]:
     return [
         {
             "done": f"{len(r.summaries)} jobs, {sum(len(s.get('legs', ())) for s in r.summaries.values())} legs",
-            "under way": ", ".join(r.under_way) or "–",
+            "in progress": ", ".join(r.under_way) or "–",
             "not run": ", ".join(shorten(r.missing)) or "–",
         }
     ]
@@ -301,7 +301,7 @@ def delta_ce_table(r: Results) -> list[Row]:
                 mine = [p for p in points if p.direction == direction]
                 row[f"{direction}: ΔCE − control"] = paired(r, mine)
                 worse = [p for p in mine if (d := paired(r, [p])) is not None and d[0] > 2 * d[1]]
-                row[f"{direction}: worse by 2 errors"] = f"{len(worse)} of {len(mine)}"
+                row[f"{direction}: worse by 2 standard errors"] = f"{len(worse)} of {len(mine)}"
             if any(isinstance(value, tuple) for value in row.values()):
                 rows.append(row)
     return rows
@@ -346,7 +346,7 @@ def reach_table(r: Results) -> list[Row]:
     """What it costs to come within 2, 5 and 10 % of the own full-budget leg, as shares of its budget; seed 0."""
     rows = []
     for kind in ("scratch", *CURVES):
-        for which in ("own",) if kind == "scratch" else (*DIRECTIONS, "best"):
+        for which in ("own layer",) if kind == "scratch" else (*DIRECTIONS, "best"):
             targets = reached(r, kind, which)
             if not targets:
                 continue
@@ -387,7 +387,7 @@ def reached(r: Results, kind: str, which: str) -> dict[int, dict[float, tuple[fl
 
 def percent(shares: Sequence[float]) -> str:
     """A mean share."""
-    return f"{100 * np.mean(shares):.1f} %" if len(shares) else "not reached"
+    return f"{100 * np.mean(shares):.1f}%" if len(shares) else "not reached"
 
 
 def tried_table(r: Results) -> list[Row]:
@@ -399,7 +399,7 @@ def tried_table(r: Results) -> list[Row]:
     for kind in CURVES:
         for direction in DIRECTIONS:
             if hops := r.hops(kind, direction, seed=0):
-                row[f"{kind}, {direction}: tried up to"] = hops[-1].tokens
+                row[f"{kind}, {direction}: largest budget"] = hops[-1].tokens
     return [row]
 
 
@@ -468,7 +468,7 @@ def fork_table(r: Results) -> list[Row]:
         rows.append(
             {
                 "from → to": f"{p.source} → {p.layer}",
-                "leaves the root at": f"{100 * float(p.kind.removeprefix('fork')):.0f} %",
+                "forks from the root at": f"{100 * float(p.kind.removeprefix('fork')):.0f}%",
                 "tokens": p.label,
                 "FVU ratio": r.ratio(p),
                 "from the finished root": r.ratio(finished[0]) if finished else None,
@@ -490,7 +490,7 @@ def reuse_table(r: Results) -> list[Row]:
     legs = r.of("reuse-s0")
     unique = r.summaries["reuse-s0"]["cost"]["lm_tokens_unique"] if legs else 0
     return [
-        {"unique tokens": unique, "read": label.replace("x", "× "), "samples": points[0].tokens}
+        {"unique tokens": unique, "passes": label.replace("x", "× "), "samples": points[0].tokens}
         | {("scratch" if p.kind == "scratch" else "hop"): r.ratio(p) for p in points}
         for label, points in by_label(legs).items()
     ]
@@ -505,7 +505,7 @@ def alive_table(r: Results) -> list[Row]:
         for label, points in by_label(r.hops(kind, seed=0)).items():
             alive = mean_interval([p.alive for p in points])
             controls = [c.alive for p in points if (c := r.control(p.layer))]
-            rows.append({"leg": kind, "tokens": label, "alive": alive, "of their controls": float(np.mean(controls))})
+            rows.append({"leg": kind, "tokens": label, "alive": alive, "controls alive": float(np.mean(controls))})
     return rows
 
 
@@ -522,10 +522,11 @@ def groups_table(r: Results) -> list[Row]:
                     control = r.control(layer)
                     own = trained.get(tuple(group))
                     ratios.append(own[str(layer)]["fvu"] / control.fvu if own and control else 1.0)
-            chosen = " (its own choice)" if int(number) == summary["best"] else ""
+            chosen = " (number chosen by the method)" if int(number) == summary["best"] else ""
+            groups = "group" if int(number) == 1 else "groups"
             rows.append(
                 {
-                    "suite": f"Group-SAE, {number} groups{chosen}",
+                    "suite": f"Group-SAE, {number} {groups}{chosen}",
                     "samples": int(number) / n,
                     "mean FVU ratio": float(np.mean(ratios)),
                     "worst": max(ratios),
@@ -580,14 +581,14 @@ def pareto_table(r: Results, bounds: Sequence[float] = BOUNDS) -> list[Row]:
                     if p.source in parents and p.layer not in parents and p.samples < legs[p.layer].samples:
                         legs[p.layer] = p
                 choices.append(list(legs.values()))
-        row: Row = {"worst layer within": f"{100 * (bound - 1):.0f} %"}
+        row: Row = {"worst layer within": f"{100 * (bound - 1):.0f}%"}
         for name, legs in (("scratch", list(alone.values())), ("hops", min(choices, key=samples_of))):
             hopped = [p for p in legs if p.kind != "scratch"]
             tokens = max(p.tokens for p in legs if p.kind == "scratch") + max((p.lm_tokens for p in hopped), default=0)
             row |= {f"{name}: samples": samples_of(legs) / full, f"{name}: LM tokens": tokens * len(controls) / full}
             row |= {f"{name}: mean FVU ratio": float(np.mean([r.ratio(p) for p in legs]))}
         by_hop = sorted((p.layer, p.source) for p in hopped)
-        rows.append(row | {"who hops": ", ".join(f"{source} → {layer}" for layer, source in by_hop) or "nobody"})
+        rows.append(row | {"hops used": ", ".join(f"{source} → {layer}" for layer, source in by_hop) or "none"})
     return rows
 
 
@@ -617,7 +618,7 @@ def suites_table(r: Results) -> list[Row]:
                 {
                     "suite": name.removeprefix("suite-"),
                     "seconds": taken(summary, "seconds"),
-                    "of scratch": share["seconds"],
+                    "share of scratch's time": share["seconds"],
                     "FLOPs": share["flops"],
                     "samples": share["sae_samples"],
                     "LM tokens": share["lm_tokens"],
@@ -678,10 +679,10 @@ def paper_row(who: str, direction: str, share: float, legs: dict[int, Any], base
     return {
         "hop": who,
         "direction": direction,
-        "tokens": f"{100 * share:.0f} %" if share else "0",
+        "tokens": f"{100 * share:.0f}%" if share else "0",
         "layers": len(legs),
         "CE score": mean_of(lambda leg, _: leg["score"]),
-        "− own": mean_of(lambda leg, own: leg["score"] - own["score"]),
+        "difference from own": mean_of(lambda leg, own: leg["score"] - own["score"]),
         "ΔCE ratio": mean_of(lambda leg, own: leg["delta_ce"] / own["delta_ce"]),
         "FVU ratio": mean_of(lambda leg, own: leg["fvu"] / own["fvu"]),
         "L0 ratio": mean_of(lambda leg, own: leg["l0"] / own["l0"]),

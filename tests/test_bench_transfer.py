@@ -130,8 +130,8 @@ def test_a_partly_finished_study_is_reported(study: Path, tmp_path: Path) -> Non
 
     reach = {(row["hop"], row["direction"]): row for row in tables["tokens-to-quality"]["demo"]}
     own = 100 * 1.1**-2
-    assert reach["scratch", "own"]["1.10×: samples"] == f"{own:.1f} %"
-    assert reach["affine+refit", "backward"]["1.10×: samples"] == f"{own / 4:.1f} %"
+    assert reach["scratch", "own layer"]["1.10×: samples"] == f"{own:.1f}%"
+    assert reach["affine+refit", "backward"]["1.10×: samples"] == f"{own / 4:.1f}%"
     assert reach["affine+refit", "backward"]["1.10×: LM tokens"] != reach["affine+refit", "backward"]["1.10×: samples"]
     assert reach["identity", "forward"]["1.02×: reached"] == "0 of 2", "1.1 times scratch's at 2M"
 
@@ -143,7 +143,7 @@ def test_a_partly_finished_study_is_reported(study: Path, tmp_path: Path) -> Non
         assert row["backward better"] == "2 of 2"
         assert row["FVU backward / forward"] == pytest.approx(1 / 1.1, rel=0.01)
     (fork,) = tables["forks"]["demo"]
-    assert fork["leaves the root at"] == "50 %" and fork["FVU ratio"] == pytest.approx(1.1)
+    assert fork["forks from the root at"] == "50%" and fork["FVU ratio"] == pytest.approx(1.1)
     assert fork["scratch, equal tokens"] == pytest.approx(8**0.5, rel=0.01)
     (zero,) = [row for row in tables["delta-ce"]["demo"] if (row["hop"], row["tokens"]) == ("identity", "0")]
     assert zero["backward: ΔCE − control"][0] > 10 * zero["backward: ΔCE − control"][1] > 0
@@ -158,8 +158,8 @@ def test_a_partly_finished_study_is_reported(study: Path, tmp_path: Path) -> Non
 
 def test_the_cheapest_suite_within_a_bound(study: Path) -> None:
     tight, *_, loose = pareto_table(read_study(study / "demo"))
-    assert tight["worst layer within"] == "2 %" and tight["scratch: samples"] == 1
-    assert tight["who hops"] == "1 → 0, 3 → 2", "500k tokens, backward, are as good as 2M from scratch"
+    assert tight["worst layer within"] == "2%" and tight["scratch: samples"] == 1
+    assert tight["hops used"] == "1 → 0, 3 → 2", "500k tokens, backward, are as good as 2M from scratch"
     assert tight["hops: samples"] == pytest.approx((2 * FULL + 2 * 500_000) / (4 * FULL))
     assert tight["hops: LM tokens"] == pytest.approx((FULL + 500_000) / FULL)
     assert loose["hops: mean FVU ratio"] <= 1.2 and loose["hops: samples"] <= tight["hops: samples"]

@@ -62,7 +62,7 @@ def load_dictionary(
 
     `sae, origin =
     load_dictionary("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")`; a
-    reference is a directory, a file, or hf://user/repo[@revision][/path]. The format is detected
+    reference is a directory, a file, or `hf://user/repo[@revision][/path]`. The format is detected
     unless `format` names it; `model` and `site` are used where the files do not say. Raises
     HubError if the hub cannot provide it; FormatError if it is damaged or of no known format, if
     its files name another site, or if it equals no dictionary of raw activations

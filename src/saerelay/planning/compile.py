@@ -289,7 +289,7 @@ def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
 
 
 def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
-    """Default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512, from docs/log.md's sweeps.
+    """Default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512 (decision 007).
 
     It falls with the square roots of the width (a decoder row's entries are as small) and of the budget.
 

@@ -1,6 +1,6 @@
 """Learning curves behind `preset = "auto"`, fitted to a survey.
 
-Four laws with few free parameters; docs/log.md has the data they were found on:
+Four laws with few free parameters, found on the data of decision 030:
 
     hub        FVU(n) = floor + slope · n ^ −DECLINE                           after n tokens from scratch
     scratch    FVU(l, n) = FVU(l, n₀) · (FVU(hub, n) / FVU(hub, n₀)) ^ power(l)     at any layer
@@ -21,9 +21,9 @@ import numpy as np
 from saerelay.planning.survey import Survey
 
 DECLINE = 0.55
-"""How fast a curve falls to its floor; between what two models have (docs/log.md)."""
+"""How fast a curve falls to its floor; between what two models have (decision 030)."""
 GAP_GROWTH = 1.3
-"""Gap after a finished parent over that after a pilot; a third of 1 − R² is the other estimate of it (docs/log.md)."""
+"""Gap after a finished parent over that after a pilot; a third of 1 − R² is the other estimate of it (decision 030)."""
 HALF_PER_LATENT = 40
 """Tokens after which half of a gap is closed, per latent."""
 

@@ -136,7 +136,7 @@ class LegHop(Spec):
 
     parent: str
     """Id of another leg, or a dictionary outside the plan: a directory (a leg or snapshot of another run, or another
-    tool's files) or hf://user/repo[@revision][/path]."""
+    tool's files) or `hf://user/repo[@revision][/path]`."""
     fork_at: ShareOrCount = 1.0
     """The parent's age at which this leg starts from it: a share of its tokens or a count."""
     method: Method | None = None
@@ -320,7 +320,7 @@ class OptimizerSpec(Spec):
     """Learning rates and their schedule."""
 
     lr: OrAuto[Rate] = Field(
-        default="auto", description='of the decoder, from scratch; "auto" follows the sweep in docs/log.md'
+        default="auto", description='of the decoder, from scratch; "auto": by width and budget (decision 007)'
     )
     transfer_lr: OrAuto[Rate] = Field(
         default="auto", description='after a transfer; "auto": by what its map leaves unexplained'

@@ -85,7 +85,7 @@ def rate_share(moments: Moments, newness: float = 0.0) -> float:
 
     2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or 0.75·`newness`, if that is more, where `newness` is the share of
     its own tokens in all that the dictionary will have been trained on, its parents' included: a parent that is far
-    from finished leaves much to learn as well. From the sweeps in docs/log.md, where 1 − R² was 0.03 to 0.17.
+    from finished leaves much to learn as well (decisions 019 and 029). The sweeps had 1 − R² from 0.03 to 0.17.
     """
     share = max(2.75 * unexplained(moments), 0.75 * newness, LEAST_RATE_SHARE)
     return min(share, 1.0)

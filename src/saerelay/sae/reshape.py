@@ -20,7 +20,7 @@ SILENT_BELOW = 1 / 16_384
 REVIVED_FREQUENCY = 1 / 3
 """How often revived latents fire at first, relative to the mean latent."""
 ADDED_FREQUENCY = 0.1
-"""The same for latents that are added to a dictionary: at a third they displace too much (docs/log.md)."""
+"""The same for latents that are added to a dictionary: at a third they displace too much (decision 026)."""
 
 
 @dataclass(frozen=True)

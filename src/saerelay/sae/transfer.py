@@ -34,7 +34,7 @@ L0_ROWS = 8_192
 """Rows on which L0 is measured and set."""
 REFIT_GAIN = 0.15
 """What a refit has to gain at the site that its dictionary was trained at: a tenth is won on the documents of the rows
-alone, and lost on others (docs/log.md)."""
+alone, and lost on others (decision 025)."""
 
 
 def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:

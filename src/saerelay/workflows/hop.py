@@ -52,7 +52,7 @@ def hop_run(
 ) -> Suite:
     """Transfer one trained SAE to a layer, with or without fine-tuning, into a run directory of its own.
 
-    `source` is a directory or file of any format, or hf://user/repo[@revision][/path]; `site` where it reads, if its
+    `source` is a directory or file of any format, or `hf://user/repo[@revision][/path]`; `site` where it reads, if its
     files do not say; `model` another language model that it was trained on, with the same tokens as the recipe's: the
     map is then fitted between the two on the same text. `leg_keys` are keys of a leg of a plan (tokens, method, refit,
     architecture, n_latents, k, lr, ...); what is not given is the recipe's. Onto its own site an SAE is copied,
