@@ -84,7 +84,7 @@ def measure(run: Recipe, layers: list[int], repeats: int) -> dict[str, Any]:
     plan = compile_plan(run, read_facts(run.model))
     sites = [Site(layer) for layer in layers]
     shape = (2 * plan.block_tokens // run.data.context, run.data.context)
-    sequences = np.random.default_rng(0).integers(1, plan.facts.vocab_size, size=shape, dtype=np.uint16)
+    sequences = np.random.default_rng(0).integers(1, plan.facts.tokens.vocab_size, size=shape, dtype=np.uint16)
     live = LiveStream(LanguageModel.load(run.model), sequences, plan)
     bare(live, 0, layers[-1])
     peaks = {"bare": peak(lambda: bare(live, 0, layers[-1])), "block": peak(lambda: live.block(0, sites))}

@@ -55,7 +55,7 @@ def compare_suite(suite: Suite) -> list[dict[str, Any]]:
     """A row for each leg."""
     plan = suite.plan
     test = held_out(plan, Corpus.open(suite.directory.tokens).test, plan.recipe.evaluate.tokens)
-    sequences = test[(test == plan.facts.bos_token_id).sum(axis=1) == 1]
+    sequences = test[(test == plan.facts.tokens.bos_token_id).sum(axis=1) == 1]
     sequences = sequences[: len(sequences) // BATCH * BATCH]
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in suite.legs}
     ours = measure(plan, load_model(plan), sequences, dictionaries, ce=True)
@@ -101,7 +101,7 @@ def saelens_metrics(directory: Path, plan: Plan, sequences: Any) -> dict[str, fl
         batch_size_prompts=BATCH, n_eval_reconstruction_batches=n_batches, n_eval_sparsity_variance_batches=n_batches,
         compute_ce_loss=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
     )  # fmt: skip
-    bos = [plan.facts.bos_token_id]
+    bos = [plan.facts.tokens.bos_token_id]
     metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=bos)
     found = {name: value for group in metrics.values() for name, value in group.items()}
     if find_spec("sae_bench"):

@@ -44,9 +44,10 @@ from saerelay.lm.facts import read_facts
 from saerelay.lm.model import load_model
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.cost import plan_cost
+from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.plan import Plan
 from saerelay.planning.presets import hub_of
-from saerelay.planning.recipe import DataSpec, EvaluateSpec, LegSpec, ModelSpec, PlanSpec, Preset, Recipe
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, Preset, Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.files import write_json, write_text
 from saerelay.runs.suite import load

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
-from saerelay.planning.facts import ModelFacts  # noqa: E402
+from saerelay.planning.facts import ModelFacts, TokenFacts  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -88,10 +88,12 @@ def facts() -> ModelFacts:
         n_layers=6,
         d_model=16,
         d_attn_z=24,
-        vocab_size=101,
-        max_context=64,
-        bos_token_id=0,
-        eos_token_id=0,
+        tokens=TokenFacts(
+            vocab_size=101,
+            max_context=64,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
         has_lm_head=True,
         layer_params=3000,
         model_params=25000,

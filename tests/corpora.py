@@ -11,7 +11,7 @@ import pytest
 
 from saerelay.data.corpus import SPLITS, Corpus
 from saerelay.errors import DataError
-from saerelay.planning.facts import ModelFacts
+from saerelay.planning.facts import ModelFacts, TokenFacts
 
 MakeCorpus = Callable[..., Corpus]
 """The fixture `make_corpus`."""
@@ -28,10 +28,12 @@ FACTS = ModelFacts(
     n_layers=8,
     d_model=192,
     d_attn_z=192,
-    vocab_size=4096,
-    max_context=512,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
+    tokens=TokenFacts(
+        vocab_size=4096,
+        max_context=512,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    ),
     has_lm_head=True,
     layer_params=1,
     model_params=8,

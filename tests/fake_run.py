@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from saerelay.analysis.features import load_features
 from saerelay.data.corpus import Corpus
 from saerelay.planning.compile import compile_plan
-from saerelay.planning.facts import ModelFacts
+from saerelay.planning.facts import ModelFacts, TokenFacts
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.files import finite, write_json, write_text
@@ -19,10 +19,19 @@ from saerelay.runs.suite import Suite, load
 
 F, CONTEXT, SEQUENCES, V = 600, 24, 8, 101
 FACTS = ModelFacts(
-    name="<i>model</i>", revision="", family="gpt_neox", dtype="float32", device="cpu", n_layers=3, d_model=16,
-    d_attn_z=16, vocab_size=V, max_context=64, bos_token_id=0, eos_token_id=0, has_lm_head=True, layer_params=3000,
+    name="<i>model</i>",
+    revision="",
+    family="gpt_neox",
+    dtype="float32",
+    device="cpu",
+    n_layers=3,
+    d_model=16,
+    d_attn_z=16,
+    tokens=TokenFacts(vocab_size=V, max_context=64, bos_token_id=0, eos_token_id=0),
+    has_lm_head=True,
+    layer_params=3000,
     model_params=25000,
-)  # fmt: skip
+)
 HOSTILE = {
     1: "<script>alert(1)</script>",
     2: "&lt;b&gt; & co",

@@ -244,7 +244,7 @@ def test_sites_that_a_model_does_not_have_are_refused(llama: LanguageModel, tmp_
     config = AutoConfig.for_model("mamba", vocab_size=101, hidden_size=32, num_hidden_layers=3, state_size=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     facts = read_facts(spec_of(tmp_path))
-    assert (facts.n_layers, facts.d_attn_z, facts.max_context) == (3, 0, 0)
+    assert (facts.n_layers, facts.d_attn_z, facts.tokens.max_context) == (3, 0, 0)
     mamba = LanguageModel.load(spec_of(tmp_path))
     mamba.check_site(Site(1))
     told = r"L1.mlp_out: cannot find .*of mamba\. Looked for .*, mlp, .*Supported there: resid_post, resid_pre\."

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from saerelay.errors import PlanError
-from saerelay.planning.compile import auto_lr, compile_plan
+from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import forward_flops, plan_cost, state_bytes
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import External, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site

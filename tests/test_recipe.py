@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saerelay.errors import PlanError, RecipeError
-from saerelay.planning.recipe import Recipe, annotated_toml, tokens_of
+from saerelay.planning.leg_spec import tokens_of
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.toml import annotated_toml
 from saerelay.site import MODULE_KINDS, Site
 from saerelay.spec import format_count, parse_count
 

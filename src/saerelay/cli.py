@@ -36,7 +36,8 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document to s
 @app.command()
 def init() -> None:
     """Print an annotated recipe with the defaults."""
-    from saerelay.planning.recipe import Recipe, annotated_toml
+    from saerelay.planning.recipe import Recipe
+    from saerelay.planning.toml import annotated_toml
 
     print(annotated_toml(Recipe()), end="")
 
@@ -77,7 +78,7 @@ def plan(
 def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
     """Survey, and show or write what was chosen."""
     from saerelay.planning.choose import written_out
-    from saerelay.planning.recipe import annotated_toml
+    from saerelay.planning.toml import annotated_toml
     from saerelay.runs.files import write_text
     from saerelay.views.tables import choice_lines, plan_facts, plan_table, survey_table
     from saerelay.workflows.settle import plan_run

@@ -192,7 +192,7 @@ def batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device | str = 
     """Prompts in their order, those of one length that follow each other together."""
     n_latents = max(leg.dictionary.n_latents for leg in plan.legs)
     for length, group in groupby(prompts, key=lambda prompt: len(prompt.tokens)):
-        same, size = list(group), min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.vocab_size)) // length
+        same, size = list(group), min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.tokens.vocab_size)) // length
         for start in range(0, len(same), max(1, size)):
             part = same[start : start + max(1, size)]
             columns = [[p.tokens for p in part], [p.right for p in part], [p.wrong for p in part]]

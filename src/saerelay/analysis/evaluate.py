@@ -254,7 +254,7 @@ def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
     context = plan.recipe.data.context
     per_batch = max(1, 4096 // context)
     if ce:
-        per_batch = max(1, min(per_batch, LOGIT_BYTES // (4 * context * plan.facts.vocab_size)))
+        per_batch = max(1, min(per_batch, LOGIT_BYTES // (4 * context * plan.facts.tokens.vocab_size)))
     for start in range(0, len(sequences), per_batch):
         yield torch.from_numpy(sequences[start : start + per_batch].astype(np.int64))
 

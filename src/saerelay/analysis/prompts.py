@@ -97,16 +97,20 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
                 tokenizer = tokenizer or load_tokenizer(plan.recipe.model)
                 part = tokenizer.encode(part, add_special_tokens=False)
             ids[name] = part if isinstance(part, list) else [part]
-            if not all(type(i) is int and 0 <= i < facts.vocab_size for i in ids[name]):
-                raise DataError(f'{where}: "{name}" is neither text nor token ids from 0 to {facts.vocab_size - 1}')
+            if not all(type(i) is int and 0 <= i < facts.tokens.vocab_size for i in ids[name]):
+                raise DataError(
+                    f'{where}: "{name}" is neither text nor token ids from 0 to {facts.tokens.vocab_size - 1}'
+                )
             if name != "prompt" and len(ids[name]) != 1:
                 raise DataError(
                     f'{where}: "{name}" is {parts[name]!r}, which is {len(ids[name])} tokens of {facts.name}; it must '
                     "be one (most tokenizers want a space in front of a word)"
                 )
         text, (right, wrong) = start + ids["prompt"], (ids[name][0] for name in names[1:])
-        if not ids["prompt"] or len(text) > (facts.max_context or math.inf):
-            raise DataError(f"{where}: has {len(text)} tokens; {facts.name} takes 1 to {facts.max_context or 'any'}")
+        if not ids["prompt"] or len(text) > (facts.tokens.max_context or math.inf):
+            raise DataError(
+                f"{where}: has {len(text)} tokens; {facts.name} takes 1 to {facts.tokens.max_context or 'any'}"
+            )
         found.append(Prompt(tuple(text), right, wrong))
     if not found:
         raise DataError(f"{path}: no prompts in it")
@@ -115,7 +119,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
 
 def start_of(plan: Plan) -> list[int]:
     """What is in front of every prompt: BOS, where training has one there."""
-    bos = plan.facts.bos_token_id
+    bos = plan.facts.tokens.bos_token_id
     return [bos] if plan.recipe.data.prepend_bos and bos is not None else []
 
 

@@ -289,11 +289,11 @@ class _Packer:
         self.path = path
         self.wanted = wanted
         self.context = data.context
-        self.bos = facts.bos_token_id if data.prepend_bos else None
+        self.bos = facts.tokens.bos_token_id if data.prepend_bos else None
         self.ids_per_sequence = data.context - data.prepend_bos
-        fits_16_bits = facts.vocab_size <= 1 << 16
+        fits_16_bits = facts.tokens.vocab_size <= 1 << 16
         self.dtype = np.dtype("<u2" if fits_16_bits else "<u4")
-        separator = [] if facts.eos_token_id is None else [facts.eos_token_id]
+        separator = [] if facts.tokens.eos_token_id is None else [facts.tokens.eos_token_id]
         self.separator = np.array(separator, self.dtype)
         self.raw = path.with_suffix(".raw")
         self.raw.touch()
@@ -348,7 +348,7 @@ class _Packer:
 
 def _check_recipe(data: DataSpec, facts: ModelFacts, tokenizer: object) -> None:
     """Refuse what can be refused before anything is read."""
-    if data.prepend_bos and facts.bos_token_id is None:
+    if data.prepend_bos and facts.tokens.bos_token_id is None:
         raise DataError(
             f"data.prepend_bos is true, but the model {facts.name} has no BOS token; set data.prepend_bos = false."
         )

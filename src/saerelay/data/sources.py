@@ -54,10 +54,10 @@ def open_source(run: Recipe, facts: ModelFacts) -> Source:
 
 def check_ids(largest: int, facts: ModelFacts, where: str) -> None:
     """Raise DataError if a token id found in `where` is outside the model's vocabulary."""
-    if largest >= facts.vocab_size:
+    if largest >= facts.tokens.vocab_size:
         raise DataError(
             f"{where} gives the token id {largest}, but the model {facts.name} has a vocabulary "
-            f"of {facts.vocab_size} (ids up to {facts.vocab_size - 1}). Use the tokenizer that "
+            f"of {facts.tokens.vocab_size} (ids up to {facts.tokens.vocab_size - 1}). Use the tokenizer that "
             "belongs to this model."
         )
 
@@ -228,12 +228,12 @@ def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
     else:
         spans = _token_spans(tokens, data.context, facts)
         rows = (tokens[start:stop] for start, stop in spans[_shuffled(len(spans), seed)])
-    return Source(f"tokens in {data.tokens}", (_without_bos(row, facts.bos_token_id) for row in rows))
+    return Source(f"tokens in {data.tokens}", (_without_bos(row, facts.tokens.bos_token_id) for row in rows))
 
 
 def _open_tokens(path: Path, facts: ModelFacts) -> np.ndarray:
     """Map a token file and check every id in it."""
-    dtype = "uint16" if facts.vocab_size <= 1 << 16 else "uint32"
+    dtype = "uint16" if facts.tokens.vocab_size <= 1 << 16 else "uint32"
     convert = f'np.save("tokens.npy", array.astype(np.{dtype}))'
     if not path.is_file():
         raise DataError(f'data.tokens: no such file: "{path}" (relative paths start in {Path.cwd()}).')
@@ -266,7 +266,7 @@ def _token_spans(tokens: np.ndarray, context: int, facts: ModelFacts) -> np.ndar
 
     They lie between EOS tokens, or BOS tokens, or are pieces of even length.
     """
-    for separator in (facts.eos_token_id, facts.bos_token_id):
+    for separator in (facts.tokens.eos_token_id, facts.tokens.bos_token_id):
         if separator is None:
             continue
         found = [start + np.flatnonzero(chunk == separator) for start, chunk in _chunks(tokens)]

@@ -85,7 +85,7 @@ def attach(
 def _bos_ids(model: Any) -> list[int]:
     """The ids of a model's BOS token: one, none, or several."""
     if isinstance(model, LanguageModel):
-        bos = model.facts.bos_token_id
+        bos = model.facts.tokens.bos_token_id
     else:
         bos = model.config.get_text_config().bos_token_id
     if bos is None:

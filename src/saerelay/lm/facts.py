@@ -8,7 +8,7 @@ from saerelay.errors import ModelError
 from saerelay.lm.ports import find_layers, find_port, n_inputs, n_parameters
 from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config
 from saerelay.lm.tokens import first_id, load_tokenizer
-from saerelay.planning.facts import ModelFacts
+from saerelay.planning.facts import ModelFacts, TokenFacts
 from saerelay.planning.recipe import ModelSpec
 
 _FAST_BF16_PROBES = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -20,7 +20,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     """Read what a plan must know of a model, without loading its weights.
 
     >>> facts = read_facts(ModelSpec())
-    >>> facts.family, facts.n_layers, facts.d_model, facts.bos_token_id
+    >>> facts.family, facts.n_layers, facts.d_model, facts.tokens.bos_token_id
     ('gpt_neox', 8, 192, 0)
 
     Raises ModelError if the model is missing, gated, unreadable or not a single stack of layers,
@@ -42,10 +42,12 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         n_layers=len(layers),
         d_model=text_config.hidden_size,
         d_attn_z=_attn_z_width(layers),
-        vocab_size=text_config.vocab_size,
-        max_context=_max_context(text_config, skeleton),
-        bos_token_id=bos,
-        eos_token_id=eos,
+        tokens=TokenFacts(
+            vocab_size=text_config.vocab_size,
+            max_context=_max_context(text_config, skeleton),
+            bos_token_id=bos,
+            eos_token_id=eos,
+        ),
         has_lm_head=is_causal_lm(config),
         layer_params=n_parameters(layers) // len(layers),
         model_params=n_parameters(skeleton),

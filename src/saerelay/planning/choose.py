@@ -13,8 +13,9 @@ from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import Cost, forward_flops, plan_cost, step_flops
 from saerelay.planning.curves import Curves, fit_curves
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg_spec import LegGoal, LegHop, LegSpec
 from saerelay.planning.presets import control_legs
-from saerelay.planning.recipe import LegGoal, LegHop, LegSpec, Recipe, parse_budget
+from saerelay.planning.recipe import Recipe, parse_budget
 from saerelay.planning.survey import Survey
 from saerelay.site import Site
 

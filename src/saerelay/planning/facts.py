@@ -4,8 +4,22 @@ from saerelay.site import Site
 from saerelay.spec import Spec
 
 
+class TokenFacts(Spec):
+    """What a model takes as tokens."""
+
+    vocab_size: int
+    max_context: int
+    """Longest sequence the model takes; 0 if it has no limit."""
+    bos_token_id: int | None
+    """What `prepend_bos` puts first: the BOS token, or the CLS token of an encoder, or none."""
+    eos_token_id: int | None
+    """What separates packed documents: EOS, or SEP of an encoder, or none."""
+
+
 class ModelFacts(Spec):
     """What a plan must know of a language model; read from its configuration, without loading weights."""
+
+    inline = ("tokens",)
 
     name: str
     revision: str
@@ -18,13 +32,7 @@ class ModelFacts(Spec):
     d_model: int
     d_attn_z: int
     """Width of the attention output projection's input (heads x head width)."""
-    vocab_size: int
-    max_context: int
-    """Longest sequence the model takes; 0 if it has no limit."""
-    bos_token_id: int | None
-    """What `prepend_bos` puts first: the BOS token, or the CLS token of an encoder, or none."""
-    eos_token_id: int | None
-    """What separates packed documents: EOS, or SEP of an encoder, or none."""
+    tokens: TokenFacts
     has_lm_head: bool
     layer_params: int
     """Parameters of one layer (mean over layers)."""

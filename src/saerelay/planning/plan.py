@@ -16,7 +16,8 @@ from collections.abc import Container, Iterable
 from typing import Literal, Self
 
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import ControlKind, LegId, Recipe
+from saerelay.planning.leg_spec import ControlKind, LegId
+from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import Method, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec

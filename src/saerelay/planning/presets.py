@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from saerelay.errors import PlanError
-from saerelay.planning.recipe import LegControl, LegHop, LegSpec, Recipe
+from saerelay.planning.leg_spec import LegControl, LegHop, LegSpec
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 
 

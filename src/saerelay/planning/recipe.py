@@ -3,42 +3,16 @@
 Sections with many keys are made of parts; in a file their keys stand side by side (see `Spec.inline`).
 """
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from saerelay.sae.architectures import architecture_named
+from saerelay.planning.leg_spec import LegSpec, Rate, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.site import ModuleKind
 from saerelay.spec import Auto, Count, OrAuto, Spec, parse_count
 
 Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "paper", "auto"]
-
-
-def _share_or_count(value: object) -> object:
-    """A float up to 1 is a share of the leg's budget, anything else a count of tokens."""
-    if isinstance(value, float) and 0 <= value <= 1:
-        return value
-    return parse_count(value)
-
-
-ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]
-LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
-"""The id of a leg: safe as the name of a directory."""
-Rate = Annotated[float, Field(gt=0, lt=1)]
-ControlKind = Literal["equal_tokens", "full"]
-
-
-def tokens_of(value: float, budget: int) -> int:
-    """Tokens meant by a share (a float up to 1) or a count, of a leg with `budget` tokens.
-
-    >>> tokens_of(0.5, 1000), tokens_of(300, 1000)
-    (500, 300)
-    """
-    if isinstance(value, float) and value <= 1:
-        return round(value * budget)
-    return int(value)
 
 
 BUDGET_UNITS = {"tokens": "tokens", "flops": "FLOPs", "hours": "hours", "hour": "hours"}
@@ -129,108 +103,6 @@ class DataSpec(Spec):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; keep one of them and empty the others")
         return self
-
-
-class LegHop(Spec):
-    """Where a leg is transferred from, and how; None leaves it to the plan."""
-
-    parent: str
-    """Id of another leg, or a dictionary outside the plan: a directory (a leg or snapshot of another run, or another
-    tool's files) or `hf://user/repo[@revision][/path]`."""
-    fork_at: ShareOrCount = 1.0
-    """The parent's age at which this leg starts from it: a share of its tokens or a count."""
-    method: Method | None = None
-    refit: bool | None = None
-
-
-class LegControl(Spec):
-    """What a leg is a control of."""
-
-    control_of: str
-    control_kind: ControlKind = "equal_tokens"
-
-
-class LegGoal(Spec):
-    """What quality is expected of a leg, as FVU on validation documents."""
-
-    goal_fvu: float | None = Field(default=None, gt=0)
-    """At which the leg may end early (see plan.stop)."""
-    decay_gain: float = Field(default=0.9, gt=0, le=1)
-    """FVU after the learning rate's decay over FVU before it: what a leg with a goal counts on."""
-    predicted_fvu: float | None = Field(default=None, gt=0)
-    """What a survey predicts; changes nothing."""
-
-
-class LegDictionary(Spec):
-    """How a leg's dictionary differs from its parent's, or from the recipe's; None leaves it as it is."""
-
-    architecture: str | None = None
-    """Another architecture than the parent's: thresholds are calibrated on the way."""
-    n_latents: Count | None = Field(default=None, ge=1)
-    """More or fewer than the parent's: new ones take up its residual, those that explain least are left behind."""
-    k: int | None = Field(default=None, ge=1)
-    """Active latents per token, whatever the architecture (jumprelu: its target_l0)."""
-
-    @field_validator("architecture")
-    @classmethod
-    def _known_architecture(cls, name: str | None) -> str | None:
-        if name is not None:
-            architecture_named(name)
-        return name
-
-
-class LegTraining(Spec):
-    """How a leg is trained, where it differs from the recipe."""
-
-    batch_tokens: Count | None = Field(default=None, ge=1)
-    reuse: int | None = Field(default=None, ge=1)
-    lr: OrAuto[Rate] | None = None
-
-
-class LegSpec(Spec):
-    """One leg of an explicit plan: `[[plan.legs]]`."""
-
-    inline = ("hop", "control", "goal", "dictionary", "training")
-
-    id: LegId
-    layer: int
-    module: ModuleKind | None = None
-    tokens: Count = Field(ge=0)
-    """Training tokens; 0 leaves a transfer untrained (but refitted, if it is to be)."""
-    seed: int | None = Field(default=None, ge=0)
-    after: str = ""
-    """Start when this leg has ended (a leg from scratch starts at once otherwise)."""
-    hop: LegHop | None = None
-    """None trains from scratch."""
-    control: LegControl | None = None
-    goal: LegGoal = LegGoal()
-    dictionary: LegDictionary = LegDictionary()
-    training: LegTraining = LegTraining()
-
-    @property
-    def parent(self) -> str:
-        """What it is transferred from; "" if it is trained from scratch."""
-        return self.hop.parent if self.hop else ""
-
-    @property
-    def control_of(self) -> str:
-        """The leg that it is a control of; "" if it is none."""
-        return self.control.control_of if self.control else ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty(cls, data: Any) -> Any:
-        """An empty parent, or control_of, is none."""
-        if not isinstance(data, dict):
-            return data
-        rest = dict(data)
-        if rest.get("parent") == "":
-            for key in LegHop.all_keys():
-                rest.pop(key, None)
-        if rest.get("control_of") == "":
-            for key in LegControl.all_keys():
-                rest.pop(key, None)
-        return rest
 
 
 class HopSpec(Spec):
@@ -403,36 +275,3 @@ class Recipe(Spec):
 
 Run = Recipe
 """The name that recipes had in the public interface at first."""
-
-
-# --- as text ------------------------------------------------------------------------------------------------------
-
-
-def annotated_toml(recipe: Recipe) -> str:
-    """The recipe as TOML with every key and what it means: the output of `saerelay init`."""
-    lines = ['# A recipe for `saerelay train run.toml --out runs/a`. Counts may be written 250_000 or "250k".', ""]
-    for name, section in recipe:
-        summary = (type(section).__doc__ or "").splitlines()[0]
-        lines.append(f"# {summary}")
-        lines.append(f"[{name}]")
-        for key, value, description in section.described():
-            if key == "legs":
-                lines.append(f"# {description}")
-                continue
-            assignment = f"{key} = {_toml_value(value)}"
-            lines.append(f"{assignment:<34}# {description}")
-        lines.append("")
-    for leg in recipe.plan.legs:
-        given = leg.model_dump(exclude_unset=True, exclude_none=True)
-        lines.append("[[plan.legs]]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in given.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
-        return f"{value:_}"
-    if isinstance(value, tuple):
-        value = list(value)
-    return json.dumps(value, ensure_ascii=False)

@@ -7,11 +7,13 @@ worth is measured on rows of the validation split, as is the worth of every hop 
 
 import math
 
-from saerelay.planning.compile import choose_block, compile_plan
+from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.placing import choose_block
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.presets import hub_of
-from saerelay.planning.recipe import AutoSpec, LegSpec, Recipe
+from saerelay.planning.recipe import AutoSpec, Recipe
 from saerelay.site import Site
 from saerelay.spec import Spec
 

@@ -105,7 +105,7 @@ class Suite:
         module = self.plan.recipe.sites.module
         legs = self.one_a_site if layers is None else [self.leg_at(Site(layer, module)) for layer in layers]
         if leave_alone is None:
-            bos = facts.bos_token_id if self.plan.recipe.data.prepend_bos else None
+            bos = facts.tokens.bos_token_id if self.plan.recipe.data.prepend_bos else None
             leave_alone = [] if bos is None else [bos]
         return attach(model, {leg.site: self[leg.id] for leg in legs}, replace=replace, leave_alone=leave_alone)
 

@@ -20,9 +20,10 @@ from saerelay.interop.names import public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer
-from saerelay.planning.compile import auto_lr
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import LegSpec, ModelSpec, Recipe
+from saerelay.planning.recipe import ModelSpec, Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.suite import Suite
 from saerelay.sae.dictionary import Dictionary
@@ -154,8 +155,10 @@ def carry_from_model(
     x_target: Tensor | None = None
     with console.status(f"reading {name} and {recipe.model.name} side by side") if console else nullcontext():
         for tokens, keep, x_target in kept_rows(plan, target):
-            if int(tokens.max()) >= other.facts.vocab_size:
-                raise ModelError(f"{name} has {other.facts.vocab_size} tokens, the text has token {int(tokens.max())}")
+            if int(tokens.max()) >= other.facts.tokens.vocab_size:
+                raise ModelError(
+                    f"{name} has {other.facts.tokens.vocab_size} tokens, the text has token {int(tokens.max())}"
+                )
             harvested = other.harvest(tokens.to(other.device), [site])[site]
             x_source = harvested[keep.to(other.device)].float()
             moments.add(x_source.to(x_target.device), x_target)

@@ -11,7 +11,8 @@ from saerelay.analysis.evaluate import wants_ce
 from saerelay.errors import SaeRelayError
 from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Recipe, annotated_toml
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, sole_writer
 from saerelay.runs.files import write_text
 from saerelay.runs.suite import Suite, load

@@ -9,7 +9,8 @@ from typing import Any
 from saerelay.interop.names import hub_id
 from saerelay.interop.origin import Origin
 from saerelay.planning.plan import Leg, Plan
-from saerelay.planning.recipe import Recipe, annotated_toml
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.toml import annotated_toml
 from saerelay.runs.files import leafwise
 from saerelay.site import Site
 from saerelay.spec import format_count

@@ -10,8 +10,9 @@ from rich.console import Console
 from saerelay.errors import Interrupted
 from saerelay.lm.facts import read_facts
 from saerelay.planning.choose import Choice, choose
-from saerelay.planning.recipe import Recipe, annotated_toml
+from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import Survey, survey_plan
+from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.runs.files import write_text
 from saerelay.training.train import train_plan

@@ -32,7 +32,7 @@ def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
     """Seconds of the language model, which stops at the deepest open site of each block."""
     context = plan.recipe.data.context
     shape = (max(1, LM_BATCH_TOKENS // context), context)
-    tokens = torch.randint(plan.facts.vocab_size, shape, device=model.device)
+    tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
     deepest = plan.sites[-1]
     per_token = _median_seconds(lambda: model.harvest(tokens, [deepest]), model.device) / tokens.numel()
     seconds = 0.0

@@ -1,0 +1,185 @@
+"""One leg of a plan with all its choices made: what the recipe leaves open is settled here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from saerelay.errors import PlanError
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg_spec import LegSpec, tokens_of
+from saerelay.planning.plan import COPY_RATE, Control, External, Goal, Hop, Leg, Role, Schedule
+from saerelay.planning.recipe import Recipe
+from saerelay.sae.spec import SizedDictionarySpec
+from saerelay.site import Site
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all legs of a plan are compiled under."""
+
+    recipe: Recipe
+    facts: ModelFacts
+    block_tokens: int
+    externals: Mapping[str, External] = field(default_factory=dict)
+    memory_bytes: float = math.inf
+    begin: int = 0
+    """Cursor before which nothing new may start."""
+
+
+def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
+    """A leg with all its choices made, but not yet placed on the axis; `legs` are those compiled before it."""
+    recipe = setting.recipe
+    site = Site(spec.layer, spec.module or recipe.sites.module)
+    by_id = {leg.id: leg for leg in legs}
+    parent = by_id.get(spec.parent)
+    external = setting.externals.get(spec.parent)
+    hop = _settled_hop(spec, setting)
+    budget = _settled_budget(spec, setting, by_id)
+    if not budget and not hop:
+        raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; give it some")
+    parent_site = parent.site if parent else external.site if external else None
+    role: Role = "transfer" if hop else "root"
+    return Leg(
+        id=spec.id,
+        role="control" if spec.control else role,
+        layer=site.layer,
+        module=site.module,
+        dictionary=_settled_dictionary(spec, setting, parent, external),
+        seed=recipe.train.seed if spec.seed is None else spec.seed,
+        schedule=_settled_schedule(spec, setting, hop, budget, at_home=site == parent_site),
+        hop=hop,
+        control=Control.model_validate(spec.control.model_dump()) if spec.control else None,
+        goal=Goal.model_validate(spec.goal.model_dump()),
+    )
+
+
+def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
+    if not spec.hop:
+        return None
+    defaults = setting.recipe.plan.hop
+    method = spec.hop.method or defaults.method
+    refit = defaults.refit if spec.hop.refit is None else spec.hop.refit
+    return Hop(
+        parent=spec.hop.parent,
+        method=method,
+        moment_tokens=0 if method == "identity" else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
+        refit_tokens=min(defaults.refit_tokens, setting.block_tokens) if refit else 0,
+    )
+
+
+def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
+    """Training tokens, in whole batches; an equal-tokens control gets all tokens that its transfer looks at."""
+    batch = _batch_tokens(spec, setting.recipe)
+    tokens = spec.tokens
+    if spec.control and not tokens:
+        transfer = by_id[spec.control.control_of]
+        tokens = transfer.moment_tokens + transfer.budget_tokens
+    return batch * math.ceil(tokens / batch)
+
+
+def _batch_tokens(spec: LegSpec, recipe: Recipe) -> int:
+    batch = spec.training.batch_tokens or recipe.train.batch_tokens
+    if recipe.train.batch_tokens % batch:
+        raise PlanError(
+            f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {recipe.train.batch_tokens}"
+        )
+    return batch
+
+
+def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: int, *, at_home: bool) -> Schedule:
+    """How long and how fast; `at_home`: the leg stays at its parent's site."""
+    recipe = setting.recipe
+    optimizer = recipe.train.optimizer
+    batch = _batch_tokens(spec, recipe)
+    given = spec.training.lr
+    if given is None or given == "auto":
+        given = optimizer.transfer_lr if hop else optimizer.lr
+
+    # After a hop the map says how much there is to learn, and at home the check of the refit does. A plain copy to
+    # another site has neither: it gets a fixed share of the rate from scratch.
+    width = setting.facts.width(Site(spec.layer, spec.module or recipe.sites.module))
+    by_map = hop is not None and given == "auto" and (hop.method != "identity" or at_home)
+    if given == "auto":
+        lr = auto_lr(width, budget, batch)
+        if hop and not by_map:
+            lr *= COPY_RATE
+    else:
+        lr = given
+
+    dead_after = recipe.train.dead_after
+    if dead_after == "auto":
+        dead_after = max(batch, min(10_000_000, budget // 50))
+    return Schedule(
+        budget_tokens=budget,
+        batch_tokens=batch,
+        lr=lr,
+        dead_after_tokens=dead_after,
+        reuse=spec.training.reuse or (recipe.plan.hop.reuse if hop else 1),
+        lr_by_map=by_map,
+        snapshots=_snapshot_ages(recipe, budget, transferred=hop is not None),
+    )
+
+
+def _settled_dictionary(
+    spec: LegSpec, setting: Setting, parent: Leg | None, external: External | None
+) -> SizedDictionarySpec:
+    """What a leg's dictionary looks like: as its parent's, or the recipe's, but for what it asks to be changed."""
+    width = setting.facts.width(Site(spec.layer, spec.module or setting.recipe.sites.module))
+    inherited = parent.dictionary if parent else setting.recipe.dictionary.sized(width)
+    n_latents = inherited.n_latents
+    architecture = inherited.architecture
+    l0 = inherited.l0
+    if external:
+        n_latents = external.n_latents
+        architecture = external.architecture
+        l0 = external.k or external.l0 or l0
+
+    changes = spec.dictionary
+    dictionary = inherited.with_architecture(changes.architecture or architecture)
+    dictionary = dictionary.changed(n_latents=changes.n_latents or n_latents)
+    asked_l0 = changes.k
+    if asked_l0 is None and (external or changes.architecture):
+        asked_l0 = l0
+    if asked_l0:
+        dictionary = dictionary.with_l0(asked_l0)
+    check_sparsity(dictionary, spec.id)
+    return dictionary
+
+
+def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
+    """Raise PlanError if more latents are to be active than there are."""
+    if dictionary.l0 is not None and dictionary.l0 > dictionary.n_latents:
+        key = dictionary.activation.l0_key
+        raise PlanError(
+            f"leg {leg_id}: dictionary.{key} is {dictionary.l0:g} but there are only {dictionary.n_latents} latents; "
+            f"lower {key} or raise n_latents"
+        )
+
+
+def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
+    """Default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512 (decision 007).
+
+    It falls with the square roots of the width (a decoder row's entries are as small) and of the budget.
+
+    >>> auto_lr(192, 1_000_000, 512), auto_lr(768, 4_000_000, 512)
+    (0.005, 0.00125)
+    """
+    best = 5e-3 * math.sqrt(192 / width)
+    rate = best * math.sqrt(1e6 / max(1, budget_tokens) * batch_tokens / 512)
+    return min(max(rate, best / 6), 2 * best)
+
+
+def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[int]:
+    """Ages at which a leg is also published, in whole batches; age 0 only after a hop."""
+    asked = recipe.train.snapshots
+    if not asked and recipe.plan.preset == "paper":
+        n_parts = 5 if transferred else 10
+        asked = [i / n_parts for i in range(1, n_parts)]
+    batch = recipe.train.batch_tokens
+    ages = {batch * round(tokens_of(value, budget) / batch) for value in asked}
+    return sorted(age for age in ages if age < budget and (age or transferred))
+
+
+def _whole_blocks(tokens: int, block: int) -> int:
+    """Rounded to whole blocks, at least one."""
+    return block * max(1, round(tokens / block))

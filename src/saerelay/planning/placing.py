@@ -1,0 +1,86 @@
+"""Where a leg stands on the axis of token positions, and how large its blocks are."""
+
+import math
+from collections.abc import Sequence
+
+from saerelay.errors import PlanError
+from saerelay.planning.cost import peak_state_bytes, state_bytes
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg_spec import LegSpec, tokens_of
+from saerelay.planning.legs import Setting
+from saerelay.planning.plan import Leg
+from saerelay.planning.recipe import Recipe
+
+MAX_BLOCK_TOKENS = 65_536
+BLOCK_BYTES = 2**30
+"""Activations of one block stay under this, when the recipe leaves its size to us."""
+
+
+def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
+    """A leg with its start: as early as its parent, `after` and memory allow; `legs` are those placed before it."""
+    needed = state_bytes(leg, setting.facts)
+    if needed > setting.memory_bytes:
+        raise PlanError(
+            f"leg {leg.id} alone needs {needed / 2**30:.1f} GiB of training state, more than the "
+            f"{setting.memory_bytes / 2**30:.1f} GiB allowed; lower n_latents or raise train.memory_gib"
+        )
+    by_id = {other.id: other for other in legs}
+    parent = by_id.get(leg.parent)
+    block = setting.block_tokens
+    earliest = setting.begin
+    if parent and spec.hop:
+        age = tokens_of(spec.hop.fork_at, parent.budget_tokens)
+        forked_at = parent.fold_at + math.ceil(age / parent.schedule.reuse)
+        moments_start = block * math.ceil(forked_at / block) - leg.moment_tokens
+        earliest = max(earliest, parent.start, moments_start)
+    if spec.after:
+        earliest = max(earliest, block * math.ceil(by_id[spec.after].end / block))
+
+    # Memory only becomes free where another leg ends, so only such blocks are worth trying after the earliest start.
+    ends = {block * math.ceil(other.end / block) for other in legs}
+    for start in sorted({earliest, *ends}):
+        if start < earliest:
+            continue
+        placed = leg.changed(start=start)
+        if peak_state_bytes([*legs, placed], setting.facts) <= setting.memory_bytes:
+            break
+    else:
+        raise AssertionError("after the last leg's end there is room for one")
+    if parent:
+        age = parent.schedule.reuse * max(0, placed.fold_at - parent.fold_at)
+        placed = placed.changed(fork_at_tokens=min(parent.budget_tokens, age))
+    return placed
+
+
+def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
+    """Tokens shuffled together: a multiple of the batch and of the context, from shapes alone."""
+    step = math.lcm(recipe.train.batch_tokens, recipe.data.context)
+    asked = recipe.data.block_tokens
+    if asked != "auto":
+        if asked % step:
+            raise PlanError(
+                f"data.block_tokens is {asked}; it must be a multiple of train.batch_tokens "
+                f"({recipe.train.batch_tokens}) and data.context ({recipe.data.context}), that is of {step}"
+            )
+        return asked
+    n_sites = max(1, len({(spec.layer, spec.module) for spec in specs}))
+    bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * n_sites
+
+    # A block has at least 16 batches, and where all legs are hops, the tokens that they are refitted on.
+    least = 16 * recipe.train.batch_tokens
+    hops_only = all(spec.hop for spec in specs)
+    if hops_only and any(_is_refitted(spec, recipe) for spec in specs):
+        least = max(least, recipe.plan.hop.refit_tokens)
+
+    # It has at most a quarter of the shortest leg (those that hardly train aside), so that no leg sees but a few
+    # sequences; and all blocks of the longest leg are equal, so that the last is not read in vain.
+    longest = max(least if hops_only else 0, *(spec.tokens for spec in specs))
+    shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])
+    largest = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, least))
+    n_blocks = max(1, math.ceil(longest / max(step, largest)))
+    return step * math.ceil(longest / n_blocks / step)
+
+
+def _is_refitted(spec: LegSpec, recipe: Recipe) -> bool:
+    refit = spec.hop.refit if spec.hop else None
+    return recipe.plan.hop.refit if refit is None else refit
