@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import saerelay as sr
 from saerelay.analysis.evaluate import held_out, measure
+from saerelay.analysis.suite import Suite
 from saerelay.data.corpus import Corpus
 from saerelay.demo import MODEL_DIR
 from saerelay.interop import write_dictionary
@@ -25,7 +26,6 @@ from saerelay.interop.origin import Origin
 from saerelay.lm.model import load_model
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, SitesSpec
-from saerelay.runs.suite import Suite
 from saerelay.sae.spec import DictionarySpec
 
 BATCH = 8

@@ -143,10 +143,10 @@ def sequences(job: Job, split: str) -> Any:
 
 def ours(job: Job, dtype: str = "auto") -> dict:
     """`train_plan`, as `saerelay train` calls it."""
+    from saerelay.files import read_json
     from saerelay.planning.recipe import Run
     from saerelay.runs.dictionaries import read_dictionary
     from saerelay.runs.directory import RunDirectory
-    from saerelay.runs.files import read_json
     from saerelay.training.trackers import Several
     from saerelay.training.train import train_plan
     from saerelay.workflows.launch import open_stream, plan_run

@@ -38,8 +38,10 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from saerelay.analysis.evaluate import evaluate_run, measure, wants_ce
+from saerelay.analysis.suite import load
 from saerelay.data.corpus import Corpus, prepare
 from saerelay.errors import Interrupted, LegFailed
+from saerelay.files import write_json, write_text
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import load_model
 from saerelay.lm.tokens import load_tokenizer
@@ -48,8 +50,6 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.presets import hub_of
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, LegSpec, ModelSpec, PlanSpec, Preset, Run
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import write_json, write_text
-from saerelay.runs.suite import load
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.spec import format_count

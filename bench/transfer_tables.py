@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import bootstrap, gmean
 from transfer import Study, all_jobs, suites
 
-from saerelay.runs.files import read_json
+from saerelay.files import read_json
 from saerelay.spec import format_count
 from saerelay.workflows.demo import DEMO
 

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from saerelay.analysis.features import load_features
-from saerelay.data.corpus import Corpus
+from saerelay.analysis.suite import Suite, load
+from saerelay.data.corpus import Corpus, CorpusFacts
+from saerelay.files import finite, write_json, write_text
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import Run
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import finite, write_json, write_text
-from saerelay.runs.suite import Suite, load
+from saerelay.runs.documents.training import DictionaryInfo
 
 F, CONTEXT, SEQUENCES, V = 600, 24, 8, 101
 FACTS = ModelFacts(
@@ -60,9 +61,11 @@ def fake_run(root: Path) -> Suite:
     test[0, 10] = V - 1
     test[1, :9] = range(1, 10)
     np.save(paths.tokens / "test.npy", test)
-    corpus = {"schema_version": 1, "source": "<b>text</b>", "context": CONTEXT, "prepend_bos": False, "n_documents": 9}
-    corpus |= {f"{split}_sequences": SEQUENCES for split in ("train", "validation", "test")} | {"complete": True}
-    write_json(paths.tokens / "corpus.json", corpus)
+    corpus = CorpusFacts(
+        source="<b>text</b>", context=CONTEXT, prepend_bos=False, n_documents=9, train_sequences=SEQUENCES,
+        validation_sequences=SEQUENCES, test_sequences=SEQUENCES, complete=True,
+    )  # fmt: skip
+    corpus.save(paths.tokens / "corpus.json")
     Corpus.open(paths.tokens)
     lines = [
         {"cursor": n, "leg": leg.id, "age": n, "loss": 1 / n, "fvu": 1 / n, "l0": 4.0, "n_dead": 0,
@@ -71,7 +74,10 @@ def fake_run(root: Path) -> Suite:
     ]  # fmt: skip
     write_text(paths.metrics, "".join(json.dumps(line) + "\n" for line in lines))
     for leg in plan.legs:
-        write_json(paths.leg(leg.id) / "dictionary.json", {"tokens": leg.budget_tokens, "seconds": 2.0, "lr": leg.lr})
+        info = DictionaryInfo(
+            architecture="topk", k=4, d_model=16, n_latents=F, tokens=leg.budget_tokens, seconds=2.0, lr=leg.lr
+        )
+        info.save(paths.leg(leg.id) / "dictionary.json")
         metrics = {"n_tokens": test.size, "l0": 4.0, "fvu": 0.1 + leg.layer / 100, "frac_alive": 0.9}
         metrics |= {"delta_ce": 0.1, "delta_ce_se": 0.01, "ce_loss_score": 0.98, "ce_loss_without_sae": 2.5}
         tokens = plan.run.evaluate.tokens
@@ -81,7 +87,7 @@ def fake_run(root: Path) -> Suite:
     suite = load(root)
     fake_lineage(suite, rng)
     fake_interpretations(suite)
-    legs = suite.standing
+    legs = suite.final_legs
     cells = [
         {"leg": a.id, "tokens": 1, "snapshot": False, "source": a.layer, "target": b.layer, "method": method,
          "fvu": float(rng.random()), "l0": 4.0}
@@ -127,7 +133,7 @@ def fake_features(paths: RunDirectory, leg_id: str, layer: int, test: np.ndarray
 
 def fake_lineage(suite: Suite, rng: np.random.Generator) -> None:
     """By index from layer to layer, by a permutation to the control."""
-    legs, links = suite.standing, []
+    legs, links = suite.final_legs, []
     pairs = [("depth", a.id, b.id) for a, b in zip(legs, legs[1:], strict=False)]
     pairs += [("control", leg.control_of, leg.id) for leg in suite.legs if leg.control_of]
     for kind, source, target in pairs:

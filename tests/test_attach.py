@@ -404,11 +404,11 @@ def test_what_cannot_be(llama: Any) -> None:
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> sr.Suite:
     """Two layers of the demo model, random: only where they are attached matters here."""
+    from saerelay.files import write_text
     from saerelay.lm.facts import read_facts
     from saerelay.planning.compile import compile_plan
     from saerelay.runs.dictionaries import publish
     from saerelay.runs.directory import RunDirectory
-    from saerelay.runs.files import write_text
 
     root = tmp_path_factory.mktemp("suite")
     recipe = {"sites": {"layers": [2, 5]}, "dictionary": {"n_latents": F, "k": 4}, "model": {"device": "cpu"},
@@ -445,7 +445,7 @@ def test_a_suite_on_its_model(suite: sr.Suite, demo: LanguageModel) -> None:
 def test_a_suite_on_another_model(suite: sr.Suite, llama: Any) -> None:
     with pytest.raises(ModelError, match=r"trained on demo \(8 layers, 192 wide\); this model .* 3 layers, 32 wide"):
         suite.attach(llama)
-    with pytest.raises(RunDirectoryError, match="no dictionary at L4; there are L2, L5"):
+    with pytest.raises(RunDirectoryError, match="no dictionary at L4; the run has dictionaries at: L2, L5"):
         suite.attach(LanguageModel.load(ModelSpec(device="cpu")), layers=[4])
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt2", **SMALL, n_embd=192, n_layer=8, n_head=4, n_positions=64)

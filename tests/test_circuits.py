@@ -18,10 +18,10 @@ from saerelay.analysis.circuits import STEPS, circuits_at, circuits_run
 from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
 from saerelay.data.stream import trained_on
 from saerelay.errors import DataError, RecipeError
+from saerelay.files import read_json
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json, write_json
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.views.tables import circuit_tables
@@ -83,7 +83,7 @@ def run(by_hand: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"batch_tokens": 64},
     }
     plan, paths = sr.plan_run(sr.Run.parse(recipe, source="test")), RunDirectory(root)
-    write_json(paths.plan, plan.model_dump(mode="json"))
+    plan.save(paths.plan)
     for leg in plan.legs:
         order = list(range(16))[:: -1 if leg.role == "control" else 1]
         publish(paths.leg(leg.id), axes(order), {"tokens": leg.budget_tokens})

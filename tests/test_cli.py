@@ -188,8 +188,8 @@ def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) 
     cosine = f"{document['lineage'][1]['decoder_cosine']:z.3f}"
     assert re.search(rf"^ +1 +L1 +3 +{cosine} ", stdout, re.MULTILINE)
     for arguments, message in (
-        (("L9", "0"), 'no leg "L9"; there are L1, L0-from-L1,'),
-        (("9", "0"), "no dictionary at L9; there are L0, L1, L2"),
+        (("L9", "0"), 'no leg "L9"; the published legs are: L1, L0-from-L1,'),
+        (("9", "0"), "no dictionary at L9; the run has dictionaries at: L0, L1, L2"),
         (("L1", "64"), "L1 has no latent 64; its latents are 0 to 63"),
     ):
         code, stdout, stderr = call("show", tmp_path / "run", *arguments, capsys=capsys, monkeypatch=monkeypatch)
@@ -235,7 +235,7 @@ def test_python_reads_a_run(place: Path) -> None:
     z = sae.encode(x)
     assert z.shape == (7, 64) and sae.decode(z).shape == (7, 32) and int((z > 0).sum(dim=1).max()) <= 4
     assert torch.equal(suite["L0-from-L1"].W_enc, sae.W_enc)
-    with pytest.raises(sr.SaeRelayError, match="no dictionary at L9; there are L0, L1, L2"):
+    with pytest.raises(sr.SaeRelayError, match="no dictionary at L9; the run has dictionaries at: L0, L1, L2"):
         suite[sr.Site(9)]
     with pytest.raises(sr.SaeRelayError, match='no leg "L7"'):
         suite["L7"]
@@ -263,7 +263,7 @@ def test_hop_carries_one_dictionary_to_another_layer(
     code, stdout, stderr = call(*arguments, "--tokens", tokens, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "L2-from-L1" in stdout, stderr
     hopped, info = read_dictionary(tmp_path / "x/legs/L2-from-L1")
-    assert hopped.n_latents == 64 and info["tokens"] == (2048 if tokens == "2k" else 0)
+    assert hopped.n_latents == 64 and info.tokens == (2048 if tokens == "2k" else 0)
     code, stdout, _ = call("eval", tmp_path / "x", "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert json.loads(stdout)["legs"][0]["fvu"] < 1
     for wrong, match in (

@@ -161,7 +161,7 @@ def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
     assert torch.equal(read_dictionary(tmp_path / "d")[0].W_enc, sae.W_enc)
     for change, message in (
         ({"n_latents": 5}, "W_enc has shape"),
-        ({"schema_version": 99}, "schema 99"),
+        ({"schema": 99}, "schema 99"),
         ({"architecture": "gated"}, 'unknown architecture "gated"'),
     ):
         (tmp_path / "d/dictionary.json").write_text(json.dumps(good | change))
@@ -169,7 +169,7 @@ def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
             read_dictionary(tmp_path / "d")
     (tmp_path / "d/dictionary.json").write_text(json.dumps(good))
     (tmp_path / "d/dictionary.safetensors").write_bytes(b"junk")
-    with pytest.raises(RunDirectoryError, match="cannot be read"):
+    with pytest.raises(RunDirectoryError, match="damaged"):
         read_dictionary(tmp_path / "d")
     with pytest.raises(RunDirectoryError, match="no dictionary here"):
         read_dictionary(tmp_path / "nothing")

@@ -196,7 +196,7 @@ def test_the_plan_is_drawn(facts: ModelFacts, preset: str, tmp_path: Path) -> No
     sections = {"data": {"context": 32}, "plan": {"preset": preset, "root_tokens": "2M", "fork_at": 0.5}}
     run = Run.parse(sections, source="test")
     plan = compile_plan(run, facts)
-    figure = f.plan_figure(plan.model_dump(mode="json"))
+    figure = f.plan_figure(plan)
     said = words(figure)
     assert "paper-model" in said and f"The plan: {len(plan.legs)} SAEs" in said and "2M" in said
     arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None)]

@@ -16,9 +16,9 @@ from scipy.stats import binomtest
 from test_cli import call
 
 from saerelay.analysis.features import load_features
+from saerelay.analysis.suite import Suite, load
 from saerelay.analysis.summary import summary
 from saerelay.errors import RecipeError, RunDirectoryError
-from saerelay.runs.suite import Suite, load
 from saerelay.views import judge, report
 from saerelay.views.judge import drawn, judge_run, legs_by_origin, origin_of, shown_items
 from saerelay.views.judge.score import agreement, cohen_kappa, score_run, tallied, wilson

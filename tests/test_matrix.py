@@ -47,11 +47,11 @@ def test_cells_are_evaluations(suite: sr.Suite) -> None:
     document = matrix_run(suite, methods=["identity", "affine"])
     assert document == json.loads(suite.directory.matrix.read_text())
     cells = {(c["leg"], c["target"], c["method"]): c for c in document["cells"]}
-    legs = [leg.id for leg in suite.standing]
+    legs = [leg.id for leg in suite.final_legs]
     assert len(legs) == 3 and len(cells) == 9 + 6 and not any("scratch" in leg for leg in legs)
     plan, model, corpus = suite.plan, load_model(suite.plan), Corpus.open(suite.directory.tokens)
     maps = SiteMaps.of(suite, model)
-    for leg in suite.standing:
+    for leg in suite.final_legs:
         for target in suite.sites:
             alone = {"x": (target, suite[leg.id])}
             expected = measure(plan, model, corpus.test[:64], alone, ce=True)["x"]

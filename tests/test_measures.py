@@ -149,7 +149,7 @@ def silence(directory: Path, latent: int) -> None:
     dictionary, info = read_dictionary(directory)
     b_enc = dictionary.b_enc.clone()
     b_enc[latent] = -1e4
-    publish(directory, replace(dictionary, b_enc=b_enc), info)
+    publish(directory, replace(dictionary, b_enc=b_enc), info.to_data())
 
 
 @pytest.fixture(scope="module")

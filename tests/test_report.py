@@ -11,10 +11,10 @@ from fake_run import HOSTILE, KNOWN, F, V, fake_run, token_text, write_studies
 
 import saerelay.views.report
 from saerelay.analysis.features import load_features
+from saerelay.analysis.suite import Suite
 from saerelay.analysis.summary import summary
 from saerelay.errors import RunDirectoryError
-from saerelay.runs.files import read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.files import read_json, write_json
 from saerelay.views.report import data, write_report
 from saerelay.views.report.data import CHUNK, LEVELS, feed
 from saerelay.views.report.story import lost, saved, story, tiles, transfers_badly

@@ -24,12 +24,12 @@ from huggingface_hub import ModelCard
 
 from saerelay import cli
 from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.files import read_json, write_json, write_text
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import Run
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json, write_json, write_text
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
@@ -83,7 +83,7 @@ def same(found: Dictionary, expected: Dictionary) -> None:
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "saerelay"])
 def test_a_suite_goes_out_a_directory_a_layer(run: Path, tmp_path: Path, format: str) -> None:
     shared = share.export_run(str(run), tmp_path / "out", format)
-    legs = share.load(run).one_a_site
+    legs = share.load(run).one_per_site
     name = "layers.{}" if format == "sparsify" else "layer_{}"
     assert [one.folder for one in shared] == [name.format(layer) for layer in range(3)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
@@ -137,7 +137,7 @@ def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:
         "96.0%",
         "2M tokens",
     ]
-    other = next(leg for leg in share.load(run).one_a_site if leg is not root and leg.parent)
+    other = next(leg for leg in share.load(run).one_per_site if leg is not root and leg.parent)
     assert rows[f"layer_{other.layer}"][5:7] == ["not evaluated", "-"]
     assert rows[other.id][3:6] == [root.id, "affine + refit", format_count(other.moment_tokens)]
     assert 'SAE.from_pretrained("me/saes", "layer_0")' in text and "hf://me/saes/layer_0" in text
@@ -145,7 +145,7 @@ def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_child_names_its_parent(run: Path, tmp_path: Path) -> None:
-    child = next(leg for leg in share.load(run).one_a_site if leg.parent)
+    child = next(leg for leg in share.load(run).one_per_site if leg.parent)
     share.export_run(str(run), tmp_path / "out", "saerelay", legs=[child.id])
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("| layer\\_") == 1 and f"| {child.parent} | resid\\_post, layer 1 | - | from scratch |" in card
@@ -380,7 +380,7 @@ def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_p
     references = ["hf://me/saes/layer_1", f"hf://me/saes@{COMMIT}/layer_1/", "hf://me/saes", "hf://me/saes/layre_1",
                   "hf://me/none/layer_1", "hf://me/saes@v2/layer_1", "hf://me/gated/layer_1", "hf://me"]  # fmt: skip
     first, second, *refused = read_all(*references, env=env)
-    leg = next(leg for leg in share.load(run).one_a_site if leg.layer == 1)
+    leg = next(leg for leg in share.load(run).one_per_site if leg.layer == 1)
     total = float(own.read(RunDirectory(run).leg(leg.id))[0].W_dec.sum())
     assert first == second == [first[0], 1, pytest.approx(total)]
     assert f"snapshots/{COMMIT}/layer_1" in first[0]

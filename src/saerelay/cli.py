@@ -10,6 +10,7 @@ from rich.console import Console
 
 from saerelay import __version__
 from saerelay.errors import Interrupted, RecipeError, SaeRelayError
+from saerelay.files import write_json, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,7 +66,7 @@ def plan(
     cost = plan_cost(compiled)
     seconds = time_plan(compiled, LanguageModel.load(compiled.run.model)) if timing else None
     if as_json:
-        print(json.dumps({"plan": compiled.model_dump(mode="json"), "cost": cost.model_dump(), "seconds": seconds}))
+        print(json.dumps({"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds}))
         return
     console = Console()
     console.print(plan_table(compiled))
@@ -77,7 +78,6 @@ def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
     """Survey, and show or write what was chosen."""
     from saerelay.planning.choose import written_out
     from saerelay.planning.recipe import annotated_toml
-    from saerelay.runs.files import write_text
     from saerelay.views.tables import choice_lines, plan_facts, plan_table, survey_table
     from saerelay.workflows.launch import plan_run, survey_once
 
@@ -89,8 +89,11 @@ def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
         write_text(write, annotated_toml(explicit))
     compiled, seconds = plan_run(explicit), choice.time()
     if as_json:
-        parts = {"plan": compiled.model_dump(mode="json"), "cost": choice.cost.model_dump(), "seconds": seconds}
-        parts |= {"survey": survey.model_dump(mode="json", exclude={"asked"}), "fvu_ratio": choice.ratio}
+        parts = {"plan": compiled.to_data(), "cost": choice.cost.model_dump(), "seconds": seconds}
+        parts |= {
+            "survey": {key: value for key, value in survey.to_data().items() if key != "asked"},
+            "fvu_ratio": choice.ratio,
+        }
         print(json.dumps(parts | {"fvu_from_scratch": choice.reference}))
         return
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -129,10 +132,9 @@ def evaluate(
     from saerelay.analysis.evaluate import evaluate_run
     from saerelay.analysis.matrix import matrix_run
     from saerelay.analysis.measures import measures_run
+    from saerelay.analysis.suite import load
     from saerelay.planning.recipe import EvaluateSpec
     from saerelay.runs.directory import RunDirectory
-    from saerelay.runs.files import write_json
-    from saerelay.runs.suite import load
     from saerelay.views.tables import matrix_tables, measures_tables
 
     asked = EvaluateSpec.parse({"tokens": tokens}, source="--tokens").tokens if tokens else 0
@@ -169,7 +171,7 @@ def circuits(
 ) -> None:
     """Find the latents that a task rests on (Marks et al. 2024), and how faithful and complete such circuits are."""
     from saerelay.analysis.circuits import circuits_run
-    from saerelay.runs.suite import load
+    from saerelay.analysis.suite import load
     from saerelay.views.tables import circuit_tables
 
     sizes = [int(size) for size in k.split(",") if size.strip().isdecimal()]
@@ -196,7 +198,7 @@ def show_latent(
     The first time, features and lineage of the whole run are computed.
     """
     from saerelay.analysis.lineage import describe_latent
-    from saerelay.runs.suite import load
+    from saerelay.analysis.suite import load
     from saerelay.views.tables import latent_view
 
     document = describe_latent(load(run), leg, latent, console=Console(stderr=True))
@@ -238,8 +240,8 @@ def interpret(
 
     from saerelay.analysis.endpoint import Asker, Endpoint
     from saerelay.analysis.interpret import estimate, example_prompts, interpret_run, prepare
+    from saerelay.analysis.suite import load
     from saerelay.errors import EndpointError
-    from saerelay.runs.suite import load
     from saerelay.views.tables import estimate_text, interpret_tables, prompts_text
 
     if max_cost is not None and not (price_in or price_out):
@@ -387,7 +389,7 @@ def report(
     """Make one page that shows all of a run, and first the measurements it still needs."""
     import webbrowser
 
-    from saerelay.runs.suite import load
+    from saerelay.analysis.suite import load
     from saerelay.views.report import report_run
 
     page = report_run(load(run), quick=quick, console=Console(stderr=True))
@@ -409,7 +411,7 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Make a page on which people judge latents blind, from scratch or transferred; or --score what they said."""
-    from saerelay.runs.suite import load
+    from saerelay.analysis.suite import load
     from saerelay.views.judge import judge_run
     from saerelay.views.judge.score import score_run
     from saerelay.views.tables import drawn_lines, judging_tables

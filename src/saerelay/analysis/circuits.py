@@ -33,10 +33,10 @@ from saerelay.analysis.measures import from_scratch
 from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
 from saerelay.data.stream import trained_on
 from saerelay.errors import ModelError, RecipeError, RunDirectoryError
+from saerelay.files import finite, read_json, write_json
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Leg, Plan
-from saerelay.runs.files import finite, read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
@@ -55,7 +55,7 @@ CODES = 2**24
 
 
 def circuits_run(
-    suite: Suite,
+    suite: PublishedSuite,
     task: str,
     *,
     k: Sequence[int] = K,
@@ -84,7 +84,7 @@ def circuits_run(
     document = read_json(path) if path.is_file() else {}
     if document.get("asked") != asked:
         document = {"schema": SCHEMA_VERSION, "asked": asked, "legs": []}
-    ages = {leg.id: read_json(suite.directory.leg(leg.id) / "dictionary.json")["tokens"] for leg in suite.legs}
+    ages = {leg.id: suite.info(leg).tokens for leg in suite.legs}
     measured = {row["leg"]: row for row in document["legs"] if ages.get(row["leg"]) == row["tokens"]}
     missing = sorted((leg for leg in chosen if leg.id not in measured), key=attrgetter("site"))
     if missing:
@@ -113,12 +113,12 @@ def about(leg: Leg, tokens: int) -> dict[str, Any]:
     return said | {"tokens": tokens, "n_latents": leg.dictionary.n_latents}
 
 
-def chosen_legs(suite: Suite, names: Sequence[str]) -> list[Leg]:
+def chosen_legs(suite: PublishedSuite, names: Sequence[str]) -> list[Leg]:
     """The legs named, by id or layer, or all that stand, and controls."""
     if not suite.legs:
         root = suite.directory.root
         raise RunDirectoryError(f"{root}: no leg is finished yet; finish the run with `saerelay train --resume`")
-    standing = {leg.id for leg in suite.standing}
+    standing = {leg.id for leg in suite.final_legs}
     everything = [leg for leg in suite.legs if leg.id in standing or leg.role == "control"]
     return [suite.leg(name) for name in names] if names else everything
 
@@ -355,7 +355,9 @@ def judged(row: dict[str, Any], clean: Sequence[float], k: Sequence[int]) -> lis
     return found
 
 
-def comparisons(suite: Suite, clean: Sequence[float], rows: Sequence[dict[str, Any]], k: Sequence[int]) -> list[Any]:
+def comparisons(
+    suite: PublishedSuite, clean: Sequence[float], rows: Sequence[dict[str, Any]], k: Sequence[int]
+) -> list[Any]:
     """Transferred legs minus those from scratch at their sites, pair by pair, then means over pairs of a kind.
 
     Both legs of a pair answer the same prompts, so standard errors are those of differences prompt by prompt.

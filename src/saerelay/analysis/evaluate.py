@@ -22,12 +22,12 @@ from saerelay.analysis.summary import SCHEMA_VERSION, summary
 from saerelay.data.corpus import Corpus
 from saerelay.data.stream import kept_positions
 from saerelay.errors import ModelError, RunDirectoryError
+from saerelay.files import read_json, write_json
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import reconstruct
 from saerelay.sae.threads import side_by_side
@@ -260,7 +260,7 @@ def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
 
 
 def evaluate_run(
-    suite: Suite, model: LanguageModel | None = None, *, tokens: int = 0, console: Console | None = None
+    suite: PublishedSuite, model: LanguageModel | None = None, *, tokens: int = 0, console: Console | None = None
 ) -> dict[str, Any]:
     """Evaluate every published leg and snapshot on the test split; what was measured before is not measured again.
 

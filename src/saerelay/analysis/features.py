@@ -27,8 +27,8 @@ from saerelay.errors import RunDirectoryError
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import write_tensors
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
+from saerelay.runs.tensors import write_tensors
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, encode_sparse, join_codes
 from saerelay.sae.threads import side_by_side
@@ -310,9 +310,9 @@ def most_similar(rows: Tensor, others: Tensor, n: int = NEIGHBOURS) -> tuple[Ten
 # --- a run's features -------------------------------------------------------------------------------------------
 
 
-def neighbours(suite: Suite, leg: Leg) -> dict[str, Leg | None]:
+def neighbours(suite: PublishedSuite, leg: Leg) -> dict[str, Leg | None]:
     """The suite's legs at the next ("above") and previous ("below") layer, same module; of several, the first."""
-    others = [other for other in suite.one_a_site if other.module == leg.module]
+    others = [other for other in suite.one_per_site if other.module == leg.module]
     return {
         "above": min((o for o in others if o.layer > leg.layer), key=lambda o: o.layer, default=None),
         "below": max((o for o in others if o.layer < leg.layer), key=lambda o: o.layer, default=None),
@@ -320,7 +320,7 @@ def neighbours(suite: Suite, leg: Leg) -> dict[str, Leg | None]:
 
 
 def features_run(
-    suite: Suite,
+    suite: PublishedSuite,
     model: LanguageModel | None = None,
     *,
     tokens: int = 0,
@@ -342,18 +342,18 @@ def features_run(
     write_features(suite, model, found, between, tokens)
 
 
-def held_out_sequences(suite: Suite, tokens: int) -> np.ndarray:
+def held_out_sequences(suite: PublishedSuite, tokens: int) -> np.ndarray:
     """The sequences (N, context) of the test split that are asked for."""
     test = Corpus.open(suite.directory.tokens).test
     return held_out(suite.plan, test, tokens or suite.plan.run.evaluate.tokens)
 
 
-def neighbour_pairs(suite: Suite, legs: list[Leg]) -> list[Pair]:
+def neighbour_pairs(suite: PublishedSuite, legs: list[Leg]) -> list[Pair]:
     """The pairs of sites between which similar latents are looked for."""
     return [(leg.site, other.site) for leg in legs for other in neighbours(suite, leg).values() if other]
 
 
-def asked_of(suite: Suite, leg: Leg, n_sequences: int) -> dict[str, Any]:
+def asked_of(suite: PublishedSuite, leg: Leg, n_sequences: int) -> dict[str, Any]:
     """What a features file says of itself that follows from what was asked."""
     known = {
         "schema": SCHEMA_VERSION,
@@ -365,7 +365,7 @@ def asked_of(suite: Suite, leg: Leg, n_sequences: int) -> dict[str, Any]:
     return known | {side: other.id if other else None for side, other in neighbours(suite, leg).items()}
 
 
-def without_features(suite: Suite, tokens: int = 0) -> list[Leg]:
+def without_features(suite: PublishedSuite, tokens: int = 0) -> list[Leg]:
     """The legs whose features are not there, or were asked for differently."""
     missing, n_sequences = [], len(held_out_sequences(suite, tokens))
     for leg in suite.legs:
@@ -377,7 +377,7 @@ def without_features(suite: Suite, tokens: int = 0) -> list[Leg]:
 
 @torch.no_grad()
 def write_features(
-    suite: Suite, model: LanguageModel, found: dict[str, Features], maps: dict[Pair, AffineMap], tokens: int
+    suite: PublishedSuite, model: LanguageModel, found: dict[str, Features], maps: dict[Pair, AffineMap], tokens: int
 ) -> None:
     """Write what was collected of some legs, with what comes from weights: logits, and similar latents next door."""
     W_U = model.unembedding() if found and suite.plan.facts.has_lm_head else None

@@ -25,11 +25,11 @@ from saerelay.analysis.endpoint import Answer, Asker, Endpoint, estimated_tokens
 from saerelay.analysis.features import encode_batches, features_run, held_out_sequences, load_features
 from saerelay.analysis.lineage import check_latent, token_texts
 from saerelay.errors import Interrupted, RunDirectoryError
+from saerelay.files import read_json, write_json
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.spec import seed_from
 
 SCHEMA_VERSION = 1
@@ -57,7 +57,7 @@ KINDS = ("detection", "fuzzing")
 class Study:
     """Latents to be interpreted, with everything that is asked about them."""
 
-    suite: Suite
+    suite: PublishedSuite
     seed: int
     n_tokens: int
     """Positions of the test split that pieces come from."""
@@ -68,7 +68,7 @@ class Study:
 
 
 def prepare(
-    suite: Suite,
+    suite: PublishedSuite,
     *,
     legs: Sequence[str] = (),
     n: int = 64,
@@ -264,7 +264,7 @@ def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, seed: int) ->
     return Subject(latent, len(firing), shown, detection, fuzzing)
 
 
-def drawn_latents(suite: Suite, leg: Leg, n: int, seed: int) -> list[int]:
+def drawn_latents(suite: PublishedSuite, leg: Leg, n: int, seed: int) -> list[int]:
     """The first n, in a random order of all numbers, of those that fire often enough."""
     n_fired = load_features(suite.directory, leg.id).n_fired.numpy()
     order = np.random.default_rng(seed_from("latents", seed)).permutation(len(n_fired))
@@ -272,7 +272,7 @@ def drawn_latents(suite: Suite, leg: Leg, n: int, seed: int) -> list[int]:
 
 
 def firings(
-    suite: Suite,
+    suite: PublishedSuite,
     model: LanguageModel,
     sequences: np.ndarray,
     chosen: dict[str, list[int]],

@@ -41,12 +41,12 @@ from saerelay.analysis.features import (
 from saerelay.analysis.site_maps import SiteMaps
 from saerelay.data.corpus import Corpus
 from saerelay.errors import ModelError, RunDirectoryError
+from saerelay.files import finite, read_json, write_text
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer, token_text
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import finite, read_json, write_text
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, split_codes
 from saerelay.sae.transfer import fold
@@ -339,11 +339,11 @@ def status(decoder_cosine: Tensor, source_alive: Tensor, target_alive: Tensor) -
 # --- a run's lineage --------------------------------------------------------------------------------------------
 
 
-def pairs_of(suite: Suite) -> list[Pair]:
+def pairs_of(suite: PublishedSuite) -> list[Pair]:
     """Which legs are compared. A parent outside the run has no link."""
     published = {leg.id: leg for leg in suite.legs}
     pairs = [Pair("hop", published[leg.parent], leg) for leg in suite.legs if leg.parent in published]
-    for leg in suite.one_a_site:
+    for leg in suite.one_per_site:
         above = neighbours(suite, leg)["above"]
         pairs += [Pair("depth", leg, above)] if above else []
     pairs += [Pair("control", published[leg.control_of], leg) for leg in suite.legs if leg.control_of in published]
@@ -367,7 +367,7 @@ def ancestor(plan: Plan, leg: Leg) -> str:
 
 @torch.no_grad()
 def lineage_run(
-    suite: Suite,
+    suite: PublishedSuite,
     model: LanguageModel | None = None,
     *,
     tokens: int = 0,
@@ -418,7 +418,7 @@ def lineage_run(
     return Lineage.load(paths.root)
 
 
-def asked_of(suite: Suite, n_sequences: int) -> dict[str, Any]:
+def asked_of(suite: PublishedSuite, n_sequences: int) -> dict[str, Any]:
     """What lineage.json says of itself that follows from what was asked."""
     legs = {leg.id: {"layer": leg.layer, "n_latents": leg.dictionary.n_latents} for leg in suite.legs}
     return {
@@ -432,7 +432,7 @@ def asked_of(suite: Suite, n_sequences: int) -> dict[str, Any]:
     }
 
 
-def is_known(suite: Suite, n_sequences: int) -> bool:
+def is_known(suite: PublishedSuite, n_sequences: int) -> bool:
     """Whether lineage.json is there, and for what is asked."""
     if not suite.directory.lineage.is_file():
         return False
@@ -461,7 +461,7 @@ def _link_from_json(data: dict[str, Any]) -> Link:
 # --- one latent -------------------------------------------------------------------------------------------------
 
 
-def describe_latent(suite: Suite, leg: str, latent: int, *, console: Console | None = None) -> dict[str, Any]:
+def describe_latent(suite: PublishedSuite, leg: str, latent: int, *, console: Console | None = None) -> dict[str, Any]:
     """All that is known of one latent, as JSON: what `saerelay show --json` prints (see docs/run-directory.md).
 
     `leg` is an id, or the number of a layer. Features and lineage of the run are made if they are not there. Raises

@@ -18,11 +18,12 @@ from saerelay.analysis.summary import SHOWN
 from saerelay.data.corpus import Corpus
 from saerelay.data.stream import gather_rows
 from saerelay.errors import RecipeError
+from saerelay.files import finite, read_json, write_json
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import read_dictionary
-from saerelay.runs.files import finite, read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.documents.training import DictionaryInfo
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
@@ -57,7 +58,7 @@ class Cell:
 
 
 def matrix_run(
-    suite: Suite,
+    suite: PublishedSuite,
     model: LanguageModel | None = None,
     *,
     methods: Sequence[str] = ("identity", "affine"),
@@ -110,20 +111,19 @@ def matrix_run(
     return finite(document)
 
 
-def cells_of(suite: Suite, method: str, snapshots: bool) -> Iterator[Cell]:
+def cells_of(suite: PublishedSuite, method: str, snapshots: bool) -> Iterator[Cell]:
     """All cells of a method; a leg at home, where there is nothing to carry it over, counts as the identity's."""
-    for leg, target in product(suite.standing, suite.sites):
+    for leg, target in product(suite.final_legs, suite.sites):
         if target == leg.site and method != "identity":
             continue
-        info = read_json(suite.directory.leg(leg.id) / "dictionary.json")
-        yield Cell(leg.id, info["tokens"], False, leg.site, target, method)
+        yield Cell(leg.id, suite.info(leg).tokens, False, leg.site, target, method)
         for age in suite.directory.ages(leg) if snapshots else ():
             yield Cell(leg.id, age, True, leg.site, target, method)
 
 
-def needs_rows(suite: Suite, methods: Sequence[str]) -> bool:
+def needs_rows(suite: PublishedSuite, methods: Sequence[str]) -> bool:
     """Whether some hop looks at activations of its target, besides their moments."""
-    moved = any(leg.dictionary.architecture != "topk" for leg in suite.standing) and set(methods) != {"identity"}
+    moved = any(leg.dictionary.architecture != "topk" for leg in suite.final_legs) and set(methods) != {"identity"}
     return moved or "affine+refit" in methods
 
 
@@ -140,13 +140,13 @@ def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
     return found
 
 
-def load_origin(suite: Suite, leg: str, tokens: int, snapshot: bool) -> tuple[Dictionary, dict[str, Any]]:
+def load_origin(suite: PublishedSuite, leg: str, tokens: int, snapshot: bool) -> tuple[Dictionary, DictionaryInfo]:
     """What is carried, and what its JSON says of it."""
     return read_dictionary(suite.directory.snapshot(leg, tokens) if snapshot else suite.directory.leg(leg))
 
 
 def carried_to(
-    cell: Cell, dictionary: Dictionary, info: dict[str, Any], moments: dict[Pair, Moments], rows: Tensor | None
+    cell: Cell, dictionary: Dictionary, info: DictionaryInfo, moments: dict[Pair, Moments], rows: Tensor | None
 ) -> Dictionary:
     """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked.
 
@@ -158,7 +158,7 @@ def carried_to(
     between = map_between(cast(Method, method), dictionary.d_model, moments[cell.source, cell.target])
     if rows is None:
         return fold(dictionary, between)
-    folded = carry(dictionary, between, rows, info.get("l0"))
+    folded = carry(dictionary, between, rows, info.l0)
     return refit(folded, rows.split(4096)) if refitted else folded
 
 

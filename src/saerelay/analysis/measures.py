@@ -22,11 +22,11 @@ from saerelay.analysis.site_maps import SiteMaps
 from saerelay.analysis.summary import SHOWN
 from saerelay.data.corpus import Corpus
 from saerelay.errors import RunDirectoryError
+from saerelay.files import finite, read_json, write_json
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.dictionaries import read_dictionary
-from saerelay.runs.files import finite, read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
@@ -214,7 +214,7 @@ class Trained:
 
 @torch.no_grad()
 def measures_run(
-    suite: Suite,
+    suite: PublishedSuite,
     model: LanguageModel | None = None,
     *,
     prompts: Path | None = None,
@@ -265,7 +265,7 @@ def measures_run(
 
 
 def see(
-    suite: Suite, model: LanguageModel, sequences: np.ndarray, W_U: Tensor | None, console: Console | None
+    suite: PublishedSuite, model: LanguageModel, sequences: np.ndarray, W_U: Tensor | None, console: Console | None
 ) -> list[Trained]:
     """All published legs, each followed by its snapshots; legs as their features files have them, snapshots anew."""
     paths, found = suite.directory, list[Trained]()
@@ -278,7 +278,7 @@ def see(
     seen = collect(suite.plan, model, sequences, placed, window=(0, 0), console=console) if placed else {}
     for leg in suite.legs:
         dictionary, info = read_dictionary(paths.leg(leg.id))
-        versions = [(info["tokens"], dictionary, load_features(paths, leg.id))]
+        versions = [(info.tokens, dictionary, load_features(paths, leg.id))]
         versions += [(age, ages[key], seen[key]) for age in paths.ages(leg) for key in [f"{leg.id}@{age}"]]
         for i, (age, dictionary, features) in enumerate(versions):
             speaks = None
@@ -301,10 +301,10 @@ class Pair(NamedTuple):
     of: Trained
 
 
-def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
+def pairs_of(suite: PublishedSuite, trained: Sequence[Trained]) -> list[Pair]:
     """What similarity is measured between, each pair in both directions; see docs/run-directory.md."""
     finished = {t.leg.id: t for t in trained if not t.snapshot}
-    suited = [finished[leg.id] for leg in suite.one_a_site]
+    suited = [finished[leg.id] for leg in suite.one_per_site]
     pairs = [Pair("suite", a, b, b) for a, b in permutations(suited, 2) if a.leg.module == b.leg.module]
     for one in trained:
         others = [("hop", finished[one.leg.parent])] if one.leg.parent in finished else []
@@ -315,7 +315,7 @@ def pairs_of(suite: Suite, trained: Sequence[Trained]) -> list[Pair]:
     return pairs
 
 
-def from_scratch(suite: Suite, leg: Leg) -> list[Leg]:
+def from_scratch(suite: PublishedSuite, leg: Leg) -> list[Leg]:
     """The legs that a transferred one is compared with: its controls, and roots at its site."""
     return [
         other
@@ -342,7 +342,7 @@ def similarity(pair: Pair, A: Tensor, device: torch.device) -> dict[str, Any]:
     }
 
 
-def transferabilities(suite: Suite, trained: Sequence[Trained]) -> list[dict[str, Any]]:
+def transferabilities(suite: PublishedSuite, trained: Sequence[Trained]) -> list[dict[str, Any]]:
     """Rows of measures.json: every transferred leg and snapshot against its parent, by index."""
     finished, rows = {t.leg.id: t for t in trained if not t.snapshot}, []
     for child in (t for t in trained if t.leg.role == "transfer" and t.leg.parent in finished):
@@ -356,7 +356,7 @@ def transferabilities(suite: Suite, trained: Sequence[Trained]) -> list[dict[str
 
 
 def transfer_scores(
-    suite: Suite, model: LanguageModel, trained: Sequence[Trained], matrix: dict[str, Any], corpus: Corpus
+    suite: PublishedSuite, model: LanguageModel, trained: Sequence[Trained], matrix: dict[str, Any], corpus: Corpus
 ) -> list[dict[str, Any]]:
     """Rows of measures.json: each transferred leg and snapshot between zero-shot and each leg from scratch at its site.
 
@@ -404,9 +404,9 @@ def score_of(metric: str, transferred: float | None, zero_shot: float | None, sc
     return transfer_score(transferred, zero_shot, scratch)
 
 
-def offsets(suite: Suite, matrix: dict[str, Any]) -> list[dict[str, Any]]:
+def offsets(suite: PublishedSuite, matrix: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of measures.json: means by layer offset of metrics and methods of matrix.json, and of snapshots by age."""
-    legs = {leg.id for leg in suite.one_a_site}
+    legs = {leg.id for leg in suite.one_per_site}
     cells = [cell for cell in matrix["cells"] if cell["leg"] in legs]
     rows = []
     for age in [None, *sorted({cell["tokens"] for cell in cells if cell["snapshot"]})]:

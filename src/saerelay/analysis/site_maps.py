@@ -17,7 +17,7 @@ from saerelay.data.corpus import Corpus
 from saerelay.data.stream import AbstractStream, LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.moments import Moments
 from saerelay.sae.transfer import AffineMap, identity, map_between
 from saerelay.site import Site
@@ -58,7 +58,7 @@ class SiteMaps:
         self.everything: Joint | None = None
 
     @classmethod
-    def of(cls, suite: Suite, model: LanguageModel, console: Console | None = None) -> "SiteMaps":
+    def of(cls, suite: PublishedSuite, model: LanguageModel, console: Console | None = None) -> "SiteMaps":
         """Those of a run."""
         plan, train = suite.plan, Corpus.open(suite.directory.tokens).train
         return cls(plan, LiveStream(model, train, plan), enough_tokens(plan, train.size), console)

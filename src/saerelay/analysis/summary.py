@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from saerelay.data.corpus import Corpus
+from saerelay.files import read_json
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.survey import Survey
-from saerelay.runs.files import read_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 
 SCHEMA_VERSION = 1
 SHOWN = (
@@ -16,13 +16,13 @@ SHOWN = (
 ).split()
 
 
-def summary(suite: Suite) -> dict[str, Any]:
+def summary(suite: PublishedSuite) -> dict[str, Any]:
     """The document of `summary.json` and `saerelay eval --json`; see docs/run-directory.md."""
     plan, paths = suite.plan, suite.directory
     legs = []
     for leg in suite.legs:
         document = read_json(paths.evaluation(leg.id))
-        info = read_json(paths.leg(leg.id) / "dictionary.json")
+        info = suite.info(leg)
         legs.append(
             {
                 "id": leg.id,
@@ -34,16 +34,16 @@ def summary(suite: Suite) -> dict[str, Any]:
                 "architecture": leg.dictionary.architecture,
                 "method": leg.method,
                 "parent": leg.parent or None,
-                "tokens": info["tokens"],
+                "tokens": info.tokens,
                 "moment_tokens": leg.moment_tokens,
                 "refit_tokens": leg.refit_tokens,
                 "n_latents": leg.dictionary.n_latents,
-                "lr": info.get("lr", leg.lr),
+                "lr": info.lr,
                 "seed": leg.seed,
-                "seconds": info["seconds"],
+                "seconds": info.seconds,
                 "goal_fvu": leg.goal_fvu,
                 "predicted_fvu": leg.predicted_fvu,
-                "validation_fvu": info.get("validation_fvu"),
+                "validation_fvu": info.validation_fvu,
                 "n_eval_tokens": document["metrics"]["n_tokens"],
             }
             | {name: document["metrics"].get(name) for name in SHOWN}
@@ -64,7 +64,7 @@ def summary(suite: Suite) -> dict[str, Any]:
     }
 
 
-def cost(suite: Suite, seconds: dict[str, float], tokens: dict[str, int]) -> dict[str, Any]:
+def cost(suite: PublishedSuite, seconds: dict[str, float], tokens: dict[str, int]) -> dict[str, Any]:
     """What the suite took, without its controls, which are counted apart, and what all layers from scratch would have.
 
     `seconds` are those of each leg's own steps, `tokens` those it saw before it ended. The wall-clock of all layers
@@ -83,7 +83,7 @@ def cost(suite: Suite, seconds: dict[str, float], tokens: dict[str, int]) -> dic
     return {
         "lm_tokens": plain.lm_tokens,
         "lm_tokens_held_out": positions.get("held_out", 0),
-        "survey": Survey.from_json(paths.survey).cost.model_dump() if paths.survey.is_file() else None,
+        "survey": Survey.load(paths.survey).cost.model_dump() if paths.survey.is_file() else None,
         "lm_tokens_unique": min(plain.lm_tokens, Corpus.open(paths.tokens).train.size),
         "sae_samples": plain.sae_samples,
         "flops": plain.flops,

@@ -10,14 +10,12 @@ runs may share a cache at the same time; any of them may be deleted.
 
 import hashlib
 import json
-import os
 import time
 import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, final
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saerelay.errors import DataError
+from saerelay.files import replacing
 from saerelay.lm.source import weights_identity
 from saerelay.planning.plan import Plan
 from saerelay.site import Site
@@ -74,17 +73,12 @@ class ActivationCache:
         """Add a shard of sequences, x: (n, C, D) bfloat16; DataError if the disk will not take it."""
         assert x.shape == (len(ids), self.context, self.facts.width(site)) and x.dtype == torch.bfloat16, x.shape
         path = self.folder / str(site) / f"{_digest(ids.tolist())}.safetensors"
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         checks = [_crc32(rows, i) for rows, i in zip(x, ids.tolist(), strict=True)]
         tensors = {"sequences": torch.from_numpy(ids), "crc32": torch.tensor(checks), "activations": x}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"about": self._about(site)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with replacing(path, several_writers=True) as temporary:
+                save_file(tensors, temporary, {"about": self._about(site)})
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise DataError(
                 f"{path}: cannot be written ({error}); free disk space and continue with --resume, or set data.cache "
                 "to another disk in a new run"

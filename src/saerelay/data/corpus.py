@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final, get_args
 
 import numpy as np
 
 from saerelay.data.sources import Source, check_ids, open_source
-from saerelay.errors import DataError, RecipeError
+from saerelay.document import Document
+from saerelay.errors import DataError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import DataSpec, Run
-from saerelay.spec import Spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,17 +30,20 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-_SCHEMA = 1
 _PERIOD = 20  # consecutive documents of which one is for validation and one for test
 _HELD_OUT = 2  # what a generator is for, mixed with the seed
 _BATCH_DOCUMENTS, _BATCH_SIZE = 64, 1_000_000  # documents, and characters or ids, tokenised together
 _CHUNK = 1 << 22  # ids of a finished split looked at together
 
 
-class CorpusFacts(Spec):
+class CorpusFacts(Document):
     """What a corpus holds and where it comes from: `corpus.json`."""
 
-    schema_version: int = _SCHEMA
+    SCHEMA: ClassVar = 2
+    MADE_BY: ClassVar = "`saerelay train`"
+    REMEDY: ClassVar = "remove its directory; it is made anew from the recipe"
+    ERROR: ClassVar = DataError
+
     source: str
     """For people: "Python 3.11.7 standard library", "dataset wikitext, split train"."""
     context: int
@@ -101,7 +104,7 @@ def prepare(
     try:
         scratch.mkdir(parents=True)
         written = _write(run, facts, tokenizer, source, scratch, (train_sequences, eval_sequences), progress)
-        (scratch / "corpus.json").write_text(written.to_json(), encoding="utf-8")
+        written.save(scratch / "corpus.json")
         if directory.exists():
             directory.rmdir()
         scratch.rename(directory)
@@ -132,16 +135,7 @@ def _read_facts(directory: Path) -> CorpusFacts:
     path = directory / "corpus.json"
     if not path.exists():
         raise DataError(f"{directory}: no corpus here (corpus.json is missing).")
-    try:
-        facts = CorpusFacts.from_json(path)
-    except RecipeError as error:
-        raise DataError(f"{error}\nRemove {directory}; it is made anew from the recipe.") from None
-    if facts.schema_version != _SCHEMA:
-        raise DataError(
-            f"{path}: schema_version is {facts.schema_version}, this version of saerelay reads {_SCHEMA}. "
-            f"Remove {directory}; it is made anew from the recipe."
-        )
-    return facts
+    return CorpusFacts.load(path)
 
 
 def _map_split(path: Path, facts: CorpusFacts, split: Split) -> np.ndarray:

@@ -19,17 +19,17 @@ def recognises(path: Path) -> bool:
 def read(path: Path) -> tuple[Dictionary, Origin]:
     """The published dictionary of a directory."""
     dictionary, info = read_dictionary(path)
-    known = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
-    known |= {"schema_version", "architecture", "k", "d_model", "n_latents"}
+    stated = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
+    stated |= {"schema", "architecture", "k", "d_model", "n_latents"}
     return dictionary, Origin(
-        model=info.get("model", ""),
-        site=Site(info["layer"], info["module"]) if info.get("layer") is not None else None,
-        module_path=info.get("module_path", ""),
-        context=info.get("context"),
-        prepend_bos=info.get("prepend_bos"),
-        dataset=info.get("dataset", ""),
-        l0=info.get("l0"),
-        provenance={key: value for key, value in info.items() if key not in known},
+        model=info.model,
+        site=Site(info.layer, info.module) if info.layer is not None else None,  # type: ignore[arg-type]
+        module_path=info.module_path,
+        context=info.context,
+        prepend_bos=info.prepend_bos,
+        dataset=info.dataset,
+        l0=info.l0,
+        provenance={key: value for key, value in info.to_data().items() if key not in stated},
     )
 
 

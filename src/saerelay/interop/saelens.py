@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from saerelay.errors import FormatError
+from saerelay.files import write_json
 from saerelay.interop.files import canonical, read_config, read_number, read_tensors, said, shaped, ungated
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
-from saerelay.runs.files import write_json, write_tensors
+from saerelay.runs.tensors import write_tensors
 from saerelay.sae.dictionary import Dictionary, LayerNormed, unit_decoder
 from saerelay.sae.spec import Architecture
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from saerelay.errors import FormatError
+from saerelay.files import write_json
 from saerelay.interop.files import canonical, encoder_bias, read_config, read_number, read_tensors, said, shaped
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.runs.files import write_json, write_tensors
+from saerelay.runs.tensors import write_tensors
 from saerelay.sae.dictionary import Dictionary
 
 NAME = "sparsify"

@@ -13,16 +13,14 @@ parent reaches the age it forks at, so that both share the language model's forw
 
 import math
 from collections.abc import Container, Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
+from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import LegId, Run
 from saerelay.sae.spec import Architecture, DictionarySpec, Method
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec
-
-SCHEMA_VERSION = 1
-
 
 COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
@@ -100,10 +98,13 @@ class Leg(Spec):
         return self.fold_at + max(math.ceil(self.budget_tokens / self.reuse), self.batch_tokens)
 
 
-class Plan(Spec):
+class Plan(Document):
     """Everything that fixes a run: written to plan.json; after that nothing reads the recipe again."""
 
-    schema_version: int = SCHEMA_VERSION
+    SCHEMA: ClassVar = 2
+    MADE_BY: ClassVar = "`saerelay train`"
+    REMEDY: ClassVar = "train the recipe again, in a new directory"
+
     run: Run
     facts: ModelFacts
     block_tokens: int

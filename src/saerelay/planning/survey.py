@@ -6,7 +6,9 @@ worth is measured on rows of the validation split, as is the worth of every hop 
 """
 
 import math
+from typing import ClassVar
 
+from saerelay.document import Document
 from saerelay.planning.compile import choose_block, compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
@@ -14,9 +16,6 @@ from saerelay.planning.presets import hub_of
 from saerelay.planning.recipe import LegSpec, Run
 from saerelay.site import Site
 from saerelay.spec import Spec
-
-SCHEMA_VERSION = 2
-
 
 LONG = "long"
 """Id of the long pilot."""
@@ -67,10 +66,12 @@ class SurveyCost(Spec):
     seconds_per_lm_flop: float
 
 
-class Survey(Spec):
+class Survey(Document):
     """What was measured: `survey.json`. All FVUs are on the same rows of the validation split."""
 
-    schema_version: int = SCHEMA_VERSION
+    SCHEMA: ClassVar = 3
+    MADE_BY: ClassVar = "`saerelay train RECIPE --out RUN --resume`"
+
     asked: Run
     hub: int
     n_latents: int

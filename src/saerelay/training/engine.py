@@ -25,7 +25,8 @@ from saerelay.sae.dictionary import (
     to_training_units,
     training_loss,
 )
-from saerelay.sae.kernels import Step, latent_pieces, reconstruct, sparse_step
+from saerelay.sae.kernels import Step, latent_pieces, sparse_step
+from saerelay.sae.quality import fvu
 from saerelay.sae.spec import takes_sparse_step
 from saerelay.sae.threads import alone, in_parallel
 from saerelay.site import Site
@@ -64,14 +65,6 @@ def check_due(leg: Leg, spec: TrainSpec, age: int) -> bool:
     every = spec.batch_tokens * max(1, total // (16 * spec.batch_tokens))
     earliest = max(0.25, spec.warmup, spec.sparsity_warmup)
     return bool(leg.goal_fvu) and age % every == 0 and earliest * total <= age < (1 - spec.decay) * total
-
-
-@torch.no_grad()
-def fvu(dictionary: Dictionary, x: Tensor) -> float:
-    """Share of the variance of activations x (B, D) that a canonical dictionary leaves unexplained."""
-    parts = x.split(4096)
-    error = sum(float((part - reconstruct(dictionary, part)[1]).square().sum(dtype=torch.float64)) for part in parts)
-    return error / float((x - x.mean(dim=0)).square().sum(dtype=torch.float64))
 
 
 class Progress(NamedTuple):

@@ -21,19 +21,21 @@ from torch import Tensor
 
 from saerelay.data.stream import AbstractStream, Block
 from saerelay.errors import Interrupted, LegFailed, TransferError
+from saerelay.files import finite
 from saerelay.interop import load_dictionary
 from saerelay.planning.plan import COPY_RATE, Leg, Plan
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import finite, write_json
+from saerelay.runs.documents.training import PhaseSeconds, ReadPositions, RunCost
 from saerelay.runs.state import load_state, prefixed, save_state, truncate_metrics, under
 from saerelay.sae.dictionary import Dictionary, match_l0, mean_l0
 from saerelay.sae.moments import Moments
+from saerelay.sae.quality import fvu
 from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import LEAST_RATE_SHARE, fold, map_between, rate_share, refit, reshape, revive
 from saerelay.site import Site
 from saerelay.spec import seed_from
-from saerelay.training.engine import Cohort, Trainee, check_due, fvu
+from saerelay.training.engine import Cohort, Trainee, check_due
 from saerelay.training.progress import Watcher
 
 FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
@@ -146,7 +148,7 @@ def train_plan(
             report(now, now.cohort.live, log, watcher)
     now.seconds["total"] = time.perf_counter() - began
     now.save(paths)
-    write_json(paths.cost, {"seconds": now.seconds, "positions": now.positions})
+    RunCost(seconds=PhaseSeconds(**now.seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
     if now.failures:
         lines = [f"leg {leg_id} stopped: {why}" for leg_id, why in now.failures.items()]
         raise LegFailed(

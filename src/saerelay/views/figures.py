@@ -458,9 +458,9 @@ def training_figure(summary: Document, metrics: Sequence[Document], *, theme: Th
     return figure
 
 
-def plan_figure(plan: Document, *, theme: Theme = "light") -> "Figure":
+def plan_figure(compiled: Plan, *, theme: Theme = "light") -> "Figure":
     """Who came from whom: each leg a bar over its layer, along the tokens that the language model reads."""
-    compiled, colours = Plan.parse(plan, source="plan.json"), _COLOURS[theme]
+    colours = _COLOURS[theme]
     places = _places([{"id": leg.id, "layer": leg.layer} for leg in compiled.legs], 0.25)
     run, facts = compiled.run, compiled.facts
     parts = [facts.name, f"{format_count(compiled.n_tokens)} tokens of the training split", f"seed {run.train.seed}."]

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from saerelay.errors import RunDirectoryError
+from saerelay.files import read_json, write_text
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Run, TrainSpec
 from saerelay.runs.directory import sole_writer
-from saerelay.runs.files import read_json, write_text
 from saerelay.runs.state import STATE_FILE
 from saerelay.sae.spec import DictionarySpec
 from saerelay.views.report import report_run

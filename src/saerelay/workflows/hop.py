@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from saerelay.analysis.evaluate import batches
+from saerelay.analysis.suite import Suite
 from saerelay.data.stream import trained_on
 from saerelay.errors import FormatError, ModelError
 from saerelay.interop import read_any, write_dictionary
@@ -24,7 +25,6 @@ from saerelay.planning.compile import auto_lr
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import LegSpec, ModelSpec, Run
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.suite import Suite
 from saerelay.sae.dictionary import Dictionary, LayerNormed, match_l0, mean_l0
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method

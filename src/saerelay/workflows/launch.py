@@ -16,10 +16,12 @@ import torch
 from rich.console import Console
 
 from saerelay.analysis.evaluate import wants_ce
+from saerelay.analysis.suite import Suite, load
 from saerelay.data.cache import ActivationCache
 from saerelay.data.corpus import Corpus, prepare
 from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
 from saerelay.errors import DataError, FormatError, Interrupted, RunDirectoryError, SaeRelayError
+from saerelay.files import write_text
 from saerelay.interop import load_dictionary
 from saerelay.interop.hub import local
 from saerelay.lm.facts import read_facts
@@ -33,9 +35,7 @@ from saerelay.planning.plan import External, Plan
 from saerelay.planning.recipe import Run, annotated_toml
 from saerelay.planning.survey import Survey, survey_plan
 from saerelay.runs.directory import RunDirectory, read_plan, sole_writer
-from saerelay.runs.files import write_text
 from saerelay.runs.state import state_facts
-from saerelay.runs.suite import Suite, load
 from saerelay.spec import format_count
 from saerelay.training.engine import Trainee
 from saerelay.training.progress import LiveTable, PlainLog, Watcher
@@ -107,7 +107,7 @@ def train_run(
             check_disk(plan, paths)
             corpus = tokenise(plan, paths, console)
             stream = open_stream(plan, corpus.train)
-            write_text(paths.plan, plan.to_json())
+            plan.save(paths.plan)
             write_text(paths.recipe, annotated_toml(plan.run))
         validation = open_validation(plan, stream, corpus) if any(leg.predicted_fvu for leg in plan.legs) else None
         with watching(plan, paths, console) as watcher:
@@ -223,15 +223,15 @@ def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[
     facts = read_facts(run.model)
     memory = memory_allowed(run, facts)
     plan, inner = survey_plan(run, facts, memory), RunDirectory(paths.root / "survey")
-    if paths.survey.is_file():
-        survey = Survey.from_json(paths.survey)
+    survey = Survey.load_if_any(paths.survey)
+    if survey is not None:
         if survey_plan(survey.asked, facts, memory) == plan:  # whatever the budget or the ratio was
             return survey, choose(run, facts, survey, memory)
     if not inner.plan.is_file() or read_plan(inner.root) != plan:
         shutil.rmtree(inner.root, ignore_errors=True)
         shutil.rmtree(paths.tokens, ignore_errors=True)
         write_text(inner.recipe, annotated_toml(run))
-        write_text(inner.plan, plan.to_json())
+        plan.save(inner.plan)
     corpus = tokenise(plan, paths, console, at_least=run.plan.root_tokens)
     stream = open_stream(plan, corpus.train)
     if console:
@@ -243,7 +243,7 @@ def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[
     except (Interrupted, KeyboardInterrupt):
         again = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
         raise Interrupted(again) from None
-    write_text(paths.survey, survey.to_json())
+    survey.save(paths.survey)
     shutil.rmtree(inner.root)
     return survey, choose(run, facts, survey, memory)
 

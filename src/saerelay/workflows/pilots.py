@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from saerelay.analysis.suite import Suite, load
 from saerelay.data.stream import LiveStream, gather_rows
 from saerelay.planning.cost import forward_flops, plan_cost
 from saerelay.planning.plan import Leg, Plan
@@ -14,14 +15,13 @@ from saerelay.planning.recipe import Run
 from saerelay.planning.survey import LONG, Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json
-from saerelay.runs.suite import Suite, load
+from saerelay.runs.documents.training import RunCost
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.moments import Moments
+from saerelay.sae.quality import fvu
 from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import AffineMap, affine, carry, refit
 from saerelay.site import Site
-from saerelay.training.engine import fvu
 from saerelay.training.train import hold_out
 
 MAP_ROWS = 16_384
@@ -126,14 +126,14 @@ def rms_norm(x: Tensor) -> float:
 
 def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds: float) -> SurveyCost:
     """What the survey took, its measuring included."""
-    cost, seconds = plan_cost(plan), read_json(suite.directory.cost)["seconds"]
-    steps = sum(read_dictionary(suite.directory.leg(leg.id))[1]["seconds"] for leg in suite.legs)
+    cost, seconds = plan_cost(plan), RunCost.load(suite.directory.cost).seconds
+    steps = sum(suite.info(leg).seconds for leg in suite.legs)
     forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.run.data.context)
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,
         sae_samples=cost.sae_samples,
         flops=cost.flops + measured_tokens * forward,
-        seconds=seconds["total"] + measured_seconds,
+        seconds=seconds.total + measured_seconds,
         seconds_per_sample=steps / cost.sae_samples,
-        seconds_per_lm_flop=seconds["lm"] / cost.lm_flops,
+        seconds_per_lm_flop=seconds.lm / cost.lm_flops,
     )

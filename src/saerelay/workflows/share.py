@@ -8,7 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.files import leafwise, read_json, write_text
 from saerelay.interop import hub, load_dictionary, own, places_in, read_any, write_dictionary
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
@@ -16,8 +18,6 @@ from saerelay.lm.ports import module_paths
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Run, annotated_toml
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import leafwise, read_json, write_text
-from saerelay.runs.suite import Suite, load
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
@@ -159,7 +159,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list[Shared]:
     """Each chosen leg in a directory of its own."""
-    legs = [suite.leg(name) for name in ids] or suite.one_a_site
+    legs = [suite.leg(name) for name in ids] or suite.one_per_site
     if not legs:
         raise RunDirectoryError(f"{suite.directory.root}: no SAE is published yet; finish it with `saerelay train`")
     plan, shared = suite.plan, list[Shared]()

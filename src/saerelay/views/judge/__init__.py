@@ -21,9 +21,9 @@ from saerelay.analysis.features import Example, Features, features_run, load_fea
 from saerelay.analysis.lineage import token_texts
 from saerelay.data.corpus import Corpus
 from saerelay.errors import RunDirectoryError
+from saerelay.files import write_json, write_text
 from saerelay.planning.plan import Leg, Plan
-from saerelay.runs.files import write_json, write_text
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.views.report.data import LEVELS, script_json
@@ -39,7 +39,7 @@ Document = dict[str, Any]
 
 
 def judge_run(
-    suite: Suite,
+    suite: PublishedSuite,
     *,
     layers: list[int] | None = None,
     n: int = 32,
@@ -58,7 +58,7 @@ def judge_run(
     return write_judging(suite, legs, n, seed, out)
 
 
-def legs_by_origin(suite: Suite, layers: list[int] | None = None) -> dict[tuple[Site, str], Leg]:
+def legs_by_origin(suite: PublishedSuite, layers: list[int] | None = None) -> dict[tuple[Site, str], Leg]:
     """The leg that stands for each site and origin, in order.
 
     From scratch: the leg of the suite, else the control with the full budget, else the one with equal tokens. Of
@@ -104,7 +104,7 @@ def drawn(legs: dict[tuple[Site, str], Leg], features: dict[str, Features], n: i
 
 
 def write_judging(
-    suite: Suite, legs: dict[tuple[Site, str], Leg], n: int, seed: int, out: Path | None
+    suite: PublishedSuite, legs: dict[tuple[Site, str], Leg], n: int, seed: int, out: Path | None
 ) -> tuple[Path, Document]:
     """Write the page and its key, from features that are there."""
     paths = suite.directory
@@ -135,7 +135,7 @@ def write_judging(
 # --- what a judge sees ------------------------------------------------------------------------------------------
 
 
-def shown_items(suite: Suite, items: list[Document], features: dict[str, Features]) -> Document:
+def shown_items(suite: PublishedSuite, items: list[Document], features: dict[str, Features]) -> Document:
     """All of the page's data: texts of tokens, and the items with tokens as numbers into these.
 
     Activations are levels from 0 to LEVELS, relative to the latent's largest (-1 where they are not known), and effects

@@ -10,8 +10,8 @@ from pydantic import Field
 from scipy.stats import binomtest
 
 from saerelay.errors import RunDirectoryError
-from saerelay.runs.files import finite, read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.files import finite, read_json, write_json
+from saerelay.runs.suite import PublishedSuite
 from saerelay.spec import Spec
 from saerelay.views.judge import ORIGINS, SCHEMA_VERSION
 
@@ -28,7 +28,7 @@ class Judgements(Spec):
     """By item; what is not there was not answered."""
 
 
-def score_run(suite: Suite, paths: list[Path]) -> Document:
+def score_run(suite: PublishedSuite, paths: list[Path]) -> Document:
     """Score judges' exports of one page of this run; writes and returns judging/scores.json.
 
     A latent counts as interpretable if more judges said yes than no; one with as many of either is tied, and counted
@@ -54,7 +54,7 @@ def score_run(suite: Suite, paths: list[Path]) -> Document:
     return scores
 
 
-def _of_this_run(suite: Suite, path: Path, export: Judgements) -> Judgements:
+def _of_this_run(suite: PublishedSuite, path: Path, export: Judgements) -> Judgements:
     folder = suite.directory.judging
     if not (folder / f"{export.page}.json").is_file():
         known = ", ".join(sorted(found.stem for found in folder.glob("*.json") if found.stem != "scores")) or "none"

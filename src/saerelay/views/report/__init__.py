@@ -22,9 +22,9 @@ from saerelay.analysis.matrix import matrix_run
 from saerelay.analysis.measures import measures_run
 from saerelay.analysis.site_maps import SiteMaps
 from saerelay.errors import RunDirectoryError
+from saerelay.files import read_json, write_json
 from saerelay.lm.model import LanguageModel, load_model
-from saerelay.runs.files import read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.suite import PublishedSuite
 from saerelay.views.figures import (
     Theme,
     attribution_figure,
@@ -52,7 +52,7 @@ ASSETS = ("style.css", "core.js", "views.js", "charts.js", "features.js", "inter
 
 
 def report_run(
-    suite: Suite, model: LanguageModel | None = None, *, quick: bool = False, console: Console | None = None
+    suite: PublishedSuite, model: LanguageModel | None = None, *, quick: bool = False, console: Console | None = None
 ) -> Path:
     """Make the report of a run, and first whatever of its measurements is missing; its index.html.
 
@@ -76,14 +76,14 @@ def report_run(
         return write_report(suite, summary)
 
 
-def check_replaceable(suite: Suite) -> None:
+def check_replaceable(suite: PublishedSuite) -> None:
     """Refuse to replace a folder that no report made."""
     place = suite.directory.report
     if place.exists() and not (place / MARK).is_file():
         raise RunDirectoryError(f"{place} holds something that is no report; move it away")
 
 
-def write_report(suite: Suite, summary: dict[str, Any]) -> Path:
+def write_report(suite: PublishedSuite, summary: dict[str, Any]) -> Path:
     """Write the report of a run whose features and lineage are there, beside an older one, and take its place."""
     check_replaceable(suite)
     paths = suite.directory
@@ -98,12 +98,12 @@ def write_report(suite: Suite, summary: dict[str, Any]) -> Path:
     return paths.report / "index.html"
 
 
-def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def write_figures(suite: PublishedSuite, summary: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Draw what there is to draw as PNG, for paper and (its name ending in "-dark") for a dark page; what they show."""
     paths = suite.directory
     lineage = read_json(paths.lineage)
     kinds = {link["kind"] for link in lineage["links"]}
-    plan, metrics = read_json(paths.plan), [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    plan, metrics = suite.plan, [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     drawings: dict[str, tuple[str, Drawing]] = {
         "quality": ("Held-out quality by layer", lambda theme: quality_figure(summary, theme=theme)),
         "plan": ("Who was trained from whom, and when", lambda theme: plan_figure(plan, theme=theme)),
@@ -151,12 +151,12 @@ def write_figures(suite: Suite, summary: dict[str, Any], folder: Path) -> list[d
     return shown
 
 
-def read_circuits(suite: Suite) -> list[dict[str, Any]]:
+def read_circuits(suite: PublishedSuite) -> list[dict[str, Any]]:
     """What circuits were found in a run, task by task."""
     return [read_json(path) for path in sorted((suite.directory.root / "circuits").glob("*.json"))]
 
 
-def write_page(suite: Suite, summary: dict[str, Any], figures: list[dict[str, Any]], folder: Path) -> None:
+def write_page(suite: PublishedSuite, summary: dict[str, Any], figures: list[dict[str, Any]], folder: Path) -> None:
     """Fill the template, with everything escaped, and put the page's own files beside it."""
     here = files("saerelay.views.report")
     environment = jinja2.Environment(

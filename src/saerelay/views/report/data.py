@@ -21,8 +21,8 @@ from saerelay.analysis.features import Features, load_features
 from saerelay.analysis.interpret import read_interpretations, summarise
 from saerelay.analysis.lineage import token_texts
 from saerelay.data.corpus import Corpus
-from saerelay.runs.files import finite, read_json
-from saerelay.runs.suite import Suite
+from saerelay.files import finite, read_json
+from saerelay.runs.suite import PublishedSuite
 from saerelay.views.figures import METRICS
 
 CHUNK = 512
@@ -52,7 +52,7 @@ def script_json(data: Any) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path) -> None:
+def write_data(suite: PublishedSuite, summary: dict[str, Any], caption: str, folder: Path) -> None:
     """Write all data files of a run; its features, and summary.json as a dict, must be there."""
     paths, test = suite.directory, Corpus.open(suite.directory.tokens).test
     lineage = read_json(paths.lineage)
@@ -63,7 +63,7 @@ def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path
         occurring |= write_features(leg["id"], features, test, folder)
         kept = ("id", "layer", "role", "control_of", "control_kind", "parent", "method", "n_latents", "fvu", "l0")
         legs.append({name: leg[name] for name in kept} | {"features": features.facts})
-    standing = [leg.id for leg in suite.one_a_site]
+    standing = [leg.id for leg in suite.one_per_site]
     rows = np.asarray(test[:n_sequences])
     feed(folder, "tokens", rows.tolist())
     text = token_texts(suite.plan)

@@ -1,0 +1,26 @@
+"""How well a dictionary reconstructs activations."""
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.kernels import reconstruct
+
+
+@torch.no_grad()
+def fvu(dictionary: Dictionary, x: Tensor) -> float:
+    """Fraction of the variance of activations x (B, D) that a canonical dictionary leaves unexplained.
+
+    >>> nothing = Dictionary(architecture="relu", W_enc=torch.zeros(1, 2), b_enc=torch.zeros(1),
+    ...                      W_dec=torch.zeros(1, 2), b_dec=torch.tensor([2.0, 3.0]))
+    >>> fvu(nothing, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    1.0
+
+    0 is perfect, 1 no better than always predicting the mean, above 1 worse than that.
+    """
+    error = 0.0
+    for part in x.split(4096):
+        difference = part - reconstruct(dictionary, part)[1]
+        error += float(difference.square().sum(dtype=torch.float64))
+    variance = (x - x.mean(dim=0)).square().sum(dtype=torch.float64)
+    return error / float(variance)
