@@ -1,7 +1,5 @@
 from .analysis.evaluate import evaluate_run as evaluate_run
-from .analysis.features import Features as Features
 from .analysis.features import features_run as features_run
-from .analysis.features import load_features as load_features
 from .analysis.lineage import Lineage as Lineage
 from .analysis.lineage import lineage_run as lineage_run
 from .analysis.suite import Suite as Suite
@@ -13,9 +11,12 @@ from .lm.attach import attach as attach
 from .lm.model import LanguageModel as LanguageModel
 from .planning.plan import Plan as Plan
 from .planning.recipe import Run as Run
+from .runs.features import Features as Features
+from .runs.features import load_features as load_features
 from .sae.dictionary import Dictionary as Dictionary
 from .sae.dictionary import match_l0 as match_l0
 from .sae.moments import Moments as Moments
+from .sae.quality import fvu as fvu
 from .sae.transfer import AffineMap as AffineMap
 from .sae.transfer import fold as fold
 from .sae.transfer import map_between as map_between

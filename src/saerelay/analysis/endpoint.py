@@ -1,7 +1,7 @@
 """Questions to a language model behind any OpenAI-compatible endpoint: no answer is paid for twice, no key is written.
 
 Every answer is kept in a file as it arrives, under the digest of the request that it answers; a question whose answer
-is there is not sent. What comes from the endpoint is not trusted: it is bounded in size and time, and only ever text.
+is on file is not sent. What comes from the endpoint is not trusted: it is bounded in size and time, and only ever text.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,25 +24,34 @@ from rich.progress import Progress, TaskID
 
 from saerelay.errors import EndpointError, RunDirectoryError
 
-TRIES, NONSENSE = 6, 3
-"""Times a question is sent before it is given up: where the endpoint fails, and where it answers nonsense."""
-GIVE_UP = 8
-"""Questions given up, one after the other, after which all stops."""
-FIRST_WAIT, LONGEST_WAIT, TIMEOUT = 1.0, 300.0, 300.0
-"""Seconds: before the first repetition (then twice as many, and so on), before any, and until an answer is whole."""
-LONGEST_BODY, LONGEST_ANSWER, LONGEST_COMPLAINT = 2**20, 20_000, 300
-"""Bytes of a response, and characters of an answer or an error in it, that are looked at."""
-HOME = ("localhost", "127.0.0.1", "::1")
+MAX_ATTEMPTS = 6
+"""Times a question is sent before it is given up, where the endpoint fails."""
+MAX_UNREADABLE = 3
+"""Times a question is sent before it is given up, where the answers cannot be read."""
+MAX_CONSECUTIVE_FAILURES = 8
+"""Questions given up, one after the other, after which everything stops."""
+FIRST_WAIT = 1.0
+"""Seconds before the first repetition; then twice as many, and so on."""
+LONGEST_WAIT = 300.0
+"""Seconds before any repetition; an endpoint that asks for more stops everything."""
+TIMEOUT = 300.0
+"""Seconds until an answer must be complete."""
+MAX_BODY_BYTES = 2**20
+MAX_ANSWER_CHARS = 20_000
+MAX_ERROR_CHARS = 300
+"""Of a response, of the answer in it, and of an error in it, as much as this is looked at."""
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 ADDRESSES = ("SAERELAY_ENDPOINT", "OPENAI_BASE_URL")
-"""Environment variables that an endpoint's address is taken from, the first that is set; and its key likewise."""
+"""Environment variables that an endpoint's address is taken from: the first that is set."""
 KEYS = ("SAERELAY_API_KEY", "OPENAI_API_KEY")
-REPEATED = (408, 409, 425, 429)
+"""Environment variables that its key is taken from."""
+RETRYABLE_STATUS = (408, 409, 425, 429)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Whom to ask: an address, a model's name there, fields for each request, and a key that is never shown."""
+    """Where to ask: an address, a model's name there, fields for each request, and a key that is never shown."""
 
     url: str
     model: str
@@ -56,51 +65,66 @@ class Endpoint:
         >>> Endpoint.of("some-model", "http://localhost:8000/v1/", body='{"temperature": 1}').body
         {'temperature': 1}
 
-        `body` is JSON: fields that each request has besides the usual, or instead (null leaves one out). A key is sent
-        over https, and to this machine, only.
+        `body` is JSON: fields that each request has besides the usual ones, or instead of them (null leaves one out). A
+        key is sent over https, and to this machine, only.
         """
-        url = url or next((os.environ[name] for name in ADDRESSES if os.environ.get(name)), "")
+        url = url or _first_set(ADDRESSES)
         if not url:
             raise EndpointError(
                 f"no endpoint: give --endpoint http://localhost:8000/v1, or set {' or '.join(ADDRESSES)}"
             )
-        try:
-            parsed, fields = httpx2.URL(url), json.loads(body or "{}")
-        except httpx2.InvalidURL:
-            raise EndpointError("--endpoint is no address; write it like https://host/v1") from None
-        except (ValueError, RecursionError) as error:
-            raise EndpointError(f'--body is no JSON ({error}); write it like {{"temperature": 1}}') from None
-        if (
-            parsed.scheme not in ("http", "https")
-            or not parsed.host
-            or parsed.userinfo
-            or parsed.query
-            or parsed.fragment
-        ):
-            raise EndpointError(
-                "--endpoint must be http(s)://host/path, without user, password, ? or #; keys come from --key-env NAME"
-            )
-        if not isinstance(fields, dict):
-            raise EndpointError('--body must be a JSON object; write it like {"temperature": 1}')
+        parsed = _parse_address(url)
+        fields = _parse_fields(body)
         if key_env and not os.environ.get(key_env):
             raise EndpointError(f"--key-env {key_env}: no such environment variable, or it is empty")
-        key = next((os.environ[name] for name in ([key_env] if key_env else KEYS) if os.environ.get(name)), "").strip()
+        names = [key_env] if key_env else KEYS
+        key = _first_set(names).strip()
         if not all(33 <= ord(character) <= 126 for character in key):
-            raise EndpointError("the key holds characters that no key has (spaces, line ends?); look at its variable")
-        if key and parsed.scheme == "http" and parsed.host not in HOME:
             raise EndpointError(
-                f"http://{parsed.host}: no key is sent in the clear; use https, or unset {key_env or ', '.join(KEYS)}"
+                "the key contains characters that no key has (spaces? line ends?); check the variable that holds it"
+            )
+        if key and parsed.scheme == "http" and parsed.host not in LOCAL_HOSTS:
+            raise EndpointError(
+                f"http://{parsed.host}: no key is sent in the clear; use https, or unset {' and '.join(names)}"
             )
         return cls(url=str(parsed).rstrip("/"), model=model, body=fields, key=key)
 
 
+def _first_set(names: Sequence[str]) -> str:
+    """The value of the first environment variable that is set, or ""."""
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+
+
+def _parse_address(url: str) -> httpx2.URL:
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        raise EndpointError("--endpoint is not a valid address; write it like https://host/v1") from None
+    further = parsed.userinfo or parsed.query or parsed.fragment
+    if parsed.scheme not in ("http", "https") or not parsed.host or further:
+        raise EndpointError(
+            "--endpoint must be http(s)://host/path, without user, password, ? or #; keys come from --key-env NAME"
+        )
+    return parsed
+
+
+def _parse_fields(body: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(body or "{}")
+    except (ValueError, RecursionError) as error:
+        raise EndpointError(f'--body is not valid JSON ({error}); write it like {{"temperature": 1}}') from None
+    if not isinstance(fields, dict):
+        raise EndpointError('--body must be a JSON object; write it like {"temperature": 1}')
+    return fields
+
+
 class Answer(NamedTuple):
-    """What came of a question."""
+    """The outcome of a question."""
 
     value: Any
-    """As it was read; None if the question was given up."""
+    """The answer as it was read; None if the question was given up."""
     tokens_in: int
-    """Of all times it was sent, as the endpoint counts them, or estimated."""
+    """Over all times it was sent, as the endpoint counts them, or estimated."""
     tokens_out: int
 
 
@@ -141,9 +165,17 @@ class Asker:
         prices: tuple[float, float] = (0.0, 0.0),
         max_cost: float = float("inf"),
     ) -> None:
-        self.endpoint, self.path, self.prices, self.max_cost = endpoint, answers, prices, max_cost
-        self.concurrency, self.bar, self.task = concurrency, None, TaskID(0)
-        self.n_sent, self.n_given_up, self.spent, self.wait_until = 0, 0, 0.0, 0.0
+        self.endpoint = endpoint
+        self.path = answers
+        self.prices = prices
+        self.max_cost = max_cost
+        self.concurrency = concurrency
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.n_sent = 0
+        self.n_given_up = 0
+        self.spent = 0.0
+        self.wait_until = 0.0
         self.error: Exception | None = None
 
     def __enter__(self) -> "Asker":
@@ -152,7 +184,9 @@ class Asker:
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise RunDirectoryError(f"{self.path}: another process is asking; wait for it, or stop it") from None
+            raise RunDirectoryError(
+                f"{self.path}: another process is asking questions about this run; wait for it, or stop it"
+            ) from None
         self.known = read_answers(self.path)
         self.file = self.path.open("ab")
         return self
@@ -162,7 +196,7 @@ class Asker:
         self.lock.release()
 
     def digest(self, body: bytes) -> str:
-        """What an answer is kept under: that of the address and the request."""
+        """What an answer is kept under: a digest of the address and the request."""
         return hashlib.sha256(self.endpoint.url.encode() + b"\n" + body).hexdigest()
 
     def run(self, jobs: Iterable[Coroutine[Any, Any, T]], bar: Progress | None = None, total: int = 0) -> list[T]:
@@ -181,12 +215,13 @@ class Asker:
             return thread.submit(asyncio.run, self._all(jobs)).result()
 
     async def _all(self, jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-        self.stopping, self.turn = asyncio.Event(), asyncio.Semaphore(self.concurrency)
+        self.stopping = asyncio.Event()
+        self.turn = asyncio.Semaphore(self.concurrency)
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
-        secure = self.endpoint.url.startswith("https:")  # in the clear, not even through a proxy
-        limits = httpx2.Limits()  # none but `turn`
+        secure = self.endpoint.url.startswith("https:")  # an address in the clear is not reached through a proxy
+        limits = httpx2.Limits()  # no limit but that of `turn`
         async with httpx2.AsyncClient(headers=headers, timeout=TIMEOUT, trust_env=secure, limits=limits) as self.client:
             tasks = [asyncio.create_task(job) for job in jobs]
             try:
@@ -230,19 +265,18 @@ class Asker:
         return Answer(value, record["tokens_in"], record["tokens_out"])
 
     async def _until_sensible(self, body: bytes, read: Callable[[str], Any]) -> dict[str, Any] | None:
-        """What is kept of an answer: the first that can be read, or the last of NONSENSE; None if there was none."""
-        record = {"answer": "", "tokens_in": 0, "tokens_out": 0}
-        for _ in range(NONSENSE):
-            found = await self._until_answered(body)
-            if found is None:
+        """What is kept of an answer: the first that can be read, or the last one; None if there was none."""
+        record: dict[str, Any] = {"answer": "", "tokens_in": 0, "tokens_out": 0}
+        price_in, price_out = self.prices
+        for _ in range(MAX_UNREADABLE):
+            answered = await self._until_answered(body)
+            if answered is None:
                 return None
-            text, tokens_in, tokens_out = found
-            record = {
-                "answer": text,
-                "tokens_in": record["tokens_in"] + tokens_in,
-                "tokens_out": record["tokens_out"] + tokens_out,
-            }
-            self.spent += (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
+            text, tokens_in, tokens_out = answered
+            record["answer"] = text
+            record["tokens_in"] += tokens_in
+            record["tokens_out"] += tokens_out
+            self.spent += (tokens_in * price_in + tokens_out * price_out) / 1e6
             if self.spent >= self.max_cost:
                 self._stop(EndpointError(f"${self.spent:.4f} is spent, and --max-cost is ${self.max_cost:.4f}"))
             try:
@@ -253,9 +287,9 @@ class Asker:
         return record
 
     async def _until_answered(self, body: bytes) -> tuple[str, int, int] | None:
-        """Text, tokens in and tokens out of the first response with an answer; None after TRIES, or when stopping."""
+        """Text, tokens in and out of the first response with an answer; None after MAX_ATTEMPTS, or when stopping."""
         trouble = ""
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             wait = self.wait_until - time.monotonic()
             if attempt:
                 wait = max(wait, FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
@@ -271,7 +305,7 @@ class Asker:
             if status == 200:
                 return self._text(body, content)
             trouble = f"HTTP {status}: {self._inert(content.decode('utf-8', 'replace'))}"
-            if status not in REPEATED and status < 500:
+            if status not in RETRYABLE_STATUS and status < 500:
                 self._refused(status, trouble)
                 return None
             asked = retry_after(headers.get("retry-after", ""))
@@ -279,7 +313,7 @@ class Asker:
                 self._stop(EndpointError(f"{self.endpoint.url} asks to come back in {asked:.0f} seconds ({trouble})"))
                 return None
             self.wait_until = max(self.wait_until, time.monotonic() + asked)
-        self._count(False, f"sent {TRIES} times, last: {trouble}")
+        self._count(False, f"sent {MAX_ATTEMPTS} times, last: {trouble}")
         return None
 
     async def _post(self, body: bytes) -> tuple[int, httpx2.Headers, bytes]:
@@ -288,7 +322,7 @@ class Asker:
         async with self.client.stream("POST", f"{self.endpoint.url}/chat/completions", content=body) as response:
             async for part in response.aiter_bytes():
                 content += part
-                if len(content) > LONGEST_BODY:
+                if len(content) > MAX_BODY_BYTES:
                     break
         return response.status_code, response.headers, content
 
@@ -299,14 +333,12 @@ class Asker:
             text = document["choices"][0]["message"]["content"]
             text = text if isinstance(text, str) else ""
         except (ValueError, LookupError, TypeError, RecursionError):
-            document, text = {}, ""
-        charged = [estimated_tokens(body.decode("ascii")), estimated_tokens(text)]
+            document = {}
+            text = ""
         usage = document.get("usage") if isinstance(document, dict) else None
-        if isinstance(usage, dict):
-            for i, name in enumerate(("prompt_tokens", "completion_tokens")):
-                n = usage.get(name)
-                charged[i] = n if type(n) is int and 0 <= n < 10**8 else charged[i]
-        return self._without_key(text)[:LONGEST_ANSWER], charged[0], charged[1]
+        tokens_in = _charged(usage, "prompt_tokens", estimated_tokens(body.decode("ascii")))
+        tokens_out = _charged(usage, "completion_tokens", estimated_tokens(text))
+        return self._without_key(text)[:MAX_ANSWER_CHARS], tokens_in, tokens_out
 
     def _refused(self, status: int, trouble: str) -> None:
         """Stop, unless it may have been about this one question."""
@@ -325,8 +357,9 @@ class Asker:
 
     def _count(self, good: bool, trouble: str) -> None:
         self.n_given_up = 0 if good else self.n_given_up + 1
-        if self.n_given_up >= GIVE_UP:
-            self._stop(EndpointError(f"{self.endpoint.url}: {GIVE_UP} questions in a row without an answer; {trouble}"))
+        if self.n_given_up >= MAX_CONSECUTIVE_FAILURES:
+            n = MAX_CONSECUTIVE_FAILURES
+            self._stop(EndpointError(f"{self.endpoint.url}: {n} questions in a row without an answer; {trouble}"))
 
     def _stop(self, error: Exception) -> None:
         self.error = self.error or error
@@ -344,7 +377,13 @@ class Asker:
     def _inert(self, text: str) -> str:
         """The beginning of what an endpoint said, fit for a terminal."""
         shown = ascii(self._without_key(text))[1:-1]
-        return shown[:LONGEST_COMPLAINT] + "…" * (len(shown) > LONGEST_COMPLAINT)
+        return shown[:MAX_ERROR_CHARS] + "…" * (len(shown) > MAX_ERROR_CHARS)
+
+
+def _charged(usage: Any, name: str, otherwise: int) -> int:
+    """The tokens that an endpoint says it charges for, if it says something sensible."""
+    n = usage.get(name) if isinstance(usage, dict) else None
+    return n if type(n) is int and 0 <= n < 10**8 else otherwise
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:

@@ -74,6 +74,11 @@ class RunDirectory:
         return self.root / "eval" / f"{leg_id}.json"
 
     @property
+    def summary(self) -> Path:
+        """The quality of every leg, and the cost of the suite."""
+        return self.root / "summary.json"
+
+    @property
     def matrix(self) -> Path:
         """Every dictionary on every layer."""
         return self.root / "matrix.json"

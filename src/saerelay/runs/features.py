@@ -6,7 +6,7 @@ Shapes: F latents, E examples of each, W positions around each example, H bins o
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -66,9 +66,9 @@ class Features:
         """The tensors by name, without those that are None."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def with_tensors(self, **tensors: Tensor) -> "Features":
-        """The same features with further tensors."""
-        return replace(self, **tensors)
+    def with_(self, **fields: Any) -> "Features":
+        """The same features with some fields changed."""
+        return replace(self, **fields)
 
     def examples(self, latent: int) -> list[Example]:
         """The strongest examples of a latent, by falling activation."""

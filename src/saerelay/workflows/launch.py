@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from saerelay.analysis.evaluate import wants_ce
+from saerelay.analysis.metrics import wants_ce
 from saerelay.analysis.suite import Suite, load
 from saerelay.data.cache import ActivationCache
 from saerelay.data.corpus import Corpus, prepare

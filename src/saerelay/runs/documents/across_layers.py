@@ -77,6 +77,11 @@ class Matrix(HeldOutFacts, Document):
     cells: list[MatrixCell]
     """One cell for each dictionary, method and layer."""
 
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether snapshots of legs were measured as well."""
+        return any(cell.snapshot for cell in self.cells)
+
 
 # --- what dictionaries have in common -------------------------------------------------------------------------------
 

@@ -1,6 +1,10 @@
 """Explanations of latents by a language model: `interpret/<id>.json`."""
 
-from typing import Any, ClassVar
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, get_args
+
+import numpy as np
 
 from saerelay.document import Document, Measured, Record
 from saerelay.runs.documents.quality import Origin
@@ -32,6 +36,18 @@ class MeanScore(Record):
     """Standard error of the mean; null for fewer than two latents."""
     n: int
     """Number of latents with a score."""
+
+    @classmethod
+    def over(cls, scores: Iterable[float | None]) -> "MeanScore":
+        """The mean of the scores that are not None.
+
+        >>> MeanScore.over([0.5, None, 1.0])
+        MeanScore(mean=0.75, standard_error=0.25, n=2)
+        """
+        values = [score for score in scores if score is not None]
+        mean = float(np.mean(values)) if values else None
+        error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(mean=mean, standard_error=error, n=len(values))
 
 
 class AskedModel(Record):
@@ -185,3 +201,23 @@ class InterpretationSummary(Record):
         """The summary as plain JSON data, without latents."""
         origins = [origin.model_dump(mode="json") for origin in self.origins]
         return {"legs": [leg.scores() for leg in self.legs], "origins": origins}
+
+
+def summarise(documents: Sequence[Interpretation]) -> InterpretationSummary:
+    """Scores by leg, in the order of layers, and by origin over all latents of its legs."""
+    by_layer = sorted(documents, key=lambda document: (document.layer, document.leg))
+    origins = []
+    for origin in get_args(Origin):
+        mine = [document for document in by_layer if document.origin == origin]
+        latents = [latent for document in mine for latent in document.latents]
+        if mine:
+            origins.append(
+                OriginScores(
+                    origin=origin,
+                    n_legs=len(mine),
+                    n_explained=sum(document.n_explained for document in mine),
+                    detection=MeanScore.over(latent.detection for latent in latents),
+                    fuzzing=MeanScore.over(latent.fuzzing for latent in latents),
+                )
+            )
+    return InterpretationSummary(legs=by_layer, origins=origins)

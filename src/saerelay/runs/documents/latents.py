@@ -4,6 +4,9 @@ from typing import Any, ClassVar, Literal
 
 from saerelay.document import Document, Measured, Record
 
+STATUSES = {"k": "kept", "d": "drifted", "r": "replaced", "x": "died", "b": "born", "-": "silent"}
+"""What can become of a latent from one leg to another: the letter in `lineage.json`, and the word for it."""
+
 
 class FeatureQuestion(Record):
     """What a features file was asked for."""

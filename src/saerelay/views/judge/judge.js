@@ -1,5 +1,5 @@
 // The judging page: an introduction, the features one by one, the end. What was answered is kept in the browser as it is
-// given, under the page's own name; the export is what `saerelay judge --score` reads.
+// given, under the page's own name; the export is what `saerelay score` reads.
 "use strict";
 
 const DATA = JSON.parse(document.getElementById("data").textContent);

@@ -36,12 +36,12 @@ function stepInTable(event) {
   next.focus();
 }
 
-const METHODS = { identity: "as it is (plain copy)", rescale: "rescaled", procrustes: "rotated (procrustes)", affine: "carried by an affine map", "affine+refit": "affine map, decoder refitted" };
+const METHODS = saerelay.labels.methods;
 
 saerelay.views.layers = async function (body, query) {
   const run = await saerelay.load("run");
   if (!run.has.matrix) {
-    body.append(missing("Every SAE on every layer's activations has not been measured yet.", "saerelay eval RUN --matrix"));
+    body.append(missing("Every SAE on every layer's activations has not been measured yet.", "saerelay matrix RUN"));
     return;
   }
   const matrix = await saerelay.load("matrix");
@@ -204,7 +204,7 @@ function plainTable(rows, columns) {
 saerelay.views.measures = async function (body) {
   const run = await saerelay.load("run");
   if (!run.has.measures) {
-    body.append(missing("What dictionaries have in common (mean maximum cosine similarity, feature transferability, transfer scores, averages by layer offset, direct logit attribution) has not been measured yet.", "saerelay eval RUN --measures"));
+    body.append(missing("What dictionaries have in common (mean maximum cosine similarity, feature transferability, transfer scores, averages by layer offset, direct logit attribution) has not been measured yet.", "saerelay measures RUN"));
     return;
   }
   const measures = await saerelay.load("measures");

@@ -1,7 +1,7 @@
 // Features: what became of them over depth, the list, a feature's page, the same feature side by side.
 "use strict";
 
-const FATES = { k: "kept", d: "drifted", r: "replaced", x: "died", b: "born", "-": "silent" };
+const FATES = saerelay.labels.fates;
 const SORTS = {
   match: ["best match", (a, b) => b.hits - a.hits || b.fired - a.fired],
   id: ["number", (a, b) => a.latent - b.latent],

@@ -8,6 +8,7 @@ const saerelay = {
 
   // Every data file is one call of this (fetch is refused on file://, scripts are not).
   feed(name, data) {
+    if (name === "labels") saerelay.labels = data; // words for metrics, methods, fates, origins, roles
     if (saerelay.arrivals.has(name)) saerelay.arrivals.get(name)(data);
     else saerelay.loading.set(name, Promise.resolve(data));
   },
