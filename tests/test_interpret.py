@@ -22,9 +22,11 @@ import torch
 from test_cli import call as call_program
 
 import saerelay as sr
-from saerelay.analysis import endpoint as asking
 from saerelay.analysis.collecting import encode_batches
-from saerelay.analysis.endpoint import Asker, Endpoint, read_answers
+from saerelay.analysis.endpoint import asker as asking
+from saerelay.analysis.endpoint.address import ADDRESSES, KEYS, Endpoint
+from saerelay.analysis.endpoint.answers import KeptAnswer, read_answers
+from saerelay.analysis.endpoint.asker import Asker
 from saerelay.analysis.interpret.pieces import KINDS, QUANTILES, Piece, Subject, draw
 from saerelay.analysis.interpret.questions import (
     clean_text,
@@ -75,7 +77,7 @@ tokens = "6k"
 @pytest.fixture(scope="module", autouse=True)
 def no_keys_of_others() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in (*asking.KEYS, *asking.ADDRESSES):
+        for name in (*KEYS, *ADDRESSES):
             patch.delenv(name, raising=False)
         yield
 
@@ -551,7 +553,7 @@ def test_endpoints_that_would_give_the_key_away_are_refused(monkeypatch: pytest.
 def test_half_written_and_damaged_answers_are_dropped(tmp_path: Path) -> None:
     path, line = tmp_path / "answers.jsonl", {"request": "a", "answer": "[1]", "tokens_in": 1, "tokens_out": 2}
     path.write_text(json.dumps(line) + "\n{broken\n[]\n" + json.dumps(line | {"request": "b"})[:-3])
-    assert read_answers(path) == {"a": {"answer": "[1]", "tokens_in": 1, "tokens_out": 2}}
+    assert read_answers(path) == {"a": KeptAnswer("[1]", 1, 2)}
     assert path.read_text().endswith("[]\n"), "what comes next begins a line"
 
 

@@ -195,7 +195,7 @@ def interpret(
 
     The cost is estimated first. Every answer is kept: the same command again asks only for what is missing.
     """
-    from saerelay.analysis.endpoint import Endpoint
+    from saerelay.analysis.endpoint.address import Endpoint
     from saerelay.analysis.suite import load
     from saerelay.views.tables.interpretation import interpretation_tables
     from saerelay.workflows import interpret as workflow

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.prompt import Confirm
 
-from saerelay.analysis.endpoint import Asker, Endpoint
+from saerelay.analysis.endpoint.address import Endpoint
+from saerelay.analysis.endpoint.asker import Asker
 from saerelay.analysis.interpret.study import Study, estimate, example_prompts, interpret, prepare
 from saerelay.analysis.session import Session
 from saerelay.errors import EndpointError

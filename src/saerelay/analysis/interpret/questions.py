@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 
-from saerelay.analysis.endpoint import Endpoint, request_body
+from saerelay.analysis.endpoint.address import Endpoint, request_body
 from saerelay.analysis.interpret.pieces import Kind, Piece, Subject
 
 TokenText = Callable[[int], str]

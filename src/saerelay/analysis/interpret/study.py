@@ -11,7 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from saerelay.analysis.endpoint import Answer, Asker, Endpoint, estimated_tokens
+from saerelay.analysis.endpoint.address import Endpoint, estimated_tokens
+from saerelay.analysis.endpoint.answers import Answer
+from saerelay.analysis.endpoint.asker import Asker
 from saerelay.analysis.features import make_features
 from saerelay.analysis.interpret.pieces import (
     KINDS,
@@ -101,13 +103,13 @@ def estimate(study: Study, asker: Asker) -> Estimate:
     n_known = 0
     for subject in study.explicable:
         request = explain_request(study.text, asker.endpoint, subject)
-        known = asker.known.get(asker.digest(request))
-        explanation = asker.kept(known, read_explanation).value if known else "x" * 120
+        kept = asker.kept(request)
+        explanation = kept.read(read_explanation).value if kept else "x" * 120
         requests = [request]
         if explanation:
             for kind in KINDS:
                 requests += score_requests(study.text, asker.endpoint, subject, kind, explanation)
-        missing = [body for body in requests if asker.digest(body) not in asker.known]
+        missing = [body for body in requests if asker.kept(body) is None]
         n_known += len(requests) - len(missing)
         new += missing
 
