@@ -24,12 +24,13 @@ from huggingface_hub import ModelCard
 
 from saerelay import cli
 from saerelay.errors import FormatError, RunDirectoryError
-from saerelay.files import read_json, write_json, write_text
+from saerelay.files import read_json, write_text
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import Run
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.quality import Density, Evaluation, EvaluationMetrics, EvaluationQuestion
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
@@ -39,11 +40,11 @@ from saerelay.workflows.launch import describe_external, plan_run
 torch.set_num_threads(1)
 TOKEN = "hf_" + "s3cret" * 5
 COMMIT = "c0ffee" * 6 + "cafe"
-METRICS = {
-    "n_tokens": 131_072, "l0": 3.75, "fvu": 0.125, "explained_variance": 0.875, "delta_ce": 0.0321,
-    "delta_ce_se": 0.0012, "ce_loss_score": 0.9876, "frac_alive": 0.96, "density": {"counts": [0, 1]},
-    "sequence_delta_ce": [0.1],
-}  # fmt: skip
+METRICS = EvaluationMetrics(
+    n_tokens=131_072, l0=3.75, fvu=0.125, explained_variance=0.875, delta_ce=0.0321, delta_ce_se=0.0012,
+    ce_loss_score=0.9876, frac_alive=0.96, sequence_delta_ce=[0.1],
+    density=Density(log10_edges=[], counts=[0, 1], never=0, freq_over_1_percent=0.0, freq_over_10_percent=0.0),
+)  # fmt: skip
 
 
 def random_sae(seed: int) -> Dictionary:
@@ -67,7 +68,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     for seed, leg in enumerate(plan.legs):
         info = {"layer": leg.layer, "module": leg.module, "model": str(tiny_model), "tokens": leg.budget_tokens}
         publish(paths.leg(leg.id), random_sae(seed), info | {"l0": 4.0, "leg": leg.model_dump()})
-    write_json(paths.evaluation(plan.legs[0].id), {"asked": {}, "metrics": METRICS, "snapshots": {}})
+    root_leg = plan.legs[0].id
+    asked = EvaluationQuestion(tokens=131_072, ce=True, ages=[])
+    evaluation = Evaluation(asked=asked, leg=root_leg, metrics=METRICS, snapshots={})
+    evaluation.save(paths.evaluation(root_leg))
     return paths.root
 
 

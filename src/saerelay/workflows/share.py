@@ -10,7 +10,7 @@ from typing import Any
 
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
-from saerelay.files import leafwise, read_json, write_text
+from saerelay.files import leafwise, write_text
 from saerelay.interop import hub, load_dictionary, own, places_in, read_any, write_dictionary
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
@@ -18,6 +18,7 @@ from saerelay.lm.ports import module_paths
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Run, annotated_toml
 from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
@@ -166,8 +167,8 @@ def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list
     paths = module_paths(plan.run.model, [leg.site for leg in legs])
     for leg in legs:
         dictionary, origin = own.read(suite.directory.leg(leg.id))
-        evaluation = suite.directory.evaluation(leg.id)
-        metrics = read_json(evaluation)["metrics"] if evaluation.is_file() else {}
+        evaluation = Evaluation.load_if_any(suite.directory.evaluation(leg.id))
+        metrics = evaluation.metrics.model_dump(mode="json") if evaluation else {}
         metrics = {name: value for name, value in metrics.items() if not isinstance(value, list | dict)}
         origin = replace(
             origin,
