@@ -92,7 +92,7 @@ class CircuitLeg(CircuitScores):
     module: str
     """Kind of module it reads."""
     role: Role
-    """`root`, `transfer` or `control`."""
+    """What it is for."""
     parent: str | None
     """Id or directory of the dictionary it started from."""
     control_of: str | None

@@ -17,7 +17,7 @@ class JudgedItem(Record):
     module: str
     """Kind of module its leg reads."""
     origin: JudgedOrigin
-    """`scratch`, `forward` (transferred from a lower layer) or `backward` (from a higher one)."""
+    """Where its leg's latents come from: `forward` is from a lower layer, `backward` from a higher one."""
     leg: str
     """Id of the leg."""
     kind: str
@@ -116,7 +116,7 @@ class OriginDifference(Record):
     """Share of an origin minus that from scratch, over the layers that have both."""
 
     origin: JudgedOrigin
-    """`forward` or `backward`."""
+    """Where the latents come from that are compared with those from scratch."""
     layers: list[int]
     """Layers that have both."""
     difference: Measured

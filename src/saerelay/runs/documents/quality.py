@@ -124,7 +124,7 @@ class LegFacts(Record):
     id: str
     """Id of the leg."""
     role: Role
-    """`root`, `transfer` or `control`."""
+    """What it is for: a control is a leg from scratch that another leg is compared with."""
     control_of: str | None = None
     """Id of the leg that a control is compared with."""
     control_kind: ControlKind | None = None

@@ -57,7 +57,7 @@ class DictionaryTraining(Record):
     n_dead: int | None = None
     """Number of latents that did not fire on the last `dead_after_tokens` tokens."""
     dead_after_tokens: int | None = None
-    """Number of silent tokens after which a latent counts as dead."""
+    """Number of tokens without firing after which a latent counts as dead."""
     seconds: float = 0.0
     """Time spent in this leg's training steps, in seconds."""
     l0: Measured = None
