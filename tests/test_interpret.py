@@ -218,7 +218,7 @@ def asked(study: Study, server: Server, folder: Path, *, key: str = "", **option
 
 
 def n_requests(study: Study) -> int:
-    subjects = [s for subjects in study.subjects.values() for s in subjects if s.shown]
+    subjects = [s for subjects in study.subjects.values() for s in subjects if s.explained]
     return sum(1 + len(s.questions("detection")) + len(s.questions("fuzzing")) for s in subjects)
 
 
@@ -249,9 +249,9 @@ def test_pieces_are_drawn_by_strength_and_never_shown_and_scored() -> None:
     subject, row = draw(7, pieces, activations, 0), {tuple(p): i for i, p in enumerate(pieces.tolist())}
     strength = activations.max(axis=1)
     assert subject.n_pieces == (strength > 0).sum()
-    shown = [row[piece.tokens] for piece in subject.shown]
+    shown = [row[piece.tokens] for piece in subject.explained]
     assert shown == np.argsort(-strength)[:20].tolist()
-    for piece, i in zip(subject.shown, shown, strict=True):
+    for piece, i in zip(subject.explained, shown, strict=True):
         assert piece.marked == tuple(np.flatnonzero(activations[i]))
         for level, a in zip(piece.levels, activations[i], strict=True):
             assert level - 1.001 < 10 * a / strength.max() < level + 0.001
@@ -281,8 +281,8 @@ def test_numbers_of_latents_change_nothing_but_labels_and_seeds_do() -> None:
         draw(8, pieces, 3 * activations, 0),
         draw(7, pieces, activations, 1),
     )
-    assert (one.shown, one.detection, one.fuzzing) == (other.shown, other.detection, other.fuzzing)
-    assert one.detection != reseeded.detection and one.shown == reseeded.shown
+    assert (one.explained, one.detection, one.fuzzing) == (other.explained, other.detection, other.fuzzing)
+    assert one.detection != reseeded.detection and one.explained == reseeded.explained
     assert draw(7, pieces, random_pieces(share=0.001)[1], 0) == Subject(7, 7, [], [], [])
     everywhere = draw(7, pieces, activations + 1, 0)
     assert all(piece.truth for piece in everywhere.detection + everywhere.fuzzing)
@@ -297,12 +297,12 @@ def test_pieces_are_what_the_dictionaries_see(run: Path, study: Study) -> None:
         for batch in encode_batches(suite.plan, model, sequences, dictionaries):
             c = batch.codes[leg_id]
             codes[(batch.first * 32 + batch.spots[c.rows()]).numpy(), c.columns.numpy()] = c.values.numpy()
-        assert len(subjects) == 3 and any(s.shown for s in subjects)
+        assert len(subjects) == 3 and any(s.explained for s in subjects)
         for subject in subjects:
             fires = codes[:, subject.latent].reshape(sequences.shape) > 0
             where = {tuple(tokens): on for tokens, on in zip(sequences.tolist(), fires, strict=True)}
             assert subject.n_pieces == fires.any(axis=1).sum()
-            for piece in subject.shown:
+            for piece in subject.explained:
                 assert piece.marked == tuple(np.flatnonzero(where[piece.tokens]))
             for piece in subject.detection:
                 assert piece.truth == where[piece.tokens].any()
@@ -338,7 +338,7 @@ def test_hostile_tokens_are_data(study: Study) -> None:
     piece = Piece((0, 1, 2, 3, 4), (0, 0, 9, 10, 0), 0, (2, 3), True)
     shown = json.loads(marked_text(piece, text))
     assert shown == HOSTILE[0] + "‹a›«?</script>\x1b[2J»" + "x" * 100
-    subject = next(s for s in study.subjects["L1"] if s.shown)
+    subject = next(s for s in study.subjects["L1"] if s.explained)
     requests = score_requests(text, Endpoint(url="", model="m"), subject, "detection", "a\n1. b")
     for body, pieces in zip(requests, subject.questions("detection"), strict=True):
         system, user = json.loads(body)["messages"]
@@ -429,7 +429,7 @@ def test_scores_are_those_of_the_definition(study: Study, tmp_path: Path) -> Non
     for leg_id, subjects in study.subjects.items():
         saved = Interpretation.load(study.suite.directory.interpretation(leg_id))
         for entry, subject in zip(saved.latents, subjects, strict=True):
-            if not subject.shown:
+            if not subject.explained:
                 assert entry.detection is None
                 continue
             for kind in KINDS:

@@ -146,14 +146,14 @@ def circuits_at(
 
     results = {}
     for key, parts in scores.items():
-        empty, *others = [rounded(row) for row in torch.cat(parts, dim=1)]
+        empty, *by_size = [rounded(row) for row in torch.cat(parts, dim=1)]
         values, indices = ranked[key]
         results[key] = CircuitScores(
             latents=indices[: max(k)].tolist(),
             effects=[round(value, 6) for value in values[: max(k)].tolist()],
             m_empty=empty,
-            m_kept=others[::2],
-            m_ablated=others[1::2],
+            m_kept=by_size[::2],
+            m_ablated=by_size[1::2],
         )
     return results
 
@@ -208,8 +208,8 @@ class MeanAblation:
         changes = [everything]
         for size in k:
             circuit = ranking[:size]
-            own = change[..., circuit] @ self.dictionary.W_dec[circuit]
-            changes += [everything - own, own]
+            by_circuit = change[..., circuit] @ self.dictionary.W_dec[circuit]
+            changes += [everything - by_circuit, by_circuit]
         answers = [logit_difference(reading.logits_with(reading.x + s), reading.batch) for s in changes]
         return torch.stack(answers).cpu()
 

@@ -69,12 +69,12 @@ def circuits(
     halves = halved(prompts)
     ability = model_ability(session, task, halves)
     by_site = [(site, list(group)) for site, group in groupby(missing, key=attrgetter("site"))]
-    for site, here in session.display.track(by_site, f"circuits: {asked.task}"):
-        dictionaries = {leg.id: suite.dictionary(leg) for leg in here}
+    for site, site_legs in session.display.track(by_site, f"circuits: {asked.task}"):
+        dictionaries = {leg.id: suite.dictionary(leg) for leg in site_legs}
         scores = circuits_at(
             session.plan, session.model, site, dictionaries, halves, k=asked.k, method=cast(Method, method)
         )
-        for leg in here:
+        for leg in site_legs:
             measured[leg.id] = circuit_leg(leg, suite.info(leg).tokens, scores[leg.id], ability.clean, asked.k)
         rows = [measured[leg.id] for leg in suite.legs if leg.id in measured]
         document = Circuits(
@@ -205,12 +205,12 @@ def recovered(m: Sequence[float], empty: Sequence[float], clean: Sequence[float]
     where ∅ is not below M by `CLEAR` standard errors: a task that the dictionary carries nothing of.
     """
     nothing = torch.tensor(empty).double()
-    left = torch.tensor(m).double() - nothing
+    answer = torch.tensor(m).double() - nothing
     whole = torch.tensor(clean).double() - nothing
     if not float(whole.mean()) > CLEAR * standard_error(whole):
-        return math.nan, torch.full_like(left, math.nan)
-    share = float(left.mean() / whole.mean())
-    return share, (left - share * whole) / whole.mean()
+        return math.nan, torch.full_like(answer, math.nan)
+    share = float(answer.mean() / whole.mean())
+    return share, (answer - share * whole) / whole.mean()
 
 
 def circuit_leg(leg: Leg, tokens: int, scores: CircuitScores, clean: Sequence[float], k: Sequence[int]) -> CircuitLeg:
@@ -276,8 +276,8 @@ def differences(
     for i, size in enumerate(k):
         for kind, pairs in by_kind.items():
             of_kind = [difference(leg, scratch, clean, i) for leg, scratch in pairs]
-            for one in of_kind:
-                compared.append(mean_difference([one], leg=one.leg, scratch=one.scratch, kind=kind, k=size))
+            for pair in of_kind:
+                compared.append(mean_difference([pair], leg=pair.leg, scratch=pair.scratch, kind=kind, k=size))
             if len(of_kind) > 1:
                 compared.append(mean_difference(of_kind, leg=None, scratch=None, kind=kind, k=size))
     return compared
@@ -285,17 +285,17 @@ def differences(
 
 def difference(leg: CircuitLeg, scratch: CircuitLeg, clean: Sequence[float], i: int) -> Difference:
     """One pair, for the circuits of the i-th size."""
-    kept, kept_parts = recovered(leg.m_kept[i], leg.m_empty, clean)
-    other_kept, other_kept_parts = recovered(scratch.m_kept[i], scratch.m_empty, clean)
-    ablated, ablated_parts = recovered(leg.m_ablated[i], leg.m_empty, clean)
-    other_ablated, other_ablated_parts = recovered(scratch.m_ablated[i], scratch.m_empty, clean)
+    faithfulness, faithfulness_parts = recovered(leg.m_kept[i], leg.m_empty, clean)
+    other_faithfulness, other_faithfulness_parts = recovered(scratch.m_kept[i], scratch.m_empty, clean)
+    completeness, completeness_parts = recovered(leg.m_ablated[i], leg.m_empty, clean)
+    other_completeness, other_completeness_parts = recovered(scratch.m_ablated[i], scratch.m_empty, clean)
     return Difference(
         leg=leg.leg,
         scratch=scratch.leg,
-        faithfulness=kept - other_kept,
-        faithfulness_parts=kept_parts - other_kept_parts,
-        completeness=ablated - other_ablated,
-        completeness_parts=ablated_parts - other_ablated_parts,
+        faithfulness=faithfulness - other_faithfulness,
+        faithfulness_parts=faithfulness_parts - other_faithfulness_parts,
+        completeness=completeness - other_completeness,
+        completeness_parts=completeness_parts - other_completeness_parts,
     )
 
 

@@ -138,10 +138,10 @@ def score(key: JudgingKey, answers: Mapping[str, Answers]) -> Scores:
     )
 
 
-def judge_tally(name: str, items: Sequence[JudgedItem], given: Answers) -> JudgeTally:
+def judge_tally(name: str, items: Sequence[JudgedItem], judgements: Answers) -> JudgeTally:
     """What one judge answered."""
-    answers = list(given.values())
-    tally = tallied(items, {name: given})
+    answers = list(judgements.values())
+    tally = tallied(items, {name: judgements})
     return JudgeTally(
         judge=name,
         n_yes=answers.count("yes"),
@@ -156,8 +156,8 @@ def judge_tally(name: str, items: Sequence[JudgedItem], given: Answers) -> Judge
 
 def origin_tally(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> OriginTally:
     """One origin over all layers."""
-    mine = [item for item in items if item.origin == origin]
-    return OriginTally(origin=origin, **dict(tallied(mine, answers)))
+    origin_items = [item for item in items if item.origin == origin]
+    return OriginTally(origin=origin, **dict(tallied(origin_items, answers)))
 
 
 def layer_tallies(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> list[LayerTally]:
@@ -166,8 +166,8 @@ def layer_tallies(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -
     for item in items:
         groups.setdefault((item.layer, item.module, ORIGINS.index(item.origin)), []).append(item)
     tallies = []
-    for _, mine in sorted(groups.items()):
-        first = mine[0]
+    for _, layer_items in sorted(groups.items()):
+        first = layer_items[0]
         tallies.append(
             LayerTally(
                 layer=first.layer,
@@ -175,7 +175,7 @@ def layer_tallies(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -
                 origin=first.origin,
                 leg=first.leg,
                 kind=first.kind,
-                **dict(tallied(mine, answers)),
+                **dict(tallied(layer_items, answers)),
             )
         )
     return tallies
@@ -185,9 +185,11 @@ def tallied(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> Tall
     """How many of some items are interpretable, of those that judges are not tied on; share with its 95 % interval."""
     margins = []
     for item in items:
-        votes = [given[item.item] for given in answers.values() if given.get(item.item, "skip") != "skip"]
-        if votes:
-            margins.append(votes.count("yes") - votes.count("no"))
+        votes = [judgements.get(item.item, "skip") for judgements in answers.values()]
+        n_for = votes.count("yes")
+        n_against = votes.count("no")
+        if n_for or n_against:
+            margins.append(n_for - n_against)
     n_yes = sum(margin > 0 for margin in margins)
     n_tied = margins.count(0)
     n_decided = len(margins) - n_tied

@@ -68,10 +68,13 @@ def measure(
         keep = kept_positions(plan, tokens, flat)
         clean = CleanLogits(forward.logits, tokens, keep) if forward else None
         for site in sites:
-            here = [(sums[key], dictionary) for key, (place, dictionary) in on_device.items() if place == site]
+            at_site = []
+            for key, (dictionary_site, dictionary) in on_device.items():
+                if dictionary_site == site:
+                    at_site.append((sums[key], dictionary))
             with model.resuming(forward, site) if forward else nullcontext() as logits_with:
                 batch = SiteBatch(activations[site], keep, flat[site][keep].float(), clean, logits_with)
-                jobs = [partial(batch.add_dictionary, *pair) for pair in here]
+                jobs = [partial(batch.add_dictionary, *pair) for pair in at_site]
                 if clean:
                     jobs.insert(0, partial(batch.add_ablation, ablations[site]))
                 side_by_side(lambda job: job(), jobs, model.device)

@@ -61,12 +61,12 @@ def load_versions(session: Session, sequences: np.ndarray, W_U: Tensor | None) -
     versions = []
     for leg in suite.legs:
         dictionary = suite.dictionary(leg)
-        known = load_features(suite.directory, leg.id)
+        leg_features = load_features(suite.directory, leg.id)
         age = suite.info(leg).tokens
-        versions.append(leg_version(leg, age, False, dictionary, known, sequences, W_U))
+        versions.append(leg_version(leg, age, False, dictionary, leg_features, sequences, W_U))
         for age in suite.directory.ages(leg):
-            known = features[f"{leg.id}@{age}"]
-            versions.append(leg_version(leg, age, True, snapshots[leg.id, age], known, sequences, W_U))
+            leg_features = features[f"{leg.id}@{age}"]
+            versions.append(leg_version(leg, age, True, snapshots[leg.id, age], leg_features, sequences, W_U))
     return versions
 
 

@@ -153,7 +153,7 @@ def hop(
         "refit": refit,
         "k": k,
     }
-    given = {key: value for key, value in leg_keys.items() if value is not None}
+    given_keys = {key: value for key, value in leg_keys.items() if value is not None}
     suite = hop_run(
         source,
         to_layer,
@@ -163,7 +163,7 @@ def hop(
         model=from_model,
         format=format,
         console=progress(),
-        **given,
+        **given_keys,
     )
     print(f"{', '.join(suite)} in {out}/legs. Measure its quality: saerelay eval {out}")
 

@@ -93,16 +93,16 @@ class PublishedSuite:
 
     def leg_at(self, site: Site) -> Leg:
         """The leg that stands for a site."""
-        here = [leg for leg in self.legs if leg.site == site]
+        at_site = [leg for leg in self.legs if leg.site == site]
         final = [leg for leg in self.final_legs if leg.site == site]
         if len(final) == 1:
             return final[0]
         root = self.directory.root
-        if not here:
+        if not at_site:
             sites = ", ".join(str(each) for each in self.sites) or "none"
             raise RunDirectoryError(f"{root}: no dictionary at {site}; the run has dictionaries at: {sites}")
-        names = ", ".join(leg.id for leg in here)
-        raise RunDirectoryError(f"{root}: {len(here)} legs at {site}: {names}; ask for one by its id")
+        names = ", ".join(leg.id for leg in at_site)
+        raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}: {names}; ask for one by its id")
 
     def leg(self, name: str) -> Leg:
         """The leg with an id, or, for a number, the one that stands for that layer."""

@@ -87,8 +87,8 @@ def visible(text: str, longest: int = MAX_TOKEN_CHARS) -> str:
     >>> print(visible("a\\n\\x1b[2Jb\\u202e\\ud800"))
     a⏎\\x1b[2Jb\\u202e\ufffd
     """
-    shown = "".join(_visible_character(character) for character in text[:longest])
-    return shown + ("…" if len(text) > longest else "")
+    start = "".join(_visible_character(character) for character in text[:longest])
+    return start + ("…" if len(text) > longest else "")
 
 
 def _visible_character(character: str) -> str:

@@ -82,11 +82,11 @@ def training_lines(path: Path) -> list[TrainingLine]:
 
 def circuits_of(paths: RunDirectory) -> list[Circuits]:
     """The circuits that were found in a run, task by task."""
-    found = [Circuits.load_if_any(path) for path in sorted((paths.root / "circuits").glob("*.json"))]
-    return [circuits for circuits in found if circuits is not None]
+    documents = [Circuits.load_if_any(path) for path in sorted((paths.root / "circuits").glob("*.json"))]
+    return [document for document in documents if document is not None]
 
 
 def interpretations_of(suite: PublishedSuite) -> list[Interpretation]:
     """The interpretations of a run's legs."""
-    found = [Interpretation.load_if_any(suite.directory.interpretation(leg.id)) for leg in suite.legs]
-    return [interpretation for interpretation in found if interpretation is not None]
+    documents = [Interpretation.load_if_any(suite.directory.interpretation(leg.id)) for leg in suite.legs]
+    return [document for document in documents if document is not None]

@@ -54,7 +54,8 @@ class Subject:
     latent: int
     n_pieces: int
     """Distinct pieces it fires in."""
-    shown: list[Piece]
+    explained: list[Piece]
+    """What the explanation is made from, the strongest first."""
     detection: list[Piece]
     fuzzing: list[Piece]
 
@@ -84,12 +85,12 @@ def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, seed: int) ->
         return Piece(tuple(pieces[i].tolist()), tuple(levels[i].tolist()), quantile, tuple(sorted(marked)), truth)
 
     falling = firing[np.argsort(-strength[firing], kind="stable")]
-    n_shown = min(MOST_SHOWN, len(falling) // 3)
-    shown = [piece(i, -1, np.flatnonzero(activations[i]).tolist(), True) for i in falling[:n_shown]]
+    n_explained = min(MOST_SHOWN, len(falling) // 3)
+    explained = [piece(i, -1, np.flatnonzero(activations[i]).tolist(), True) for i in falling[:n_explained]]
 
     detection = []
     fuzzing = []
-    for quantile, part in enumerate(np.array_split(falling[n_shown:], QUANTILES)):
+    for quantile, part in enumerate(np.array_split(falling[n_explained:], QUANTILES)):
         for number, i in enumerate(rng.permutation(part)[:PER_QUANTILE]):
             on = np.flatnonzero(activations[i])
             off = np.flatnonzero(activations[i] == 0)
@@ -97,15 +98,15 @@ def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, seed: int) ->
                 detection.append(piece(i, quantile, (), True))
                 fuzzing.append(piece(i, quantile, on.tolist(), True))
             elif len(off):
-                others = rng.choice(off, size=min(len(on), len(off)), replace=False)
-                fuzzing.append(piece(i, quantile, others.tolist(), False))
+                elsewhere = rng.choice(off, size=min(len(on), len(off)), replace=False)
+                fuzzing.append(piece(i, quantile, elsewhere.tolist(), False))
 
     silent = np.flatnonzero(strength == 0)
     without = rng.choice(silent, size=min(len(detection), len(silent)), replace=False)
     detection += [piece(i, -1, (), False) for i in without]
     detection = [detection[i] for i in rng.permutation(len(detection))]
     fuzzing = [fuzzing[i] for i in rng.permutation(len(fuzzing))]
-    return Subject(latent, len(firing), shown, detection, fuzzing)
+    return Subject(latent, len(firing), explained, detection, fuzzing)
 
 
 def drawn_latents(n_fired: np.ndarray, n: int, seed: int) -> list[int]:
@@ -166,21 +167,21 @@ def firings(
     for batch in batches:
         for leg_id, latents in chosen.items():
             codes = batch.codes[leg_id]
-            wanted = torch.zeros(codes.n_latents, dtype=torch.bool, device=codes.columns.device)
-            wanted[list(latents)] = True
-            kept = wanted[codes.columns] & (codes.values > 0)
-            columns = codes.columns[kept].cpu().numpy()
-            values = codes.values[kept].float().cpu().numpy()
-            spots = batch.spots[codes.rows()[kept]].cpu().numpy()
+            is_chosen = torch.zeros(codes.n_latents, dtype=torch.bool, device=codes.columns.device)
+            is_chosen[list(latents)] = True
+            fires = is_chosen[codes.columns] & (codes.values > 0)
+            columns = codes.columns[fires].cpu().numpy()
+            values = codes.values[fires].float().cpu().numpy()
+            spots = batch.spots[codes.rows()[fires]].cpu().numpy()
             positions = spots + batch.first * sequences.shape[1]
             for latent in np.unique(columns).tolist():
-                mine = columns == latent
-                parts[leg_id, latent].append((positions[mine], values[mine]))
+                of_latent = columns == latent
+                parts[leg_id, latent].append((positions[of_latent], values[of_latent]))
 
     joined = {}
-    for key, found in parts.items():
-        positions = np.concatenate([part[0] for part in found])
-        values = np.concatenate([part[1] for part in found])
+    for key, latent_parts in parts.items():
+        positions = np.concatenate([part[0] for part in latent_parts])
+        values = np.concatenate([part[1] for part in latent_parts])
         joined[key] = (positions, values)
     return joined
 

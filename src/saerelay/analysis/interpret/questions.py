@@ -46,7 +46,7 @@ Answer with one JSON list and nothing else: for each text, in order, 1 if the ri
 def explain_request(text: TokenText, endpoint: Endpoint, subject: Subject) -> bytes:
     """The request for an explanation of a latent; `text` gives the text of a token."""
     lines = []
-    for number, piece in enumerate(subject.shown, start=1):
+    for number, piece in enumerate(subject.explained, start=1):
         lines.append(f"{number}. {marked_text(piece, text)}")
         activations = [[text(piece.tokens[i]), piece.levels[i]] for i in piece.marked]
         lines.append(f"   activations: {json.dumps(activations, ensure_ascii=False)}")

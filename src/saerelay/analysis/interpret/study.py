@@ -66,7 +66,7 @@ class Study:
     @property
     def explicable(self) -> list[Subject]:
         """The subjects that fire often enough to be explained."""
-        return [subject for subjects in self.subjects.values() for subject in subjects if subject.shown]
+        return [subject for subjects in self.subjects.values() for subject in subjects if subject.explained]
 
 
 def prepare(
@@ -170,8 +170,8 @@ def interpret(
 
     documents = []
     for leg_id in study.subjects:
-        mine = [latent for owner, latent in zip(owners, latents, strict=True) if owner == leg_id]
-        document = leg_document(study, asker, study.suite.leg(leg_id), mine)
+        leg_latents = [latent for owner, latent in zip(owners, latents, strict=True) if owner == leg_id]
+        document = leg_document(study, asker, study.suite.leg(leg_id), leg_latents)
         document.save(study.suite.directory.interpretation(leg_id))
         documents.append(document)
     return summarise(documents)
@@ -182,7 +182,7 @@ async def interpret_latent(study: Study, asker: Asker, subject: Subject) -> Inte
     answers: list[Answer] = []
     scores: dict[str, Any] = {}
     explanation = None
-    if subject.shown:
+    if subject.explained:
         answer = await asker.ask(explain_request(study.text, asker.endpoint, subject), read_explanation)
         answers.append(answer)
         explanation = answer.value
@@ -192,9 +192,9 @@ async def interpret_latent(study: Study, asker: Asker, subject: Subject) -> Inte
             requests = score_requests(study.text, asker.endpoint, subject, kind, explanation)
             readers = [partial(read_marks, n=len(question)) for question in questions]
             pairs = zip(requests, readers, strict=True)
-            given = await gather(*(asker.ask(request, reader) for request, reader in pairs))
-            scores |= score(kind, questions, [answer.value for answer in given])
-            answers += given
+            score_answers = await gather(*(asker.ask(request, reader) for request, reader in pairs))
+            scores |= score(kind, questions, [answer.value for answer in score_answers])
+            answers += score_answers
     return InterpretedLatent(
         latent=subject.latent,
         n_pieces=subject.n_pieces,
@@ -229,20 +229,22 @@ def score(kind: Kind, questions: list[list[Piece]], answers: list[list[bool] | N
     The score of a quantile is that of its pieces where the truth is yes, beside all pieces where it is no.
     """
     answered: list[tuple[Piece, bool]] = []
-    for pieces, given in zip(questions, answers, strict=True):
-        if given is not None:
-            answered += zip(pieces, given, strict=True)
-    false_alarms = sum(said for piece, said in answered if not piece.truth)
-    rejections = sum(not said for piece, said in answered if not piece.truth)
+    for pieces, marks in zip(questions, answers, strict=True):
+        if marks is not None:
+            answered += zip(pieces, marks, strict=True)
+    false_alarms = sum(mark for piece, mark in answered if not piece.truth)
+    rejections = sum(not mark for piece, mark in answered if not piece.truth)
 
     by_quantile = []
     hits = 0
     misses = 0
     for quantile in range(QUANTILES):
-        mine = [said for piece, said in answered if piece.truth and piece.quantile == quantile]
-        hits += sum(mine)
-        misses += len(mine) - sum(mine)
-        by_quantile.append(balanced_accuracy(sum(mine), len(mine) - sum(mine), false_alarms, rejections))
+        marks = [mark for piece, mark in answered if piece.truth and piece.quantile == quantile]
+        quantile_hits = sum(marks)
+        quantile_misses = len(marks) - quantile_hits
+        by_quantile.append(balanced_accuracy(quantile_hits, quantile_misses, false_alarms, rejections))
+        hits += quantile_hits
+        misses += quantile_misses
     return {
         kind: balanced_accuracy(hits, misses, false_alarms, rejections),
         f"{kind}_by_quantile": by_quantile,

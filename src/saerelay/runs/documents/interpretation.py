@@ -208,14 +208,14 @@ def summarise(documents: Sequence[Interpretation]) -> InterpretationSummary:
     by_layer = sorted(documents, key=lambda document: (document.layer, document.leg))
     origins = []
     for origin in get_args(Origin):
-        mine = [document for document in by_layer if document.origin == origin]
-        latents = [latent for document in mine for latent in document.latents]
-        if mine:
+        of_origin = [document for document in by_layer if document.origin == origin]
+        latents = [latent for document in of_origin for latent in document.latents]
+        if of_origin:
             origins.append(
                 OriginScores(
                     origin=origin,
-                    n_legs=len(mine),
-                    n_explained=sum(document.n_explained for document in mine),
+                    n_legs=len(of_origin),
+                    n_explained=sum(document.n_explained for document in of_origin),
                     detection=MeanScore.over(latent.detection for latent in latents),
                     fuzzing=MeanScore.over(latent.fuzzing for latent in latents),
                 )

@@ -33,11 +33,11 @@ def lineage_figure(
     height = 0.6 + 0.17 * max(3, len(links))
     with page(theme, facts_of(summary, lineage.n_tokens), title, small, height) as figure:
         axis = figure.subplots()
-        left = [0.0] * len(links)
+        lefts = [0.0] * len(links)
         for letter, colour in _COLOURS[theme].items():
             shares = [_percent(link, letter) for link in links]
-            axis.barh(range(len(links)), shares, left=left, color=colour, height=0.75, label=FATES[letter])
-            left = [before + share for before, share in zip(left, shares, strict=True)]
+            axis.barh(range(len(links)), shares, left=lefts, color=colour, height=0.75, label=FATES[letter])
+            lefts = [before + share for before, share in zip(lefts, shares, strict=True)]
         names = [link.target if kind == "control" else _layers(link) for link in links]
         axis.set_yticks(range(len(links)), names)
         axis.invert_yaxis()

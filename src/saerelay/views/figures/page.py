@@ -219,14 +219,14 @@ def draw_points(axis: "Axes", theme: Theme, points: Iterable[Point], labels: dic
     """Markers with error bars, kind by kind; `labels` by kind, if not those of `KINDS`."""
     drawn = list(points)
     for kind, style in KINDS.items():
-        mine = [point for point in drawn if point.kind == kind]
-        if not mine:
+        of_kind = [point for point in drawn if point.kind == kind]
+        if not of_kind:
             continue
-        errors = [math.nan if point.error is None else point.error for point in mine]
+        errors = [math.nan if point.error is None else point.error for point in of_kind]
         has_errors = any(math.isfinite(error) for error in errors)
         axis.errorbar(
-            [point.x for point in mine],
-            [point.y for point in mine],
+            [point.x for point in of_kind],
+            [point.y for point in of_kind],
             yerr=errors if has_errors else None,
             fmt=style.marker,
             color=COLOURS[theme][kind],

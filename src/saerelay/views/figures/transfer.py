@@ -44,10 +44,10 @@ def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme
     with page(theme, facts, "Feature transferability by layer", small, 2.3) as figure:
         axis = figure.subplots()
         for kind in ("below", "above"):
-            mine = [row for row in rows if _direction(row) == kind]
-            if mine:
-                heights = [100 * (row.transferability or 0) for row in mine]
-                bars = [x[row.leg] for row in mine]
+            from_side = [row for row in rows if _direction(row) == kind]
+            if from_side:
+                heights = [100 * (row.transferability or 0) for row in from_side]
+                bars = [x[row.leg] for row in from_side]
                 axis.bar(bars, heights, width=width, color=COLOURS[theme][kind], label=KINDS[kind].label)
         for mean, direction, dashes in ((30.3, "forward", (4, 2)), (28.8, "backward", (1, 1.5))):
             label = f"paper, {direction}: {mean} %"
@@ -78,11 +78,11 @@ def transfer_score_figure(
         axis = figure.subplots()
         for kind, trained_on in SCRATCH_KINDS.items():
             for direction in ("below", "above"):
-                mine = [row for row in rows if row.scratch_kind == kind and _direction(row) == direction]
-                if mine:
+                series = [row for row in rows if row.scratch_kind == kind and _direction(row) == direction]
+                if series:
                     axis.plot(
-                        [x[f"{row.leg} {row.scratch}"] for row in mine],
-                        [getattr(row, metric) for row in mine],
+                        [x[f"{row.leg} {row.scratch}"] for row in series],
+                        [getattr(row, metric) for row in series],
                         KINDS[direction].marker,
                         markersize=4.5,
                         color=COLOURS[theme][kind],

@@ -38,13 +38,15 @@ def page_data(
     def number_of(token: int) -> int:
         return numbers.setdefault(text(token), len(numbers))
 
-    shown = []
+    rows = []
     for item in items:
-        known = features[item.leg]
-        strongest = float(known.max_activation[item.latent])
-        examples = [_example(e, strongest, test[e.sequence], number_of) for e in known.examples(item.latent)]
-        shown.append({"examples": examples, **_logits(known, item.latent, number_of)})
-    return {"texts": list(numbers), "items": shown}
+        leg_features = features[item.leg]
+        strongest = float(leg_features.max_activation[item.latent])
+        examples = []
+        for example in leg_features.examples(item.latent):
+            examples.append(_example(example, strongest, test[example.sequence], number_of))
+        rows.append({"examples": examples, **_logits(leg_features, item.latent, number_of)})
+    return {"texts": list(numbers), "items": rows}
 
 
 def _example(example: Example, strongest: float, row: np.ndarray, number_of: Callable[[int], int]) -> dict[str, Any]:
@@ -67,12 +69,12 @@ def _logits(features: Features, latent: int, number_of: Callable[[int], int]) ->
         return {}
     values = {side: tensors[f"{side}_logits_values"][latent].float() for side in ("top", "bottom")}
     largest = max(float(effects.abs().max()) for effects in values.values()) or 1.0
-    shown = {}
+    sides = {}
     for side, effects in values.items():
         tokens = [number_of(token) for token in tensors[f"{side}_logits"][latent].tolist()]
         pairs = zip(tokens, effects.tolist(), strict=True)
-        shown[side] = [[token, round(effect / largest, 2)] for token, effect in pairs]
-    return shown
+        sides[side] = [[token, round(effect / largest, 2)] for token, effect in pairs]
+    return sides
 
 
 def page_name(seed: int, data: Mapping[str, Any]) -> str:
@@ -84,8 +86,8 @@ def page_html(model: str, page: str, data: Mapping[str, Any]) -> str:
     """The page, whole: styles, scripts and data are in it; its content policy allows these and no request."""
     report = files("saerelay.views.report")
     judge = files("saerelay.views.judge")
-    style = "".join(place.read_text(encoding="utf-8") for place in (report / "style.css", judge / "judge.css"))
-    script = "".join(place.read_text(encoding="utf-8") for place in (report / "core.js", judge / "judge.js"))
+    style = "".join(path.read_text(encoding="utf-8") for path in (report / "style.css", judge / "judge.css"))
+    script = "".join(path.read_text(encoding="utf-8") for path in (report / "core.js", judge / "judge.js"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((judge / "page.html").read_text(encoding="utf-8"))
     content = {"page": page, "levels": LEVELS, **data}

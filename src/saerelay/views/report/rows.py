@@ -17,6 +17,7 @@ class Tile:
 
     name: str
     what: str
+    """What is counted, such as "wall-clock"."""
     ratio: str
     less: bool
     """Whether the suite is the cheaper one."""
@@ -33,24 +34,24 @@ def tiles(summary: Summary) -> list[Tile]:
     root_tokens = max((leg.tokens for leg in summary.legs if not leg.parent), default=0)
     n_sites = len({(leg.layer, leg.module) for leg in summary.final_legs})
 
-    shown = []
+    tiles = []
     if is_number(cost.seconds) and is_number(cost.seconds_all_from_scratch_estimate):
         seconds = cost.seconds + (survey.seconds if survey else 0.0)
         theirs = cost.seconds_all_from_scratch_estimate
-        shown.append(_tile("Time", "wall-clock", seconds, theirs, write=duration))
+        tiles.append(_tile("Time", "wall-clock", seconds, theirs, write=duration))
     operations = cost.flops + (survey.flops if survey else 0.0)
-    shown.append(_tile("Compute", "operations executed", operations, cost.flops_all_from_scratch, write=flops))
+    tiles.append(_tile("Compute", "operations executed", operations, cost.flops_all_from_scratch, write=flops))
     samples = cost.sae_samples + (survey.sae_samples if survey else 0)
     if root_tokens:
-        what = "activations seen by SAEs"
-        shown.append(_tile("Samples", what, samples, n_sites * root_tokens, write=format_count))
-    return shown
+        counted = "activations seen by SAEs"
+        tiles.append(_tile("Samples", counted, samples, n_sites * root_tokens, write=format_count))
+    return tiles
 
 
-def _tile(name: str, what: str, ours: float, theirs: float, *, write: Callable[..., str]) -> Tile:
+def _tile(name: str, counted: str, ours: float, theirs: float, *, write: Callable[..., str]) -> Tile:
     return Tile(
         name=name,
-        what=what,
+        what=counted,
         ratio=f"{max(theirs / ours, ours / theirs):.1f}",
         less=theirs >= ours,
         ours=write(ours),
@@ -111,11 +112,11 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
                 leg=leg,
                 tokens=format_count(leg.tokens),
                 ratio=fvu_ratio(leg, full),
-                fvu_marks=[_mark(one, one.fvu, None, fvu_scale) for one in (leg, *controls) if is_number(one.fvu)],
+                fvu_marks=[_mark(row, row.fvu, None, fvu_scale) for row in (leg, *controls) if is_number(row.fvu)],
                 delta_ce_marks=[
-                    _mark(one, one.delta_ce, one.delta_ce_se, delta_ce_scale)
-                    for one in (leg, *controls)
-                    if is_number(one.delta_ce)
+                    _mark(row, row.delta_ce, row.delta_ce_se, delta_ce_scale)
+                    for row in (leg, *controls)
+                    if is_number(row.delta_ce)
                 ],
                 controls=[ControlRow(control, format_count(control.tokens)) for control in controls],
             )

@@ -19,10 +19,10 @@ def circuit_tables(document: Circuits) -> list[Text | Table]:
     completeness = _table("completeness: 0 is best", ("leg", "∅"), asked.k)
     for row in document.legs:
         empty = f"{sum(row.m_empty) / len(row.m_empty):.2f}"
-        kept = [with_error(circuit.faithfulness, circuit.faithfulness_se, 2) for circuit in row.circuits]
-        ablated = [with_error(circuit.completeness, circuit.completeness_se, 2) for circuit in row.circuits]
-        faithfulness.add_row(row.leg, empty, *kept)
-        completeness.add_row(row.leg, empty, *ablated)
+        with_circuit = [with_error(circuit.faithfulness, circuit.faithfulness_se, 2) for circuit in row.circuits]
+        without_circuit = [with_error(circuit.completeness, circuit.completeness_se, 2) for circuit in row.circuits]
+        faithfulness.add_row(row.leg, empty, *with_circuit)
+        completeness.add_row(row.leg, empty, *without_circuit)
 
     differences = _table("faithfulness: transferred − from scratch", ("leg", "scratch"), asked.k)
     pairs: dict[tuple[str, str], list[str]] = {}

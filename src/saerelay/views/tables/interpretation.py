@@ -11,10 +11,10 @@ from saerelay.views.text import visible, with_error
 
 def estimate_text(expected: Estimate, asked: AskedModel, prices: tuple[float, float]) -> Text:
     """What an interpretation will take, before it is started."""
-    known = f" ({expected.n_known:,} are answered already)" if expected.n_known else ""
+    on_file = f" ({expected.n_known:,} are answered already)" if expected.n_known else ""
     most = "no bound on" if expected.tokens_out < 0 else f"at most {expected.tokens_out:,}"
     lines = [
-        f"{expected.n_latents:,} latents, {expected.n_requests:,} requests: {asked.model} at {asked.endpoint}{known}",
+        f"{expected.n_latents:,} latents, {expected.n_requests:,} requests: {asked.model} at {asked.endpoint}{on_file}",
         f"about {expected.tokens_in:,} tokens in (one for every three bytes), {most} tokens out, not counting retries",
     ]
     if any(prices):
