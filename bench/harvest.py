@@ -25,7 +25,7 @@ from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 
 PYTHIA_160M = {"vocab_size": 50304, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -78,13 +78,13 @@ def overhead(times: dict[str, list[tuple[float, float]]], clock: int) -> float:
     return round(100 * (statistics.median(ratios) - 1), 2)
 
 
-def measure(run: Run, layers: list[int], repeats: int) -> dict[str, Any]:
+def measure(run: Recipe, layers: list[int], repeats: int) -> dict[str, Any]:
     """One model, some layers: a block live, from the cache, and the bare forward."""
-    run = run.model_copy(update={"sites": run.sites.model_copy(update={"layers": layers})})
+    run = run.changed(sites=run.sites.changed(layers=layers))
     plan = compile_plan(run, read_facts(run.model))
     sites = [Site(layer) for layer in layers]
     shape = (2 * plan.block_tokens // run.data.context, run.data.context)
-    sequences = np.random.default_rng(0).integers(1, plan.facts.vocab_size, size=shape, dtype=np.uint16)
+    sequences = np.random.default_rng(0).integers(1, plan.facts.tokens.vocab_size, size=shape, dtype=np.uint16)
     live = LiveStream(LanguageModel.load(run.model), sequences, plan)
     bare(live, 0, layers[-1])
     peaks = {"bare": peak(lambda: bare(live, 0, layers[-1])), "block": peak(lambda: live.block(0, sites))}
@@ -93,8 +93,8 @@ def measure(run: Run, layers: list[int], repeats: int) -> dict[str, Any]:
         "block": lambda: live.block(0, sites),
     }
     with tempfile.TemporaryDirectory() as folder:
-        with_cache = run.model_copy(update={"data": run.data.model_copy(update={"cache": folder})})
-        cached_plan = plan.model_copy(update={"run": with_cache})
+        with_cache = run.changed(data=run.data.changed(cache=folder))
+        cached_plan = plan.changed(run=with_cache)
         cached = LiveStream(live.model, sequences, cached_plan, ActivationCache(cached_plan))
         first, _ = seconds(lambda: cached.block(0, sites))
         calls["cache"] = lambda: cached.block(0, sites)
@@ -133,7 +133,7 @@ def main() -> None:
                 path = f"{folder}/{name}"
                 GPTNeoXForCausalLM(GPTNeoXConfig(**PYTHIA_160M)).save_pretrained(path)
             sections = {"model": {"name": path, "dtype": args.dtype}, "data": {"block_tokens": args.tokens}}
-            run = Run.parse(sections, source="bench")
+            run = Recipe.parse(sections, source="bench")
             n_layers = read_facts(run.model).n_layers
             for layers in ([n_layers - 1], list(range(n_layers))):
                 print(json.dumps(measure(run, layers, args.repeats)), flush=True)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from saerelay.interop import read_any, write_dictionary
 from saerelay.interop.origin import Origin
-from saerelay.sae.dictionary import Dictionary, LayerNormed
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 # nnsight reads language models for dictionary_learning, and breaks torch.compile for whoever imports it.

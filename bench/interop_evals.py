@@ -54,8 +54,8 @@ def compare_evals(directory: Path | None) -> list[dict[str, Any]]:
 def compare_suite(suite: Suite) -> list[dict[str, Any]]:
     """A row for each leg."""
     plan = suite.plan
-    test = held_out(plan, Corpus.open(suite.directory.tokens).test, plan.run.evaluate.tokens)
-    sequences = test[(test == plan.facts.bos_token_id).sum(axis=1) == 1]
+    test = held_out(plan, Corpus.open(suite.directory.tokens).test, plan.recipe.evaluate.tokens)
+    sequences = test[(test == plan.facts.tokens.bos_token_id).sum(axis=1) == 1]
     sequences = sequences[: len(sequences) // BATCH * BATCH]
     dictionaries = {leg.id: (leg.site, suite[leg.id]) for leg in suite.legs}
     ours = measure(plan, load_model(plan), sequences, dictionaries, ce=True)
@@ -65,8 +65,8 @@ def compare_suite(suite: Suite) -> list[dict[str, Any]]:
     rows = []
     for leg in suite.legs:
         origin = Origin(
-            model=plan.facts.name, site=leg.site, module_path=paths[leg.site], context=plan.run.data.context,
-            prepend_bos=plan.run.data.prepend_bos,
+            model=plan.facts.name, site=leg.site, module_path=paths[leg.site], context=plan.recipe.data.context,
+            prepend_bos=plan.recipe.data.prepend_bos,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             write_dictionary(Path(scratch), suite[leg.id], origin, "saelens")
@@ -101,7 +101,7 @@ def saelens_metrics(directory: Path, plan: Plan, sequences: Any) -> dict[str, fl
         batch_size_prompts=BATCH, n_eval_reconstruction_batches=n_batches, n_eval_sparsity_variance_batches=n_batches,
         compute_ce_loss=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
     )  # fmt: skip
-    bos = [plan.facts.bos_token_id]
+    bos = [plan.facts.tokens.bos_token_id]
     metrics, _ = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=bos)
     found = {name: value for group in metrics.values() for name, value in group.items()}
     if find_spec("sae_bench"):

@@ -26,7 +26,8 @@ from torch import Tensor
 from saerelay.planning.plan import Leg
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture, DictionarySpec
+from saerelay.sae.architectures import Architecture
+from saerelay.sae.spec import DictionarySpec
 from saerelay.training.engine import Trainee
 
 Inference = Callable[[Tensor], tuple[Tensor, Tensor]]

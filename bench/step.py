@@ -44,7 +44,7 @@ from rich.table import Table
 from torch import Tensor
 
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture
+from saerelay.sae.architectures import Architecture
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,9 @@ def rows_of(name: str, n_train: int, n_test: int, device: str) -> Rows:
     if name == "small":
         from sweep import harvest
 
-        from saerelay.planning.recipe import Run
+        from saerelay.planning.recipe import Recipe
 
-        train, test = harvest(Run(), [4], n_train, n_test)[4]
+        train, test = harvest(Recipe(), [4], n_train, n_test)[4]
         return Rows(train[:n_train].to(device), test.to(device))
     data = Synthetic.of(shape, device)
     train = torch.cat([data.rows(min(8192, n_train - i), 10 + i) for i in range(0, n_train, 8192)])

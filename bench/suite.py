@@ -115,7 +115,7 @@ def prepare(job: Job) -> dict:
     from saerelay.data.corpus import prepare
     from saerelay.lm.facts import read_facts
     from saerelay.lm.tokens import load_tokenizer
-    from saerelay.planning.recipe import ModelSpec, Run
+    from saerelay.planning.recipe import ModelSpec, Recipe
 
     demo = Path(saerelay.__file__).parent / "demo"
     if job.model == "demo":
@@ -128,7 +128,7 @@ def prepare(job: Job) -> dict:
         torch.manual_seed(0)
         GPTNeoXForCausalLM(GPTNeoXConfig(**PYTHIA_160M)).save_pretrained(job.directory)
         shutil.copy(demo / "tokenizer.json", job.directory)  # SAELens loads one, and has no use for it here
-    run, spec = Run.parse({"data": {"context": CONTEXT}}, source="bench"), ModelSpec()
+    run, spec = Recipe.parse({"data": {"context": CONTEXT}}, source="bench"), ModelSpec()
     wanted = {"train_sequences": (job.tokens + SPARE_TOKENS) // CONTEXT, "eval_sequences": TEST_TOKENS // CONTEXT}
     corpus = prepare(run, read_facts(spec), load_tokenizer(spec), Path(job.folder) / "tokens", **wanted)
     return {"train_tokens": corpus.train.size, "source": corpus.facts.source}
@@ -143,13 +143,14 @@ def sequences(job: Job, split: str) -> Any:
 
 def ours(job: Job, dtype: str = "auto") -> dict:
     """`train_plan`, as `saerelay train` calls it."""
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.runs.dictionaries import read_dictionary
     from saerelay.runs.directory import RunDirectory
     from saerelay.runs.documents.training import RunCost
     from saerelay.training.trackers import Several
     from saerelay.training.train import train_plan
-    from saerelay.workflows.launch import open_stream, plan_run
+    from saerelay.workflows.activations import open_stream
+    from saerelay.workflows.settle import plan_run
 
     recipe = {
         "model": {"name": job.directory, "dtype": dtype, "device": "cpu"},
@@ -159,7 +160,7 @@ def ours(job: Job, dtype: str = "auto") -> dict:
         "plan": {"preset": "scratch", "root_tokens": job.tokens},
         "train": {"batch_tokens": job.batch, "lr": job.our_lr or "auto"},
     }
-    plan = plan_run(Run.parse(recipe, source="bench"))
+    plan = plan_run(Recipe.parse(recipe, source="bench"))
     stream = open_stream(plan, sequences(job, "train")[: plan.n_tokens // CONTEXT])
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         paths = RunDirectory(Path(folder))

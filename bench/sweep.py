@@ -20,18 +20,20 @@ from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Leg
-from saerelay.planning.recipe import Run, TrainSpec
+from saerelay.planning.recipe import Recipe, TrainSpec
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import DictionarySpec
-from saerelay.sae.transfer import fold, map_between, refit
+from saerelay.sae.transfer import fold
+from saerelay.sae.maps import map_between
+from saerelay.sae.refit import refit
 from saerelay.site import Site
 from saerelay.training.engine import Trainee
-from saerelay.workflows.launch import plan_run
+from saerelay.workflows.settle import plan_run
 
 
-def harvest(run: Run, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def harvest(run: Recipe, layers: list[int], n_train: int, n_test: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Shuffled training rows and test rows of each layer."""
-    run = run.model_copy(update={"sites": run.sites.model_copy(update={"layers": layers})})
+    run = run.changed(sites=run.sites.changed(layers=layers))
     plan = plan_run(run)
     sites = [Site(layer, run.sites.module) for layer in layers]
     model = LanguageModel.load(run.model)
@@ -106,7 +108,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, nargs="+", default=[0.3])
     parser.add_argument("--eval-tokens", type=int, default=65_536)
     args = parser.parse_args()
-    run = Run.from_toml(args.recipe) if args.recipe else Run()
+    run = Recipe.from_toml(args.recipe) if args.recipe else Recipe()
     layers = sorted({args.layer} | ({args.source} if args.source is not None else set()))
     n_rows = max([*args.tokens, args.source_tokens if args.source is not None else 0])
     rows = harvest(run, layers, n_rows, args.eval_tokens)

@@ -48,14 +48,17 @@ from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.plan import Plan
 from saerelay.planning.presets import hub_of
-from saerelay.planning.recipe import DataSpec, EvaluateSpec, LegSpec, ModelSpec, PlanSpec, Preset, Run
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, Preset, Recipe
+from saerelay.planning.leg_spec import LegSpec
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.spec import format_count
 from saerelay.training.engine import Trainee
 from saerelay.workflows.demo import DEMO
-from saerelay.workflows.launch import open_stream, plan_run, train_run
+from saerelay.workflows.activations import open_stream
+from saerelay.workflows.settle import plan_run
+from saerelay.workflows.launch import train_run
 
 BLOCK = 50_176
 """Tokens shuffled together in every run: 98 batches. A map is fitted on two blocks, a refit made on one."""
@@ -66,7 +69,7 @@ class Study:
     """One model: its recipe, and the budgets in tokens."""
 
     name: str
-    run: Run
+    run: Recipe
     n_layers: int
     scratch: Sequence[int]
     hops: Sequence[int]
@@ -99,7 +102,7 @@ class Job:
     """A run to do in <out>/<model>/<name>."""
 
     name: str
-    run: Run
+    run: Recipe
     unique_tokens: int = 0
     """Size of its corpus; 0 takes all."""
     do: "Callable[[Job, Path], None] | None" = None
@@ -133,24 +136,17 @@ def open_study(model: str, text: Path | None, out: Path, scale: float) -> Study:
             directory = str(Path(package.submodule_search_locations[0]) / "model")
         if text is None:
             raise SystemExit("--text DIR: which text should the model read?")
-        run = DEMO.model_copy(
-            update={
-                "model": ModelSpec(name=directory),
-                "data": DataSpec(text=[str(split_articles(text, out / "text"))], epochs=12),
-                "dictionary": DictionarySpec(expansion=8, k=32),
-                "evaluate": EvaluateSpec(tokens=25_000),
-            }
-        )
+        run = DEMO.changed(model=ModelSpec(name=directory), data=DataSpec(text=[str(split_articles(text, out / "text"))], epochs=12), dictionary=DictionarySpec(expansion=8, k=32), evaluate=EvaluateSpec(tokens=25_000))
         scratch, hops = (62_000, 125_000, 250_000, 500_000, 1_000_000), (50_000, 100_000, 200_000, 400_000)
         study = Study(Path(model).name, run, 0, scratch, hops, (50_000, 100_000), 200_000, 3e-3)
-    data = study.run.data.model_copy(update={"cache": str(out / "activations"), "epochs": 12})
+    data = study.run.data.changed(cache=str(out / "activations"), epochs=12)
     plan = PlanSpec(preset="scratch", moment_tokens=2 * BLOCK, refit_tokens=BLOCK)
     study = replace(study, scale=scale, n_layers=read_facts(study.run.model).n_layers)
-    plan = plan.model_copy(update={"moment_tokens": 2 * study.block, "refit_tokens": study.block})
-    plan = plan.model_copy(update={"root_tokens": study.scaled(study.full)})
-    data = data.model_copy(update={"block_tokens": study.block})
+    plan = plan.changed(moment_tokens=2 * study.block, refit_tokens=study.block)
+    plan = plan.changed(root_tokens=study.scaled(study.full))
+    data = data.changed(block_tokens=study.block)
     tokens = EvaluateSpec(tokens=max(4096, round(study.run.evaluate.tokens * scale)))
-    return replace(study, run=study.run.model_copy(update={"data": data, "plan": plan, "evaluate": tokens}))
+    return replace(study, run=study.run.changed(data=data, plan=plan, evaluate=tokens))
 
 
 def split_articles(text: Path, out: Path) -> Path:
@@ -174,10 +170,10 @@ def split_articles(text: Path, out: Path) -> Path:
 # --- the jobs ---------------------------------------------------------------------------------------------------
 
 
-def with_legs(study: Study, seed: int, legs: Sequence[LegSpec]) -> Run:
+def with_legs(study: Study, seed: int, legs: Sequence[LegSpec]) -> Recipe:
     """The study's recipe with an explicit plan."""
-    train = study.run.train.model_copy(update={"seed": seed})
-    return study.run.model_copy(update={"plan": study.run.plan.model_copy(update={"legs": list(legs)}), "train": train})
+    train = study.run.train.changed(seed=seed)
+    return study.run.changed(plan=study.run.plan.changed(legs=list(legs)), train=train)
 
 
 def all_jobs(study: Study, out: Path, seeds: int) -> list[Job]:
@@ -307,9 +303,9 @@ def suites(study: Study) -> list[Job]:
         "chain": {"preset": "backward", "roots": [hub_of(range(study.n_layers))], "transfer_tokens": usual},
         "auto": {"preset": "auto"},
     }
-    data = study.run.data.model_copy(update={"cache": ""})
+    data = study.run.data.changed(cache="")
     return [
-        Job(f"suite-{name}", study.run.model_copy(update={"plan": study.run.plan.model_copy(update=p), "data": data}))
+        Job(f"suite-{name}", study.run.changed(plan=study.run.plan.changed(**p), data=data))
         for name, p in wanted.items()
         if p["preset"] in get_args(Preset)
     ]
@@ -359,10 +355,10 @@ def settle(job: Job, corpus: Path, out: Path) -> None:
     shutil.copytree(corpus, paths.tokens)
     if job.unique_tokens:
         shared = Corpus.open(corpus)
-        n = job.unique_tokens // plan.run.data.context
+        n = job.unique_tokens // plan.recipe.data.context
         chosen = np.random.default_rng(0).permutation(len(shared.train))[:n]
         np.save(paths.tokens / "train.npy", shared.train[chosen])
-        facts = shared.facts.model_copy(update={"train_sequences": n})
+        facts = shared.facts.changed(train_sequences=n)
         facts.save(paths.tokens / "corpus.json")
     plan.save(paths.plan)
 
@@ -426,7 +422,7 @@ def train_groups(job: Job, out: Path) -> None:
         for m, (d, _) in trained.items()
         for layer in m
     }
-    n = math.ceil(plan.run.evaluate.tokens / plan.run.data.context)
+    n = math.ceil(plan.recipe.evaluate.tokens / plan.recipe.data.context)
     metrics = measure(plan, load_model(plan), corpus.test[:n], dictionaries, ce=wants_ce(plan))
     quality = {key: measured.model_dump(mode="json") for key, measured in metrics.items()}
     summary = {
@@ -472,7 +468,7 @@ def train_group(
             batch = block.batch(index)
             if trainee is None:
                 first = mixed([block.rows(site) for site in sites], scale, generator)
-                trainee = Trainee(spec, plan.run.train, first)
+                trainee = Trainee(spec, plan.recipe.train, first)
             if not trainee.done:
                 trainee.step(mixed([batch[site] for site in sites], scale, generator))
     assert trainee
@@ -512,7 +508,7 @@ def main() -> None:
     study = open_study(args.model, args.text, out, args.scale)
     if args.eval_tokens:
         evaluate = EvaluateSpec(tokens=args.eval_tokens)
-        study = replace(study, run=study.run.model_copy(update={"evaluate": evaluate}))
+        study = replace(study, run=study.run.changed(evaluate=evaluate))
     jobs = suites(study) if args.command == "suites" else all_jobs(study, out, args.seeds)
     jobs = [job for job in jobs if job.name.startswith(args.only)]
     for job in jobs if args.list else ():

@@ -18,7 +18,7 @@ from saerelay.files import write_text
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.across_layers import Matrix, MatrixCell, MatrixQuestion
 from saerelay.runs.documents.circuits import Circuit, CircuitLeg, CircuitQuestion, Circuits
@@ -74,7 +74,7 @@ def fake_run(root: Path) -> Suite:
         "data": {"context": CONTEXT},
         "train": {"batch_tokens": 96},
     }
-    plan = compile_plan(Run.parse(sections, source="test"), FACTS)
+    plan = compile_plan(Recipe.parse(sections, source="test"), FACTS)
     paths, rng = RunDirectory(root), np.random.default_rng(0)
     plan.save(paths.plan)
     test = fake_tokens(paths, rng)
@@ -227,7 +227,7 @@ def fake_interpretations(suite: Suite) -> None:
             leg=leg.id, layer=leg.layer, module=leg.module, origin=suite.origin(leg), parent=leg.parent or None,
             model="fake", asked=AskedModel(model="<b>asked</b>", endpoint="http://localhost", body={}), seed=0,
             n_tokens=192, piece_tokens=24, n_latents=3, n_explained=2, n_rare=0, n_failed=1, n_failed_questions=0,
-            detection=score, fuzzing=score.model_copy(update={"standard_error": None}),
+            detection=score, fuzzing=score.changed(standard_error=None),
             cost=AnswerCost(n_questions=9, tokens_in=27, tokens_out=27, usd=None), latents=latents,
         ).save(suite.directory.interpretation(leg.id))  # fmt: skip
 

@@ -16,7 +16,8 @@ from saerelay.interop.origin import Origin
 from saerelay.interop.own import as_info
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.recipe import ModelSpec
-from saerelay.sae.dictionary import Dictionary, LayerNormed
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import MODULE_KINDS, Site
 
 BOS, F = 1, 40

@@ -9,24 +9,11 @@ from typing import Any
 import pytest
 
 from saerelay.errors import PlanError, RecipeError
-from saerelay.planning.choose import (
-    DECLINE,
-    DOUBT,
-    GAP_GROWTH,
-    HALF_PER_LATENT,
-    Charges,
-    Choice,
-    Curves,
-    cheapest,
-    choose,
-    fit_curves,
-    spent,
-    with_legs,
-    written_out,
-)
+from saerelay.planning.curves import DECLINE, GAP_GROWTH, HALF_PER_LATENT, Curves, fit_curves
+from saerelay.planning.choose import DOUBT, Charges, Choice, cheapest, choose, spent, with_legs, written_out
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay, survey_plan
 
 LAYERS, HUB, SHORT, LONG, LATENTS = range(6), 3, 4096, 16384, 64
@@ -77,14 +64,14 @@ def surveyed(c: Curves, **plan: Any) -> Survey:
     )  # fmt: skip
 
 
-def recipe(**plan: Any) -> Run:
+def recipe(**plan: Any) -> Recipe:
     sections = {
         "data": {"context": 16},
         "dictionary": {"n_latents": 64, "k": 4},
         "plan": {"preset": "auto", "root_tokens": 131_072, "moment_tokens": 1024} | plan,
         "train": {"batch_tokens": 64},
     }
-    return Run.parse(sections, source="test")
+    return Recipe.parse(sections, source="test")
 
 
 def test_the_laws_are_recovered_from_what_they_give() -> None:
@@ -227,6 +214,6 @@ def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
         "long-L0": 16_384,
         "long-L5": 16_384,
     }
-    assert all(leg.snapshots == [before_decay(leg, plan.run)] for leg in plan.legs)
-    assert plan.run.plan.preset != "auto"
+    assert all(leg.snapshots == [before_decay(leg, plan.recipe)] for leg in plan.legs)
+    assert plan.recipe.plan.preset != "auto"
     assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}

@@ -12,7 +12,7 @@ from transfer_tables import LEG, budget_for, mean_interval, pareto_table, read_s
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Density, Evaluation, EvaluationMetrics, EvaluationQuestion, Summary
 
@@ -90,21 +90,13 @@ def finish(out: Path, job: str, legs: list[tuple[str, int, int, float]]) -> None
     for leg_id, tokens, moments, fvu in legs:
         found = LEG.fullmatch(leg_id)
         assert found
-        row = leg(leg_id, "root", int(found["layer"]), None).model_copy(
-            update={
-                "tokens": tokens,
-                "moment_tokens": moments,
-                "refit_tokens": moments // 2,
-                "fvu": fvu,
-                "delta_ce": fvu,
-            }
-        )
+        row = leg(leg_id, "root", int(found["layer"]), None).changed(tokens=tokens, moment_tokens=moments, refit_tokens=moments // 2, fvu=fvu, delta_ce=fvu)
         rows.append(row)
         deltas = rng.normal(fvu, 0.01, 8).tolist()
         evaluation(leg_id, deltas).save(RunDirectory(out / job).evaluation(leg_id))
-    cost = COST.model_copy(update={"lm_tokens_unique": 100_352})
+    cost = COST.changed(lm_tokens_unique=100_352)
     Summary(model="m", revision="", data="", legs=rows, cost=cost).save(out / job / "summary.json")
-    recipe = Run.parse({"model": {"name": "m"}, "dictionary": {"n_latents": 64}, "plan": {"preset": "scratch"}})
+    recipe = Recipe.parse({"model": {"name": "m"}, "dictionary": {"n_latents": 64}, "plan": {"preset": "scratch"}})
     compile_plan(recipe, FACTS).save(out / job / "plan.json")
 
 

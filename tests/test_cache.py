@@ -20,7 +20,7 @@ from saerelay.errors import DataError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 from saerelay.views.tables.plan import plan_facts
 from saerelay.workflows import launch
@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return root
 
 
-def recipe(place: Path, cache: Path | str, dtype: str = "float32", seed: int = 0, **plan: Any) -> Run:
+def recipe(place: Path, cache: Path | str, dtype: str = "float32", seed: int = 0, **plan: Any) -> Recipe:
     sections = {
         "model": {"name": str(place / "model"), "dtype": dtype, "device": "cpu"},
         "data": {"tokens": str(place / "tokens.npy"), "context": 16, "block_tokens": 1024, "prepend_bos": False},
@@ -49,7 +49,7 @@ def recipe(place: Path, cache: Path | str, dtype: str = "float32", seed: int = 0
         "evaluate": {"tokens": 256},
     }
     sections["data"] |= {"epochs": 3, "cache": str(cache)}
-    return Run.parse(sections, source="test")
+    return Recipe.parse(sections, source="test")
 
 
 def weights(suite: sr.Suite) -> dict[tuple[str, str], torch.Tensor]:
@@ -165,7 +165,7 @@ def sequences() -> np.ndarray:
 
 @pytest.fixture
 def opened(plan: Plan, sequences: np.ndarray) -> Callable[[], LiveStream]:
-    model = LanguageModel.load(plan.run.model)
+    model = LanguageModel.load(plan.recipe.model)
     return lambda: LiveStream(model, sequences, plan, ActivationCache(plan))
 
 
@@ -188,7 +188,7 @@ def test_only_batches_that_lack_a_sequence_are_computed(
     place: Path, tmp_path: Path, sequences: np.ndarray, read: list[int]
 ) -> None:
     run = recipe(place, tmp_path / "cache", preset="scratch")
-    plan = launch.plan_run(run).model_copy(update={"block_tokens": 2 * LM_BATCH_TOKENS})
+    plan = launch.plan_run(run).changed(block_tokens=2 * LM_BATCH_TOKENS)
     model, more = LanguageModel.load(run.model), np.concatenate([sequences + i for i in range(5)]) % 101
 
     def whole() -> torch.Tensor:
@@ -355,7 +355,7 @@ def test_disk_need_is_known_shown_and_refused(place: Path, tmp_path: Path, monke
     sr.train_run(run, tmp_path / "a")
     stored = sum(path.stat().st_size for path in files(cache))
     corpus = np.load(tmp_path / "a/tokens/train.npy")
-    before = LiveStream(None, corpus, plan, ActivationCache(plan.model_copy(update={"run": recipe(place, tmp_path)})))
+    before = LiveStream(None, corpus, plan, ActivationCache(plan.changed(run=recipe(place, tmp_path))))
     needed = before.uncached_bytes()
     assert needed <= stored < 1.1 * needed and needed <= plan_cost(plan).cache_bytes
     assert LiveStream(None, corpus, plan, ActivationCache(plan)).uncached_bytes() == 0

@@ -294,9 +294,9 @@ def test_the_command_shows_and_writes(run: Path, task: str, tmp_path: Path, caps
     code, shown, _ = call(capsys, monkeypatch, *asked, "--json")
     document = Circuits.load(copy / "circuits/keys.json")
     assert code == 0 and json.loads(shown) == document.to_data()
-    unknown = document.legs[0].circuits[0].model_copy(update={"faithfulness": None, "faithfulness_se": None})
-    first = document.legs[0].model_copy(update={"circuits": [unknown, *document.legs[0].circuits[1:]]})
-    _, table, *_ = circuit_tables(document.model_copy(update={"legs": [first, *document.legs[1:]]}))
+    unknown = document.legs[0].circuits[0].changed(faithfulness=None, faithfulness_se=None)
+    first = document.legs[0].changed(circuits=[unknown, *document.legs[0].circuits[1:]])
+    _, table, *_ = circuit_tables(document.changed(legs=[first, *document.legs[1:]]))
     assert [list(column.cells)[0] for column in table.columns][2] == "-"  # type: ignore[union-attr]
 
 

@@ -268,7 +268,7 @@ def test_python_reads_a_run(place: Path) -> None:
 @pytest.mark.slow
 def test_several_legs_at_a_site_are_listed(place: Path, tmp_path: Path) -> None:
     run = sr.Run.from_toml(changed(place, tmp_path, 'preset = "hub"', 'preset = "paper"'))
-    run = run.model_copy(update={"plan": run.plan.model_copy(update={"controls": []})})
+    run = run.changed(plan=run.plan.changed(controls=[]))
     suite = sr.train_run(run, tmp_path / "paper")
     with pytest.raises(sr.SaeRelayError, match="3 legs at L1: L1, L1-from-L0, L1-from-L2; ask for one by its id"):
         suite[sr.Site(1)]

@@ -17,7 +17,7 @@ from saerelay import demo
 from saerelay.data.corpus import SPLITS, Corpus, prepare, split_of
 from saerelay.errors import DataError
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import DataSpec, ModelSpec, Run, TrainSpec
+from saerelay.planning.recipe import DataSpec, ModelSpec, Recipe, TrainSpec
 
 BOS, EOS = 1, 2
 MANY = 10**6
@@ -53,7 +53,7 @@ def make(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Co
     def make(
         *, train: int = MANY, held_out: int = MANY, facts: ModelFacts = FACTS, seed: int = 0, **data: Any
     ) -> Corpus:
-        run = Run(data=DataSpec.model_validate({"context": 16} | data), train=TrainSpec(seed=seed))
+        run = Recipe(data=DataSpec.model_validate({"context": 16} | data), train=TrainSpec(seed=seed))
         target = tmp_path / "out" / f"c{next(numbers)}"
         return prepare(run, facts, tokenizer, target, train_sequences=train, eval_sequences=held_out)
 
@@ -135,7 +135,7 @@ def test_the_sequences_are_the_documents_joined(
 ) -> None:
     documents = [f"def f{i}():\n    return {i}\n" * (1 + i % 7) for i in range(150)]  # in three batches
     write_jsonl(tmp_path / "data" / "train.jsonl", documents)
-    facts = FACTS.model_copy(update={"eos_token_id": eos})
+    facts = FACTS.changed(eos_token_id=eos)
     corpus = make(facts=facts, dataset=str(tmp_path / "data"), prepend_bos=prepend_bos)  # streamed: in its own order
     for split in SPLITS:
         rows, expected = getattr(corpus, split), []
@@ -206,7 +206,7 @@ def test_a_longer_corpus_begins_with_the_shorter(make: Callable[..., Corpus], tm
 
 
 def test_preparing_again_only_opens(tmp_path: Path, tokenizer: Any) -> None:
-    run = Run(data=DataSpec(text=[str(write_jsonl(tmp_path / "a.jsonl", texts(40)))], context=16))
+    run = Recipe(data=DataSpec(text=[str(write_jsonl(tmp_path / "a.jsonl", texts(40)))], context=16))
     target = tmp_path / "corpus"
     first = prepare(run, FACTS, tokenizer, target, train_sequences=5, eval_sequences=1)
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
@@ -219,7 +219,7 @@ def test_preparing_again_only_opens(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interrupted_call_leaves_nothing(tmp_path: Path, tokenizer: Any, error: type[BaseException]) -> None:
-    run = Run(data=DataSpec(text=[str(write_jsonl(tmp_path / "a.jsonl", texts(200)))], context=16))
+    run = Recipe(data=DataSpec(text=[str(write_jsonl(tmp_path / "a.jsonl", texts(200)))], context=16))
     asked: dict[str, Any] = {"train_sequences": MANY, "eval_sequences": MANY}
     target, told = tmp_path / "out" / "corpus", []
 
@@ -244,7 +244,7 @@ def test_an_interrupted_call_leaves_nothing(tmp_path: Path, tokenizer: Any, erro
 
 
 def test_an_empty_directory_is_used_and_a_strange_one_is_not(tmp_path: Path, tokenizer: Any) -> None:
-    run = Run(data=DataSpec(text=[str(write_jsonl(tmp_path / "a.jsonl", texts(40)))], context=16))
+    run = Recipe(data=DataSpec(text=[str(write_jsonl(tmp_path / "a.jsonl", texts(40)))], context=16))
     for name in ("empty", "strange"):
         (tmp_path / name).mkdir()
     (tmp_path / "strange" / "thesis.txt").touch()
@@ -350,19 +350,19 @@ def test_errors_of_text(make: Callable[..., Corpus], tmp_path: Path, tokenizer: 
     )
     assert said.endswith("Give more documents, or lower data.context.")
     assert list((tmp_path / "out").iterdir()) == []
-    run = Run(data=DataSpec(text=[str(path)]))
+    run = Recipe(data=DataSpec(text=[str(path)]))
     said = message(lambda: prepare(run, FACTS, None, tmp_path / "x", train_sequences=1, eval_sequences=1))
     assert "comes without a tokenizer" in said and "data.tokens" in said
 
 
 def test_errors_of_the_recipe(make: Callable[..., Corpus], tmp_path: Path, tokenizer: Any) -> None:
-    without = FACTS.model_copy(update={"bos_token_id": None})
+    without = FACTS.changed(bos_token_id=None)
     said = message(lambda: make(facts=without))
     assert said == "data.prepend_bos is true, but the model demo has no BOS token; set data.prepend_bos = false."
-    run = Run(model=ModelSpec(name="gpt2"))
+    run = Recipe(model=ModelSpec(name="gpt2"))
     said = message(lambda: prepare(run, FACTS, tokenizer, tmp_path / "x", train_sequences=1, eval_sequences=1))
     assert 'no data given for the model "gpt2": set data.dataset, data.text or data.tokens' in said
-    small = FACTS.model_copy(update={"vocab_size": 300})
+    small = FACTS.changed(vocab_size=300)
     path = write_jsonl(tmp_path / "a.jsonl", ["import collections"] * 30)
     said = message(lambda: make(facts=small, text=[str(path)]))
     assert re.match(r"the tokenizer gives the token id \d+, but the model demo has a vocabulary of 300 ", said)
@@ -379,7 +379,7 @@ def test_rows_one_array_with_separators_and_wider_ids_are_the_same_corpus(
     reference = make(tokens=save_tokens(tmp_path / "rows.npy", rows))
     assert reference.facts.n_documents == 60
     flat_eos = np.append(rows, np.full((60, 1), EOS), axis=1).ravel()
-    no_eos = FACTS.model_copy(update={"eos_token_id": None})
+    no_eos = FACTS.changed(eos_token_id=None)
     for name, array, dtype in [
         ("wide", rows, np.uint32),
         ("bos", with_bos, np.uint16),
@@ -411,14 +411,14 @@ def test_an_array_without_separators_is_cut_into_stretches(
 
 def test_ids_are_wide_where_the_vocabulary_is(make: Callable[..., Corpus], tmp_path: Path) -> None:
     for vocab_size, dtype in [(65536, np.uint16), (65537, np.uint32)]:
-        facts = FACTS.model_copy(update={"vocab_size": vocab_size})
+        facts = FACTS.changed(vocab_size=vocab_size)
         rows = np.full((40, 16), vocab_size - 1)
         corpus = make(tokens=save_tokens(tmp_path / f"{vocab_size}.npy", rows, np.uint32), facts=facts)
         assert corpus.train.dtype == dtype and corpus.train.max() == vocab_size - 1
 
 
 def test_tokens_need_no_tokenizer(tmp_path: Path) -> None:
-    run = Run(data=DataSpec(tokens=save_tokens(tmp_path / "a.npy", np.full((40, 16), 9)), context=16))
+    run = Recipe(data=DataSpec(tokens=save_tokens(tmp_path / "a.npy", np.full((40, 16), 9)), context=16))
     corpus = prepare(run, FACTS, None, tmp_path / "c", train_sequences=3, eval_sequences=1)
     assert corpus.facts.source == f"tokens in {tmp_path}/a.npy" and len(corpus.train) == 3
 

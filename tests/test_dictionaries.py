@@ -6,21 +6,19 @@ from typing import get_args
 import pytest
 import torch
 
-from saerelay.sae.dictionary import (
-    Dictionary,
-    aux_loss,
-    calibrate_threshold,
-    initialise,
-    k_aux,
-    keep_top,
-    match_l0,
-    mean_l0,
-    to_canonical,
-    to_training_units,
-    training_loss,
-    unit_decoder,
-)
-from saerelay.sae.spec import Architecture, DictionarySpec
+from saerelay.sae.dictionary import Dictionary, keep_top, match_l0, unit_decoder
+
+from saerelay.sae.loss import aux_loss, k_aux, training_loss
+
+from saerelay.sae.architectures.architecture import with_common_threshold
+
+from saerelay.sae.initialise import initialise
+
+from saerelay.sae.quality import mean_l0
+
+from saerelay.sae.units import to_canonical, to_training_units
+from saerelay.sae.architectures import Architecture
+from saerelay.sae.spec import DictionarySpec
 
 D, F, B = 10, 40, 64
 ARCHITECTURES = get_args(Architecture)

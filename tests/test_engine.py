@@ -9,7 +9,8 @@ from saerelay.planning.plan import Leg
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.spec import DictionarySpec
 from saerelay.site import Site
-from saerelay.training.engine import Cohort, Trainee, learning_rate, sparsity_weight
+from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.schedule import learning_rate, penalty_warmth
 
 D, F, B = 12, 64, 64
 SPEC = TrainSpec(batch_tokens=B)

@@ -14,7 +14,7 @@ from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
@@ -25,7 +25,7 @@ LAYERS = [2, 5]
 @pytest.fixture(scope="module")
 def setting() -> tuple[Plan, LanguageModel, np.ndarray, dict[str, tuple[Site, Dictionary]]]:
     sections = {"model": {"dtype": "float32", "device": "cpu"}, "sites": {"layers": LAYERS}, "data": {"context": 32}}
-    run = Run.parse(sections | {"dictionary": {"n_latents": 64, "k": 8}}, source="test")
+    run = Recipe.parse(sections | {"dictionary": {"n_latents": 64, "k": 8}}, source="test")
     plan = compile_plan(run, read_facts(run.model))
     rng = np.random.default_rng(0)
     sequences = rng.integers(1, 4096, size=(6, 32)).astype(np.uint16)
@@ -144,8 +144,8 @@ def test_ce_of_a_model_without_a_head_is_refused(setting) -> None:
     from saerelay.analysis.metrics import wants_ce
 
     plan = setting[0]
-    headless = plan.model_copy(update={"facts": plan.facts.model_copy(update={"has_lm_head": False})})
-    asked = headless.model_copy(update={"run": Run.parse({"evaluate": {"ce": True}}, source="t")})
+    headless = plan.changed(facts=plan.facts.changed(has_lm_head=False))
+    asked = headless.changed(run=Recipe.parse({"evaluate": {"ce": True}}, source="t"))
     assert wants_ce(headless) is False
     with pytest.raises(ModelError, match="has no language-model head, so there is no cross-entropy; set evaluate.ce"):
         wants_ce(asked)

@@ -16,7 +16,7 @@ from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
@@ -30,7 +30,7 @@ def setting(tiny_model: Path) -> Setting:
     """A model whose positions are left out here and there, and three dictionaries, some of whose latents are silent."""
     sections = {"model": {"name": str(tiny_model), "dtype": "float32", "device": "cpu"}, "data": {"context": C}}
     sections["data"] |= {"outlier_norm": 1.2}
-    run = Run.parse(sections, source="test")
+    run = Recipe.parse(sections, source="test")
     plan = compile_plan(run, read_facts(run.model))
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(1, 101, (N, C), generator=generator).numpy().astype(np.uint16)

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.runs.documents.across_layers import (
     Attribution,
     Attributions,
@@ -303,7 +303,7 @@ def test_what_is_missing_is_left_out_of_the_figure_and_nothing_else(
 
 def test_measures_without_a_matrix_have_figures_without_points() -> None:
     d = documents()
-    alone = d.measures.model_copy(update={"transfer_scores": None, "offsets": None, "n_matrix_tokens": None})
+    alone = d.measures.changed(transfer_scores=None, offsets=None, n_matrix_tokens=None)
     assert n_marks(f.transfer_score_figure(d.summary, alone)) == n_marks(f.offsets_figure(d.summary, alone)) == 0
 
 
@@ -334,24 +334,24 @@ def test_shares_of_a_link_fill_its_bar() -> None:
 
 def test_legs_are_marked_by_where_they_come_from() -> None:
     assert [kind_of(one) for one in documents().summary.legs[:4]] == ["root", "below", "below", "equal_tokens"]
-    above = leg("a", "transfer", 0, "L1").model_copy(update={"origin": "from above"})
-    continued = leg("b", "transfer", 0, "L0").model_copy(update={"origin": "scratch"})
+    above = leg("a", "transfer", 0, "L1").changed(origin="from above")
+    continued = leg("b", "transfer", 0, "L0").changed(origin="scratch")
     assert (kind_of(above), kind_of(continued)) == ("above", "root")
 
 
 def test_only_legs_that_stand_for_their_layers_are_in_heat_maps() -> None:
     d = documents(2)
-    other = leg("L1-again", "transfer", 1, "L0").model_copy(update={"in_suite": False})
-    summary = d.summary.model_copy(update={"legs": [*d.summary.legs, other]})
-    again = [cell.model_copy(update={"leg": "L1-again", "fvu": 99.0}) for cell in d.matrix.cells if cell.source == 1]
-    matrix = d.matrix.model_copy(update={"cells": [*d.matrix.cells, *again]})
+    other = leg("L1-again", "transfer", 1, "L0").changed(in_suite=False)
+    summary = d.summary.changed(legs=[*d.summary.legs, other])
+    again = [cell.changed(leg="L1-again", fvu=99.0) for cell in d.matrix.cells if cell.source == 1]
+    matrix = d.matrix.changed(cells=[*d.matrix.cells, *again])
     assert "99" not in words(f.matrix_figure(summary, matrix))
 
 
 @pytest.mark.parametrize("preset", ["paper", "forward", "hub", "scratch"])
 def test_the_plan_is_drawn(facts: ModelFacts, preset: str, tmp_path: Path) -> None:
     sections = {"data": {"context": 32}, "plan": {"preset": preset, "root_tokens": "2M", "fork_at": 0.5}}
-    run = Run.parse(sections, source="test")
+    run = Recipe.parse(sections, source="test")
     plan = compile_plan(run, facts)
     figure = f.plan_figure(plan)
     said = words(figure)

@@ -16,7 +16,7 @@ from saerelay.interop import write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import ModelSpec
 from saerelay.runs.dictionaries import read_dictionary
-from saerelay.sae.dictionary import LayerNormed
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.workflows import hop
 
 
@@ -112,8 +112,8 @@ def test_from_a_model_of_another_width(place: Path, run: sr.Run, tmp_path: Path)
     wide = sr.Run.parse(
         {**run.model_dump(), "model": {**run.model.model_dump(), "name": str(tmp_path / "wide")}}, source="t"
     )
-    plan = run.plan.model_copy(update={"controls": [], "preset": "scratch"})
-    sr.train_run(wide.model_copy(update={"plan": plan}), tmp_path / "wide-run")
+    plan = run.plan.changed(controls=[], preset="scratch")
+    sr.train_run(wide.changed(plan=plan), tmp_path / "wide-run")
     source = tmp_path / "wide-run/legs/L0"
     suite = sr.hop_run(source, 2, run, tmp_path / "x", model=str(tmp_path / "wide"), tokens=2048)
     leg = suite.plan.legs[0]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from saerelay.errors import FormatError
 from saerelay.interop import load_dictionary, load_layer_normed, read_any
-from saerelay.sae.dictionary import Dictionary, LayerNormed
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 torch.set_num_threads(1)

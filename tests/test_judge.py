@@ -73,9 +73,9 @@ def test_every_origin_has_its_leg(suite: Suite) -> None:
 
 def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     first = suite.plan.leg("L0-from-L1")
-    more = first.model_copy(update={"id": "more", "parent": first.id})
+    more = first.changed(id="more", parent=first.id)
     shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("more"))
-    suite.plan = suite.plan.model_copy(update={"legs": [*suite.plan.legs, more]})
+    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, more])
     assert suite.origin(more) == suite.origin(first) == "from above" and suite.continuation_of(first) == more
     assert {leg.id for (_, origin), leg in legs_by_origin(suite).items() if origin == "backward"} == {"more"}
 
@@ -109,15 +109,15 @@ def test_same_seed_same_bytes_and_another_seed_another_page(suite: Suite) -> Non
 def test_permuting_and_renaming_legs_changes_nothing_but_labels(suite: Suite) -> None:
     page, key = judge_run(suite, n=5)
     before = page.read_bytes()
-    suite.plan = suite.plan.model_copy(update={"legs": suite.plan.legs[::-1]})
+    suite.plan = suite.plan.changed(legs=suite.plan.legs[::-1])
     assert judge_run(suite, n=5) == (page, key) and page.read_bytes() == before
     legs = legs_by_origin(suite)
     features = {leg.id: load_features(suite.directory, leg.id) for leg in legs.values()}
     items = drawn(legs, features, 5, 0)
-    renamed = {where: leg.model_copy(update={"id": f"z-{leg.id}"}) for where, leg in legs.items()}
+    renamed = {where: leg.changed(id=f"z-{leg.id}") for where, leg in legs.items()}
     features |= {f"z-{name}": known for name, known in features.items()}
     others = drawn(dict(reversed(renamed.items())), features, 5, 0)
-    unnamed = [item.model_copy(update={"leg": item.leg.removeprefix("z-")}) for item in others]
+    unnamed = [item.changed(leg=item.leg.removeprefix("z-")) for item in others]
     assert unnamed == drawn(dict(reversed(legs.items())), features, 5, 0)
     test = np.load(suite.directory.tokens / "test.npy")
     again = page_data(drawn(renamed, features, 5, 0), features, test, token_text)

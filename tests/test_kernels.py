@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saerelay.sae.dictionary import Dictionary, Loss, initialise, keep_top, keep_top_of_batch, training_loss
+from saerelay.sae.dictionary import Dictionary, keep_top, keep_top_of_batch
+
+from saerelay.sae.loss import Loss, training_loss
+
+from saerelay.sae.initialise import initialise
 from saerelay.sae.kernels import (
     cpu,
     dense_codes,
@@ -17,8 +21,9 @@ from saerelay.sae.kernels import (
     split_codes,
     step,
 )
-from saerelay.sae.kernels.select import GROUP, at_least, nonzero_codes, top_codes, top_codes_of_batch
-from saerelay.sae.kernels.step import ROWS, codes_of_batch
+from saerelay.sae.kernels.select import GROUP, codes_at_least, nonzero_codes, top_codes, top_codes_of_batch
+from saerelay.sae.kernels.step import ROWS
+from saerelay.sae.kernels.select import top_codes_of_batch
 from saerelay.sae.spec import DictionarySpec
 
 OPS = [pytest.param(reference, id="reference")] + ([pytest.param(cpu, id="mkl")] if cpu.available() else [])
@@ -58,7 +63,7 @@ def stepped(spec: DictionarySpec, d: Dictionary, x: torch.Tensor, **options) -> 
 def test_sparse_step_equals_autograd(ops, architecture: str, n_dead: int, normalise: bool) -> None:
     for seed in range(3):
         spec, d, x = example(architecture, seed)
-        spec = spec.model_copy(update={"normalise": normalise})
+        spec = spec.changed(normalise=normalise)
         dead = torch.randperm(F, generator=torch.Generator().manual_seed(seed)) < n_dead
         parameters = {name: tensor.clone().requires_grad_() for name, tensor in d.tensors().items()}
         expected = training_loss(spec, replace(d, **parameters), x, dead=dead, sparsity=0.7)

@@ -10,9 +10,9 @@ from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.sae.moments import Moments
-from saerelay.sae.transfer import affine
+from saerelay.sae.maps import affine
 from saerelay.site import Site
 
 torch.set_num_threads(1)
@@ -23,7 +23,7 @@ A, B, C = Site(0), Site(1), Site(2)
 def setting(tiny_model) -> tuple[Plan, LiveStream]:  # noqa: ANN001
     data = {"context": 16, "block_tokens": 512}
     model = {"name": str(tiny_model), "dtype": "float32", "device": "cpu"}
-    run = Run.parse({"model": model, "data": data, "train": {"batch_tokens": 64}}, source="test")
+    run = Recipe.parse({"model": model, "data": data, "train": {"batch_tokens": 64}}, source="test")
     plan = compile_plan(run, read_facts(run.model))
     sequences = torch.randint(1, 101, (128, 16), generator=torch.Generator().manual_seed(0)).numpy()
     return plan, LiveStream(LanguageModel.load(run.model), sequences, plan)

@@ -110,7 +110,7 @@ def test_averages_by_offset() -> None:
     found = values_by_offset(cells, "fvu", "affine")
     assert [len(found[o]) for o in (-2, -1, 0, 1, 2)] == [1, 2, 3, 2, 1]
     assert np.mean(found[0]) == 11 and found[1] == [1.5, 12.5] and found[-2] == [20.5]
-    cells[0] = cells[0].model_copy(update={"fvu": None})
+    cells[0] = cells[0].changed(fvu=None)
     assert values_by_offset(cells, "fvu", "identity")[0] == [11, 22]
 
 
@@ -249,8 +249,8 @@ def test_attributions_are_those_of_each_prompt_alone(suite: sr.Suite, model: Lan
     assert document.dla and len(prompts) == document.dla.n_prompts
     drawn = set()
     for seed in range(6):
-        train = suite.plan.run.train.model_copy(update={"seed": seed})
-        seeded = suite.plan.model_copy(update={"run": suite.plan.run.model_copy(update={"train": train})})
+        train = suite.plan.recipe.train.changed(seed=seed)
+        seeded = suite.plan.changed(run=suite.plan.recipe.changed(train=train))
         drawn |= set(own_prompts(seeded, model, sequences, 1))
     assert 1 < len(drawn) and drawn <= set(prompts)
     row = next(r for r in document.dla.legs if r.leg == "L2" and not r.snapshot)
@@ -291,12 +291,12 @@ def test_what_was_measured_is_not_measured_again(
 def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(
     suite: sr.Suite, model: LanguageModel, document: Measures, tmp_path: Path
 ) -> None:
-    run = suite.plan.run
-    plan = run.plan.model_copy(update={"preset": "scratch", "root_tokens": 1024})
-    alone = run.model_copy(update={"plan": plan, "sites": run.sites.model_copy(update={"layers": [1]})})
+    run = suite.plan.recipe
+    plan = run.plan.changed(preset="scratch", root_tokens=1024)
+    alone = run.changed(plan=plan, sites=run.sites.changed(layers=[1]))
     lone = sr.train_run(alone, tmp_path / "run")
-    headless = lone.plan.facts.model_copy(update={"has_lm_head": False})
-    lone.plan = lone.plan.model_copy(update={"facts": headless})
+    headless = lone.plan.facts.changed(has_lm_head=False)
+    lone.plan = lone.plan.changed(facts=headless)
     found = measures(Session(lone, model=LanguageModel(model._model, headless)))
     assert found.similarity == [] and found.transferability is None and found.dla is None
     assert measures_tables(found) == []

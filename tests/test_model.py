@@ -148,8 +148,8 @@ def test_facts(family: str, model: LanguageModel, reference: Any) -> None:
     facts = model.facts
     assert (facts.family, facts.n_layers, facts.d_model) == (FAMILIES[family][0], 3, 32)
     assert facts.d_attn_z == (64 if "head_dim" in FAMILIES[family][1] else 32)
-    assert (facts.vocab_size, facts.bos_token_id, facts.eos_token_id) == (101, 1, 2)
-    assert facts.max_context == 32
+    assert (facts.tokens.vocab_size, facts.tokens.bos_token_id, facts.tokens.eos_token_id) == (101, 1, 2)
+    assert facts.tokens.max_context == 32
     assert facts.has_lm_head == (family != "bert")
     parameters = dict(model._model.named_parameters())
     assert facts.model_params == sum(p.numel() for p in parameters.values())
@@ -302,7 +302,7 @@ def test_sites_that_are_not_there(llama: LanguageModel, tmp_path: Path) -> None:
     config = AutoConfig.for_model("mamba", vocab_size=101, hidden_size=32, num_hidden_layers=3, state_size=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     facts = read_facts(spec_of(tmp_path))
-    assert (facts.n_layers, facts.d_attn_z, facts.max_context) == (3, 0, 0)
+    assert (facts.n_layers, facts.d_attn_z, facts.tokens.max_context) == (3, 0, 0)
     mamba = LanguageModel.load(spec_of(tmp_path))
     mamba.check_site(Site(1))
     told = r"L1.mlp_out: .*of mamba\. Looked for mlp.dense_4h_to_h, mlp, .*These work there: resid_post, resid_pre\."
@@ -340,8 +340,8 @@ def test_missing_weights_are_an_error(directories: dict[str, Path], tmp_path: Pa
 
 def test_the_demo_model_and_its_tokenizer() -> None:
     facts, tokenizer = read_facts(ModelSpec()), load_tokenizer(ModelSpec())
-    assert (facts.name, facts.max_context, facts.has_lm_head, facts.vocab_size) == ("demo", 512, True, 4096)
-    assert (facts.bos_token_id, facts.eos_token_id) == (0, 0)
+    assert (facts.name, facts.tokens.max_context, facts.has_lm_head, facts.tokens.vocab_size) == ("demo", 512, True, 4096)
+    assert (facts.tokens.bos_token_id, facts.tokens.eos_token_id) == (0, 0)
     assert tokenizer.is_fast and len(tokenizer) == 4096
     assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
     assert facts.dtype in ("float32", "bfloat16")
@@ -367,7 +367,7 @@ def test_tokenizer_decides_on_special_tokens(tmp_path: Path) -> None:
     )
     tokenizer.save_pretrained(tmp_path)
     facts = read_facts(spec_of(tmp_path))
-    assert (facts.bos_token_id, facts.eos_token_id) == (0, 1)
+    assert (facts.tokens.bos_token_id, facts.tokens.eos_token_id) == (0, 1)
 
 
 @pytest.mark.parametrize("name, text, head", [("gemma3", "gemma3_text", True), ("llava", "llama", False)])
@@ -388,7 +388,7 @@ def test_roberta_positions_start_after_padding(tmp_path: Path) -> None:
     config = AutoConfig.for_model("roberta", **COMMON | {"pad_token_id": 1, "max_position_embeddings": 34})
     AutoModel.from_config(config).save_pretrained(tmp_path)
     model = LanguageModel.load(spec_of(tmp_path))
-    assert model.facts.max_context == 32
+    assert model.facts.tokens.max_context == 32
     model.harvest(torch.full((1, 32), 5), [Site(0)])
     with pytest.raises((IndexError, RuntimeError)):
         model.harvest(torch.full((1, 33), 5), [Site(0)])

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from saerelay.errors import PlanError
-from saerelay.planning.compile import auto_lr, compile_plan
+from saerelay.planning.legs import auto_lr
+from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import forward_flops, plan_cost, state_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import External, Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 
 BASE: dict[str, Any] = {
@@ -25,7 +26,7 @@ def compiled(
     facts: ModelFacts, memory_bytes=math.inf, externals=None, finished=None, **sections: dict[str, Any]
 ) -> Plan:
     data = {key: BASE.get(key, {}) | sections.get(key, {}) for key in BASE | sections}
-    run = Run.parse(data, source="test")
+    run = Recipe.parse(data, source="test")
     return compile_plan(run, facts, memory_bytes=memory_bytes, externals=externals, finished=finished)
 
 

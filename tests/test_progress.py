@@ -10,7 +10,7 @@ from test_figures import COST, leg
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.runs.documents.quality import ControlCost, Summary
 from saerelay.training.engine import Progress
 from saerelay.training.progress import LiveTable, PlainLog
@@ -24,7 +24,7 @@ STEP = Progress(age=4096, loss=0.1, fvu=0.1234, l0=4.0, n_dead=7, learning_rate=
 def plan(facts: ModelFacts) -> Plan:
     sections = {"data": {"context": 16, "block_tokens": 1024}, "dictionary": {"n_latents": 64, "k": 4}}
     sections |= {"plan": {"root_tokens": 8192, "transfer_tokens": 2048, "moment_tokens": 1024}}
-    return compile_plan(Run.parse(sections, source="test"), facts)
+    return compile_plan(Recipe.parse(sections, source="test"), facts)
 
 
 def test_the_live_table_shows_the_legs_that_train(plan: Plan) -> None:
@@ -54,13 +54,8 @@ def summary() -> Summary:
     """A root, a child with a hostile name, and its control; a run whose time is not known."""
     root = leg("L1", "root", 1, None)
     child = leg("L0-from-L1", "transfer", 0, "[bold]x[/y]")
-    control = leg("c", "control", 0, None, kind="full").model_copy(update={"control_of": "L0-from-L1"})
-    cost = COST.model_copy(
-        update={
-            "seconds_all_from_scratch_estimate": None,
-            "controls": ControlCost(sae_samples=0, flops=0.0, seconds=5.0),
-        }
-    )
+    control = leg("c", "control", 0, None, kind="full").changed(control_of="L0-from-L1")
+    cost = COST.changed(seconds_all_from_scratch_estimate=None, controls=ControlCost(sae_samples=0, flops=0.0, seconds=5.0))
     legs = [root, child, control]
     return Summary(model="hostile [red]model[/blue]", revision="", data="text", legs=legs, cost=cost)
 
@@ -77,14 +72,14 @@ def test_tables_show_names_as_they_are() -> None:
 
 @pytest.mark.parametrize("delta", [0.01, None])
 def test_the_figure_is_a_picture(tmp_path: Path, delta: float | None) -> None:
-    legs = [one.model_copy(update={"delta_ce": delta}) for one in summary().legs]
-    save(quality_figure(summary().model_copy(update={"legs": legs})), tmp_path / "q.png")
+    legs = [one.changed(delta_ce=delta) for one in summary().legs]
+    save(quality_figure(summary().changed(legs=legs)), tmp_path / "q.png")
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_recipes_of_the_repository_compile(facts: ModelFacts) -> None:
     recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
     assert recipes
-    pythia = facts.model_copy(update={"n_layers": 12, "d_model": 768, "d_attn_z": 768, "max_context": 2048})
+    pythia = facts.changed(n_layers=12, d_model=768, d_attn_z=768, max_context=2048)
     for path in recipes:
-        assert compile_plan(Run.from_toml(path), pythia).n_tokens > 0
+        assert compile_plan(Recipe.from_toml(path), pythia).n_tokens > 0

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saerelay.errors import PlanError, RecipeError
-from saerelay.planning.recipe import Run, annotated_toml, tokens_of
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.toml import annotated_toml
+from saerelay.planning.leg_spec import tokens_of
 from saerelay.site import MODULE_KINDS, Site
 from saerelay.spec import format_count, parse_count
 
@@ -43,23 +45,23 @@ def test_counts_come_back(n: int, suffix: str) -> None:
 
 
 def test_annotated_recipe_is_the_defaults_with_every_key_uncommented() -> None:
-    data = tomllib.loads(annotated_toml(Run()))
-    assert Run.parse(data, source="run.toml") == Run()
+    data = tomllib.loads(annotated_toml(Recipe()))
+    assert Recipe.parse(data, source="run.toml") == Recipe()
     for section, keys in REQUIRED.items():
         assert set(keys.split()) <= set(data[section])
 
 
 def test_any_recipe_survives_being_written() -> None:
-    run = Run.parse(
+    run = Recipe.parse(
         {"sites": {"layers": [1, 2]}, "train": {"lr": 3e-5, "snapshots": [0, 0.5, "2M"]}, "plan": {"fork_at": "1M"}},
         source="x",
     )
-    assert Run.parse(tomllib.loads(annotated_toml(run)), source="x") == run
+    assert Recipe.parse(tomllib.loads(annotated_toml(run)), source="x") == run
 
 
 def error_of(data: dict) -> str:
     with pytest.raises(RecipeError) as caught:
-        Run.parse(data, source="run.toml")
+        Recipe.parse(data, source="run.toml")
     return str(caught.value)
 
 
@@ -80,17 +82,17 @@ def test_errors_name_the_key_and_the_remedy() -> None:
 
 def test_recipe_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file. Write one with `saerelay init"):
-        Run.from_toml(tmp_path / "missing.toml")
+        Recipe.from_toml(tmp_path / "missing.toml")
     (tmp_path / "bad.toml").write_text("[plan\n")
     with pytest.raises(RecipeError, match="not valid TOML"):
-        Run.from_toml(tmp_path / "bad.toml")
+        Recipe.from_toml(tmp_path / "bad.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read"):
-        Run.from_toml(tmp_path / "binary.toml")
+        Recipe.from_toml(tmp_path / "binary.toml")
 
 
 def test_learning_rates_may_be_auto() -> None:
-    assert Run.parse({"train": {"lr": "auto", "transfer_lr": 1e-4}}, source="x").train.transfer_lr == 1e-4
+    assert Recipe.parse({"train": {"lr": "auto", "transfer_lr": 1e-4}}, source="x").train.transfer_lr == 1e-4
 
 
 def test_shares_and_counts() -> None:

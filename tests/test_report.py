@@ -34,12 +34,12 @@ def report_of(suite: Suite, summary: Summary | None = None) -> Path:
 def with_legs(summary: Summary, **changes: dict[str, Any]) -> Summary:
     """A summary with fields of some legs changed, by id."""
     legs = [leg.model_copy(update=changes.get(leg.id, {})) for leg in summary.legs]
-    return summary.model_copy(update={"legs": legs})
+    return summary.changed(legs=legs)
 
 
 def only(summary: Summary, legs: list[LegSummary]) -> Summary:
     """A summary of fewer legs."""
-    return summary.model_copy(update={"legs": legs})
+    return summary.changed(legs=legs)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_summary_says_what_was_saved_and_lost(suite: Suite) -> None:
     def costing(**changes: Any) -> Summary:
         cost = {"seconds": 100.0, "seconds_all_from_scratch_estimate": 250.0, "flops": 2e12}
         cost |= {"flops_all_from_scratch": 1e12, **changes}
-        return summary.model_copy(update={"cost": summary.cost.model_copy(update=cost)})
+        return summary.changed(cost=summary.cost.changed(**cost))
 
     ratios = {tile.name: (tile.ratio, tile.less) for tile in tiles(costing())}
     assert ratios["Time"] == ("2.5", True) and ratios["Compute"] == ("2.0", False)
@@ -218,8 +218,8 @@ def test_a_leg_that_was_continued_is_not_counted_twice(suite: Suite) -> None:
     """The first page is about the legs that stand for their layers now, not about what they were continued from."""
     summary = summary_of(suite)
     old = summary.leg("L2-from-L1")
-    more = old.model_copy(update={"id": "more", "parent": old.id, "fvu": 0.3, "made": "identity from L2-from-L1"})
-    continued = old.model_copy(update={"continued_by": "more", "in_suite": False})
+    more = old.changed(id="more", parent=old.id, fvu=0.3, made="identity from L2-from-L1")
+    continued = old.changed(continued_by="more", in_suite=False)
     legs = [continued if leg.id == old.id else leg for leg in summary.legs]
     rows = story(suite.plan, only(summary, [*legs, more]))["rows"]
     assert [row.leg.id for row in rows] == ["L0-from-L1", "L1", "more"]

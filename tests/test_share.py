@@ -27,7 +27,7 @@ from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import read_json, write_text
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Density, Evaluation, EvaluationMetrics, EvaluationQuestion
@@ -35,7 +35,7 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
 from saerelay.workflows import share
-from saerelay.workflows.launch import describe_external, plan_run
+from saerelay.workflows.settle import describe_external, plan_run
 
 torch.set_num_threads(1)
 TOKEN = "hf_" + "s3cret" * 5
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     sections: dict[str, Any] = {"model": {"name": str(tiny_model), "device": "cpu"}, "plan": {"controls": [0]}}
     sections |= {"data": {"tokens": str(root / "tokens.npy"), "context": 16, "prepend_bos": False}}
     sections |= {"dictionary": {"n_latents": 64, "k": 4}}
-    plan, paths = plan_run(Run.parse(sections, source="test")), RunDirectory(root / "run")
+    plan, paths = plan_run(Recipe.parse(sections, source="test")), RunDirectory(root / "run")
     write_text(paths.plan, plan.to_json())
     for seed, leg in enumerate(plan.legs):
         info = {"layer": leg.layer, "module": leg.module, "model": str(tiny_model), "tokens": leg.budget_tokens}

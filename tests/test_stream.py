@@ -12,7 +12,7 @@ from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 
 torch.set_num_threads(1)
@@ -26,15 +26,15 @@ def make_plan(block_tokens: int = 128, context: int = 16, dtype: str = "float32"
         "dictionary": {"n_latents": 64, "k": 8},
         "train": {"batch_tokens": 32},
     }
-    run = Run.parse(sections, source="test")
+    run = Recipe.parse(sections, source="test")
     return compile_plan(run, read_facts(run.model))
 
 
 def make_stream(plan: Plan, n_sequences: int = 20) -> LiveStream:
-    shape = (n_sequences, plan.run.data.context)
+    shape = (n_sequences, plan.recipe.data.context)
     sequences = np.random.default_rng(0).integers(1, 4096, size=shape).astype(np.uint16)
     sequences[:, 0] = 0
-    return LiveStream(LanguageModel.load(plan.run.model), sequences, plan)
+    return LiveStream(LanguageModel.load(plan.recipe.model), sequences, plan)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_batches_are_the_kept_rows_in_shuffled_order(dtype: str) -> None:
     tokens = torch.from_numpy(stream.sequences[index].astype(np.int64))
     parts = [stream.model.harvest(part, sites) for part in tokens.split(LM_BATCH_TOKENS // 64)]
     whole = {site: torch.cat([part[site].flatten(0, 1) for part in parts]) for site in sites}
-    order = shuffled(plan.block_tokens, plan.run.train.seed, 1)
+    order = shuffled(plan.block_tokens, plan.recipe.train.seed, 1)
     keep = kept_positions(plan, tokens, whole)
     assert not keep[::64].any() and 0.9 < keep.float().mean() < 1
     block = stream.block(1, sites)

@@ -17,7 +17,7 @@ from saerelay.files import write_text
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.state import load_state
@@ -61,7 +61,7 @@ def make_plan(facts: ModelFacts, **plan: Any) -> Plan:
         | plan,
         "train": {"batch_tokens": 64, "checkpoint_every": 640, "lr": 3e-3, "transfer_lr": 1e-3},
     }
-    return compile_plan(Run.parse(sections, source="test"), facts)
+    return compile_plan(Recipe.parse(sections, source="test"), facts)
 
 
 def make_stream(facts: ModelFacts) -> TensorStream:
@@ -184,8 +184,8 @@ def test_a_finished_run_run_again_changes_nothing(whole: Path, facts: ModelFacts
 
 def test_snapshots_are_published_and_change_nothing(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
     plan = make_plan(facts, controls=[2], preset="hub", roots=[1])
-    legs = [leg.model_copy(update={"snapshots": [0, 1024] if leg.parent else [1024, 2048]}) for leg in plan.legs]
-    run(plan.model_copy(update={"legs": legs}), tmp_path / "s", facts)
+    legs = [leg.changed(snapshots=[0, 1024] if leg.parent else [1024, 2048]) for leg in plan.legs]
+    run(plan.changed(legs=legs), tmp_path / "s", facts)
     for leg_id in load(whole):
         for name, tensor in load(whole)[leg_id].tensors().items():
             assert torch.equal(load(tmp_path / "s")[leg_id].tensors()[name], tensor)
@@ -195,13 +195,13 @@ def test_snapshots_are_published_and_change_nothing(whole: Path, tmp_path: Path,
 
 
 def test_a_parent_in_another_directory(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
-    from saerelay.workflows.launch import describe_external
+    from saerelay.workflows.settle import describe_external
 
     source = str(whole / "legs/L1")
     leg = {"id": "x", "layer": 2, "parent": source, "tokens": 1024}
     sections = make_plan(facts).run.model_dump(mode="json")
     sections["plan"] |= {"legs": [leg]}
-    plan = compile_plan(Run.parse(sections, source="test"), facts, externals={source: describe_external(source)})
+    plan = compile_plan(Recipe.parse(sections, source="test"), facts, externals={source: describe_external(source)})
     run(plan, tmp_path / "x", facts)
     assert load(tmp_path / "x")["x"].n_latents == 48
 
@@ -235,10 +235,10 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
 
 def test_children_of_unfinished_parents_learn_faster(tmp_path: Path, facts: ModelFacts) -> None:
     plan, lr = make_plan(facts, preset="hub", roots=[1]), {}
-    by_map = [leg.model_copy(update={"lr_by_map": bool(leg.parent), "lr": 1e-2}) for leg in plan.legs]
+    by_map = [leg.changed(lr_by_map=bool(leg.parent), lr=1e-2) for leg in plan.legs]
     for budget in (1024, 40_960):
-        young = [leg.model_copy(update={"fork_at_tokens": budget}) if leg.parent else leg for leg in by_map]
-        run(plan.model_copy(update={"legs": young}), tmp_path / str(budget), facts)
+        young = [leg.changed(fork_at_tokens=budget) if leg.parent else leg for leg in by_map]
+        run(plan.changed(legs=young), tmp_path / str(budget), facts)
         lr[budget] = read_dictionary(tmp_path / str(budget) / "legs/L0-from-L1")[1].lr
     assert lr[1024] == pytest.approx(0.75 * 2048 / (1024 + 2048) * 1e-2)
     assert lr[40_960] < lr[1024]

@@ -14,21 +14,19 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, encode_sparse, join_codes
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import (
+from saerelay.sae.maps import (
     AffineMap,
     affine,
-    conjugate_gradients,
-    fold,
     identity,
     map_between,
     procrustes,
     rate_share,
-    refit,
     rescale,
-    reshape,
-    revive,
     unexplained,
 )
+from saerelay.sae.refit import conjugate_gradients, refit
+from saerelay.sae.transfer import fold
+from saerelay.sae.reshape import reshape, revive
 
 
 def pair(n: int = 4000, seed: int = 0, offset: float = 5.0) -> tuple[torch.Tensor, torch.Tensor]:

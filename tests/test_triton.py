@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from saerelay.sae.dictionary import initialise, training_loss
+from saerelay.sae.initialise import initialise
+
+from saerelay.sae.loss import training_loss
 from saerelay.sae.kernels import reference, select, sparse_step
 from saerelay.sae.kernels.codes import Codes, dense_codes
 from saerelay.sae.spec import DictionarySpec

@@ -54,7 +54,7 @@ class PromptBatch:
 def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Iterator[PromptBatch]:
     """Prompts in their order, those of one length that follow each other together."""
     n_latents = max(leg.dictionary.n_latents for leg in plan.legs)
-    most_tokens = min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.vocab_size))
+    most_tokens = min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.tokens.vocab_size))
     for length, group in groupby(prompts, key=lambda prompt: len(prompt.tokens)):
         same_length = list(group)
         size = max(1, most_tokens // length)

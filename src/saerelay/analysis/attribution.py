@@ -64,7 +64,7 @@ def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int 
     They are drawn with the run's seed. Sequences (N, context) are read in an order that is drawn too, until they hold
     four times as many such positions.
     """
-    generator = np.random.default_rng(plan.run.train.seed)
+    generator = np.random.default_rng(plan.recipe.train.seed)
     prompts: list[Prompt] = []
     for tokens in batches(plan, generator.permutation(sequences), True):
         best_two = model.logits(tokens)[:, :-1].topk(2).indices.cpu()

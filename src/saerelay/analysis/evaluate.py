@@ -54,7 +54,7 @@ def evaluate_run(
 
 def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
     """What is asked about a leg."""
-    wanted = tokens or session.plan.run.evaluate.tokens
+    wanted = tokens or session.plan.recipe.evaluate.tokens
     return EvaluationQuestion(
         tokens=min(wanted, int(session.corpus.test.size)),
         ce=wants_ce(session.plan),

@@ -18,7 +18,8 @@ from saerelay.planning.plan import Leg
 from saerelay.runs.documents.latents import FeatureQuestion
 from saerelay.runs.features import Features, load_facts
 from saerelay.runs.suite import PublishedSuite
-from saerelay.sae.transfer import AffineMap, fold
+from saerelay.sae.maps import AffineMap
+from saerelay.sae.transfer import fold
 
 TOKENS = 10
 """Tokens that a latent promotes most, and as many that it suppresses."""

@@ -32,7 +32,8 @@ from saerelay.runs.documents.latents import (
 )
 from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.transfer import AffineMap, fold
+from saerelay.sae.maps import AffineMap
+from saerelay.sae.transfer import fold
 
 
 @dataclass(frozen=True, eq=False)

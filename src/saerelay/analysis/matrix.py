@@ -25,7 +25,9 @@ from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import carry, fold, map_between, refit
+from saerelay.sae.transfer import carry, fold
+from saerelay.sae.maps import map_between
+from saerelay.sae.refit import refit
 from saerelay.site import Site
 
 METHODS: tuple[str, ...] = (*get_args(Method), "affine+refit")
@@ -79,7 +81,7 @@ def matrix(
     document = Matrix(
         model=facts.name,
         revision=facts.revision,
-        module=session.plan.run.sites.module,
+        module=session.plan.recipe.sites.module,
         n_tokens=next(iter(metrics.values())).n_tokens,
         map_tokens=session.maps.tokens,
         asked=asked,
@@ -110,7 +112,7 @@ def current_matrix(session: Session) -> Matrix | None:
 def question(session: Session, methods: Sequence[str], tokens: int, snapshots: bool) -> MatrixQuestion:
     """What a matrix is asked for: which legs, at which ages, on which layers, carried how, on how many tokens."""
     suite = session.suite
-    wanted = tokens or min(session.plan.run.evaluate.tokens, MATRIX_TOKENS)
+    wanted = tokens or min(session.plan.recipe.evaluate.tokens, MATRIX_TOKENS)
     ages = {}
     for leg in suite.final_legs:
         ages[leg.id] = [suite.info(leg).tokens]

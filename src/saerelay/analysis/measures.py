@@ -64,7 +64,7 @@ def measures(session: Session, *, prompts: Path | None = None, tokens: int = 0) 
     document = Measures(
         model=facts.name,
         revision=facts.revision,
-        module=session.plan.run.sites.module,
+        module=session.plan.recipe.sites.module,
         n_tokens=load_features(session.suite.directory, session.suite.legs[0].id).facts.n_tokens,
         map_tokens=session.maps.tokens,
         asked=asked,
@@ -96,7 +96,7 @@ def current_measures(session: Session, matrix: Matrix | None) -> Measures | None
     if old is None:
         return None
     asked = question(session, None, matrix, old.asked.tokens)
-    return old if old.is_current(asked.model_copy(update={"prompts": old.asked.prompts})) else None
+    return old if old.is_current(asked.changed(prompts=old.asked.prompts)) else None
 
 
 def question(
@@ -104,7 +104,7 @@ def question(
 ) -> MeasuresQuestion:
     """What measures are asked for."""
     suite = session.suite
-    wanted = tokens or session.plan.run.evaluate.tokens
+    wanted = tokens or session.plan.recipe.evaluate.tokens
     return MeasuresQuestion(
         tokens=min(wanted, int(session.corpus.test.size)),
         prompts=digest(prompts) if prompts is not None else None,

@@ -84,10 +84,10 @@ def measure(
 
 def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
     """Sequences (N, context) as batches of token ids (B, context); with `ce`, so few that their logits fit."""
-    context = plan.run.data.context
+    context = plan.recipe.data.context
     per_batch = max(1, BATCH_TOKENS // context)
     if ce:
-        fitting = LOGIT_BYTES // (4 * context * plan.facts.vocab_size)
+        fitting = LOGIT_BYTES // (4 * context * plan.facts.tokens.vocab_size)
         per_batch = max(1, min(per_batch, fitting))
     for start in range(0, len(sequences), per_batch):
         yield torch.from_numpy(sequences[start : start + per_batch].astype(np.int64))
@@ -95,12 +95,12 @@ def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
 
 def held_out(plan: Plan, split: np.ndarray, tokens: int) -> np.ndarray:
     """The first sequences (N, context) of a split that hold `tokens`, or all that it has."""
-    return split[: math.ceil(tokens / plan.run.data.context)]
+    return split[: math.ceil(tokens / plan.recipe.data.context)]
 
 
 def wants_ce(plan: Plan) -> bool:
     """Whether CE and KL are measured; ModelError if they are asked of a model without a language-model head."""
-    asked = plan.run.evaluate.ce
+    asked = plan.recipe.evaluate.ce
     if asked is True and not plan.facts.has_lm_head:
         raise ModelError(
             f"evaluate.ce is true, but {plan.facts.name} ({plan.facts.family}) has no language-model head, so there is "

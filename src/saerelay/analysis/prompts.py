@@ -67,7 +67,7 @@ def _generated(task: str, plan: Plan, n: int, seed: int) -> list[Prompt]:
     Their length is the first that n prompts have; groups are kept together, so that prompts stay balanced. Answers are
     single tokens: a group is left out if some answer does not add exactly one token to its prompt.
     """
-    tokenizer = load_tokenizer(plan.run.model)
+    tokenizer = load_tokenizer(plan.recipe.model)
     start = start_of(plan)
     groups = TASKS[task](_whole(task, tokenizer, plan.facts.name), Random(f"{task} {seed}"))
     by_length: dict[int, list[Prompt]] = defaultdict(list)
@@ -131,18 +131,18 @@ class _PromptReader:
 
         facts = self.plan.facts
         tokens = start_of(self.plan) + prompt
-        if not prompt or len(tokens) > (facts.max_context or math.inf):
-            longest = facts.max_context or "any"
+        if not prompt or len(tokens) > (facts.tokens.max_context or math.inf):
+            longest = facts.tokens.max_context or "any"
             raise DataError(f"{source}: has {len(tokens)} tokens; {facts.name} takes 1 to {longest}")
         return Prompt(tuple(tokens), right, wrong)
 
     def _ids(self, part: Any, name: str, source: str) -> list[int]:
         """Token ids of a text, of a list of ids, or of one id."""
         if isinstance(part, str):
-            self.tokenizer = self.tokenizer or load_tokenizer(self.plan.run.model)
+            self.tokenizer = self.tokenizer or load_tokenizer(self.plan.recipe.model)
             part = self.tokenizer.encode(part, add_special_tokens=False)
         ids = part if isinstance(part, list) else [part]
-        vocab_size = self.plan.facts.vocab_size
+        vocab_size = self.plan.facts.tokens.vocab_size
         if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise DataError(f'{source}: "{name}" is neither text nor token ids from 0 to {vocab_size - 1}')
         return ids
@@ -160,8 +160,8 @@ class _PromptReader:
 
 def start_of(plan: Plan) -> list[int]:
     """What is in front of every prompt: BOS, where training has one there."""
-    bos = plan.facts.bos_token_id
-    return [bos] if plan.run.data.prepend_bos and bos is not None else []
+    bos = plan.facts.tokens.bos_token_id
+    return [bos] if plan.recipe.data.prepend_bos and bos is not None else []
 
 
 def _encode(tokenizer: Any, example: Example, start: list[int]) -> Prompt | None:

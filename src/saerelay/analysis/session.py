@@ -60,7 +60,7 @@ class Session:
     @cached_property
     def token_text(self) -> Callable[[int], str]:
         """Gives the text of a token, or its number in <> if the model comes without a tokenizer."""
-        model = self.plan.run.model.model_copy(update={"revision": self.plan.facts.revision})
+        model = self.plan.recipe.model.changed(revision=self.plan.facts.revision)
         try:
             tokenizer = load_tokenizer(model)
         except ModelError:
@@ -69,4 +69,4 @@ class Session:
 
     def held_out(self, tokens: int = 0) -> np.ndarray:
         """The first sequences (N, context) of the test split that hold `tokens`; `evaluate.tokens` if 0."""
-        return held_out(self.plan, self.corpus.test, tokens or self.plan.run.evaluate.tokens)
+        return held_out(self.plan, self.corpus.test, tokens or self.plan.recipe.evaluate.tokens)

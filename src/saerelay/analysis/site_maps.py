@@ -17,7 +17,7 @@ from saerelay.data.stream import AbstractStream, LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
 from saerelay.sae.moments import Moments
-from saerelay.sae.transfer import AffineMap, identity, map_between
+from saerelay.sae.maps import AffineMap, identity, map_between
 from saerelay.site import Site
 
 MAP_TOKENS = 65_536

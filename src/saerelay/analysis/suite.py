@@ -123,14 +123,14 @@ class Suite(PublishedSuite):
             model = model.hf_model
         self._check_shape(model)
 
-        module = self.plan.run.sites.module
+        module = self.plan.recipe.sites.module
         if layers is None:
             legs = self.one_per_site
         else:
             legs = [self.leg_at(Site(layer, module)) for layer in layers]
         if leave_alone is None:
-            bos = self.plan.facts.bos_token_id
-            leave_alone = [bos] if self.plan.run.data.prepend_bos and bos is not None else []
+            bos = self.plan.facts.tokens.bos_token_id
+            leave_alone = [bos] if self.plan.recipe.data.prepend_bos and bos is not None else []
         dictionaries = {leg.site: self.dictionary(leg) for leg in legs}
         return attach(model, dictionaries, replace=replace, leave_alone=leave_alone)
 

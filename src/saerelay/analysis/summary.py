@@ -84,7 +84,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     """
     infos = {leg.id: suite.info(leg) for leg in suite.legs}
     plan = suite.plan.ended_after({leg_id: info.tokens for leg_id, info in infos.items()})
-    root_tokens = plan.run.plan.root_tokens
+    root_tokens = plan.recipe.plan.root_tokens
     without_controls = plan_cost(plan.without_controls())
     everything = plan_cost(plan)
 

@@ -19,7 +19,7 @@ from saerelay.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -30,9 +30,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def init() -> None:
     """Print a recipe with all defaults and what they mean."""
-    from saerelay.planning.recipe import Run, annotated_toml
+    from saerelay.planning.recipe import Recipe
+    from saerelay.planning.toml import annotated_toml
 
-    print(annotated_toml(Run()), end="")
+    print(annotated_toml(Recipe()), end="")
 
 
 def plan(
@@ -46,11 +47,12 @@ def plan(
     """Show the plan: each SAE, its parent, and the estimated cost. With preset = "auto", survey the layers first."""
     from saerelay.lm.model import LanguageModel
     from saerelay.planning.cost import plan_cost
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.views.tables.plan import plan_facts, plan_table
-    from saerelay.workflows.launch import plan_run, time_plan
+    from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.timing import time_plan
 
-    run = Run.from_toml(recipe)
+    run = Recipe.from_toml(recipe)
     if run.plan.surveyed:
         plan_auto(run, as_json, write)
         return
@@ -58,7 +60,7 @@ def plan(
         raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
     compiled = plan_run(run)
     cost = plan_cost(compiled)
-    seconds = time_plan(compiled, LanguageModel.load(compiled.run.model)) if timing else None
+    seconds = time_plan(compiled, LanguageModel.load(compiled.recipe.model)) if timing else None
     if as_json:
         print_json({"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds})
         return
@@ -71,9 +73,10 @@ def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
     """Survey the layers, and show or write the legs chosen by it."""
     from saerelay.files import write_text
     from saerelay.planning.choose import written_out
-    from saerelay.planning.recipe import annotated_toml
+    from saerelay.planning.toml import annotated_toml
     from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
-    from saerelay.workflows.launch import plan_run, survey_once
+    from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.survey import survey_once
 
     if write and write.exists():
         raise typer.BadParameter(f"{write} exists; choose another file", param_hint="--write")
@@ -108,10 +111,10 @@ def train(
     extend: Annotated[bool, typer.Option("--extend", help="Add legs or tokens to a finished run.")] = False,
 ) -> None:
     """Train every SAE of a recipe."""
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.workflows.launch import train_run
 
-    suite = train_run(Run.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
+    suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
     print(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
 
 
@@ -142,7 +145,7 @@ def hop(
     To another layer, to the same layer of a fine-tuned model, to other text, or to another number of latents, sparsity
     or architecture. Onto its own layer with --tokens 0 --no-refit, the SAE is only measured.
     """
-    from saerelay.planning.recipe import Run
+    from saerelay.planning.recipe import Recipe
     from saerelay.workflows.hop import hop_run
 
     leg_keys: dict[str, Any] = {
@@ -157,7 +160,7 @@ def hop(
     suite = hop_run(
         source,
         to_layer,
-        Run.from_toml(recipe),
+        Recipe.from_toml(recipe),
         out,
         site=site_of(from_layer, from_module),
         model=from_model,

@@ -40,11 +40,11 @@ class ActivationCache:
     """What is in `data.cache` for a plan's model. C context, D width of the activations at a site."""
 
     def __init__(self, plan: Plan) -> None:
-        self.facts, self.context = plan.facts, plan.run.data.context
+        self.facts, self.context = plan.facts, plan.recipe.data.context
         self.per_shard = max(1, SHARD_TOKENS // self.context)
-        identity = weights_identity(plan.run.model, plan.facts)
+        identity = weights_identity(plan.recipe.model, plan.facts)
         self.about = {"format": FORMAT, "dtype": plan.facts.dtype, "context": self.context} | identity
-        self.folder = Path(plan.run.data.cache).expanduser() / f"{Path(plan.facts.name).name}-{_digest(self.about)}"
+        self.folder = Path(plan.recipe.data.cache).expanduser() / f"{Path(plan.facts.name).name}-{_digest(self.about)}"
         self._index: dict[Site, dict[int, tuple[Path, int]]] = {}
 
     def lacking(self, site: Site, ids: np.ndarray) -> np.ndarray:

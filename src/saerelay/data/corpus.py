@@ -22,7 +22,7 @@ from saerelay.data.sources import Source, check_ids, open_source
 from saerelay.document import Document
 from saerelay.errors import DataError
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import DataSpec, Run
+from saerelay.planning.recipe import DataSpec, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ class Corpus:
 
 
 def prepare(
-    run: Run,
+    run: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     directory: Path,
@@ -157,7 +157,7 @@ def _map_split(path: Path, facts: CorpusFacts, split: Split) -> np.ndarray:
 
 
 def _write(
-    run: Run,
+    run: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     source: Source,
@@ -232,10 +232,10 @@ class _Packer:
         self.path = path
         self.wanted = wanted
         self.context = data.context
-        self.bos = facts.bos_token_id if data.prepend_bos else None
+        self.bos = facts.tokens.bos_token_id if data.prepend_bos else None
         self.n_body = data.context - data.prepend_bos  # ids of documents in one sequence
-        self.dtype = np.dtype("<u2" if facts.vocab_size <= 1 << 16 else "<u4")
-        self.separator = np.array([] if facts.eos_token_id is None else [facts.eos_token_id], self.dtype)
+        self.dtype = np.dtype("<u2" if facts.tokens.vocab_size <= 1 << 16 else "<u4")
+        self.separator = np.array([] if facts.tokens.eos_token_id is None else [facts.tokens.eos_token_id], self.dtype)
         self.raw = path.with_suffix(".raw")
         self.raw.touch()
         self.n_ids = 0
@@ -276,7 +276,7 @@ class _Packer:
 
 def _check_recipe(data: DataSpec, facts: ModelFacts, tokenizer: object) -> None:
     """What can be known before anything is read."""
-    if data.prepend_bos and facts.bos_token_id is None:
+    if data.prepend_bos and facts.tokens.bos_token_id is None:
         raise DataError(
             f"data.prepend_bos is true, but the model {facts.name} has no BOS token; set data.prepend_bos = false."
         )

@@ -17,7 +17,7 @@ import numpy as np
 
 from saerelay.errors import DataError
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import DataSpec, Run
+from saerelay.planning.recipe import DataSpec, Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -44,14 +44,14 @@ def _shuffled(n: int, seed: int) -> np.ndarray:
 
 
 def check_ids(largest: int, facts: ModelFacts, where: str) -> None:
-    if largest >= facts.vocab_size:
+    if largest >= facts.tokens.vocab_size:
         raise DataError(
-            f"{where} gives the token id {largest}, but the model {facts.name} has a vocabulary of {facts.vocab_size} "
-            f"(ids up to {facts.vocab_size - 1}). Tokenise with the tokenizer that belongs to this model."
+            f"{where} gives the token id {largest}, but the model {facts.name} has a vocabulary of {facts.tokens.vocab_size} "
+            f"(ids up to {facts.tokens.vocab_size - 1}). Tokenise with the tokenizer that belongs to this model."
         )
 
 
-def open_source(run: Run, facts: ModelFacts) -> Source:
+def open_source(run: Recipe, facts: ModelFacts) -> Source:
     data, seed = run.data, run.train.seed
     if data.dataset:
         return _dataset_source(data, seed)
@@ -184,12 +184,12 @@ def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
     else:
         spans = _token_spans(tokens, data.context, facts)
         rows = (tokens[start:stop] for start, stop in spans[_shuffled(len(spans), seed)])
-    return Source(f"tokens in {data.tokens}", (_without_bos(row, facts.bos_token_id) for row in rows))
+    return Source(f"tokens in {data.tokens}", (_without_bos(row, facts.tokens.bos_token_id) for row in rows))
 
 
 def _open_tokens(path: Path, facts: ModelFacts) -> np.ndarray:
     """Map a token file and check every id in it."""
-    dtype = "uint16" if facts.vocab_size <= 1 << 16 else "uint32"
+    dtype = "uint16" if facts.tokens.vocab_size <= 1 << 16 else "uint32"
     convert = f'np.save("tokens.npy", array.astype(np.{dtype}))'
     if not path.is_file():
         raise DataError(f'data.tokens: no such file: "{path}" (relative paths start in {Path.cwd()}).')
@@ -216,7 +216,7 @@ def _chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def _token_spans(tokens: np.ndarray, context: int, facts: ModelFacts) -> np.ndarray:
     """[N, 2]: where the documents of a 1-D array start and stop."""
-    for separator in (facts.eos_token_id, facts.bos_token_id):
+    for separator in (facts.tokens.eos_token_id, facts.tokens.bos_token_id):
         if separator is None:
             continue
         at = np.concatenate([start + np.flatnonzero(chunk == separator) for start, chunk in _chunks(tokens)])

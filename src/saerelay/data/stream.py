@@ -131,7 +131,7 @@ class LiveStream(AbstractStream):
         tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
         if self.device.type == "cuda":  # one transfer a block, which no forward waits for
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        order = shuffled(plan.block_tokens, plan.run.train.seed, number).to(self.device)
+        order = shuffled(plan.block_tokens, plan.recipe.train.seed, number).to(self.device)
         slots = order.argsort().view(tokens.shape)  # where each position goes
         for closed in self.buffers.keys() - set(sites):
             del self.buffers[closed]
@@ -142,12 +142,12 @@ class LiveStream(AbstractStream):
         return Block(
             activations=self.buffers,
             keep=kept_positions(plan, tokens, self.buffers, order),
-            batch_tokens=plan.run.train.batch_tokens,
+            batch_tokens=plan.recipe.train.batch_tokens,
         )
 
     def _compute(self, tokens: Tensor, slots: Tensor, sites: Sequence[Site], lacking: np.ndarray | None = None) -> None:
         """Run the model over tokens (S, context) into slots (S, context), without batches that lack no sequence."""
-        size = max(1, LM_BATCH_TOKENS // self.plan.run.data.context)
+        size = max(1, LM_BATCH_TOKENS // self.plan.recipe.data.context)
         for start in range(0, tokens.shape[0], size):
             part = slice(start, start + size)
             if lacking is None or lacking[part].any():
@@ -195,7 +195,7 @@ class LiveStream(AbstractStream):
 
     def sequences_of(self, number: int) -> np.ndarray:
         """Which sequences block `number` holds: int64 (P / context)."""
-        per_block = self.plan.block_tokens // self.plan.run.data.context
+        per_block = self.plan.block_tokens // self.plan.recipe.data.context
         return self.read_order(number * per_block, per_block)
 
     def read_order(self, first: int, n: int) -> np.ndarray:
@@ -206,7 +206,7 @@ class LiveStream(AbstractStream):
         total, parts = len(self.sequences), []
         for epoch in range(first // total, (first + n - 1) // total + 1):
             if epoch != self.epoch:
-                generator = np.random.default_rng(seed_from("order", self.plan.run.train.seed, epoch))
+                generator = np.random.default_rng(seed_from("order", self.plan.recipe.train.seed, epoch))
                 self.epoch, self.order = epoch, generator.permutation(total)
             parts.append(self.order[max(0, first - epoch * total) : first + n - epoch * total])
         return np.concatenate(parts)
@@ -218,12 +218,12 @@ def kept_positions(plan: Plan, tokens: Tensor, activations: dict[Site, Tensor], 
     `order` (P) is that of the activations' rows, if they are not in the tokens' order; the result has the same.
     """
     keep = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
-    if plan.run.data.prepend_bos:
+    if plan.recipe.data.prepend_bos:
         keep[:, 0] = False
     keep = keep.flatten() if order is None else keep.flatten()[order]
     if plan.probe_site:
         norms = torch.cat([x.float().norm(dim=1) for x in activations[plan.probe_site].split(4096)])
-        keep &= norms <= plan.run.data.outlier_norm * norms[keep].nanmedian()
+        keep &= norms <= plan.recipe.data.outlier_norm * norms[keep].nanmedian()
     return keep
 
 

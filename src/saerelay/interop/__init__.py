@@ -14,7 +14,8 @@ from types import ModuleType
 from saerelay.errors import FormatError
 from saerelay.interop import dictionary_learning, gemma_scope, hub, llamascopium, openai, own, saelens, sparsify
 from saerelay.interop.origin import Origin
-from saerelay.sae.dictionary import Dictionary, LayerNormed
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 FORMATS: tuple[ModuleType, ...] = (own, saelens, gemma_scope, sparsify, dictionary_learning, llamascopium, openai)

@@ -25,8 +25,9 @@ from saerelay.interop.files import (
 )
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.sae.dictionary import Dictionary, to_canonical
-from saerelay.sae.spec import Architecture
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.units import to_canonical
+from saerelay.sae.architectures import Architecture
 from saerelay.site import MODULE_KINDS, Site
 
 NAME = "dictionary_learning"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saerelay.errors import FormatError
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture
+from saerelay.sae.architectures import Architecture
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from saerelay.interop.files import canonical, read_config, read_number, read_ten
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary, unit_decoder
-from saerelay.sae.spec import Architecture
+from saerelay.sae.architectures import Architecture
 
 NAME = "llamascopium"
 _ACTIVATIONS: dict[str, Architecture] = {"relu": "relu", "jumprelu": "jumprelu", "topk": "topk"}

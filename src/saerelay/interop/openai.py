@@ -13,7 +13,8 @@ from torch import Tensor
 from saerelay.errors import FormatError
 from saerelay.interop.files import canonical, read_number, read_pickle, shaped
 from saerelay.interop.origin import Origin
-from saerelay.sae.dictionary import Dictionary, LayerNormed
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import ModuleKind, Site
 
 NAME = "openai"

@@ -15,8 +15,9 @@ from saerelay.interop.files import canonical, read_config, read_number, read_ten
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
 from saerelay.runs.tensors import write_tensors
-from saerelay.sae.dictionary import Dictionary, LayerNormed, unit_decoder
-from saerelay.sae.spec import Architecture
+from saerelay.sae.dictionary import Dictionary, unit_decoder
+from saerelay.sae.layer_normed import LayerNormed
+from saerelay.sae.architectures import Architecture
 
 NAME = "saelens"
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"

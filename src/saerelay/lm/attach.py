@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.ports import intercept, port_of, width_at
-from saerelay.sae.dictionary import Dictionary, LayerNormed
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 ROWS_AT_ONCE = 1024
@@ -63,7 +64,7 @@ def attach(
     whose width is another.
     """
     if isinstance(model, LanguageModel):
-        model, bos = model.hf_model, model.facts.bos_token_id
+        model, bos = model.hf_model, model.facts.tokens.bos_token_id
     else:
         bos = model.config.get_text_config().bos_token_id
     if leave_alone is None:

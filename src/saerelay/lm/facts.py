@@ -16,7 +16,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     """Read what a plan must know of a model from its configuration and tokenizer, without loading weights.
 
     >>> facts = read_facts(ModelSpec())
-    >>> facts.family, facts.n_layers, facts.d_model, facts.bos_token_id
+    >>> facts.family, facts.n_layers, facts.d_model, facts.tokens.bos_token_id
     ('gpt_neox', 8, 192, 0)
 
     Raises ModelError if the model is missing, gated, unreadable or no stack of layers, or the device is absent.

@@ -69,7 +69,7 @@ class LanguageModel:
     def load(cls, spec: ModelSpec) -> "LanguageModel":
         """Load weights (safetensors only) onto the device; what `read_facts` raises, and ModelError for bad weights."""
         facts = read_facts(spec)
-        pinned = spec.model_copy(update={"revision": facts.revision})
+        pinned = spec.changed(revision=facts.revision)
         with _explained(spec):
             source, options = _source(pinned)
             config = _read_config(pinned)
@@ -281,7 +281,7 @@ class LanguageModel:
 def load_model(plan: Plan) -> LanguageModel:
     """The model a plan was made for: same revision, same dtype, with every module the plan reads."""
     facts = plan.facts
-    model = LanguageModel.load(plan.run.model.model_copy(update={"revision": facts.revision, "dtype": facts.dtype}))
+    model = LanguageModel.load(plan.recipe.model.changed(revision=facts.revision, dtype=facts.dtype))
     for leg in plan.legs:
         model.check_site(leg.site)
         if leg.parent:

@@ -26,7 +26,8 @@ from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import Cost, forward_flops, plan_cost, step_flops
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.presets import control_legs
-from saerelay.planning.recipe import LegSpec, Run, parse_budget
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.recipe import Recipe, parse_budget
 from saerelay.planning.survey import Survey
 from saerelay.site import Site
 
@@ -222,7 +223,7 @@ class Choice(NamedTuple):
         return {"lm": self.seconds_lm, "steps": self.seconds - self.seconds_lm, "total": self.seconds}
 
 
-def choose(run: Run, facts: ModelFacts, survey: Survey, memory_bytes: float = math.inf) -> Choice:
+def choose(run: Recipe, facts: ModelFacts, survey: Survey, memory_bytes: float = math.inf) -> Choice:
     """The cheapest tree at the quality asked for, or the best that the budget buys, the survey's cost included."""
     curves = fit_curves(survey)
 
@@ -257,7 +258,7 @@ def choose(run: Run, facts: ModelFacts, survey: Survey, memory_bytes: float = ma
 
 
 def choose_at(
-    ratio: float, curves: Curves, run: Run, facts: ModelFacts, survey: Survey, memory_bytes: float
+    ratio: float, curves: Curves, run: Recipe, facts: ModelFacts, survey: Survey, memory_bytes: float
 ) -> Choice | None:
     """The cheapest plan in which every layer meets its goal; true plans decide between a few trees."""
     unit = parse_budget(run.plan.budget)[1] if run.plan.budget else "hours"
@@ -290,11 +291,11 @@ def spent(choice: Choice, unit: str) -> float:
     return {"tokens": choice.cost.sae_samples, "FLOPs": choice.cost.flops, "hours": choice.seconds / 3600}[unit]
 
 
-def charges(run: Run, facts: ModelFacts, survey: Survey, unit: str, share: float) -> Charges:
+def charges(run: Recipe, facts: ModelFacts, survey: Survey, unit: str, share: float) -> Charges:
     """What the edges of a tree cost, in a budget's unit; a leg pays `share` of the forward passes that it reads."""
     width = facts.width(Site(0, run.sites.module))
     layers, context = [layer.layer for layer in survey.layers], run.data.context
-    dictionary = run.dictionary.model_copy(update={"n_latents": run.dictionary.latents(width)})
+    dictionary = run.dictionary.changed(n_latents=run.dictionary.latents(width))
     step = step_flops(dictionary, facts, width)[0]
     per_sample, per_lm_flop = {
         "tokens": (1.0, 0.0),
@@ -309,7 +310,7 @@ def charges(run: Run, facts: ModelFacts, survey: Survey, unit: str, share: float
     )
 
 
-def tree_legs(tree: Tree, run: Run, survey: Survey) -> list[LegSpec]:
+def tree_legs(tree: Tree, run: Recipe, survey: Survey) -> list[LegSpec]:
     """A tree as legs."""
     name = {layer: str(Site(layer, run.sites.module)) for layer in tree.parents}
     ids = {layer: name[layer] if p is None else f"{name[layer]}-from-L{p}" for layer, p in tree.parents.items()}
@@ -337,14 +338,14 @@ def decay_gain(layer: int, tokens: float, survey: Survey) -> float:
     return gain ** max(1.0, tokens / survey.long_tokens) ** -0.15
 
 
-def with_legs(run: Run, survey: Survey, legs: list[LegSpec]) -> Run:
+def with_legs(run: Recipe, survey: Survey, legs: list[LegSpec]) -> Recipe:
     """The recipe with an explicit plan, and the survey's blocks."""
-    plan = run.plan.model_copy(update={"legs": legs, "controls": []})
-    data = run.data.model_copy(update={"block_tokens": survey.block_tokens})
-    return run.model_copy(update={"plan": plan, "data": data})
+    plan = run.plan.changed(legs=legs, controls=[])
+    data = run.data.changed(block_tokens=survey.block_tokens)
+    return run.changed(plan=plan, data=data)
 
 
-def written_out(run: Run, survey: Survey, choice: Choice) -> Run:
+def written_out(run: Recipe, survey: Survey, choice: Choice) -> Recipe:
     """The recipe with the legs chosen: with slack where they may stop early and no budget forbids it.
 
     Slack does not go beyond root_tokens, with which scratch has the FVU that goals are measured by.
@@ -355,7 +356,7 @@ def written_out(run: Run, survey: Survey, choice: Choice) -> Run:
     legs = list[LegSpec]()
     for leg in choice.legs:
         most = min(slack * leg.tokens, max(leg.tokens, run.plan.root_tokens))
-        legs.append(leg.model_copy(update={"tokens": batch * math.ceil(most / batch)}))
+        legs.append(leg.changed(tokens=batch * math.ceil(most / batch)))
     for layer in run.plan.controls:
         if transfers := [leg for leg in legs if leg.layer == layer and leg.parent]:
             legs += control_legs(run, layer, transfers)

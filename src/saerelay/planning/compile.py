@@ -9,7 +9,8 @@ from saerelay.planning.cost import peak_state_bytes, state_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import COPY_RATE, External, Leg, Plan
 from saerelay.planning.presets import preset_legs
-from saerelay.planning.recipe import LegSpec, Run, tokens_of
+from saerelay.planning.leg_spec import LegSpec, tokens_of
+from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import DictionarySpec
 from saerelay.site import Site
 from saerelay.spec import format_count
@@ -22,7 +23,7 @@ BLOCK_BYTES = 2**30
 
 
 def compile_plan(
-    run: Run,
+    run: Recipe,
     facts: ModelFacts,
     *,
     externals: dict[str, External] | None = None,
@@ -36,9 +37,9 @@ def compile_plan(
     the recipe adds starts where it ended: new legs, and for a leg that got a larger budget one that continues it (its
     rate warms up and decays again, so the result is not that of a longer first run).
     """
-    if facts.max_context and run.data.context > facts.max_context:
+    if facts.tokens.max_context and run.data.context > facts.tokens.max_context:
         raise PlanError(
-            f"data.context is {run.data.context}; {facts.name} takes at most {facts.max_context} tokens; "
+            f"data.context is {run.data.context}; {facts.name} takes at most {facts.tokens.max_context} tokens; "
             "lower data.context"
         )
     layers = list(range(facts.n_layers)) if run.sites.layers == "all" else sorted(set(run.sites.layers))
@@ -50,7 +51,7 @@ def compile_plan(
             raise PlanError(f"layer {layer} is out of range: {facts.name} has layers 0 to {facts.n_layers - 1}")
     if finished and not run.plan.roots:
         roots = sorted({leg.layer for leg in finished.legs if leg.role == "root"})
-        run = run.model_copy(update={"plan": run.plan.model_copy(update={"roots": roots})})
+        run = run.changed(plan=run.plan.changed(roots=roots))
     specs = run.plan.legs or preset_legs(run, layers)
     if run.plan.legs and run.plan.controls:
         raise PlanError(
@@ -103,7 +104,7 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     )
 
 
-def choose_block(run: Run, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
+def choose_block(run: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
     """Tokens shuffled together: a multiple of the batch and of the context, from shapes alone."""
     step = math.lcm(run.train.batch_tokens, run.data.context)
     if run.data.block_tokens:
@@ -156,14 +157,14 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
 
 
 def _leg(
-    spec: LegSpec, run: Run, facts: ModelFacts, block: int, legs: Sequence[Leg], externals: dict[str, External]
+    spec: LegSpec, run: Recipe, facts: ModelFacts, block: int, legs: Sequence[Leg], externals: dict[str, External]
 ) -> Leg:
     """A leg with all its choices made, but not yet placed on the axis."""
     p, t = run.plan, run.train
     site = Site(spec.layer, spec.module or run.sites.module)
     parent = next((leg for leg in legs if leg.id == spec.parent), None)
     dictionary = _dictionary(spec, parent.dictionary if parent else run.dictionary, externals.get(spec.parent))
-    dictionary = dictionary.model_copy(update={"n_latents": dictionary.latents(facts.width(site))})
+    dictionary = dictionary.changed(n_latents=dictionary.latents(facts.width(site)))
     check_sparsity(dictionary, spec.id)
     batch = spec.batch_tokens or t.batch_tokens
     if t.batch_tokens % batch:
@@ -218,7 +219,7 @@ def _dictionary(spec: LegSpec, inherited: DictionarySpec, external: External | N
         l0 = external.k or external.l0 or l0
     if wanted := spec.k or (l0 if external or spec.architecture else None):
         changed |= {"k": max(1, round(wanted)), "target_l0": float(wanted)}
-    return inherited.model_copy(update=changed)
+    return inherited.changed(**changed)
 
 
 def check_sparsity(dictionary: DictionarySpec, leg_id: str) -> None:
@@ -244,7 +245,7 @@ def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
     return min(max(rate, best / 6), 2 * best)
 
 
-def _snapshots(run: Run, budget: int, transferred: bool) -> list[int]:
+def _snapshots(run: Recipe, budget: int, transferred: bool) -> list[int]:
     wanted = run.train.snapshots
     if not wanted and run.plan.preset == "paper":
         n = 5 if transferred else 10
@@ -277,14 +278,14 @@ def _schedule(legs: list[Leg], spec: LegSpec, block: int, memory_bytes: float, f
         )
     candidates = sorted({earliest, *(block * math.ceil(other.end / block) for other in legs)})
     for start in (s for s in candidates if s >= earliest):
-        placed = leg.model_copy(update={"start": start})
+        placed = leg.changed(start=start)
         if peak_state_bytes([*legs, placed], facts) <= memory_bytes:
             break
     else:
         raise AssertionError("after the last leg's end there is room for one")
     if parent:
         age = min(parent.budget_tokens, parent.reuse * max(0, placed.fold_at - parent.fold_at))
-        placed = placed.model_copy(update={"fork_at_tokens": age})
+        placed = placed.changed(fork_at_tokens=age)
     legs.append(placed)
 
 

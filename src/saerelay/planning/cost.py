@@ -54,7 +54,7 @@ def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
 
 def plan_cost(plan: Plan) -> Cost:
     """Predict a plan's cost from shapes alone."""
-    facts, context, block = plan.facts, plan.run.data.context, plan.block_tokens
+    facts, context, block = plan.facts, plan.recipe.data.context, plan.block_tokens
     lm_tokens, flops, read = 0, 0.0, Counter[int]()
     for start in range(0, plan.n_tokens, block):
         sites = plan.open_sites(start, start + block)
@@ -72,7 +72,7 @@ def plan_cost(plan: Plan) -> Cost:
     weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.snapshots)) for leg in plan.legs)
     live = peak_state_bytes(plan.legs, facts)
     value_bytes = 4.0 if facts.dtype == "float32" else 2.0
-    buffer_bytes = 2.0 if plan.run.data.cache else value_bytes
+    buffer_bytes = 2.0 if plan.recipe.data.cache else value_bytes
     return Cost(
         lm_tokens=lm_tokens,
         sae_samples=sum(leg.budget_tokens + leg.refit_tokens for leg in plan.legs),
@@ -81,16 +81,16 @@ def plan_cost(plan: Plan) -> Cost:
         flops_dense_equivalent=dense,
         flops_all_from_scratch=_all_from_scratch(plan),
         memory_bytes=live + buffer_bytes * block * max(read) + value_bytes * facts.model_params,
-        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / plan.run.data.epochs,
-        cache_bytes=2.0 * sum(width * n for width, n in read.items()) if plan.run.data.cache else 0.0,
+        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / plan.recipe.data.epochs,
+        cache_bytes=2.0 * sum(width * n for width, n in read.items()) if plan.recipe.data.cache else 0.0,
     )
 
 
 def _all_from_scratch(plan: Plan) -> float:
-    facts, tokens = plan.facts, plan.run.plan.root_tokens
+    facts, tokens = plan.facts, plan.recipe.plan.root_tokens
     own = {leg.site: leg for leg in plan.legs if leg.role != "control"}
     steps = sum(step_flops(leg.dictionary, facts, facts.width(site))[0] for site, leg in own.items())
-    return tokens * (steps + forward_flops(facts, max(site.layer for site in own) + 1, plan.run.data.context))
+    return tokens * (steps + forward_flops(facts, max(site.layer for site in own) + 1, plan.recipe.data.context))
 
 
 def parameters(leg: Leg, facts: ModelFacts) -> int:

@@ -17,8 +17,10 @@ from typing import ClassVar, Literal
 
 from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.recipe import LegId, Run
-from saerelay.sae.spec import Architecture, DictionarySpec, Method
+from saerelay.planning.leg_spec import LegId
+from saerelay.planning.recipe import Recipe
+from saerelay.sae.architectures import Architecture
+from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec
 
@@ -105,7 +107,7 @@ class Plan(Document):
     MADE_BY: ClassVar = "`saerelay train`"
     REMEDY: ClassVar = "train the recipe again, in a new directory"
 
-    run: Run
+    run: Recipe
     facts: ModelFacts
     block_tokens: int
     legs: list[Leg]
@@ -154,12 +156,12 @@ class Plan(Document):
 
     def without_controls(self) -> "Plan":
         """What a user would run who believes us."""
-        return self.model_copy(update={"legs": [leg for leg in self.legs if leg.role != "control"]})
+        return self.changed(legs=[leg for leg in self.legs if leg.role != "control"])
 
     def ended_after(self, tokens: dict[str, int]) -> "Plan":
         """The plan as it was run, with the tokens that legs had when they ended."""
-        legs = [leg.model_copy(update={"budget_tokens": tokens.get(leg.id, leg.budget_tokens)}) for leg in self.legs]
-        return self.model_copy(update={"legs": legs})
+        legs = [leg.changed(budget_tokens=tokens.get(leg.id, leg.budget_tokens)) for leg in self.legs]
+        return self.changed(legs=legs)
 
     def reshapes(self, leg: Leg) -> bool:
         """Whether a leg's dictionary is of another architecture, number of latents or sparsity than its parent's."""

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from saerelay.errors import PlanError
-from saerelay.planning.recipe import LegSpec, Run
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 
 
@@ -12,7 +13,7 @@ def hub_of(layers: Sequence[int]) -> int:
     return layers[5 * len(layers) // 8]
 
 
-def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
+def preset_legs(run: Recipe, layers: Sequence[int]) -> list[LegSpec]:
     """The legs a preset means, as if they had been written out."""
     p = run.plan
     if outside := sorted(set(p.roots) - set(layers)):
@@ -30,11 +31,11 @@ def preset_legs(run: Run, layers: Sequence[int]) -> list[LegSpec]:
     return legs
 
 
-def _name(run: Run, layer: int) -> str:
+def _name(run: Recipe, layer: int) -> str:
     return str(Site(layer, run.sites.module))
 
 
-def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
+def preset_parents(run: Recipe, layers: Sequence[int]) -> dict[int, list[int]]:
     """For each layer that is not (only) trained from scratch, the layers it is transferred from."""
     p, last = run.plan, len(layers) - 1
     neighbours = {
@@ -75,7 +76,7 @@ def preset_parents(run: Run, layers: Sequence[int]) -> dict[int, list[int]]:
             )
 
 
-def control_legs(run: Run, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
+def control_legs(run: Recipe, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
     """From-scratch controls of a layer that is reached by transfers."""
     if not transfers:
         raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")

@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from saerelay.sae.spec import Architecture, DictionarySpec, Method
+from saerelay.sae.architectures import Architecture
+
+from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.site import ModuleKind
 from saerelay.spec import Count, Spec, parse_count
 
@@ -270,10 +272,10 @@ class EvaluateSpec(Spec):
     )
 
 
-class Run(Spec):
+class Recipe(Spec):
     """A whole recipe.
 
-    >>> Run().model.name
+    >>> Recipe().model.name
     'demo'
     """
 
@@ -286,7 +288,7 @@ class Run(Spec):
     evaluate: EvaluateSpec = EvaluateSpec()
 
 
-def annotated_toml(run: Run) -> str:
+def annotated_toml(run: Recipe) -> str:
     """The recipe as TOML with every key and what it means: the output of `saerelay init`."""
     lines = ['# A recipe for `saerelay train run.toml --out runs/a`. Counts may be written 250_000 or "250k".', ""]
     for name, section in run:

@@ -9,11 +9,13 @@ import math
 from typing import ClassVar
 
 from saerelay.document import Document
-from saerelay.planning.compile import choose_block, compile_plan
+from saerelay.planning.placing import choose_block
+from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.presets import hub_of
-from saerelay.planning.recipe import LegSpec, Run
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 from saerelay.spec import Spec
 
@@ -72,7 +74,7 @@ class Survey(Document):
     SCHEMA: ClassVar = 3
     MADE_BY: ClassVar = "`saerelay train RECIPE --out RUN --resume`"
 
-    asked: Run
+    asked: Recipe
     hub: int
     n_latents: int
     pilot_tokens: int
@@ -93,11 +95,11 @@ class Survey(Document):
     cost: SurveyCost
 
 
-def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
+def survey_plan(run: Recipe, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
     """The pilots, as a plan like any other."""
     p, batch = run.plan, run.train.batch_tokens
-    plain = p.model_copy(update={"preset": "hub", "budget": "", "fvu_ratio": 0.0, "stop": True, "controls": []})
-    usual = compile_plan(run.model_copy(update={"plan": plain}), facts)  # refuses what no plan can have
+    plain = p.changed(preset="hub", budget="", fvu_ratio=0.0, stop=True, controls=[])
+    usual = compile_plan(run.changed(plan=plain), facts)  # refuses what no plan can have
     layers = sorted({leg.layer for leg in usual.legs})
     hub = p.roots[0] if p.roots else hub_of(layers)
     long = batch * max(8, (p.survey_tokens or pilot_tokens(run, facts)) // batch)
@@ -106,23 +108,21 @@ def survey_plan(run: Run, facts: ModelFacts, memory_bytes: float = math.inf) -> 
     legs.append(LegSpec(id=LONG, layer=hub, tokens=long))
     for layer in sorted({layers[0], layers[-1]} - {hub}):
         legs.append(LegSpec(id=f"{LONG}-L{layer}", layer=layer, tokens=long))
-    plan = plain.model_copy(update={"legs": legs, "roots": []})
-    train = run.train.model_copy(update={"snapshots": [], "loggers": []})
+    plan = plain.changed(legs=legs, roots=[])
+    train = run.train.changed(snapshots=[], loggers=[])
     block = choose_block(run, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
-    data = run.data.model_copy(update={"cache": "", "block_tokens": block})
-    update = {"plan": plan, "train": train, "data": data, "sites": run.sites.model_copy(update={"layers": layers})}
-    compiled = compile_plan(run.model_copy(update=update), facts, memory_bytes=memory_bytes)
-    return compiled.model_copy(
-        update={"legs": [leg.model_copy(update={"snapshots": [before_decay(leg, run)]}) for leg in compiled.legs]}
-    )
+    data = run.data.changed(cache="", block_tokens=block)
+    update = {"plan": plan, "train": train, "data": data, "sites": run.sites.changed(layers=layers)}
+    compiled = compile_plan(run.changed(**update), facts, memory_bytes=memory_bytes)
+    return compiled.changed(legs=[leg.changed(snapshots=[before_decay(leg, run)]) for leg in compiled.legs])
 
 
-def pilot_tokens(run: Run, facts: ModelFacts) -> int:
+def pilot_tokens(run: Recipe, facts: ModelFacts) -> int:
     """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
     root, n_latents = run.plan.root_tokens, run.dictionary.latents(facts.width(Site(0, run.sites.module)))
     return max(root // 10, min(root // 4, TOKENS_PER_LATENT * n_latents))
 
 
-def before_decay(leg: Leg, run: Run) -> int:
+def before_decay(leg: Leg, run: Recipe) -> int:
     """Age at which a leg's decay begins."""
     return run.train.batch_tokens * max(1, round((1 - run.train.decay) * leg.budget_tokens / run.train.batch_tokens))

@@ -8,7 +8,7 @@ from saerelay.errors import RunDirectoryError
 from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.runs.tensors import damage_named, read_tensors, write_tensors
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.spec import Architecture
+from saerelay.sae.architectures import Architecture
 
 _REMEDY = DictionaryInfo.REMEDY
 

@@ -110,7 +110,7 @@ class PublishedSuite:
         if name in published:
             return published[name]
         if name.isdecimal():
-            return self.leg_at(Site(int(name), self.plan.run.sites.module))
+            return self.leg_at(Site(int(name), self.plan.recipe.sites.module))
         names = ", ".join(published) or "none"
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; the published legs are: {names}')
 

@@ -15,7 +15,9 @@ from typing import NamedTuple, assert_never
 import torch
 from torch import Tensor
 
-from saerelay.sae.spec import Architecture, DictionarySpec
+from saerelay.sae.architectures import Architecture
+
+from saerelay.sae.spec import DictionarySpec
 
 AUX_EVERY = 16
 """AuxK looks at every 16th token of a batch, a fair sample of shuffled rows: as good, cheaper, and fewer stay dead."""

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from saerelay.errors import TransferError
-from saerelay.sae.dictionary import Dictionary, calibrate_threshold, match_l0, unit_decoder
+from saerelay.sae.dictionary import Dictionary, match_l0, unit_decoder
+from saerelay.sae.architectures.architecture import with_common_threshold
 from saerelay.sae.kernels import join_codes, products, reconstruct
 from saerelay.sae.moments import Moments
-from saerelay.sae.spec import Architecture, Method
+from saerelay.sae.architectures import Architecture
+from saerelay.sae.spec import Method
 
 __all__ = ["AffineMap", "affine", "fold", "identity", "map_between", "procrustes", "rate_share", "refit",
            "rescale", "reshape", "revive", "unexplained"]  # fmt: skip

@@ -16,15 +16,11 @@ from torch import Tensor
 
 from saerelay.planning.plan import Leg
 from saerelay.planning.recipe import TrainSpec
-from saerelay.sae.dictionary import (
-    Dictionary,
-    Loss,
-    calibrate_threshold,
-    initialise,
-    to_canonical,
-    to_training_units,
-    training_loss,
-)
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.loss import Loss, training_loss
+from saerelay.sae.architectures.architecture import with_common_threshold
+from saerelay.sae.initialise import initialise
+from saerelay.sae.units import to_canonical, to_training_units
 from saerelay.sae.kernels import Step, latent_pieces, sparse_step
 from saerelay.sae.quality import fvu
 from saerelay.sae.spec import takes_sparse_step
@@ -244,7 +240,7 @@ class Trainee:
         if fvu(self.canonical(x), x) * self.leg.decay_gain <= self.leg.goal_fvu:
             batch = self.leg.batch_tokens
             total = batch * math.ceil(self.age / (1 - self.spec.decay) / batch)
-            self.leg = self.leg.model_copy(update={"budget_tokens": total, "goal_fvu": None})
+            self.leg = self.leg.changed(budget_tokens=total, goal_fvu=None)
 
     def _train(self, x: Tensor) -> None:
         """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
@@ -383,7 +379,7 @@ class Trainee:
         self = cls.__new__(cls)
         budget = int(state["budget"])
         ending = budget < leg.budget_tokens
-        self.leg = leg.model_copy(update={"budget_tokens": budget, "goal_fvu": None}) if ending else leg
+        self.leg = leg.changed(budget_tokens=budget, goal_fvu=None) if ending else leg
         self.spec = spec
         self.dense = not takes_sparse_step(state["mean"].device.type)
         self.mean, self.scale, self.last_fired = state["mean"], state["scale"], state["last_fired"]

@@ -57,7 +57,7 @@ class WandB:
 
         name = directory.resolve().name
         run_id = f"{name}-{seed_from('wandb', str(directory.resolve())):x}"
-        config: dict[str, Any] = plan.run.model_dump(mode="json")
+        config: dict[str, Any] = plan.recipe.model_dump(mode="json")
         self.run: Any = wandb.init(
             project="saerelay", name=name, id=run_id, dir=str(directory), config=config, resume="allow"
         )
@@ -73,7 +73,7 @@ class WandB:
 
 def check_installed(plan: Plan) -> None:
     """Refuse a recipe that asks for a logger which is not there."""
-    for name in plan.run.train.loggers:
+    for name in plan.recipe.train.loggers:
         if find_spec(name) is None:
             raise RecipeError(
                 f"train.loggers asks for {name}, which is not installed; pip install 'saerelay[{name}]', or take it "
@@ -84,4 +84,4 @@ def check_installed(plan: Plan) -> None:
 def asked_for(plan: Plan, directory: Path) -> list[Watcher]:
     """The loggers a recipe names."""
     makers = {"tensorboard": lambda: TensorBoard(directory), "wandb": lambda: WandB(plan, directory)}
-    return [makers[name]() for name in plan.run.train.loggers]
+    return [makers[name]() for name in plan.recipe.train.loggers]

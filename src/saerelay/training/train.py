@@ -28,14 +28,19 @@ from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import PhaseSeconds, ReadPositions, RunCost
 from saerelay.runs.state import load_state, prefixed, save_state, truncate_metrics, under
-from saerelay.sae.dictionary import Dictionary, match_l0, mean_l0
+from saerelay.sae.dictionary import Dictionary, match_l0
+from saerelay.sae.quality import mean_l0
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu
 from saerelay.sae.threads import side_by_side
-from saerelay.sae.transfer import LEAST_RATE_SHARE, fold, map_between, rate_share, refit, reshape, revive
+from saerelay.sae.maps import LEAST_RATE_SHARE, map_between, rate_share
+from saerelay.sae.transfer import fold
+from saerelay.sae.refit import refit
+from saerelay.sae.reshape import reshape, revive
 from saerelay.site import Site
 from saerelay.spec import seed_from
-from saerelay.training.engine import Cohort, Trainee, check_due
+from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.schedule import goal_is_due
 from saerelay.training.progress import Watcher
 
 FIRST_ROWS, L0_ROWS, HELD_OUT_ROWS = 32_768, 8_192, 4_096
@@ -81,14 +86,14 @@ class Training:
     @classmethod
     def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device) -> "Training":
         """Take up the saved state, or start at zero where there is none."""
-        self = cls(plan, Cohort(plan.run.train.batch_tokens))
+        self = cls(plan, Cohort(plan.recipe.train.batch_tokens))
         if saved := load_state(paths.state):
             tensors, facts = saved
             self.cursor, self.failures = facts["cursor"], facts["failures"]
             self.seconds, self.positions = facts["seconds"], facts["positions"]
             for leg_id in facts["live"]:
                 state = {name: t.to(device) for name, t in under(f"leg/{leg_id}", tensors).items()}
-                self.cohort.add(Trainee.restore(plan.leg(leg_id), plan.run.train, state))
+                self.cohort.add(Trainee.restore(plan.leg(leg_id), plan.recipe.train, state))
             self.moments = {i: Moments.restore(under(f"moments/{i}", tensors)) for i in facts["moments"]}
         return self
 
@@ -136,7 +141,7 @@ def train_plan(
                     with timed(now.seconds, "fits"):
                         begin_legs(now, block, paths, hops=True)
                 watcher.tick(now.cursor)
-                if stop.is_set() or now.cursor - last_saved >= plan.run.train.checkpoint_every:
+                if stop.is_set() or now.cursor - last_saved >= plan.recipe.train.checkpoint_every:
                     now.seconds["total"] = time.perf_counter() - began
                     log.flush()
                     now.save(paths)
@@ -185,7 +190,7 @@ def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee
         inherited, lr_share = inherit(now, leg, block, paths) if leg.parent else (None, 1.0)
     except TransferError as error:
         return str(error)
-    return Trainee(leg, now.plan.run.train, block.rows(leg.site, FIRST_ROWS), inherited, lr_share=lr_share)
+    return Trainee(leg, now.plan.recipe.train, block.rows(leg.site, FIRST_ROWS), inherited, lr_share=lr_share)
 
 
 def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float]:
@@ -249,8 +254,8 @@ def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor]
 
 def check_goals(now: Training, again: int) -> None:
     """Measure the legs with a goal that are due, and let those begin their decay that will meet it."""
-    for trainee in now.cohort.live if now.held_out and now.plan.run.plan.stop else []:
-        if trainee.leg.reuse > again and check_due(trainee.leg, now.plan.run.train, trainee.age):
+    for trainee in now.cohort.live if now.held_out and now.plan.recipe.plan.stop else []:
+        if trainee.leg.reuse > again and check_due(trainee.leg, now.plan.recipe.train, trainee.age):
             with timed(now.seconds, "goals"):
                 trainee.check(now.held_out[trainee.leg.site])
 

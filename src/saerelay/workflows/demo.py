@@ -7,7 +7,7 @@ from rich.console import Console
 
 from saerelay.errors import RunDirectoryError
 from saerelay.files import write_text
-from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Run, TrainSpec
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Recipe, TrainSpec
 from saerelay.runs.directory import RunDirectory, sole_writer
 from saerelay.runs.documents.quality import Summary
 from saerelay.runs.state import STATE_FILE
@@ -18,7 +18,7 @@ from saerelay.workflows.report import report_run
 MARK = ".saerelay-demo"
 """Marks a directory that a demo made, so that the next demo may replace it."""
 
-DEMO = Run(
+DEMO = Recipe(
     data=DataSpec(epochs=2),  # only needed where the standard library comes without its tests (Debian's)
     dictionary=DictionarySpec(expansion=16, k=24),
     plan=PlanSpec(preset="hub", root_tokens=2_000_000, transfer_tokens=250_000, controls=[2, 6]),
@@ -28,7 +28,7 @@ DEMO = Run(
 """One root, transferred to all other layers, and from-scratch controls for two of them."""
 
 
-def run_demo(out: Path, console: Console | None, run: Run = DEMO) -> Summary:
+def run_demo(out: Path, console: Console | None, run: Recipe = DEMO) -> Summary:
     """Train, transfer, evaluate and report; replaces an earlier demo in `out`, and nothing else.
 
     Raises RunDirectoryError if `out` holds anything but a demo.

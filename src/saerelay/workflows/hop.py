@@ -21,23 +21,29 @@ from saerelay.interop.names import public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer
-from saerelay.planning.compile import auto_lr
+from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import Plan
-from saerelay.planning.recipe import LegSpec, ModelSpec, Run
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.recipe import ModelSpec, Recipe
 from saerelay.runs.directory import RunDirectory
-from saerelay.sae.dictionary import Dictionary, LayerNormed, match_l0, mean_l0
+from saerelay.sae.dictionary import Dictionary, match_l0
+from saerelay.sae.layer_normed import LayerNormed
+from saerelay.sae.quality import mean_l0
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import fold, map_between, rate_share, unexplained
+from saerelay.sae.transfer import fold
+from saerelay.sae.maps import map_between, rate_share, unexplained
 from saerelay.site import Site
-from saerelay.training.train import L0_ROWS
-from saerelay.workflows.launch import check_directory, plan_run, tokenise, train_run
+from saerelay.sae.transfer import L0_ROWS
+from saerelay.workflows.settle import check_directory, plan_run
+from saerelay.workflows.activations import tokenise
+from saerelay.workflows.launch import train_run
 
 
 def hop_run(
     source: str | Path,
     layer: int,
-    run: Run,
+    run: Recipe,
     out: str | Path,
     *,
     site: Site | None = None,
@@ -81,12 +87,12 @@ def hop_run(
             dictionary = scaled(dictionary, run, origin.site, console)
         write_dictionary(parent, dictionary, origin, "saerelay")
     changed["parent"] = str(parent) if "/" in str(parent) else f"./{parent}"
-    return train_run(with_leg(run, leg.model_copy(update=changed)), out, console=console)
+    return train_run(with_leg(run, leg.changed(**changed)), out, console=console)
 
 
-def with_leg(run: Run, leg: LegSpec) -> Run:
+def with_leg(run: Recipe, leg: LegSpec) -> Recipe:
     """A recipe for one leg and nothing else."""
-    return run.model_copy(update={"plan": run.plan.model_copy(update={"legs": [leg], "controls": [], "roots": []})})
+    return run.changed(plan=run.plan.changed(legs=[leg], controls=[], roots=[]))
 
 
 class Carried(NamedTuple):
@@ -101,7 +107,7 @@ class Carried(NamedTuple):
 def carry(
     dictionary: Dictionary | LayerNormed,
     origin: Origin,
-    run: Run,
+    run: Recipe,
     target: Site,
     name: str,
     method: Method,
@@ -115,15 +121,15 @@ def carry(
     began, site = time.perf_counter(), origin.site
     assert site
     plan = moments_plan(run, target)
-    other_spec = run.model.model_copy(update={"name": name, "revision": ""})
+    other_spec = run.model.changed(name=name, revision="")
     check_tokens(run, other_spec)
     other = LanguageModel.load(other_spec)
     other.check_site(site)
     moments, x_source, x_target = Moments.empty(other.facts.width(site), plan.facts.width(target)), None, None
     with console.status(f"reading {name} and {run.model.name} side by side") if console else nullcontext():
         for tokens, keep, x_target in kept_rows(plan, target):
-            if int(tokens.max()) >= other.facts.vocab_size:
-                raise ModelError(f"{name} has {other.facts.vocab_size} tokens, the text has token {int(tokens.max())}")
+            if int(tokens.max()) >= other.facts.tokens.vocab_size:
+                raise ModelError(f"{name} has {other.facts.tokens.vocab_size} tokens, the text has token {int(tokens.max())}")
             x_source = other.harvest(tokens.to(other.device), [site])[site][keep.to(other.device)].float()
             moments.add(x_source.to(x_target.device), x_target)
     assert x_source is not None and x_target is not None
@@ -133,20 +139,20 @@ def carry(
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())
     carried = match_l0(carried, x_target[:L0_ROWS].cpu(), l0)
     facts = {"model": name, "site": str(site), "method": method, "moment_tokens": moments.n_tokens}
-    facts |= {"lm_tokens": 2 * plan.run.plan.moment_tokens, "unexplained": unexplained(moments)}
+    facts |= {"lm_tokens": 2 * plan.recipe.plan.moment_tokens, "unexplained": unexplained(moments)}
     facts |= {"seconds": round(time.perf_counter() - began, 3)}
     where = Origin(model=run.model.name, site=target, l0=l0, provenance=origin.provenance | {"carried_from": facts})
     return Carried(carried, where, rate_share(moments))
 
 
-def scaled(dictionary: LayerNormed, run: Run, site: Site, console: Console | None) -> Dictionary:
+def scaled(dictionary: LayerNormed, run: Recipe, site: Site, console: Console | None) -> Dictionary:
     """The dictionary of raw activations that is nearest to a layer-normed one on the recipe's text."""
     with console.status("reading the scale of activations") if console else nullcontext():
         _, _, x = next(kept_rows(moments_plan(run, site), site))
     return dictionary.at_scale(x.cpu())
 
 
-def moments_plan(run: Run, site: Site) -> Plan:
+def moments_plan(run: Recipe, site: Site) -> Plan:
     """A plan that reads as many tokens at a site as maps are fitted on."""
     leg = LegSpec(id="moments", layer=site.layer, module=site.module, tokens=run.plan.moment_tokens)
     return plan_run(with_leg(run, leg))
@@ -154,17 +160,17 @@ def moments_plan(run: Run, site: Site) -> Plan:
 
 def kept_rows(plan: Plan, site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of training tokens (B, C), bool (B, C) for the positions that are kept, and their activations (n, D)."""
-    model, context = load_model(plan), plan.run.data.context
+    model, context = load_model(plan), plan.recipe.data.context
     with TemporaryDirectory(prefix="saerelay-") as place:
         corpus = tokenise(plan, RunDirectory(Path(place)), None)
-        for tokens in batches(plan, corpus.train[: math.ceil(plan.run.plan.moment_tokens / context)], ce=False):
+        for tokens in batches(plan, corpus.train[: math.ceil(plan.recipe.plan.moment_tokens / context)], ce=False):
             tokens = tokens.to(model.device)
             found = model.harvest(tokens, plan.with_probe([site]))
             keep = trained_on(plan, tokens, found)
             yield tokens, keep, found[site][keep].float()
 
 
-def check_tokens(run: Run, other: ModelSpec) -> None:
+def check_tokens(run: Recipe, other: ModelSpec) -> None:
     """Raise ModelError unless another model's tokenizer gives each token of the recipe's model the same number."""
     if run.data.tokens:
         return

@@ -32,7 +32,8 @@ from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import External, Plan
-from saerelay.planning.recipe import Run, annotated_toml
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.toml import annotated_toml
 from saerelay.planning.survey import Survey, survey_plan
 from saerelay.runs.directory import RunDirectory, read_plan, sole_writer
 from saerelay.runs.state import state_facts
@@ -40,11 +41,12 @@ from saerelay.spec import format_count
 from saerelay.training.engine import Trainee
 from saerelay.training.progress import LiveTable, PlainLog, Watcher
 from saerelay.training.trackers import Several, asked_for, check_installed
-from saerelay.training.train import HELD_OUT_ROWS, machine, train_plan
+from saerelay.training.train import HELD_OUT_ROWS, train_plan
+from saerelay.training.run_state import machine
 from saerelay.workflows.pilots import measure_survey
 
 
-def plan_run(run: Run, finished: Plan | None = None) -> Plan:
+def plan_run(run: Recipe, finished: Plan | None = None) -> Plan:
     """Compile a recipe for the model it names: reads the model's configuration, no weights.
 
     With a `finished` plan, what the recipe adds to it is placed after its end.
@@ -54,7 +56,7 @@ def plan_run(run: Run, finished: Plan | None = None) -> Plan:
     return compile_plan(run, facts, externals=externals, memory_bytes=memory_allowed(run, facts), finished=finished)
 
 
-def memory_allowed(run: Run, facts: ModelFacts) -> float:
+def memory_allowed(run: Recipe, facts: ModelFacts) -> float:
     """Bytes that the training state of all live legs may take."""
     return run.train.memory_gib * 2**30 or 0.7 * device_memory(facts.device)
 
@@ -88,7 +90,7 @@ def device_memory(device: str) -> float:
 
 
 def train_run(
-    run: Run, out: str | Path, *, resume: bool = False, extend: bool = False, console: Console | None = None
+    run: Recipe, out: str | Path, *, resume: bool = False, extend: bool = False, console: Console | None = None
 ) -> Suite:
     """Train everything a recipe asks for into a new directory; returns its suite.
 
@@ -108,7 +110,7 @@ def train_run(
             corpus = tokenise(plan, paths, console)
             stream = open_stream(plan, corpus.train)
             plan.save(paths.plan)
-            write_text(paths.recipe, annotated_toml(plan.run))
+            write_text(paths.recipe, annotated_toml(plan.recipe))
         validation = open_validation(plan, stream, corpus) if any(leg.predicted_fvu for leg in plan.legs) else None
         with watching(plan, paths, console) as watcher:
             train_plan(plan, paths, stream, watcher, stream.device, validation)
@@ -137,12 +139,12 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
         )
 
 
-def settle_plan(run: Run, paths: RunDirectory, *, extend: bool, console: Console | None) -> Plan:
+def settle_plan(run: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Plan:
     """The plan of a new run, the old plan of one that is resumed, or the old one with what an extension adds."""
     if not paths.plan.is_file():
         if run.plan.surveyed:
             survey, choice = survey_run(run, paths, console)
-            return plan_run(written_out(run, survey, choice)).model_copy(update={"run": run})
+            return plan_run(written_out(run, survey, choice)).changed(run=run)
         plan = plan_run(run)
         shutil.rmtree(paths.tokens, ignore_errors=True)  # of a run that never began, perhaps with another recipe
         return plan
@@ -150,7 +152,7 @@ def settle_plan(run: Run, paths: RunDirectory, *, extend: bool, console: Console
     if not extend:
         check_same(old, run, paths, FREE_TO_CHANGE)
         free = {key: value for key, value in flat(run.model_dump()).items() if key in FREE_TO_CHANGE}
-        return old.model_copy(update={"run": Run.parse(nested(flat(old.run.model_dump()) | free), source="resume")})
+        return old.changed(run=Recipe.parse(nested(flat(old.recipe.model_dump()) | free), source="resume"))
     check_same(old, run, paths, FREE_TO_CHANGE | {"sites.layers"}, but="plan.")
     saved = state_facts(paths.state)
     if saved is None or saved["cursor"] < old.n_tokens:
@@ -166,9 +168,9 @@ def settle_plan(run: Run, paths: RunDirectory, *, extend: bool, console: Console
 FREE_TO_CHANGE = {"train.checkpoint_every", "train.loggers", "train.memory_gib", "evaluate.tokens", "evaluate.ce"}
 
 
-def check_same(old: Plan, run: Run, paths: RunDirectory, free: set[str], but: str = "\0") -> None:
+def check_same(old: Plan, run: Recipe, paths: RunDirectory, free: set[str], but: str = "\0") -> None:
     """A run goes on with the recipe it began with, `free` keys and those beginning with `but` aside."""
-    before, after = flat(old.run.model_dump(mode="json")), flat(run.model_dump(mode="json"))
+    before, after = flat(old.recipe.model_dump(mode="json")), flat(run.model_dump(mode="json"))
     watched = [key for key in before | after if key not in free and not key.startswith(but)]
     if changed := [key for key in watched if before.get(key) != after.get(key)]:
         lines = [f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} in the recipe" for key in changed]
@@ -215,7 +217,7 @@ def check_disk(plan: Plan, paths: RunDirectory) -> None:
         )
 
 
-def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[Survey, Choice]:
+def survey_run(run: Recipe, paths: RunDirectory, console: Console | None) -> tuple[Survey, Choice]:
     """What a survey measures of a recipe's layers, and the legs chosen by it; a finished survey is not made again.
 
     It lives in `survey/` of the run directory until it is done, and is resumed there after an interruption.
@@ -248,7 +250,7 @@ def survey_run(run: Run, paths: RunDirectory, console: Console | None) -> tuple[
     return survey, choose(run, facts, survey, memory)
 
 
-def survey_once(run: Run, console: Console | None) -> tuple[Survey, Choice]:
+def survey_once(run: Recipe, console: Console | None) -> tuple[Survey, Choice]:
     """A survey, and the legs chosen by it, that leave no files behind."""
     with TemporaryDirectory(prefix="saerelay-survey-") as place:
         try:
@@ -259,8 +261,8 @@ def survey_once(run: Run, console: Console | None) -> tuple[Survey, Choice]:
 
 def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:
     """Blocks of HELD_OUT_ROWS positions of the validation split."""
-    context = plan.run.data.context
-    small = plan.model_copy(update={"block_tokens": context * math.ceil(HELD_OUT_ROWS / context)})
+    context = plan.recipe.data.context
+    small = plan.changed(block_tokens=context * math.ceil(HELD_OUT_ROWS / context))
     return LiveStream(stream.model or load_model(plan), corpus.validation, small)
 
 
@@ -269,7 +271,7 @@ def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
 
     Raises DataError if the cache is damaged, or if what it lacks does not fit on its disk.
     """
-    if not plan.run.data.cache:
+    if not plan.recipe.data.cache:
         return LiveStream(load_model(plan), sequences, plan)
     cache = ActivationCache(plan)
     stream = LiveStream(None, sequences, plan, cache)
@@ -292,21 +294,21 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
 
     `at_least` so many are taken if the corpus has them.
     """
-    data, context = plan.run.data, plan.run.data.context
+    data, context = plan.recipe.data, plan.recipe.data.context
     here = (paths.tokens / "corpus.json").is_file()
     if here and Corpus.open(paths.tokens).train.size * data.epochs >= plan.n_tokens:
         return Corpus.open(paths.tokens)
-    tokenizer = None if data.tokens else load_tokenizer(plan.run.model)
+    tokenizer = None if data.tokens else load_tokenizer(plan.recipe.model)
     fresh = paths.tokens.with_name("tokens.new")
     shutil.rmtree(fresh, ignore_errors=True)
     with console.status("reading the corpus") if console else nullcontext() as status:
         prepare(
-            plan.run,
+            plan.recipe,
             plan.facts,
             tokenizer,
             fresh,
             train_sequences=math.ceil(max(plan.n_tokens, at_least) / context),
-            eval_sequences=math.ceil(plan.run.evaluate.tokens / context),
+            eval_sequences=math.ceil(plan.recipe.evaluate.tokens / context),
             progress=lambda n: status.update(f"reading the corpus: {format_count(n)} tokens") if status else None,
         )
     try:
@@ -321,7 +323,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
 
 def check_corpus(plan: Plan, corpus: Corpus) -> None:
     """Enough training tokens for the plan at the epochs given."""
-    epochs, available = plan.run.data.epochs, corpus.train.size
+    epochs, available = plan.recipe.data.epochs, corpus.train.size
     if available * epochs < plan.n_tokens:
         needed = math.ceil(plan.n_tokens / available)
         raise DataError(
@@ -367,8 +369,8 @@ def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterat
 
 def time_plan(plan: Plan, model: LanguageModel) -> dict[str, float]:
     """Seconds a plan should take here, from one forward pass and a few steps of each shape of leg."""
-    context, device = plan.run.data.context, model.device
-    tokens = torch.randint(plan.facts.vocab_size, (max(1, LM_BATCH_TOKENS // context), context), device=device)
+    context, device = plan.recipe.data.context, model.device
+    tokens = torch.randint(plan.facts.tokens.vocab_size, (max(1, LM_BATCH_TOKENS // context), context), device=device)
     deepest = plan.sites[-1]
     per_token = _seconds(lambda: model.harvest(tokens, [deepest]), device) / tokens.numel()
     lm = 0.0
@@ -381,8 +383,8 @@ def time_plan(plan: Plan, model: LanguageModel) -> dict[str, float]:
         shape = (width, leg.batch_tokens, leg.dictionary)
         if shape not in known:
             x = torch.randn(4 * leg.batch_tokens, width, device=device)
-            probe = leg.model_copy(update={"parent": "", "budget_tokens": 10**9})
-            trainee = Trainee(probe, plan.run.train, x)
+            probe = leg.changed(parent="", budget_tokens=10**9)
+            trainee = Trainee(probe, plan.recipe.train, x)
             known[shape] = _seconds(lambda t=trainee, x=x, b=leg.batch_tokens: t.step(x[:b]), device) / leg.batch_tokens
         steps += leg.budget_tokens * known[shape]
     return {"lm": lm, "steps": steps, "total": lm + steps}

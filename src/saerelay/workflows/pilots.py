@@ -11,7 +11,7 @@ from saerelay.analysis.suite import Suite, load
 from saerelay.data.stream import LiveStream, gather_rows
 from saerelay.planning.cost import forward_flops, plan_cost
 from saerelay.planning.plan import Leg, Plan
-from saerelay.planning.recipe import Run
+from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import LONG, Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
@@ -20,7 +20,9 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu
 from saerelay.sae.threads import side_by_side
-from saerelay.sae.transfer import AffineMap, affine, carry, refit
+from saerelay.sae.maps import AffineMap, affine
+from saerelay.sae.transfer import carry
+from saerelay.sae.refit import refit
 from saerelay.site import Site
 from saerelay.training.train import hold_out
 
@@ -33,7 +35,7 @@ REACH = 2
 
 
 @torch.no_grad()
-def measure_survey(asked: Run, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream) -> Survey:
+def measure_survey(asked: Recipe, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream) -> Survey:
     """Measure what the run of a survey's plan has trained, and the layers themselves."""
     began, suite = time.perf_counter(), load(paths.root)
     pilots = {leg.site: leg for leg in plan.legs if not leg.parent and not leg.id.startswith(LONG)}
@@ -128,7 +130,7 @@ def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds
     """What the survey took, its measuring included."""
     cost, seconds = plan_cost(plan), RunCost.load(suite.directory.cost).seconds
     steps = sum(suite.info(leg).seconds for leg in suite.legs)
-    forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.run.data.context)
+    forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.recipe.data.context)
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,
         sae_samples=cost.sae_samples,

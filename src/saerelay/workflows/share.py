@@ -16,7 +16,8 @@ from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
 from saerelay.planning.plan import Leg, Plan
-from saerelay.planning.recipe import Run, annotated_toml
+from saerelay.planning.recipe import Recipe
+from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary
@@ -164,7 +165,7 @@ def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list
     if not legs:
         raise RunDirectoryError(f"{suite.directory.root}: no SAE is published yet; finish it with `saerelay train`")
     plan, shared = suite.plan, list[Shared]()
-    paths = module_paths(plan.run.model, [leg.site for leg in legs])
+    paths = module_paths(plan.recipe.model, [leg.site for leg in legs])
     for leg in legs:
         dictionary, origin = own.read(suite.directory.leg(leg.id))
         evaluation = Evaluation.load_if_any(suite.directory.evaluation(leg.id))
@@ -172,11 +173,11 @@ def _write_suite(suite: Suite, place: Path, format: str, ids: list[str]) -> list
         metrics = {name: value for name, value in metrics.items() if not isinstance(value, list | dict)}
         origin = replace(
             origin,
-            model=public_name(plan.run.model.name),
+            model=public_name(plan.recipe.model.name),
             module_path=paths.get(leg.site, ""),
-            context=plan.run.data.context,
-            prepend_bos=plan.run.data.prepend_bos,
-            dataset=hub_id(plan.run.data.dataset),
+            context=plan.recipe.data.context,
+            prepend_bos=plan.recipe.data.prepend_bos,
+            dataset=hub_id(plan.recipe.data.dataset),
             l0=metrics.get("l0", origin.l0),
             provenance=placeless(origin.provenance) | {"evaluation": metrics},
         )
@@ -257,7 +258,7 @@ def model_card(
         parts += [
             "## Recipe",
             "`saerelay train run.toml --out runs/a` with this `run.toml` trains them again.",
-            _fenced(annotated_toml(Run.parse(placeless(plan.run.model_dump()), source="card")), "toml"),
+            _fenced(annotated_toml(Recipe.parse(placeless(plan.recipe.model_dump()), source="card")), "toml"),
         ]
     parts += ["## Licence", _cell(licence) if licence else "None was stated by whoever published these SAEs."]
     return "\n\n".join(parts) + "\n"

@@ -271,7 +271,7 @@ def leg_document(study: Study, asker: Asker, leg: Leg, latents: list[Interpreted
         asked=AskedModel(model=asker.endpoint.model, endpoint=asker.endpoint.url, body=asker.endpoint.body),
         seed=study.seed,
         n_tokens=study.n_tokens,
-        piece_tokens=min(LENGTH, plan.run.data.context),
+        piece_tokens=min(LENGTH, plan.recipe.data.context),
         n_latents=len(latents),
         n_explained=len(explained),
         n_rare=len(latents) - len(asked),

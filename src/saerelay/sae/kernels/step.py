@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saerelay.sae.dictionary import AUX_EVERY, Dictionary, Loss, error_divisor, k_aux
+from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor, k_aux
+
+from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import cpu, reference
 from saerelay.sae.kernels.codes import Codes, join_codes
 from saerelay.sae.kernels.select import (
-    at_least,
+    codes_at_least,
     bound_of_batch,
     keep_largest,
     nonzero_codes,

@@ -19,7 +19,7 @@ def plan_figure(plan: Plan, *, theme: Theme = "light") -> "Figure":
     """Each leg a bar over its layer, along the tokens that the language model reads, with arrows from its parent."""
     x = side_by_side([(leg.id, leg.layer) for leg in plan.legs], 0.25)
     facts = (
-        f"{plan.facts.name}; {format_count(plan.n_tokens)} tokens of the training split; seed {plan.run.train.seed}."
+        f"{plan.facts.name}; {format_count(plan.n_tokens)} tokens of the training split; seed {plan.recipe.train.seed}."
     )
     small = (
         "A bar is an SAE in training, with its tokens; a thin line is where its map is fitted; an arrow leads from the "

@@ -85,7 +85,7 @@ def trained(plan: Plan, summary: Summary) -> str:
         tokens = format_count(max(leg.tokens for leg in children))
         how = ", ".join(sorted(methods))
         parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {tokens} tokens each.")
-    parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.run.data.context} tokens.")
+    parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Measured on {first.n_eval_tokens:,} tokens of documents that training never saw.")
     return " ".join(parts)
 

@@ -109,7 +109,7 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
     if cost.cache_bytes:
         table.add_row(
             "cache",
-            f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.run.data.cache)} "
+            f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.recipe.data.cache)} "
             "(less what is cached already, and what is read again)",
         )
     return table
