@@ -136,7 +136,12 @@ def open_study(model: str, text: Path | None, out: Path, scale: float) -> Study:
             directory = str(Path(package.submodule_search_locations[0]) / "model")
         if text is None:
             raise SystemExit("--text DIR: which text should the model read?")
-        run = DEMO.changed(model=ModelSpec(name=directory), data=DataSpec(text=[str(split_articles(text, out / "text"))], epochs=12), dictionary=DictionarySpec(expansion=8, k=32), evaluate=EvaluateSpec(tokens=25_000))
+        run = DEMO.changed(
+            model=ModelSpec(name=directory),
+            data=DataSpec(text=[str(split_articles(text, out / "text"))], epochs=12),
+            dictionary=DictionarySpec(expansion=8, k=32),
+            evaluate=EvaluateSpec(tokens=25_000),
+        )
         scratch, hops = (62_000, 125_000, 250_000, 500_000, 1_000_000), (50_000, 100_000, 200_000, 400_000)
         study = Study(Path(model).name, run, 0, scratch, hops, (50_000, 100_000), 200_000, 3e-3)
     data = study.run.data.changed(cache=str(out / "activations"), epochs=12)

@@ -90,7 +90,9 @@ def finish(out: Path, job: str, legs: list[tuple[str, int, int, float]]) -> None
     for leg_id, tokens, moments, fvu in legs:
         found = LEG.fullmatch(leg_id)
         assert found
-        row = leg(leg_id, "root", int(found["layer"]), None).changed(tokens=tokens, moment_tokens=moments, refit_tokens=moments // 2, fvu=fvu, delta_ce=fvu)
+        row = leg(leg_id, "root", int(found["layer"]), None).changed(
+            tokens=tokens, moment_tokens=moments, refit_tokens=moments // 2, fvu=fvu, delta_ce=fvu
+        )
         rows.append(row)
         deltas = rng.normal(fvu, 0.01, 8).tolist()
         evaluation(leg_id, deltas).save(RunDirectory(out / job).evaluation(leg_id))

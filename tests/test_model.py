@@ -340,7 +340,12 @@ def test_missing_weights_are_an_error(directories: dict[str, Path], tmp_path: Pa
 
 def test_the_demo_model_and_its_tokenizer() -> None:
     facts, tokenizer = read_facts(ModelSpec()), load_tokenizer(ModelSpec())
-    assert (facts.name, facts.tokens.max_context, facts.has_lm_head, facts.tokens.vocab_size) == ("demo", 512, True, 4096)
+    assert (facts.name, facts.tokens.max_context, facts.has_lm_head, facts.tokens.vocab_size) == (
+        "demo",
+        512,
+        True,
+        4096,
+    )
     assert (facts.tokens.bos_token_id, facts.tokens.eos_token_id) == (0, 0)
     assert tokenizer.is_fast and len(tokenizer) == 4096
     assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)

@@ -55,7 +55,9 @@ def summary() -> Summary:
     root = leg("L1", "root", 1, None)
     child = leg("L0-from-L1", "transfer", 0, "[bold]x[/y]")
     control = leg("c", "control", 0, None, kind="full").changed(control_of="L0-from-L1")
-    cost = COST.changed(seconds_all_from_scratch_estimate=None, controls=ControlCost(sae_samples=0, flops=0.0, seconds=5.0))
+    cost = COST.changed(
+        seconds_all_from_scratch_estimate=None, controls=ControlCost(sae_samples=0, flops=0.0, seconds=5.0)
+    )
     legs = [root, child, control]
     return Summary(model="hostile [red]model[/blue]", revision="", data="text", legs=legs, cost=cost)
 

@@ -129,7 +129,9 @@ def carry(
     with console.status(f"reading {name} and {run.model.name} side by side") if console else nullcontext():
         for tokens, keep, x_target in kept_rows(plan, target):
             if int(tokens.max()) >= other.facts.tokens.vocab_size:
-                raise ModelError(f"{name} has {other.facts.tokens.vocab_size} tokens, the text has token {int(tokens.max())}")
+                raise ModelError(
+                    f"{name} has {other.facts.tokens.vocab_size} tokens, the text has token {int(tokens.max())}"
+                )
             x_source = other.harvest(tokens.to(other.device), [site])[site][keep.to(other.device)].float()
             moments.add(x_source.to(x_target.device), x_target)
     assert x_source is not None and x_target is not None

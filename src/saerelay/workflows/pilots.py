@@ -35,7 +35,9 @@ REACH = 2
 
 
 @torch.no_grad()
-def measure_survey(asked: Recipe, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream) -> Survey:
+def measure_survey(
+    asked: Recipe, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream
+) -> Survey:
     """Measure what the run of a survey's plan has trained, and the layers themselves."""
     began, suite = time.perf_counter(), load(paths.root)
     pilots = {leg.site: leg for leg in plan.legs if not leg.parent and not leg.id.startswith(LONG)}
