@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import saerelay as sr
-from saerelay.analysis.evaluate import held_out, measure
+from saerelay.analysis.metrics import held_out, measure
+from saerelay.analysis.suite import Suite
 from saerelay.data.corpus import Corpus
 from saerelay.demo import MODEL_DIR
 from saerelay.interop import write_dictionary
@@ -25,7 +26,6 @@ from saerelay.interop.origin import Origin
 from saerelay.lm.model import load_model
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, SitesSpec
-from saerelay.runs.suite import Suite
 from saerelay.sae.spec import DictionarySpec
 
 BATCH = 8
@@ -73,7 +73,7 @@ def compare_suite(suite: Suite) -> list[dict[str, Any]]:
             theirs = saelens_metrics(Path(scratch), plan, sequences)
         row: dict[str, Any] = {"leg": leg.id, "architecture": suite[leg.id].architecture, "tokens": sequences.size}
         for name in NAMES:
-            row[name] = [ours[leg.id][name], theirs[name]]
+            row[name] = [getattr(ours[leg.id], name), theirs[name]]
         off = {name: abs(a - b) for name in NAMES[:3] for a, b in [row[name]]}
         if "saebench_l0" in theirs:
             row |= {f"saebench_{name}": theirs[f"saebench_{name}"] for name in NAMES[:3]}

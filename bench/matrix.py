@@ -2,9 +2,9 @@
 
     python bench/matrix.py runs/demo --tokens 8192
 
-Three ways to the same numbers, in one process, taking turns: `matrix`, what `saerelay eval --matrix` does; `each`, a
-call of our own evaluation for each cell, which still starts the language model at the patched layer; `whole`, the same
-with whole forwards (clean, ablated, patched), as evaluations of a single SAE do. Prints JSON: seconds of each, their
+Three ways to the same numbers, in one process, taking turns: `matrix`, what `saerelay matrix` does; `each`, one
+evaluation for each cell, which still starts the language model at the patched layer; `whole`, the same with whole
+forward passes (clean, ablated, patched), as evaluations of a single SAE do. Prints JSON: the seconds of each, their
 ratio, and the largest difference between their numbers.
 """
 
@@ -14,15 +14,15 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from report import machine
 
 import saerelay as sr
-from saerelay.analysis.evaluate import held_out, measure
 from saerelay.analysis.matrix import cells_of
+from saerelay.analysis.metrics import held_out, measure
 from saerelay.data.corpus import Corpus
 from saerelay.lm.model import load_model
+from saerelay.runs.documents.quality import EvaluationMetrics
 
 COMPARED = ("fvu", "l0", "delta_ce", "ce_loss_score", "kl_div_with_sae", "kl_div_score")
 
@@ -38,13 +38,13 @@ def main() -> None:
     sequences = held_out(plan, Corpus.open(suite.directory.tokens).test, asked.tokens)
     cells = {f"{c.leg} on {c.target}": (c.target, suite[c.leg]) for c in cells_of(suite, "identity", False)}
 
-    def together() -> dict[str, dict[str, Any]]:
+    def together() -> dict[str, EvaluationMetrics]:
         return measure(plan, model, sequences, cells, ce=True)
 
-    def each() -> dict[str, dict[str, Any]]:
+    def each() -> dict[str, EvaluationMetrics]:
         return {key: measure(plan, model, sequences, {key: cell}, ce=True)[key] for key, cell in cells.items()}
 
-    def whole() -> dict[str, dict[str, Any]]:
+    def whole() -> dict[str, EvaluationMetrics]:
         tried = dict(model._resumes)
         model._resumes.update(dict.fromkeys(range(plan.facts.n_layers + 1), False))
         try:
@@ -53,7 +53,7 @@ def main() -> None:
             model._resumes.clear()
             model._resumes.update(tried)
 
-    ways: dict[str, Callable[[], dict[str, dict[str, Any]]]] = {"matrix": together, "each": each, "whole": whole}
+    ways: dict[str, Callable[[], dict[str, EvaluationMetrics]]] = {"matrix": together, "each": each, "whole": whole}
     seconds = {name: list[float]() for name in ways}
     results = {}
     for _ in range(asked.repeats):
@@ -62,15 +62,17 @@ def main() -> None:
             results[name] = way()
             seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    apart = {
-        name: max(abs(results[name][key][m] - results["matrix"][key][m]) for key in cells for m in COMPARED)
-        for name in ("each", "whole")
-    }
+    apart = {name: largest_difference(results[name], results["matrix"]) for name in ("each", "whole")}
     document = {"machine": machine(plan.facts.device), "model": plan.facts.name}
     document |= {"cells": len(cells), "tokens": int(sequences.size)}
     document |= {"seconds": medians, "all_seconds": seconds, "largest_difference": apart}
     document |= {"times_faster": {name: medians[name] / medians["matrix"] for name in ("each", "whole")}}
     print(json.dumps(document, indent=1))
+
+
+def largest_difference(ours: dict[str, EvaluationMetrics], theirs: dict[str, EvaluationMetrics]) -> float:
+    """Over all cells and the metrics compared."""
+    return max(abs(getattr(ours[key], name) - getattr(theirs[key], name)) for key in theirs for name in COMPARED)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def ours(job: Job, dtype: str = "auto") -> dict:
     from saerelay.planning.recipe import Recipe
     from saerelay.runs.dictionaries import read_dictionary
     from saerelay.runs.directory import RunDirectory
-    from saerelay.runs.files import read_json
+    from saerelay.runs.documents.training import RunCost
     from saerelay.training.trackers import Several
     from saerelay.training.train import train_plan
     from saerelay.workflows.activations import open_stream
@@ -168,8 +168,8 @@ def ours(job: Job, dtype: str = "auto") -> dict:
         train_plan(plan, paths, stream, Several([]), stream.device)
         wall, peak = time.perf_counter() - began, mebibytes("VmHWM")
         legs = {leg.layer: read_dictionary(paths.leg(leg.id)) for leg in plan.legs}
-        lm = read_json(paths.cost)["seconds"]["lm"]
-    steps = sum(info["seconds"] for _, info in legs.values())
+        lm = RunCost.load(paths.cost).seconds.lm
+    steps = sum(info.seconds for _, info in legs.values())
     parts = {"lm": lm, "shuffle": None, "sae_step": steps, "rest": wall - lm - steps}
     result = {"wall_s": wall, "peak_mib": peak, "baseline_mib": baseline, "parts": parts}
     if job.quality:

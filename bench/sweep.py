@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from saerelay.analysis.evaluate import Quality
+from saerelay.analysis.metrics import MetricSums
 from saerelay.data.corpus import prepare
 from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
 from saerelay.lm.model import LanguageModel
@@ -73,11 +73,12 @@ def train(leg: Leg, spec: TrainSpec, x: torch.Tensor, inherited=None) -> Trainee
 
 def quality(trainee: Trainee, x_train: torch.Tensor, x_test: torch.Tensor) -> dict[str, float]:
     """FVU, L0 and live latents on the test rows."""
-    dictionary, result = trainee.canonical(x_train[:8192].float()), Quality()
+    dictionary, sums = trainee.canonical(x_train[:8192].float()), MetricSums()
     for part in x_test.split(4096):
-        result.add_reconstruction(dictionary, part)
-    shown = result.result(None)
-    return {name: round(shown[name], 5) for name in ("fvu", "l0", "frac_alive")} | {"n_dead": int(trainee.dead().sum())}
+        sums.add_reconstruction(dictionary, part)
+    metrics = sums.metrics(None)
+    rounded = {name: round(getattr(metrics, name), 5) for name in ("fvu", "l0", "frac_alive")}
+    return {**rounded, "n_dead": int(trainee.dead().sum())}
 
 
 def main() -> None:

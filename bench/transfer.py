@@ -37,9 +37,11 @@ from safetensors.torch import load_file, save_file
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from saerelay.analysis.evaluate import evaluate_run, measure, wants_ce
+from saerelay.analysis.metrics import measure, wants_ce
+from saerelay.analysis.suite import load
 from saerelay.data.corpus import Corpus, prepare
 from saerelay.errors import Interrupted, LegFailed
+from saerelay.files import write_json, write_text
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import load_model
 from saerelay.lm.tokens import load_tokenizer
@@ -49,8 +51,6 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.presets import hub_of
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, Preset, Recipe
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import write_json, write_text
-from saerelay.runs.suite import load
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import DictionarySpec, Method
 from saerelay.spec import format_count
@@ -106,8 +106,8 @@ class Job:
     run: Recipe
     unique_tokens: int = 0
     """Size of its corpus; 0 takes all."""
-    do: "Callable[[Job, Path], dict[str, Any]] | None" = None
-    """What makes summary.json, if not training and evaluating the run."""
+    do: "Callable[[Job, Path], None] | None" = None
+    """What writes summary.json, if not training and evaluating the run."""
 
     @property
     def samples(self) -> int:
@@ -329,7 +329,7 @@ def do_all(study: Study, jobs: Sequence[Job], out: Path, console: Console) -> No
         began = time.perf_counter()
         console.print(f"[{number}/{len(jobs)}] {study.name} {job.name}: {job.samples:,} samples", markup=False)
         settle(job, shared_corpus(study, out), out)
-        write_json(done, (job.do or train_and_evaluate)(job, out))
+        (job.do or train_and_evaluate)(job, out)
         console.print(f"  {time.perf_counter() - began:.0f} s")
 
 
@@ -365,19 +365,19 @@ def settle(job: Job, corpus: Path, out: Path) -> None:
         chosen = np.random.default_rng(0).permutation(len(shared.train))[:n]
         np.save(paths.tokens / "train.npy", shared.train[chosen])
         facts = shared.facts.changed(train_sequences=n)
-        write_text(paths.tokens / "corpus.json", facts.to_json())
-    write_text(paths.plan, plan.to_json())
+        facts.save(paths.tokens / "corpus.json")
+    plan.save(paths.plan)
 
 
-def train_and_evaluate(job: Job, out: Path) -> dict[str, Any]:
-    """An ordinary run, resumed if it was begun; its summary."""
+def train_and_evaluate(job: Job, out: Path) -> None:
+    """An ordinary run, resumed if it was begun, and its summary.json."""
     directory = out / job.name
     try:
         suite = train_run(job.run, directory, resume=True)
     except LegFailed as failure:
         print(failure)
         suite = load(directory)
-    return evaluate_run(suite)
+    suite.evaluate()
 
 
 # --- Group-SAE --------------------------------------------------------------------------------------------------
@@ -389,8 +389,10 @@ def groups(study: Study) -> Job:
     return Job("groups-s0", with_legs(study, 0, legs), do=train_groups)
 
 
-def train_groups(job: Job, out: Path) -> dict[str, Any]:
+def train_groups(job: Job, out: Path) -> None:
     """Group-SAE (Ghilardi et al. 2025), with our SAEs: one for a group of layers, evaluated on each layer of it.
+
+    Its summary.json is a form of its own.
 
     Layers are grouped by complete linkage on the mean angle between their activations of the same token, over pi; G is
     the smallest number of groups whose mean largest distance (AMAD) is under 0.2, and two others beside it. Activations
@@ -427,17 +429,19 @@ def train_groups(job: Job, out: Path) -> dict[str, Any]:
         for layer in m
     }
     n = math.ceil(plan.recipe.evaluate.tokens / plan.recipe.data.context)
-    found = measure(plan, load_model(plan), corpus.test[:n], dictionaries, ce=wants_ce(plan))
-    return {
+    metrics = measure(plan, load_model(plan), corpus.test[:n], dictionaries, ce=wants_ce(plan))
+    quality = {key: measured.model_dump(mode="json") for key, measured in metrics.items()}
+    summary = {
         "distance": distance.tolist(),
         "amad": amad,
         "best": best,
         "partitions": {g: partitions[g] for g in chosen},
         "groups": [
-            {"layers": m, "seconds": seconds, "quality": {layer: found[f"{layer} of {m}"] for layer in m}}
+            {"layers": m, "seconds": seconds, "quality": {layer: quality[f"{layer} of {m}"] for layer in m}}
             for m, (_, seconds) in trained.items()
         ],
     }
+    write_json(directory.summary, summary)
 
 
 def in_units(d: Dictionary, norm: float) -> Dictionary:

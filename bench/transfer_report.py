@@ -11,7 +11,7 @@ from typing import Any
 from transfer_figures import draw_all
 from transfer_tables import Row, all_tables, read_study, status_table
 
-from saerelay.runs.files import write_json, write_text
+from saerelay.files import write_json, write_text
 from saerelay.spec import format_count
 
 

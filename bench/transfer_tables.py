@@ -19,7 +19,9 @@ import numpy as np
 from scipy.stats import bootstrap, gmean
 from transfer import Study, all_jobs, suites
 
-from saerelay.runs.files import read_json
+from saerelay.files import read_json
+from saerelay.runs.directory import RunDirectory, read_plan
+from saerelay.runs.documents.quality import Evaluation, Summary
 from saerelay.spec import format_count
 from saerelay.workflows.demo import DEMO
 
@@ -35,6 +37,8 @@ ORDER = ("identity", "rescale", "procrustes", "affine", "affine+refit")
 CURVES = ("identity", "affine+refit")
 """Hops at every budget."""
 DIRECTIONS = ("forward", "backward")
+GROUPS = "groups-s0"
+"""The job of `train_groups`, whose summary is not that of a run."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class Results:
 
     model: str
     points: list[Point] = field(default_factory=list)
-    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    summaries: dict[str, Summary] = field(default_factory=dict)
+    groups: dict[str, Any] | None = None
+    """What `train_groups` wrote, if it is finished."""
     under_way: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -122,45 +128,55 @@ def read_study(folder: Path) -> Results:
     """The finished jobs of one model; the others by name."""
     results = Results(folder.name)
     for path in sorted(folder.glob("*/summary.json")):
-        results.summaries[path.parent.name] = read_json(path)
-        results.points += read_points(path.parent)
-    n_layers = read_json(folder / "scratch-s0" / "plan.json")["facts"]["n_layers"]
+        job = path.parent
+        if job.name == GROUPS:
+            results.groups = read_json(path)
+        else:
+            results.summaries[job.name] = Summary.load(path)
+            results.points += read_points(job, results.summaries[job.name])
+    n_layers = read_plan(folder / "scratch-s0").facts.n_layers
     study = Study(folder.name, DEMO, n_layers, (2,), (1,), (1,), 1, 1e-3)
     wanted = [job.name for job in [*all_jobs(study, folder, SEEDS), *suites(study)]]
-    left = [name for name in wanted if name not in results.summaries]
+    left = [name for name in wanted if not (folder / name / "summary.json").is_file()]
     results.under_way = [name for name in left if (folder / name).is_dir()]
     results.missing = [name for name in left if name not in results.under_way]
     return results
 
 
-def read_points(job: Path) -> list[Point]:
+def read_points(job: Path, summary: Summary) -> list[Point]:
     """The legs of a finished job whose ids the study made."""
     points = []
-    for leg in read_json(job / "summary.json").get("legs", ()):
-        if not (found := LEG.fullmatch(leg["id"])):
+    for leg in summary.legs:
+        found = LEG.fullmatch(leg.id)
+        if not found:
             continue
-        evaluation = job / "eval" / f"{leg['id']}.json"
-        deltas = read_json(evaluation)["metrics"].get("sequence_delta_ce") if evaluation.is_file() else None
+        evaluation = Evaluation.load_if_any(RunDirectory(job).evaluation(leg.id))
+        deltas = evaluation.metrics.sequence_delta_ce if evaluation else None
         points.append(
             Point(
                 job=job.name,
                 source=int(found["source"]) if found["source"] else None,
-                layer=leg["layer"],
+                layer=leg.layer,
                 kind=found["kind"] or "scratch",
                 label=found["label"],
                 seed=int(job.name[-1]) if re.search(r"-s\d$", job.name) else 0,
-                tokens=leg["tokens"],
-                samples=leg["tokens"] + leg["refit_tokens"],
-                lm_tokens=leg["tokens"] + leg["moment_tokens"],
-                fvu=leg["fvu"],
-                l0=leg["l0"],
-                alive=leg["frac_alive"],
-                delta_ce=leg["delta_ce"],
-                ce_score=leg["ce_loss_score"],
+                tokens=leg.tokens,
+                samples=leg.tokens + leg.refit_tokens,
+                lm_tokens=leg.tokens + leg.moment_tokens,
+                fvu=number(leg.fvu),
+                l0=number(leg.l0),
+                alive=number(leg.frac_alive),
+                delta_ce=leg.delta_ce,
+                ce_score=leg.ce_loss_score,
                 sequences=np.array(deltas) if deltas else None,
             )
         )
     return points
+
+
+def number(value: float | None) -> float:
+    """A measured number; NaN where it could not be computed."""
+    return math.nan if value is None else value
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------
@@ -225,9 +241,11 @@ def by_label(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 def status_table(r: Results) -> list[Row]:
     """What is done."""
+    n_jobs = len(r.summaries) + (r.groups is not None)
+    n_legs = sum(len(summary.legs) for summary in r.summaries.values())
     return [
         {
-            "done": f"{len(r.summaries)} jobs, {sum(len(s.get('legs', ())) for s in r.summaries.values())} legs",
+            "done": f"{n_jobs} jobs, {n_legs} legs",
             "in progress": ", ".join(r.under_way) or "–",
             "not run": ", ".join(shorten(r.missing)) or "–",
         }
@@ -488,7 +506,7 @@ def scratch_ratio(r: Results, p: Point) -> float:
 def reuse_table(r: Results) -> list[Row]:
     """Few unique tokens, read several times."""
     legs = r.of("reuse-s0")
-    unique = r.summaries["reuse-s0"]["cost"]["lm_tokens_unique"] if legs else 0
+    unique = r.summaries["reuse-s0"].cost.lm_tokens_unique if legs else 0
     return [
         {"unique tokens": unique, "passes": label.replace("x", "× "), "samples": points[0].tokens}
         | {("scratch" if p.kind == "scratch" else "hop"): r.ratio(p) for p in points}
@@ -511,7 +529,7 @@ def alive_table(r: Results) -> list[Row]:
 
 def groups_table(r: Results) -> list[Row]:
     """One SAE for a group of layers, and beside it alternate layers from scratch with hops backward between them."""
-    summary, n = r.summaries.get("groups-s0"), len(r.layers)
+    summary, n = r.groups, len(r.layers)
     rows = []
     if summary:
         trained = {tuple(g["layers"]): g["quality"] for g in summary["groups"]}
@@ -603,14 +621,14 @@ def suites_table(r: Results) -> list[Row]:
     if not own:
         return []
 
-    def taken(summary: dict[str, Any], what: str) -> float:
-        return summary["cost"][what] + (summary["cost"]["survey"] or {}).get(what, 0)
+    def taken(summary: Summary, cost: str) -> float:
+        return getattr(summary.cost, cost) + getattr(summary.cost.survey, cost, 0)
 
-    fvu = {leg["layer"]: leg["fvu"] for leg in own["legs"]}
+    fvu = {leg.layer: number(leg.fvu) for leg in own.legs}
     rows = []
     for name, summary in r.summaries.items():
         if name.startswith("suite-"):
-            legs = {leg["layer"]: leg["fvu"] for leg in summary["legs"] if leg["role"] != "control"}
+            legs = {leg.layer: number(leg.fvu) for leg in summary.legs if leg.role != "control"}
             ratios = [legs[layer] / fvu[layer] for layer in fvu if layer in legs]
             costs = ("seconds", "flops", "sae_samples", "lm_tokens")
             share = {cost: taken(summary, cost) / taken(own, cost) for cost in costs}

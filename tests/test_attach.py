@@ -418,11 +418,11 @@ def test_sites_widths_and_latents_that_do_not_exist_are_refused(llama: Any) -> N
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> sr.Suite:
     """Two layers of the demo model, random: only where they are attached matters here."""
+    from saerelay.files import write_text
     from saerelay.lm.facts import read_facts
     from saerelay.planning.compile import compile_plan
     from saerelay.runs.dictionaries import publish
     from saerelay.runs.directory import RunDirectory
-    from saerelay.runs.files import write_text
 
     root = tmp_path_factory.mktemp("suite")
     recipe = {"sites": {"layers": [2, 5]}, "dictionary": {"n_latents": F, "k": 4}, "model": {"device": "cpu"},
@@ -459,7 +459,7 @@ def test_a_suite_attached_to_its_model_is_its_dictionaries(suite: sr.Suite, demo
 def test_a_suite_is_attached_to_another_model_only_if_it_has_the_same_shape(suite: sr.Suite, llama: Any) -> None:
     with pytest.raises(ModelError, match=r"trained on demo \(8 layers, 192 wide\); this model .* 3 layers, 32 wide"):
         suite.attach(llama)
-    with pytest.raises(RunDirectoryError, match="no dictionary at L4; there are L2, L5"):
+    with pytest.raises(RunDirectoryError, match="no dictionary at L4; the run has dictionaries at: L2, L5"):
         suite.attach(LanguageModel.load(ModelSpec(device="cpu")), layers=[4])
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt2", **SMALL, n_embd=192, n_layer=8, n_head=4, n_positions=64)

@@ -6,12 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_figures import COST, leg
 from transfer_report import replace_block, report
 from transfer_tables import LEG, budget_for, mean_interval, pareto_table, read_study, scratch_equivalent
 
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.recipe import Recipe
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.quality import Density, Evaluation, EvaluationMetrics, EvaluationQuestion, Summary
+
 CURVE = [(n, 100 * n**-0.5) for n in (100.0, 400.0, 1600.0)]
 """FVU falls as the root of the budget."""
-N_LAYERS, FULL = 4, 2_000_000
+N_LAYERS = 4
+FULL = 2_000_000
+FACTS = ModelFacts(
+    name="m", revision="", family="gpt_neox", dtype="float32", device="cpu", n_layers=N_LAYERS, d_model=16,
+    d_attn_z=16, vocab_size=101, max_context=1024, bos_token_id=0, eos_token_id=0, has_lm_head=True,
+    layer_params=3000, model_params=25_000,
+)  # fmt: skip
 
 
 def test_the_budget_for_a_quality_is_read_off_the_curve() -> None:
@@ -72,19 +85,29 @@ def test_ids_of_the_study_are_understood(leg: str, parts: tuple[str | None, ...]
 
 def finish(out: Path, job: str, legs: list[tuple[str, int, int, float]]) -> None:
     """A finished job with legs of (id, tokens, tokens of its map, FVU); half of the map refits the decoder."""
-    rows, rng = [], np.random.default_rng(len(job))
+    rng = np.random.default_rng(len(job))
+    rows = []
     for leg_id, tokens, moments, fvu in legs:
         found = LEG.fullmatch(leg_id)
         assert found
-        row = {"id": leg_id, "layer": int(found["layer"]), "role": "root", "tokens": tokens, "moment_tokens": moments}
-        row |= {"refit_tokens": moments // 2, "fvu": fvu, "l0": 24.0, "frac_alive": 0.9, "delta_ce": fvu}
-        rows.append(row | {"ce_loss_score": 1 - fvu / 10})
-        path = out / job / "eval" / f"{leg_id}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"metrics": {"sequence_delta_ce": rng.normal(fvu, 0.01, 8).tolist()}}))
-    cost = {"seconds": 10.0, "flops": 1e9, "sae_samples": 100, "lm_tokens": 10, "lm_tokens_unique": 100_352}
-    (out / job / "plan.json").write_text(json.dumps({"facts": {"n_layers": N_LAYERS}}))
-    (out / job / "summary.json").write_text(json.dumps({"legs": rows, "cost": cost}))
+        row = leg(leg_id, "root", int(found["layer"]), None).changed(
+            tokens=tokens, moment_tokens=moments, refit_tokens=moments // 2, fvu=fvu, delta_ce=fvu
+        )
+        rows.append(row)
+        deltas = rng.normal(fvu, 0.01, 8).tolist()
+        evaluation(leg_id, deltas).save(RunDirectory(out / job).evaluation(leg_id))
+    cost = COST.changed(lm_tokens_unique=100_352)
+    Summary(model="m", revision="", data="", legs=rows, cost=cost).save(out / job / "summary.json")
+    recipe = Recipe.parse({"model": {"name": "m"}, "dictionary": {"n_latents": 64}, "plan": {"preset": "scratch"}})
+    compile_plan(recipe, FACTS).save(out / job / "plan.json")
+
+
+def evaluation(leg_id: str, deltas: list[float]) -> Evaluation:
+    """A leg's evaluation of which only the rise of the CE of each sequence matters."""
+    density = Density(log10_edges=[], counts=[], never=0, freq_over_1_percent=0.0, freq_over_10_percent=0.0)
+    metrics = EvaluationMetrics(n_tokens=8, density=density, sequence_delta_ce=deltas)
+    asked = EvaluationQuestion(tokens=8, ce=True, ages=[])
+    return Evaluation(asked=asked, leg=leg_id, metrics=metrics, snapshots={})
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from saerelay.planning.cost import plan_cost
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
-from saerelay.views.tables import plan_facts
+from saerelay.views.tables.plan import plan_facts
 from saerelay.workflows import activations
 from saerelay.workflows.settle import plan_run
 

@@ -14,17 +14,17 @@ from torch import Tensor
 
 import saerelay as sr
 from saerelay.analysis import circuits as module
-from saerelay.analysis.circuits import STEPS, circuits_at, circuits_run
+from saerelay.analysis.ablations import STEPS, circuits_at
 from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
 from saerelay.data.stream import trained_on
 from saerelay.errors import DataError, RecipeError
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json, write_json
+from saerelay.runs.documents.circuits import Circuits
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
-from saerelay.views.tables import circuit_tables
+from saerelay.views.tables.circuits import circuit_tables
 
 torch.set_num_threads(1)
 KEYS, FILLERS, ANSWERS, SIZE = (1, 2), (3, 4, 5, 6), (7, 8), 50.0
@@ -83,7 +83,7 @@ def run(by_hand: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"batch_tokens": 64},
     }
     plan, paths = sr.plan_run(sr.Run.parse(recipe, source="test")), RunDirectory(root)
-    write_json(paths.plan, plan.model_dump(mode="json"))
+    plan.save(paths.plan)
     for leg in plan.legs:
         order = list(range(16))[:: -1 if leg.role == "control" else 1]
         publish(paths.leg(leg.id), axes(order), {"tokens": leg.budget_tokens})
@@ -121,20 +121,20 @@ def call(capsys: Any, monkeypatch: Any, *arguments: object) -> tuple[int, str, s
 @pytest.mark.parametrize("method", ["attribution", "integrated-gradients"])
 def test_the_known_circuit_is_found_and_is_all_there_is(run: Path, task: str, tmp_path: Path, method: str) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
-    document = circuits_run(sr.load(copy), task, k=[2, 1], method=method)
-    assert document == read_json(copy / "circuits/keys.json") and len(document["legs"]) == 4
-    assert document["accuracy"] == 1.0 and (document["n_found_on"], document["n_judged_on"]) == (32, 32)
-    for row in document["legs"]:
-        names = {15 - latent if row["role"] == "control" else latent for latent in row["latents"]}
+    document = sr.load(copy).circuits(task, k=[2, 1], method=method)
+    assert document == Circuits.load(copy / "circuits/keys.json") and len(document.legs) == 4
+    assert document.accuracy == 1.0 and (document.n_found_on, document.n_judged_on) == (32, 32)
+    for row in document.legs:
+        names = {15 - latent if row.role == "control" else latent for latent in row.latents}
         assert names == set(WRITTEN)
-        half, whole = row["circuits"]
-        assert (half["k"], whole["k"]) == (1, 2) and 0.2 < half["faithfulness"] < 0.8
-        assert whole["faithfulness"] == pytest.approx(1, abs=0.01)
-        assert whole["completeness"] == pytest.approx(0, abs=0.01)
+        half, whole = row.circuits
+        assert (half.k, whole.k) == (1, 2) and half.faithfulness and 0.2 < half.faithfulness < 0.8
+        assert whole.faithfulness == pytest.approx(1, abs=0.01)
+        assert whole.completeness == pytest.approx(0, abs=0.01)
         # latents that the answer does not rest on carry nothing of it
-    assert {row["leg"] for row in document["differences"]} == {"L0-from-L1"}
-    for row in document["differences"]:  # the same latents in another order
-        assert row["faithfulness"] == pytest.approx(0, abs=1e-4) and row["faithfulness_se"] < 1e-4
+    assert {row.leg for row in document.differences} == {"L0-from-L1"}
+    for row in document.differences:  # the same latents in another order
+        assert row.faithfulness == pytest.approx(0, abs=1e-4) and row.faithfulness_se == pytest.approx(0, abs=1e-4)
 
 
 def test_what_else_there_is_carries_nothing(run: Path, task: str) -> None:
@@ -142,22 +142,22 @@ def test_what_else_there_is_carries_nothing(run: Path, task: str) -> None:
     prompts = task_prompts(task, plan)
     others = [i for i in range(16) if i not in WRITTEN]
     dictionary = replace(axes(others), b_enc=torch.zeros(14))
-    found = circuits_at(plan, load_model(plan), Site(0), {"x": dictionary}, prompts[:32], prompts[32:], k=[14])["x"]
+    found = circuits_at(plan, load_model(plan), Site(0), {"x": dictionary}, (prompts[:32], prompts[32:]), k=[14])["x"]
     model = load_model(plan)
     clean = [score(model.logits(torch.tensor([p.tokens])), p) for p in prompts[32:]]
-    assert found["m_empty"] == pytest.approx(clean, rel=0.01)  # nothing is lost when all of them are ablated
-    share, _ = module.recovered(found["m_kept"][0], found["m_empty"], clean)
+    assert found.m_empty == pytest.approx(clean, rel=0.01)  # nothing is lost when all of them are ablated
+    share, _ = module.recovered(found.m_kept[0], found.m_empty, clean)
     assert not share > 0.01  # null, if what is lost is not clear of its error
 
 
 def test_effects_are_those_of_ablation_where_all_is_linear(run: Path, task: str) -> None:
     plan = sr.load(run).plan
     prompts, model, site = task_prompts(task, plan), load_model(plan), Site(0)
-    found = circuits_at(plan, model, site, {"x": axes(list(range(16)))}, prompts[:32], prompts[32:], k=[16])["x"]
+    found = circuits_at(plan, model, site, {"x": axes(list(range(16)))}, (prompts[:32], prompts[32:]), k=[16])["x"]
     tokens = torch.tensor([p.tokens for p in prompts[:32]])
     x = model.harvest(tokens, [site])[site]
     before = model.logits(tokens)
-    for latent, effect in zip(found["latents"], found["effects"], strict=True):
+    for latent, effect in zip(found.latents, found.effects, strict=True):
         if latent == 0:  # the constant: ablated, it stays what it is
             assert effect == 0
             continue
@@ -195,8 +195,8 @@ def test_effects_and_answers_are_those_of_each_prompt_alone(tiny_model: Path, si
     prompts = [
         Prompt((0, *torch.randint(1, 101, (3 + i % 3,), generator=draw).tolist()), 5 + i, 50 + i) for i in range(12)
     ]
-    halves = [sorted(half, key=lambda p: len(p.tokens)) for half in (prompts[:6], prompts[6:])]
-    found = circuits_at(plan, model, site, {"x": d}, *halves, k=[3, 40], method=method)["x"]
+    halves = module.halved(prompts)
+    found = circuits_at(plan, model, site, {"x": d}, halves, k=[3, 40], method=method)["x"]
 
     def at(prompt: Prompt) -> tuple[Tensor, Tensor]:
         x = model.harvest(torch.tensor([prompt.tokens]), [site])[site]
@@ -217,17 +217,17 @@ def test_effects_and_answers_are_those_of_each_prompt_alone(tiny_model: Path, si
             (slope,) = torch.autograd.grad(m(prompt, x - d.decode(z) + d.decode(leaf)), leaf)
             effects -= (slope * change).sum(dim=(0, 1)) / (1 if method == "attribution" else STEPS) / 6
     best = effects.argsort(descending=True)
-    assert found["latents"] == best.tolist()
-    assert found["effects"] == pytest.approx(effects[best].tolist(), abs=1e-5)
+    assert found.latents == best.tolist()
+    assert found.effects == pytest.approx(effects[best].tolist(), abs=1e-5)
     for i, prompt in enumerate(halves[1]):
         x, z = at(prompt)
         for name, n, others in (("m_empty", 0, True), ("m_kept", 3, True), ("m_ablated", 3, False)):
             ablated = torch.tensor([(j in best[:n].tolist()) != others for j in range(40)])
             changed = torch.where(ablated, mean, z)
             changed[:, 0] = z[:, 0]
-            known = found[name][i] if n == 0 else found[name][0][i]
+            known = found.m_empty[i] if n == 0 else getattr(found, name)[0][i]
             assert known == pytest.approx(float(m(prompt, x - d.decode(z) + d.decode(changed))), abs=2e-4)
-    assert found["m_ablated"][1] == pytest.approx(found["m_empty"], abs=1e-4)  # all 40
+    assert found.m_ablated[1] == pytest.approx(found.m_empty, abs=1e-4)  # all 40
 
 
 def test_positions_that_no_dictionary_is_trained_on_are_left_alone(tiny_model: Path) -> None:
@@ -262,8 +262,8 @@ def test_standard_errors_are_those_of_repeated_draws() -> None:
 
 def test_a_stopped_call_goes_on_and_gives_the_same(run: Path, task: str, tmp_path: Path, monkeypatch) -> None:
     whole, stopped = (shutil.copytree(run, tmp_path / name) for name in ("whole", "stopped"))
-    expected = circuits_run(sr.load(whole), task, k=[2])
-    assert circuits_run(sr.load(shutil.copytree(run, tmp_path / "again")), task, k=[2]) == expected
+    expected = sr.load(whole).circuits(task, k=[2])
+    assert sr.load(shutil.copytree(run, tmp_path / "again")).circuits(task, k=[2]) == expected
     seen, real = list[Site](), module.circuits_at
 
     def counted(plan: Any, model: LanguageModel, site: Site, *rest: Any, **options: Any) -> Any:
@@ -274,15 +274,15 @@ def test_a_stopped_call_goes_on_and_gives_the_same(run: Path, task: str, tmp_pat
 
     monkeypatch.setattr(module, "circuits_at", counted)
     with pytest.raises(KeyboardInterrupt):
-        circuits_run(sr.load(stopped), task, k=[2])
-    assert [row["layer"] for row in read_json(stopped / "circuits/keys.json")["legs"]] == [0, 0, 0]
-    assert circuits_run(sr.load(stopped), task, k=[2]) == expected
+        sr.load(stopped).circuits(task, k=[2])
+    assert [row.layer for row in Circuits.load(stopped / "circuits/keys.json").legs] == [0, 0, 0]
+    assert sr.load(stopped).circuits(task, k=[2]) == expected
     assert (stopped / "circuits/keys.json").read_bytes() == (whole / "circuits/keys.json").read_bytes()
     assert seen == [Site(0), Site(1), Site(1)]
-    circuits_run(sr.load(stopped), task, k=[2])
+    sr.load(stopped).circuits(task, k=[2])
     assert len(seen) == 3  # all was there
-    circuits_run(sr.load(stopped), task, k=[1], legs=["L1"])
-    assert seen[3:] == [Site(1)] and len(read_json(stopped / "circuits/keys.json")["legs"]) == 1  # another question
+    sr.load(stopped).circuits(task, k=[1], legs=["L1"])
+    assert seen[3:] == [Site(1)] and len(Circuits.load(stopped / "circuits/keys.json").legs) == 1  # another question
 
 
 def test_the_command_shows_and_writes(run: Path, task: str, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -292,10 +292,12 @@ def test_the_command_shows_and_writes(run: Path, task: str, tmp_path: Path, caps
     assert code == 0 and "right on 100.0% of 64 prompts" in " ".join(shown.split())
     assert "1.00 ± 0.00" in shown and "K = 2" in shown and "− from scratch" in shown
     code, shown, _ = call(capsys, monkeypatch, *asked, "--json")
-    assert code == 0 and json.loads(shown) == read_json(copy / "circuits/keys.json")
-    document = json.loads(shown)
-    document["legs"][0]["circuits"][0] |= {"faithfulness": None, "faithfulness_se": None}
-    assert circuit_tables(document)
+    document = Circuits.load(copy / "circuits/keys.json")
+    assert code == 0 and json.loads(shown) == document.to_data()
+    unknown = document.legs[0].circuits[0].changed(faithfulness=None, faithfulness_se=None)
+    first = document.legs[0].changed(circuits=[unknown, *document.legs[0].circuits[1:]])
+    _, table, *_ = circuit_tables(document.changed(legs=[first, *document.legs[1:]]))
+    assert [list(column.cells)[0] for column in table.columns][2] == "-"  # type: ignore[union-attr]
 
 
 def test_what_a_model_cannot_do_is_said(run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -312,7 +314,7 @@ def test_what_a_model_cannot_do_is_said(run: Path, tmp_path: Path, capsys, monke
         (["--task", "ioi"], "tokenizer"),
         (["--k", "0"], "go from 1 to 16"),
         (["--k", "17"], "go from 1 to 16"),
-        (["--k", "4,x"], "expected numbers of latents"),
+        (["--k", "4,x"], "expected numbers separated by commas, such as 4,36"),
         (["--method", "guess"], "one of attribution, integrated-gradients"),
         (["--leg", "L9"], 'no leg "L9"'),
         (["--prompts", "3"], "at least 8 are needed"),
@@ -323,7 +325,7 @@ def test_what_is_asked_wrongly_is_said(
 ) -> None:
     given = [run, *options] if "--task" in options else [run, "--task", task, *options]
     code, shown, stderr = call(capsys, monkeypatch, *given, *([] if "--k" in options else ["--k", "2"]))
-    assert (code, shown) == (2, "") and match in " ".join(stderr.split()), stderr
+    assert (code, shown) == (2, "") and match in " ".join(stderr.replace("│", " ").split()), stderr
 
 
 def test_a_file_is_read_in_an_order_drawn(run: Path, task: str) -> None:
@@ -407,7 +409,7 @@ def test_a_task_that_a_tokenizer_has_no_words_for_is_said() -> None:
     for task in set(TASKS) - {"brackets", "quotes", "self"}:
         with pytest.raises(DataError, match="Give a file of prompts instead"):
             task_prompts(task, plan)
-    with pytest.raises(DataError, match="ask for fewer with --prompts"):
+    with pytest.raises(DataError, match="ask for fewer with --n-prompts"):
         task_prompts("self", plan, 1000)
     with pytest.raises(RecipeError, match="no task"):
         task_prompts("keys.csv", plan)

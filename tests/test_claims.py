@@ -3,7 +3,6 @@
 import pytest
 
 import saerelay as sr
-from saerelay.analysis.evaluate import evaluate_run
 
 pytestmark = pytest.mark.claims
 SHORT = "512"  # a leg that is only looked at right after its fold
@@ -25,11 +24,10 @@ def fvu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         "evaluate": {"tokens": "64k", "ce": False},
     }
     suite = sr.train_run(sr.Run.parse(recipe, source="test"), tmp_path_factory.mktemp("claims") / "run")
-    summary = evaluate_run(suite)
     found = {}
-    for leg in summary["legs"]:
-        found[leg["id"]] = leg["fvu"]
-        found |= {f"{leg['id']}@{s['tokens']}": s["fvu"] for s in leg["snapshots"]}
+    for leg in suite.evaluate().legs:
+        found[leg.id] = leg.fvu
+        found |= {f"{leg.id}@{snapshot.tokens}": snapshot.fvu for snapshot in leg.snapshots}
     print({name: round(value, 4) for name, value in found.items()})
     return found
 

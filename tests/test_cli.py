@@ -165,15 +165,32 @@ def test_a_second_process_on_the_same_run_is_refused(place: Path, capsys, monkey
 
 def test_eval_matrix_prints_every_sae_on_every_layer(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
-    code, stdout, _ = call("eval", tmp_path / "run", "--matrix", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "FVU of each SAE on the activations of each layer, as it is" in stdout
+    code, stdout, _ = call("matrix", tmp_path / "run", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "FVU of each SAE on the activations of each layer: plain copy (zero-shot)" in stdout
     assert re.search(r"^L0-from-L1 +\d\.\d{3} +\d+\.\d{3} +\d+\.\d{3}$", stdout, re.MULTILINE)
-    options = ("--matrix", "--json", "--methods", "identity, rescale")
-    code, stdout, _ = call("eval", tmp_path / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
+    options = ("--json", "--methods", "identity, rescale")
+    code, stdout, _ = call("matrix", tmp_path / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and len(json.loads(stdout)["cells"]) == 9 + 6
-    options = ("--matrix", "--methods", "rotate")
-    code, stdout, stderr = call("eval", tmp_path / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 2 and stdout == "" and 'no method "rotate"; one of: identity, rescale' in stderr
+    old = call("eval", tmp_path / "run", "--matrix", *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert old == (0, stdout, ""), "the old spelling does the same"
+    code, stdout, stderr = call("matrix", tmp_path / "run", "--methods", "x", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and stdout == "" and 'unknown method "x"; expected one of: identity, rescale' in stderr
+
+
+def test_old_spellings_still_work(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    fixtures: dict[str, Any] = {"capsys": capsys, "monkeypatch": monkeypatch}
+    assert call("eval", run, "--measures", **fixtures) == call("measures", run, **fixtures)
+    prompts = tmp_path / "prompts.jsonl"
+    line = json.dumps({"prompt": [5], "right": 6, "wrong": 7})
+    prompts.write_text("\n".join([line] * 9))
+    new = ("circuits", run, "--task", prompts, "--k", "4")
+    code, _, stderr = call(*new, "--prompts", 3, **fixtures)
+    assert code == 2 and "3 prompts are too few" in stderr and stderr == call(*new, "--n-prompts", 3, **fixtures)[2]
+    ask = ("interpret", run, "--endpoint", "http://localhost:1/v1", "--dry-run", "--json", "--n", 2)
+    one = call(*ask, "--model", "m", "--legs", "L1,0", **fixtures)
+    assert one[0] == 0 and one == call(*ask, "--explainer", "m", "--leg", "L1", "--leg", "0", **fixtures)
+    assert call(*ask, **fixtures)[0] == 2, "somebody must be asked"
 
 
 def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -182,14 +199,14 @@ def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) 
     document = json.loads(stdout)
     assert code == 0 and (document["leg"], document["latent"]) == ("L0-from-L1", 3)
     assert [step["leg"] for step in document["lineage"]] == ["L0-from-L1", "L1", "L2-from-L1"]
-    monkeypatch.setattr("saerelay.analysis.lineage.load_model", None)  # the second time, no model is loaded
+    monkeypatch.setattr("saerelay.analysis.session.load_model", None)  # the second time, no model is loaded
     code, stdout, _ = call("show", tmp_path / "run", "L0-from-L1", "3", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "L0-from-L1, latent 3 (layer 0 of" in stdout
     cosine = f"{document['lineage'][1]['decoder_cosine']:z.3f}"
     assert re.search(rf"^ +1 +L1 +3 +{cosine} ", stdout, re.MULTILINE)
     for arguments, message in (
-        (("L9", "0"), 'no leg "L9"; there are L1, L0-from-L1,'),
-        (("9", "0"), "no dictionary at L9; there are L0, L1, L2"),
+        (("L9", "0"), 'no leg "L9"; the published legs are: L1, L0-from-L1,'),
+        (("9", "0"), "no dictionary at L9; the run has dictionaries at: L0, L1, L2"),
         (("L1", "64"), "L1 has no latent 64; its latents are 0 to 63"),
     ):
         code, stdout, stderr = call("show", tmp_path / "run", *arguments, capsys=capsys, monkeypatch=monkeypatch)
@@ -199,7 +216,7 @@ def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) 
 def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) -> None:
     code, stdout, _ = call("eval", place / "run", "--json", capsys=capsys, monkeypatch=monkeypatch)
     document = json.loads(stdout)
-    assert code == 0 and document["schema"] == 1
+    assert code == 0 and document["schema"] == 2
     roles = {
         leg["id"]: (leg["role"], leg["control_of"], leg["control_kind"], leg["parent"]) for leg in document["legs"]
     }
@@ -222,7 +239,12 @@ def test_plan_trains_nothing(place: Path, tmp_path: Path, capsys, monkeypatch) -
     monkeypatch.chdir(tmp_path)
     code, stdout, _ = call("plan", place / "run.toml", capsys=capsys, monkeypatch=monkeypatch)
     shown = " ".join(stdout.split())
-    assert code == 0 and "L0-from-L1" in shown and "language model reads" in shown and "from a short timing" in shown
+    assert (
+        code == 0
+        and "L0-from-L1" in shown
+        and "language model reads" in shown
+        and "extrapolated from a few steps" in shown
+    )
     assert not list(tmp_path.iterdir())
     code, stdout, _ = call("plan", place / "run.toml", "--json", "--no-timing", capsys=capsys, monkeypatch=monkeypatch)
     assert len(json.loads(stdout)["plan"]["legs"]) == 5
@@ -235,7 +257,7 @@ def test_python_reads_a_run(place: Path) -> None:
     z = sae.encode(x)
     assert z.shape == (7, 64) and sae.decode(z).shape == (7, 32) and int((z > 0).sum(dim=1).max()) <= 4
     assert torch.equal(suite["L0-from-L1"].W_enc, sae.W_enc)
-    with pytest.raises(sr.SaeRelayError, match="no dictionary at L9; there are L0, L1, L2"):
+    with pytest.raises(sr.SaeRelayError, match="no dictionary at L9; the run has dictionaries at: L0, L1, L2"):
         suite[sr.Site(9)]
     with pytest.raises(sr.SaeRelayError, match='no leg "L7"'):
         suite["L7"]
@@ -263,7 +285,7 @@ def test_hop_carries_one_dictionary_to_another_layer(
     code, stdout, stderr = call(*arguments, "--tokens", tokens, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "L2-from-L1" in stdout, stderr
     hopped, info = read_dictionary(tmp_path / "x/legs/L2-from-L1")
-    assert hopped.n_latents == 64 and info["tokens"] == (2048 if tokens == "2k" else 0)
+    assert hopped.n_latents == 64 and info.tokens == (2048 if tokens == "2k" else 0)
     code, stdout, _ = call("eval", tmp_path / "x", "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert json.loads(stdout)["legs"][0]["fvu"] < 1
     for wrong, match in (
@@ -469,7 +491,7 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     explicit = sr.Recipe.from_toml(planned)
     assert {leg.layer for leg in explicit.plan.legs} == {0, 1, 2} and not explicit.plan.surveyed
     code, _, stderr = call("plan", recipe, "--write", planned, **fixtures)
-    assert code == 2 and "exists; choose another --write" in stderr
+    assert code == 2 and "exists; choose another file" in " ".join(stderr.replace("│", " ").split())
     document = json.loads(call("plan", recipe, "--json", **fixtures)[1])
     assert len(document["survey"]["layers"]) == 3 and document["cost"]["sae_samples"] <= 60_000
     assert call("train", recipe, "--out", tmp_path / "run", **fixtures)[0] == 0
@@ -533,26 +555,42 @@ def test_commands_and_options_are_these() -> None:
     from typer.main import get_command
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    options = {name: {o for p in c.params for o in p.opts if o.startswith("--")} for name, c in commands.items()}
+    options = {name: options_of(command, hidden=False) for name, command in commands.items()}
     assert options == {
         "init": set(),
         "plan": {"--json", "--timing", "--write"},
         "train": {"--out", "--resume", "--extend"},
-        "eval": {"--json", "--tokens", "--matrix", "--methods", "--snapshots", "--measures", "--prompts"},
-        "circuits": {"--task", "--k", "--leg", "--prompts", "--method", "--seed", "--json"},
+        "eval": {"--json", "--tokens"},
+        "matrix": {"--json", "--tokens", "--methods", "--snapshots"},
+        "measures": {"--json", "--tokens", "--prompts"},
+        "circuits": {"--task", "--k", "--leg", "--n-prompts", "--method", "--seed", "--json"},
         "show": {"--json"},
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens", "--method", "--refit", "--architecture"}
         | {"--n-latents", "--k", "--from-model", "--from-layer", "--from-module", "--format"},
-        "interpret": {"--model", "--endpoint", "--key-env", "--body", "--legs", "--n", "--latents", "--seed"}
+        "interpret": {"--explainer", "--endpoint", "--key-env", "--body", "--leg", "--n", "--latents", "--seed"}
         | {"--concurrency", "--dry-run", "--price-in", "--price-out", "--max-cost", "--yes", "--json"},
         "import": {"--out", "--format", "--layer", "--module", "--model"},
         "export": {"--format", "--out", "--leg", "--licence"},
         "push": {"--format", "--leg", "--licence", "--private", "--dry-run"},
         "pull": {"--out"},
         "report": {"--quick", "--open"},
-        "judge": {"--layers", "--n", "--seed", "--out", "--score", "--json"},
+        "judge": {"--layers", "--n", "--seed", "--out", "--json"},
+        "score": {"--json"},
         "demo": {"--out"},
     }
+    old = {name: options_of(command, hidden=True) for name, command in commands.items()}
+    assert {name: options for name, options in old.items() if options} == {
+        "eval": {"--matrix", "--methods", "--snapshots", "--measures", "--prompts"},
+        "circuits": {"--prompts"},
+        "interpret": {"--model", "--legs"},
+        "judge": {"--score"},
+    }
+
+
+def options_of(command: Any, *, hidden: bool) -> set[str]:
+    """The options of a command that its help shows, or those that it hides."""
+    params = [param for param in command.params if getattr(param, "hidden", False) == hidden]
+    return {option for param in params for option in param.opts if option.startswith("--")}
 
 
 def test_help_and_init() -> None:
@@ -566,7 +604,7 @@ def test_ctrl_c_says_so_without_a_traceback(place: Path, capsys, monkeypatch) ->
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("saerelay.views.report.report_run", interrupted)
+    monkeypatch.setattr("saerelay.workflows.report.report_run", interrupted)
     assert call("report", place / "run", capsys=capsys, monkeypatch=monkeypatch) == (130, "", "stopped.\n")
 
 
@@ -579,7 +617,7 @@ def test_report_needs_a_run_and_nothing_else(place: Path, tmp_path: Path, capsys
     assert "What was saved?" in page and (run / "lineage.json").is_file()
     (run / "report/.saerelay-report").unlink()
     code, shown, stderr = call("report", run, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 2 and "holds something that is no report" in stderr and shown == ""
+    assert code == 2 and "holds something that is not a report" in stderr and shown == ""
     code, _, stderr = call("report", tmp_path, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 2 and "no run here" in stderr
 
@@ -595,15 +633,16 @@ def test_judge_makes_a_page_and_keeps_its_key(place: Path, tmp_path: Path, capsy
     assert (key["seed"], key["n"]) == (5, 3) and {item["layer"] for item in key["items"]} == {0, 1}
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     code, shown, _ = call("judge", run, *options, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "is all a judge needs" in shown
+    assert code == 0 and "it needs nothing else" in shown
     assert "forward      0 (there is no such leg)" in shown and "backward     3 latents of L0-from-L1" in shown
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     for wrong, says in (
-        (("--layers", "first"), '--layers: "first" names no layers'),
+        (("--layers", "first"), '--layers: "first": expected numbers separated by commas'),
         (("--layers", "99"), "no dictionary at layer 99"),
-        (("ada.json",), "give --score"),
-        (("--score",), "takes the files that judges exported"),
+        (("ada.json",), "saerelay score RUN FILE..."),
+        (("--score",), "give the files that judges exported"),
         (("missing.json", "--score"), "missing.json: cannot be read"),
     ):
         code, shown, stderr = call("judge", run, *wrong, capsys=capsys, monkeypatch=monkeypatch)
-        assert code == 2 and says in stderr and "Traceback" not in stderr and shown == ""
+        said = " ".join(stderr.replace("│", " ").split())
+        assert code == 2 and says in said and "Traceback" not in stderr and shown == ""

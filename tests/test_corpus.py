@@ -195,10 +195,12 @@ def test_damage_is_named(make_corpus: MakeCorpus, tmp_path: Path) -> None:
     assert said == f"{target}/train.npy: damaged; expected an array (5, 16), found an array (4, 16). {remedy}"
     (target / "train.npy").write_bytes(whole)
     facts = json.loads((target / "corpus.json").read_text())
-    (target / "corpus.json").write_text(json.dumps(facts | {"schema_version": 2}))
-    assert "schema_version is 2, this version of saerelay reads 1" in message(lambda: Corpus.open(target))
+    (target / "corpus.json").write_text(json.dumps(facts | {"schema": 1}))
+    assert "corpus.json: schema 1, but this version of saerelay reads schema 2; remove its directory" in message(
+        lambda: Corpus.open(target)
+    )
     (target / "corpus.json").write_text("{")
-    assert message(lambda: Corpus.open(target)).endswith(remedy)
+    assert message(lambda: Corpus.open(target)).endswith("remove its directory; it is made anew from the recipe")
     assert message(lambda: Corpus.open(tmp_path)) == f"{tmp_path}: no corpus here (corpus.json is missing)."
 
 

@@ -1,5 +1,6 @@
 """What the documentation shows of ours runs; what it lists is there."""
 
+import importlib
 import re
 import tomllib
 from collections.abc import Callable
@@ -7,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tables
 import torch
 from test_cli import call
 from transformers import GPTNeoXForCausalLM
 
 import saerelay as sr
+from saerelay.document import Document
 from saerelay.interop import FORMATS, WRITTEN
+from saerelay.runs import documents
+from saerelay.runs.documents.latents import LineageFacts
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPE = """
@@ -95,6 +100,19 @@ def test_formats_are_all_listed() -> None:
     names = [re.split(r"[ :]", row[0].lower().replace("gemma scope", "gemma_scope"))[0] for row in rows]
     assert names == [format.NAME for format in FORMATS]
     assert [name for name, row in zip(names, rows, strict=True) if row[2] != "no"] == list(WRITTEN)
+
+
+def test_tables_of_keys_are_those_of_the_types() -> None:
+    """`python docs/tables.py --write` makes them so; every document has one, and every key a meaning."""
+    page = (DOCS / "run-directory.md").read_text(encoding="utf-8")
+    assert tables.render(page) == page
+    described = set(re.findall(r"<!-- keys: \w+\.(\w+) -->", page))
+    for path in sorted(Path(documents.__path__[0]).glob("*.py")):
+        module = importlib.import_module(f"saerelay.runs.documents.{path.stem}")
+        for name, kind in vars(module).items():
+            is_file = isinstance(kind, type) and issubclass(kind, Document) and kind is not Document
+            if is_file and kind.__module__ == module.__name__ and kind is not LineageFacts:
+                assert name in described
 
 
 def test_reference_lists_every_public_name() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saerelay.analysis.evaluate import density, measure
+from saerelay.analysis.metrics import density, measure
 from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
@@ -94,23 +94,24 @@ def slowly(model: LanguageModel, tokens: torch.Tensor, site: Site, sae: Dictiona
 
 def test_every_metric_is_its_definition(setting, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, model, sequences, dictionaries = setting
-    monkeypatch.setattr("saerelay.analysis.evaluate.LOGIT_BYTES", 2 * 4 * 32 * 4096)  # two sequences a batch
+    monkeypatch.setattr("saerelay.analysis.metrics.LOGIT_BYTES", 2 * 4 * 32 * 4096)  # two sequences a batch
     results = measure(plan, model, sequences, dictionaries, ce=True)
     tokens = torch.from_numpy(sequences.astype(np.int64))
     for key, (site, sae) in dictionaries.items():
         for name, value in slowly(model, tokens, site, sae).items():
-            assert results[key][name] == pytest.approx(value, rel=2e-4, abs=1e-6), (key, name)
-        assert results[key]["n_tokens"] == 6 * 31
+            assert getattr(results[key], name) == pytest.approx(value, rel=2e-4, abs=1e-6), (key, name)
+        assert results[key].n_tokens == 6 * 31
 
 
 def test_sharing_forwards_changes_nothing(setting) -> None:
     plan, model, sequences, dictionaries = setting
     together = measure(plan, model, sequences, dictionaries, ce=True)
     for key, value in dictionaries.items():
-        alone = measure(plan, model, sequences, {key: value}, ce=True)[key]
-        assert alone.pop("density") == together[key].pop("density")
-        assert alone.pop("sequence_delta_ce") == pytest.approx(together[key].pop("sequence_delta_ce"))
-        assert alone == pytest.approx(together[key])
+        alone = measure(plan, model, sequences, {key: value}, ce=True)[key].model_dump()
+        shared = together[key].model_dump()
+        assert alone.pop("density") == shared.pop("density")
+        assert alone.pop("sequence_delta_ce") == pytest.approx(shared.pop("sequence_delta_ce"))
+        assert alone == pytest.approx(shared)
 
 
 def test_a_perfect_reconstruction_costs_nothing(setting) -> None:
@@ -119,8 +120,8 @@ def test_a_perfect_reconstruction_costs_nothing(setting) -> None:
     both = torch.cat([eye, -eye])
     perfect = Dictionary(architecture="relu", W_enc=both, b_enc=torch.zeros(384), W_dec=both, b_dec=torch.zeros(192))
     result = measure(plan, model, sequences, {"p": (Site(2), perfect)}, ce=True)["p"]
-    assert result["fvu"] == pytest.approx(0, abs=1e-10) and result["delta_ce"] == pytest.approx(0, abs=1e-5)
-    assert result["ce_loss_score"] == pytest.approx(1, abs=1e-5) and result["frac_alive"] > 0.9
+    assert result.fvu == pytest.approx(0, abs=1e-10) and result.delta_ce == pytest.approx(0, abs=1e-5)
+    assert result.ce_loss_score == pytest.approx(1, abs=1e-5) and result.frac_alive > 0.9
 
 
 def test_predicting_the_mean_explains_nothing(setting) -> None:
@@ -129,18 +130,18 @@ def test_predicting_the_mean_explains_nothing(setting) -> None:
     zeros = torch.zeros(4, 192)
     mean = Dictionary(architecture="relu", W_enc=zeros, b_enc=torch.zeros(4), W_dec=zeros, b_dec=x.mean(dim=0))
     result = measure(plan, model, sequences, {"m": (Site(2), mean)}, ce=False)["m"]
-    assert result["explained_variance"] == pytest.approx(0, abs=1e-4) and result["l0"] == 0
-    assert "delta_ce" not in result
+    assert result.explained_variance == pytest.approx(0, abs=1e-4) and result.l0 == 0
+    assert result.delta_ce is None and result.sequence_delta_ce is None
 
 
 def test_density_counts_latents() -> None:
     found = density(torch.tensor([0.0, 1e-4, 0.02, 0.5], dtype=torch.float64))
-    assert (found["never"], sum(found["counts"])) == (1, 3)
-    assert (found["freq_over_1_percent"], found["freq_over_10_percent"]) == (0.5, 0.25)
+    assert (found.never, sum(found.counts)) == (1, 3)
+    assert (found.freq_over_1_percent, found.freq_over_10_percent) == (0.5, 0.25)
 
 
 def test_ce_of_a_model_without_a_head_is_refused(setting) -> None:
-    from saerelay.analysis.evaluate import wants_ce
+    from saerelay.analysis.metrics import wants_ce
 
     plan = setting[0]
     headless = plan.changed(facts=plan.facts.changed(has_lm_head=False))
@@ -161,7 +162,7 @@ def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
     assert torch.equal(read_dictionary(tmp_path / "d")[0].W_enc, sae.W_enc)
     for change, message in (
         ({"n_latents": 5}, "W_enc has shape"),
-        ({"schema_version": 99}, "schema 99"),
+        ({"schema": 99}, "schema 99"),
         ({"architecture": "gated"}, 'unknown architecture "gated"'),
     ):
         (tmp_path / "d/dictionary.json").write_text(json.dumps(good | change))
@@ -169,7 +170,7 @@ def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
             read_dictionary(tmp_path / "d")
     (tmp_path / "d/dictionary.json").write_text(json.dumps(good))
     (tmp_path / "d/dictionary.safetensors").write_bytes(b"junk")
-    with pytest.raises(RunDirectoryError, match="cannot be read"):
+    with pytest.raises(RunDirectoryError, match="damaged"):
         read_dictionary(tmp_path / "d")
     with pytest.raises(RunDirectoryError, match="no dictionary here"):
         read_dictionary(tmp_path / "nothing")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saerelay.analysis import features as module
-from saerelay.analysis.features import Collector, collect, logit_effects, most_similar
+from saerelay.analysis import collecting as module
+from saerelay.analysis import features as weights
+from saerelay.analysis.collecting import Collector, collect
+from saerelay.analysis.features import logit_effects, most_similar
 from saerelay.data.stream import kept_positions
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
@@ -77,12 +79,12 @@ def test_everything_is_its_definition(setting, small_pieces: None) -> None:
     assert list(found) == ["a", "b@5", "c"]
     for key, features in found.items():
         z, keep = dense(setting, key)
-        assert 0 < int((~keep[:, 1:]).sum()) and features.facts["n_tokens"] == int(keep.sum())
+        assert 0 < int((~keep[:, 1:]).sum()) and features.facts.n_tokens == int(keep.sum())
         assert torch.equal(features.n_fired, (z > 0).sum(dim=(0, 1)).int())
         torch.testing.assert_close(features.max_activation, z.amax(dim=(0, 1)))
         mean = z.double().sum(dim=(0, 1)) / (z > 0).sum(dim=(0, 1)).clamp(min=1)
         torch.testing.assert_close(features.mean_activation, mean.float())
-        first, n_bins = features.facts["histogram_first_edge"], features.histogram.shape[1]
+        first, n_bins = features.facts.histogram_first_edge, features.histogram.shape[1]
         edges = 2.0 ** (first + np.arange(n_bins + 1) / 2)
         for latent in range(F):
             active = z[..., latent][z[..., latent] > 0].numpy()
@@ -118,21 +120,21 @@ def test_batches_make_no_difference_but_to_ties(setting, small_pieces: None) -> 
 
 
 def test_activations_out_of_range_count_in_the_outermost_bins() -> None:
-    collector = Collector(2, 4, torch.device("cpu"), 1, (0, 0))
-    batch = module.Coded(0, 1, torch.arange(4), {})
+    collector = Collector(2, (1, 4), torch.device("cpu"), 1, (0, 0))
+    batch = module.CodedBatch(0, 1, torch.arange(4), {})
     collector.add(batch, module.encode_sparse(
         Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
                    b_dec=torch.zeros(2)),
         torch.tensor([[1e-30, 0], [1e30, 0], [1.0, 0], [1.0, 0]]),
     ))  # fmt: skip
-    features = collector.result()
+    features = collector.features()
     counts = features.histogram[0]
     assert (int(counts[0]), int(counts[-1]), int(counts[64]), int(counts.sum())) == (1, 1, 2, 4)
-    assert features.facts["histogram_first_edge"] == -32 and len(counts) == 128
+    assert features.facts.histogram_first_edge == -32 and len(counts) == 128
 
 
 def test_logits_are_the_largest_and_smallest_of_a_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DENSE", 3 * 50)
+    monkeypatch.setattr(weights, "DENSE", 3 * 50)
     generator = torch.Generator().manual_seed(0)
     W_dec, W_U = torch.randn(20, 8, generator=generator), torch.randn(50, 8, generator=generator)
     found, effects = logit_effects(W_dec, W_U, 4), W_dec @ W_U.T
@@ -144,7 +146,7 @@ def test_logits_are_the_largest_and_smallest_of_a_dense_product(monkeypatch: pyt
 
 
 def test_most_similar_latents_are_those_of_all_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DENSE", 4 * 30)
+    monkeypatch.setattr(weights, "DENSE", 4 * 30)
     generator = torch.Generator().manual_seed(0)
     rows, others = torch.randn(20, 8, generator=generator), torch.randn(30, 8, generator=generator)
     latents, cosines = most_similar(rows, others, 3)

@@ -2,9 +2,11 @@
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -12,113 +14,194 @@ from matplotlib.text import Text
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import Recipe
+from saerelay.runs.documents.across_layers import (
+    Attribution,
+    Attributions,
+    Matrix,
+    MatrixCell,
+    MatrixQuestion,
+    Measures,
+    MeasuresQuestion,
+    OffsetMean,
+    Similarity,
+    Transferability,
+    TransferScore,
+)
+from saerelay.runs.documents.circuits import Circuit, CircuitLeg, CircuitQuestion, Circuits
+from saerelay.runs.documents.latents import LineageDocument, LineageLink
+from saerelay.runs.documents.quality import ControlCost, ControlKind, LegSummary, Role, SuiteCost, Summary
+from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
+from saerelay.views.figures.page import kind_of
 
 METHODS = ("identity", "affine")
+COST = SuiteCost(
+    lm_tokens=3000, lm_tokens_held_out=0, lm_tokens_unique=3000, survey=None, sae_samples=5000, flops=2e12,
+    flops_dense_equivalent=4e12, flops_all_from_scratch=4e12, seconds=10.0, seconds_lm=5.0,
+    seconds_all_from_scratch_estimate=20.0, controls=ControlCost(sae_samples=0, flops=0.0, seconds=0.0),
+)  # fmt: skip
 
 
-def leg(leg_id: str, role: str, layer: int, parent: str | None, head: bool, kind: str = "") -> dict[str, Any]:
-    found = {"id": leg_id, "role": role, "layer": layer, "module": "resid_post", "parent": parent, "seed": 7}
-    found |= {"control_of": f"L{layer}-from-L0" if kind else None, "control_kind": kind or None}
-    found |= {"architecture": "topk", "n_latents": 64, "tokens": 1_500_000, "n_eval_tokens": 12_345, "l0": 24.0}
-    return found | {"fvu": 0.1 + layer / 10, "delta_ce": 0.2 if head else None, "delta_ce_se": 0.01 if head else None}
+def leg(
+    leg_id: str, role: Role, layer: int, parent: str | None, head: bool = True, kind: ControlKind | None = None
+) -> LegSummary:
+    """A leg whose FVU grows with its layer; `head`: of a model with a language-model head."""
+    return LegSummary(
+        id=leg_id, role=role, control_of=f"L{layer}-from-L0" if kind else None, control_kind=kind, layer=layer,
+        module="resid_post", architecture="topk", method="affine" if parent else None, parent=parent, n_latents=64,
+        lr=1e-3, seed=7, origin="from below" if parent else "scratch",
+        made=f"affine from {parent}" if parent else "from scratch", in_suite=role != "control", tokens=1_500_000,
+        moment_tokens=0, refit_tokens=0, seconds=1.0, n_eval_tokens=12_345, snapshots=[], l0=24.0,
+        fvu=0.1 + layer / 10, frac_alive=0.9, delta_ce=0.2 if head else None, delta_ce_se=0.01 if head else None,
+        ce_loss_score=0.99 if head else None,
+    )  # fmt: skip
 
 
-def documents(layers: int = 3, controls: bool = True, head: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Documents:
     """A run of a hub at layer 0 and its children: everything but the plan."""
+
+    summary: Summary
+    matrix: Matrix
+    measures: Measures
+    lineage: LineageDocument
+    circuits: Circuits
+    training: list[TrainingLine]
+
+
+def documents(layers: int = 3, controls: bool = True, head: bool = True) -> Documents:
+    """The documents of a run of so many layers, with or without controls and a language-model head."""
     legs = [leg("L0", "root", 0, None, head)]
     legs += [leg(f"L{i}-from-L0", "transfer", i, "L0", head) for i in range(1, layers)]
-    suite = [one["id"] for one in legs]
+    suite = [one.id for one in legs]
     if controls:
-        legs += [
-            leg(f"L{i}-{k}", "control", i, None, head, k) for i in range(1, layers) for k in ("equal_tokens", "full")
-        ]
-    summary = {"model": "some/$model$_a", "revision": "", "data": "dataset cows", "legs": legs}
-    metrics = [
-        {"leg": one["id"], "age": 1000 * n, "fvu": 1 / n} for one in legs for n in range(1, 4) if one["role"] != "late"
-    ]
-    span = range(layers)
-    cells = [
-        {"leg": suite[s], "tokens": 9, "snapshot": False, "source": s, "target": t, "method": m}
-        | {"fvu": 0.1 + 2.5 * abs(s - t), "l0": 24.0, "delta_ce": 0.3 if head else None, "ce_loss_score": None}
-        for s in span for t in span for m in (METHODS if s != t else METHODS[:1])
+        for i in range(1, layers):
+            legs.append(leg(f"L{i}-equal_tokens", "control", i, None, head, "equal_tokens"))
+            legs.append(leg(f"L{i}-full", "control", i, None, head, "full"))
+    lines = [
+        TrainingLine(cursor=n, leg=one.id, age=1000 * n, fvu=1 / n) for one in legs for n in range(1, 4)
     ]  # fmt: skip
-    named = {"tokens": 9, "snapshot": False}
-    pairs = [(s, t) for s in span for t in span if s != t]
+    return Documents(
+        summary=Summary(model="some/$model$_a", revision="", data="dataset cows", legs=legs, cost=COST),
+        matrix=matrix_of(suite, head),
+        measures=measures_of(suite, [one.id for one in legs], controls, head),
+        lineage=lineage_of(suite, controls),
+        circuits=circuits_of(legs),
+        training=lines,
+    )
+
+
+def matrix_of(suite: list[str], head: bool) -> Matrix:
+    """Cells whose FVU grows with the distance from home."""
+    cells = []
+    for s, leg_id in enumerate(suite):
+        for t in range(len(suite)):
+            for method in METHODS if s != t else METHODS[:1]:
+                cell = MatrixCell(
+                    leg=leg_id, tokens=9, snapshot=False, source=s, target=t, method=method,
+                    fvu=0.1 + 2.5 * abs(s - t), l0=24.0, delta_ce=0.3 if head else None,
+                )  # fmt: skip
+                cells.append(cell)
+    asked = MatrixQuestion(tokens=8_000, methods=[*METHODS], ce=head, layers=[], legs={})
+    layers = [*range(len(suite))]
+    return Matrix(model="m", module="resid_post", n_tokens=8_000, map_tokens=9, asked=asked, layers=layers, cells=cells)
+
+
+def measures_of(suite: list[str], legs: list[str], controls: bool, head: bool) -> Measures:
+    """Similarities, transferabilities, scores, offsets and attributions of a run."""
+    span = range(len(suite))
     similarity = [
-        named | {"kind": "suite", "leg": suite[t], "source": suite[s], "target": suite[t], "source_layer": s}
-        | {"target_layer": t, "mmcs": 0.4 + s / 100, "mmcs_folded": 0.8 + s / 100}
-        for s, t in pairs
+        Similarity(
+            kind="suite", leg=suite[t], tokens=9, snapshot=False, source=suite[s], target=suite[t], source_layer=s,
+            target_layer=t, mmcs=0.4 + s / 100, mmcs_folded=0.8 + s / 100,
+        )
+        for s in span for t in span if s != t
     ]  # fmt: skip
-    hops = [named | {"leg": suite[i], "layer": i, "parent": "L0", "parent_layer": 0} for i in span[1:]]
-    scores = {"method": "identity", "scratch_kind": "full", "scratch_tokens": 9, "fvu": 1.2, "ce_loss_score": None}
-    measures = {
-        "n_tokens": 12_000,
-        "n_matrix_tokens": 8_000,
-        "similarity": similarity,
-        "transferability": [hop | {"transferability": 0.4} for hop in hops] if head else None,
-        "transfer_scores": [hop | scores | {"scratch": f"L{hop['layer']}-full"} for hop in hops] if controls else [],
-        "offsets": [
-            {"metric": "fvu", "method": m, "offset": o, "tokens": None, "mean": 0.1 + abs(o) * 3, "n": 2}
-            for m in METHODS for o in range(1 - layers, layers)
-        ],  # fmt: skip
-        "dla": {"prompts": "sums.jsonl", "n_prompts": 5, "legs": [
-            named | {"leg": one["id"], "layer": one["layer"], "mean": 3.0, "standard_error": 0.5} for one in legs
-        ]} if head else None,
-    }  # fmt: skip
-    links = [
-        {"kind": kind, "source": "L0", "target": suite[i], "source_layer": 0, "target_layer": i, "by": "index"}
-        | {"status": "kkkkkdrxb-"}
-        for kind in ("hop", "depth", *(["control"] if controls else [])) for i in span[1:]
+    hops: list[dict[str, Any]] = []
+    for i in span[1:]:
+        hops.append({"leg": suite[i], "layer": i, "tokens": 9, "snapshot": False, "parent": "L0", "parent_layer": 0})
+    shares = {"transferability": 0.4, "top_logits": 0.4, "bottom_logits": 0.4, "top_tokens": 0.4, "n_latents": 9}
+    score: dict[str, Any] = {"method": "identity", "scratch_kind": "full", "scratch_tokens": 9, "fvu": 1.2}
+    score |= {"explained_variance": 1.2, "ce_loss_score": None}
+    offsets = [
+        OffsetMean(metric="fvu", method=m, offset=o, tokens=None, mean=0.1 + abs(o) * 3, n=2)
+        for m in METHODS for o in range(1 - len(suite), len(suite))
     ]  # fmt: skip
-    lineage = {
-        "n_tokens": 777,
-        "map_tokens": 9,
-        "kept_above": 0.9,
-        "replaced_below": 0.1,
-        "alive_above": 2,
-        "links": links,
-    }
-    matrix = {"n_tokens": 8_000, "cells": cells}
-    judged = [
-        {"k": k, "faithfulness": 0.8, "faithfulness_se": 0.1, "completeness": 0.3, "completeness_se": 0.1}
-        for k in (4, 9)
+    attributed = [
+        Attribution(leg=one, layer=0, tokens=9, snapshot=False, mean=3.0, standard_error=0.5, scores=[3.0], latents=[1])
+        for one in legs
     ]
-    judged[1] |= {"faithfulness": None, "faithfulness_se": None}
-    circuits = {
-        "n_found_on": 30,
-        "n_judged_on": 31,
-        "asked": {"n_prompts": 61, "task": "$sums$", "method": "attribution", "k": [4, 9]},
-    }
-    circuits["legs"] = [{"leg": one["id"], "layer": one["layer"], "circuits": judged} for one in legs]
-    return {
-        "circuits": circuits,
-        "summary": summary,
-        "metrics": metrics,
-        "matrix": matrix,
-        "measures": measures,
-        "lineage": lineage,
-    }
+    return Measures(
+        model="m",
+        module="resid_post",
+        n_tokens=12_000,
+        map_tokens=9,
+        asked=MeasuresQuestion(tokens=12_000, prompts=None, matrix=None, legs={}),
+        n_matrix_tokens=8_000,
+        similarity=similarity,
+        transferability=[Transferability(**hop, **shares) for hop in hops] if head else None,
+        transfer_scores=[TransferScore(**hop, **score, scratch=f"L{hop['layer']}-full") for hop in hops if controls],
+        offsets=offsets,
+        dla=Attributions(prompts="sums.jsonl", n_prompts=5, legs=attributed) if head else None,
+    )
 
 
-def drawn(d: dict[str, Any], theme: f.Theme) -> Iterator[tuple[str, Figure]]:
+def lineage_of(suite: list[str], controls: bool) -> LineageDocument:
+    """Ten latents, of which five were kept, and one has each other status."""
+    links = []
+    for kind in ("hop", "depth", *(["control"] if controls else [])):
+        for i, target in enumerate(suite[1:], start=1):
+            link = LineageLink(
+                kind=kind, source="L0", target=target, source_layer=0, target_layer=i, by="index", partner=None,
+                decoder_cosine=[0.9] * 10, encoder_cosine=[0.9] * 10, correlation=[0.9] * 10, status="kkkkkdrxb-",
+            )  # fmt: skip
+            links.append(link)
+    return LineageDocument(
+        model="m", n_sequences=1, kept_above=0.9, replaced_below=0.1, alive_above=2, legs={}, n_tokens=777,
+        map_tokens=9, links=links,
+    )  # fmt: skip
+
+
+def circuits_of(legs: list[LegSummary]) -> Circuits:
+    """Circuits of 4 latents, and of 9, whose faithfulness is not known."""
+    judged = [
+        Circuit(k=4, faithfulness=0.8, faithfulness_se=0.1, completeness=0.3, completeness_se=0.1),
+        Circuit(k=9, faithfulness=None, faithfulness_se=None, completeness=0.3, completeness_se=0.1),
+    ]
+    rows = [
+        CircuitLeg(
+            leg=one.id, layer=one.layer, module=one.module, role=one.role, parent=one.parent,
+            control_of=one.control_of, control_kind=one.control_kind, tokens=9, n_latents=64, circuits=judged,
+            latents=[], effects=[], m_empty=[], m_kept=[], m_ablated=[],
+        )
+        for one in legs
+    ]  # fmt: skip
+    return Circuits(
+        asked=CircuitQuestion(task="$sums$", prompts="0", n_prompts=61, seed=0, method="attribution", k=[4, 9]),
+        description="", model="m", revision="", dtype="float32", n_found_on=30, n_judged_on=31, n_tokens=[3, 3],
+        means="of each position", accuracy=1.0, accuracy_needed=0.7, m=1.0, m_se=0.1, clean=[], legs=rows,
+        differences=[],
+    )  # fmt: skip
+
+
+def drawn(d: Documents, theme: f.Theme) -> Iterator[tuple[str, Figure]]:
     """Every figure of a run."""
-    summary, measures = d["summary"], d["measures"]
+    summary, measures = d.summary, d.measures
     yield "quality", f.quality_figure(summary, theme=theme)
-    yield "matrix", f.matrix_figure(summary, d["matrix"], "fvu", "identity", theme=theme)
-    yield "matrix_ce", f.matrix_figure(summary, d["matrix"], "ce_loss_score", "affine", theme=theme)
+    yield "matrix", f.matrix_figure(summary, d.matrix, "fvu", "identity", theme=theme)
+    yield "matrix_ce", f.matrix_figure(summary, d.matrix, "ce_loss_score", "affine", theme=theme)
     yield "raw", f.similarity_figure(summary, measures, folded=False, theme=theme)
     yield "folded", f.similarity_figure(summary, measures, theme=theme)
     yield "transferability", f.transferability_figure(summary, measures, theme=theme)
     yield "scores", f.transfer_score_figure(summary, measures, theme=theme)
     yield "scores_ce", f.transfer_score_figure(summary, measures, "ce_loss_score", theme=theme)
     yield "attribution", f.attribution_figure(summary, measures, theme=theme)
-    yield "circuits", f.circuits_figure(summary, d["circuits"], theme=theme)
-    yield "circuits of 9", f.circuits_figure(summary, d["circuits"], 9, theme=theme)
+    yield "circuits", f.circuits_figure(summary, d.circuits, theme=theme)
+    yield "circuits of 9", f.circuits_figure(summary, d.circuits, 9, theme=theme)
     yield "offsets", f.offsets_figure(summary, measures, theme=theme)
     for kind in ("hop", "depth", "control"):
-        yield kind, f.lineage_figure(summary, d["lineage"], kind, theme=theme)
-    yield "training", f.training_figure(summary, d["metrics"], theme=theme)
+        yield kind, f.lineage_figure(summary, d.lineage, kind, theme=theme)
+    yield "training", f.training_figure(summary, d.training, theme=theme)
 
 
 def words(figure: Figure) -> str:
@@ -128,14 +211,23 @@ def words(figure: Figure) -> str:
     return " ".join(" ".join(text.get_text().split()) for text in figure.findobj(Text))  # type: ignore[attr-defined]
 
 
+def n_marks(figure: Figure) -> int:
+    """How many points, bars and cells of a figure hold data."""
+    n = 0
+    for axis in figure.axes[:2]:
+        n += sum(len(line.get_xdata()) for line in axis.lines if line.get_marker() not in ("None", "", None))  # type: ignore[arg-type]
+        n += len(axis.patches)
+        n += sum(np.ma.count(image.get_array()) for image in axis.images)
+    return n
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_figure_says_of_what_it_is(theme: f.Theme) -> None:
     said = {name: words(figure) for name, figure in drawn(documents(), theme)}
     for name, text in said.items():
-        assert all(part in text for part in ("some/$model$_a", "dataset cows", "mean L0 24", "seed 7", "64 latents")), (
-            name
-        )
+        for part in ("some/$model$_a", "dataset cows", "mean L0 24", "seed 7", "64 latents"):
+            assert part in text, (name, part)
     tokens = {
         "quality": "12,345",
         "matrix": "8,000",
@@ -148,47 +240,112 @@ def test_every_figure_says_of_what_it_is(theme: f.Theme) -> None:
         assert f"test split, {n} tokens" in said[name], name
     assert "training split" in said["training"] and "test split" not in said["training"]
     assert "E‖x − x̂‖²" in said["quality"] and "standard error" in said["quality"]
-    assert "copied as they are" in said["matrix"] and "carried by affine" in said["matrix_ce"]
+    assert "copied without change" in said["matrix"] and "carried by affine map" in said["matrix_ce"]
     assert "not comparable" in said["raw"] and "affine map" in said["folded"]
     assert "30.3 %" in said["transferability"] and "28.8 %" in said["transferability"]
     assert "(transferred − zero-shot) / (from scratch − zero-shot)" in said["scores"]
     assert "sums.jsonl" in said["attribution"] and "5 prompts" in said["attribution"]
     assert "4 latents: $sums$" in said["circuits"] and "judged on 31 others" in said["circuits of 9"]
-    assert "over 0.9" in said["hop"] and "more than 2 times" in said["hop"] and "L1-full" not in said["hop"]
+    assert "above 0.9" in said["hop"] and "more than 2 times" in said["hop"] and "L1-full" not in said["hop"]
+
+
+def test_every_figure_draws_its_data() -> None:
+    """Seven legs on three layers: as many points, bars and cells as the documents have values."""
+    marks = {name: n_marks(figure) for name, figure in drawn(documents(), "light")}
+    assert marks == {
+        "quality": 2 * 7,
+        "matrix": 9,
+        "matrix_ce": 0,
+        "raw": 6,
+        "folded": 6,
+        "transferability": 2,
+        "scores": 2,
+        "scores_ce": 0,
+        "attribution": 7,
+        "circuits": 2 * 7,
+        "circuits of 9": 7,
+        "offsets": 2 * 5,
+        "hop": 2 * 5,
+        "depth": 2 * 5,
+        "control": 2 * 5,
+        "training": 0,
+    }
+    (axis, _) = f.training_figure(documents().summary, documents().training).axes
+    assert sum(len(line.get_xdata()) for line in axis.lines) == 7 * 3  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["layers", "controls", "head"])
-def test_what_is_missing_does_not_break(name: str, tmp_path: Path) -> None:
-    missing: dict[str, Any] = {"layers": {"layers": 1}, "controls": {"controls": False}, "head": {"head": False}}[name]
-    for key, figure in drawn(documents(**missing), "light"):
-        f.save(figure, tmp_path / f"{key}.svg")
+@pytest.mark.parametrize(
+    ("without", "emptier"),
+    [
+        ({"layers": 1}, ["hop", "scores", "transferability", "raw"]),
+        ({"controls": False}, ["quality", "scores", "control"]),
+        ({"head": False}, ["quality", "transferability", "attribution"]),
+    ],
+    ids=["one layer", "no controls", "no head"],
+)
+def test_what_is_missing_is_left_out_of_the_figure_and_nothing_else(
+    without: dict[str, Any], emptier: list[str], tmp_path: Path
+) -> None:
+    whole = {name: n_marks(figure) for name, figure in drawn(documents(), "light")}
+    figures = dict(drawn(documents(**without), "light"))
+    for name, figure in figures.items():
+        f.save(figure, tmp_path / f"{name}.svg")
+        ET.fromstring((tmp_path / f"{name}.svg").read_text())
+        assert (n_marks(figure) < whole[name]) >= (name in emptier), name
+    if "layers" in without:
+        assert figures["matrix"].axes[0].texts[0].get_text() == "0.100" and n_marks(figures["hop"]) == 0
+    if "controls" in without:
+        assert "control" not in words(figures["quality"]) and n_marks(figures["quality"]) == 2 * 3
+    if "head" in without:
+        assert "ΔCE" not in words(figures["quality"]) and n_marks(figures["quality"]) == 7
+
+
+def test_measures_without_a_matrix_have_figures_without_points() -> None:
     d = documents()
-    d["measures"] |= {"transfer_scores": None, "offsets": None, "n_matrix_tokens": None}
-    for draw in (f.transfer_score_figure, f.offsets_figure):
-        f.save(draw(d["summary"], d["measures"]), tmp_path / "none.svg")
+    alone = d.measures.changed(transfer_scores=None, offsets=None, n_matrix_tokens=None)
+    assert n_marks(f.transfer_score_figure(d.summary, alone)) == n_marks(f.offsets_figure(d.summary, alone)) == 0
 
 
 def test_numbers_are_in_their_cells() -> None:
-    figure = f.matrix_figure(documents()["summary"], documents()["matrix"], "fvu", "affine")
+    figure = f.matrix_figure(documents().summary, documents().matrix, "fvu", "affine")
     (axis, _) = figure.axes
-    found = {text.get_position(): text.get_text() for text in axis.texts}
-    assert found[0, 0] == ".100" and found[2, 0] == "5.10" and found[0, 2] == "5.10" and found[1, 0] == "2.60"
-    assert axis.get_ylabel() == "SAE of layer" and len(found) == 9
-    assert not f.matrix_figure(documents(13)["summary"], documents(13)["matrix"]).axes[0].texts
+    cells = {text.get_position(): text.get_text() for text in axis.texts}
+    assert cells[0, 0] == "0.100" and cells[2, 0] == "5.10" and cells[0, 2] == "5.10" and cells[1, 0] == "2.60"
+    assert axis.get_ylabel() == "SAE of layer" and len(cells) == 9
+    assert not f.matrix_figure(documents(13).summary, documents(13).matrix).axes[0].texts
+
+
+def test_numbers_fit_into_the_smallest_cells_that_have_them() -> None:
+    d = documents(10)
+    figure = f.matrix_figure(d.summary, d.matrix)
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    cell = axis.transData.transform((1, 0))[0] - axis.transData.transform((0, 0))[0]
+    assert len(axis.texts) == 100
+    assert max(text.get_window_extent().width for text in axis.texts) < cell
 
 
 def test_shares_of_a_link_fill_its_bar() -> None:
-    (axis,) = f.lineage_figure(documents()["summary"], documents()["lineage"]).axes
+    (axis,) = f.lineage_figure(documents().summary, documents().lineage).axes
     widths = [round(patch.get_width(), 6) for patch in axis.patches]  # type: ignore[attr-defined]
     assert widths == [55.555556] * 2 + [11.111111] * 8
 
 
-def test_first_of_several_legs_stands_for_a_layer() -> None:
+def test_legs_are_marked_by_where_they_come_from() -> None:
+    assert [kind_of(one) for one in documents().summary.legs[:4]] == ["root", "below", "below", "equal_tokens"]
+    above = leg("a", "transfer", 0, "L1").changed(origin="from above")
+    continued = leg("b", "transfer", 0, "L0").changed(origin="scratch")
+    assert (kind_of(above), kind_of(continued)) == ("above", "root")
+
+
+def test_only_legs_that_stand_for_their_layers_are_in_heat_maps() -> None:
     d = documents(2)
-    d["summary"]["legs"].append(leg("L1-again", "transfer", 1, "L0", True))
-    d["summary"]["legs"].append(leg("L0+2M", "root", 0, "L0", True))
-    assert f._standing(d["summary"]) == {"L0+2M", "L1-from-L0"}
+    other = leg("L1-again", "transfer", 1, "L0").changed(in_suite=False)
+    summary = d.summary.changed(legs=[*d.summary.legs, other])
+    again = [cell.changed(leg="L1-again", fvu=99.0) for cell in d.matrix.cells if cell.source == 1]
+    matrix = d.matrix.changed(cells=[*d.matrix.cells, *again])
+    assert "99" not in words(f.matrix_figure(summary, matrix))
 
 
 @pytest.mark.parametrize("preset", ["paper", "forward", "hub", "scratch"])
@@ -196,7 +353,7 @@ def test_the_plan_is_drawn(facts: ModelFacts, preset: str, tmp_path: Path) -> No
     sections = {"data": {"context": 32}, "plan": {"preset": preset, "root_tokens": "2M", "fork_at": 0.5}}
     run = Recipe.parse(sections, source="test")
     plan = compile_plan(run, facts)
-    figure = f.plan_figure(plan.model_dump(mode="json"))
+    figure = f.plan_figure(plan)
     said = words(figure)
     assert "paper-model" in said and f"The plan: {len(plan.legs)} SAEs" in said and "2M" in said
     arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None)]
@@ -211,7 +368,7 @@ def test_files_are_pictures_of_one_column(tmp_path: Path) -> None:
     import matplotlib.image
 
     for theme in ("light", "dark"):
-        figure = f.quality_figure(documents()["summary"], theme=theme)
+        figure = f.quality_figure(documents().summary, theme=theme)
         assert figure.get_size_inches()[0] == f.WIDTH
         f.save(figure, tmp_path / f"{theme}.png")
         f.save(figure, tmp_path / f"{theme}.svg")
@@ -221,5 +378,5 @@ def test_files_are_pictures_of_one_column(tmp_path: Path) -> None:
         assert "some/$model$_a" in "".join(root.itertext())
     assert len(list(tmp_path.iterdir())) == 4
     before = (tmp_path / "light.svg").read_bytes()
-    f.save(f.quality_figure(documents()["summary"]), tmp_path / "light.svg")
+    f.save(f.quality_figure(documents().summary), tmp_path / "light.svg")
     assert (tmp_path / "light.svg").read_bytes() == before

@@ -11,7 +11,6 @@ import torch
 from test_cli import call, place  # noqa: F401  # a fixture
 
 import saerelay as sr
-from saerelay.analysis.lineage import lineage_run
 from saerelay.errors import FormatError, ModelError
 from saerelay.interop import write_dictionary
 from saerelay.interop.origin import Origin
@@ -27,7 +26,7 @@ def run(place: Path) -> sr.Run:  # noqa: F811
 
 
 def fvu(out: Path) -> float:
-    return sr.evaluate_run(sr.load(out))["legs"][0]["fvu"]
+    return sr.load(out).evaluate().legs[0].fvu or 0
 
 
 @pytest.mark.slow
@@ -64,9 +63,9 @@ def test_to_another_shape(
     suite = sr.load(tmp_path / "x")
     found = suite[f"L{layer}-from-L1"]
     assert (found.architecture, found.n_latents, found.k) == (architecture, n_latents, k)
-    summary = sr.evaluate_run(suite)["legs"][0]
-    assert summary["l0"] == pytest.approx(l0, rel=0.1) and summary["fvu"] < 1
-    assert summary["frac_alive"] > 0.5
+    (leg,) = suite.evaluate().legs
+    assert leg.l0 == pytest.approx(l0, rel=0.1) and leg.fvu and leg.fvu < 1
+    assert leg.frac_alive and leg.frac_alive > 0.5
 
 
 def test_a_reshaped_child_is_trained_and_its_lineage_is_matched(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
@@ -80,7 +79,7 @@ def test_a_reshaped_child_is_trained_and_its_lineage_is_matched(place: Path, run
     suite = sr.train_run(sr.Run.parse({**run.model_dump(), "plan": plan}, source="test"), tmp_path / "run")
     assert [suite[leg].n_latents for leg in suite] == [64, 96, 96, 32]
     assert suite.plan.leg("jump").dictionary.l0 == 6
-    lineage = lineage_run(suite)
+    lineage = suite.lineage()
     assert lineage.link("wide", "jump").partner is None  # the same latents, whatever decides which are active
     for child, least in (("wide", 60), ("small", 30)):
         partner = lineage.link("a", child).partner

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerelay.errors import FormatError
+from saerelay.files import read_json
 from saerelay.interop import format_of, load_dictionary, load_layer_normed, read_any, write_dictionary
 from saerelay.interop.origin import Origin
-from saerelay.runs.files import read_json
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import HOSTILE, F, fake_run, token_text
+from fake_run import HOSTILE, F, fake_run, sources_of, token_text
 from scipy.stats import binomtest
 from test_cli import call
 
-from saerelay.analysis.features import load_features
-from saerelay.analysis.summary import summary
+from saerelay.analysis.judging import agreement, cohen_kappa, drawn, legs_by_origin, tallied, wilson
+from saerelay.analysis.session import Session
+from saerelay.analysis.suite import Suite, load
 from saerelay.errors import RecipeError, RunDirectoryError
-from saerelay.runs.suite import Suite, load
-from saerelay.views import judge, report
-from saerelay.views.judge import drawn, judge_run, legs_by_origin, origin_of, shown_items
-from saerelay.views.judge.score import agreement, cohen_kappa, score_run, tallied, wilson
+from saerelay.runs.documents.judging import JudgedItem, Scores
+from saerelay.runs.features import load_features
+from saerelay.views import report
+from saerelay.views.judge import page_data
+from saerelay.workflows.judge import judge_run, score_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -31,8 +33,8 @@ LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
     """Three layers, hostile tokens; layer 1 from scratch, layer 0 also."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, "token_texts", lambda plan: token_text)
-        patch.setattr(judge, "features_run", lambda suite, console: None)
+        patch.setattr(Session, "token_text", staticmethod(token_text))
+        patch.setattr("saerelay.workflows.judge.make_features", lambda session: None)
         yield fake_run(tmp_path_factory.mktemp("judge") / "run & <co>")
 
 
@@ -65,28 +67,30 @@ def test_every_origin_has_its_leg(suite: Suite) -> None:
         (2, "forward"): "L2-from-L1",
     }
     assert {leg.layer for leg in legs_by_origin(suite, [2]).values()} == {2}
-    with pytest.raises(RunDirectoryError, match="no dictionary at layer 7; there are 0, 1, 2"):
+    with pytest.raises(RunDirectoryError, match="no dictionary at layer 7; the run has layers 0, 1, 2"):
         legs_by_origin(suite, [1, 7])
 
 
 def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
-    plan, below = suite.plan, suite.plan.leg("L0-from-L1")
-    more = below.changed(id="more", parent=below.id)
-    longer = plan.changed(legs=[*plan.legs, more])
-    assert [origin_of(longer, leg) for leg in (more, below, plan.leg("L1"))] == ["backward", "backward", "scratch"]
+    first = suite.plan.leg("L0-from-L1")
+    more = first.changed(id="more", parent=first.id)
+    shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("more"))
+    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, more])
+    assert suite.origin(more) == suite.origin(first) == "from above" and suite.continuation_of(first) == more
+    assert {leg.id for (_, origin), leg in legs_by_origin(suite).items() if origin == "backward"} == {"more"}
 
 
 def test_alive_latents_are_drawn_equally_and_shuffled(suite: Suite) -> None:
     legs = legs_by_origin(suite)
     features = {leg.id: load_features(suite.directory, leg.id) for leg in legs.values()}
     items = drawn(legs, features, 20, 0)
-    assert [item["item"] for item in items] == list(range(1, 81))
+    assert [item.item for item in items] == list(range(1, 81))
     for (site, origin), leg in legs.items():
-        chosen = [item["latent"] for item in items if (item["layer"], item["origin"]) == (site.layer, origin)]
+        chosen = [item.latent for item in items if (item.layer, item.origin) == (site.layer, origin)]
         assert len(set(chosen)) == 20 and (features[leg.id].n_fired[chosen] > 0).all()
-    origins = [item["origin"] for item in items]
+    origins = [item.origin for item in items]
     assert sum(a != b for a, b in zip(origins, origins[1:], strict=False)) > 25
-    assert sorted(item["latent"] for item in drawn(legs, features, 10 * F, 0)) == [
+    assert sorted(item.latent for item in drawn(legs, features, 10 * F, 0)) == [
         latent
         for latent in range(1, F)
         for _ in legs  # latent 0 is silent
@@ -113,10 +117,11 @@ def test_permuting_and_renaming_legs_changes_nothing_but_labels(suite: Suite) ->
     renamed = {where: leg.changed(id=f"z-{leg.id}") for where, leg in legs.items()}
     features |= {f"z-{name}": known for name, known in features.items()}
     others = drawn(dict(reversed(renamed.items())), features, 5, 0)
-    assert [item | {"leg": item["leg"].removeprefix("z-")} for item in others] == drawn(
-        dict(reversed(legs.items())), features, 5, 0
-    )
-    assert shown_items(suite, drawn(renamed, features, 5, 0), features) == shown_items(suite, items, features)
+    unnamed = [item.changed(leg=item.leg.removeprefix("z-")) for item in others]
+    assert unnamed == drawn(dict(reversed(legs.items())), features, 5, 0)
+    test = np.load(suite.directory.tokens / "test.npy")
+    again = page_data(drawn(renamed, features, 5, 0), features, test, token_text)
+    assert again == page_data(items, features, test, token_text)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ def test_permuting_and_renaming_legs_changes_nothing_but_labels(suite: Suite) ->
 def test_the_page_does_not_say_where_latents_come_from(suite: Suite) -> None:
     page, key = judge_run(suite, n=8)
     data, text = data_of(page), page.read_text(encoding="utf-8")
-    assert data.keys() == {"page", "levels", "texts", "items"} and len(data["items"]) == len(key["items"]) == 32
+    assert data.keys() == {"page", "levels", "texts", "items"} and len(data["items"]) == len(key.items) == 32
     for item in data["items"]:
         assert item.keys() == {"examples", "top", "bottom"}
         assert all(example.keys() == {"peak", "tokens", "levels"} for example in item["examples"])
@@ -137,10 +142,10 @@ def test_the_page_does_not_say_where_latents_come_from(suite: Suite) -> None:
 def test_examples_are_shown_as_features_know_them(suite: Suite) -> None:
     page, key = judge_run(suite, n=4)
     data, test = data_of(page), np.load(suite.directory.tokens / "test.npy")
-    for item, shown in zip(key["items"], data["items"], strict=True):
-        known = load_features(suite.directory, item["leg"])
-        most = float(known.max_activation[item["latent"]])
-        for example, seen in zip(known.examples(item["latent"]), shown["examples"], strict=True):
+    for item, shown in zip(key.items, data["items"], strict=True):
+        known = load_features(suite.directory, item.leg)
+        most = float(known.max_activation[item.latent])
+        for example, seen in zip(known.examples(item.latent), shown["examples"], strict=True):
             first = example.position - seen["peak"]
             assert [data["texts"][t] for t in seen["tokens"]] == [
                 token_text(t) for t in test[example.sequence, first : first + len(seen["tokens"])].tolist()
@@ -149,7 +154,7 @@ def test_examples_are_shown_as_features_know_them(suite: Suite) -> None:
                 inside = 0 <= i < len(example.activations)
                 share = example.activations[i] / most if inside else -1.0
                 assert level == (min(data["levels"], math.ceil(share * data["levels"])) if inside else -1)
-        values = known.tensors()["bottom_logits_values"][item["latent"]]
+        values = known.tensors()["bottom_logits_values"][item.latent]
         assert [value < 0 for _, value in shown["bottom"]] == (values.round(decimals=2) < 0).tolist()
         assert max(abs(value) for _, value in shown["top"] + shown["bottom"]) == 1
 
@@ -157,11 +162,11 @@ def test_examples_are_shown_as_features_know_them(suite: Suite) -> None:
 def test_the_page_goes_where_asked_but_replaces_nothing_else(suite: Suite, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     page, key = judge_run(suite, n=2, out=tmp_path / "folder")
-    assert page == tmp_path / "folder" / f"judge-{key['page']}.html"
-    assert (suite.directory.judging / f"{key['page']}.json").is_file()
+    assert page == tmp_path / "folder" / f"judge-{key.page}.html"
+    assert (suite.directory.judging / f"{key.page}.json").is_file()
     assert [judge_run(suite, n=n, out=tmp_path / "a.html")[0] for n in (2, 3)] == [tmp_path / "a.html"] * 2
     (tmp_path / "mine.html").write_text("mine")
-    with pytest.raises(RunDirectoryError, match="exists and is no judging page"):
+    with pytest.raises(RunDirectoryError, match="exists and is not a judging page"):
         judge_run(suite, n=2, out=tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "mine"
 
@@ -186,51 +191,56 @@ def test_wilson_and_kappa_as_computed_by_hand() -> None:
     assert math.isnan(cohen_kappa(np.ones((4, 2), bool)))
 
 
+def item_number(i: int) -> JudgedItem:
+    """An item of which only the number matters."""
+    return JudgedItem(item=i, layer=0, module="resid_post", origin="scratch", leg="L0", kind="root", latent=i)
+
+
 def test_agreement_counts_what_both_judged() -> None:
-    items = [{"item": i} for i in range(1, 7)]
+    items = [item_number(i) for i in range(1, 7)]
     a = {1: "yes", 2: "yes", 3: "no", 4: "skip", 5: "yes"}
     b = {1: "yes", 2: "no", 3: "no", 4: "yes", 6: "yes"}
     assert agreement(items, {"a": a}) == []
     (row,) = agreement(items, {"a": a, "b": b})
-    assert row["judges"] == ["a", "b"] and row["n_latents"] == 3 and row["raw"] == pytest.approx(2 / 3)
-    assert row["kappa"] == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
+    assert row.judges == ["a", "b"] and row.n_latents == 3 and row.raw == pytest.approx(2 / 3)
+    assert row.kappa == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
     assert len(agreement(items, {"a": a, "b": b, "c": a})) == 3
 
 
 def test_the_majority_decides_and_ties_are_counted_apart() -> None:
-    items = [{"item": i} for i in range(1, 6)]
+    items = [item_number(i) for i in range(1, 6)]
     first = {1: "yes", 2: "yes", 3: "no", 4: "skip"}
     second = {1: "yes", 2: "no", 3: "skip", 4: "skip"}
     row = tallied(items, {"a": first, "b": second})
-    assert [row[f"n_{name}"] for name in ("latents", "judged", "tied", "interpretable")] == [5, 3, 1, 1]
-    assert row["share"] == 0.5 and (row["low"], row["high"]) == wilson(1, 2)
+    assert (row.n_latents, row.n_judged, row.n_tied, row.n_interpretable) == (5, 3, 1, 1)
+    assert row.share == 0.5 and (row.low, row.high) == wilson(1, 2)
 
 
 def test_scores_join_answers_with_origins(suite: Suite, tmp_path: Path) -> None:
     _, key = judge_run(suite, n=10)
     quota = {(0, "backward"): 4, (0, "scratch"): 6, (1, "scratch"): 9, (2, "forward"): 8}
     left, answers = dict(quota), {}
-    for item in key["items"]:
-        place = (item["layer"], item["origin"])
-        answers[item["item"]] = "yes" if left[place] > 0 else "no"
+    for item in key.items:
+        place = (item.layer, item.origin)
+        answers[item.item] = "yes" if left[place] > 0 else "no"
         left[place] -= 1
-    first = answered(tmp_path / "a.json", key["page"], answers)
+    first = answered(tmp_path / "a.json", key.page, answers)
     scores = score_run(suite, [first])
-    assert json.loads((suite.directory.judging / "scores.json").read_text()) == scores
-    assert {(row["layer"], row["origin"]): row["n_interpretable"] for row in scores["layers"]} == quota
-    shares = {row["origin"]: (row["share"], row["low"], row["high"]) for row in scores["origins"]}
+    assert Scores.load(suite.directory.judging / "scores.json") == scores
+    assert {(row.layer, row.origin): row.n_interpretable for row in scores.layers} == quota
+    shares = {row.origin: (row.share, row.low, row.high) for row in scores.origins}
     assert shares == {o: (yes / n, *wilson(yes, n)) for o, yes, n in
                       (("scratch", 15, 20), ("forward", 8, 10), ("backward", 4, 10))}  # fmt: skip
-    forward, backward = scores["differences"]
-    assert forward["layers"] == [] and forward["difference"] is None
+    forward, backward = scores.differences
+    assert forward.layers == [] and forward.difference is None
     # the only layer with both: 4 of 10 beside 6 of 10 (Newcombe 1998, method 10)
-    assert backward["layers"] == [0] and backward["difference"] == pytest.approx(-0.2)
+    assert backward.layers == [0] and backward.difference == pytest.approx(-0.2)
     (l1, u1), (l2, u2) = wilson(4, 10), wilson(6, 10)
     expected = -0.2 - math.hypot(0.4 - l1, u2 - 0.6), -0.2 + math.hypot(u1 - 0.4, 0.6 - l2)
-    assert (backward["low"], backward["high"]) == pytest.approx(expected)
-    second = answered(tmp_path / "b.json", key["page"], answers, "Bob")
-    (pair,) = score_run(suite, [first, second])["agreement"]
-    assert (pair["judges"], pair["n_latents"], pair["raw"], pair["kappa"]) == (["Ada", "Bob"], 40, 1, pytest.approx(1))
+    assert (backward.low, backward.high) == pytest.approx(expected)
+    second = answered(tmp_path / "b.json", key.page, answers, "Bob")
+    (pair,) = score_run(suite, [first, second]).agreement
+    assert (pair.judges, pair.n_latents, pair.raw, pair.kappa) == (["Ada", "Bob"], 40, 1, pytest.approx(1))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +258,7 @@ def test_files_that_do_not_belong_are_refused(
     suite: Suite, tmp_path: Path, change: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     _, key = judge_run(suite, n=2)
-    fitting = {"schema": 1, "page": key["page"], "judge": "Ada", "answers": {"1": "yes"}}
+    fitting = {"schema": 1, "page": key.page, "judge": "Ada", "answers": {"1": "yes"}}
     (tmp_path / "good.json").write_text(json.dumps(fitting | {"judge": "Bob"}))
     (tmp_path / "bad.json").write_text(json.dumps(fitting | change))
     with pytest.raises(error, match=says):
@@ -257,13 +267,13 @@ def test_files_that_do_not_belong_are_refused(
 
 
 def test_one_page_is_scored_and_each_judge_once(suite: Suite, tmp_path: Path) -> None:
-    pages = [judge_run(suite, n=2, seed=seed)[1]["page"] for seed in (0, 1)]
+    pages = [judge_run(suite, n=2, seed=seed)[1].page for seed in (0, 1)]
     files = [answered(tmp_path / f"{i}.json", page, {1: "yes"}, str(i)) for i, page in enumerate(pages)]
     with pytest.raises(RunDirectoryError, match="judgements of 2 pages"):
         score_run(suite, files)
     with pytest.raises(RunDirectoryError, match='judge "0" is there already'):
         score_run(suite, [files[0], files[0]])
-    with pytest.raises(RunDirectoryError, match="takes the files that judges exported"):
+    with pytest.raises(RunDirectoryError, match="give the files that judges exported"):
         score_run(suite, [])
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(RecipeError, match=r"broken\.json: cannot be read"):
@@ -271,21 +281,20 @@ def test_one_page_is_scored_and_each_judge_once(suite: Suite, tmp_path: Path) ->
 
 
 def test_the_report_shows_scores_once_there_are_some(suite: Suite, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("saerelay.views.report.data.token_texts", lambda plan: token_text)
-    monkeypatch.setattr(report, "write_figures", lambda suite, summary, folder: [])
-    page = report.write_report(suite, summary(suite))
+    monkeypatch.setattr(report, "write_figures", lambda sources, folder: [])
+    page = report.write_report(sources_of(suite), suite.directory.report)
     assert "Human judgements of features" not in page.read_text(encoding="utf-8")
     _, key = judge_run(suite, n=5)
-    said = {item["item"]: "yes" if item["origin"] == "forward" else "no" for item in key["items"]}
-    files = [answered(tmp_path / f"{name[0]}.json", key["page"], said, name) for name in ("Ada", "<b>Bob</b>")]
+    said = {item.item: "yes" if item.origin == "forward" else "no" for item in key.items}
+    files = [answered(tmp_path / f"{name[0]}.json", key.page, said, name) for name in ("Ada", "<b>Bob</b>")]
     score_run(suite, files)
-    text = report.write_report(suite, summary(suite)).read_text(encoding="utf-8")
-    rows = re.findall(r'<th scope="row">(scratch|forward|backward)</th>(.*?)</tr>', text, re.S)
+    text = report.write_report(sources_of(suite), suite.directory.report).read_text(encoding="utf-8")
+    rows = re.findall(r'<th scope="row">(from [a-z ]+)</th>(.*?)</tr>', text, re.S)
     shown = {origin: re.sub("(<[^>]*>|\\s)+", " ", cells).strip() for origin, cells in rows}
     assert shown == {
-        "scratch": "10 of 10 0.0 % 0.0 % to 27.8 % 0: 0.0 %, 1: 0.0 %",
-        "forward": "5 of 5 100.0 % 56.6 % to 100.0 % 2: 100.0 %",
-        "backward": "5 of 5 0.0 % 0.0 % to 43.4 % 0: 0.0 %",
+        "from scratch": "10 of 10 0.0 % 0.0 % to 27.8 % 0: 0.0 %, 1: 0.0 %",
+        "from a lower layer": "5 of 5 100.0 % 56.6 % to 100.0 % 2: 100.0 %",
+        "from a higher layer": "5 of 5 0.0 % 0.0 % to 43.4 % 0: 0.0 %",
     }
     agreement = "<bdi>Ada</bdi> and <bdi>&lt;b&gt;Bob&lt;/b&gt;</bdi> agree on 100.0 % of 20 features"
     assert f"{agreement} (Cohen’s kappa 1.00)" in text
@@ -310,8 +319,9 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def judging(finished: Suite) -> tuple[Path, dict[str, Any]]:
-    """A page with every latent, so that the hostile ones are among them."""
-    return judge_run(finished, n=F)
+    """A page with every latent, so that the hostile ones are among them; its key as JSON data."""
+    page, key = judge_run(finished, n=F)
+    return page, key.to_data()
 
 
 @pytest.fixture
@@ -339,7 +349,8 @@ def visit(chromium: Any) -> Iterator[Any]:
 def test_judge_ten_by_keyboard_reload_export_and_score(
     visit: Any, suite: Suite, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    path, key = judge_run(suite, layers=[0], n=5)
+    path, page_key = judge_run(suite, layers=[0], n=5)
+    key = page_key.to_data()
     page = visit(path)
     page.fill("input", "Ada <b>")
     page.keyboard.press("Enter")
@@ -365,7 +376,7 @@ def test_judge_ten_by_keyboard_reload_export_and_score(
     }  # fmt: skip
     code, shown, stderr = call("judge", path.parent.parent, "--score", export, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0, stderr
-    assert "Ada <b>: 5 yes, 4 no, 1 skipped, 0 left" in shown
+    assert "Ada <b>: 5 yes, 4 no, 1 skipped, 0 not answered" in shown
     yes = {o: sum(a == "yes" for a, i in zip(said, key["items"], strict=True) if i["origin"] == o)
            for o in ("scratch", "backward")}  # fmt: skip
     code, shown, _ = call(

@@ -12,15 +12,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import saerelay as sr
-from saerelay.analysis import features, lineage
-from saerelay.analysis.evaluate import batches
-from saerelay.analysis.lineage import Lineage, Link, assign, describe_latent
-from saerelay.analysis.site_maps import SiteMaps
+from saerelay.analysis import lineage, links
+from saerelay.analysis.lineage import Lineage
+from saerelay.analysis.links import Link, assign
+from saerelay.analysis.metrics import batches
+from saerelay.analysis.session import Session
 from saerelay.data.corpus import Corpus
 from saerelay.data.stream import kept_positions
 from saerelay.errors import RunDirectoryError
 from saerelay.lm.model import load_model
 from saerelay.runs.dictionaries import publish
+from saerelay.runs.documents.latents import LineageFacts, LineageLeg, LineageStep
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels.select import nonzero_codes
 
@@ -77,9 +79,9 @@ def test_links_are_their_definitions(suite: sr.Suite, monkeypatch: pytest.Monkey
         *(("control", *pair) for pair in controls),
     ]  # fmt: skip
     pairs = [(suite.leg(x.source).site, suite.leg(x.target).site) for x in found.links]
-    maps = SiteMaps.of(suite, load_model(suite.plan)).between(pairs)
+    maps = Session(suite).maps.between(pairs)
     codes = {leg: dense_codes(suite, leg) for leg in LEGS}
-    assert found.facts["n_tokens"] == len(codes["L0"]) == 63 * 15 and found.facts["n_sequences"] == 63
+    assert found.facts.n_tokens == len(codes["L0"]) == 63 * 15 and found.facts.n_sequences == 63
     for link, pair in zip(found.links, pairs, strict=True):
         carried, target = sr.fold(suite[link.source], maps[pair]), suite[link.target]
         decoder = cosines(carried.W_dec, target.W_dec)
@@ -112,9 +114,9 @@ def test_latents_without_a_partner_have_died_or_were_silent(suite: sr.Suite) -> 
     fewer = Dictionary(architecture="relu", b_dec=source.b_dec, **{
         name: getattr(source, name)[:50] for name in ("W_enc", "b_enc", "W_dec")
     })  # fmt: skip
-    pair = lineage.Pair("control", suite.leg("L0"), suite.leg("L1-scratch-full"))
-    comparison = lineage.Comparison(pair, source, fewer, by_index=False)
-    firings = [lineage.Firing(n, torch.device("cpu")) for n in (64, 50)]
+    pair = links.LegPair("control", suite.leg("L0"), suite.leg("L1-scratch-full"))
+    comparison = links.Comparison(pair, source, fewer, by_index=False)
+    firings = [links.Firing(n, torch.device("cpu")) for n in (64, 50)]
     codes = [nonzero_codes(z), nonzero_codes(z[:, :50])]
     for firing, some in zip(firings, codes, strict=True):
         firing.add(some)
@@ -129,9 +131,9 @@ def test_latents_without_a_partner_have_died_or_were_silent(suite: sr.Suite) -> 
 
 def test_a_child_that_is_a_plain_fold_has_kept_everything(suite: sr.Suite) -> None:
     pair = (suite.leg("L0").site, suite.leg("L1-from-L0").site)
-    between = SiteMaps.of(suite, load_model(suite.plan)).between([pair])[pair]
+    between = Session(suite).maps.between([pair])[pair]
     directory = suite.directory.leg("L1-from-L0")
-    info = json.loads((directory / "dictionary.json").read_text())
+    info = suite.info(suite.leg("L1-from-L0")).to_data()
     publish(directory, sr.fold(suite["L0"], between), info)
     link = sr.lineage_run(suite).link("L0", "L1-from-L0")
     assert float(link.decoder_cosine.min()) > 0.9999 and float(link.encoder_cosine.min()) > 0.9999
@@ -146,8 +148,7 @@ def test_nothing_is_done_twice(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as patch:
-        for module in (lineage, features):
-            patch.setattr(module, "load_model", refuse)
+        patch.setattr("saerelay.analysis.session.load_model", refuse)
         assert sr.lineage_run(suite, features=True).facts == first.facts == Lineage.load(suite.directory.root).facts
         sr.features_run(suite)
         assert files == {path: path.read_bytes() for path in files}
@@ -156,15 +157,15 @@ def test_nothing_is_done_twice(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch)
             sr.lineage_run(suite, features=True)
     sr.features_run(suite)
     assert files == {path: path.read_bytes() for path in files}, "alone, features are the same"
-    assert sr.lineage_run(suite, tokens=512, features=True).facts["n_tokens"] == 32 * 15
-    assert sr.load_features(suite.directory, "L0").facts["n_tokens"] == 32 * 15
+    assert sr.lineage_run(suite, tokens=512, features=True).facts.n_tokens == 32 * 15
+    assert sr.load_features(suite.directory, "L0").facts.n_tokens == 32 * 15
 
 
 def test_features_of_a_run_hold_what_comes_from_weights(suite: sr.Suite) -> None:
     sr.features_run(suite)
     model = load_model(suite.plan)
     found = {leg: sr.load_features(suite.directory, leg) for leg in LEGS}
-    sides = {leg: (f.facts["below"], f.facts["above"]) for leg, f in found.items()}
+    sides = {leg: (f.facts.below, f.facts.above) for leg, f in found.items()}
     assert sides["L0"] == (None, "L1-from-L0") and sides["L2-from-L1"] == ("L1-from-L0", None)
     assert sides["L1-scratch-full"] == ("L0", "L2-from-L1") and found["L0"].below_latents is None
     middle = found["L1-scratch-full"]
@@ -172,7 +173,7 @@ def test_features_of_a_run_hold_what_comes_from_weights(suite: sr.Suite) -> None
     assert torch.equal(middle.top_logits, effects.topk(10, dim=1).indices.int())
     for side, leg in (("below", "L0"), ("above", "L2-from-L1")):
         pair = (suite.leg("L1-from-L0").site, suite.leg(leg).site)
-        maps = SiteMaps.of(suite, model).between([pair])
+        maps = Session(suite, model=model).maps.between([pair])
         expected = cosines(sr.fold(suite["L1-scratch-full"], maps[pair]).W_dec, suite[leg].W_dec).topk(3, dim=1)
         torch.testing.assert_close(getattr(middle, f"{side}_cosine"), expected.values.half(), atol=2e-3, rtol=0)
         assert (getattr(middle, f"{side}_latents") == expected.indices).float().mean() > 0.98
@@ -181,8 +182,8 @@ def test_features_of_a_run_hold_what_comes_from_weights(suite: sr.Suite) -> None
 
 @pytest.mark.parametrize("exact", [4096, 0])
 def test_a_permuted_copy_is_recovered(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lineage, "EXACT_LATENTS", exact)
-    monkeypatch.setattr(lineage, "CANDIDATES", 6)
+    monkeypatch.setattr(links, "EXACT_LATENTS", exact)
+    monkeypatch.setattr(links, "CANDIDATES", 6)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(80, 16, generator=generator)
     order = torch.randperm(80, generator=generator)
@@ -196,10 +197,15 @@ def test_a_permuted_copy_is_recovered(exact: int, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(more, order.argsort()[:50])
 
 
-def made(*links: Link) -> Lineage:
-    legs = {name: {"layer": layer, "n_latents": 3} for link in links
-            for name, layer in ((link.source, link.source_layer), (link.target, link.target_layer))}  # fmt: skip
-    return Lineage({"legs": legs}, list(links))
+def made(*some: Link) -> Lineage:
+    legs = {}
+    for link in some:
+        legs[link.source] = LineageLeg(layer=link.source_layer, n_latents=3)
+        legs[link.target] = LineageLeg(layer=link.target_layer, n_latents=3)
+    facts = LineageFacts(
+        model="m", n_sequences=1, kept_above=0.7, replaced_below=0.3, alive_above=0, legs=legs, n_tokens=1, map_tokens=1
+    )
+    return Lineage(facts, list(some))
 
 
 def made_link(kind: str, source: int, target: int, partner: list[int] | None, name: str = "L") -> Link:
@@ -221,34 +227,35 @@ def test_a_latent_is_followed_from_end_to_end() -> None:
         ("L0", 0, 1), ("L1", 1, 0), ("L2", 2, 0), ("L3", 3, 1)
     ]  # fmt: skip
     assert way == known.follow("L0", 1) == known.follow("L3", 1) == known.follow("L2", 0)
-    assert way[0][3:] == (None, None, None, None)
-    assert way[1][3:] == (*(pytest.approx(v) for v in (0.2, 0.21, 0.22)), "drifted")
+    assert way[0] == LineageStep(leg="L0", layer=0, latent=1)
+    cosines_and_correlation = (way[1].decoder_cosine, way[1].encoder_cosine, way[1].correlation)
+    assert cosines_and_correlation == pytest.approx((0.2, 0.21, 0.22)) and way[1].status == "drifted"
     assert way[2].status == "kept" and way[2].decoder_cosine == pytest.approx(0.1)
     assert [step.leg for step in known.follow("L0", 2)] == ["L0"], "it has no partner"
     assert [step.leg for step in known.follow("L1", 1)] == ["L1", "L2"], "none before, none after"
     assert [(step.leg, step.latent) for step in known.follow("L0", 0)] == [("L0", 0), ("L1", 2), ("L2", 2), ("L3", 0)]
     assert known.follow("L1", 2)[2].correlation is None and known.follow("L1", 2)[2].status == "born"
     assert [(step.leg, step.latent) for step in known.follow("C1", 1)] == [("C1", 1)]
-    relatives = [(kind, step.leg, step.latent) for kind, step in known.relatives("L1", 1)]
+    relatives = [(step.kind, step.leg, step.latent) for step in known.relatives("L1", 1)]
     assert relatives == [("control", "C1", 2), ("parent", "L0", 1)]
-    assert [(kind, step.leg, step.latent) for kind, step in known.relatives("C1", 1)] == [("control of", "L1", 2)]
+    assert [(step.kind, step.leg, step.latent) for step in known.relatives("C1", 1)] == [("control of", "L1", 2)]
     assert known.link("L1", "C1") is control
 
 
 def test_what_is_not_there_is_named(suite: sr.Suite) -> None:
     known = made(made_link("depth", 0, 1, None))
-    with pytest.raises(RunDirectoryError, match='no leg "L7" in this lineage; there are L0, L1'):
+    with pytest.raises(RunDirectoryError, match='no leg "L7" in this lineage; its legs are: L0, L1'):
         known.follow("L7", 0)
     with pytest.raises(RunDirectoryError, match="L0 has no latent 3; its latents are 0 to 2"):
         known.follow("L0", 3)
-    with pytest.raises(RunDirectoryError, match="no link from L1 to L0; there are L0 to L1"):
+    with pytest.raises(RunDirectoryError, match="no link from L1 to L0; the links are: L0 to L1"):
         known.link("L1", "L0")
     root = suite.directory.root
-    with pytest.raises(RunDirectoryError, match=r"no lineage here; `saerelay show .* LEG LATENT` makes it"):
+    with pytest.raises(RunDirectoryError, match=r"lineage.json: no such file; `saerelay show .* LEG LATENT` makes it"):
         Lineage.load(root)
-    with pytest.raises(RunDirectoryError, match=r"no features here; `saerelay show .* L0 0` makes them"):
+    with pytest.raises(RunDirectoryError, match=r"no features here; `saerelay show RUN LEG 0` makes them"):
         sr.load_features(suite.directory, "L0")
-    suite.directory.lineage.write_text('{"links": [{}]}')
+    suite.directory.lineage.write_text('{"schema": 1, "links": [{}]}')
     with pytest.raises(RunDirectoryError, match=r"lineage.json: damaged .*; delete it"):
         Lineage.load(root)
     suite.directory.features("L0").parent.mkdir()
@@ -258,7 +265,7 @@ def test_what_is_not_there_is_named(suite: sr.Suite) -> None:
 
 
 def test_a_latent_is_described(suite: sr.Suite) -> None:
-    document = describe_latent(suite, "1", 7)
+    document = suite.describe("1", 7).to_data()
     assert json.loads(json.dumps(document)) == document
     assert (document["leg"], document["layer"], document["latent"]) == ("L1-from-L0", 1, 7)
     z = dense_codes(suite, "L1-from-L0")[:, 7]

@@ -1,6 +1,5 @@
 """The paper's measures: against slow definitions, on cases with known answers, and over a whole run of its preset."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -13,29 +12,31 @@ import pytest
 import torch
 
 import saerelay as sr
+from saerelay.analysis import attribution, similarity
 from saerelay.analysis import measures as module
-from saerelay.analysis.evaluate import held_out, measure
-from saerelay.analysis.matrix import matrix_run
-from saerelay.analysis.measures import (
-    Speaks,
-    by_offset,
-    direct_logit_attribution,
+from saerelay.analysis.attribution import direct_logit_attribution, own_prompts
+from saerelay.analysis.evaluate import evaluate
+from saerelay.analysis.matrix import matrix
+from saerelay.analysis.measures import measures
+from saerelay.analysis.metrics import held_out, measure
+from saerelay.analysis.prompts import Prompt, read_prompts
+from saerelay.analysis.session import Session
+from saerelay.analysis.similarity import (
+    TokenAssociations,
     feature_transferability,
     mean_max_cosine,
-    measures_run,
-    own_prompts,
     shared,
     transfer_score,
+    values_by_offset,
 )
-from saerelay.analysis.prompts import Prompt, read_prompts
-from saerelay.analysis.site_maps import SiteMaps
 from saerelay.cli import main
 from saerelay.errors import DataError, ModelError
-from saerelay.lm.model import LanguageModel, load_model
+from saerelay.lm.model import LanguageModel
 from saerelay.runs.dictionaries import publish, read_dictionary
+from saerelay.runs.documents.across_layers import MatrixCell, Measures
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.transfer import fold
-from saerelay.views.tables import measures_tables
+from saerelay.views.tables.across_layers import measures_tables
 
 torch.set_num_threads(1)
 
@@ -54,7 +55,7 @@ def test_mean_max_cosine_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
     expected = sum(best) / len(best)
     assert mean_max_cosine(P, Q, alive_p, alive_q) == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr(module, "DENSE", 100)
+    monkeypatch.setattr(similarity, "DENSE", 100)
     assert mean_max_cosine(P, Q, alive_p, alive_q) == pytest.approx(expected, abs=1e-6)
 
 
@@ -78,13 +79,15 @@ def test_shared_tokens_are_counted_as_in_multisets() -> None:
 
 def test_transferability_of_the_same_and_of_strangers() -> None:
     ids = [torch.randint(0, 50, (7, 10), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    one, other = Speaks(*ids), Speaks(*(x + 50 for x in ids))
+    one, other = TokenAssociations(*ids), TokenAssociations(*(x + 50 for x in ids))
     everything = torch.ones(7, dtype=torch.bool)
     assert feature_transferability(one, one, everything)["transferability"] == 1
-    assert feature_transferability(one, Speaks(*(x.flip(1) for x in ids)), everything)["transferability"] == 1
+    assert (
+        feature_transferability(one, TokenAssociations(*(x.flip(1) for x in ids)), everything)["transferability"] == 1
+    )
     assert set(feature_transferability(one, other, everything).values()) == {0}
     some = torch.arange(7) < 2
-    mixed = Speaks(*(torch.where(some[:, None], x, x + 50) for x in ids))
+    mixed = TokenAssociations(*(torch.where(some[:, None], x, x + 50) for x in ids))
     assert feature_transferability(one, mixed, some)["transferability"] == 1
     assert feature_transferability(one, mixed, everything)["top_tokens"] == pytest.approx(2 / 7)
     assert math.isnan(feature_transferability(one, one, ~everything)["transferability"])
@@ -98,14 +101,17 @@ def test_transfer_scores() -> None:
 
 def test_averages_by_offset() -> None:
     cells = [
-        {"source": s, "target": t, "method": m, "fvu": 10 * s + t + (m == "affine") / 2}
+        MatrixCell(
+            leg=f"L{s}", tokens=1, snapshot=False, source=s, target=t, method=m,
+            fvu=10 * s + t + (m != "identity") / 2,
+        )
         for s in range(3) for t in range(3) for m in (("identity",) if s == t else ("identity", "affine"))
     ]  # fmt: skip
-    found = {row["offset"]: row for row in by_offset(cells, "fvu", "affine")}
-    assert [found[o]["n"] for o in (-2, -1, 0, 1, 2)] == [1, 2, 3, 2, 1]
-    assert found[0]["mean"] == 11 and found[1]["mean"] == (1.5 + 12.5) / 2 and found[-2]["mean"] == 20.5
-    cells[0]["fvu"] = None
-    assert by_offset(cells, "fvu", "identity")[2] == {"offset": 0, "mean": 16.5, "n": 2}
+    found = values_by_offset(cells, "fvu", "affine")
+    assert [len(found[o]) for o in (-2, -1, 0, 1, 2)] == [1, 2, 3, 2, 1]
+    assert np.mean(found[0]) == 11 and found[1] == [1.5, 12.5] and found[-2] == [20.5]
+    cells[0] = cells[0].changed(fvu=None)
+    assert values_by_offset(cells, "fvu", "identity")[0] == [11, 22]
 
 
 def test_attribution_of_a_hand_built_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +121,7 @@ def test_attribution_of_a_hand_built_dictionary(monkeypatch: pytest.MonkeyPatch)
     directions = torch.tensor([[0.0, 2.0, -2.0]]).expand(3, 3)
     x = torch.tensor([[5.0, 1.0, 1.0], [9.0, 3.0, 0.0], [1.0, -1.0, 4.0]])
     for dense in (2**24, 3):
-        monkeypatch.setattr(module, "DENSE", dense)
+        monkeypatch.setattr(attribution, "DENSE", dense)
         scores, latents = direct_logit_attribution(sae, x, directions)
         assert scores.tolist() == [2, 6, 0] and latents.tolist()[:2] == [1, 1]
 
@@ -149,25 +155,25 @@ def silence(directory: Path, latent: int) -> None:
     dictionary, info = read_dictionary(directory)
     b_enc = dictionary.b_enc.clone()
     b_enc[latent] = -1e4
-    publish(directory, replace(dictionary, b_enc=b_enc), info)
+    publish(directory, replace(dictionary, b_enc=b_enc), info.to_data())
 
 
 @pytest.fixture(scope="module")
 def model(suite: sr.Suite) -> LanguageModel:
-    return load_model(suite.plan)
+    return suite.session.model
 
 
 @pytest.fixture(scope="module")
-def document(suite: sr.Suite, model: LanguageModel) -> dict[str, Any]:
-    sr.evaluate_run(suite, model)
-    matrix_run(suite, model, tokens=512)
-    return measures_run(suite, model)
+def document(suite: sr.Suite) -> Measures:
+    evaluate(suite.session)
+    matrix(suite.session, tokens=512)
+    return measures(suite.session)
 
 
 @pytest.mark.slow
-def test_a_run_has_all_pairs_and_snapshots(suite: sr.Suite, document: dict[str, Any]) -> None:
-    assert json.loads(suite.directory.measures.read_text()) == json.loads(json.dumps(document))
-    kinds = Counter((row["kind"], row["snapshot"]) for row in document["similarity"])
+def test_a_run_has_all_pairs_and_snapshots(suite: sr.Suite, document: Measures) -> None:
+    assert Measures.load(suite.directory.measures) == document
+    kinds = Counter((row.kind, row.snapshot) for row in document.similarity)
     assert kinds == {
         ("suite", False): 6,
         ("hop", False): 8,
@@ -175,21 +181,20 @@ def test_a_run_has_all_pairs_and_snapshots(suite: sr.Suite, document: dict[str, 
         ("scratch", False): 8,
         ("scratch", True): 8,
     }
-    pairs = {(row["source"], row["target"]) for row in document["similarity"] if row["kind"] == "suite"}
+    pairs = {(row.source, row.target) for row in document.similarity if row.kind == "suite"}
     assert pairs == set(permutations(["L0", "L1", "L2"], 2))
-    hops = {(row["leg"], row["parent"], row["tokens"]) for row in document["transferability"]}
+    assert document.transferability and document.transfer_scores and document.offsets and document.dla
+    hops = {(row.leg, row.parent, row.tokens) for row in document.transferability}
     expected = {("L0-from-L1", "L1"), ("L1-from-L0", "L0"), ("L1-from-L2", "L2"), ("L2-from-L1", "L1")}
     assert hops == {(leg, parent, tokens) for leg, parent in expected for tokens in (1024, 2048)}
-    scored = {(row["leg"], row["scratch"], row["scratch_kind"], row["snapshot"]) for row in document["transfer_scores"]}
+    scored = {(row.leg, row.scratch, row.scratch_kind, row.snapshot) for row in document.transfer_scores}
     assert scored == {(leg, leg[:2], "root", snapshot) for leg, _ in expected for snapshot in (False, True)}
-    assert {row["offset"] for row in document["offsets"]} == {-2, -1, 0, 1, 2}
-    assert len(document["dla"]["legs"]) == 2 * 7
+    assert {row.offset for row in document.offsets} == {-2, -1, 0, 1, 2}
+    assert len(document.dla.legs) == 2 * 7
 
 
 @pytest.mark.slow
-def test_rows_are_the_definitions_on_whole_tensors(
-    suite: sr.Suite, model: LanguageModel, document: dict[str, Any]
-) -> None:
+def test_rows_are_the_definitions_on_whole_tensors(suite: sr.Suite, model: LanguageModel, document: Measures) -> None:
     plan = suite.plan
     test = np.load(suite.directory.tokens / "test.npy")
     sequences = held_out(plan, test, 1000)
@@ -199,15 +204,13 @@ def test_rows_are_the_definitions_on_whole_tensors(
     x = model.harvest(tokens, sorted(sites.values()))
     z = {"child": child.encode(x[sites["child"]]), "parent": parent.encode(x[sites["parent"]])}
     alive = {key: (codes > 0).flatten(0, 1).any(dim=0) for key, codes in z.items()}
-    same = {"leg": "L1-from-L0", "snapshot": True}
-    row = next(
-        r for r in document["similarity"] if r["kind"] == "hop" and r["source"] == "L0" and r.items() >= same.items()
-    )
-    assert row["mmcs"] == pytest.approx(mean_max_cosine(parent.W_dec, child.W_dec, alive["parent"], alive["child"]))
-    folded = fold(parent, SiteMaps.of(suite, model).between([(sites["parent"], sites["child"])]).popitem()[1])
+    about = ("L1-from-L0", True)
+    row = next(r for r in document.similarity if (r.kind, r.source) == ("hop", "L0") and (r.leg, r.snapshot) == about)
+    assert row.mmcs == pytest.approx(mean_max_cosine(parent.W_dec, child.W_dec, alive["parent"], alive["child"]))
+    folded = fold(parent, suite.session.maps.between([(sites["parent"], sites["child"])]).popitem()[1])
     expected = mean_max_cosine(folded.W_dec, child.W_dec, alive["parent"], alive["child"])
-    assert row["mmcs_folded"] == pytest.approx(expected) != row["mmcs"]
-    row = next(r for r in document["transferability"] if r.items() >= same.items())
+    assert row.mmcs_folded == pytest.approx(expected) != row.mmcs
+    row = next(r for r in document.transferability or () if (r.leg, r.snapshot) == about)
     W_U, shares = model.unembedding(), []
     both = alive["child"] & alive["parent"]
     for i in both.nonzero()[:, 0].tolist():
@@ -221,11 +224,11 @@ def test_rows_are_the_definitions_on_whole_tensors(
             order = best.argsort(descending=True, stable=True)[:10]
             said.append(Counter(int(tokens[s, position[s]]) for s in order.tolist() if best[s] > 0))
         shares.append((n + (said[0] & said[1]).total()) / 30)
-    assert row["n_latents"] == len(shares) and row["transferability"] == pytest.approx(np.mean(shares), abs=1e-6)
+    assert row.n_latents == len(shares) and row.transferability == pytest.approx(np.mean(shares), abs=1e-6)
 
 
-def test_scores_are_of_one_set_of_tokens(suite: sr.Suite, model: LanguageModel, document: dict[str, Any]) -> None:
-    row = next(r for r in document["transfer_scores"] if r["leg"] == "L1-from-L2" and r["snapshot"])
+def test_scores_are_of_one_set_of_tokens(suite: sr.Suite, model: LanguageModel, document: Measures) -> None:
+    row = next(r for r in document.transfer_scores or () if r.leg == "L1-from-L2" and r.snapshot)
     sequences = held_out(suite.plan, np.load(suite.directory.tokens / "test.npy"), 512)
     site = suite.plan.leg("L1").site
     snapshot = read_dictionary(suite.directory.snapshot("L1-from-L2", 1024))[0]
@@ -233,31 +236,26 @@ def test_scores_are_of_one_set_of_tokens(suite: sr.Suite, model: LanguageModel, 
     placed = {key: (site, dictionary) for key, dictionary in dictionaries.items()}
     found = measure(suite.plan, model, sequences, placed, ce=True)
     for metric in ("fvu", "explained_variance", "ce_loss_score"):
-        values = {key: found[key][metric] for key in dictionaries}
+        values = {key: getattr(found[key], metric) for key in dictionaries}
         way = (values["from_scratch"] - values["zero_shot"]) * (-1 if metric == "fvu" else 1)
         expected = pytest.approx(transfer_score(**values), rel=1e-3) if way > 0 else None
-        assert row[metric] == expected
+        assert getattr(row, metric) == expected
 
 
-def test_attributions_are_those_of_each_prompt_alone(
-    suite: sr.Suite, model: LanguageModel, document: dict[str, Any]
-) -> None:
+def test_attributions_are_those_of_each_prompt_alone(suite: sr.Suite, model: LanguageModel, document: Measures) -> None:
     sequences = held_out(suite.plan, np.load(suite.directory.tokens / "test.npy"), 1000)
     prompts = own_prompts(suite.plan, model, sequences)
-    assert (
-        prompts
-        and prompts == own_prompts(suite.plan, model, sequences)
-        and len(prompts) == document["dla"]["n_prompts"]
-    )
+    assert prompts and prompts == own_prompts(suite.plan, model, sequences)
+    assert document.dla and len(prompts) == document.dla.n_prompts
     drawn = set()
     for seed in range(6):
         train = suite.plan.recipe.train.changed(seed=seed)
         seeded = suite.plan.changed(recipe=suite.plan.recipe.changed(train=train))
         drawn |= set(own_prompts(seeded, model, sequences, 1))
     assert 1 < len(drawn) and drawn <= set(prompts)
-    row = next(r for r in document["dla"]["legs"] if r["leg"] == "L2" and not r["snapshot"])
+    row = next(r for r in document.dla.legs if r.leg == "L2" and not r.snapshot)
     dictionary, W_U = suite["L2"], model.unembedding()
-    for prompt, score in zip(prompts, row["scores"], strict=True):
+    for prompt, score in zip(prompts, row.scores, strict=True):
         logits = model.logits(torch.tensor([prompt.tokens]))[0, -1]
         assert logits.topk(2).indices.tolist() == [prompt.right, prompt.wrong]
         assert any(prompt.tokens == tuple(s[: len(prompt.tokens)]) for s in sequences.tolist())
@@ -266,20 +264,32 @@ def test_attributions_are_those_of_each_prompt_alone(
         assert score == pytest.approx(float(effects.max()), abs=2e-4)
 
 
-def test_without_matrix_there_are_no_scores(suite: sr.Suite, model: LanguageModel, document: dict[str, Any]) -> None:
+def test_without_matrix_there_are_no_scores(suite: sr.Suite, document: Measures) -> None:
     kept = suite.directory.matrix.read_bytes()
     suite.directory.matrix.unlink()
     try:
-        again = measures_run(suite, model)
+        again = measures(suite.session)
     finally:
         suite.directory.matrix.write_bytes(kept)
-        (suite.directory.measures).write_text(json.dumps(document))
-    assert again["transfer_scores"] is None and again["offsets"] is None and again["n_matrix_tokens"] is None
-    assert again["similarity"] == document["similarity"] and len(measures_tables(again)) == 1
+        document.save(suite.directory.measures)
+    assert again.transfer_scores is None and again.offsets is None and again.n_matrix_tokens is None
+    assert again.similarity == document.similarity and len(measures_tables(again)) == 1
+
+
+def test_what_was_measured_is_not_measured_again(
+    suite: sr.Suite, document: Measures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_versions", None)
+    assert measures(suite.session) == document
+    with pytest.raises(TypeError):
+        measures(suite.session, tokens=256)
+    monkeypatch.setattr(Measures, "SCHEMA", Measures.SCHEMA + 1)
+    with pytest.raises(TypeError):
+        measures(suite.session)
 
 
 def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(
-    suite: sr.Suite, model: LanguageModel, document: dict[str, Any], tmp_path: Path
+    suite: sr.Suite, model: LanguageModel, document: Measures, tmp_path: Path
 ) -> None:
     run = suite.plan.recipe
     plan = run.plan.changed(preset="scratch", root_tokens=1024)
@@ -287,12 +297,12 @@ def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(
     lone = sr.train_run(alone, tmp_path / "run")
     headless = lone.plan.facts.changed(has_lm_head=False)
     lone.plan = lone.plan.changed(facts=headless)
-    found = measures_run(lone, LanguageModel(model._model, headless))
-    assert found["similarity"] == [] and found["transferability"] is None and found["dla"] is None
+    found = measures(Session(lone, model=LanguageModel(model._model, headless)))
+    assert found.similarity == [] and found.transferability is None and found.dla is None
     assert measures_tables(found) == []
     with pytest.raises(ModelError, match="no language-model head"):
         (tmp_path / "p.jsonl").write_text('{"prompt": [5], "correct": 7, "wrong": 8}')
-        measures_run(lone, LanguageModel(model._model, headless), prompts=tmp_path / "p.jsonl")
+        measures(Session(lone, model=LanguageModel(model._model, headless)), prompts=tmp_path / "p.jsonl")
 
 
 # --- prompts from a file ----------------------------------------------------------------------------------------
@@ -334,7 +344,7 @@ def test_bad_prompts_are_refused(
     with pytest.raises(DataError, match=match):
         read_prompts(path, suite.plan)
     run = suite.directory.root
-    monkeypatch.setattr("sys.argv", ["saerelay", "eval", str(run), "--measures", "--prompts", str(path)])
+    monkeypatch.setattr("sys.argv", ["saerelay", "measures", str(run), "--prompts", str(path)])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and "prompts.jsonl" in capsys.readouterr().err
@@ -342,7 +352,7 @@ def test_bad_prompts_are_refused(
 
 def test_measures_from_outside(
     suite: sr.Suite,
-    document: dict[str, Any],
+    document: Measures,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -355,7 +365,7 @@ def test_measures_from_outside(
         main()
     shown = capsys.readouterr().out
     assert "what transfers" in shown and "normalised transfer score" in shown and "3 prompts, prompts.jsonl" in shown
-    found = json.loads(suite.directory.measures.read_text())
-    assert found["similarity"] == document["similarity"] and found["dla"]["prompts"] == "prompts.jsonl"
-    scores = found["dla"]["legs"][0]["scores"]
+    found = Measures.load(suite.directory.measures)
+    assert found.similarity == document.similarity and found.dla and found.dla.prompts == "prompts.jsonl"
+    scores = found.dla.legs[0].scores
     assert len(scores) == 3 and len(set(scores)) == 1

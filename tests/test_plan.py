@@ -219,7 +219,7 @@ def test_a_plan_survives_its_file(facts: ModelFacts) -> None:
     import json
 
     plan = compiled(facts, plan={"controls": [1]})
-    assert Plan.parse(json.loads(plan.to_json()), source="plan.json") == plan
+    assert Plan.from_data(json.loads(plan.to_json()), source="plan.json") == plan
 
 
 def test_cost_counts_what_runs(facts: ModelFacts) -> None:

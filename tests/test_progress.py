@@ -1,21 +1,21 @@
 """What people see: the live table, the plain log, tables and the figure."""
 
 import io
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
+from test_figures import COST, leg
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
+from saerelay.runs.documents.quality import ControlCost, Summary
 from saerelay.training.engine import Progress
 from saerelay.training.progress import LiveTable, PlainLog
 from saerelay.views.figures import quality_figure, save
-from saerelay.views.tables import cost_lines, quality_table
+from saerelay.views.tables.quality import cost_lines, quality_table
 
 STEP = Progress(age=4096, loss=0.1, fvu=0.1234, l0=4.0, n_dead=7, learning_rate=1e-3, seconds=1.0)
 
@@ -50,21 +50,16 @@ def test_the_plain_log_is_one_line_at_a_time(plan: Plan) -> None:
     assert len(out.getvalue().splitlines()) == 2
 
 
-def summary() -> dict[str, Any]:
-    leg = {
-        "id": "L1", "role": "root", "control_of": None, "control_kind": None, "layer": 1, "module": "resid_post",
-        "seed": 0, "architecture": "topk", "method": None, "parent": None,
-        "tokens": 2000, "refit_tokens": 0, "n_latents": 64,
-        "n_eval_tokens": 100, "l0": 4.0, "fvu": 0.1, "delta_ce": 0.01, "delta_ce_se": 0.001, "ce_loss_score": 0.99,
-        "frac_alive": 0.5, "snapshots": [], "goal_fvu": None, "predicted_fvu": None,
-    }  # fmt: skip
-    child = leg | {"id": "L0-from-L1", "role": "transfer", "layer": 0, "method": "affine", "parent": "[bold]x[/y]"}
-    control = leg | {"id": "c", "role": "control", "control_of": "L0-from-L1", "control_kind": "full", "layer": 0}
-    cost = {
-        "seconds": 10.0, "flops": 2e12, "sae_samples": 5000, "lm_tokens": 3000, "flops_all_from_scratch": 4e12,
-        "seconds_all_from_scratch_estimate": None, "controls": {"seconds": 5.0},
-    }  # fmt: skip
-    return {"model": "hostile [red]model[/blue]", "legs": [leg, child, control], "cost": cost}
+def summary() -> Summary:
+    """A root, a child with a hostile name, and its control; a run whose time is not known."""
+    root = leg("L1", "root", 1, None)
+    child = leg("L0-from-L1", "transfer", 0, "[bold]x[/y]")
+    control = leg("c", "control", 0, None, kind="full").changed(control_of="L0-from-L1")
+    cost = COST.changed(
+        seconds_all_from_scratch_estimate=None, controls=ControlCost(sae_samples=0, flops=0.0, seconds=5.0)
+    )
+    legs = [root, child, control]
+    return Summary(model="hostile [red]model[/blue]", revision="", data="text", legs=legs, cost=cost)
 
 
 def test_tables_show_names_as_they_are() -> None:
@@ -79,10 +74,8 @@ def test_tables_show_names_as_they_are() -> None:
 
 @pytest.mark.parametrize("delta", [0.01, None])
 def test_the_figure_is_a_picture(tmp_path: Path, delta: float | None) -> None:
-    document = json.loads(json.dumps(summary()))
-    for leg in document["legs"]:
-        leg["delta_ce"] = delta
-    save(quality_figure(document), tmp_path / "q.png")
+    legs = [one.changed(delta_ce=delta) for one in summary().legs]
+    save(quality_figure(summary().changed(legs=legs)), tmp_path / "q.png")
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 

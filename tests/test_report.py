@@ -7,19 +7,39 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import HOSTILE, KNOWN, F, V, fake_run, token_text, write_studies
+from fake_run import HOSTILE, KNOWN, F, V, fake_run, sources_of, summary_of, write_studies
 
 import saerelay.views.report
-from saerelay.analysis.features import load_features
-from saerelay.analysis.summary import summary
+from saerelay.analysis.suite import Suite
 from saerelay.errors import RunDirectoryError
-from saerelay.runs.files import read_json, write_json
-from saerelay.runs.suite import Suite
-from saerelay.views.report import data, write_report
-from saerelay.views.report.data import CHUNK, LEVELS, feed
-from saerelay.views.report.story import lost, saved, story, tiles, transfers_badly
+from saerelay.planning.survey import SurveyCost
+from saerelay.runs.documents.latents import LineageDocument
+from saerelay.runs.documents.quality import LegSummary, Summary
+from saerelay.runs.documents.training import TrainingLine
+from saerelay.runs.features import load_features
+from saerelay.views.labels import FATES, METHODS, METRICS, ORIGINS, ROLES
+from saerelay.views.report import write_report
+from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, training_curves
+from saerelay.views.report.rows import tiles
+from saerelay.views.report.story import lost, saved, story, transfers_badly
 
 LEG = "L1"
+
+
+def report_of(suite: Suite, summary: Summary | None = None) -> Path:
+    """Write the report of a fake run; its index.html."""
+    return write_report(sources_of(suite, summary), suite.directory.report)
+
+
+def with_legs(summary: Summary, **changes: dict[str, Any]) -> Summary:
+    """A summary with fields of some legs changed, by id."""
+    legs = [leg.model_copy(update=changes.get(leg.id, {})) for leg in summary.legs]
+    return summary.changed(legs=legs)
+
+
+def only(summary: Summary, legs: list[LegSummary]) -> Summary:
+    """A summary of fewer legs."""
+    return summary.changed(legs=legs)
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +47,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """A run with its report, for tests that only read."""
     suite = fake_run(tmp_path_factory.mktemp("written") / "run")
     write_studies(suite)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "token_texts", lambda plan: token_text)
-        write_report(suite, summary(suite))
+    report_of(suite)
     return suite
 
 
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """A run of one's own, whose report is quick to write: without figures."""
-    monkeypatch.setattr(data, "token_texts", lambda plan: token_text)
-    monkeypatch.setattr(saerelay.views.report, "write_figures", lambda suite, summary, folder: [])
+    monkeypatch.setattr(saerelay.views.report, "write_figures", lambda sources, folder: [])
     return fake_run(tmp_path / "run")
 
 
@@ -85,14 +102,23 @@ def test_features_come_back_from_the_data_files(written: Suite) -> None:
 @pytest.mark.slow
 def test_lineage_comes_back_from_the_data_files(written: Suite) -> None:
     report = written.directory.report
-    lineage, run = read_json(written.directory.lineage), read(report, "run")
+    lineage, run = LineageDocument.load(written.directory.lineage), read(report, "run")
     assert [leg["id"] for leg in run["legs"] if leg["role"] == "control"]
-    for number, (link, about) in enumerate(zip(lineage["links"], run["links"], strict=True)):
+    for number, (link, about) in enumerate(zip(lineage.links, run["links"], strict=True)):
         shown = read(report, f"links/{number}")
-        assert shown["partner"] == link["partner"] and shown["status"] == link["status"]
+        assert shown["partner"] == link.partner and shown["status"] == link.status
         assert sum(about["counts"].values()) == F and about["counts"]["-"] == 1
-        assert shown["decoder_cosine"] == [round(1000 * c) for c in link["decoder_cosine"]]
+        assert shown["decoder_cosine"] == [round(1000 * c) for c in link.decoder_cosine if c is not None]
         assert shown["correlation"][0] is None
+
+
+def test_the_words_of_the_page_are_those_of_tables_and_figures(written: Suite) -> None:
+    labels = read(written.directory.report, "labels")
+    assert labels["methods"] == METHODS and labels["fates"] == FATES and labels["origins"] == ORIGINS
+    assert labels["roles"] == ROLES and {name: tuple(text) for name, text in labels["metrics"].items()} == METRICS
+    page = (written.directory.report / "index.html").read_text(encoding="utf-8")
+    assert page.index('src="data/labels.js"') < page.index('src="features.js"'), "words are there when scripts start"
+    assert ROLES["equal_tokens"] in page and ROLES["full"] in page
 
 
 def test_hostile_text_stays_text_in_files(written: Suite) -> None:
@@ -107,17 +133,17 @@ def test_hostile_text_stays_text_in_files(written: Suite) -> None:
 
 
 def test_an_older_report_is_replaced_and_nothing_else(suite: Suite) -> None:
-    page, document = suite.directory.report / "index.html", summary(suite)
+    page = suite.directory.report / "index.html"
     page.parent.mkdir()
     page.write_text("mine")
-    with pytest.raises(RunDirectoryError, match="holds something that is no report"):
-        write_report(suite, document)
+    with pytest.raises(RunDirectoryError, match="holds something that is not a report"):
+        report_of(suite)
     assert page.read_text() == "mine"
     page.unlink()
     page.parent.rmdir()
-    write_report(suite, document)
+    report_of(suite)
     (page.parent / "data/index/gone.js").write_text("")
-    write_report(suite, document)
+    report_of(suite)
     assert page.is_file() and not (page.parent / "data/index/gone.js").exists()
 
 
@@ -131,16 +157,15 @@ def test_figures_are_there_and_named_on_the_page(written: Suite) -> None:
 
 def test_a_run_without_matrix_says_how_to_make_it(suite: Suite) -> None:
     suite.directory.matrix.unlink()
-    report = write_report(suite, summary(suite)).parent
+    report = report_of(suite).parent
     assert read(report, "run")["has"] == {"matrix": False, "measures": False, "interpretations": True}
     assert not (report / "data/matrix.js").exists()
 
 
-def test_long_training_logs_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"leg": "L0", "age": n, "fvu": float("nan")}) + "\n" for n in range(1001)))
-    curve = data.training_curves(path)["L0"]
-    assert (curve["age"][0], curve["age"][-1]) == (0, 1000) and len(curve["age"]) <= data.CURVE_POINTS
+def test_long_training_logs_are_thinned_and_keep_their_ends() -> None:
+    lines = [TrainingLine(cursor=n, leg="L0", age=n, fvu=float("nan")) for n in range(1001)]
+    curve = training_curves(lines)["L0"]
+    assert (curve["age"][0], curve["age"][-1]) == (0, 1000) and len(curve["age"]) <= CURVE_POINTS
     assert curve["fvu"][0] is None and curve["loss"][0] is None
 
 
@@ -153,56 +178,70 @@ def test_feeding_refuses_what_json_does_not_know(tmp_path: Path) -> None:
 
 
 def test_the_summary_says_what_was_saved_and_lost(suite: Suite) -> None:
-    document = summary(suite)
-    document["cost"] |= {"seconds": 100.0, "seconds_all_from_scratch_estimate": 250.0, "flops": 2e12}
-    document["cost"] |= {"flops_all_from_scratch": 1e12}
-    ratios = {tile["name"]: (tile["ratio"], tile["less"]) for tile in tiles(document)}
+    summary = summary_of(suite)
+
+    def costing(**changes: Any) -> Summary:
+        cost = {"seconds": 100.0, "seconds_all_from_scratch_estimate": 250.0, "flops": 2e12}
+        cost |= {"flops_all_from_scratch": 1e12, **changes}
+        return summary.changed(cost=summary.cost.changed(**cost))
+
+    ratios = {tile.name: (tile.ratio, tile.less) for tile in tiles(costing())}
     assert ratios["Time"] == ("2.5", True) and ratios["Compute"] == ("2.0", False)
-    assert "2.5 times as long" in saved(document)
-    document["cost"]["survey"] = {"seconds": 200.0, "flops": 0.0, "sae_samples": 0}
-    assert "nothing was saved" in saved(document) and "survey" in saved(document)
-    document["cost"]["seconds"] = None
-    assert (
-        "Time" not in {tile["name"] for tile in tiles(document)} and "took" not in saved(document).split("control")[0]
+    assert "2.5 times as long" in saved(costing())
+    survey = SurveyCost(
+        lm_tokens=0, sae_samples=0, flops=0.0, seconds=200.0, seconds_per_sample=0.0, seconds_per_lm_flop=0.0
     )
+    surveyed = costing(survey=survey)
+    assert "nothing was saved" in saved(surveyed) and "survey" in saved(surveyed)
+    untimed = costing(seconds=None)
+    assert "Time" not in {tile.name for tile in tiles(untimed)} and "took" not in saved(untimed).split("control")[0]
 
 
 def test_the_summary_names_the_layer_that_transfers_worst(suite: Suite) -> None:
-    document = summary(suite)
-    by_id = {leg["id"]: leg for leg in document["legs"]}
-    full = next(leg for leg in document["legs"] if leg["control_kind"] == "full")
-    by_id[full["control_of"]]["fvu"], full["fvu"] = 0.12, 0.1
-    by_id["L2-from-L1"]["fvu"] = 0.5
-    said = " ".join(transfers_badly(document))
+    summary = summary_of(suite)
+    full = next(leg for leg in summary.legs if leg.control_kind == "full")
+    assert full.control_of
+    changes = {full.control_of: {"fvu": 0.12}, full.id: {"fvu": 0.1}, "L2-from-L1": {"fvu": 0.5}}
+    summary = with_legs(summary, **changes)
+    said = " ".join(transfers_badly(summary))
     assert "layer 0: its FVU is 1.20 times that of its control" in said
     assert "Layer 2 has no control with the full budget" in said and "this run cannot tell" in said
-    assert "1.20 at layer 0" in " ".join(lost(document))
-    alone = document | {"legs": [leg for leg in document["legs"] if leg["role"] != "control"]}
+    assert "1.20 at layer 0" in " ".join(lost(summary))
+    alone = only(summary, [leg for leg in summary.legs if leg.role != "control"])
     assert "does not say what the transfer costs" in " ".join(lost(alone))
     assert "FVU is highest at layer 2 (0.5000)" in " ".join(transfers_badly(alone))
-    roots = document | {"legs": [leg for leg in document["legs"] if not leg["parent"] and leg["role"] != "control"]}
+    roots = only(summary, [leg for leg in alone.legs if not leg.parent])
     assert transfers_badly(roots) == ["Nothing was transferred in this run."]
 
 
+def test_a_leg_that_was_continued_is_not_counted_twice(suite: Suite) -> None:
+    """The first page is about the legs that stand for their layers now, not about what they were continued from."""
+    summary = summary_of(suite)
+    old = summary.leg("L2-from-L1")
+    more = old.changed(id="more", parent=old.id, fvu=0.3, made="identity from L2-from-L1")
+    continued = old.changed(continued_by="more", in_suite=False)
+    legs = [continued if leg.id == old.id else leg for leg in summary.legs]
+    rows = story(suite.plan, only(summary, [*legs, more]))["rows"]
+    assert [row.leg.id for row in rows] == ["L0-from-L1", "L1", "more"]
+
+
 def test_predictions_stand_beside_outcomes(suite: Suite) -> None:
-    document = summary(suite)
-    assert not story(suite.plan, document)["surveyed"]
-    for leg in document["legs"]:
-        leg |= {"predicted_fvu": 0.1, "validation_fvu": 0.1 + leg["layer"] / 100}
-    assert story(suite.plan, document)["surveyed"]
-    assert "layer 2 came out worst: 1.20 times the predicted FVU" in " ".join(transfers_badly(document))
+    summary = summary_of(suite)
+    assert not story(suite.plan, summary)["surveyed"]
+    changes = {leg.id: {"predicted_fvu": 0.1, "validation_fvu": 0.1 + leg.layer / 100} for leg in summary.legs}
+    surveyed = with_legs(summary, **changes)
+    assert story(suite.plan, surveyed)["surveyed"]
+    assert "layer 2 came out worst: 1.20 times the predicted FVU" in " ".join(transfers_badly(surveyed))
 
 
 def test_the_plan_is_a_tree_in_order(suite: Suite) -> None:
-    rows = story(suite.plan, summary(suite))["plan_rows"]
-    assert [(row["id"], row["depth"]) for row in rows[:3]] == [("L1", 0), ("L0-from-L1", 1), ("L2-from-L1", 1)]
-    assert all(0 <= row["start"] <= row["fold"] < row["end"] <= 100 for row in rows)
+    rows = story(suite.plan, summary_of(suite))["plan_rows"]
+    assert [(row.id, row.depth) for row in rows[:3]] == [("L1", 0), ("L0-from-L1", 1), ("L2-from-L1", 1)]
+    assert all(0 <= row.start <= row.fold < row.end <= 100 for row in rows)
 
 
 def test_a_model_without_a_head_has_a_report(suite: Suite) -> None:
-    document = summary(suite)
-    for leg in document["legs"]:
-        leg |= {"delta_ce": None, "delta_ce_se": None, "ce_loss_score": None}
-    write_json(suite.directory.root / "summary.json", document)
-    page = write_report(suite, document)
+    summary = summary_of(suite)
+    headless = {"delta_ce": None, "delta_ce_se": None, "ce_loss_score": None}
+    page = report_of(suite, with_legs(summary, **{leg.id: headless for leg in summary.legs}))
     assert "nats per token rises" not in page.read_text(encoding="utf-8")

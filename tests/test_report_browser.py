@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import EXPLANATION, HOSTILE, KNOWN, F, fake_run, token_text, write_studies
+from fake_run import EXPLANATION, HOSTILE, KNOWN, F, fake_run, sources_of, write_studies
 
-from saerelay.analysis.summary import summary
-from saerelay.views.report import data, write_report
+from saerelay.views.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -62,9 +61,7 @@ LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     suite = fake_run(tmp_path_factory.mktemp("report") / "run & <co>")
     write_studies(suite)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "token_texts", lambda plan: token_text)
-        return write_report(suite, summary(suite))
+    return write_report(sources_of(suite), suite.directory.report)
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,13 @@ from huggingface_hub import ModelCard
 
 from saerelay import cli
 from saerelay.errors import FormatError, HubError, RunDirectoryError
+from saerelay.files import read_json, write_text
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json, write_json, write_text
+from saerelay.runs.documents.quality import Density, Evaluation, EvaluationMetrics, EvaluationQuestion
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.spec import format_count
@@ -40,11 +41,11 @@ from saerelay.workflows.settle import describe_external, plan_run
 torch.set_num_threads(1)
 TOKEN = "hf_" + "s3cret" * 5
 COMMIT = "c0ffee" * 6 + "cafe"
-METRICS = {
-    "n_tokens": 131_072, "l0": 3.75, "fvu": 0.125, "explained_variance": 0.875, "delta_ce": 0.0321,
-    "delta_ce_se": 0.0012, "ce_loss_score": 0.9876, "frac_alive": 0.96, "density": {"counts": [0, 1]},
-    "sequence_delta_ce": [0.1],
-}  # fmt: skip
+METRICS = EvaluationMetrics(
+    n_tokens=131_072, l0=3.75, fvu=0.125, explained_variance=0.875, delta_ce=0.0321, delta_ce_se=0.0012,
+    ce_loss_score=0.9876, frac_alive=0.96, sequence_delta_ce=[0.1],
+    density=Density(log10_edges=[], counts=[0, 1], never=0, freq_over_1_percent=0.0, freq_over_10_percent=0.0),
+)  # fmt: skip
 
 
 def random_sae(seed: int) -> Dictionary:
@@ -68,7 +69,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     for seed, leg in enumerate(plan.legs):
         info = {"layer": leg.layer, "module": leg.module, "model": str(tiny_model), "tokens": leg.budget_tokens}
         publish(paths.leg(leg.id), random_sae(seed), info | {"l0": 4.0, "leg": leg.model_dump()})
-    write_json(paths.evaluation(plan.legs[0].id), {"asked": {}, "metrics": METRICS, "snapshots": {}})
+    root_leg = plan.legs[0].id
+    asked = EvaluationQuestion(tokens=131_072, ce=True, ages=[])
+    evaluation = Evaluation(asked=asked, leg=root_leg, metrics=METRICS, snapshots={})
+    evaluation.save(paths.evaluation(root_leg))
     return paths.root
 
 
@@ -84,7 +88,7 @@ def same(found: Dictionary, expected: Dictionary) -> None:
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "saerelay"])
 def test_a_suite_is_exported_with_one_directory_per_layer(run: Path, tmp_path: Path, format: str) -> None:
     shared = share.export_run(str(run), tmp_path / "out", format)
-    legs = share.load(run).one_a_site
+    legs = share.load(run).one_per_site
     name = "layers.{}" if format == "sparsify" else "layer_{}"
     assert [one.folder for one in shared] == [name.format(layer) for layer in range(3)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
@@ -138,7 +142,7 @@ def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:
         "96.0%",
         "2M tokens",
     ]
-    other = next(leg for leg in share.load(run).one_a_site if leg is not root and leg.parent)
+    other = next(leg for leg in share.load(run).one_per_site if leg is not root and leg.parent)
     assert rows[f"layer_{other.layer}"][5:7] == ["not evaluated", "-"]
     assert rows[other.id][3:6] == [root.id, "affine + refit", format_count(other.moment_tokens)]
     assert 'SAE.from_pretrained("me/saes", "layer_0")' in text and "hf://me/saes/layer_0" in text
@@ -146,7 +150,7 @@ def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_child_names_its_parent(run: Path, tmp_path: Path) -> None:
-    child = next(leg for leg in share.load(run).one_a_site if leg.parent)
+    child = next(leg for leg in share.load(run).one_per_site if leg.parent)
     share.export_run(str(run), tmp_path / "out", "saerelay", legs=[child.id])
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("| layer\\_") == 1 and f"| {child.parent} | resid\\_post, layer 1 | - | from scratch |" in card
@@ -381,7 +385,7 @@ def test_references_to_the_hub_are_read(run: Path, fake: Hub, pushed: str, tmp_p
     references = ["hf://me/saes/layer_1", f"hf://me/saes@{COMMIT}/layer_1/", "hf://me/saes", "hf://me/saes/layre_1",
                   "hf://me/none/layer_1", "hf://me/saes@v2/layer_1", "hf://me/gated/layer_1", "hf://me"]  # fmt: skip
     first, second, *refused = read_all(*references, env=env)
-    leg = next(leg for leg in share.load(run).one_a_site if leg.layer == 1)
+    leg = next(leg for leg in share.load(run).one_per_site if leg.layer == 1)
     total = float(own.read(RunDirectory(run).leg(leg.id))[0].W_dec.sum())
     assert first == second == [first[0], 1, pytest.approx(total)]
     assert f"snapshots/{COMMIT}/layer_1" in first[0]

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from saerelay.views.tables import latent_view, visible
+from saerelay.runs.documents.latents import LatentDescription
+from saerelay.views.tables.latent import latent_view
+from saerelay.views.text import visible
 
 HOSTILE = {
     "[red]markup[/red] [link=x]": "[red]markup[/red] [link=x]",
@@ -27,11 +29,11 @@ def test_hostile_tokens_become_visible(token: str) -> None:
     assert visible(token) == HOSTILE[token]
 
 
-def document(**changes: Any) -> dict[str, Any]:
+def document(**changes: Any) -> LatentDescription:
     tokens = list(HOSTILE)
     step = {"leg": "L0", "layer": 0, "latent": 7, "decoder_cosine": None, "encoder_cosine": None, "correlation": None}
     next_step = step | {"leg": "L1[b]", "layer": 1, "decoder_cosine": 0.9, "encoder_cosine": -0.00001}
-    return {
+    data = {
         "leg": "L0", "layer": 0, "latent": 7, "model": "a[b]", "n_tokens": 1000, "n_fired": 7,
         "max_activation": 8.0, "mean_activation": 2.0, "histogram": {"first_edge": -1.0, "counts": [0, 0, 1, 8, 0]},
         "examples": [{"sequence": 3, "position": 21, "start": 20, "activations": [0.0, 8.0, 2.0, *[0.0] * 6],
@@ -39,11 +41,12 @@ def document(**changes: Any) -> dict[str, Any]:
         "top_logits": [{"token": token, "token_id": 1, "value": 1.5} for token in tokens], "bottom_logits": [],
         "lineage": [step | {"status": None}, next_step | {"status": "kept"}],
         "relatives": [next_step | {"kind": "control", "status": "died"}],
-        "similar": {"above": {"leg": "L1[b]", "latents": [{"latent": 9, "cosine": 0.5}]}},
-    } | changes  # fmt: skip
+        "similar": {"above": {"leg": "L1[b]", "latents": [{"latent": 9, "cosine": 0.5}]}}, "interpretation": None,
+    }  # fmt: skip
+    return LatentDescription.parse(data | changes, source="test")
 
 
-def printed(shown: dict[str, Any], *, colour: bool) -> str:
+def printed(shown: LatentDescription, *, colour: bool) -> str:
     out = StringIO()
     console = Console(file=out, width=2000, force_terminal=colour, color_system="truecolor" if colour else None)
     console.print(latent_view(shown, colour=colour))

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from saerelay.analysis.suite import load
 from saerelay.data.stream import AbstractStream, Block, TensorStream
 from saerelay.errors import Interrupted, LegFailed
+from saerelay.files import write_text
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import write_text
 from saerelay.runs.state import load_state
-from saerelay.runs.suite import load
 from saerelay.site import Site
 from saerelay.training.engine import Progress, Trainee
 from saerelay.training.train import train_plan
@@ -191,7 +191,7 @@ def test_snapshots_are_published_and_change_nothing(whole: Path, tmp_path: Path,
             assert torch.equal(load(tmp_path / "s")[leg_id].tensors()[name], tensor)
     assert (tmp_path / "s/legs/L0-from-L1/snapshots/0/dictionary.json").is_file()
     _, info = read_dictionary(tmp_path / "s/legs/L1/snapshots/1024")
-    assert (info["tokens"], info["finished"]) == (1024, False)
+    assert (info.tokens, info.finished) == (1024, False)
 
 
 def test_a_parent_in_another_directory(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
@@ -227,7 +227,7 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
     suite = load(tmp_path / "f")
     assert {"L1", "L0-from-L1", "L2-scratch-equal"} <= set(suite) and "L2-scratch-full" not in set(suite)
     kept, info = read_dictionary(tmp_path / "f/legs/L2-scratch-full/snapshots/3072")
-    assert info["failure"] and all(torch.isfinite(t).all() for t in kept.tensors().values())
+    assert info.failure and all(torch.isfinite(t).all() for t in kept.tensors().values())
     assert "L2-from-L1 stopped: method affine" in str(caught.value)
     for name, tensor in load(whole)["L0-from-L1"].tensors().items():
         assert torch.equal(suite["L0-from-L1"].tensors()[name], tensor)
@@ -239,7 +239,7 @@ def test_children_of_unfinished_parents_learn_faster(tmp_path: Path, facts: Mode
     for budget in (1024, 40_960):
         young = [leg.changed(fork_at_tokens=budget) if leg.parent else leg for leg in by_map]
         run(plan.changed(legs=young), tmp_path / str(budget), facts)
-        lr[budget] = read_dictionary(tmp_path / str(budget) / "legs/L0-from-L1")[1]["lr"]
+        lr[budget] = read_dictionary(tmp_path / str(budget) / "legs/L0-from-L1")[1].lr
     assert lr[1024] == pytest.approx(0.75 * 2048 / (1024 + 2048) * 1e-2)
     assert lr[40_960] < lr[1024]
 
@@ -269,7 +269,7 @@ def test_a_hop_to_larger_activations_starts_at_the_right_l0(
     legs += [{"id": m, "layer": 1, "parent": "L0", "tokens": 0, "method": m} for m in ("identity", "rescale")]
     plan = make_plan(facts, architecture=architecture, legs=legs, refit=False)
     run(plan, tmp_path / "a", facts, stream=stream)
-    l0 = {leg: read_dictionary(tmp_path / "a/legs" / leg)[1]["l0"] for leg in ("L0", "identity", "rescale")}
+    l0 = {leg: read_dictionary(tmp_path / "a/legs" / leg)[1].l0 for leg in ("L0", "identity", "rescale")}
     wanted = l0["L0"] if architecture == "relu" else plan.legs[0].dictionary.l0
     assert l0["rescale"] == pytest.approx(wanted, rel=0.15)  # set and measured on different 512 tokens
     if architecture != "batchtopk":
@@ -302,7 +302,7 @@ def run_to_goals(plan: Plan, root: Path, facts: ModelFacts, watch: Watch | None 
 
 
 def tokens_seen(root: Path, leg_id: str) -> int:
-    return read_dictionary(root / "legs" / leg_id)[1]["tokens"]
+    return read_dictionary(root / "legs" / leg_id)[1].tokens
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def test_a_leg_ends_when_it_will_meet_its_goal(early: Path, tmp_path: Path, fact
     assert 1536 <= tokens_seen(early, "a") < 6144 and tokens_seen(early, "c") < 4096
     assert tokens_seen(early, "b") == 4096
     info = read_dictionary(early / "legs/a")[1]
-    assert info["leg"]["budget_tokens"] == 6144 and info["validation_fvu"] <= 0.5
+    assert info.leg["budget_tokens"] == 6144 and info.validation_fvu <= 0.5
     last = [json.loads(line) for line in (early / "metrics.jsonl").read_text().splitlines() if '"leg": "a"' in line][-1]
     assert last["learning_rate"] < 0.1 * plan.leg("a").schedule.lr
     stream = run_to_goals(plan, tmp_path / "again", facts)
@@ -371,7 +371,7 @@ def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFac
     once = {tuple(row): n for row, n in zip(rows["c"][0][:, :3].tolist(), rows["c"][1].tolist(), strict=True)}
     assert sum(once.values()) == 1024 and len(once) > 900  # some rows of the stream are alike
     assert rows["b"][1].tolist() and all(n % 3 == 0 for n in rows["b"][1].tolist()) and int(rows["b"][1].sum()) == 3072
-    assert read_dictionary(tmp_path / "whole/legs/b")[1]["tokens"] == 3072
+    assert read_dictionary(tmp_path / "whole/legs/b")[1].tokens == 3072
     without = make_plan(facts, legs=[REUSE[0], REUSE[2]])
     run(without, tmp_path / "without", facts)
     assert all(

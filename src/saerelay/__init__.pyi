@@ -1,9 +1,9 @@
 from .analysis.evaluate import evaluate_run as evaluate_run
-from .analysis.features import Features as Features
 from .analysis.features import features_run as features_run
-from .analysis.features import load_features as load_features
 from .analysis.lineage import Lineage as Lineage
 from .analysis.lineage import lineage_run as lineage_run
+from .analysis.suite import Suite as Suite
+from .analysis.suite import load as load
 from .errors import SaeRelayError as SaeRelayError
 from .interop import load_dictionary as load_dictionary
 from .interop import load_layer_normed as load_layer_normed
@@ -12,8 +12,8 @@ from .lm.model import LanguageModel as LanguageModel
 from .planning.plan import Plan as Plan
 from .planning.recipe import Recipe as Recipe
 from .planning.recipe import Run as Run
-from .runs.suite import Suite as Suite
-from .runs.suite import load as load
+from .runs.features import Features as Features
+from .runs.features import load_features as load_features
 from .sae.dictionary import Dictionary as Dictionary
 from .sae.dictionary import match_l0 as match_l0
 from .sae.maps import AffineMap as AffineMap

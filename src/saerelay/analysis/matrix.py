@@ -1,28 +1,27 @@
 """Every dictionary of a suite on every layer: as it is (zero-shot, Ghilardi et al. 2024), and after closed-form hops.
 
-A cell is a dictionary at a site, measured like any other: `evaluate.measure` shares among all cells what does not
-change with the dictionary, and starts the language model at the patched layer.
+A cell is a dictionary at a site, measured like any other: `metrics.measure` shares among all cells what does not change
+with the dictionary, and starts the language model at the patched layer.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
-from rich.console import Console
 from torch import Tensor
 
-from saerelay.analysis.evaluate import held_out, measure, wants_ce
-from saerelay.analysis.site_maps import Pair, SiteMaps
-from saerelay.analysis.summary import SHOWN
-from saerelay.data.corpus import Corpus
+from saerelay.analysis.metrics import Placed, measure, wants_ce
+from saerelay.analysis.session import Session
+from saerelay.analysis.site_maps import SitePair
+from saerelay.analysis.summary import shown_metrics
 from saerelay.data.stream import gather_rows
 from saerelay.errors import RecipeError
-from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import read_dictionary
-from saerelay.runs.files import finite, read_json, write_json
-from saerelay.runs.suite import Suite
+from saerelay.runs.documents.across_layers import Matrix, MatrixCell, MatrixQuestion
+from saerelay.runs.documents.quality import EvaluationMetrics
+from saerelay.runs.documents.training import DictionaryInfo
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments
@@ -31,18 +30,19 @@ from saerelay.sae.spec import Method
 from saerelay.sae.transfer import carry, fold
 from saerelay.site import Site
 
-SCHEMA_VERSION = 1
-HOPS: tuple[str, ...] = (*get_args(Method), "affine+refit")
+METHODS: tuple[str, ...] = (*get_args(Method), "affine+refit")
+"""Ways to carry a dictionary to another layer without training it there."""
 MATRIX_TOKENS = 8_192
 """Held-out tokens of each cell, unless told otherwise or the recipe evaluates on fewer."""
 REFIT_ROWS = 32_768
+"""Rows that decoders are refitted on, the first of which L0 is matched on."""
 CELL_BYTES = 4 * 2**30
-"""Folded dictionaries measured in one pass over the tokens stay under this."""
+"""Folded dictionaries measured in one pass over the tokens stay below this."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A leg, or a snapshot of it, carried to a layer."""
+    """A leg, or a snapshot of it, carried to a site."""
 
     leg: str
     tokens: int
@@ -53,102 +53,144 @@ class Cell:
     method: str
 
     @property
-    def origin(self) -> tuple[str, int, bool]:
-        """What is carried: the same for all cells of a leg, or of a snapshot."""
+    def version(self) -> tuple[str, int, bool]:
+        """Which dictionary is carried: the same for all cells of a leg, or of a snapshot."""
         return self.leg, self.tokens, self.snapshot
 
 
-def matrix_run(
-    suite: Suite,
-    model: LanguageModel | None = None,
-    *,
-    methods: Sequence[str] = ("identity", "affine"),
-    tokens: int = 0,
-    snapshots: bool = False,
-    maps: SiteMaps | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Measure the suite's legs, without controls, at all its sites; writes matrix.json and returns what is in it.
+def matrix(
+    session: Session, *, methods: Sequence[str] = ("identity", "affine"), tokens: int = 0, snapshots: bool = False
+) -> Matrix:
+    """Measure the legs of the suite at all its sites; writes matrix.json, unless it answers the same question.
 
-    `methods` are those of a transfer, or "affine+refit"; `snapshots` adds the legs' snapshots. What was measured
-    before, with the same arguments, is read. Raises RecipeError for an unknown method.
+    `methods` are those of a transfer, or "affine+refit"; with `snapshots` also the legs' snapshots. Raises RecipeError
+    for an unknown method.
     """
     for method in methods:
-        if method not in HOPS:
-            raise RecipeError(f'no method "{method}"; one of: {", ".join(HOPS)}')
-    plan, paths, corpus = suite.plan, suite.directory, Corpus.open(suite.directory.tokens)
-    tokens = min(tokens or min(plan.recipe.evaluate.tokens, MATRIX_TOKENS), int(corpus.test.size))
-    cells = [cell for method in methods for cell in cells_of(suite, method, snapshots)]
-    asked = {"tokens": tokens, "methods": sorted(methods), "ce": wants_ce(plan), "n_cells": len(cells)}
-    if paths.matrix.is_file() and (found := read_json(paths.matrix)).get("asked") == asked:
-        return found
-    model = model or load_model(plan)
-    maps = maps or SiteMaps.of(suite, model, console)
-    rows = gather_rows(plan, maps.stream, REFIT_ROWS)[0] if needs_rows(suite, methods) else {}
-    results = dict[Cell, dict[str, Any]]()
+        if method not in METHODS:
+            raise RecipeError(f'unknown method "{method}"; expected one of: {", ".join(METHODS)}')
+    asked = question(session, methods, tokens, snapshots)
+    path = session.suite.directory.matrix
+    current = Matrix.load_current(path, asked)
+    if current is not None:
+        return current
+
+    cells = [cell for method in methods for cell in cells_of(session.suite, method, snapshots)]
+    metrics = measure_cells(session, cells, asked)
+    facts = session.plan.facts
+    document = Matrix(
+        model=facts.name,
+        revision=facts.revision,
+        module=session.plan.recipe.sites.module,
+        n_tokens=next(iter(metrics.values())).n_tokens,
+        map_tokens=session.maps.tokens,
+        asked=asked,
+        layers=asked.layers,
+        cells=[matrix_cell(cell, measured) for cell, measured in metrics.items()],
+    )
+    document.save(path)
+    return document
+
+
+def matrix_again(session: Session) -> Matrix | None:
+    """The matrix that a run has, measured again if its legs have changed since; None if it has none."""
+    old = Matrix.load_if_any(session.suite.directory.matrix)
+    if old is None:
+        return None
+    return matrix(session, methods=old.asked.methods, tokens=old.asked.tokens, snapshots=old.has_snapshots)
+
+
+def current_matrix(session: Session) -> Matrix | None:
+    """The run's matrix.json, if it is about the legs that the run has now."""
+    old = Matrix.load_if_any(session.suite.directory.matrix)
+    if old is None:
+        return None
+    asked = question(session, old.asked.methods, old.asked.tokens, old.has_snapshots)
+    return old if old.is_current(asked) else None
+
+
+def question(session: Session, methods: Sequence[str], tokens: int, snapshots: bool) -> MatrixQuestion:
+    """What a matrix is asked for: which legs, at which ages, on which layers, carried how, on how many tokens."""
+    suite = session.suite
+    wanted = tokens or min(session.plan.recipe.evaluate.tokens, MATRIX_TOKENS)
+    ages = {}
+    for leg in suite.final_legs:
+        ages[leg.id] = [suite.info(leg).tokens]
+        if snapshots:
+            ages[leg.id] += suite.directory.ages(leg)
+    return MatrixQuestion(
+        tokens=min(wanted, int(session.corpus.test.size)),
+        methods=sorted(methods),
+        ce=wants_ce(session.plan),
+        layers=[site.layer for site in suite.sites],
+        legs=ages,
+    )
+
+
+def cells_of(suite: PublishedSuite, method: str, snapshots: bool) -> Iterator[Cell]:
+    """All cells of a method; at home, where there is nothing to carry it over, a leg counts as the identity's."""
+    for leg in suite.final_legs:
+        age = suite.info(leg).tokens
+        for target in suite.sites:
+            if target == leg.site and method != "identity":
+                continue
+            yield Cell(leg.id, age, False, leg.site, target, method)
+            for snapshot_age in suite.directory.ages(leg) if snapshots else ():
+                yield Cell(leg.id, snapshot_age, True, leg.site, target, method)
+
+
+def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion) -> dict[Cell, EvaluationMetrics]:
+    """The metrics of all cells, part by part, so that the folded dictionaries of each part fit in memory."""
+    plan = session.plan
+    sequences = session.held_out(asked.tokens)
+    rows = {}
+    if needs_rows(session.suite, asked.methods):
+        rows = gather_rows(plan, session.maps.stream, REFIT_ROWS)[0]
+
+    measured: dict[Cell, EvaluationMetrics] = {}
     for part in parts(cells, plan):
-        moments = dict(maps.moments(sorted({(c.source, c.target) for c in part if c.method != "identity"})))
-        at_home = {origin: load_origin(suite, *origin) for origin in {cell.origin for cell in part}}
-        carried = {
-            str(i): (cell.target, carried_to(cell, *at_home[cell.origin], moments, rows.get(cell.target)))
-            for i, cell in enumerate(part)
-        }
-        measured = measure(plan, model, held_out(plan, corpus.test, tokens), carried, ce=asked["ce"], console=console)
-        results |= {cell: measured[str(i)] for i, cell in enumerate(part)}
-    document = {
-        "schema": SCHEMA_VERSION,
-        "asked": asked,
-        "model": plan.facts.name,
-        "revision": plan.facts.revision,
-        "split": "test",
-        "ablation": "zero, all positions",
-        "n_tokens": next(iter(results.values()))["n_tokens"],
-        "map_tokens": maps.tokens,
-        "module": plan.recipe.sites.module,
-        "layers": [site.layer for site in suite.sites],
-        "cells": [cell_document(cell, result) for cell, result in results.items()],
-    }
-    write_json(paths.matrix, document)
-    return finite(document)
+        moved = {(cell.source, cell.target) for cell in part if cell.method != "identity"}
+        moments = dict(session.maps.moments(sorted(moved)))
+        versions = {cell.version: load_version(session.suite, cell) for cell in part}
+        dictionaries: dict[str, Placed] = {}
+        for i, cell in enumerate(part):
+            dictionary, info = versions[cell.version]
+            dictionaries[str(i)] = (cell.target, carried_to(cell, dictionary, info, moments, rows.get(cell.target)))
+        metrics = measure(plan, session.model, sequences, dictionaries, ce=asked.ce, track=session.display.track)
+        measured |= {cell: metrics[str(i)] for i, cell in enumerate(part)}
+    return measured
 
 
-def cells_of(suite: Suite, method: str, snapshots: bool) -> Iterator[Cell]:
-    """All cells of a method; a leg at home, where there is nothing to carry it over, counts as the identity's."""
-    for leg, target in product(suite.standing, suite.sites):
-        if target == leg.site and method != "identity":
-            continue
-        info = read_json(suite.directory.leg(leg.id) / "dictionary.json")
-        yield Cell(leg.id, info["tokens"], False, leg.site, target, method)
-        for age in suite.directory.ages(leg) if snapshots else ():
-            yield Cell(leg.id, age, True, leg.site, target, method)
-
-
-def needs_rows(suite: Suite, methods: Sequence[str]) -> bool:
-    """Whether some hop looks at activations of its target, besides their moments."""
-    moved = any(not leg.dictionary.activation.l0_is_exact for leg in suite.standing) and set(methods) != {"identity"}
-    return moved or "affine+refit" in methods
+def needs_rows(suite: PublishedSuite, methods: Sequence[str]) -> bool:
+    """Whether some hop looks at activations of its target, besides their moments: to refit, or to match L0."""
+    if "affine+refit" in methods:
+        return True
+    carried = set(methods) != {"identity"}
+    return carried and any(not leg.dictionary.activation.l0_is_exact for leg in suite.final_legs)
 
 
 def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
     """The cells by target, cut where their dictionaries would take more than `CELL_BYTES`."""
-    found, size = [list[Cell]()], 0
+    cut: list[list[Cell]] = [[]]
+    size = 0
     for cell in sorted(cells, key=lambda cell: (cell.target, cell.source)):
-        own = 8 * plan.leg(cell.leg).dictionary.n_latents * plan.facts.width(cell.target)
-        if found[-1] and size + own > CELL_BYTES:
-            found.append([])
+        n_bytes = 8 * plan.leg(cell.leg).dictionary.n_latents * plan.facts.width(cell.target)
+        if cut[-1] and size + n_bytes > CELL_BYTES:
+            cut.append([])
             size = 0
-        found[-1].append(cell)
-        size += own
-    return found
+        cut[-1].append(cell)
+        size += n_bytes
+    return cut
 
 
-def load_origin(suite: Suite, leg: str, tokens: int, snapshot: bool) -> tuple[Dictionary, dict[str, Any]]:
-    """What is carried, and what its JSON says of it."""
-    return read_dictionary(suite.directory.snapshot(leg, tokens) if snapshot else suite.directory.leg(leg))
+def load_version(suite: PublishedSuite, cell: Cell) -> tuple[Dictionary, DictionaryInfo]:
+    """The dictionary that a cell carries, and what its JSON says about it."""
+    paths = suite.directory
+    return read_dictionary(paths.snapshot(cell.leg, cell.tokens) if cell.snapshot else paths.leg(cell.leg))
 
 
 def carried_to(
-    cell: Cell, dictionary: Dictionary, info: dict[str, Any], moments: dict[Pair, Moments], rows: Tensor | None
+    cell: Cell, dictionary: Dictionary, info: DictionaryInfo, moments: dict[SitePair, Moments], rows: Tensor | None
 ) -> Dictionary:
     """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked.
 
@@ -160,12 +202,18 @@ def carried_to(
     between = map_between(cast(Method, method), dictionary.d_model, moments[cell.source, cell.target])
     if rows is None:
         return fold(dictionary, between)
-    folded = carry(dictionary, between, rows, l0=info.get("l0")).dictionary
-    return refit(folded, rows.split(4096)) if refitted else folded
+    carried = carry(dictionary, between, rows, l0=info.l0).dictionary
+    return refit(carried, rows.split(4096)) if refitted else carried
 
 
-def cell_document(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+def matrix_cell(cell: Cell, metrics: EvaluationMetrics) -> MatrixCell:
     """A cell as matrix.json has it."""
-    place = {"leg": cell.leg, "tokens": cell.tokens, "snapshot": cell.snapshot, "method": cell.method}
-    place |= {"source": cell.source.layer, "target": cell.target.layer}
-    return place | {name: result.get(name) for name in SHOWN}
+    return MatrixCell(
+        leg=cell.leg,
+        tokens=cell.tokens,
+        snapshot=cell.snapshot,
+        method=cell.method,
+        source=cell.source.layer,
+        target=cell.target.layer,
+        **shown_metrics(metrics),
+    )

@@ -1,14 +1,15 @@
 """Tasks for circuits: prompts with one token that is right after them and one that is wrong.
 
-A task is a list of `Prompt`. It comes from a file of one's own (`read_prompts`) or from a generator (`TASKS`): a
-function of `whole`, which keeps those words that are one token, and of a `Random`, that yields prompts as text, a
-balanced group at a time, without end. `task_prompts` turns either into prompts of a run's model.
+A task is a list of `Prompt`. It comes from a user's file (`read_prompts`) or from a generator (`TASKS`): a function of
+`whole`, which keeps those words that are one token, and of a `Random`, that yields prompts as text, a balanced group at
+a time, without end. `task_prompts` turns either into prompts of a run's model.
 """
 
+import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,8 +22,9 @@ from saerelay.planning.plan import Plan
 Example = tuple[str, str, str]
 """A prompt, what is right after it, and what is wrong, as text."""
 Whole = Callable[[str, str], list[str]]
-"""`whole(before, words)`: which of the words are one token behind a text, together with the blank it may end in."""
-FEWEST_WORDS, FEWEST_PROMPTS = 4, 8
+"""`whole(before, words)`: which of the words are one token after a text, together with the blank it may end in."""
+FEWEST_WORDS = 4
+FEWEST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -34,87 +36,126 @@ class Prompt:
     wrong: int
 
 
-def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Prompt]:
-    """At least n prompts of a task of `TASKS`, all of one length; or at most n of a JSONL file, in an order drawn.
+def digest(prompts: Sequence[Prompt]) -> str:
+    """What tells lists of prompts apart: 16 hexadecimal digits."""
+    rows = [[*prompt.tokens, prompt.right, prompt.wrong] for prompt in prompts]
+    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
-    The length is the first that n prompts have; groups are kept together, so that prompts stay balanced. Answers are
-    single tokens: a group is left out if some answer does not add exactly one token to its prompt. The same seed
-    gives the same prompts. Raises RecipeError for an unknown task, and DataError if the tokenizer leaves too few words
-    or too few prompts.
+
+def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Prompt]:
+    """At least n prompts of a task of `TASKS`, all of one length; or at most n of a JSONL file, in a random order.
+
+    The same seed gives the same prompts. Raises RecipeError for an unknown task, and DataError if the tokenizer leaves
+    too few words or too few prompts.
     """
     if n < FEWEST_PROMPTS:
-        raise RecipeError(f"{n} prompts are asked for; at least {FEWEST_PROMPTS} are needed")
-    draw = Random(f"{task} {seed}" if task in TASKS else str(seed))
-    if task not in TASKS:
-        if not task.endswith(".jsonl"):
-            raise RecipeError(f'no task "{task}"; one of {", ".join(TASKS)}, or a file of prompts, FILE.jsonl')
-        prompts = read_prompts(Path(task), plan)
-        if len(prompts) < FEWEST_PROMPTS:
-            raise DataError(f"{task}: {len(prompts)} prompts; at least {FEWEST_PROMPTS} are needed")
-        draw.shuffle(prompts)
-        return prompts[:n]
-    tokenizer, facts = load_tokenizer(plan.recipe.model), plan.facts
-    groups, found, seen = TASKS[task](_whole(task, tokenizer, facts.name), draw), defaultdict(list), set[Prompt]()
+        raise RecipeError(f"{n} prompts are too few; at least {FEWEST_PROMPTS} are needed")
+    if task in TASKS:
+        return _generated(task, plan, n, seed)
+    if not task.endswith(".jsonl"):
+        raise RecipeError(f'no task "{task}"; one of {", ".join(TASKS)}, or a file of prompts, FILE.jsonl')
+    prompts = read_prompts(Path(task), plan)
+    if len(prompts) < FEWEST_PROMPTS:
+        raise DataError(f"{task}: {len(prompts)} prompts; at least {FEWEST_PROMPTS} are needed")
+    Random(str(seed)).shuffle(prompts)
+    return prompts[:n]
+
+
+def _generated(task: str, plan: Plan, n: int, seed: int) -> list[Prompt]:
+    """Prompts of a built-in task.
+
+    Their length is the first that n prompts have; groups are kept together, so that prompts stay balanced. Answers are
+    single tokens: a group is left out if some answer does not add exactly one token to its prompt.
+    """
+    tokenizer = load_tokenizer(plan.recipe.model)
+    start = start_of(plan)
+    groups = TASKS[task](_whole(task, tokenizer, plan.facts.name), Random(f"{task} {seed}"))
+    by_length: dict[int, list[Prompt]] = defaultdict(list)
+    seen: set[Prompt] = set()
     for _ in range(5 * n):
-        group = [_encode(tokenizer, example, start_of(plan)) for example in next(groups)]
+        group = [_encode(tokenizer, example, start) for example in next(groups)]
         prompts = [prompt for prompt in group if prompt and prompt not in seen]
-        if len(prompts) == len(group) and len({len(prompt.tokens) for prompt in prompts}) == 1:
-            seen.update(prompts)
-            found[n_tokens := len(prompts[0].tokens)] += prompts
-            if len(found[n_tokens]) >= n:
-                return found[n_tokens]
-    most = max(map(len, found.values()), default=0)
+        lengths = {len(prompt.tokens) for prompt in prompts}
+        if len(prompts) < len(group) or len(lengths) != 1:
+            continue
+        seen.update(prompts)
+        same_length = by_length[lengths.pop()]
+        same_length += prompts
+        if len(same_length) >= n:
+            return same_length
+    most = max((len(prompts) for prompts in by_length.values()), default=0)
     raise DataError(
-        f'task "{task}": {most} different prompts of one length could be made for the tokenizer of {facts.name}, '
-        f"{n} are asked for; ask for fewer with --prompts, or give a file of prompts"
+        f'task "{task}": only {most} different prompts of one length could be made for the tokenizer of '
+        f"{plan.facts.name}, and {n} are asked for; ask for fewer with --n-prompts, or give a file of prompts"
     )
 
 
 def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
-    """Prompts from a file with a JSON object a line: {"prompt": ..., "right": ..., "wrong": ...}, text or token ids.
+    """Prompts from a file, one JSON object per line: {"prompt": ..., "right": ..., "wrong": ...}, text or token ids.
 
     "correct" may stand for "right". A BOS token is put in front if the run has one there. Raises DataError if a line is
-    none, a prompt is empty or too long, or an answer is not one token.
+    not such an object, a prompt is empty or too long, or an answer is not one token.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    facts, tokenizer, start, found = plan.facts, None, start_of(plan), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    reader = _PromptReader(plan)
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prompts.append(reader.read(line, source=f"{path}, line {number}"))
+    if not prompts:
+        raise DataError(f"{path}: no prompts in it")
+    return prompts
+
+
+class _PromptReader:
+    """Reads lines of a file of prompts; the tokenizer is loaded at the first text."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.tokenizer: Any = None
+
+    def read(self, line: str, source: str) -> Prompt:
+        """The prompt of one line."""
         try:
             row = json.loads(line)
-            names = ("prompt", "correct" if "correct" in row else "right", "wrong")
-            parts = {name: row[name] for name in names}
+            right = row["correct"] if "correct" in row else row["right"]
+            parts = {"prompt": row["prompt"], "right": right, "wrong": row["wrong"]}
         except (ValueError, KeyError, TypeError):
-            raise DataError(f'{where}: expected {{"prompt": ..., "right": ..., "wrong": ...}}') from None
-        ids = dict[str, list[int]]()
-        for name, part in parts.items():
-            if isinstance(part, str):
-                tokenizer = tokenizer or load_tokenizer(plan.recipe.model)
-                part = tokenizer.encode(part, add_special_tokens=False)
-            ids[name] = part if isinstance(part, list) else [part]
-            if not all(type(i) is int and 0 <= i < facts.tokens.vocab_size for i in ids[name]):
-                raise DataError(
-                    f'{where}: "{name}" is neither text nor token ids from 0 to {facts.tokens.vocab_size - 1}'
-                )
-            if name != "prompt" and len(ids[name]) != 1:
-                raise DataError(
-                    f'{where}: "{name}" is {parts[name]!r}, which is {len(ids[name])} tokens of {facts.name}; it must '
-                    "be one (most tokenizers want a space in front of a word)"
-                )
-        text, (right, wrong) = start + ids["prompt"], (ids[name][0] for name in names[1:])
-        if not ids["prompt"] or len(text) > (facts.tokens.max_context or math.inf):
+            raise DataError(f'{source}: expected {{"prompt": ..., "right": ..., "wrong": ...}}') from None
+        prompt = self._ids(parts["prompt"], "prompt", source)
+        right = self._answer(parts["right"], "correct" if "correct" in row else "right", source)
+        wrong = self._answer(parts["wrong"], "wrong", source)
+
+        facts = self.plan.facts
+        tokens = start_of(self.plan) + prompt
+        if not prompt or len(tokens) > (facts.tokens.max_context or math.inf):
+            longest = facts.tokens.max_context or "any"
+            raise DataError(f"{source}: has {len(tokens)} tokens; {facts.name} takes 1 to {longest}")
+        return Prompt(tuple(tokens), right, wrong)
+
+    def _ids(self, part: Any, name: str, source: str) -> list[int]:
+        """Token ids of a text, of a list of ids, or of one id."""
+        if isinstance(part, str):
+            self.tokenizer = self.tokenizer or load_tokenizer(self.plan.recipe.model)
+            part = self.tokenizer.encode(part, add_special_tokens=False)
+        ids = part if isinstance(part, list) else [part]
+        vocab_size = self.plan.facts.tokens.vocab_size
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise DataError(f'{source}: "{name}" is neither text nor token ids from 0 to {vocab_size - 1}')
+        return ids
+
+    def _answer(self, part: Any, name: str, source: str) -> int:
+        """The one token of an answer."""
+        ids = self._ids(part, name, source)
+        if len(ids) != 1:
             raise DataError(
-                f"{where}: has {len(text)} tokens; {facts.name} takes 1 to {facts.tokens.max_context or 'any'}"
+                f'{source}: "{name}" is {part!r}, which is {len(ids)} tokens of {self.plan.facts.name}; it must be one '
+                "(most tokenizers want a space in front of a word)"
             )
-        found.append(Prompt(tuple(text), right, wrong))
-    if not found:
-        raise DataError(f"{path}: no prompts in it")
-    return found
+        return ids[0]
 
 
 def start_of(plan: Plan) -> list[int]:
@@ -124,26 +165,33 @@ def start_of(plan: Plan) -> list[int]:
 
 
 def _encode(tokenizer: Any, example: Example, start: list[int]) -> Prompt | None:
-    """An example's tokens; None if an answer does not add just one token to the prompt."""
-    text, *answers = example
+    """An example's tokens; None if an answer does not add exactly one token to the prompt."""
+    text, right, wrong = example
     ids = tokenizer.encode(text, add_special_tokens=False)
-    longer = [tokenizer.encode(text + answer, add_special_tokens=False) for answer in answers]
-    if any(one[:-1] != ids for one in longer):
-        return None
-    return Prompt((*start, *ids), longer[0][-1], longer[1][-1])
+    answers = []
+    for answer in (right, wrong):
+        longer = tokenizer.encode(text + answer, add_special_tokens=False)
+        if longer[:-1] != ids:
+            return None
+        answers.append(longer[-1])
+    return Prompt((*start, *ids), *answers)
 
 
 def _whole(task: str, tokenizer: Any, model: str) -> Whole:
     def whole(before: str, words: str) -> list[str]:
         ids = tokenizer.encode(before.rstrip(" "), add_special_tokens=False)
-        ends = [(word, tokenizer.encode(before + word, add_special_tokens=False)) for word in words.split()]
-        kept = [word for word, end in ends if end[:-1] == ids]
-        if len(kept) < FEWEST_WORDS:
+        one_token = []
+        for word in words.split():
+            longer = tokenizer.encode(before + word, add_special_tokens=False)
+            if longer[:-1] == ids:
+                one_token.append(word)
+        if len(one_token) < FEWEST_WORDS:
             raise DataError(
-                f'task "{task}": of {len(ends)} words ({words[:20]}...) the tokenizer of {model} has {len(kept)} as '
-                f"one token behind {before!r}; at least {FEWEST_WORDS} are needed. Give a file of prompts instead."
+                f'task "{task}": of {len(words.split())} words ({words[:20]}...) the tokenizer of {model} has '
+                f"{len(one_token)} as one token after {before!r}; at least {FEWEST_WORDS} are needed. Give a file of "
+                "prompts instead."
             )
-        return kept
+        return one_token
 
     return whole
 
@@ -167,22 +215,28 @@ _NOUNS = (  # singular/plural
 
 def ioi(whole: Whole, draw: Random) -> Iterator[list[Example]]:
     """Indirect object identification (Wang et al. 2022): who got it, of two people? Both orders, both givers."""
-    names, places, gifts = whole("When ", _NAMES), whole("the ", _PLACES), whole("a ", _GIFTS)
+    names = whole("When ", _NAMES)
+    places = whole("the ", _PLACES)
+    gifts = whole("a ", _GIFTS)
     while True:
         a, b = draw.sample(names, 2)
-        place, gift = draw.choice(places), draw.choice(gifts)
-        yield [
-            (f"When {x} and {y} went to the {place}, {giver} gave a {gift} to", f" {other}", f" {giver}")
-            for x, y in ((a, b), (b, a))
-            for giver, other in ((x, y), (y, x))
-        ]
+        place = draw.choice(places)
+        gift = draw.choice(gifts)
+        group = []
+        for x, y in ((a, b), (b, a)):
+            scene = f"When {x} and {y} went to the {place},"
+            group.append((f"{scene} {x} gave a {gift} to", f" {y}", f" {x}"))
+            group.append((f"{scene} {y} gave a {gift} to", f" {x}", f" {y}"))
+        yield group
 
 
 def greater_than(whole: Whole, draw: Random) -> Iterator[list[Example]]:
     """Greater-than (Hanna et al. 2023): it began in 1732, so it ended in 17.. what? A later year."""
-    events, years = whole("The ", _EVENTS), whole("year 17", " ".join(f"{year:02}" for year in range(2, 99)))
+    events = whole("The ", _EVENTS)
+    years = whole("year 17", " ".join(f"{year:02}" for year in range(2, 99)))
     while True:
-        century, (earlier, start, later) = draw.randrange(11, 18), sorted(draw.sample(years, 3))
+        century = draw.randrange(11, 18)
+        earlier, start, later = sorted(draw.sample(years, 3))
         event = draw.choice(events)
         yield [(f"The {event} lasted from the year {century}{start} to the year {century}", later, earlier)]
 
@@ -200,10 +254,12 @@ def sva(whole: Whole, draw: Random) -> Iterator[list[Example]]:
     while True:
         subject, between = draw.sample(nouns, 2)
         verbs = draw.choice(((" is", " are"), (" was", " were"), (" has", " have")))
-        yield [
-            (f"The {subject[i]} near the {noun}", verbs[i], verbs[1 - i])
-            for i in (0, 1) for noun in between
-        ]  # fmt: skip
+        group = []
+        for i in (0, 1):
+            right = verbs[i]
+            wrong = verbs[1 - i]
+            group += [(f"The {subject[i]} near the {noun}", right, wrong) for noun in between]
+        yield group
 
 
 # --- Python, which the built-in model reads ---------------------------------------------------------------------
@@ -237,7 +293,8 @@ def self_or_cls(whole: Whole, draw: Random) -> Iterator[list[Example]]:
     """The first argument of a method: `self` in a property, `cls` in a class method."""
     words = whole("_", _IDENTIFIERS)
     while True:
-        verb, name = draw.choice(("get", "set", "make", "read", "load", "write", "add", "check")), draw.choice(words)
+        verb = draw.choice(("get", "set", "make", "read", "load", "write", "add", "check"))
+        name = draw.choice(words)
         yield [
             (f"    @property\n    def {verb}_{name}(", "self", "cls"),
             (f"    @classmethod\n    def {verb}_{name}(", "cls", "self"),

@@ -5,15 +5,14 @@ The raw spaces of two layers are not comparable; a dictionary folded through the
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, combinations
 from typing import final
 
+import numpy as np
 import torch
-from rich.console import Console
 
-from saerelay.data.corpus import Corpus
+from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import AbstractStream, LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
@@ -23,59 +22,74 @@ from saerelay.sae.moments import Moments
 from saerelay.site import Site
 
 MAP_TOKENS = 65_536
-"""Token positions that maps are fitted on at least, unless the corpus has fewer; see `enough_tokens`."""
+"""Smallest number of token positions that maps are fitted on, unless the corpus has fewer; see `enough_tokens`."""
 MOMENT_BYTES = 2 * 2**30
-"""Moments gathered in one pass over the tokens stay under this; more pairs of sites take more passes."""
+"""Moments gathered in one pass over the tokens stay below this; more pairs of sites take more passes."""
 
-Pair = tuple[Site, Site]
+SitePair = tuple[Site, Site]
 """Source and target."""
 
 
 def enough_tokens(plan: Plan, available: int) -> int:
-    """Positions that maps between a plan's sites are fitted on: 64 times the width, in whole blocks, if there are."""
-    wanted = max(MAP_TOKENS, 64 * max(plan.facts.width(site) for site in plan.sites))
-    return max(1, min(math.ceil(wanted / plan.block_tokens), available // plan.block_tokens)) * plan.block_tokens
+    """Positions that maps between a plan's sites are fitted on: 64 per dimension, in whole blocks, if there are any."""
+    widest = max(plan.facts.width(site) for site in plan.sites)
+    wanted = max(MAP_TOKENS, 64 * widest)
+    n_blocks = min(math.ceil(wanted / plan.block_tokens), available // plan.block_tokens)
+    return max(1, n_blocks) * plan.block_tokens
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointMoments:
     """Moments of the activations of several sites, side by side."""
 
-    place: dict[Site, slice]
+    columns: dict[Site, slice]
+    """Where in the joint vector each site's activations are."""
     moments: Moments
+
+    def between(self, pair: SitePair) -> Moments:
+        """The moments of a pair of sites."""
+        source, target = pair
+        return self.moments.between(self.columns[source], self.columns[target])
 
 
 @final
 class SiteMaps:
-    """Maps between the sites of a run, fitted on (at least) the first `tokens` positions of its training split.
+    """Maps between the sites of a run, fitted on the first `tokens` positions of its training split, or a few more.
 
-    Moments of all the plan's sites are gathered in one pass when a map is first asked for, and kept, if `MOMENT_BYTES`
-    holds them; else those of a few sites at a time, for each who asks.
+    If `MOMENT_BYTES` hold the moments of all sites, these are gathered in one pass when a map is first asked for, and
+    kept; else those of a few sites at a time, for each request.
     """
 
-    def __init__(self, plan: Plan, stream: AbstractStream, tokens: int, console: Console | None = None) -> None:
-        self.plan, self.stream, self.tokens, self.console = plan, stream, tokens, console
-        self.everything: Joint | None = None
+    def __init__(self, plan: Plan, stream: AbstractStream, tokens: int, track: Track = untracked) -> None:
+        self.plan = plan
+        self.stream = stream
+        self.tokens = tokens
+        self.track = track
+        self.everything: JointMoments | None = None
 
     @classmethod
-    def of(cls, suite: Suite, model: LanguageModel, console: Console | None = None) -> "SiteMaps":
-        """Those of a run."""
-        plan, train = suite.plan, Corpus.open(suite.directory.tokens).train
-        return cls(plan, LiveStream(model, train, plan), enough_tokens(plan, train.size), console)
+    def of(cls, plan: Plan, model: LanguageModel, train: np.ndarray, track: Track = untracked) -> "SiteMaps":
+        """The maps of a run, from its training sequences (N, context)."""
+        return cls(plan, LiveStream(model, train, plan), enough_tokens(plan, train.size), track)
 
-    def between(self, pairs: Iterable[Pair]) -> dict[Pair, AffineMap]:
-        """The affine map of each pair; identity where both are the same. TransferError if the tokens are too few.
+    def between(self, pairs: Iterable[SitePair]) -> dict[SitePair, AffineMap]:
+        """The affine map of each pair; the identity where both sites are the same.
 
-        The two directions of a pair share their moments.
+        The two directions of a pair share their moments. Raises TransferError if the tokens are too few.
         """
-        wanted, width = list(dict.fromkeys(pairs)), self.plan.facts.width
-        maps = {pair: identity(width(pair[0])) for pair in wanted if pair[0] == pair[1]}
-        for (a, b), moments in self.moments((min(pair), max(pair)) for pair in wanted if pair[0] != pair[1]):
-            maps[a, b] = map_between("affine", width(a), moments)
-            maps[b, a] = maps[a, b].reversed()
+        wanted = list(dict.fromkeys(pairs))
+        maps = {}
+        for source, target in wanted:
+            if source == target:
+                maps[source, target] = identity(self.plan.facts.width(source))
+        one_way = [(min(pair), max(pair)) for pair in wanted if pair[0] != pair[1]]
+        for (lower, higher), moments in self.moments(one_way):
+            upwards = map_between("affine", self.plan.facts.width(lower), moments)
+            maps[lower, higher] = upwards
+            maps[higher, lower] = upwards.reversed()
         return {pair: maps[pair] for pair in wanted}
 
-    def moments(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, Moments]]:
+    def moments(self, pairs: Iterable[SitePair]) -> Iterator[tuple[SitePair, Moments]]:
         """The moments of each pair of the plan's sites, one pair after the other."""
         wanted = list(dict.fromkeys(pairs))
         at_once = passes(self.plan, combinations(self.plan.sites, 2))
@@ -83,34 +97,39 @@ class SiteMaps:
             self.everything = self._gather(at_once[0])
         for part in [wanted] if self.everything else passes(self.plan, wanted):
             joint = self.everything or self._gather(part)
-            for a, b in part:
-                yield (a, b), joint.moments.between(joint.place[a], joint.place[b])
+            for pair in part:
+                yield pair, joint.between(pair)
 
-    def _gather(self, pairs: Iterable[Pair]) -> Joint:
+    def _gather(self, pairs: Iterable[SitePair]) -> JointMoments:
         sites = {site for pair in pairs for site in pair}
-        with self.console.status("fitting maps between layers") if self.console else nullcontext():
-            return gather(self.plan, self.stream, sites, self.tokens)
+        return gather(self.plan, self.stream, sites, self.tokens, track=self.track)
 
 
-def gather(plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: int) -> Joint:
+def gather(
+    plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: int, *, track: Track = untracked
+) -> JointMoments:
     """Moments of all sites together, on at least `tokens` positions, whole blocks, from the start of a stream."""
     sites = sorted(sites)
+    open_sites = plan.with_probe(sites)
     ends = list(accumulate((plan.facts.width(site) for site in sites), initial=0))
-    joint = Moments.empty(ends[-1], 0)
-    for number in range(math.ceil(tokens / plan.block_tokens)):
-        block = stream.block(number, plan.with_probe(sites))
+    moments = Moments.empty(ends[-1], 0)
+    for number in track(range(math.ceil(tokens / plan.block_tokens)), "fitting maps between layers"):
+        block = stream.block(number, open_sites)
         for rows in block.chunks(sites):
             x = torch.cat([rows[site] for site in sites], dim=1)
-            joint.add(x, x[:, :0])
-    return Joint({site: slice(*ends[i : i + 2]) for i, site in enumerate(sites)}, joint)
+            moments.add(x, x[:, :0])
+    columns = {site: slice(ends[i], ends[i + 1]) for i, site in enumerate(sites)}
+    return JointMoments(columns, moments)
 
 
-def passes(plan: Plan, pairs: Iterable[Pair]) -> list[list[Pair]]:
+def passes(plan: Plan, pairs: Iterable[SitePair]) -> list[list[SitePair]]:
     """The pairs, cut where the products of all their sites' activations would take more than `MOMENT_BYTES`."""
-    parts, sites = list[list[Pair]](), set[Site]()
+    parts: list[list[SitePair]] = []
+    sites: set[Site] = set()
     for pair in dict.fromkeys(pairs):
         wider = sites | set(pair)
-        if not parts or 8 * sum(plan.facts.width(site) for site in wider) ** 2 > MOMENT_BYTES:
+        width = sum(plan.facts.width(site) for site in wider)
+        if not parts or 8 * width**2 > MOMENT_BYTES:
             parts.append([])
             wider = set(pair)
         parts[-1].append(pair)

@@ -1,100 +1,125 @@
-"""The document of a whole suite: quality of every leg, and the bill."""
+"""The document of a whole suite: the quality of every leg, and what the suite cost."""
 
 import math
-from typing import Any
 
 from saerelay.data.corpus import Corpus
 from saerelay.planning.cost import plan_cost
-from saerelay.planning.survey import Survey
-from saerelay.runs.files import read_json
-from saerelay.runs.suite import Suite
-
-SCHEMA_VERSION = 1
-SHOWN = (
-    "l0 l1 fvu explained_variance mse cossim l2_ratio delta_ce delta_ce_se ce_loss_score ce_loss_without_sae "
-    "ce_loss_with_sae ce_loss_with_ablation kl_div_score kl_div_with_sae kl_div_with_ablation frac_alive"
-).split()
-
-
-def summary(suite: Suite) -> dict[str, Any]:
-    """The document of `summary.json` and `saerelay eval --json`; see docs/run-directory.md."""
-    plan, paths = suite.plan, suite.directory
-    legs = []
-    for leg in suite.legs:
-        document = read_json(paths.evaluation(leg.id))
-        info = read_json(paths.leg(leg.id) / "dictionary.json")
-        legs.append(
-            {
-                "id": leg.id,
-                "role": leg.role,
-                "control_of": leg.control_of or None,
-                "control_kind": leg.control_kind or None,
-                "layer": leg.layer,
-                "module": leg.module,
-                "architecture": leg.dictionary.architecture,
-                "method": leg.method,
-                "parent": leg.parent or None,
-                "tokens": info["tokens"],
-                "moment_tokens": leg.moment_tokens,
-                "refit_tokens": leg.refit_tokens,
-                "n_latents": leg.dictionary.n_latents,
-                "lr": info.get("lr", leg.schedule.lr),
-                "seed": leg.seed,
-                "seconds": info["seconds"],
-                "goal_fvu": leg.goal.goal_fvu,
-                "predicted_fvu": leg.goal.predicted_fvu,
-                "validation_fvu": info.get("validation_fvu"),
-                "n_eval_tokens": document["metrics"]["n_tokens"],
-            }
-            | {name: document["metrics"].get(name) for name in SHOWN}
-            | {
-                "snapshots": [
-                    {"tokens": int(age), **{name: metrics.get(name) for name in SHOWN}}
-                    for age, metrics in sorted(document["snapshots"].items(), key=lambda item: int(item[0]))
-                ]
-            }
-        )
-    return {
-        "schema": SCHEMA_VERSION,
-        "model": plan.facts.name,
-        "revision": plan.facts.revision,
-        "data": Corpus.open(paths.tokens).facts.source,
-        "legs": legs,
-        "cost": cost(suite, {leg["id"]: leg["seconds"] for leg in legs}, {leg["id"]: leg["tokens"] for leg in legs}),
-    }
+from saerelay.planning.plan import Leg
+from saerelay.planning.survey import Survey, SurveyCost
+from saerelay.runs.documents.quality import (
+    ControlCost,
+    Evaluation,
+    EvaluationMetrics,
+    LegSummary,
+    Metrics,
+    SnapshotSummary,
+    SuiteCost,
+    Summary,
+)
+from saerelay.runs.documents.training import RunCost
+from saerelay.runs.suite import PublishedSuite, made
 
 
-def cost(suite: Suite, seconds: dict[str, float], tokens: dict[str, int]) -> dict[str, Any]:
+def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
+    """The content of summary.json, from the eval/<id>.json of all published legs, which must be there."""
+    facts = suite.plan.facts
+    in_suite = {leg.id for leg in suite.one_per_site}
+    return Summary(
+        model=facts.name,
+        revision=facts.revision,
+        data=corpus.facts.source,
+        legs=[leg_summary(suite, leg, in_suite=leg.id in in_suite) for leg in suite.legs],
+        cost=suite_cost(suite, corpus),
+    )
+
+
+def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummary:
+    """One leg's row."""
+    evaluation = Evaluation.load(suite.directory.evaluation(leg.id))
+    info = suite.info(leg)
+    continuation = suite.continuation_of(leg)
+    snapshots = []
+    for age, metrics in sorted(evaluation.snapshots.items()):
+        snapshots.append(SnapshotSummary(tokens=age, **shown_metrics(metrics)))
+    return LegSummary(
+        id=leg.id,
+        role=leg.role,
+        control_of=leg.control_of or None,
+        control_kind=leg.control_kind or None,
+        layer=leg.layer,
+        module=leg.module,
+        architecture=leg.dictionary.architecture,
+        method=leg.method,
+        parent=leg.parent or None,
+        n_latents=leg.dictionary.n_latents,
+        lr=leg.lr if info.lr is None else info.lr,
+        seed=leg.seed,
+        origin=suite.origin(leg),
+        made=made(leg),
+        continued_by=continuation.id if continuation else None,
+        in_suite=in_suite,
+        tokens=info.tokens,
+        moment_tokens=leg.moment_tokens,
+        refit_tokens=leg.refit_tokens,
+        seconds=info.seconds,
+        goal_fvu=leg.goal_fvu,
+        predicted_fvu=leg.predicted_fvu,
+        validation_fvu=info.validation_fvu,
+        n_eval_tokens=evaluation.metrics.n_tokens,
+        snapshots=snapshots,
+        **shown_metrics(evaluation.metrics),
+    )
+
+
+def shown_metrics(metrics: EvaluationMetrics) -> dict[str, float | None]:
+    """The metrics that summary.json and matrix.json show, by name."""
+    return {name: getattr(metrics, name) for name in Metrics.model_fields}
+
+
+def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     """What the suite took, without its controls, which are counted apart, and what all layers from scratch would have.
 
-    `seconds` are those of each leg's own steps, `tokens` those it saw before it ended. The wall-clock of all layers
-    from scratch is an estimate from the legs that were trained from scratch, and the language model's time per token.
+    The time of all layers from scratch is an estimate: the time per token of the legs that were trained from scratch,
+    for every layer, and the language model's share of the time that a pass over a root's tokens takes.
     """
-    plan, paths = suite.plan.ended_after(tokens), suite.directory
-    plain, everything = plan_cost(plan.without_controls()), plan_cost(plan)
-    took = read_json(paths.cost) if paths.cost.is_file() else {}
-    spent, positions = took.get("seconds", {"total": math.nan, "lm": math.nan}), took.get("positions", {})
-    controls = sum(seconds[leg.id] for leg in suite.legs if leg.role == "control")
-    scratch = [leg.id for leg in suite.legs if not leg.parent]
-    sites = {leg.site for leg in plan.legs}
-    n_seen = sum(tokens[leg_id] for leg_id in scratch)
-    each = plan.recipe.plan.root_tokens * sum(seconds[leg_id] for leg_id in scratch) / n_seen if scratch else math.nan
-    share = min(1.0, plan.recipe.plan.root_tokens / everything.lm_tokens)
-    return {
-        "lm_tokens": plain.lm_tokens,
-        "lm_tokens_held_out": positions.get("held_out", 0),
-        "survey": Survey.from_json(paths.survey).cost.model_dump() if paths.survey.is_file() else None,
-        "lm_tokens_unique": min(plain.lm_tokens, Corpus.open(paths.tokens).train.size),
-        "sae_samples": plain.sae_samples,
-        "flops": plain.flops,
-        "flops_dense_equivalent": plain.flops_dense_equivalent,
-        "flops_all_from_scratch": plain.flops_all_from_scratch,
-        "seconds": spent["total"] - controls,
-        "seconds_lm": spent["lm"],
-        "seconds_all_from_scratch_estimate": each * len(sites) + share * spent["lm"],
-        "controls": {
-            "sae_samples": everything.sae_samples - plain.sae_samples,
-            "flops": everything.flops - plain.flops,
-            "seconds": controls,
-        },
-    }
+    infos = {leg.id: suite.info(leg) for leg in suite.legs}
+    plan = suite.plan.ended_after({leg_id: info.tokens for leg_id, info in infos.items()})
+    root_tokens = plan.recipe.plan.root_tokens
+    without_controls = plan_cost(plan.without_controls())
+    everything = plan_cost(plan)
+
+    run_cost = RunCost.load_if_any(suite.directory.cost)
+    seconds = run_cost.seconds if run_cost else None
+    total = seconds.total if seconds else math.nan
+    lm = seconds.lm if seconds else math.nan
+    control_seconds = sum(infos[leg.id].seconds for leg in suite.legs if leg.role == "control")
+
+    scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
+    scratch_tokens = sum(info.tokens for info in scratch)
+    scratch_seconds = sum(info.seconds for info in scratch)
+    seconds_per_layer = root_tokens * scratch_seconds / scratch_tokens if scratch else math.nan
+    lm_share = min(1.0, root_tokens / everything.lm_tokens)
+    return SuiteCost(
+        lm_tokens=without_controls.lm_tokens,
+        lm_tokens_held_out=run_cost.positions.held_out if run_cost else 0,
+        lm_tokens_unique=min(without_controls.lm_tokens, corpus.train.size),
+        survey=survey_cost(suite),
+        sae_samples=without_controls.sae_samples,
+        flops=without_controls.flops,
+        flops_dense_equivalent=without_controls.flops_dense_equivalent,
+        flops_all_from_scratch=without_controls.flops_all_from_scratch,
+        seconds=total - control_seconds,
+        seconds_lm=lm,
+        seconds_all_from_scratch_estimate=seconds_per_layer * len({leg.site for leg in plan.legs}) + lm_share * lm,
+        controls=ControlCost(
+            sae_samples=everything.sae_samples - without_controls.sae_samples,
+            flops=everything.flops - without_controls.flops,
+            seconds=control_seconds,
+        ),
+    )
+
+
+def survey_cost(suite: PublishedSuite) -> SurveyCost | None:
+    """What the survey behind a run took; None without one."""
+    path = suite.directory.survey
+    return Survey.load(path).cost if path.is_file() else None

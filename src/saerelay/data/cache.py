@@ -16,7 +16,6 @@ site.
 
 import hashlib
 import json
-import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, final
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -33,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saerelay.errors import DataError
+from saerelay.files import replacing
 from saerelay.lm.source import weights_identity
 from saerelay.planning.plan import Plan
 from saerelay.site import Site
@@ -104,17 +103,11 @@ class ActivationCache:
             "crc32": torch.tensor(checksums),
             "activations": x,
         }
-
         path = self.folder / str(site) / f"{_digest(sequences)}.safetensors"
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"about": self._about(site)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with replacing(path, several_writers=True) as temporary:
+                save_file(tensors, temporary, {"about": self._about(site)})
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise DataError(
                 f"{path}: cannot be written ({error}); free some disk space and continue with "
                 "--resume, or set data.cache to another disk in a new run"

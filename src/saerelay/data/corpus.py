@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final, get_args
 
 import numpy as np
 
 from saerelay.data.sources import Source, check_ids, open_source
-from saerelay.errors import DataError, RecipeError
+from saerelay.document import Document
+from saerelay.errors import DataError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import DataSpec, Recipe
-from saerelay.spec import Spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-_SCHEMA = 1
 _PERIOD = 20
 """Of this many consecutive documents, one is for validation and one for test."""
 
@@ -49,10 +48,14 @@ _CHUNK_IDS = 1 << 22
 """Token ids of a finished split that are in memory together."""
 
 
-class CorpusFacts(Spec):
+class CorpusFacts(Document):
     """What a corpus holds and where it comes from: `corpus.json`."""
 
-    schema_version: int = _SCHEMA
+    SCHEMA: ClassVar = 2
+    MADE_BY: ClassVar = "`saerelay train`"
+    REMEDY: ClassVar = "remove its directory; it is made anew from the recipe"
+    ERROR: ClassVar = DataError
+
     source: str
     """For people to read: "Python 3.11.7 standard library", "dataset wikitext, split train"."""
     context: int
@@ -125,7 +128,7 @@ def prepare(
         for split, size in sizes.items():
             packers[split] = _Packer(partial / f"{split}.npy", run.data, facts, size)
         corpus_facts = _fill(packers, run, facts, tokenizer, source=source, progress=progress)
-        (partial / "corpus.json").write_text(corpus_facts.to_json(), encoding="utf-8")
+        corpus_facts.save(partial / "corpus.json")
         if directory.exists():
             directory.rmdir()
         partial.rename(directory)
@@ -165,16 +168,7 @@ def _read_facts(directory: Path) -> CorpusFacts:
     path = directory / "corpus.json"
     if not path.exists():
         raise DataError(f"{directory}: no corpus here (corpus.json is missing).")
-    try:
-        facts = CorpusFacts.from_json(path)
-    except RecipeError as error:
-        raise DataError(f"{error}\nRemove {directory}; it is made anew from the recipe.") from None
-    if facts.schema_version != _SCHEMA:
-        raise DataError(
-            f"{path}: schema_version is {facts.schema_version}, this version of saerelay reads "
-            f"{_SCHEMA}. Remove {directory}; it is made anew from the recipe."
-        )
-    return facts
+    return CorpusFacts.load(path)
 
 
 def _map_split(directory: Path, facts: CorpusFacts, split: Split) -> np.ndarray:

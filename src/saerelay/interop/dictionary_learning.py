@@ -5,7 +5,6 @@ and x_hat = z W_dec + b_dec. Classes with linear layers store
 decoder.weight (D, F), the others W_enc (D, F).
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.files import replacing, write_json
 from saerelay.interop.canonical import canonical, encoder_bias, gated_as_jumprelu
 from saerelay.interop.files import lookup, read_config, read_count, read_number, read_pickle, take
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.runs.files import write_json
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.units import Units
 from saerelay.site import MODULE_KINDS, Site
@@ -265,14 +264,8 @@ def _site(trainer: dict[str, Any], buffer: dict[str, Any]) -> Site | None:
 
 
 def _write_state(path: Path, state: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise RunDirectoryError(f"{path}: cannot be written ({error}); free disk space and try again") from None
-    temporary.replace(path)

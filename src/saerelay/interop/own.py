@@ -22,17 +22,15 @@ def recognises(path: Path) -> bool:
 def read(path: Path) -> tuple[Dictionary, Origin]:
     """The published dictionary of a directory; RunDirectoryError if it is damaged."""
     dictionary, info = read_dictionary(path)
-    has_site = info.get("layer") is not None
-    other_keys = info.keys() - _ORIGIN_KEYS - _DICTIONARY_KEYS
     origin = Origin(
-        model=info.get("model", ""),
-        site=Site(info["layer"], info["module"]) if has_site else None,
-        module_path=info.get("module_path", ""),
-        context=info.get("context"),
-        prepend_bos=info.get("prepend_bos"),
-        dataset=info.get("dataset", ""),
-        l0=info.get("l0"),
-        provenance={key: value for key, value in info.items() if key in other_keys},
+        model=info.model,
+        site=Site(info.layer, info.module) if info.layer is not None else None,  # type: ignore[arg-type]
+        module_path=info.module_path,
+        context=info.context,
+        prepend_bos=info.prepend_bos,
+        dataset=info.dataset,
+        l0=info.l0,
+        provenance={key: value for key, value in info.to_data().items() if key not in stated},
     )
     return dictionary, origin
 

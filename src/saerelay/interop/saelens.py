@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from saerelay.errors import FormatError
+from saerelay.files import write_json
 from saerelay.interop.canonical import canonical, gated_as_jumprelu
 from saerelay.interop.files import lookup, read_config, read_count, read_number, read_tensors, take
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
-from saerelay.runs.files import write_json, write_tensors
+from saerelay.runs.tensors import write_tensors
 from saerelay.sae.dictionary import Dictionary, unit_decoder
 from saerelay.sae.layer_normed import LayerNormed
 

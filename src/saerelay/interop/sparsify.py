@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from saerelay.errors import FormatError
+from saerelay.files import write_json
 from saerelay.interop.canonical import canonical, encoder_bias
 from saerelay.interop.files import lookup, read_config, read_count, read_tensors, take
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.runs.files import write_json, write_tensors
+from saerelay.runs.tensors import write_tensors
 from saerelay.sae.dictionary import Dictionary
 
 NAME = "sparsify"

@@ -13,8 +13,9 @@ parent reaches the age it forks at, so that both share the language model's forw
 
 import math
 from collections.abc import Container, Iterable
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
+from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import ControlKind, LegId
 from saerelay.planning.recipe import Recipe
@@ -22,7 +23,6 @@ from saerelay.sae.spec import Method, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec
 
-SCHEMA_VERSION = 2
 COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
 
@@ -173,10 +173,13 @@ class Leg(Spec):
         return self.control.control_kind if self.control else None
 
 
-class Plan(Spec):
+class Plan(Document):
     """Everything that fixes a run: written to plan.json before training."""
 
-    schema_version: int = SCHEMA_VERSION
+    SCHEMA: ClassVar = 2
+    MADE_BY: ClassVar = "`saerelay train`"
+    REMEDY: ClassVar = "train the recipe again, in a new directory"
+
     recipe: Recipe
     facts: ModelFacts
     block_tokens: int

@@ -6,7 +6,9 @@ worth is measured on rows of the validation split, as is the worth of every hop 
 """
 
 import math
+from typing import ClassVar
 
+from saerelay.document import Document
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
@@ -17,7 +19,6 @@ from saerelay.planning.recipe import AutoSpec, Recipe
 from saerelay.site import Site
 from saerelay.spec import Spec
 
-SCHEMA_VERSION = 3
 LONG = "long"
 """Id of the hub's long pilot."""
 TOKENS_PER_LATENT = 64
@@ -80,12 +81,14 @@ class LongPilots(Spec):
     """FVU of those at the first and the last layer, where curves are least like the hub's."""
 
 
-class Survey(Spec):
+class Survey(Document):
     """What was measured: `survey.json`. All FVUs are on the same rows of the validation split."""
 
     inline = ("long",)
 
-    schema_version: int = SCHEMA_VERSION
+    SCHEMA: ClassVar = 3
+    MADE_BY: ClassVar = "`saerelay train RECIPE --out RUN --resume`"
+
     asked: Recipe
     hub: int
     n_latents: int

@@ -13,8 +13,7 @@ from pathlib import Path
 import filelock
 
 from saerelay.errors import RunDirectoryError
-from saerelay.planning.plan import SCHEMA_VERSION, Leg, Plan
-from saerelay.runs.files import read_json
+from saerelay.planning.plan import Leg, Plan
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,11 @@ class RunDirectory:
     def evaluation(self, leg_id: str) -> Path:
         """The quality of a leg."""
         return self.root / "eval" / f"{leg_id}.json"
+
+    @property
+    def summary(self) -> Path:
+        """The quality of every leg, and the cost of the suite."""
+        return self.root / "summary.json"
 
     @property
     def matrix(self) -> Path:
@@ -144,9 +148,4 @@ def read_plan(directory: Path) -> Plan:
         raise RunDirectoryError(
             f"{directory}: no run here (plan.json is missing); `saerelay train --out {directory}` makes one"
         )
-    data = read_json(paths.plan)
-    if data.get("schema_version") != SCHEMA_VERSION:
-        raise RunDirectoryError(
-            f"{paths.plan}: schema {data.get('schema_version')}, this program reads {SCHEMA_VERSION}"
-        )
-    return Plan.parse(data, source=str(paths.plan))
+    return Plan.load(paths.plan)

@@ -1,19 +1,17 @@
 """The resume state of a run, and the training log that is cut back to it."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import safetensors
-from safetensors.torch import load_file
 from torch import Tensor
 
-from saerelay.errors import RunDirectoryError
-from saerelay.runs.files import finite, write_tensors, write_text
+from saerelay.files import finite, write_text
+from saerelay.runs.tensors import read_facts, read_tensors, write_tensors
 
 STATE_FILE = "state.safetensors"
+_REMEDY = "delete it to start the run over"
 
 
 def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -22,29 +20,19 @@ def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
 
 
 def state_facts(directory: Path) -> dict[str, Any] | None:
-    """What the last saved state says of itself, without its tensors, or None if there is none."""
+    """What the last saved state says about itself, without its tensors; None if there is no state."""
     path = directory / STATE_FILE
     if not path.is_file():
         return None
-    with _damage_named(path), safetensors.safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["facts"])
+    return read_facts(path, _REMEDY)
 
 
 def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The last saved state, or None if there is none."""
+    """The last saved state; None if there is none."""
     facts = state_facts(directory)
     if facts is None:
         return None
-    with _damage_named(directory / STATE_FILE):
-        return load_file(directory / STATE_FILE), facts
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise RunDirectoryError(f"{path}: damaged ({error}); delete it to start the run over") from None
+    return read_tensors(directory / STATE_FILE, _REMEDY), facts
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,7 +42,8 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under `prefix`, without it."""
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+    start = f"{prefix}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def append_metrics(log: IO[str], cursor: int, leg_id: str, values: Mapping[str, Any]) -> None:
@@ -67,12 +56,12 @@ def truncate_metrics(path: Path, cursor: int) -> None:
     """Drop the lines of the training log that lie after `cursor`, and a half-written last one."""
     if not path.is_file():
         return
-    kept = []
+    kept_lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["cursor"] > cursor:
                 break
         except (ValueError, KeyError):
             break
-        kept.append(line + "\n")
-    write_text(path, "".join(kept))
+        kept_lines.append(line + "\n")
+    write_text(path, "".join(kept_lines))

@@ -1,69 +1,108 @@
-"""A finished run: its dictionaries, by site or by leg."""
+"""A finished run: its published dictionaries, and the one answer to how its legs relate to one another."""
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from saerelay.errors import ModelError, RunDirectoryError
-from saerelay.lm.attach import Attachment, attach
-from saerelay.lm.model import LanguageModel
-from saerelay.lm.ports import shape_of
+from saerelay.errors import RunDirectoryError
 from saerelay.planning.plan import Leg, Plan
-from saerelay.runs.dictionaries import read_dictionary
-from saerelay.runs.directory import RunDirectory, read_plan
+from saerelay.runs.dictionaries import read_dictionary, read_info
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.quality import Origin
+from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
 
-class Suite:
+class PublishedSuite:
     """The published dictionaries of a run, by site or by leg id.
 
-    A site with several legs gives the one that is no control and was not continued by another; if there is not just
-    one, the error lists them.
+    A site with several legs gives the one that stands for it: neither a control nor continued by another leg. If seeds
+    leave more than one, the error lists them.
     """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self.directory = RunDirectory(directory)
         self.plan = plan
 
+    # --- which legs count -------------------------------------------------------------------------------------------
+
     @property
     def legs(self) -> list[Leg]:
-        """The legs that are published."""
+        """The legs that are published, in the order of the plan."""
         return [leg for leg in self.plan.legs if (self.directory.leg(leg.id) / "dictionary.json").is_file()]
 
     @property
-    def standing(self) -> list[Leg]:
-        """The suite itself, by site: published legs that are no control and were not continued by another."""
-        continued = {(leg.parent, leg.site) for leg in self.legs}
-        legs = [leg for leg in self.legs if leg.role != "control" and (leg.id, leg.site) not in continued]
-        return sorted(legs, key=lambda leg: leg.site)
+    def final_legs(self) -> list[Leg]:
+        """The legs that are neither controls nor continued by another, by site; several per site if seeds differ."""
+        legs = self.legs
+        continued = {(leg.parent, leg.site) for leg in legs}
+        final = [leg for leg in legs if leg.role != "control" and (leg.id, leg.site) not in continued]
+        return sorted(final, key=lambda leg: leg.site)
 
     @property
-    def one_a_site(self) -> list[Leg]:
-        """Those of `standing` without the second and third of a site (other seeds): the first of the plan stands."""
-        first = {leg.site: leg for leg in reversed(self.standing)}
-        return [first[site] for site in sorted(first)]
+    def one_per_site(self) -> list[Leg]:
+        """The leg that stands for each site: the first in the plan of `final_legs`."""
+        first: dict[Site, Leg] = {}
+        for leg in self.final_legs:
+            first.setdefault(leg.site, leg)
+        return list(first.values())
 
     @property
     def sites(self) -> list[Site]:
         """Sites with a published leg."""
         return sorted({leg.site for leg in self.legs})
 
+    def continuation_of(self, leg: Leg) -> Leg | None:
+        """The leg that continues another one at the same site, as `saerelay train --extend` makes them."""
+        for other in self.legs:
+            if other.parent == leg.id and other.site == leg.site:
+                return other
+        return None
+
+    def controls_of(self, leg: Leg) -> list[Leg]:
+        """The control legs that a leg is compared with."""
+        return [other for other in self.legs if other.control_of == leg.id]
+
+    def scratch_counterparts(self, leg: Leg) -> list[Leg]:
+        """The legs from scratch that a transferred one is compared with: its controls, and roots at its site."""
+        counterparts = []
+        for other in self.legs:
+            is_root = other.role == "root" and not other.parent and other.site == leg.site
+            if other.control_of == leg.id or is_root:
+                counterparts.append(other)
+        return counterparts
+
+    def origin(self, leg: Leg) -> Origin:
+        """Where a leg's latents come from; one that continues another of its layer has the origin of that one."""
+        return self.plan.origin(leg)
+
+    def neighbour_above(self, leg: Leg) -> Leg | None:
+        """The leg that stands for the next layer, at the same kind of module."""
+        higher = [other for other in self._same_module(leg) if other.layer > leg.layer]
+        return min(higher, key=lambda other: other.layer, default=None)
+
+    def neighbour_below(self, leg: Leg) -> Leg | None:
+        """The leg that stands for the previous layer, at the same kind of module."""
+        lower = [other for other in self._same_module(leg) if other.layer < leg.layer]
+        return max(lower, key=lambda other: other.layer, default=None)
+
+    def _same_module(self, leg: Leg) -> list[Leg]:
+        return [other for other in self.one_per_site if other.module == leg.module]
+
+    # --- one of them ------------------------------------------------------------------------------------------------
+
     def leg_at(self, site: Site) -> Leg:
         """The leg that stands for a site."""
-        here = [leg for leg in self.legs if leg.site == site]
-        chosen = [leg for leg in self.standing if leg.site == site]
-        if len(chosen) == 1:
-            return chosen[0]
-        if not here:
-            raise RunDirectoryError(
-                f"{self.directory.root}: no dictionary at {site}; there are {', '.join(map(str, self.sites)) or 'none'}"
-            )
-        raise RunDirectoryError(
-            f"{self.directory.root}: {len(here)} legs at {site}: {', '.join(leg.id for leg in here)}; "
-            "ask for one by its id"
-        )
+        at_site = [leg for leg in self.legs if leg.site == site]
+        final = [leg for leg in self.final_legs if leg.site == site]
+        if len(final) == 1:
+            return final[0]
+        root = self.directory.root
+        if not at_site:
+            sites = ", ".join(str(each) for each in self.sites) or "none"
+            raise RunDirectoryError(f"{root}: no dictionary at {site}; the run has dictionaries at: {sites}")
+        names = ", ".join(leg.id for leg in at_site)
+        raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}: {names}; ask for one by its id")
 
     def leg(self, name: str) -> Leg:
         """The leg with an id, or, for a number, the one that stands for that layer."""
@@ -72,46 +111,24 @@ class Suite:
             return published[name]
         if name.isdecimal():
             return self.leg_at(Site(int(name), self.plan.recipe.sites.module))
-        raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; there are {", ".join(published) or "none"}')
+        names = ", ".join(published) or "none"
+        raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; the published legs are: {names}')
 
-    def attach(
-        self,
-        model: Any,
-        layers: Iterable[int] | None = None,
-        *,
-        replace: bool = False,
-        leave_alone: Collection[int] | None = None,
-    ) -> AbstractContextManager[Attachment]:
-        """Put the suite's SAEs to work in a language model while a `with` block lasts.
+    def info(self, leg: Leg) -> DictionaryInfo:
+        """What is known about a leg's dictionary: tokens, time, L0."""
+        return read_info(self.directory.leg(leg.id))
 
-            with suite.attach(model) as attached:        # or layers=[3, 5]
-                attached[3].steer(123, 8.0)
-                model.generate(**inputs)
-            z = attached[3].latents()                    # (B, C, F), prompt and generated tokens
+    def dictionary(self, leg: Leg) -> Dictionary:
+        """A leg's dictionary."""
+        return read_dictionary(self.directory.leg(leg.id))[0]
 
-        What `saerelay.attach` says holds; `leave_alone` is by default the BOS that the run put in front of its
-        sequences. `model` is the one that the suite was trained on, or another with as many layers of that width, such
-        as one fine-tuned from it; raises ModelError otherwise, RunDirectoryError for a layer without an SAE.
-        """
-        model = model.hf_model if isinstance(model, LanguageModel) else model
-        facts = self.plan.facts
-        wanted, found = (facts.n_layers, facts.d_model), shape_of(model)
-        if found != wanted:
-            raise ModelError(
-                f"{self.directory.root}: trained on {facts.name} ({wanted[0]} layers, {wanted[1]} wide); this model "
-                f"({type(model).__name__}) has {found[0]} layers, {found[1]} wide. Attach the suite to that model or "
-                "one fine-tuned from it; `saerelay hop --from-model` carries an SAE to another"
-            )
-        module = self.plan.recipe.sites.module
-        legs = self.one_a_site if layers is None else [self.leg_at(Site(layer, module)) for layer in layers]
-        if leave_alone is None:
-            bos = facts.tokens.bos_token_id if self.plan.recipe.data.prepend_bos else None
-            leave_alone = [] if bos is None else [bos]
-        return attach(model, {leg.site: self[leg.id] for leg in legs}, replace=replace, leave_alone=leave_alone)
+    def snapshot(self, leg: Leg, age: int) -> Dictionary:
+        """A leg's dictionary at an earlier age, in tokens."""
+        return read_dictionary(self.directory.snapshot(leg.id, age))[0]
 
     def __getitem__(self, key: Site | str) -> Dictionary:
         leg = self.leg_at(key) if isinstance(key, Site) else self.leg(key)
-        return read_dictionary(self.directory.leg(leg.id))[0]
+        return self.dictionary(leg)
 
     def __iter__(self) -> Iterator[str]:
         return (leg.id for leg in self.legs)
@@ -120,10 +137,15 @@ class Suite:
         return len(self.legs)
 
 
-def load(directory: str | Path) -> Suite:
-    """Open a run directory.
+def method_of(leg: Leg) -> str:
+    """How a leg's dictionary was carried to its layer: "affine + refit"; "" for one from scratch."""
+    if not leg.method:
+        return ""
+    return f"{leg.method} + refit" if leg.refit_tokens else leg.method
 
-    `load("runs/a")[Site(3)]` is the dictionary of layer 3; `load("runs/a")["L3-from-L5"]` the one of a leg.
-    Raises RunDirectoryError if there is no run.
-    """
-    return Suite(Path(directory), read_plan(Path(directory)))
+
+def made(leg: Leg) -> str:
+    """How a leg was made, in words: "affine + refit from L5", or "from scratch"."""
+    if not leg.parent:
+        return "from scratch"
+    return f"{method_of(leg)} from {leg.parent}"

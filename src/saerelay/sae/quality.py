@@ -9,14 +9,14 @@ from saerelay.sae.kernels import reconstruct
 
 @torch.no_grad()
 def fvu(dictionary: Dictionary, x: Tensor) -> float:
-    """Share of the variance of activations x (B, D) that a canonical dictionary leaves unexplained.
+    """Fraction of the variance of activations x (B, D) that a canonical dictionary leaves unexplained.
 
-    >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
-    ...                  b_dec=torch.zeros(2))
-    >>> round(fvu(sae, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])), 4)
-    0.375
+    >>> nothing = Dictionary(architecture="relu", W_enc=torch.zeros(1, 2), b_enc=torch.zeros(1),
+    ...                      W_dec=torch.zeros(1, 2), b_dec=torch.tensor([2.0, 3.0]))
+    >>> fvu(nothing, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    1.0
 
-    Σ‖x − x_hat‖² / Σ‖x − mean of x‖²; 0 is perfect, 1 is no better than the mean.
+    FVU = Σ‖x − x_hat‖² / Σ‖x − mean of x‖². 0 is perfect, 1 no better than always predicting the mean, above 1 worse.
     """
     error = 0.0
     for part in x.split(4096):

@@ -18,7 +18,7 @@ from saerelay.errors import Interrupted, LegFailed, TransferError
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import write_json
+from saerelay.runs.documents.training import PhaseSeconds, ReadPositions, RunCost
 from saerelay.runs.state import append_metrics, truncate_metrics
 from saerelay.sae.quality import fvu, mean_l0
 from saerelay.sae.threads import side_by_side
@@ -90,7 +90,7 @@ def train_plan(
             report(now, now.cohort.live, log, watcher)
     now.seconds["total"] = time.perf_counter() - began
     now.save(paths)
-    write_json(paths.cost, {"seconds": now.seconds, "positions": now.positions})
+    RunCost(seconds=PhaseSeconds(**now.seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
     complain_of_failures(now, paths)
 
 

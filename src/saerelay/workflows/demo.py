@@ -1,20 +1,20 @@
-"""`saerelay demo`: the whole of it on the built-in model, in minutes, offline."""
+"""`saerelay demo`: the full pipeline on the built-in model, in minutes, offline."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from saerelay.errors import RunDirectoryError
+from saerelay.files import write_text
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Recipe, TrainSpec
-from saerelay.runs.directory import sole_writer
-from saerelay.runs.files import read_json, write_text
+from saerelay.runs.directory import RunDirectory, sole_writer
+from saerelay.runs.documents.quality import Summary
 from saerelay.runs.state import STATE_FILE
 from saerelay.sae.architectures import TopK
 from saerelay.sae.spec import DictionarySpec
-from saerelay.views.report import report_run
 from saerelay.workflows.launch import train_run
+from saerelay.workflows.report import report_run
 
 MARK = ".saerelay-demo"
 """Marks a directory that a demo made, so that the next demo may replace it."""
@@ -29,21 +29,30 @@ DEMO = Recipe(
 """One root, transferred to all other layers, and from-scratch controls for two of them."""
 
 
-def run_demo(out: Path, console: Console | None, run: Recipe = DEMO) -> dict[str, Any]:
+def run_demo(out: Path, console: Console | None, run: Recipe = DEMO) -> Summary:
     """Train, transfer, evaluate and report; replaces an earlier demo in `out`, and nothing else.
 
     Raises RunDirectoryError if `out` holds anything but a demo.
     """
     if out.exists():
-        if not (out / MARK).is_file():
-            raise RunDirectoryError(f"{out} holds something that is no demo; move it away or choose another --out")
-        with sole_writer(out):
-            for entry in out.iterdir():
-                if entry.name not in ("state", MARK):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            (out / "state" / STATE_FILE).unlink(missing_ok=True)
+        clear_demo(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARK, "made by `saerelay demo`; the next demo replaces this directory\n")
     suite = train_run(run, out, resume=True, console=console)
     report_run(suite, console=console)
-    return read_json(out / "summary.json")
+    return Summary.load(RunDirectory(out).summary)
+
+
+def clear_demo(out: Path) -> None:
+    """Remove an earlier demo, but for its lock."""
+    if not (out / MARK).is_file():
+        raise RunDirectoryError(f"{out} holds something that is not a demo; move it away or choose another --out")
+    with sole_writer(out):
+        for entry in out.iterdir():
+            if entry.name in ("state", MARK):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        (out / "state" / STATE_FILE).unlink(missing_ok=True)

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from saerelay.analysis.evaluate import batches
+from saerelay.analysis.metrics import batches
+from saerelay.analysis.suite import Suite
 from saerelay.data.stream import trained_on
 from saerelay.errors import FormatError, ModelError
 from saerelay.interop import read_any, write_dictionary

@@ -52,7 +52,7 @@ def train_run(
             check_disk(plan, paths)
             corpus = tokenise(plan, paths, console)
             stream = open_stream(plan, corpus.train)
-            write_text(paths.plan, plan.to_json())
+            plan.save(paths.plan)
             write_text(paths.recipe, annotated_toml(plan.recipe))
         validation = None
         if any(leg.goal.predicted_fvu for leg in plan.legs):

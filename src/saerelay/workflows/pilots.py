@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saerelay.analysis.suite import Suite, load
 from saerelay.data.stream import LiveStream, gather_rows
 from saerelay.planning.cost import forward_flops, plan_cost
 from saerelay.planning.plan import Leg, Plan
@@ -217,7 +218,7 @@ def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds
         lm_tokens=cost.lm_tokens + measured_tokens,
         sae_samples=cost.sae_samples,
         flops=cost.flops + measured_tokens * forward,
-        seconds=seconds["total"] + measured_seconds,
+        seconds=seconds.total + measured_seconds,
         seconds_per_sample=steps / cost.sae_samples,
-        seconds_per_lm_flop=seconds["lm"] / cost.lm_flops,
+        seconds_per_lm_flop=seconds.lm / cost.lm_flops,
     )

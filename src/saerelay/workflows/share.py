@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.interop import find_saes, hub, load_dictionary, own, read_any, write_dictionary
 from saerelay.interop.names import hub_id, public_name

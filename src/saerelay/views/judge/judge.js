@@ -1,5 +1,5 @@
 // The judging page: an introduction, the features one by one, the end. Answers are kept in the
-// browser under the page's own name; the exported file is what `saerelay judge --score` reads.
+// browser under the page's own name; the exported file is what `saerelay score` reads.
 "use strict";
 
 /** @type {JudgingData} */

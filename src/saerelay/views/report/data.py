@@ -1,34 +1,39 @@
 """The report's data: script files that a page opened from disk can load one by one (`fetch` is refused there).
 
     data/run.js                      facts of the run, its legs, its layers, counts of its lineage; loaded at once
+    data/labels.js                   words for metrics, methods, statuses, origins and roles; loaded at once
     data/tokens.js, vocabulary.js    token ids of the test split, once; strings of the ids that occur anywhere
-    data/index/<leg>.js              what the list of features shows and searches, a column each
+    data/index/<leg>.js              what the list of features shows and searches, one list per column
     data/features/<leg>/<n>.js       CHUNK features each: histogram, examples, logits, similar latents
     data/links/<n>.js                what became of each latent from one leg to another
     data/training.js, matrix.js, measures.js, interpretations.js
 
-Each is one call, `saerelay.feed(name, data)`. Token text and names come from strangers: see `feed`.
+Each but labels.js, which defines `labels`, is one call, `saerelay.feed(name, data)`. Token text and names come from
+strangers: see `feed`.
 """
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from saerelay.analysis.features import Features, load_features
-from saerelay.analysis.interpret import read_interpretations, summarise
-from saerelay.analysis.lineage import token_texts
-from saerelay.data.corpus import Corpus
-from saerelay.runs.files import finite, read_json
-from saerelay.runs.suite import Suite
-from saerelay.views.figures import METRICS
+from saerelay.runs.documents.interpretation import Interpretation, summarise
+from saerelay.runs.documents.latents import STATUSES, LineageLink
+from saerelay.runs.documents.quality import LegSummary
+from saerelay.runs.documents.training import TrainingLine
+from saerelay.runs.features import Features
+from saerelay.views.labels import METRICS, for_js
+from saerelay.views.report.sources import ReportSources
 
 CHUNK = 512
-"""Features a file."""
+"""Features per file."""
 CURVE_POINTS = 400
-"""Of a training curve, at most."""
+"""Points of a training curve, at most."""
 LEVELS = 99
 """Activations in examples are whole numbers from 0 to this, relative to the latent's largest."""
 
@@ -52,108 +57,137 @@ def script_json(data: Any) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def write_data(suite: Suite, summary: dict[str, Any], caption: str, folder: Path) -> None:
-    """Write all data files of a run; its features, and summary.json as a dict, must be there."""
-    paths, test = suite.directory, Corpus.open(suite.directory.tokens).test
-    lineage = read_json(paths.lineage)
-    legs, occurring, n_sequences = [], set[int](), 0
-    for leg in summary["legs"]:
-        features = load_features(paths, leg["id"])
+def write_data(sources: ReportSources, caption: str, folder: Path) -> None:
+    """Write all data files of a run."""
+    legs = []
+    named = set[int]()
+    n_sequences = 0
+    for leg in sources.summary.legs:
+        features = sources.features(leg.id)
         n_sequences = max(n_sequences, int(features.example_sequence.max()) + 1)
-        occurring |= write_features(leg["id"], features, test, folder)
-        kept = ("id", "layer", "role", "control_of", "control_kind", "parent", "method", "n_latents", "fvu", "l0")
-        legs.append({name: leg[name] for name in kept} | {"features": features.facts})
-    standing = [leg.id for leg in suite.one_a_site]
-    rows = np.asarray(test[:n_sequences])
+        named |= write_features(leg.id, features, sources.test, folder)
+        legs.append(leg_facts(leg, features))
+
+    rows = np.asarray(sources.test[:n_sequences])
+    occurring = sorted(named | set(np.unique(rows).tolist()))
     feed(folder, "tokens", rows.tolist())
-    text = token_texts(suite.plan)
-    feed(folder, "vocabulary", {i: text(i) for i in sorted(occurring | set(np.unique(rows).tolist()))})
-    feed(folder, "training", training_curves(paths.metrics))
-    links = [write_link(i, link, folder) for i, link in enumerate(lineage["links"])]
-    for name, path in (("matrix", paths.matrix), ("measures", paths.measures)):
-        if path.is_file():
-            feed(folder, name, finite(read_json(path)))
-    interpretations = read_interpretations(paths, [leg["id"] for leg in summary["legs"]])
-    if interpretations:
-        feed(folder, "interpretations", finite(interpretation_columns(interpretations)))
-    run = {
-        "model": summary["model"],
+    feed(folder, "vocabulary", {token: sources.token_text(token) for token in occurring})
+    feed(folder, "training", training_curves(sources.training))
+    links = [write_link(i, link, folder) for i, link in enumerate(sources.lineage.links)]
+    if sources.matrix:
+        feed(folder, "matrix", sources.matrix.to_data())
+    if sources.measures:
+        feed(folder, "measures", sources.measures.to_data())
+    if sources.interpretations:
+        feed(folder, "interpretations", interpretation_columns(sources.interpretations))
+    labels = f'"use strict";\nconst labels = {script_json(for_js())};\n'
+    (folder / "labels.js").write_text(labels, encoding="ascii")
+    feed(folder, "run", run_facts(sources, caption, legs, links))
+
+
+def run_facts(
+    sources: ReportSources, caption: str, legs: list[dict[str, Any]], links: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the page needs at once."""
+    lineage = sources.lineage
+    return {
+        "model": sources.summary.model,
         "caption": caption,
         "metrics": METRICS,
         "chunk": CHUNK,
         "levels": LEVELS,
         "legs": legs,
-        "standing": standing,
+        "standing": [leg.id for leg in sources.summary.suite],
         "links": links,
         "lineage": {
-            name: lineage[name] for name in ("n_tokens", "map_tokens", "kept_above", "replaced_below", "alive_above")
+            "n_tokens": lineage.n_tokens,
+            "map_tokens": lineage.map_tokens,
+            "kept_above": lineage.kept_above,
+            "replaced_below": lineage.replaced_below,
+            "alive_above": lineage.alive_above,
         },
         "has": {
-            "matrix": paths.matrix.is_file(),
-            "measures": paths.measures.is_file(),
-            "interpretations": bool(interpretations),
+            "matrix": sources.matrix is not None,
+            "measures": sources.measures is not None,
+            "interpretations": bool(sources.interpretations),
         },
     }
-    feed(folder, "run", finite(run))
 
 
-def interpretation_columns(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores by leg and by origin, and by leg and latent [explanation, detection, fuzzing]."""
-    latents = {
-        document["leg"]: {
-            entry["latent"]: [entry["explanation"], entry["detection"], entry["fuzzing"]]
-            for entry in document["latents"]
-            if entry["explanation"]
-        }
-        for document in documents
+def leg_facts(leg: LegSummary, features: Features) -> dict[str, Any]:
+    """What the page needs to know of a leg at once."""
+    return {
+        "id": leg.id,
+        "layer": leg.layer,
+        "role": leg.role,
+        "control_of": leg.control_of,
+        "control_kind": leg.control_kind,
+        "parent": leg.parent,
+        "method": leg.method,
+        "origin": leg.origin,
+        "made": leg.made,
+        "n_latents": leg.n_latents,
+        "fvu": leg.fvu,
+        "l0": leg.l0,
+        "features": features.facts.to_data(),
     }
-    return summarise(documents) | {"latents": latents}
 
 
-# --- features ---------------------------------------------------------------------------------------------------
+def interpretation_columns(documents: Sequence[Interpretation]) -> dict[str, Any]:
+    """Scores by leg and by origin, and by leg and latent [explanation, detection, fuzzing]."""
+    latents: dict[str, dict[int, list[Any]]] = {}
+    for document in documents:
+        explained = [entry for entry in document.latents if entry.explanation]
+        latents[document.leg] = {
+            entry.latent: [entry.explanation, entry.detection, entry.fuzzing] for entry in explained
+        }
+    return {**summarise(documents).to_data(), "latents": latents}
+
+
+# --- features -------------------------------------------------------------------------------------------------------
 
 
 def write_features(leg_id: str, features: Features, test: np.ndarray, folder: Path) -> set[int]:
-    """Write a leg's index and its features in chunks; the token ids that its logits name."""
-    sequence, position = features.example_sequence.numpy(), features.example_position.numpy()
-    peaks = np.where(sequence >= 0, test[sequence, position].astype(np.int64), -1)
-    logits = {} if features.top_logits is None else {"top": features.top_logits.tolist()}
-    index = {
-        "fired": features.n_fired.tolist(),
-        "max": [short(value) for value in features.max_activation.tolist()],
-        "peaks": [row[row >= 0].tolist() for row in peaks],
-    }
-    feed(folder, f"index/{leg_id}", index | logits)
+    """Write a leg's index and its features in chunks; returns the token ids that its logits name."""
+    feed(folder, f"index/{leg_id}", index_columns(features, test))
     columns = feature_columns(features)
     for first in range(0, len(features.n_fired), CHUNK):
         chunk = {name: column[first : first + CHUNK] for name, column in columns.items()}
         feed(folder, f"features/{leg_id}/{first // CHUNK}", chunk)
-    named = [t.unique().tolist() for t in (features.top_logits, features.bottom_logits) if t is not None]
-    return {i for ids in named for i in ids}
+    named = set[int]()
+    for tokens in (features.top_logits, features.bottom_logits):
+        if tokens is not None:
+            named.update(tokens.unique().tolist())
+    return named
+
+
+def index_columns(features: Features, test: np.ndarray) -> dict[str, list[Any]]:
+    """What the list of features shows and searches: how often, how strongly, on which tokens, for which tokens."""
+    sequence = features.example_sequence.numpy()
+    position = features.example_position.numpy()
+    peaks = np.where(sequence >= 0, test[sequence, position].astype(np.int64), -1)
+    columns: dict[str, list[Any]] = {
+        "fired": features.n_fired.tolist(),
+        "max": [short(value) for value in features.max_activation.tolist()],
+        "peaks": [row[row >= 0].tolist() for row in peaks],
+    }
+    if features.top_logits is not None:
+        columns["top"] = features.top_logits.tolist()
+    return columns
 
 
 def feature_columns(features: Features) -> dict[str, list[Any]]:
-    """What the pages of a leg's features show, in short: lists with an entry for each.
+    """What the pages of a leg's features show, in short: lists with an entry for each feature.
 
     An example is [sequence, position, place in the window, level, place, level, …] of the tokens it fires on, a
     histogram [first bin, counts …]; logits are [token, hundredths, …], similar latents [latent, thousandths, …].
     """
-    strongest = features.max_activation.clamp(min=1e-30)[:, None, None]
-    levels = (features.example_window.float() * (LEVELS / strongest)).ceil().clamp(0, LEVELS).int().tolist()
-    sequences, positions = features.example_sequence.tolist(), features.example_position.tolist()
-    columns = {
+    columns: dict[str, list[Any]] = {
         "fired": features.n_fired.tolist(),
         "max": [short(value) for value in features.max_activation.tolist()],
         "mean": [short(value) for value in features.mean_activation.tolist()],
         "histogram": [trimmed(counts) for counts in features.histogram.tolist()],
-        "examples": [
-            [
-                [sequence, position, *(n for place, level in enumerate(window) if level for n in (place, level))]
-                for sequence, position, window in zip(*latent, strict=True)
-                if sequence >= 0
-            ]
-            for latent in zip(sequences, positions, levels, strict=True)
-        ],
+        "examples": example_column(features),
     }
     for name, ids, values, unit in (
         ("top", features.top_logits, features.top_logits_values, 100),
@@ -162,19 +196,47 @@ def feature_columns(features: Features) -> dict[str, list[Any]]:
         ("below", features.below_latents, features.below_cosine, 1000),
     ):
         if ids is not None and values is not None:
-            rounded = (values.float() * unit).round().int()
-            columns[name] = torch.stack([ids, rounded], dim=-1).flatten(1).tolist()
+            columns[name] = interleaved(ids, values, unit)
     return columns
 
 
+def example_column(features: Features) -> list[list[list[int]]]:
+    """The examples of each feature."""
+    strongest = features.max_activation.clamp(min=1e-30)[:, None, None]
+    levels = (features.example_window.float() * (LEVELS / strongest)).ceil().clamp(0, LEVELS).int()
+    column = []
+    for examples in zip(
+        features.example_sequence.tolist(), features.example_position.tolist(), levels.tolist(), strict=True
+    ):
+        rows = []
+        for sequence, position, window in zip(*examples, strict=True):
+            if sequence < 0:
+                continue
+            row = [sequence, position]
+            for i, level in enumerate(window):
+                if level:
+                    row += [i, level]
+            rows.append(row)
+        column.append(rows)
+    return column
+
+
+def interleaved(ids: Tensor, values: Tensor, unit: int) -> list[list[int]]:
+    """Rows [id, value, id, value, …] of ids and values (F, n), values as whole multiples of 1 / unit."""
+    rounded = (values.float() * unit).round().int()
+    return torch.stack([ids, rounded], dim=-1).flatten(1).tolist()
+
+
 def trimmed(counts: list[int]) -> list[int]:
-    """A histogram without its empty ends, behind the number of its first bin.
+    """A histogram without its empty ends, preceded by the number of its first bin.
 
     >>> trimmed([0, 0, 3, 0, 5, 0]), trimmed([0, 0])
     ([2, 3, 0, 5], [])
     """
     used = [i for i, n in enumerate(counts) if n]
-    return [used[0], *counts[used[0] : used[-1] + 1]] if used else []
+    if not used:
+        return []
+    return [used[0], *counts[used[0] : used[-1] + 1]]
 
 
 def short(value: float) -> float | None:
@@ -183,33 +245,55 @@ def short(value: float) -> float | None:
     >>> short(0.123456), short(83.21999), short(2.0)
     (0.123, 83.2, 2)
     """
-    rounded = finite(float(f"{value:.3g}"))
-    return int(rounded) if rounded is not None and rounded == int(rounded) else rounded
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.3g}")
+    return int(rounded) if rounded == int(rounded) else rounded
 
 
-# --- lineage and training ---------------------------------------------------------------------------------------
+# --- lineage and training -------------------------------------------------------------------------------------------
 
 
-def write_link(number: int, link: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write one link of lineage.json with cosines in thousandths; what is known of it without its latents."""
-    lists = ("decoder_cosine", "encoder_cosine", "correlation")
-    thousandths = {name: [None if c is None else round(1000 * c) for c in link[name]] for name in lists}
-    status = "".join(link["status"])
-    feed(folder, f"links/{number}", thousandths | {"status": status, "partner": link["partner"]})
-    about = {name: link[name] for name in ("kind", "source", "target", "by")}
-    return about | {"counts": {letter: status.count(letter) for letter in "kdrxb-"}}
+def write_link(number: int, link: LineageLink, folder: Path) -> dict[str, Any]:
+    """Write one link of lineage.json with cosines in thousandths; returns what is known of it without its latents."""
+    data = {
+        "decoder_cosine": thousandths(link.decoder_cosine),
+        "encoder_cosine": thousandths(link.encoder_cosine),
+        "correlation": thousandths(link.correlation),
+        "status": link.status,
+        "partner": link.partner,
+    }
+    feed(folder, f"links/{number}", data)
+    return {
+        "kind": link.kind,
+        "source": link.source,
+        "target": link.target,
+        "by": link.by,
+        "counts": {letter: link.status.count(letter) for letter in STATUSES},
+    }
 
 
-def training_curves(path: Path) -> dict[str, dict[str, list[Any]]]:
-    """The training log by leg, a list for each column; long ones thinned."""
-    logs: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        logs.setdefault(row["leg"], []).append(row)
+def thousandths(values: Sequence[float | None]) -> list[int | None]:
+    """Values as whole thousandths."""
+    return [None if value is None else round(1000 * value) for value in values]
+
+
+def training_curves(lines: Sequence[TrainingLine]) -> dict[str, dict[str, list[Any]]]:
+    """The training log by leg, one list per column; long ones thinned."""
+    logs: dict[str, list[TrainingLine]] = {}
+    for line in lines:
+        logs.setdefault(line.leg, []).append(line)
     curves = {}
     for leg_id, rows in logs.items():
         step = -(-len(rows) // CURVE_POINTS)
-        shown = rows[:-1][::step] + rows[-1:]
-        columns = ("age", "loss", "fvu", "l0", "n_dead", "learning_rate", "seconds")
-        curves[leg_id] = {name: [finite(row.get(name)) for row in shown] for name in columns}
+        thinned = rows[:-1][::step] + rows[-1:]
+        curves[leg_id] = {
+            "age": [row.age for row in thinned],
+            "loss": [row.loss for row in thinned],
+            "fvu": [row.fvu for row in thinned],
+            "l0": [row.l0 for row in thinned],
+            "n_dead": [row.n_dead for row in thinned],
+            "learning_rate": [row.learning_rate for row in thinned],
+            "seconds": [row.seconds for row in thinned],
+        }
     return curves

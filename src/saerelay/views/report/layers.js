@@ -7,7 +7,7 @@ saerelay.views.layers = async function drawLayers(body) {
   const run = await saerelay.load("run");
   if (!run.has.matrix) {
     const sentence = "The SAEs have not been measured across layers yet.";
-    body.append(missingNote(sentence, "saerelay eval RUN --matrix"));
+    body.append(missingNote(sentence, "saerelay matrix RUN"));
     return;
   }
   const matrix = await saerelay.load("matrix");

@@ -8,7 +8,7 @@ saerelay.views.measures = async function drawMeasures(body) {
       missingNote(
         "Similarity of dictionaries, feature transferability, transfer scores, means by layer " +
           "offset and direct logit attribution have not been measured yet.",
-        "saerelay eval RUN --measures",
+        "saerelay measures RUN",
       ),
     );
     return;

@@ -17,6 +17,18 @@ const isNumber = (value) => Number.isFinite(value);
 const unique = (items) => [...new Set(items)];
 
 /**
+ * The word for a name (see data/labels.js), or the name itself where there is none.
+ *
+ * @template Label
+ * @param {Record<string, Label>} words
+ * @param {string} name
+ */
+const labelOf = (words, name) => words[name] ?? name;
+
+/** @param {string} label at the beginning of a sentence */
+const capitalised = (label) => label.charAt(0).toUpperCase() + label.slice(1);
+
+/**
  * Legs from the first layer to the last, at each layer the suite's before its controls.
  *
  * @param {Leg[]} legs

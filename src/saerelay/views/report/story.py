@@ -1,21 +1,23 @@
 """What the report's first page says, computed from the run's documents: what was trained, saved and lost, and where."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.plan import Plan
+from saerelay.runs.documents.across_layers import Measures
+from saerelay.runs.documents.quality import ControlKind, LegSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.tables import duration, flops
+from saerelay.views.labels import ARCHITECTURES
+from saerelay.views.report.rows import fvu_ratio, plan_rows, quality_rows, tiles
+from saerelay.views.text import duration, is_number, listed
 
-Document = dict[str, Any]
-NAMES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
 
-
-def story(plan: Plan, summary: Document, measures: Document | None = None) -> Document:
-    """Everything the page's template names: facts, answers as sentences, and rows of its table and of the plan."""
+def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dict[str, Any]:
+    """Everything the page's template names: facts, answers as sentences, and rows of its tables."""
     return {
-        "model": summary["model"],
-        "title": f"Sparse autoencoders for {_layers(plan, summary)} of {summary['model']}",
+        "model": summary.model,
+        "title": f"Sparse autoencoders for {_layers(plan, summary)} of {summary.model}",
         "caption": caption(summary),
         "trained": trained(plan, summary),
         "tiles": tiles(summary),
@@ -23,114 +25,87 @@ def story(plan: Plan, summary: Document, measures: Document | None = None) -> Do
         "saved": saved(summary),
         "lost": lost(summary),
         "badly": transfers_badly(summary) + other_signs(measures),
-        "surveyed": any(leg["predicted_fvu"] for leg in summary["legs"]),
+        "surveyed": any(leg.predicted_fvu is not None for leg in summary.legs),
         "rows": quality_rows(summary),
         "plan_rows": plan_rows(plan),
         "plan_tokens": format_count(plan.n_tokens),
     }
 
 
-def _layers(plan: Plan, summary: Document) -> str:
-    n = len({leg["layer"] for leg in summary["legs"]})
-    return "one layer" if n == 1 else f"{'all ' if n == plan.facts.n_layers else ''}{n} layers"
+def _layers(plan: Plan, summary: Summary) -> str:
+    n = len({leg.layer for leg in summary.legs})
+    if n == 1:
+        return "one layer"
+    return f"all {n} layers" if n == plan.facts.n_layers else f"{n} layers"
 
 
-def _suite(summary: Document) -> list[Document]:
-    legs = [leg for leg in summary["legs"] if leg["role"] != "control"]
-    return sorted(legs, key=lambda leg: (leg["layer"], leg["module"], leg["id"]))
+def _transferred(summary: Summary) -> list[LegSummary]:
+    return [leg for leg in summary.final_legs if leg.parent]
 
 
-def control(summary: Document, leg: Document, kind: str) -> Document | None:
-    """The from-scratch control of a leg, of one kind ("full" or "equal_tokens")."""
-    ids = (leg["id"], kind)
-    return next((c for c in summary["legs"] if (c["control_of"], c["control_kind"]) == ids), None)
+def _name(leg: LegSummary) -> str:
+    return ARCHITECTURES.get(leg.architecture, leg.architecture)
 
 
-def caption(summary: Document) -> str:
+def caption(summary: Summary) -> str:
     """What every figure says below it: model, data, tokens, dictionaries, L0, seed."""
-    legs = _suite(summary)
-    kinds = ", ".join(sorted({f"{NAMES[leg['architecture']]}, {leg['n_latents']} latents" for leg in legs}))
-    modules = ", ".join(sorted({leg["module"] for leg in legs}))
-    l0 = sum(leg["l0"] for leg in legs) / len(legs)
-    seeds = ", ".join(str(seed) for seed in sorted({leg["seed"] for leg in legs}))
+    legs = summary.final_legs
+    kinds = ", ".join(sorted({f"{_name(leg)}, {leg.n_latents} latents" for leg in legs}))
+    modules = ", ".join(sorted({leg.module for leg in legs}))
+    l0 = sum(leg.l0 or 0 for leg in legs) / len(legs)
+    seeds = ", ".join(str(seed) for seed in sorted({leg.seed for leg in legs}))
     return (
-        f"{summary['model']} ({modules}); {summary.get('data') or 'its data'}, test split, "
-        f"{legs[0]['n_eval_tokens']:,} tokens; {kinds}, mean L0 {l0:.3g}; seed {seeds}."
+        f"{summary.model} ({modules}); {summary.data or 'its data'}, test split, {legs[0].n_eval_tokens:,} tokens; "
+        f"{kinds}, mean L0 {l0:.3g}; seed {seeds}."
     )
 
 
-def trained(plan: Plan, summary: Document) -> str:
+# --- what was trained -----------------------------------------------------------------------------------------------
+
+
+def trained(plan: Plan, summary: Summary) -> str:
     """Which dictionaries were made, how, from what."""
-    legs = _suite(summary)
-    roots, children = [leg for leg in legs if not leg["parent"]], [leg for leg in legs if leg["parent"]]
-    first, data = legs[0], plan.recipe.data
+    first = summary.final_legs[0]
+    facts = plan.facts
     parts = [
-        f"A {NAMES[first['architecture']]} sparse autoencoder with {first['n_latents']:,} latents for each layer of "
-        f"{summary['model']} ({plan.facts.family}, {plan.facts.n_layers} layers, {plan.facts.d_model} wide, "
-        f"{format_count(plan.facts.model_params)} parameters)."
+        f"A {_name(first)} sparse autoencoder with {first.n_latents:,} latents for each layer of {summary.model} "
+        f"({facts.family}, {facts.n_layers} layers, {facts.d_model} wide, {format_count(facts.model_params)} "
+        "parameters)."
     ]
+    roots = [leg for leg in summary.final_legs if not leg.parent]
+    children = _transferred(summary)
     if roots:
-        parts.append(
-            f"{_at_layers(roots)} trained from scratch on {format_count(max(leg['tokens'] for leg in roots))} tokens."
-        )
+        tokens = format_count(max(leg.tokens for leg in roots))
+        parts.append(f"{_at_layers(roots)} trained from scratch on {tokens} tokens.")
     if children:
-        methods = ", ".join(
-            sorted({f"{leg['method']}{' with a decoder refit' if leg['refit_tokens'] else ''}" for leg in children})
-        )
-        parts.append(
-            f"{_at_layers(children)} transferred ({methods}) and trained on "
-            f"{format_count(max(leg['tokens'] for leg in children))} tokens each."
-        )
-    parts.append(f"Text: {summary.get('data') or 'as in run.toml'}, in sequences of {data.context} tokens.")
-    parts.append(f"Measured on {first['n_eval_tokens']:,} tokens of documents that training never saw.")
+        methods = set()
+        for leg in children:
+            refit = " with a decoder refit" if leg.refit_tokens else ""
+            methods.add(f"{leg.method}{refit}")
+        tokens = format_count(max(leg.tokens for leg in children))
+        how = ", ".join(sorted(methods))
+        parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {tokens} tokens each.")
+    parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
+    parts.append(f"Measured on {first.n_eval_tokens:,} tokens of documents that training never saw.")
     return " ".join(parts)
 
 
-def _at_layers(legs: list[Document]) -> str:
-    layers = _listed(sorted({leg["layer"] for leg in legs}))
-    return f"Layer {layers} was" if len(legs) == 1 else f"Layers {layers} were"
+def _at_layers(legs: Sequence[LegSummary]) -> str:
+    layers = sorted({leg.layer for leg in legs})
+    if len(layers) == 1:
+        return f"Layer {layers[0]} was"
+    return f"Layers {listed(layers)} were"
 
 
-def _listed(items: list[Any]) -> str:
-    texts = [str(item) for item in items]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+# --- what was saved -------------------------------------------------------------------------------------------------
 
 
-def tiles(summary: Document) -> list[Document]:
-    """The three prices of the suite, each beside that of all layers from scratch."""
-    cost, legs = summary["cost"], _suite(summary)
-    survey = cost["survey"] or {"seconds": 0.0, "flops": 0.0, "sae_samples": 0}
-    roots = [leg["tokens"] for leg in summary["legs"] if not leg["parent"]]
-    samples = len({(leg["layer"], leg["module"]) for leg in legs}) * max(roots, default=0)
-    pairs = (
-        ("Time", "wall-clock", cost["seconds"], survey["seconds"], cost["seconds_all_from_scratch_estimate"], duration),
-        ("Compute", "operations executed", cost["flops"], survey["flops"], cost["flops_all_from_scratch"], flops),
-        ("Samples", "activations seen by SAEs", cost["sae_samples"], survey["sae_samples"], samples, format_count),
-    )
-    found = []
-    for name, what, ours, surveyed, theirs, shown in pairs:
-        if known(ours) and known(theirs) and theirs > 0:
-            spent = ours + surveyed
-            found.append(
-                {
-                    "name": name,
-                    "what": what,
-                    "ratio": f"{max(theirs / spent, spent / theirs):.1f}",
-                    "less": theirs >= spent,
-                    "ours": shown(spent),
-                    "theirs": shown(theirs),
-                    "share": round(100 * min(1.0, spent / theirs), 1),
-                }
-            )
-    return found
-
-
-def price(summary: Document) -> str:
+def price(summary: Summary) -> str:
     """At what quality the suite is as much cheaper as its tiles say."""
-    children = [leg for leg in _suite(summary) if leg["parent"]]
-    ratios = sorted(leg["fvu"] / c["fvu"] for leg in children if (c := control(summary, leg, "full")))
+    children = _transferred(summary)
     if not children:
         return ""
+    ratios = sorted(ratio for _, ratio in _ratios(summary, children, "full"))
     if not ratios:
         return "Not at equal quality, perhaps: no transferred layer has a control with the full budget to compare with."
     span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
@@ -140,217 +115,179 @@ def price(summary: Document) -> str:
     )
 
 
-def other_signs(measures: Document | None) -> list[str]:
-    """What else tells of a hard transfer: where features share fewest tokens with those that they started as."""
-    rows = [row for row in (measures or {}).get("transferability") or [] if not row["snapshot"]]
-    if len(rows) < 3:
-        return []
-    rows.sort(key=lambda row: row["transferability"])
-    least = [f"{100 * row['transferability']:.0f} % at layer {row['layer']}" for row in rows[:2]]
-    return [
-        f"Another sign: features share fewest tokens with those they started as ({_listed(least)}; at most "
-        f"{100 * rows[-1]['transferability']:.0f} %, layer {rows[-1]['layer']}). That says how much had to change, not "
-        "how good the result is."
-    ]
+def _ratios(summary: Summary, legs: Sequence[LegSummary], kind: ControlKind) -> list[tuple[LegSummary, float]]:
+    """The legs that have a control of a kind, and their FVU over its."""
+    ratios = []
+    for leg in legs:
+        ratio = fvu_ratio(leg, summary.control(leg, kind))
+        if ratio is not None:
+            ratios.append((leg, ratio))
+    return ratios
 
 
-def known(value: float | None) -> bool:
-    """Whether a number is one."""
-    return value is not None and math.isfinite(value)
-
-
-def saved(summary: Document) -> str:
+def saved(summary: Summary) -> str:
     """What the suite took, beside all layers from scratch; what is counted and what is not."""
-    cost = summary["cost"]
-    survey = cost["survey"]
-    spent = (cost["seconds"] or math.nan) + (survey["seconds"] if survey else 0)
-    theirs = cost["seconds_all_from_scratch_estimate"]
+    cost = summary.cost
     sentences = []
-    if known(spent) and known(theirs):
+    if is_number(cost.seconds) and is_number(cost.seconds_all_from_scratch_estimate):
+        ours = cost.seconds + (cost.survey.seconds if cost.survey else 0)
+        theirs = cost.seconds_all_from_scratch_estimate
+        verdict = f", {theirs / ours:.1f} times as long" if theirs > ours else ": nothing was saved"
         sentences.append(
-            f"The suite took {duration(spent)}; all its layers from scratch, each at the full budget, would have taken "
-            f"an estimated {duration(theirs)}"
-            + (f", {theirs / spent:.1f} times as long." if theirs > spent else ": nothing was saved.")
+            f"The suite took {duration(ours)}; all its layers from scratch, each at the full budget, would have taken "
+            f"an estimated {duration(theirs)}{verdict}."
         )
         sentences.append(
             "That estimate is the time per token of the legs that were trained from scratch in this run, plus the "
             "language model's forward passes, once for all layers."
         )
-    if survey:
-        sentences.append(f"The survey that chose the plan is in it ({duration(survey['seconds'])}).")
-    apart = cost["controls"]["seconds"]
-    if apart:
-        sentences.append(f"The controls took another {duration(apart)}, which is not counted; nor is evaluation.")
+    if cost.survey:
+        sentences.append(f"This includes the survey that chose the plan ({duration(cost.survey.seconds)}).")
+    if cost.controls.seconds:
+        controls = duration(cost.controls.seconds)
+        sentences.append(f"The controls took another {controls}, which is not counted; nor is evaluation.")
     else:
         sentences.append("Evaluation is not counted.")
     return " ".join(sentences)
 
 
-def lost(summary: Document) -> list[str]:
+# --- what was lost --------------------------------------------------------------------------------------------------
+
+
+def lost(summary: Summary) -> list[str]:
     """What the saving cost in quality: against controls where there are any, and what the model loses."""
-    sentences = []
-    for kind, words in (
+    comparisons: tuple[tuple[ControlKind, str], ...] = (
         ("full", "from-scratch controls with the full budget"),
-        ("equal_tokens", "controls from scratch on as many tokens as a transfer looked at"),
-    ):
-        pairs = [(leg, other) for leg in _suite(summary) if (other := control(summary, leg, kind))]
-        if pairs:
-            ratios = [f"{leg['fvu'] / other['fvu']:.2f} at layer {leg['layer']}" for leg, other in pairs]
-            text = f"FVU over that of {words}: {_listed(ratios)}"
-            gaps = [_gap(leg, other) for leg, other in pairs if known(leg["delta_ce"]) and known(other["delta_ce"])]
-            if gaps:
-                text += f"; the model's loss in nats per token is {_listed(gaps)}"
-            sentences.append(text + ".")
+        ("equal_tokens", "from-scratch controls on as many tokens as a transfer looked at"),
+    )
+    sentences = []
+    for kind, words in comparisons:
+        ratios = _ratios(summary, summary.final_legs, kind)
+        if not ratios:
+            continue
+        text = f"FVU over that of {words}: {listed([f'{ratio:.2f} at layer {leg.layer}' for leg, ratio in ratios])}"
+        gaps = []
+        for leg, _ in ratios:
+            control = summary.control(leg, kind)
+            if control and is_number(leg.delta_ce) and is_number(control.delta_ce):
+                gaps.append(_gap(leg, control, leg.delta_ce - control.delta_ce))
+        if gaps:
+            text += f"; the model's loss in nats per token is {listed(gaps)}"
+        sentences.append(f"{text}.")
     if not sentences:
         sentences.append("No from-scratch controls were trained, so this run does not say what the transfer costs.")
-    deltas = [leg for leg in _suite(summary) if known(leg["delta_ce"])]
-    if deltas:
-        low, high = (pick(deltas, key=lambda leg: leg["delta_ce"]) for pick in (min, max))
-        sentences.append(
-            f"With an SAE in place, the model's own loss of {low['ce_loss_without_sae']:.2f} nats per token rises by "
-            f"{low['delta_ce']:.3f} (layer {low['layer']}) to {high['delta_ce']:.3f} (layer {high['layer']})."
-        )
-    return sentences
+    rise = _loss_rise(summary)
+    return [*sentences, rise] if rise else sentences
 
 
-def _gap(leg: Document, other: Document) -> str:
+def _gap(leg: LegSummary, control: LegSummary, gap: float) -> str:
     """How much more the model loses with a leg than with its control; errors as if the two were independent."""
-    gap = leg["delta_ce"] - other["delta_ce"]
-    error = math.hypot(leg["delta_ce_se"] or math.nan, other["delta_ce_se"] or math.nan)
-    spread = f" ± {error:.3f}" if known(error) else ""
-    return f"{abs(gap):.3f}{spread} {'higher' if gap > 0 else 'lower'} at layer {leg['layer']}"
+    spread = ""
+    if is_number(leg.delta_ce_se) and is_number(control.delta_ce_se):
+        spread = f" ± {math.hypot(leg.delta_ce_se, control.delta_ce_se):.3f}"
+    return f"{abs(gap):.3f}{spread} {'higher' if gap > 0 else 'lower'} at layer {leg.layer}"
 
 
-def transfers_badly(summary: Document) -> list[str]:
+def _loss_rise(summary: Summary) -> str:
+    """By how much the model's own loss rises with an SAE in place; "" where that was not measured."""
+    rises = {}
+    for leg in summary.final_legs:
+        if is_number(leg.delta_ce):
+            rises[leg.id] = leg.delta_ce
+    if not rises:
+        return ""
+    low = summary.leg(min(rises, key=rises.__getitem__))
+    high = summary.leg(max(rises, key=rises.__getitem__))
+    return (
+        f"With an SAE in place, the model's own loss of {low.ce_loss_without_sae:.2f} nats per token rises by "
+        f"{low.delta_ce:.3f} (layer {low.layer}) to {high.delta_ce:.3f} (layer {high.layer})."
+    )
+
+
+# --- which layers transfer badly ------------------------------------------------------------------------------------
+
+
+def transfers_badly(summary: Summary) -> list[str]:
     """Which transferred layers fall behind, and where the run cannot tell."""
-    children = [leg for leg in _suite(summary) if leg["parent"]]
+    children = _transferred(summary)
     if not children:
         return ["Nothing was transferred in this run."]
     sentences = []
-    compared = [(leg["fvu"] / other["fvu"], leg) for leg in children if (other := control(summary, leg, "full"))]
-    if compared:
-        compared.sort(key=lambda pair: -pair[0])
-        ratio, worst = compared[0]
-        others = [f"{r:.2f} at layer {leg['layer']}" for r, leg in compared[1:]]
-        rest = f" (the others: {', '.join(others)})" if others else ""
-        behind = [leg for r, leg in compared if r > 1.05]
-        if not behind:
-            sentences.append(
-                f"None of those with a full-budget control: layer {worst['layer']} is the worst, at {ratio:.2f} times "
-                f"its control's FVU{rest}."
-            )
-        else:
-            sentences.append(
-                f"Of {len(compared)} that can be judged, layer {worst['layer']}: its FVU is {ratio:.2f} times that of "
-                f"its control with the full budget{rest}."
-            )
-    predicted = [leg for leg in children if known(leg["predicted_fvu"]) and known(leg["validation_fvu"])]
+    ratios = sorted(_ratios(summary, children, "full"), key=lambda pair: -pair[1])
+    if ratios:
+        sentences.append(_worst_compared(ratios))
+    predicted = _worst_predicted(children)
     if predicted:
-        gaps = [(leg["validation_fvu"] / leg["predicted_fvu"], leg) for leg in predicted]
-        ratio, worst = max(gaps, key=lambda pair: pair[0])
-        sentences.append(
-            f"Against what the survey predicted, layer {worst['layer']} came out worst: {ratio:.2f} times the "
-            "predicted FVU, on the same validation rows."
-        )
-    alone = [leg for leg in children if not control(summary, leg, "full")]
+        sentences.append(predicted)
+    alone = [leg for leg in children if not summary.control(leg, "full")]
     if alone:
-        layers = sorted({leg["layer"] for leg in alone})
-        highest = max(alone, key=lambda leg: leg["fvu"])
-        text = (
-            f"Layer{'s' if len(layers) > 1 else ''} {_listed(layers)} ha{'ve' if len(layers) > 1 else 's'} no control "
-            "with the full budget: whether a high FVU there is the transfer's doing or the layer's own, this run "
-            "cannot tell."
-        )
-        if len(alone) > 1:
-            text += f" Among them FVU is highest at layer {highest['layer']} ({highest['fvu']:.4f})"
-            scored = [leg for leg in alone if known(leg["ce_loss_score"])]
-            if scored:
-                lowest = min(scored, key=lambda leg: leg["ce_loss_score"])
-                text += f", and the CE score lowest at layer {lowest['layer']} ({lowest['ce_loss_score']:.4f})"
-            text += "."
-        sentences.append(text)
+        sentences.append(_without_control(alone))
     sentences.append("Each leg was trained with one seed: a difference of a percent means nothing.")
     return sentences
 
 
-# --- tables -----------------------------------------------------------------------------------------------------
+def _worst_compared(ratios: list[tuple[LegSummary, float]]) -> str:
+    """The leg that is furthest behind its control; `ratios` from the largest to the smallest."""
+    worst, ratio = ratios[0]
+    others = [f"{other:.2f} at layer {leg.layer}" for leg, other in ratios[1:]]
+    rest = f" (the others: {', '.join(others)})" if others else ""
+    if ratio <= 1.05:
+        return (
+            f"None of those with a full-budget control: layer {worst.layer} is the worst, at {ratio:.2f} times its "
+            f"control's FVU{rest}."
+        )
+    return (
+        f"Of {len(ratios)} that can be judged, layer {worst.layer}: its FVU is {ratio:.2f} times that of its control "
+        f"with the full budget{rest}."
+    )
 
 
-def quality_rows(summary: Document) -> list[Document]:
-    """A row for each leg of the suite, with the places of its marks, and its controls', on a scale from 0 to 100."""
-    legs = _suite(summary)
-    top = {
-        name: 1.05 * max((leg[name] + (leg[f"{name}_se"] or 0 if name == "delta_ce" else 0)
-                          for leg in summary["legs"] if known(leg[name])), default=1.0)
-        for name in ("fvu", "delta_ce")
-    }  # fmt: skip
-    rows = []
+def _worst_predicted(legs: Sequence[LegSummary]) -> str:
+    """The leg that came out worst against what a survey predicted; "" without a survey."""
+    gaps = []
     for leg in legs:
-        others = {kind: control(summary, leg, kind) for kind in ("equal_tokens", "full")}
-        marks: Document = {}
-        for name, scale in top.items():
-            shown = {"transfer" if leg["parent"] else "root": leg} | {k: c for k, c in others.items() if c}
-            marks[name] = [
-                {
-                    "kind": kind,
-                    "x": round(100 * one[name] / scale, 2),
-                    "low": round(100 * (one[name] - (one.get(f"{name}_se") or 0)) / scale, 2),
-                    "high": round(100 * (one[name] + (one.get(f"{name}_se") or 0)) / scale, 2),
-                    "value": one[name],
-                }
-                for kind, one in shown.items()
-                if known(one[name])
-            ]
-        full = others["full"]
-        rows.append(
-            leg
-            | {
-                "origin": _origin(leg),
-                "tokens_shown": format_count(leg["tokens"]),
-                "marks": marks,
-                "ratio": leg["fvu"] / full["fvu"] if full else None,
-                "controls": [
-                    other | {"tokens_shown": format_count(other["tokens"])} for other in others.values() if other
-                ],
-            }
-        )
-    return rows
+        if is_number(leg.predicted_fvu) and is_number(leg.validation_fvu):
+            gaps.append((leg.validation_fvu / leg.predicted_fvu, leg.layer))
+    if not gaps:
+        return ""
+    ratio, layer = max(gaps, key=lambda gap: gap[0])
+    return (
+        f"Against what the survey predicted, layer {layer} came out worst: {ratio:.2f} times the predicted FVU, on the "
+        "same validation rows."
+    )
 
 
-def _origin(leg: Document) -> str:
-    if not leg["parent"]:
-        return "from scratch"
-    return f"{leg['method']}{' + refit' if leg['refit_tokens'] else ''} from {leg['parent']}"
+def _without_control(legs: Sequence[LegSummary]) -> str:
+    """What can be said of transferred legs that have no control with the full budget."""
+    layers = sorted({leg.layer for leg in legs})
+    subject = f"Layers {listed(layers)} have" if len(layers) > 1 else f"Layer {layers[0]} has"
+    text = (
+        f"{subject} no control with the full budget: whether a high FVU there is the transfer's doing or the layer's "
+        "own, this run cannot tell."
+    )
+    if len(legs) == 1:
+        return text
+    highest = max(legs, key=lambda leg: leg.fvu or 0)
+    text += f" Among them FVU is highest at layer {highest.layer} ({highest.fvu:.4f})"
+    scores = {leg.layer: leg.ce_loss_score for leg in legs if is_number(leg.ce_loss_score)}
+    if scores:
+        lowest = min(scores, key=scores.__getitem__)
+        text += f", and the CE score lowest at layer {lowest} ({scores[lowest]:.4f})"
+    return f"{text}."
 
 
-def plan_rows(plan: Plan) -> list[Document]:
-    """The legs as a tree, parents first, each with its life on the axis of tokens in percent."""
-    ids = {leg.id for leg in plan.legs}
-    rows = []
-
-    def visit(leg: Leg, depth: int) -> None:
-        at = {name: 100 * value / plan.n_tokens for name, value in
-              (("start", leg.start), ("fold", leg.fold_at), ("end", leg.end))}  # fmt: skip
-        budget = "full budget" if leg.control_kind == "full" else "equal tokens"
-        rows.append(
-            {
-                "id": leg.id,
-                "depth": depth,
-                "layer": leg.layer,
-                "role": leg.role,
-                "budget": budget if leg.role == "control" else "",
-                "parent": leg.parent if leg.parent not in ids else "",
-                "how": f"{leg.method}{' + refit' if leg.refit_tokens else ''}" if leg.method else "from scratch",
-                "tokens": format_count(leg.budget_tokens),
-                "moments": format_count(leg.moment_tokens) if leg.moment_tokens else "",
-                "lr": f"{leg.schedule.lr:.1e}",
-            }
-            | {name: round(value, 2) for name, value in at.items()}
-        )
-        for child in sorted((other for other in plan.legs if other.parent == leg.id), key=lambda child: child.layer):
-            visit(child, depth + 1)
-
-    tops = [leg for leg in plan.legs if leg.parent not in ids]
-    for leg in sorted(tops, key=lambda leg: (leg.role == "control", leg.layer)):
-        visit(leg, 0)
-    return rows
+def other_signs(measures: Measures | None) -> list[str]:
+    """What else tells of a hard transfer: where features share fewest tokens with those that they started as."""
+    shares = []
+    for row in (measures.transferability or ()) if measures else ():
+        if not row.snapshot and is_number(row.transferability):
+            shares.append((row.transferability, row.layer))
+    if len(shares) < 3:
+        return []
+    shares.sort(key=lambda pair: pair[0])
+    least = [f"{100 * share:.0f} % at layer {layer}" for share, layer in shares[:2]]
+    most, most_layer = shares[-1]
+    return [
+        f"Another sign: features share fewest tokens with those they started as ({listed(least)}; at most "
+        f"{100 * most:.0f} %, layer {most_layer}). That says how much had to change, not how good the result is."
+    ]

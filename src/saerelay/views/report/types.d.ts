@@ -1,6 +1,19 @@
 // The shapes that the report's scripts pass around, for the type checker and for readers; no page loads
 // this file. The data files' are as data.py writes them.
 
+// --- data/labels.js: the words for names that occur in the other data files ----------------------
+
+type Definition = [name: string, definition: string];
+
+declare const labels: {
+  metrics: Record<string, Definition>;
+  methods: Record<string, string>;
+  fates: Record<string, string>;
+  origins: Record<string, string>;
+  roles: Record<string, string>;
+  curves: Record<CurveName, Definition>;
+};
+
 // --- data files: data/<name>.js ------------------------------------------------------------------
 
 /** What each data file holds, by its name. */
@@ -25,7 +38,7 @@ interface Run {
   model: string;
   /** What stands below every figure: model, data, tokens, dictionaries, L0, seed. */
   caption: string;
-  metrics: Record<string, [name: string, definition: string]>;
+  metrics: Record<string, Definition>;
   /** Features in each file of data/features. */
   chunk: number;
   /** Activations in examples are whole numbers from 0 to this, relative to the feature's largest. */

@@ -1,0 +1,246 @@
+"""Ablating latents in a forward pass: their effects on an answer, and how much of it a circuit carries.
+
+A model's answer to a prompt is m, the logit of the right token minus that of the wrong one, at the last position. A
+latent is ablated by giving it its mean over prompts in place of its activation; what the dictionary does not explain of
+the activations stays as it is throughout. So with codes z, their means z̄, and s(S) = Σ of (z̄_j − z_j) W_dec_j over the
+latents j of a set S, the model reads
+
+    x + s(all)      all ablated (∅)                    x + s(not C)    a circuit C kept, the rest ablated
+    x               none ablated (M), m is its own     x + s(C)        a circuit ablated, the rest kept
+
+Means and effects are taken on one half of the prompts, and circuits are judged on the other.
+Shapes: B prompts of a batch, N of all, C positions, D width, F latents, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saerelay.analysis.metrics import LOGIT_BYTES
+from saerelay.analysis.prompts import Prompt
+from saerelay.data.stream import trained_on
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.plan import Plan
+from saerelay.runs.documents.circuits import CircuitScores
+from saerelay.sae.dictionary import Dictionary
+from saerelay.site import Site
+
+Method = Literal["attribution", "integrated-gradients"]
+STEPS = 10
+"""Steps of integrated gradients: midpoints of equal parts of the way from nothing ablated to all."""
+CODES = 2**24
+"""Numbers in the codes of a batch: 64 MiB."""
+
+LogitsWith = Callable[[Tensor], Tensor]
+"""The model's logits (B, C, V) with other activations (B, C, D) at a site, as from `model.resuming`."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts of one length."""
+
+    tokens: Tensor
+    """(B, C)."""
+    right: Tensor
+    """(B)."""
+    wrong: Tensor
+    """(B)."""
+
+
+def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Iterator[PromptBatch]:
+    """Prompts in their order, those of one length that follow each other together."""
+    n_latents = max(leg.dictionary.n_latents for leg in plan.legs)
+    most_tokens = min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.tokens.vocab_size))
+    for length, group in groupby(prompts, key=lambda prompt: len(prompt.tokens)):
+        same_length = list(group)
+        size = max(1, most_tokens // length)
+        for start in range(0, len(same_length), size):
+            part = same_length[start : start + size]
+            yield PromptBatch(
+                tokens=torch.tensor([prompt.tokens for prompt in part], device=device),
+                right=torch.tensor([prompt.right for prompt in part], device=device),
+                wrong=torch.tensor([prompt.wrong for prompt in part], device=device),
+            )
+
+
+def logit_difference(logits: Tensor, batch: PromptBatch) -> Tensor:
+    """m (B): the right token's logit minus the wrong one's at the last position of logits (B, C, V).
+
+    >>> batch = PromptBatch(torch.tensor([[5, 6]]), torch.tensor([2]), torch.tensor([0]))
+    >>> logit_difference(torch.tensor([[[9.0, 9.0, 9.0], [1.0, 2.0, 4.0]]]), batch)
+    tensor([3.])
+    """
+    last = logits[:, -1].float()
+    right = last.gather(1, batch.right[:, None].to(last.device))[:, 0]
+    wrong = last.gather(1, batch.wrong[:, None].to(last.device))[:, 0]
+    return right - wrong
+
+
+def gradient(logits_with: LogitsWith, x: Tensor, batch: PromptBatch) -> Tensor:
+    """∂m/∂x (B, C, D) of each prompt at activations x (B, C, D), float32."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        total = logit_difference(logits_with(leaf), batch).sum()
+        return torch.autograd.grad(total, leaf)[0]
+
+
+def indirect_effects(dictionary: Dictionary, to_mean: Tensor, slope: Tensor) -> Tensor:
+    """What ablating each latent costs, to first order, summed over prompts and positions: (F).
+
+    `to_mean` (B, C, F) is z̄ − z, `slope` (B, C, D) is ∂m/∂x, at x (attribution patching) or averaged on the way from x
+    to all ablated (integrated gradients). The effect is −Σ ∂m/∂z_j (z̄_j − z_j): Marks et al. 2024, eq. 3 and 4, with
+    the sign turned, so that latents whose ablation hurts the answer most have the largest.
+
+    >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
+    ...                  b_dec=torch.zeros(2))
+    >>> indirect_effects(sae, torch.tensor([[[-3.0, 1.0]]]), torch.tensor([[[2.0, 0.5]]]))
+    tensor([ 6.0000, -0.5000])
+    """
+    return -(to_mean * (slope @ dictionary.W_dec.T)).sum(dim=(0, 1))
+
+
+# --- all dictionaries of a site -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def circuits_at(
+    plan: Plan,
+    model: LanguageModel,
+    site: Site,
+    dictionaries: Mapping[str, Dictionary],
+    halves: tuple[Sequence[Prompt], Sequence[Prompt]],
+    *,
+    k: Sequence[int],
+    method: Method = "attribution",
+) -> dict[str, CircuitScores]:
+    """What circuits of k latents of each dictionary at a site do, by key, as circuits/<task>.json has it.
+
+    Latents are ranked by their effects on the first half of the prompts; m is measured on the second, prompt by prompt.
+    Both come in the order of `prompt_batches`.
+    """
+    find_on, judge_on = halves
+    per_position = one_length([*find_on, *judge_on])
+    on_device = {key: dictionary.to(model.device) for key, dictionary in dictionaries.items()}
+    means = mean_codes(plan, model, site, on_device, find_on, per_position=per_position)
+    ablations = {key: MeanAblation(dictionary, means[key]) for key, dictionary in on_device.items()}
+
+    effects = {key: torch.zeros(d.n_latents, device=model.device) for key, d in on_device.items()}
+    for reading in readings(plan, model, site, find_on):
+        slope_at_x = gradient(reading.logits_with, reading.x, reading.batch)
+        for key, ablation in ablations.items():
+            change = ablation.change(reading)
+            slope = slope_at_x
+            if method == "integrated-gradients":
+                slope = ablation.mean_slope(reading, change)
+            effects[key] += indirect_effects(ablation.dictionary, change, slope) / len(find_on)
+
+    ranked = {key: effect.sort(descending=True, stable=True) for key, effect in effects.items()}
+    scores: dict[str, list[Tensor]] = {key: [] for key in on_device}
+    for reading in readings(plan, model, site, judge_on):
+        for key, ablation in ablations.items():
+            scores[key].append(ablation.answers(reading, ranked[key].indices, k))
+
+    results = {}
+    for key, parts in scores.items():
+        empty, *by_size = [rounded(row) for row in torch.cat(parts, dim=1)]
+        values, indices = ranked[key]
+        results[key] = CircuitScores(
+            latents=indices[: max(k)].tolist(),
+            effects=[round(value, 6) for value in values[: max(k)].tolist()],
+            m_empty=empty,
+            m_kept=by_size[::2],
+            m_ablated=by_size[1::2],
+        )
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A batch of prompts as the model reads it at a site."""
+
+    batch: PromptBatch
+    x: Tensor
+    """Activations (B, C, D), float32."""
+    keep: Tensor
+    """bool (B, C): positions that latents are ablated at."""
+    logits_with: LogitsWith
+
+
+def readings(plan: Plan, model: LanguageModel, site: Site, prompts: Sequence[Prompt]) -> Iterator[Reading]:
+    """All batches of prompts, each while the model can go on from the site."""
+    sites = plan.with_probe([site])
+    for batch in prompt_batches(plan, prompts, model.device):
+        clean = model.forward(batch.tokens, sites)
+        x = clean.activations[site].float()
+        keep = trained_on(plan, batch.tokens, clean.activations)
+        with model.resuming(clean, site) as logits_with:
+            yield Reading(batch, x, keep, logits_with)
+
+
+@dataclass(frozen=True, eq=False)
+class MeanAblation:
+    """A dictionary whose latents are ablated to their means: (C, F) of each position, or (F)."""
+
+    dictionary: Dictionary
+    means: Tensor
+
+    def change(self, reading: Reading) -> Tensor:
+        """z̄ − z (B, C, F), zero at positions that are left alone."""
+        return (self.means - self.dictionary.encode(reading.x)) * reading.keep[..., None]
+
+    def mean_slope(self, reading: Reading, change: Tensor) -> Tensor:
+        """∂m/∂x (B, C, D), averaged on the way from nothing ablated to all."""
+        s = change @ self.dictionary.W_dec
+        slopes = []
+        for i in range(STEPS):
+            part = (i + 0.5) / STEPS
+            slopes.append(gradient(reading.logits_with, reading.x + part * s, reading.batch))
+        return torch.stack(slopes).mean(dim=0)
+
+    def answers(self, reading: Reading, ranking: Tensor, k: Sequence[int]) -> Tensor:
+        """m (1 + 2 · len(k), B): all ablated; then for each size, the circuit kept, and the circuit ablated."""
+        change = self.change(reading)
+        everything = change @ self.dictionary.W_dec
+        changes = [everything]
+        for size in k:
+            circuit = ranking[:size]
+            by_circuit = change[..., circuit] @ self.dictionary.W_dec[circuit]
+            changes += [everything - by_circuit, by_circuit]
+        answers = [logit_difference(reading.logits_with(reading.x + s), reading.batch) for s in changes]
+        return torch.stack(answers).cpu()
+
+
+def mean_codes(
+    plan: Plan,
+    model: LanguageModel,
+    site: Site,
+    dictionaries: Mapping[str, Dictionary],
+    prompts: Sequence[Prompt],
+    *,
+    per_position: bool,
+) -> dict[str, Tensor]:
+    """z̄ of each dictionary, by key, over positions that are trained on: (C, F), or (F) unless `per_position`."""
+    totals: dict[str, Tensor] = {}
+    n = torch.zeros(())
+    for batch in prompt_batches(plan, prompts):
+        activations = model.harvest(batch.tokens, plan.with_probe([site]))
+        keep = trained_on(plan, batch.tokens.to(model.device), activations).float()[..., None]
+        n = n + (keep.sum(dim=0) if per_position else keep.sum())
+        for key, dictionary in dictionaries.items():
+            z = (dictionary.encode(activations[site].float()) * keep).sum(dim=0)
+            totals[key] = totals.get(key, 0) + (z if per_position else z.sum(dim=0))
+    return {key: total / n.clamp(min=1) for key, total in totals.items()}
+
+
+def one_length(prompts: Sequence[Prompt]) -> bool:
+    """Whether all prompts have the same number of tokens."""
+    return len({len(prompt.tokens) for prompt in prompts}) == 1
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Logit differences as they are written."""
+    return [round(value, 5) for value in values.tolist()]

@@ -1,0 +1,79 @@
+"""Direct logit attribution: how much the strongest latent speaks for the right token of a prompt.
+
+Shapes: N prompts, C positions, D width, F latents.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saerelay.analysis.metrics import batches
+from saerelay.analysis.prompts import Prompt
+from saerelay.analysis.similarity import DENSE
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.plan import Plan
+from saerelay.sae.dictionary import Dictionary
+from saerelay.site import Site
+
+OWN_PROMPTS = 62
+"""Prompts drawn where none are given; the paper has as many."""
+OWN_TASK = "the model's own task: positions of the test split whose next token it predicts, against its second choice"
+
+
+@torch.no_grad()
+def direct_logit_attribution(dictionary: Dictionary, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest direct effect of a latent on each prompt (N), and which latent has it (N).
+
+    x (N, D) are activations at the last position, `directions` (N, D) unembeddings of the right − of the wrong token.
+    A latent's effect is its activation × (decoder row · direction): of the difference of logits, what it writes before
+    the final norm divides by the size of the stream. Values compare within a model, not between models.
+
+    >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
+    ...                  b_dec=torch.zeros(2))
+    >>> scores, latents = direct_logit_attribution(sae, torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 4.0]]))
+    >>> scores.tolist(), latents.tolist()
+    ([4.0], [1])
+    """
+    n_rows = max(1, DENSE // dictionary.n_latents)
+    scores = []
+    latents = []
+    for rows, row_directions in zip(x.split(n_rows), directions.split(n_rows), strict=True):
+        effects = dictionary.encode(rows) * (row_directions @ dictionary.W_dec.T)
+        largest = effects.max(dim=1)
+        scores.append(largest.values)
+        latents.append(largest.indices)
+    return torch.cat(scores), torch.cat(latents)
+
+
+def last_activations(model: LanguageModel, prompts: Sequence[Prompt], sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """Activations (N, D), float32, at the last position of each prompt."""
+    rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for prompt in prompts:
+        activations = model.harvest(torch.tensor([prompt.tokens]), sites)
+        for site, x in activations.items():
+            rows[site].append(x[0, -1].float())
+    return {site: torch.stack(parts) for site, parts in rows.items()}
+
+
+@torch.no_grad()
+def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int = OWN_PROMPTS) -> list[Prompt]:
+    """Up to n held-out positions whose next token the model predicts; the wrong token is its second choice.
+
+    They are drawn with the run's seed. Sequences (N, context) are read in an order that is drawn too, until they hold
+    four times as many such positions.
+    """
+    generator = np.random.default_rng(plan.recipe.train.seed)
+    prompts: list[Prompt] = []
+    for tokens in batches(plan, generator.permutation(sequences), True):
+        best_two = model.logits(tokens)[:, :-1].topk(2).indices.cpu()
+        first, second = best_two.unbind(dim=-1)
+        for sequence, position in (first == tokens[:, 1:]).nonzero().tolist():
+            text = tuple(tokens[sequence, : position + 1].tolist())
+            right = int(first[sequence, position])
+            wrong = int(second[sequence, position])
+            prompts.append(Prompt(text, right, wrong))
+        if len(prompts) >= 4 * n:
+            break
+    return [prompts[i] for i in generator.permutation(len(prompts))[:n]]

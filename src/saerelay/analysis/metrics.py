@@ -1,0 +1,302 @@
+"""The metrics of dictionaries on held-out tokens. Names and formulas are those of SAELens 6.54.
+
+Whatever does not change with the dictionary is computed once per batch and shared: the activations of all sites, the
+clean logits, and the logits with a site ablated. x are activations at kept positions (no BOS, no outlier norms), x_hat
+their reconstructions, E means over positions.
+
+Shapes: B sequences of a batch, C positions, D width, F latents, V vocabulary, n kept positions of a batch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saerelay.analysis.progress import Track, untracked
+from saerelay.data.stream import kept_positions
+from saerelay.errors import ModelError
+from saerelay.lm.model import LanguageModel
+from saerelay.planning.plan import Plan
+from saerelay.runs.documents.quality import Density, EvaluationMetrics
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.kernels import reconstruct
+from saerelay.sae.threads import side_by_side
+from saerelay.site import Site
+
+BATCH_TOKENS = 4096
+"""Token positions in one batch, at most."""
+LOGIT_BYTES = 2**28
+"""Logits of one batch stay below this."""
+ROWS_BYTES = 2**20
+"""Size of the parts in which logits are compared on a CPU, so that they stay in its cache."""
+
+Placed = tuple[Site, Dictionary]
+"""A dictionary, and the site it is put at."""
+
+
+@torch.no_grad()
+def measure(
+    plan: Plan,
+    model: LanguageModel,
+    sequences: np.ndarray,
+    dictionaries: Mapping[str, Placed],
+    *,
+    ce: bool,
+    track: Track = untracked,
+) -> dict[str, EvaluationMetrics]:
+    """The metrics of dictionaries, by key, on sequences (N, context) of held-out token ids.
+
+    With `ce` also cross-entropy and KL, which take a forward pass for each dictionary.
+    """
+    on_device = {key: (site, dictionary.to(model.device)) for key, (site, dictionary) in dictionaries.items()}
+    sums = {key: MetricSums() for key in on_device}
+    sites = sorted({site for site, _ in on_device.values()})
+    ablations = {site: AblationSums() for site in sites}
+    open_sites = plan.with_probe(sites)
+
+    for tokens in track(list(batches(plan, sequences, ce)), "evaluating"):
+        tokens = tokens.to(model.device)
+        forward = model.forward(tokens, open_sites) if ce else None
+        activations = forward.activations if forward else model.harvest(tokens, open_sites)
+        flat = {site: x.flatten(0, 1) for site, x in activations.items()}
+        keep = kept_positions(plan, tokens, flat)
+        clean = CleanLogits(forward.logits, tokens, keep) if forward else None
+        for site in sites:
+            at_site = []
+            for key, (dictionary_site, dictionary) in on_device.items():
+                if dictionary_site == site:
+                    at_site.append((sums[key], dictionary))
+            with model.resuming(forward, site) if forward else nullcontext() as logits_with:
+                batch = SiteBatch(activations[site], keep, flat[site][keep].float(), clean, logits_with)
+                jobs = [partial(batch.add_dictionary, *pair) for pair in at_site]
+                if clean:
+                    jobs.insert(0, partial(batch.add_ablation, ablations[site]))
+                side_by_side(lambda job: job(), jobs, model.device)
+
+    return {key: sums[key].metrics(ablations[site] if ce else None) for key, (site, _) in on_device.items()}
+
+
+def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
+    """Sequences (N, context) as batches of token ids (B, context); with `ce`, so few that their logits fit."""
+    context = plan.recipe.data.context
+    per_batch = max(1, BATCH_TOKENS // context)
+    if ce:
+        fitting = LOGIT_BYTES // (4 * context * plan.facts.tokens.vocab_size)
+        per_batch = max(1, min(per_batch, fitting))
+    for start in range(0, len(sequences), per_batch):
+        yield torch.from_numpy(sequences[start : start + per_batch].astype(np.int64))
+
+
+def held_out(plan: Plan, split: np.ndarray, tokens: int) -> np.ndarray:
+    """The first sequences (N, context) of a split that hold `tokens`, or all that it has."""
+    return split[: math.ceil(tokens / plan.recipe.data.context)]
+
+
+def wants_ce(plan: Plan) -> bool:
+    """Whether CE and KL are measured; ModelError if they are asked of a model without a language-model head."""
+    asked = plan.recipe.evaluate.ce
+    if asked is True and not plan.facts.has_lm_head:
+        raise ModelError(
+            f"evaluate.ce is true, but {plan.facts.name} ({plan.facts.family}) has no language-model head, so there is "
+            'no cross-entropy; set evaluate.ce = "auto" or false, or use a causal language model'
+        )
+    return plan.facts.has_lm_head if asked == "auto" else asked
+
+
+# --- sums over batches ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AblationSums:
+    """Running sums with one site zeroed at all positions, and the clean ones beside them."""
+
+    n_ce: int = 0
+    """Positions that cross-entropy is summed over: kept ones with a next token."""
+    n_kl: int = 0
+    """Positions that KL is summed over: kept ones."""
+    ce_clean: float = 0.0
+    ce: float = 0.0
+    kl: float = 0.0
+
+
+@dataclass
+class MetricSums:
+    """Running sums over kept positions for one dictionary; all on the CPU, in float64."""
+
+    n_tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    x_sum: Tensor | None = None
+    """Σ x (D)."""
+    n_fired: Tensor | None = None
+    """How often each latent fired (F)."""
+    sequence_delta_ce: list[Tensor] = field(default_factory=list)
+
+    def add(self, **values: Tensor) -> None:
+        """Add sums over positions, by name."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
+
+    def add_reconstruction(self, dictionary: Dictionary, x: Tensor) -> Tensor:
+        """Take in kept activations x (n, D), float32; returns their reconstructions."""
+        codes, x_hat = reconstruct(dictionary, x)
+        active = codes.values != 0
+        norm = x.norm(dim=1)
+        self.add(
+            l0=active,
+            l1=codes.values,
+            squared_error=(x - x_hat).square(),
+            x_squared=norm.square(),
+            cossim=torch.nn.functional.cosine_similarity(x, x_hat, dim=1),
+            l2_ratio=x_hat.norm(dim=1) / norm.clamp(min=1e-12),
+        )
+        x_sum = x.sum(dim=0, dtype=torch.float64).cpu()
+        n_fired = torch.bincount(codes.columns[active], minlength=dictionary.n_latents).cpu()
+        self.x_sum = x_sum if self.x_sum is None else self.x_sum + x_sum
+        self.n_fired = n_fired if self.n_fired is None else self.n_fired + n_fired
+        self.n_tokens += x.shape[0]
+        return x_hat
+
+    def metrics(self, ablated: AblationSums | None) -> EvaluationMetrics:
+        """The metrics; those of cross-entropy and KL only with the sums of an ablation."""
+        assert self.x_sum is not None and self.n_fired is not None
+        mean = {name: value / self.n_tokens for name, value in self.sums.items() if name not in ("ce", "kl")}
+        variance = mean["x_squared"] - float((self.x_sum / self.n_tokens).square().sum())
+        fvu = mean["squared_error"] / variance if variance > 0 else math.nan
+        downstream = self._downstream(ablated) if ablated else {}
+        return EvaluationMetrics(
+            n_tokens=self.n_tokens,
+            l0=mean["l0"],
+            l1=mean["l1"],
+            fvu=fvu,
+            explained_variance=1 - fvu,
+            mse=mean["squared_error"],
+            cossim=mean["cossim"],
+            l2_ratio=mean["l2_ratio"],
+            frac_alive=float((self.n_fired > 0).double().mean()),
+            density=density(self.n_fired / self.n_tokens),
+            **downstream,
+        )
+
+    def _downstream(self, ablated: AblationSums) -> dict[str, Any]:
+        ce = self.sums["ce"] / ablated.n_ce
+        ce_clean = ablated.ce_clean / ablated.n_ce
+        ce_zero = ablated.ce / ablated.n_ce
+        kl = self.sums["kl"] / ablated.n_kl
+        kl_zero = ablated.kl / ablated.n_kl
+        deltas = torch.cat(self.sequence_delta_ce)
+        spread = float(deltas.std()) if len(deltas) > 1 else math.nan
+        return {
+            "ce_loss_without_sae": ce_clean,
+            "ce_loss_with_sae": ce,
+            "ce_loss_with_ablation": ce_zero,
+            "delta_ce": ce - ce_clean,
+            "delta_ce_se": spread / math.sqrt(len(deltas)),
+            "sequence_delta_ce": [round(float(delta), 6) for delta in deltas],
+            "ce_loss_score": (ce_zero - ce) / (ce_zero - ce_clean) if ce_zero != ce_clean else math.nan,
+            "kl_div_with_sae": kl,
+            "kl_div_with_ablation": kl_zero,
+            "kl_div_score": (kl_zero - kl) / kl_zero if kl_zero else math.nan,
+        }
+
+
+def density(frequency: Tensor) -> Density:
+    """How often latents fire, from their firing frequencies (F).
+
+    >>> density(torch.tensor([0.0, 0.02, 0.5])).freq_over_10_percent
+    0.3333333333333333
+    """
+    alive = frequency[frequency > 0].log10()
+    counts, edges = np.histogram(alive.numpy(), bins=np.arange(-7.0, 0.5, 0.5))
+    return Density(
+        log10_edges=edges.tolist(),
+        counts=counts.tolist(),
+        never=int((frequency == 0).sum()),
+        freq_over_1_percent=float((frequency > 0.01).double().mean()),
+        freq_over_10_percent=float((frequency > 0.1).double().mean()),
+    )
+
+
+# --- one batch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class SiteBatch:
+    """One batch at one site, on which many dictionaries are measured side by side."""
+
+    whole: Tensor
+    """Activations (B, C, D), as the model has them."""
+    keep: Tensor
+    """bool (B·C): kept positions."""
+    x: Tensor
+    """Kept activations (n, D), float32."""
+    clean: "CleanLogits | None"
+    logits_with: Callable[[Tensor], Tensor] | None
+    """The model's logits with other activations in place of `whole`."""
+
+    def add_ablation(self, sums: AblationSums) -> None:
+        """Add a forward pass with the site zeroed."""
+        assert self.clean and self.logits_with
+        self.clean.add_ablation(sums, self.logits_with(torch.zeros_like(self.whole)))
+
+    def add_dictionary(self, sums: MetricSums, dictionary: Dictionary) -> None:
+        """Add a dictionary's reconstructions, and a forward pass with them in place."""
+        x_hat = sums.add_reconstruction(dictionary, self.x)
+        if self.clean and self.logits_with:
+            spliced = self.whole.clone()
+            spliced.view(-1, spliced.shape[-1])[self.keep] = x_hat.to(spliced.dtype)
+            self.clean.add_spliced(sums, self.logits_with(spliced))
+
+
+class CleanLogits:
+    """The clean logits of one batch, and comparisons with changed ones; (B, C, V) for tokens (B, C).
+
+    Of changed logits s only log Σ exp s, Σ p s with the clean probabilities p, and s of the next token are needed:
+    CE = log Σ exp s − s_next, KL(clean ‖ changed) = Σ p log p − Σ p s + log Σ exp s.
+    """
+
+    def __init__(self, logits: Tensor, tokens: Tensor, keep: Tensor) -> None:
+        self.keep = keep.view_as(tokens)
+        self.next = tokens[:, 1:, None]
+        log_p = logits.float().log_softmax(dim=-1)
+        self.p = log_p.exp().flatten(0, 1)
+        self.negative_entropy = torch.linalg.vecdot(self.p, log_p.flatten(0, 1)).view_as(tokens)
+        self.ce = self.compare(logits)[0]
+
+    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """CE (B, C − 1) of each next token and KL from the clean logits (B, C); zero where a position is not kept."""
+        on_cpu = logits.device.type == "cpu"
+        n_rows = max(1, ROWS_BYTES // (4 * logits.shape[-1])) if on_cpu else len(self.p)
+        totals = []
+        products = []
+        for p, part in zip(self.p.split(n_rows), logits.flatten(0, 1).split(n_rows), strict=True):
+            part = part.float()
+            totals.append(part.logsumexp(dim=-1))
+            products.append(torch.linalg.vecdot(p, part))
+        total = torch.cat(totals).view_as(self.keep)
+        product = torch.cat(products).view_as(self.keep)
+        ce = total[:, :-1] - logits[:, :-1].gather(-1, self.next).squeeze(-1)
+        kl = self.negative_entropy - product + total
+        return ce * self.keep[:, :-1], kl * self.keep
+
+    def add_ablation(self, sums: AblationSums, logits: Tensor) -> None:
+        """Add the logits of a forward pass with a site ablated."""
+        ce, kl = self.compare(logits)
+        sums.n_ce += int(self.keep[:, :-1].sum())
+        sums.n_kl += int(self.keep.sum())
+        sums.ce_clean += float(self.ce.sum(dtype=torch.float64))
+        sums.ce += float(ce.sum(dtype=torch.float64))
+        sums.kl += float(kl.sum(dtype=torch.float64))
+
+    def add_spliced(self, sums: MetricSums, logits: Tensor) -> None:
+        """Add the logits of a forward pass with a site reconstructed."""
+        ce, kl = self.compare(logits)
+        sums.add(ce=ce, kl=kl)
+        n_kept = self.keep[:, :-1].sum(dim=1)
+        delta_ce = (ce - self.ce).sum(dim=1) / n_kept.clamp(min=1)
+        sums.sequence_delta_ce.append(delta_ce[n_kept > 0].double().cpu())

@@ -1,0 +1,72 @@
+"""What the analyses of a run share: its language model, maps between its layers, held-out tokens, and progress."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import numpy as np
+from rich.console import Console
+
+from saerelay.analysis.metrics import held_out
+from saerelay.analysis.progress import ProgressDisplay
+from saerelay.analysis.site_maps import SiteMaps
+from saerelay.data.corpus import Corpus
+from saerelay.errors import ModelError, RunDirectoryError
+from saerelay.lm.model import LanguageModel, load_model
+from saerelay.lm.tokens import load_tokenizer, token_text
+from saerelay.planning.plan import Plan
+from saerelay.runs.suite import PublishedSuite
+
+
+class Session:
+    """A suite under analysis. Whatever is expensive is loaded when it is first used, and kept.
+
+    The first argument of every analysis. `model` is the suite's language model, if it is at hand. Progress is shown on
+    `console`, if that is a terminal. Raises RunDirectoryError if the run has no finished leg.
+    """
+
+    def __init__(
+        self, suite: PublishedSuite, *, model: LanguageModel | None = None, console: Console | None = None
+    ) -> None:
+        if not suite.legs:
+            raise RunDirectoryError(
+                f"{suite.directory.root}: no leg is finished yet; finish the run with `saerelay train --resume`"
+            )
+        self.suite = suite
+        self.display = ProgressDisplay(console)
+        if model is not None:
+            self.model = model
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return self.suite.plan
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The language model that the suite was trained on."""
+        with self.display.status("loading the language model"):
+            return load_model(self.plan)
+
+    @cached_property
+    def maps(self) -> SiteMaps:
+        """Maps between the sites of the run."""
+        return SiteMaps.of(self.plan, self.model, self.corpus.train, self.display.track)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The run's tokens."""
+        return Corpus.open(self.suite.directory.tokens)
+
+    @cached_property
+    def token_text(self) -> Callable[[int], str]:
+        """Gives the text of a token, or its number in <> if the model comes without a tokenizer."""
+        model = self.plan.recipe.model.changed(revision=self.plan.facts.revision)
+        try:
+            tokenizer = load_tokenizer(model)
+        except ModelError:
+            return "<{}>".format
+        return partial(token_text, tokenizer)
+
+    def held_out(self, tokens: int = 0) -> np.ndarray:
+        """The first sequences (N, context) of the test split that hold `tokens`; `evaluate.tokens` if 0."""
+        return held_out(self.plan, self.corpus.test, tokens or self.plan.recipe.evaluate.tokens)

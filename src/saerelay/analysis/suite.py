@@ -1,0 +1,155 @@
+"""The suite that users work with: a finished run, and everything that can be done with it."""
+
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saerelay.analysis.circuits import K, circuits
+from saerelay.analysis.describe import describe
+from saerelay.analysis.evaluate import evaluate
+from saerelay.analysis.features import make_features
+from saerelay.analysis.lineage import Lineage, make_lineage
+from saerelay.analysis.matrix import matrix
+from saerelay.analysis.measures import measures
+from saerelay.analysis.session import Session
+from saerelay.data.corpus import Corpus, Split
+from saerelay.errors import ModelError
+from saerelay.lm.attach import Attachment, attach
+from saerelay.lm.model import LanguageModel
+from saerelay.lm.ports import shape_of
+from saerelay.runs.directory import read_plan
+from saerelay.runs.documents.across_layers import Matrix, Measures
+from saerelay.runs.documents.circuits import Circuits
+from saerelay.runs.documents.latents import LatentDescription
+from saerelay.runs.documents.quality import Summary
+from saerelay.runs.features import Features, load_features
+from saerelay.runs.suite import PublishedSuite
+from saerelay.site import Site
+
+
+class Suite(PublishedSuite):
+    """The published dictionaries of a run, by site or by leg id, and everything that can be done with them.
+
+    A site with several legs gives the one that stands for it: neither a control nor continued by another leg. If seeds
+    leave more than one, the error lists them.
+
+    Every analysis writes a file of the run directory and returns it as a type; what is on file for the same question is
+    read, not measured again. The language model is loaded when it is first needed, and kept.
+    """
+
+    @cached_property
+    def session(self) -> Session:
+        """The language model, maps and tokens that the analyses below share."""
+        return Session(self)
+
+    def tokens(self, split: Split = "test") -> np.ndarray:
+        """The token ids (N, context) of a split of the run's corpus: "train", "validation" or "test"."""
+        corpus = Corpus.open(self.directory.tokens)
+        return getattr(corpus, split)
+
+    def evaluate(self, *, tokens: int = 0) -> Summary:
+        """The held-out quality of every leg and snapshot, and the cost of the suite.
+
+        `suite.evaluate().leg("L3").fvu` is one of the numbers. `tokens` are `evaluate.tokens` of the recipe if 0.
+        """
+        return evaluate(self.session, tokens=tokens)
+
+    def matrix(
+        self, *, methods: Sequence[str] = ("identity", "affine"), tokens: int = 0, snapshots: bool = False
+    ) -> Matrix:
+        """The quality of every SAE of the suite on every layer, carried there by each method, without training."""
+        return matrix(self.session, methods=methods, tokens=tokens, snapshots=snapshots)
+
+    def measures(self, *, prompts: str | Path | None = None, tokens: int = 0) -> Measures:
+        """What the SAEs have in common and what transfer brought, as in Ghilardi et al. 2024.
+
+        Direct logit attribution is about the prompts of a JSONL file, or else about the model's own predictions.
+        """
+        return measures(self.session, prompts=Path(prompts) if prompts else None, tokens=tokens)
+
+    def features(self, leg: str, *, tokens: int = 0) -> Features:
+        """Where each latent of a leg fires most, and which tokens it promotes; `leg` is an id, or a layer's number."""
+        make_features(self.session, tokens=tokens)
+        return load_features(self.directory, self.leg(leg).id)
+
+    def lineage(self, *, tokens: int = 0) -> Lineage:
+        """What became of each latent from leg to leg; `suite.lineage().follow("L3", 123)` follows one."""
+        return make_lineage(self.session, tokens=tokens)
+
+    def describe(self, leg: str, latent: int) -> LatentDescription:
+        """All that is known of one latent; `leg` is an id, or a layer's number."""
+        return describe(self.session, leg, latent)
+
+    def circuits(
+        self,
+        task: str,
+        *,
+        k: Sequence[int] = K,
+        legs: Sequence[str] = (),
+        n_prompts: int = 500,
+        method: str = "attribution",
+        seed: int = 0,
+    ) -> Circuits:
+        """The latents that carry a task in each leg (Marks et al. 2024).
+
+        `task` is a built-in one ("ioi", "greater-than", "sva", "brackets", "quotes", "self") or a JSONL file.
+        """
+        return circuits(self.session, task, k=k, legs=legs, n_prompts=n_prompts, method=method, seed=seed)
+
+    def attach(
+        self,
+        model: Any,
+        layers: Iterable[int] | None = None,
+        *,
+        replace: bool = False,
+        leave_alone: Collection[int] | None = None,
+    ) -> AbstractContextManager[Attachment]:
+        """Put the suite's SAEs to work in a language model while a `with` block lasts.
+
+            with suite.attach(model) as attached:        # or layers=[3, 5]
+                attached[3].steer(123, 8.0)
+                model.generate(**inputs)
+            z = attached[3].latents()                    # (B, C, F), prompt and generated tokens
+
+        See `saerelay.attach`; `leave_alone` is by default the BOS that the run put in front of its sequences. `model`
+        is the one that the suite was trained on, or another with as many layers of that width, such as one fine-tuned
+        from it. Raises ModelError for any other, and RunDirectoryError for a layer without an SAE.
+        """
+        if isinstance(model, LanguageModel):
+            model = model.hf_model
+        self._check_shape(model)
+
+        module = self.plan.recipe.sites.module
+        if layers is None:
+            legs = self.one_per_site
+        else:
+            legs = [self.leg_at(Site(layer, module)) for layer in layers]
+        if leave_alone is None:
+            bos = self.plan.facts.tokens.bos_token_id
+            leave_alone = [bos] if self.plan.recipe.data.prepend_bos and bos is not None else []
+        dictionaries = {leg.site: self.dictionary(leg) for leg in legs}
+        return attach(model, dictionaries, replace=replace, leave_alone=leave_alone)
+
+    def _check_shape(self, model: Any) -> None:
+        """Raise ModelError unless a model has as many layers of the same width as the one trained on."""
+        facts = self.plan.facts
+        n_layers, width = shape_of(model)
+        if (n_layers, width) != (facts.n_layers, facts.d_model):
+            raise ModelError(
+                f"{self.directory.root}: trained on {facts.name} ({facts.n_layers} layers, {facts.d_model} wide); "
+                f"this model ({type(model).__name__}) has {n_layers} layers, {width} wide. Attach the suite to that "
+                "model or one fine-tuned from it; `saerelay hop --from-model` carries an SAE to another"
+            )
+
+
+def load(directory: str | Path) -> Suite:
+    """Open a run directory.
+
+    `load("runs/a")[Site(3)]` is the dictionary of layer 3; `load("runs/a")["L3-from-L5"]` that of a leg.
+    Raises RunDirectoryError if there is no run.
+    """
+    return Suite(Path(directory), read_plan(Path(directory)))

@@ -1,0 +1,97 @@
+"""The legs of a run and their snapshots, with what their latents stand for: what the measures compare."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saerelay.analysis.collecting import collect
+from saerelay.analysis.features import logit_effects
+from saerelay.analysis.session import Session
+from saerelay.analysis.similarity import TokenAssociations
+from saerelay.planning.plan import Leg
+from saerelay.runs.features import Features, load_features
+from saerelay.sae.dictionary import Dictionary
+
+
+@dataclass(frozen=True, eq=False)
+class LegVersion:
+    """A leg, or a snapshot of it, with what is known about its latents."""
+
+    leg: Leg
+    tokens: int
+    """Its age."""
+    snapshot: bool
+    dictionary: Dictionary
+    alive: Tensor
+    """bool (F): fired on the held-out tokens."""
+    associations: TokenAssociations | None
+    """None without a language-model head, or where decoder rows are not directions of the residual stream."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How rows of measures.json name it."""
+        return {"leg": self.leg.id, "layer": self.leg.layer, "tokens": self.tokens, "snapshot": self.snapshot}
+
+    @property
+    def key(self) -> str:
+        """What tells versions apart."""
+        return f"{self.leg.id}@{self.tokens}" if self.snapshot else self.leg.id
+
+
+def load_versions(session: Session, sequences: np.ndarray, W_U: Tensor | None) -> list[LegVersion]:
+    """All published legs, each followed by its snapshots.
+
+    Of legs their features files tell which latents are alive; of snapshots the held-out sequences are read here.
+    """
+    suite = session.suite
+    snapshots = {}
+    for leg in suite.legs:
+        for age in suite.directory.ages(leg):
+            snapshots[leg.id, age] = suite.snapshot(leg, age)
+    features = {}
+    if snapshots:
+        dictionaries = {f"{leg_id}@{age}": (suite.plan.leg(leg_id).site, d) for (leg_id, age), d in snapshots.items()}
+        track = session.display.track
+        features = collect(session.plan, session.model, sequences, dictionaries, window=(0, 0), track=track)
+
+    versions = []
+    for leg in suite.legs:
+        dictionary = suite.dictionary(leg)
+        leg_features = load_features(suite.directory, leg.id)
+        age = suite.info(leg).tokens
+        versions.append(leg_version(leg, age, False, dictionary, leg_features, sequences, W_U))
+        for age in suite.directory.ages(leg):
+            leg_features = features[f"{leg.id}@{age}"]
+            versions.append(leg_version(leg, age, True, snapshots[leg.id, age], leg_features, sequences, W_U))
+    return versions
+
+
+def leg_version(
+    leg: Leg,
+    age: int,
+    snapshot: bool,
+    dictionary: Dictionary,
+    features: Features,
+    sequences: np.ndarray,
+    W_U: Tensor | None,
+) -> LegVersion:
+    """One version, with the tokens that its latents stand for."""
+    associations = None
+    if W_U is not None and leg.module != "attn_z":
+        effects = features.tensors()
+        if "top_logits" not in effects:  # snapshots have none yet
+            effects = logit_effects(dictionary.W_dec.to(W_U.device), W_U)
+        rows = features.example_sequence.long()
+        positions = features.example_position.long()
+        strongest = torch.from_numpy(sequences.astype(np.int64))[rows, positions].masked_fill(rows < 0, -1)
+        associations = TokenAssociations(effects["top_logits"], effects["bottom_logits"], strongest)
+    return LegVersion(leg, age, snapshot, dictionary, features.n_fired > 0, associations)
+
+
+def finished(versions: Sequence[LegVersion]) -> dict[str, LegVersion]:
+    """The finished legs by id, without snapshots."""
+    return {version.leg.id: version for version in versions if not version.snapshot}

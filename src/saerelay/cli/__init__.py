@@ -1,0 +1,48 @@
+"""The command line: each command parses its options, calls one workflow or analysis, and prints.
+
+One module per group of commands; `options` holds what they share. Heavy imports stand inside the commands, so that
+`saerelay --help` does not wait for torch.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from saerelay import __version__
+from saerelay.cli import judging, measuring, sharing, training
+from saerelay.errors import Interrupted, SaeRelayError
+
+app = typer.Typer(
+    help="Sparse autoencoders for every layer of a language model: train one, relay it to the others.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for module in (training, measuring, judging, sharing):
+    module.add_commands(app)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: user errors are one message and an exit code, never a traceback."""
+    try:
+        app()
+    except SaeRelayError as error:
+        print(f"saerelay: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as command:
+        print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # what typer makes of Ctrl-C
+            print("stopped.", file=sys.stderr)
+        raise
+    except BrokenPipeError:
+        sys.exit(141)

@@ -1,0 +1,66 @@
+"""Commands for human evaluation: judge, score."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saerelay.cli.options import Json, RunDir, number_list, print_all, print_json, progress
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this module's commands to the program."""
+    for command in (judge, score):
+        app.command(rich_help_panel="Judge")(command)
+
+
+def judge(
+    run: RunDir,
+    files: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    layers: Annotated[str, typer.Option(help="Layers, separated by commas, or all.")] = "all",
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of latents of each origin at each layer.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that latents are drawn with.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="File or directory for the page. Default: in the run directory.")
+    ] = None,
+    score_instead: Annotated[bool, typer.Option("--score", hidden=True)] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a page on which people judge latents blind: trained from scratch, or transferred."""
+    if score_instead:
+        score(run, files or [], as_json)
+        return
+    if files:
+        raise typer.BadParameter(f"unexpected {files[0]}; to score what judges exported: saerelay score RUN FILE...")
+    from saerelay.analysis.suite import load
+    from saerelay.views.tables.judging import drawn_lines
+    from saerelay.workflows.judge import judge_run
+
+    chosen = None if layers == "all" else sorted(set(number_list(layers, "--layers", "1,2,3, or all")))
+    suite = load(run)
+    page, key = judge_run(suite, layers=chosen, n=n, seed=seed, out=out, console=progress())
+    if as_json:
+        print_json({"path": str(page), **key.to_data()})
+        return
+    for line in drawn_lines(key):
+        print(line)
+    key_file = suite.directory.judging / f"{key.page}.json"
+    print(f"\nGive judges {page}; it needs nothing else. Do not give them its key, {key_file}.")
+    print(f"To score what they export: saerelay score {run} FILE...")
+
+
+def score(
+    run: RunDir,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files that judges exported, one each.")],
+    as_json: Json = False,
+) -> None:
+    """Score judges' answers: the share of latents that people find interpretable, by origin and layer."""
+    from saerelay.analysis.suite import load
+    from saerelay.views.tables.judging import judging_tables
+    from saerelay.workflows.judge import score_run
+
+    scores = score_run(load(run), files)
+    if as_json:
+        print_json(scores.to_data())
+    else:
+        print_all(judging_tables(scores))

@@ -1,0 +1,115 @@
+"""Options and arguments that several commands share, how they are parsed, and how results are printed."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from saerelay.spec import parse_count
+
+if TYPE_CHECKING:
+    from saerelay.runs.documents.quality import Summary
+    from saerelay.site import Site
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe; `saerelay init > run.toml` writes one.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+OutRun = Annotated[Path, typer.Option("--out", help="New directory for the run.")]
+OutDir = Annotated[Path, typer.Option("--out", help="New directory.")]
+Legs = Annotated[
+    list[str],
+    typer.Option("--leg", show_default="all", help="Leg, by id or layer number; repeat the option for several."),
+]
+OneLegPerLayer = Annotated[
+    list[str],
+    typer.Option("--leg", show_default="one per layer", help="Leg, by id or layer number; repeat it for several."),
+]
+Licence = Annotated[str, typer.Option(help="Licence for the model card, as named on the hub: apache-2.0.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+Source = Annotated[str, typer.Argument(help="Run directory, or one trained SAE in any format.")]
+AnySae = Annotated[str, typer.Argument(help="Trained SAE in any format: a path, or hf://user/repo/path.")]
+InputFormat = Annotated[str, typer.Option("--format", help="Format of the SAE, if detection fails: saelens, ...")]
+
+
+def token_count(value: str | int) -> int:
+    """A number of tokens from an option, which may be written "250k"."""
+    try:
+        count = parse_count(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not isinstance(count, int) or count < 0:
+        raise typer.BadParameter(f"{value} is not a number of tokens")
+    return count
+
+
+HeldOutTokens = Annotated[
+    int,
+    typer.Option(
+        "--tokens", parser=token_count, metavar="COUNT", show_default="the recipe's", help="Number of held-out tokens."
+    ),
+]
+
+
+def split_list(values: Sequence[str]) -> list[str]:
+    """The items of an option that may be repeated, and hold several with commas between them.
+
+    >>> split_list(["L1,L2", "3"])
+    ['L1', 'L2', '3']
+    """
+    items = []
+    for value in values:
+        items += [item.strip() for item in value.split(",") if item.strip()]
+    return items
+
+
+def number_list(text: str, option: str, example: str) -> list[int]:
+    """Whole numbers with commas between them; `option` and `example` are for the error message.
+
+    >>> number_list("1, 2", "--layers", "1,2")
+    [1, 2]
+    """
+    items = split_list([text])
+    if not all(item.isdecimal() for item in items):
+        raise typer.BadParameter(
+            f'"{text}": expected numbers separated by commas, such as {example}', param_hint=option
+        )
+    return [int(item) for item in items]
+
+
+def site_of(layer: int | None, module: str) -> "Site | None":
+    """The site that two options name, or None."""
+    from saerelay.site import Site
+
+    return None if layer is None else Site.parse(f"L{layer}.{module}")
+
+
+def progress() -> Console:
+    """Where progress is shown: on stderr, so that stdout holds results only."""
+    return Console(stderr=True)
+
+
+def output() -> Console:
+    """Where tables are printed; 120 columns wide if stdout is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def print_all(items: Iterable[RenderableType]) -> None:
+    """Print tables and texts."""
+    console = output()
+    for item in items:
+        console.print(item)
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(data))
+
+
+def print_summary(summary: "Summary") -> None:
+    """Print a suite's quality and cost."""
+    from saerelay.views.tables.quality import cost_lines, quality_table
+
+    print_all([quality_table(summary), "", *cost_lines(summary)])

@@ -1,0 +1,183 @@
+"""Commands that plan and train: init, plan, train, hop, demo."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from saerelay.cli.options import (
+    InputFormat,
+    Json,
+    OutRun,
+    Recipe,
+    print_all,
+    print_json,
+    print_summary,
+    progress,
+    site_of,
+)
+
+if TYPE_CHECKING:
+    from saerelay.planning.recipe import Recipe
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add this module's commands to the program."""
+    for command in (init, plan, train, hop, demo):
+        app.command(rich_help_panel="Train")(command)
+
+
+def init() -> None:
+    """Print a recipe with all defaults and what they mean."""
+    from saerelay.planning.recipe import Recipe
+    from saerelay.planning.toml import annotated_toml
+
+    print(annotated_toml(Recipe()), end="")
+
+
+def plan(
+    recipe: Recipe,
+    as_json: Json = False,
+    timing: Annotated[bool, typer.Option(help="Load the model and time a few steps.")] = True,
+    write: Annotated[
+        Path | None, typer.Option(help='With preset = "auto": write a recipe that spells out the chosen legs.')
+    ] = None,
+) -> None:
+    """Show the plan: each SAE, its parent, and the estimated cost. With preset = "auto", survey the layers first."""
+    from saerelay.lm.model import LanguageModel
+    from saerelay.planning.cost import plan_cost
+    from saerelay.planning.recipe import Recipe
+    from saerelay.views.tables.plan import plan_facts, plan_table
+    from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.timing import time_plan
+
+    run = Recipe.from_toml(recipe)
+    if run.plan.surveyed:
+        plan_auto(run, as_json, write)
+        return
+    if write:
+        raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
+    compiled = plan_run(run)
+    cost = plan_cost(compiled)
+    seconds = time_plan(compiled, LanguageModel.load(compiled.recipe.model)) if timing else None
+    if as_json:
+        print_json({"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds})
+        return
+    console = Console()
+    for table in (plan_table(compiled), "", plan_facts(compiled, cost, seconds)):
+        console.print(table)
+
+
+def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
+    """Survey the layers, and show or write the legs chosen by it."""
+    from saerelay.files import write_text
+    from saerelay.planning.choose import written_out
+    from saerelay.planning.toml import annotated_toml
+    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.survey import survey_once
+
+    if write and write.exists():
+        raise typer.BadParameter(f"{write} exists; choose another file", param_hint="--write")
+    survey, choice = survey_once(run, progress())
+    explicit = written_out(run, survey, choice)
+    if write:
+        write_text(write, annotated_toml(explicit))
+    compiled = plan_run(explicit)
+    seconds = choice.time()
+    if as_json:
+        surveyed = survey.to_data()
+        del surveyed["asked"]
+        print_json(
+            {
+                "plan": compiled.to_data(),
+                "cost": choice.cost.model_dump(),
+                "seconds": seconds,
+                "survey": surveyed,
+                "fvu_ratio": choice.ratio,
+                "fvu_from_scratch": choice.reference,
+            }
+        )
+        return
+    tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
+    print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
+
+
+def train(
+    recipe: Recipe,
+    out: OutRun,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Add legs or tokens to a finished run.")] = False,
+) -> None:
+    """Train every SAE of a recipe."""
+    from saerelay.planning.recipe import Recipe
+    from saerelay.workflows.launch import train_run
+
+    suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
+    print(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
+
+
+def hop(
+    source: Annotated[str, typer.Option("--from", help="Trained SAE in any format: a path, or hf://user/repo/path.")],
+    to_layer: Annotated[int, typer.Option("--to-layer", help="Layer to transfer it to.")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the model, the data and all defaults.")],
+    out: OutRun,
+    tokens: Annotated[str, typer.Option(help="Tokens to train on after the transfer; 0 for none.")] = "",
+    method: Annotated[str, typer.Option(help="Map between the layers: identity, rescale, procrustes, affine.")] = "",
+    refit: Annotated[bool | None, typer.Option(help="Refit the decoder in closed form.")] = None,
+    architecture: Annotated[
+        str, typer.Option(help="Target architecture: topk, batchtopk, jumprelu, relu. Default: unchanged.")
+    ] = "",
+    n_latents: Annotated[str, typer.Option(help="Target number of latents. Default: unchanged.")] = "",
+    k: Annotated[int | None, typer.Option(help="Active latents per token. Default: unchanged.")] = None,
+    from_model: Annotated[
+        str, typer.Option(help="Model the SAE was trained on, if it is not the recipe's; maps are fitted between both.")
+    ] = "",
+    from_layer: Annotated[int | None, typer.Option(help="Layer the SAE reads, if its files do not say.")] = None,
+    from_module: Annotated[
+        str, typer.Option(help="With --from-layer: the kind of module, such as mlp_out.")
+    ] = "resid_post",
+    format: InputFormat = "",
+) -> None:
+    """Transfer one trained SAE, in any format, to a layer of a model, with or without fine-tuning.
+
+    To another layer, to the same layer of a fine-tuned model, to other text, or to another number of latents, sparsity
+    or architecture. Onto its own layer with --tokens 0 --no-refit, the SAE is only measured.
+    """
+    from saerelay.planning.recipe import Recipe
+    from saerelay.workflows.hop import hop_run
+
+    leg_keys: dict[str, Any] = {
+        "tokens": tokens or None,
+        "method": method or None,
+        "architecture": architecture or None,
+        "n_latents": n_latents or None,
+        "refit": refit,
+        "k": k,
+    }
+    given_keys = {key: value for key, value in leg_keys.items() if value is not None}
+    suite = hop_run(
+        source,
+        to_layer,
+        Recipe.from_toml(recipe),
+        out,
+        site=site_of(from_layer, from_module),
+        model=from_model,
+        format=format,
+        console=progress(),
+        **given_keys,
+    )
+    print(f"{', '.join(suite)} in {out}/legs. Measure its quality: saerelay eval {out}")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory; an earlier demo in it is replaced.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train, transfer and evaluate SAEs for all layers of the built-in model, offline."""
+    from saerelay.workflows.demo import run_demo
+
+    print_summary(run_demo(out, progress()))
+    print(f"\nOpen {out}/report/index.html in a browser to see everything. The SAEs are in {out}/legs/.")

@@ -1,0 +1,277 @@
+"""Held-out quality: of one leg (`eval/<id>.json`), and of the whole suite with its cost (`summary.json`)."""
+
+from typing import ClassVar, Literal
+
+from saerelay.document import Document, Measured, Record
+from saerelay.planning.survey import SurveyCost
+
+Role = Literal["root", "transfer", "control"]
+ControlKind = Literal["equal_tokens", "full"]
+Origin = Literal["scratch", "from below", "from above", "same layer"]
+
+
+class Reconstruction(Record):
+    """How well activations x are reconstructed as x̂; means over the kept positions of held-out documents."""
+
+    l0: Measured = None
+    """Mean number of active latents per token."""
+    l1: Measured = None
+    """Mean sum of activations per token."""
+    fvu: Measured = None
+    """Fraction of variance unexplained: E‖x − x̂‖² / (E‖x‖² − ‖E x‖²)."""
+    explained_variance: Measured = None
+    """1 − FVU."""
+    mse: Measured = None
+    """E‖x − x̂‖², summed over the width."""
+    cossim: Measured = None
+    """Mean cosine of x and x̂."""
+    l2_ratio: Measured = None
+    """Mean of ‖x̂‖ / ‖x‖."""
+    frac_alive: Measured = None
+    """Share of latents that fired at least once."""
+
+
+class Downstream(Record):
+    """What the language model loses when x̂ takes the place of x; null without a language-model head."""
+
+    delta_ce: Measured = None
+    """Rise of the cross-entropy with the SAE in place, in nats per token."""
+    delta_ce_se: Measured = None
+    """Standard error of `delta_ce` over sequences."""
+    ce_loss_score: Measured = None
+    """(CE ablated − CE with SAE) / (CE ablated − CE clean); 1 is best, and it saturates."""
+    ce_loss_without_sae: Measured = None
+    """Cross-entropy of the clean model, in nats per token."""
+    ce_loss_with_sae: Measured = None
+    """Cross-entropy with x̂ in place of x, in nats per token."""
+    ce_loss_with_ablation: Measured = None
+    """Cross-entropy with the site zeroed at all positions, in nats per token."""
+    kl_div_score: Measured = None
+    """(KL ablated − KL with SAE) / KL ablated; 1 is best."""
+    kl_div_with_sae: Measured = None
+    """Mean KL(clean ‖ with SAE) over the vocabulary, in nats per token."""
+    kl_div_with_ablation: Measured = None
+    """Mean KL(clean ‖ site zeroed) over the vocabulary, in nats per token."""
+
+
+class Metrics(Downstream, Reconstruction):
+    """The metrics of a dictionary at a site; names and formulas are those of SAELens 6.54."""
+
+
+class Density(Record):
+    """How often latents fire."""
+
+    log10_edges: list[float]
+    """Edges of the histogram, log10 of the firing frequency."""
+    counts: list[int]
+    """Number of latents in each bin; latents that never fire are in none."""
+    never: int
+    """Number of latents that never fire."""
+    freq_over_1_percent: float
+    """Share of latents that fire on more than 1 % of tokens."""
+    freq_over_10_percent: float
+    """Share of latents that fire on more than 10 % of tokens."""
+
+
+class EvaluationMetrics(Metrics):
+    """All that is measured of a dictionary on held-out tokens."""
+
+    n_tokens: int
+    """Number of kept positions measured on (BOS and outlier norms are left out)."""
+    density: Density
+    """How often latents fire."""
+    sequence_delta_ce: list[float] | None = None
+    """`delta_ce` of each sequence, in nats per token."""
+
+
+class EvaluationQuestion(Record):
+    """What an evaluation was asked for."""
+
+    tokens: int
+    """Number of held-out tokens."""
+    ce: bool
+    """Whether cross-entropy and KL are measured."""
+    ages: list[int]
+    """Ages of the leg's snapshots, in tokens."""
+
+
+class Evaluation(Document):
+    """`eval/<id>.json`: the held-out quality of one leg and its snapshots."""
+
+    SCHEMA: ClassVar = 2
+    MADE_BY: ClassVar = "`saerelay eval RUN`"
+
+    asked: EvaluationQuestion
+    """What was asked for; another question makes the file again."""
+    split: str = "test"
+    """Split of the corpus measured on."""
+    ablation: str = "zero, all positions"
+    """What ablating a site means."""
+    leg: str
+    """Id of the leg."""
+    metrics: EvaluationMetrics
+    """Metrics of the finished leg."""
+    snapshots: dict[int, EvaluationMetrics]
+    """Metrics of its snapshots, by age in tokens."""
+
+
+# --- the suite ------------------------------------------------------------------------------------------------------
+
+
+class LegFacts(Record):
+    """Which leg a row is about."""
+
+    id: str
+    """Id of the leg."""
+    role: Role
+    """What it is for: a control is a leg from scratch that another leg is compared with."""
+    control_of: str | None = None
+    """Id of the leg that a control is compared with."""
+    control_kind: ControlKind | None = None
+    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget."""
+    layer: int
+    """Layer it reads."""
+    module: str
+    """Kind of module it reads."""
+    architecture: str
+    """Architecture of its dictionary."""
+    method: str | None = None
+    """Method of the map it was transferred by."""
+    parent: str | None = None
+    """Id or directory of the dictionary it started from."""
+    n_latents: int
+    """Number of latents."""
+    lr: Measured
+    """The highest learning rate it was trained with."""
+    seed: int
+    """Seed of its initialisation."""
+
+
+class LegStanding(Record):
+    """Where a leg's latents come from, and whether it counts as part of the suite."""
+
+    origin: Origin
+    """Where its latents come from; a leg that continues another of its layer has the origin of that one."""
+    made: str
+    """How it was made, in words, such as "affine + refit from L5"."""
+    continued_by: str | None = None
+    """Id of the leg that continues this one at the same site."""
+    in_suite: bool
+    """Whether it is the one leg that stands for its site: neither control nor continued, the first of several seeds."""
+
+
+class LegTokens(Record):
+    """What a leg was trained and measured on."""
+
+    tokens: int
+    """Number of tokens trained on."""
+    moment_tokens: int
+    """Number of tokens its map was fitted on."""
+    refit_tokens: int
+    """Number of tokens its decoder was refitted on."""
+    seconds: float
+    """Time spent in its training steps, in seconds."""
+    goal_fvu: Measured = None
+    """Validation FVU at which it may end early."""
+    predicted_fvu: Measured = None
+    """Validation FVU that a survey predicted."""
+    validation_fvu: Measured = None
+    """FVU on the validation rows that goals and predictions are about."""
+    n_eval_tokens: int
+    """Number of held-out positions its metrics are means over."""
+
+
+class SnapshotSummary(Metrics):
+    """The metrics of a leg at an earlier age."""
+
+    tokens: int
+    """Age of the snapshot, in tokens."""
+
+
+class LegSummary(Metrics, LegTokens, LegStanding, LegFacts):
+    """One leg of a run, with its metrics."""
+
+    snapshots: list[SnapshotSummary]
+    """Its snapshots, by age."""
+
+
+class ControlCost(Record):
+    """What the control legs took."""
+
+    sae_samples: int
+    """Number of activations they were trained on."""
+    flops: float
+    """Floating-point operations executed."""
+    seconds: Measured
+    """Time of their training steps, in seconds."""
+
+
+class SuiteCost(Record):
+    """What the suite took without its controls and without evaluation, beside all layers from scratch."""
+
+    lm_tokens: int
+    """Number of tokens the language model read."""
+    lm_tokens_held_out: int
+    """Number of validation tokens it read to measure goals."""
+    lm_tokens_unique: int
+    """Number of different tokens among `lm_tokens`."""
+    survey: SurveyCost | None
+    """What the survey took, on top of all else; null without one."""
+    sae_samples: int
+    """Number of activations that SAEs were trained or refitted on."""
+    flops: float
+    """Floating-point operations executed."""
+    flops_dense_equivalent: float
+    """The same with dense SAE steps, 12·D·F per token."""
+    flops_all_from_scratch: float
+    """Floating-point operations of all layers from scratch at `plan.root_tokens`, sharing one forward pass."""
+    seconds: Measured
+    """Wall-clock time, in seconds."""
+    seconds_lm: Measured
+    """Wall-clock time of the language model's forward passes, in seconds."""
+    seconds_all_from_scratch_estimate: Measured
+    """Estimated seconds of all layers from scratch: the time per token of the legs that were, plus `seconds_lm`."""
+    controls: ControlCost
+    """What the controls took."""
+
+
+class Summary(Document):
+    """`summary.json`, and `saerelay eval --json`: the quality of every leg, and the cost of the suite."""
+
+    SCHEMA: ClassVar = 2
+    MADE_BY: ClassVar = "`saerelay eval RUN`"
+
+    model: str
+    """Name of the language model."""
+    revision: str
+    """Resolved revision of the language model."""
+    data: str
+    """Where the text comes from."""
+    legs: list[LegSummary]
+    """All published legs, in the order of the plan."""
+    cost: SuiteCost
+    """What the suite took."""
+
+    def leg(self, leg_id: str) -> LegSummary:
+        """The leg with an id."""
+        return next(leg for leg in self.legs if leg.id == leg_id)
+
+    @property
+    def suite(self) -> list[LegSummary]:
+        """The one leg that stands for each site, by layer."""
+        legs = [leg for leg in self.legs if leg.in_suite]
+        return sorted(legs, key=lambda leg: (leg.layer, leg.module))
+
+    @property
+    def final_legs(self) -> list[LegSummary]:
+        """All legs that are neither controls nor continued by another, by layer; several per site if seeds differ."""
+        legs = [leg for leg in self.legs if leg.role != "control" and not leg.continued_by]
+        return sorted(legs, key=lambda leg: (leg.layer, leg.module, leg.id))
+
+    def controls_of(self, leg: LegSummary) -> list[LegSummary]:
+        """The controls of a leg."""
+        return [other for other in self.legs if other.control_of == leg.id]
+
+    def control(self, leg: LegSummary, kind: ControlKind) -> LegSummary | None:
+        """The control of a leg of one kind, if there is one."""
+        return next((other for other in self.controls_of(leg) if other.control_kind == kind), None)

@@ -1,0 +1,157 @@
+"""What training leaves behind: published dictionaries, the log, the cost, and the resume state."""
+
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
+
+from saerelay.document import Document, Measured, Record
+
+
+class DictionaryShape(Record):
+    """The size and kind of a dictionary."""
+
+    architecture: str
+    """`topk`, `batchtopk`, `jumprelu` or `relu`."""
+    k: int | None
+    """Number of active latents per token; null for architectures without one."""
+    d_model: int
+    """Width D of the activations it reads."""
+    n_latents: int
+    """Number of latents F."""
+
+
+class DictionarySite(Record):
+    """What a dictionary reads; only imported dictionaries say more than the layer, module and model."""
+
+    layer: int | None = None
+    """Layer it reads; null if an imported file did not say."""
+    module: str | None = None
+    """Kind of module it reads, such as `resid_post`."""
+    model: str = ""
+    """Name of the language model."""
+    revision: str = ""
+    """Resolved revision of the language model."""
+    module_path: str = ""
+    """Path of the module in the Hugging Face model, such as `gpt_neox.layers.3`."""
+    context: int | None = None
+    """Number of tokens in a training sequence."""
+    prepend_bos: bool | None = None
+    """Whether training sequences began with a BOS token."""
+    dataset: str = ""
+    """Name of the training data."""
+
+
+class DictionaryTraining(Record):
+    """How a dictionary was trained."""
+
+    leg: dict[str, Any] = {}
+    """The leg as it stands in plan.json: parent, method, learning rate, seed and budget."""
+    tokens: int = 0
+    """Number of tokens this leg was trained on."""
+    finished: bool = True
+    """Whether the leg reached its end; false for snapshots."""
+    failure: str | None = None
+    """Why the leg stopped early, or null."""
+    lr: Measured = None
+    """The highest learning rate it was trained with."""
+    n_dead: int | None = None
+    """Number of latents that did not fire on the last `dead_after_tokens` tokens."""
+    dead_after_tokens: int | None = None
+    """Number of tokens without firing after which a latent counts as dead."""
+    seconds: float = 0.0
+    """Time spent in this leg's training steps, in seconds."""
+    l0: Measured = None
+    """Mean number of active latents per token, on the first 8192 rows of the last block."""
+    validation_fvu: Measured = None
+    """FVU on the validation rows that goals are measured on; only for runs with goals."""
+
+
+class DictionaryInfo(DictionaryTraining, DictionarySite, DictionaryShape, Document):
+    """`dictionary.json`: what is known about one dictionary. Imported ones may hold further keys."""
+
+    SCHEMA: ClassVar = 2
+    MADE_BY: ClassVar = "`saerelay train`"
+    REMEDY: ClassVar = "train or import it again"
+    model_config = ConfigDict(extra="allow")
+
+    def to_data(self) -> dict[str, Any]:
+        """Only the keys that were given: an imported dictionary says nothing about its training."""
+        return {"schema": self.SCHEMA, **self.model_dump(mode="json", exclude_unset=True)}
+
+
+class TrainingLine(Record):
+    """One line of `metrics.jsonl`: averages of one leg since its previous line."""
+
+    cursor: int
+    """Number of token positions read so far by the whole run."""
+    leg: str
+    """Id of the leg."""
+    age: int
+    """Number of tokens this leg has been trained on."""
+    loss: Measured = None
+    """Training loss in normalised units, auxiliary terms included."""
+    fvu: Measured = None
+    """Fraction of variance unexplained, on training tokens."""
+    l0: Measured = None
+    """Mean number of active latents per token."""
+    n_dead: int | None = None
+    """Number of latents that did not fire for `dead_after_tokens`."""
+    learning_rate: Measured = None
+    """Learning rate of the optimizer."""
+    seconds: Measured = None
+    """Time spent in this leg's training steps since the run began, in seconds."""
+
+
+class PhaseSeconds(Record):
+    """Wall-clock time of a run, in seconds."""
+
+    total: float
+    """From the start to the end, without pauses between resumptions."""
+    lm: float
+    """Forward passes of the language model."""
+    fits: float = 0.0
+    """Maps between layers, folds and decoder refits."""
+    goals: float = 0.0
+    """Measuring goals on validation rows."""
+
+
+class ReadPositions(Record):
+    """Token positions that the language model read."""
+
+    read: int = 0
+    """Positions of the training split."""
+    left_out: int = 0
+    """Positions of these that no leg was trained on (BOS and outlier norms)."""
+    held_out: int = 0
+    """Positions of the validation split, read to measure goals."""
+
+
+class RunCost(Document):
+    """`cost.json`: the time a finished run took, and the positions it read."""
+
+    SCHEMA: ClassVar = 1
+    MADE_BY: ClassVar = "`saerelay train RECIPE --out RUN --resume`"
+
+    seconds: PhaseSeconds
+    """Wall-clock time by phase."""
+    positions: ReadPositions = ReadPositions()
+    """Token positions read."""
+
+
+class ResumeFacts(Record):
+    """What the resume state says about itself besides its tensors."""
+
+    cursor: int
+    """Number of token positions read."""
+    failures: dict[str, str]
+    """Why legs stopped early, by leg id."""
+    seconds: dict[str, float]
+    """Wall-clock time by phase, in seconds."""
+    positions: dict[str, int]
+    """Token positions read."""
+    live: list[str]
+    """Ids of the legs in training."""
+    moments: list[str]
+    """Ids of the legs whose moments are being gathered."""
+    machine: str
+    """Threads, instruction set and torch version, on which the bits depend."""

@@ -1,0 +1,148 @@
+"""Heat maps of every dictionary on every layer, and means by distance between layers."""
+
+from typing import TYPE_CHECKING, Any
+
+from saerelay.runs.documents.across_layers import Matrix, Measures
+from saerelay.runs.documents.quality import Summary
+from saerelay.views.figures.page import Theme, dress, facts_of, legend, offset_ticks, page, viridis
+from saerelay.views.labels import METHODS, METRICS, carried, metric_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Cells = dict[tuple[int, int], float | None]
+"""Values by source and target layer."""
+MOST_NUMBERED = 10
+"""Heat maps of up to this many layers have numbers in their cells."""
+_MARKERS = dict(zip(METHODS, ("o", "v", "s", "D", "^"), strict=True))
+
+
+def matrix_figure(
+    summary: Summary, matrix: Matrix, metric: str = "fvu", method: str = "affine", *, theme: Theme = "light"
+) -> "Figure":
+    """Heat map of one metric: the SAE that stands for each layer, on every layer's activations, carried by `method`."""
+    legs = {leg.id for leg in summary.suite}
+    cells: Cells = {}
+    for cell in matrix.cells:
+        wanted = "identity" if cell.source == cell.target else method
+        if cell.leg in legs and not cell.snapshot and cell.method == wanted:
+            cells[cell.source, cell.target] = getattr(cell, metric)
+    name, definition = METRICS[metric]
+    small = f"{definition}. SAEs {carried(method)}, not trained at the new layer."
+    title = f"{metric_name(metric)} across layers"
+    return heat_map(theme, facts_of(summary, matrix.n_tokens), title, small, cells, name)
+
+
+def similarity_figure(summary: Summary, measures: Measures, *, folded: bool = True, theme: Theme = "light") -> "Figure":
+    """Heat map of mean max cosine similarity of the legs that stand for the layers: folded, or raw as in the paper."""
+    cells: Cells = {(leg.layer, leg.layer): None for leg in summary.suite}
+    for row in measures.similarity:
+        if row.kind == "suite" and not row.snapshot:
+            cells[row.source_layer, row.target_layer] = row.mmcs_folded if folded else row.mmcs
+    small = "MMCS: mean over a SAE's alive latents of the largest cosine with a decoder row of the other's. "
+    if folded:
+        small += "Sources are carried through the affine map between the layers."
+    else:
+        small += "Raw decoder rows, as in Ghilardi et al. 2024, although the spaces of two layers are not comparable."
+    title = f"Mean max cosine similarity, {'folded' if folded else 'raw'}"
+    return heat_map(theme, facts_of(summary, measures.n_tokens), title, small, cells, "MMCS")
+
+
+def heat_map(theme: Theme, facts: str, title: str, definition: str, cells: Cells, label: str) -> "Figure":
+    """Layers × layers, with numbers if there is room; colours begin at 0 for scores, and may be logarithmic."""
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
+    sources = sorted({source for source, _ in cells})
+    targets = sorted({target for _, target in cells})
+    rows = [[cells.get((source, target)) for target in targets] for source in sources]
+    values = np.array(rows, dtype=float).reshape(len(sources), len(targets))
+    finite = values[np.isfinite(values)]
+    lowest = finite.min() if len(finite) else 0.0
+    high = finite.max() if len(finite) else 1.0
+    is_score = "score" in label or "explained" in label
+    low = max(lowest, 0.0) if is_score else lowest
+    logarithmic = not is_score and 0 < 30 * low < high
+    norm = LogNorm(low, high) if logarithmic else Normalize(low, max(high, low + 1e-9))
+
+    height = 2.9 * max(0.35, len(sources) / max(1, len(targets)))
+    with page(theme, facts, title, definition, height) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(values, cmap="viridis", norm=norm, aspect="equal")
+        if max(values.shape) <= MOST_NUMBERED:
+            _number_cells(axis, image, values)
+        dress(axis, theme, xlabel="on activations of layer", ylabel="SAE of layer", grid=False)
+        axis.spines[:].set_visible(False)
+        for set_ticks, layers in ((axis.set_xticks, targets), (axis.set_yticks, sources)):
+            step = -(-len(layers) // 16)
+            set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        extend = "min" if lowest < low else "neither"
+        bar = figure.colorbar(image, ax=axis, extend=extend, fraction=0.05, pad=0.02)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        dress(bar.ax, theme, ylabel=label, grid=False)
+    return figure
+
+
+def _number_cells(axis: "Axes", image: Any, values: Any) -> None:
+    """Write each value into its cell, white on dark colours and black on light ones."""
+    import numpy as np
+
+    digits = 3 if max(values.shape) <= 6 else 2
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = image.cmap(image.norm(value))
+        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        colour = "white" if is_dark else "black"
+        axis.text(j, i, short(value, digits), ha="center", va="center", fontsize=7, color=colour)
+
+
+def short(value: float, digits: int = 2) -> str:
+    """A number where there is little room: `digits` after the point below 1, and fewer above.
+
+    >>> [short(value) for value in (0.8349, 1.462, 24.0, 3543.0, -0.277, 1.0)], short(0.99462, 3)
+    (['0.83', '1.5', '24', '4k', '−0.28', '1.0'], '0.995')
+    """
+    sign = "−" if value < 0 else ""
+    size = abs(value)
+    if float(f"{size:.{digits}f}") < 1:
+        return f"{sign}{size:.{digits}f}"
+    if size < 9.95:
+        return f"{sign}{size:.{digits - 1}f}"
+    if size < 999.5:
+        return f"{sign}{size:.0f}"
+    return f"{sign}{size / 1000:.0f}k"
+
+
+def offsets_figure(summary: Summary, measures: Measures, metric: str = "fvu", *, theme: Theme = "light") -> "Figure":
+    """A metric of matrix.json by distance from home, averaged over layers: one line per method."""
+    import matplotlib as mpl
+
+    rows = [row for row in measures.offsets or () if row.metric == metric and row.tokens is None]
+    name, definition = METRICS[metric]
+    small = (
+        f"{definition}. Mean over pairs of layers; untrained; offset is the layer used on minus the layer trained at."
+    )
+    colours = [mpl.colormaps["viridis"](value) for value in viridis(theme, len(METHODS))]
+    facts = facts_of(summary, measures.n_matrix_tokens)
+    with page(theme, facts, f"{metric_name(metric)} by offset", small, 2.3) as figure:
+        axis = figure.subplots()
+        for (method, label), colour in zip(METHODS.items(), colours, strict=True):
+            means = {row.offset: row.mean for row in rows if row.method == method and row.mean is not None}
+            if means:
+                axis.plot(
+                    list(means),
+                    list(means.values()),
+                    marker=_MARKERS[method],
+                    markersize=3.5,
+                    color=colour,
+                    label=label,
+                )
+        means = [row.mean for row in rows if row.mean is not None]
+        if means and min(means) > 0 and max(means) > 20 * min(means):
+            axis.set_yscale("log")
+        dress(axis, theme, xlabel="offset (layers)", ylabel=name)
+        offset_ticks(axis, [row.offset for row in rows])
+        legend(axis)
+    return figure

@@ -1,0 +1,56 @@
+"""Held-out quality by layer."""
+
+from typing import TYPE_CHECKING
+
+from saerelay.runs.documents.quality import Summary
+from saerelay.spec import format_count
+from saerelay.views.figures.page import (
+    KINDS,
+    Point,
+    Theme,
+    draw_points,
+    dress,
+    facts_of,
+    kind_of,
+    layer_ticks,
+    legend,
+    page,
+    side_by_side,
+)
+from saerelay.views.labels import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def quality_figure(summary: Summary, *, theme: Theme = "light") -> "Figure":
+    """FVU and, with a language-model head, ΔCE by layer: the suite, and its from-scratch controls beside it."""
+    legs = summary.legs
+    x = side_by_side((leg.id, leg.layer) for leg in legs)
+    metrics = [name for name in ("fvu", "delta_ce") if any(getattr(leg, name) is not None for leg in legs)]
+    definition = ". ".join(METRICS[name][1] for name in metrics)
+    definition += ", ± standard error over sequences." if "delta_ce" in metrics else "."
+
+    labels = {}
+    for kind, style in KINDS.items():
+        tokens = [leg.tokens for leg in legs if kind_of(leg) == kind]
+        if tokens:
+            labels[kind] = f"{style.label}, {format_count(max(tokens))} tokens"
+
+    height = 0.55 + 1.55 * len(metrics)
+    with page(theme, facts_of(summary), "Held-out quality by layer", definition, height) as figure:
+        axes = figure.subplots(len(metrics), 1, squeeze=False, sharex=True)[:, 0]
+        for axis, name in zip(axes, metrics, strict=True):
+            points = []
+            for leg in legs:
+                value = getattr(leg, name)
+                if value is not None:
+                    error = leg.delta_ce_se if name == "delta_ce" else None
+                    points.append(Point(kind_of(leg), x[leg.id], value, error))
+            draw_points(axis, theme, points, labels)
+            dress(axis, theme, ylabel=METRICS[name][0])
+            axis.margins(y=0.1)
+            axis.set_ylim(bottom=0)
+        layer_ticks(axes[-1], [leg.layer for leg in legs])
+        legend(axes[0], columns=1)
+    return figure

@@ -1,0 +1,118 @@
+"""What a transfer keeps and brings: transferability, transfer scores, direct logit attribution."""
+
+from typing import TYPE_CHECKING
+
+from saerelay.runs.documents.across_layers import Measures, Transferability, TransferScore
+from saerelay.runs.documents.quality import Summary
+from saerelay.views.figures.page import (
+    COLOURS,
+    KINDS,
+    Point,
+    Theme,
+    draw_points,
+    dress,
+    facts_of,
+    ideal_line,
+    kind_of,
+    layer_ticks,
+    legend,
+    page,
+    side_by_side,
+)
+from saerelay.views.labels import METRICS, ORIGINS, SCRATCH_KINDS, carried
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _direction(row: Transferability | TransferScore) -> str:
+    """Whether a leg was transferred from "below" or "above"."""
+    return "below" if row.parent_layer < row.layer else "above"
+
+
+def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme = "light") -> "Figure":
+    """Feature transferability of each transferred leg by layer, beside the means that the paper reports."""
+    rows = [row for row in measures.transferability or () if not row.snapshot and row.transferability is not None]
+    several_per_layer = len(rows) > len({row.layer for row in rows})
+    width = 0.36 if several_per_layer else 0.7
+    x = side_by_side([(row.leg, row.layer) for row in rows], 0.38)
+    small = (
+        "Transferability of a latent: top 10 logits, bottom 10 logits and 10 tokens of highest activation, shared with "
+        "the latent of the same index in the SAE it was transferred from, over 30; mean over latents alive in both."
+    )
+    facts = facts_of(summary, measures.n_tokens)
+    with page(theme, facts, "Feature transferability by layer", small, 2.3) as figure:
+        axis = figure.subplots()
+        for kind in ("below", "above"):
+            from_side = [row for row in rows if _direction(row) == kind]
+            if from_side:
+                heights = [100 * (row.transferability or 0) for row in from_side]
+                bars = [x[row.leg] for row in from_side]
+                axis.bar(bars, heights, width=width, color=COLOURS[theme][kind], label=KINDS[kind].label)
+        for mean, direction, dashes in ((30.3, "forward", (4, 2)), (28.8, "backward", (1, 1.5))):
+            label = f"paper, {direction}: {mean} %"
+            ideal_line(axis, theme, mean, linewidth=0.7, linestyle=(0, dashes), label=label)
+        dress(axis, theme, ylabel="transferability (%)")
+        axis.set_ylim(0, 105)
+        layer_ticks(axis, [leg.layer for leg in summary.legs])
+        legend(axis, columns=1)
+    return figure
+
+
+def transfer_score_figure(
+    summary: Summary, measures: Measures, metric: str = "fvu", method: str = "identity", *, theme: Theme = "light"
+) -> "Figure":
+    """Normalised transfer score of each transferred leg by layer, against each leg from scratch at its site."""
+    rows = []
+    for row in measures.transfer_scores or ():
+        if not row.snapshot and row.method == method and getattr(row, metric) is not None:
+            rows.append(row)
+    x = side_by_side([(f"{row.leg} {row.scratch}", row.layer) for row in rows])
+    name, definition = METRICS[metric]
+    small = (
+        f"Score: (transferred − zero-shot) / (from scratch − zero-shot) of {name}; zero-shot is the parent "
+        f"{carried(method)}, untrained. 0 is as good as zero-shot, 1 as good as from scratch. {definition}."
+    )
+    facts = facts_of(summary, measures.n_matrix_tokens)
+    with page(theme, facts, f"Normalised transfer score ({name})", small, 2.3) as figure:
+        axis = figure.subplots()
+        for kind, trained_on in SCRATCH_KINDS.items():
+            for direction in ("below", "above"):
+                series = [row for row in rows if row.scratch_kind == kind and _direction(row) == direction]
+                if series:
+                    axis.plot(
+                        [x[f"{row.leg} {row.scratch}"] for row in series],
+                        [getattr(row, metric) for row in series],
+                        KINDS[direction].marker,
+                        markersize=4.5,
+                        color=COLOURS[theme][kind],
+                        label=f"{ORIGINS[f'from {direction}']}, against scratch on {trained_on}",
+                    )
+        ideal_line(axis, theme, 1)
+        dress(axis, theme, ylabel="normalised transfer score")
+        axis.margins(y=0.15)
+        layer_ticks(axis, [leg.layer for leg in summary.legs])
+        legend(axis, columns=1)
+    return figure
+
+
+def attribution_figure(summary: Summary, measures: Measures, *, theme: Theme = "light") -> "Figure":
+    """Direct logit attribution by layer: mean over prompts of the largest effect of a latent."""
+    dla = measures.dla
+    rows = [row for row in dla.legs if not row.snapshot and row.mean is not None] if dla else []
+    x = side_by_side([(row.leg, row.layer) for row in rows])
+    points = [Point(kind_of(summary.leg(row.leg)), x[row.leg], row.mean or 0, row.standard_error) for row in rows]
+    n_prompts = dla.n_prompts if dla else 0
+    small = (
+        "Attribution of a latent: activation at the last position times decoder row · (unembedding of the right − of "
+        f"the wrong token), before the final norm's division; largest over latents, mean over {n_prompts} prompts, "
+        f"± standard error. Prompts: {dla.prompts if dla else 'none'}."
+    )
+    facts = facts_of(summary, measures.n_tokens)
+    with page(theme, facts, "Direct logit attribution by layer", small, 2.3) as figure:
+        axis = figure.subplots()
+        draw_points(axis, theme, points)
+        dress(axis, theme, ylabel="attribution")
+        layer_ticks(axis, [leg.layer for leg in summary.legs])
+        legend(axis, columns=1)
+    return figure

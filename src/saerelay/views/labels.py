@@ -1,0 +1,107 @@
+"""Every word that people read for metrics, methods, statuses, origins and roles, in one place.
+
+Tables, figures, the report and the model card use these; the report's data files carry them to its scripts (`for_js`).
+"""
+
+from typing import Any
+
+from saerelay.runs.documents.latents import STATUSES
+
+_FVU = "E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not broken between lines
+
+METRICS = {
+    "fvu": ("FVU", f"FVU: {_FVU}, lower is better"),
+    "explained_variance": ("explained variance", "Explained variance: 1 − FVU, higher is better"),
+    "l0": ("L0", "L0: mean number of active latents per token"),
+    "ce_loss_score": (
+        "CE score",
+        "CE score: (CE zero-ablated − CE with SAE) / (CE zero-ablated − CE clean), 1 is best; it saturates",
+    ),
+    "delta_ce": (
+        "ΔCE (nats per token)",
+        "ΔCE: cross-entropy with the SAE in place minus the clean one, lower is better",
+    ),
+    "kl_div_with_sae": ("KL (nats per token)", "KL: KL(clean ‖ with SAE) over the vocabulary, lower is better"),
+    "kl_div_score": ("KL score", "KL score: (KL zero-ablated − KL with SAE) / KL zero-ablated, higher is better"),
+}
+"""Name for an axis or a column, and definition."""
+
+METHODS = {
+    "identity": "plain copy",
+    "rescale": "rescaled",
+    "procrustes": "rotated (Procrustes)",
+    "affine": "affine map",
+    "affine+refit": "affine map, decoder refitted",
+}
+"""How a dictionary is carried to another layer."""
+
+FATES = STATUSES
+"""What became of a latent from one leg to another, by its letter in lineage.json."""
+
+ORIGINS = {
+    "scratch": "from scratch",
+    "from below": "from a lower layer",
+    "from above": "from a higher layer",
+    "same layer": "from the same layer",
+    "forward": "from a lower layer",
+    "backward": "from a higher layer",
+}
+"""Where a leg's latents come from; "forward" and "backward" are the paper's words, which judging uses."""
+
+ROLES = {
+    "root": "from scratch (root)",
+    "transfer": "transferred",
+    "equal_tokens": "control: from scratch, equal tokens",
+    "full": "control: from scratch, full budget",
+}
+"""What a leg is for; of controls, their kind."""
+
+SCRATCH_KINDS = {"root": "a root's tokens", "equal_tokens": "equal tokens", "full": "the full budget"}
+"""What a leg from scratch, that a transferred one is compared with, was trained on."""
+
+ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
+
+TITLES = {"hop": "from parent to child", "depth": "from layer to layer", "control": "beside from-scratch controls"}
+"""Kinds of links of a lineage."""
+
+
+CURVES = {
+    "fvu": ("FVU", f"FVU on the training tokens of each block: {_FVU}, lower is better"),
+    "loss": ("loss", "Training loss in normalised units, including auxiliary terms"),
+    "l0": ("L0", "L0: mean number of active latents per token"),
+    "n_dead": ("dead latents", "Dead latents: those that have not fired for longer than the leg's dead_after_tokens"),
+    "learning_rate": ("learning rate", "The optimiser's learning rate"),
+}
+"""Columns of the training log: a name for an axis, and definition."""
+
+
+def metric_name(metric: str) -> str:
+    """The short name of a metric, without its unit.
+
+    >>> metric_name("delta_ce")
+    'ΔCE'
+    """
+    return METRICS[metric][0].split(" (")[0]
+
+
+def carried(method: str) -> str:
+    """How dictionaries came to another layer, as part of a sentence.
+
+    >>> carried("identity"), carried("affine")
+    ('copied without change', 'carried by affine map')
+    """
+    if method == "identity":
+        return "copied without change"
+    return f"carried by {METHODS.get(method, method)}"
+
+
+def for_js() -> dict[str, Any]:
+    """The labels as the report's scripts read them."""
+    return {
+        "metrics": METRICS,
+        "methods": METHODS,
+        "fates": FATES,
+        "origins": ORIGINS,
+        "roles": ROLES,
+        "curves": CURVES,
+    }

@@ -1,0 +1,205 @@
+"""The tables of the report's first page: prices, quality by layer, and the plan as a tree."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from saerelay.planning.plan import Leg, Plan
+from saerelay.runs.documents.quality import LegSummary, Summary
+from saerelay.runs.suite import method_of
+from saerelay.spec import format_count
+from saerelay.views.text import duration, flops, is_number
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One price of the suite, beside that of all layers from scratch."""
+
+    name: str
+    what: str
+    """What is counted, such as "wall-clock"."""
+    ratio: str
+    less: bool
+    """Whether the suite is the cheaper one."""
+    ours: str
+    theirs: str
+    share: float
+    """The suite's price in percent of the other, at most 100."""
+
+
+def tiles(summary: Summary) -> list[Tile]:
+    """The three prices of the suite: time, compute, samples."""
+    cost = summary.cost
+    survey = cost.survey
+    root_tokens = max((leg.tokens for leg in summary.legs if not leg.parent), default=0)
+    n_sites = len({(leg.layer, leg.module) for leg in summary.final_legs})
+
+    tiles = []
+    if is_number(cost.seconds) and is_number(cost.seconds_all_from_scratch_estimate):
+        seconds = cost.seconds + (survey.seconds if survey else 0.0)
+        theirs = cost.seconds_all_from_scratch_estimate
+        tiles.append(_tile("Time", "wall-clock", seconds, theirs, write=duration))
+    operations = cost.flops + (survey.flops if survey else 0.0)
+    tiles.append(_tile("Compute", "operations executed", operations, cost.flops_all_from_scratch, write=flops))
+    samples = cost.sae_samples + (survey.sae_samples if survey else 0)
+    if root_tokens:
+        counted = "activations seen by SAEs"
+        tiles.append(_tile("Samples", counted, samples, n_sites * root_tokens, write=format_count))
+    return tiles
+
+
+def _tile(name: str, counted: str, ours: float, theirs: float, *, write: Callable[..., str]) -> Tile:
+    return Tile(
+        name=name,
+        what=counted,
+        ratio=f"{max(theirs / ours, ours / theirs):.1f}",
+        less=theirs >= ours,
+        ours=write(ours),
+        theirs=write(theirs),
+        share=round(100 * min(1.0, ours / theirs), 1),
+    )
+
+
+# --- quality by layer -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A leg's value on a scale from 0 to 100, with its error bar."""
+
+    kind: Literal["root", "transfer", "equal_tokens", "full"]
+    x: float
+    low: float
+    high: float
+    value: float
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """A leg of the suite, with its controls below it."""
+
+    leg: LegSummary
+    tokens: str
+    ratio: float | None
+    """Its FVU over that of its control with the full budget."""
+    fvu_marks: list[Mark]
+    delta_ce_marks: list[Mark]
+    controls: list["ControlRow"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """A control of a leg."""
+
+    leg: LegSummary
+    tokens: str
+
+
+def quality_rows(summary: Summary) -> list[QualityRow]:
+    """A row for each final leg, with its marks and those of its controls."""
+    fvus = [leg.fvu for leg in summary.legs if is_number(leg.fvu)]
+    delta_ces = [leg.delta_ce + (leg.delta_ce_se or 0) for leg in summary.legs if is_number(leg.delta_ce)]
+    fvu_scale = 1.05 * max(fvus, default=1.0)
+    delta_ce_scale = 1.05 * max(delta_ces, default=1.0)
+
+    rows = []
+    for leg in summary.final_legs:
+        full = summary.control(leg, "full")
+        equal = summary.control(leg, "equal_tokens")
+        controls = [control for control in (equal, full) if control]
+        rows.append(
+            QualityRow(
+                leg=leg,
+                tokens=format_count(leg.tokens),
+                ratio=fvu_ratio(leg, full),
+                fvu_marks=[_mark(row, row.fvu, None, fvu_scale) for row in (leg, *controls) if is_number(row.fvu)],
+                delta_ce_marks=[
+                    _mark(row, row.delta_ce, row.delta_ce_se, delta_ce_scale)
+                    for row in (leg, *controls)
+                    if is_number(row.delta_ce)
+                ],
+                controls=[ControlRow(control, format_count(control.tokens)) for control in controls],
+            )
+        )
+    return rows
+
+
+def fvu_ratio(leg: LegSummary, control: LegSummary | None) -> float | None:
+    """A leg's FVU over that of a control; None without one."""
+    if control is None or not is_number(leg.fvu) or not is_number(control.fvu) or control.fvu == 0:
+        return None
+    return leg.fvu / control.fvu
+
+
+def _mark(leg: LegSummary, value: float | None, error: float | None, scale: float) -> Mark:
+    kind = leg.control_kind or ("transfer" if leg.parent else "root")
+    centre = value or 0.0
+    reach = error or 0.0
+    return Mark(
+        kind=kind,
+        x=round(100 * centre / scale, 2),
+        low=round(100 * (centre - reach) / scale, 2),
+        high=round(100 * (centre + reach) / scale, 2),
+        value=centre,
+    )
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A leg of the plan, with its life on the axis of tokens in percent."""
+
+    id: str
+    depth: int
+    layer: int
+    role: str
+    control_kind: str
+    parent: str
+    """The directory of a parent outside the plan; "" for one inside, which is the row above."""
+    how: str
+    tokens: str
+    moments: str
+    lr: str
+    start: float
+    fold: float
+    end: float
+
+
+def plan_rows(plan: Plan) -> list[PlanRow]:
+    """The legs as a tree, parents first."""
+    ids = {leg.id for leg in plan.legs}
+    tops = [leg for leg in plan.legs if leg.parent not in ids]
+    tops.sort(key=lambda leg: (leg.role == "control", leg.layer))
+    rows = []
+    for leg in tops:
+        rows += _branch(plan, leg, depth=0)
+    return rows
+
+
+def _branch(plan: Plan, leg: Leg, depth: int) -> list[PlanRow]:
+    """A leg and all that descend from it."""
+    rows = [_plan_row(plan, leg, depth)]
+    children = [other for other in plan.legs if other.parent == leg.id]
+    for child in sorted(children, key=lambda child: child.layer):
+        rows += _branch(plan, child, depth + 1)
+    return rows
+
+
+def _plan_row(plan: Plan, leg: Leg, depth: int) -> PlanRow:
+    return PlanRow(
+        id=leg.id,
+        depth=depth,
+        layer=leg.layer,
+        role=leg.role,
+        control_kind=leg.control_kind,
+        parent="" if plan.has(leg.parent) else leg.parent,
+        how=method_of(leg) or "from scratch",
+        tokens=format_count(leg.budget_tokens),
+        moments=format_count(leg.moment_tokens) if leg.moment_tokens else "",
+        lr=f"{leg.lr:.1e}",
+        start=round(100 * leg.start / plan.n_tokens, 2),
+        fold=round(100 * leg.fold_at / plan.n_tokens, 2),
+        end=round(100 * leg.end / plan.n_tokens, 2),
+    )

@@ -1,0 +1,115 @@
+"""A plan before it runs: its legs, what it takes, and what a survey found."""
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from saerelay.planning.choose import Choice
+from saerelay.planning.cost import Cost
+from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.survey import Survey, SurveyedHop
+from saerelay.runs.suite import method_of
+from saerelay.spec import format_count
+from saerelay.views.text import duration, flops
+
+
+def survey_table(survey: Survey) -> Table:
+    """One row per layer: what was measured of it, and of the hops to it from its neighbours."""
+    table = Table(box=None, pad_edge=False, title="survey", title_justify="left")
+    columns = ("layer", "norm", "pilot FVU", "R² from below", "above", "angle", "above ", "FVU after hop", "above  ")
+    for name in columns:
+        table.add_column(name, justify="right")
+    layers = [layer.layer for layer in survey.layers]
+    hops = {(hop.source, hop.target): hop for hop in survey.hops}
+    for i, layer in enumerate(survey.layers):
+        below = hops.get((layers[i - 1], layer.layer)) if i > 0 else None
+        above = hops.get((layers[i + 1], layer.layer)) if i + 1 < len(layers) else None
+        row = [f"{layer.layer}", f"{layer.rms_norm:.4g}", f"{layer.fvu:.4f}"]
+        for name in ("r2", "angle", "fvu"):
+            row += [_hop_number(below, name), _hop_number(above, name)]
+        table.add_row(*row)
+    return table
+
+
+def _hop_number(hop: SurveyedHop | None, name: str) -> str:
+    return "-" if hop is None else f"{getattr(hop, name):.4f}"
+
+
+def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
+    """What a choice rests on, and what it is predicted to take."""
+    cost = survey.cost
+    long_layers = ", ".join(str(layer) for layer in sorted({survey.hub, *survey.ends}))
+    return [
+        Text(
+            f"Predicted: FVU at every layer is at most {choice.ratio:.3f} times that of training from scratch on "
+            f"root_tokens, on validation rows. Basis: pilots of {format_count(survey.pilot_tokens)} tokens at all "
+            f"layers and of {format_count(survey.long_tokens)} at layers {long_layers}, and hops of the pilots without "
+            "training."
+        ),
+        Text(
+            f"The survey took {duration(cost.seconds)}, {flops(cost.flops)}, {format_count(cost.sae_samples)} "
+            f"activations and {format_count(cost.lm_tokens)} tokens of the language model; the costs below come on "
+            f"top. The bound, the language model alone: {flops(choice.cost.lm_flops)}, {duration(choice.seconds_lm)}."
+        ),
+    ]
+
+
+def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
+    """One row per leg: what is trained where, from which parent, when, on how many tokens.
+
+    With `reference`, the FVU that each layer would have from scratch, predictions stand beside it.
+    """
+    table = Table(box=None, pad_edge=False)
+    for name in ("leg", "role", "from", "method"):
+        table.add_column(name)
+    numbers = ("starts at", "tokens", "latents", "lr") + (("FVU", "ratio") if reference else ())
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for leg in plan.legs:
+        row = [
+            leg.id,
+            _role(leg),
+            escape(leg.parent) or "scratch",
+            method_of(leg),
+            format_count(leg.fold_at),
+            format_count(leg.budget_tokens),
+            str(leg.dictionary.n_latents),
+            f"{leg.lr:.1e}",
+        ]
+        if reference and leg.predicted_fvu:
+            row += [f"{leg.predicted_fvu:.4f}", f"{leg.predicted_fvu / reference[leg.layer]:.3f}"]
+        table.add_row(*row)
+    return table
+
+
+def _role(leg: Leg) -> str:
+    if leg.role != "control":
+        return leg.role
+    return f"control ({leg.control_kind.replace('_', ' ')})"
+
+
+def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Table:
+    """What a plan takes."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("language model reads", f"{format_count(cost.lm_tokens)} tokens")
+    table.add_row("SAEs train on", f"{format_count(cost.sae_samples)} activations, over {len(plan.legs)} legs")
+    table.add_row(
+        "operations",
+        f"{flops(cost.flops)} executed ({flops(cost.flops_dense_equivalent)} if dense); "
+        f"all layers from scratch: {flops(cost.flops_all_from_scratch)}",
+    )
+    if seconds:
+        table.add_row(
+            "time",
+            f"{duration(seconds['total'])} on this machine (language model {duration(seconds['lm'])}, "
+            f"SAE steps {duration(seconds['steps'])}; extrapolated from a few steps)",
+        )
+    table.add_row("memory", f"{cost.memory_bytes / 2**30:.2f} GiB of weights, training state and activations")
+    table.add_row("disk", f"{cost.disk_bytes / 2**30:.2f} GiB")
+    if cost.cache_bytes:
+        table.add_row(
+            "cache",
+            f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.recipe.data.cache)} "
+            "(less what is cached already, and what is read again)",
+        )
+    return table

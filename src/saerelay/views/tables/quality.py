@@ -1,0 +1,76 @@
+"""The quality and the cost of a suite."""
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
+from saerelay.spec import format_count
+from saerelay.views.labels import ROLES
+from saerelay.views.text import decimal, duration, flops, is_number, percent, with_error
+
+
+def quality_table(summary: Summary) -> Table:
+    """A row for each leg, with its controls and snapshots below it, layer by layer."""
+    title = f"{escape(summary.model)}: held-out quality of every leg"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    predicted = any(leg.predicted_fvu is not None for leg in summary.legs)
+    for name in ("layer", "SAE"):
+        table.add_column(name)
+    numbers = ["tokens", "L0", "FVU", "ΔCE (nats)", "CE score", "alive"]
+    if predicted:
+        numbers += ["predicted", "validation"]
+    for name in numbers:
+        table.add_column(name, justify="right")
+
+    legs = [leg for leg in summary.legs if leg.role != "control"]
+    for leg in sorted(legs, key=lambda leg: (leg.layer, leg.module)):
+        table.add_row(str(leg.layer), escape(leg.made), *_metrics(leg), *_predictions(leg, predicted), style="bold")
+        for control in summary.controls_of(leg):
+            name = ROLES[control.control_kind or "full"]
+            row = ("", f"  {name}", *_metrics(control), *_predictions(control, predicted))
+            table.add_row(*row, style="dim")
+        for snapshot in leg.snapshots:
+            table.add_row("", "  snapshot, mid-run", *_metrics(snapshot), style="dim")
+    return table
+
+
+def _metrics(leg: LegSummary | SnapshotSummary) -> list[str]:
+    return [
+        format_count(leg.tokens),
+        decimal(leg.l0, 1),
+        decimal(leg.fvu, 4),
+        with_error(leg.delta_ce, leg.delta_ce_se, 4),
+        decimal(leg.ce_loss_score, 4),
+        percent(leg.frac_alive),
+    ]
+
+
+def _predictions(leg: LegSummary, predicted: bool) -> list[str]:
+    if not predicted:
+        return []
+    return [decimal(leg.predicted_fvu, 4), decimal(leg.validation_fvu, 4)]
+
+
+def cost_lines(summary: Summary) -> list[Text]:
+    """What the suite cost, beside the same layers all from scratch."""
+    cost = summary.cost
+    n_layers = len({(leg.layer, leg.module) for leg in summary.legs})
+    scratch = _seconds(cost.seconds_all_from_scratch_estimate)
+    lines = [
+        f"This suite: {_seconds(cost.seconds)}, {flops(cost.flops)}, "
+        f"{format_count(cost.sae_samples)} activations seen by SAEs, "
+        f"{format_count(cost.lm_tokens)} tokens read by the language model.",
+        f"All {n_layers} layers from scratch at the full budget: {scratch} (extrapolated from the from-scratch SAEs "
+        f"above), {flops(cost.flops_all_from_scratch)}.",
+    ]
+    if cost.controls.seconds:
+        lines.append(f"Controls took another {_seconds(cost.controls.seconds)}, not counted above; nor is evaluation.")
+    lines.append(
+        "ΔCE: rise of the model's loss with the SAE in place, ± standard error over sequences. FVU: lower is better."
+    )
+    return [Text(line) for line in lines]
+
+
+def _seconds(value: float | None) -> str:
+    return duration(value) if is_number(value) else "unknown time"

@@ -1,0 +1,129 @@
+"""`saerelay interpret`: what it will cost, whether to go on, and then the questions."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.prompt import Confirm
+
+from saerelay.analysis.endpoint.address import Endpoint
+from saerelay.analysis.endpoint.asker import Asker
+from saerelay.analysis.interpret.study import Study, estimate, example_prompts, interpret, prepare
+from saerelay.analysis.session import Session
+from saerelay.errors import EndpointError
+from saerelay.runs.documents.interpretation import AskedModel, Estimate, InterpretationSummary
+from saerelay.runs.suite import PublishedSuite
+from saerelay.views.tables.interpretation import estimate_text, prompts_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many requests are sent at a time, what tokens cost, and how much may be spent."""
+
+    concurrency: int = 8
+    price_in: float = 0.0
+    """USD per million tokens of input."""
+    price_out: float = 0.0
+    """USD per million tokens of output."""
+    max_cost: float | None = None
+    """USD; None for no limit."""
+
+    def __post_init__(self) -> None:
+        if self.max_cost is not None and not any(self.prices):
+            raise EndpointError("--max-cost needs --price-in and --price-out, in USD per million tokens")
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """USD per million tokens in and out."""
+        return self.price_in, self.price_out
+
+    @property
+    def limit(self) -> float:
+        """USD."""
+        return float("inf") if self.max_cost is None else self.max_cost
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What would be asked."""
+
+    expected: Estimate
+    prompts: dict[str, list[dict[str, str]]]
+    """Messages of one question of each kind."""
+    asked: AskedModel
+    prices: tuple[float, float]
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {"estimate": self.expected.model_dump(), "prompts": self.prompts}
+
+    def show(self, console: Console) -> None:
+        """Print it, safe for a terminal."""
+        console.print(estimate_text(self.expected, self.asked, self.prices), prompts_text(self.prompts))
+
+
+def prepare_study(
+    suite: PublishedSuite,
+    *,
+    legs: Sequence[str],
+    n: int,
+    latents: Sequence[int],
+    seed: int,
+    console: Console | None = None,
+) -> Study:
+    """Draw what is asked about; sends nothing. See `study.prepare`."""
+    return prepare(Session(suite, console=console), legs=legs, n=n, latents=latents, seed=seed)
+
+
+def dry_run(study: Study, endpoint: Endpoint, budget: Budget) -> DryRun:
+    """Estimate what a study will take, and show a question of each kind; sends nothing."""
+    with _asker(study, endpoint, budget) as asker:
+        expected = estimate(study, asker)
+    return DryRun(expected, example_prompts(study, endpoint), _asked(endpoint), budget.prices)
+
+
+def interpret_run(
+    study: Study, endpoint: Endpoint, budget: Budget, *, yes: bool, resume_command: str, console: Console
+) -> InterpretationSummary | None:
+    """Show what a study will take, ask whether to go on unless `yes`, and run it; None if the answer is no.
+
+    Raises EndpointError if it may cost more than allowed, or if there is nobody to ask.
+    """
+    with _asker(study, endpoint, budget) as asker:
+        expected = estimate(study, asker)
+        console.print(estimate_text(expected, _asked(endpoint), budget.prices))
+        check_cost(expected, budget)
+        if expected.n_requests and not yes:
+            if not sys.stdin.isatty():
+                raise EndpointError("nothing is sent without --yes where there is no terminal to ask for confirmation")
+            if not Confirm.ask(f"Send {expected.n_requests} requests?", console=console, default=False):
+                return None
+        return interpret(study, asker, resume_command=resume_command, console=console)
+
+
+def check_cost(expected: Estimate, budget: Budget) -> None:
+    """Raise EndpointError if a study may cost more than allowed."""
+    if budget.max_cost is None:
+        return
+    if expected.cost is None:
+        raise EndpointError("--max-cost needs a bound on the length of answers; --body takes it away")
+    if expected.cost > budget.max_cost:
+        raise EndpointError(
+            f"this may cost ${expected.cost:.2f}, more than --max-cost {budget.max_cost:g}; lower --n, or raise it"
+        )
+
+
+def _asker(study: Study, endpoint: Endpoint, budget: Budget) -> Asker:
+    return Asker(
+        endpoint,
+        study.suite.directory.answers,
+        concurrency=budget.concurrency,
+        prices=budget.prices,
+        max_cost=budget.limit,
+    )
+
+
+def _asked(endpoint: Endpoint) -> AskedModel:
+    return AskedModel(model=endpoint.model, endpoint=endpoint.url, body=endpoint.body)

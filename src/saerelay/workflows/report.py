@@ -1,0 +1,92 @@
+"""`saerelay report`: measure what is missing or out of date, and write the page."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from saerelay.analysis.evaluate import evaluate
+from saerelay.analysis.lineage import make_lineage
+from saerelay.analysis.matrix import current_matrix, matrix, matrix_again
+from saerelay.analysis.measures import current_measures, measures, measures_again
+from saerelay.analysis.session import Session
+from saerelay.lm.model import LanguageModel
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.across_layers import Matrix, Measures
+from saerelay.runs.documents.circuits import Circuits
+from saerelay.runs.documents.interpretation import Interpretation
+from saerelay.runs.documents.judging import Scores
+from saerelay.runs.documents.latents import LineageDocument
+from saerelay.runs.documents.quality import Summary
+from saerelay.runs.documents.training import TrainingLine
+from saerelay.runs.features import load_features
+from saerelay.runs.suite import PublishedSuite
+from saerelay.views.report import check_replaceable, write_report
+from saerelay.views.report.sources import ReportSources
+
+MATRIX_TOKENS = 4_096
+"""Held-out tokens of a matrix that is made for a report; `saerelay matrix` takes more."""
+
+
+def report_run(
+    suite: PublishedSuite, model: LanguageModel | None = None, *, quick: bool = False, console: Console | None = None
+) -> Path:
+    """Make the report of a run, and first whatever of its measurements is missing or out of date; its index.html.
+
+    `quick` leaves out the matrix and the measures, whose cost grows with the square of the layers, unless they are
+    current. An earlier report is replaced. Raises RunDirectoryError if no leg is finished, or if report/ holds
+    something else. `model` is the run's language model, if it is at hand.
+    """
+    check_replaceable(suite.directory.report)
+    session = Session(suite, model=model, console=console)
+    summary = evaluate(session)
+    make_lineage(session, features=True)
+    if quick:
+        known_matrix = current_matrix(session)
+        known_measures = current_measures(session, known_matrix)
+    else:
+        known_matrix = matrix_again(session) or matrix(session, tokens=MATRIX_TOKENS)
+        known_measures = measures_again(session) or measures(session)
+    with session.display.status("writing the report"):
+        sources = report_sources(session, summary, known_matrix, known_measures)
+        return write_report(sources, suite.directory.report)
+
+
+def report_sources(
+    session: Session, summary: Summary, known_matrix: Matrix | None, known_measures: Measures | None
+) -> ReportSources:
+    """What a report shows of a run whose features and lineage are current."""
+    suite = session.suite
+    paths = suite.directory
+    return ReportSources(
+        run=paths.root.resolve().name,
+        plan=suite.plan,
+        summary=summary,
+        lineage=LineageDocument.load(paths.lineage),
+        training=training_lines(paths.metrics),
+        features=lambda leg_id: load_features(paths, leg_id),
+        test=session.corpus.test,
+        token_text=session.token_text,
+        matrix=known_matrix,
+        measures=known_measures,
+        circuits=circuits_of(paths),
+        interpretations=interpretations_of(suite),
+        judging=Scores.load_if_any(paths.judging / "scores.json"),
+    )
+
+
+def training_lines(path: Path) -> list[TrainingLine]:
+    """The training log, line by line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [TrainingLine.model_validate_json(line) for line in lines]
+
+
+def circuits_of(paths: RunDirectory) -> list[Circuits]:
+    """The circuits that were found in a run, task by task."""
+    documents = [Circuits.load_if_any(path) for path in sorted((paths.root / "circuits").glob("*.json"))]
+    return [document for document in documents if document is not None]
+
+
+def interpretations_of(suite: PublishedSuite) -> list[Interpretation]:
+    """The interpretations of a run's legs."""
+    documents = [Interpretation.load_if_any(suite.directory.interpretation(leg.id)) for leg in suite.legs]
+    return [document for document in documents if document is not None]

@@ -1,0 +1,94 @@
+"""What was measured of a run is out of date once the run is extended: it is measured again, or left out."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import saerelay as sr
+from saerelay.analysis import matrix as matrix_module
+from saerelay.runs.documents.across_layers import Matrix, Measures
+from saerelay.workflows.report import report_run
+
+OLD, NEW = "L1-from-L0", "L1-from-L0+4.03k"
+
+
+@pytest.fixture(scope="module")
+def extended(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two layers, measured, and then extended: the leg at layer 1 was continued."""
+    root = tmp_path_factory.mktemp("extend")
+    steps = np.random.default_rng(0).integers(1, 4, size=60_000).cumsum() % 100 + 1
+    np.save(root / "tokens.npy", steps.astype(np.uint16))
+
+    def recipe(tokens: str) -> sr.Run:
+        sections: dict[str, Any] = {
+            "model": {"name": str(tiny_model), "dtype": "float32", "device": "cpu"},
+            "sites": {"layers": [0, 1]},
+            "data": {"tokens": str(root / "tokens.npy"), "context": 16, "block_tokens": 1024},
+            "dictionary": {"n_latents": 64, "k": 4},
+            "plan": {"preset": "forward", "root_tokens": "4k", "transfer_tokens": tokens, "moment_tokens": "1k"},
+            "train": {"batch_tokens": 64},
+            "evaluate": {"tokens": "1k"},
+        }
+        return sr.Run.parse(sections, source="test")
+
+    suite = sr.train_run(recipe("2k"), root / "run")
+    suite.matrix(methods=["affine", "identity"], tokens=512)
+    suite.measures()
+    longer = sr.train_run(recipe("4k"), root / "run", extend=True)
+    assert [leg.id for leg in longer.final_legs] == ["L0", NEW]
+    return root / "run"
+
+
+@pytest.fixture
+def run(extended: Path, tmp_path: Path) -> Path:
+    """A run of one's own."""
+    return shutil.copytree(extended, tmp_path / "run")
+
+
+def legs_of(path: Path) -> set[str]:
+    """Legs that a matrix has cells of."""
+    return {cell.leg for cell in Matrix.load(path / "matrix.json").cells}
+
+
+def test_the_matrix_is_measured_again(run: Path) -> None:
+    assert OLD in legs_of(run) and NEW not in legs_of(run), "it is of the old leg, in as many cells"
+    document = sr.load(run).matrix(methods=["affine", "identity"], tokens=512)
+    assert {cell.leg for cell in document.cells} == legs_of(run) == {"L0", NEW}
+
+
+def test_measures_are_taken_again_and_so_is_the_matrix_they_rest_on(run: Path) -> None:
+    assert NEW not in {row.leg for row in Measures.load(run / "measures.json").similarity}
+    document = sr.load(run).measures()
+    assert NEW in {row.leg for row in document.similarity} and legs_of(run) == {"L0", NEW}
+    assert Measures.load(run / "measures.json") == document and document.offsets
+
+
+def test_a_report_measures_again_what_is_out_of_date_as_it_was_asked(run: Path) -> None:
+    report_run(sr.load(run))
+    asked = Matrix.load(run / "matrix.json").asked
+    assert set(asked.legs) == {"L0", NEW} and (asked.tokens, asked.methods) == (512, ["affine", "identity"])
+    assert NEW in {row.leg for row in Measures.load(run / "measures.json").similarity}
+    assert has(run) == {"matrix": True, "measures": True, "interpretations": False}
+
+
+def test_a_quick_report_leaves_out_what_is_out_of_date(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_module, "measure_cells", None)
+    report_run(sr.load(run), quick=True)
+    assert has(run) == {"matrix": False, "measures": False, "interpretations": False}
+
+
+def has(run: Path) -> dict[str, bool]:
+    """What a report says that it has."""
+    text = (run / "report/data/run.js").read_text(encoding="ascii")
+    return json.loads(text[text.index("{") : text.rindex("}") + 1])["has"]
+
+
+def test_the_summary_says_which_leg_stands_for_a_layer(run: Path) -> None:
+    summary = sr.load(run).evaluate()
+    assert summary.leg(OLD).continued_by == NEW and not summary.leg(OLD).in_suite
+    assert [leg.id for leg in summary.suite] == ["L0", NEW] == [leg.id for leg in summary.final_legs]
+    assert summary.leg(NEW).origin == summary.leg(OLD).origin == "from below"
