@@ -126,7 +126,7 @@ def fake_training(paths: RunDirectory, plan: Plan) -> None:
     write_text(paths.metrics, "".join(lines))
     for leg in plan.legs:
         info = DictionaryInfo(
-            architecture="topk", k=4, d_model=16, n_latents=F, tokens=leg.budget_tokens, seconds=2.0, lr=leg.lr
+            architecture="topk", k=4, d_model=16, n_latents=F, tokens=leg.budget_tokens, seconds=2.0, lr=leg.schedule.lr
         )
         info.save(paths.leg(leg.id) / "dictionary.json")
 

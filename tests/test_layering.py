@@ -25,7 +25,7 @@ ARROWS = {
     "analysis": "data lm planning runs sae",
     "views": "planning runs",
     "workflows": "analysis data interop lm planning runs sae training views",
-    "cli": "analysis lm planning runs views workflows",
+    "cli": "analysis lm planning views workflows",
 }
 """Every arrow that there is. One that is not here fails, and so does one that is here and gone."""
 
@@ -40,7 +40,8 @@ ORDER = {
     "analysis": "progress metrics site_maps session summary evaluate matrix collecting features links lineage describe "
     "prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",
-    "workflows": "settle activations watching pilots survey launch timing hop model_card share report judge interpret demo",
+    "workflows": "settle activations watching pilots survey launch timing hop model_card share report judge interpret "
+    "demo",
     "cli": "options training measuring judging sharing",
 }
 """Inside a wing a module imports only from those before it."""

@@ -90,7 +90,7 @@ def test_it_goes_the_whole_way(model: Path, tmp_path: Path) -> None:
     (shared, *_) = export_run(str(tmp_path / "run"), tmp_path / "exported", "saerelay")
     exported, _ = load_dictionary(tmp_path / "exported" / shared.folder)
     x = torch.randn(20, 32)
-    assert torch.equal(exported(x), resumed[resumed.one_a_site[0].id](x))
+    assert torch.equal(exported(x), resumed[resumed.one_per_site[0].id](x))
     assert 0 < float((exported.encode(x) > 0).float().mean()) < 0.5
     summary = sr.evaluate_run(suite)
     assert all(leg["architecture"] == "neartop" and leg["fvu"] < 1 for leg in summary["legs"])

@@ -235,7 +235,7 @@ def circuit_leg(leg: Leg, tokens: int, scores: CircuitScores, clean: Sequence[fl
         role=leg.role,
         parent=leg.parent or None,
         control_of=leg.control_of or None,
-        control_kind=leg.control_kind or None,
+        control_kind=leg.control_kind,
         tokens=tokens,
         n_latents=leg.dictionary.n_latents,
         circuits=judged,

@@ -19,7 +19,6 @@ from saerelay.runs.documents.latents import FeatureQuestion
 from saerelay.runs.features import Features, load_facts
 from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.maps import AffineMap
-from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import fold
 
 TOKENS = 10

@@ -34,7 +34,7 @@ from saerelay.spec import Spec, seed_from
 
 ORIGINS: tuple[JudgedOrigin, ...] = get_args(JudgedOrigin)
 _OF_PAPER: dict[str, JudgedOrigin] = {"scratch": "scratch", "from below": "forward", "from above": "backward"}
-_PREFERENCE = ("", "full", "equal_tokens")
+_PREFERENCE = (None, "full", "equal_tokens")
 """Control kinds, in order of preference for a leg from scratch: none (of the suite), then the one with more tokens."""
 
 LegsByOrigin = dict[tuple[Site, JudgedOrigin], Leg]

@@ -16,7 +16,6 @@ from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import AbstractStream, LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
-from saerelay.runs.suite import Suite
 from saerelay.sae.maps import AffineMap, identity, map_between
 from saerelay.sae.moments import Moments
 from saerelay.site import Site

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saerelay.runs.documents.quality import Summary
     from saerelay.site import Site
 
-Recipe = Annotated[Path, typer.Argument(help="Recipe; `saerelay init > run.toml` writes one.")]
+RecipePath = Annotated[Path, typer.Argument(help="Recipe; `saerelay init > run.toml` writes one.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 OutRun = Annotated[Path, typer.Option("--out", help="New directory for the run.")]
 OutDir = Annotated[Path, typer.Option("--out", help="New directory.")]

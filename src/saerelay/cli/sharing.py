@@ -42,7 +42,7 @@ def export(
     from saerelay.workflows.share import export_run
 
     for written in export_run(source, out, format, legs=split_list(leg), licence=licence):
-        print(f"{out / written.folder}: {written.kind}")
+        print(f"{out / written.folder}: {written.description}")
 
 
 def push(

@@ -10,7 +10,7 @@ from saerelay.cli.options import (
     InputFormat,
     Json,
     OutRun,
-    Recipe,
+    RecipePath,
     print_all,
     print_json,
     print_summary,
@@ -37,7 +37,7 @@ def init() -> None:
 
 
 def plan(
-    recipe: Recipe,
+    recipe: RecipePath,
     as_json: Json = False,
     timing: Annotated[bool, typer.Option(help="Load the model and time a few steps.")] = True,
     write: Annotated[
@@ -69,7 +69,7 @@ def plan(
         console.print(table)
 
 
-def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
+def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
     """Survey the layers, and show or write the legs chosen by it."""
     from saerelay.files import write_text
     from saerelay.planning.choose import written_out
@@ -105,7 +105,7 @@ def plan_auto(run: "Run", as_json: bool, write: Path | None) -> None:
 
 
 def train(
-    recipe: Recipe,
+    recipe: RecipePath,
     out: OutRun,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Add legs or tokens to a finished run.")] = False,

@@ -10,8 +10,9 @@ from saerelay.site import Site
 
 NAME = "saerelay"
 
-_ORIGIN_KEYS = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
-_DICTIONARY_KEYS = {"schema_version", "architecture", "k", "d_model", "n_latents"}
+_STATED = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
+_STATED |= {"schema", "architecture", "k", "d_model", "n_latents"}
+"""Keys of dictionary.json that `Origin` and `Dictionary` hold; all others are provenance."""
 
 
 def recognises(path: Path) -> bool:
@@ -30,7 +31,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
         prepend_bos=info.prepend_bos,
         dataset=info.dataset,
         l0=info.l0,
-        provenance={key: value for key, value in info.to_data().items() if key not in stated},
+        provenance={key: value for key, value in info.to_data().items() if key not in _STATED},
     )
     return dictionary, origin
 

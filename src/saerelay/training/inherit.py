@@ -75,4 +75,4 @@ def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tup
     if not now.plan.has(leg.parent):
         directory = paths.root / now.plan.externals[leg.parent].path
     dictionary, info = read_dictionary(directory)
-    return dictionary, info.get("l0")
+    return dictionary, info.l0

@@ -26,7 +26,6 @@ from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec, Recipe
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.suite import Suite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
 from saerelay.sae.maps import map_between, rate_share, unexplained

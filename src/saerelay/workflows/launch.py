@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from saerelay.analysis.evaluate import wants_ce
+from saerelay.analysis.suite import Suite, load
 from saerelay.errors import SaeRelayError
+from saerelay.files import write_text
 from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, sole_writer
-from saerelay.runs.files import write_text
-from saerelay.runs.suite import Suite, load
 from saerelay.training.trackers import check_installed
 from saerelay.training.train import train_plan
 from saerelay.workflows.activations import open_stream, open_validation, tokenise

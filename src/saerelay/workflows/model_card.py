@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saerelay.files import leafwise
 from saerelay.interop.names import hub_id
 from saerelay.interop.origin import Origin
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
-from saerelay.runs.files import leafwise
 from saerelay.site import Site
 from saerelay.spec import format_count
 

@@ -17,8 +17,7 @@ from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import LONG, LongPilots, Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json
-from saerelay.runs.suite import Suite, load
+from saerelay.runs.documents.training import RunCost
 from saerelay.sae.maps import AffineMap, affine
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu
@@ -208,11 +207,8 @@ def rms_norm(x: Tensor) -> float:
 def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds: float) -> SurveyCost:
     """What the survey took, its measuring included."""
     cost = plan_cost(plan)
-    seconds = read_json(suite.directory.cost)["seconds"]
-    steps = 0.0
-    for leg in suite.legs:
-        _, info = read_dictionary(suite.directory.leg(leg.id))
-        steps += info["seconds"]
+    seconds = RunCost.load(suite.directory.cost).seconds
+    steps = sum(suite.info(leg).seconds for leg in suite.legs)
     forward = forward_flops(plan.facts, plan.sites[-1].layer + 1, plan.recipe.data.context)
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,

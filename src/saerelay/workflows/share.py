@@ -10,14 +10,14 @@ from typing import Any
 
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.files import write_text
 from saerelay.interop import find_saes, hub, load_dictionary, own, read_any, write_dictionary
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.files import read_json, write_text
-from saerelay.runs.suite import Suite, load
+from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.workflows.model_card import ExportedSAE, model_card, without_paths
@@ -118,7 +118,7 @@ def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
 
 def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) -> list[ExportedSAE]:
     """Write the chosen legs of a run, or its suite."""
-    legs = [suite.leg(leg_id) for leg_id in ids] or suite.one_a_site
+    legs = [suite.leg(leg_id) for leg_id in ids] or suite.one_per_site
     if not legs:
         raise RunDirectoryError(
             f"{suite.directory.root}: no SAE is published yet; finish the run with `saerelay train`"
@@ -140,10 +140,10 @@ def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) ->
 
 def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
     """The numbers in a leg's evaluation, without curves; {} if it was not evaluated."""
-    path = suite.directory.evaluation(leg.id)
-    if not path.is_file():
+    evaluation = Evaluation.load_if_any(suite.directory.evaluation(leg.id))
+    if evaluation is None:
         return {}
-    metrics = read_json(path)["metrics"]
+    metrics = evaluation.metrics.model_dump(mode="json")
     return {name: value for name, value in metrics.items() if not isinstance(value, list | dict)}
 
 

@@ -8,13 +8,13 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from saerelay.errors import Interrupted
+from saerelay.files import write_text
 from saerelay.lm.facts import read_facts
 from saerelay.planning.choose import Choice, choose
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import Survey, survey_plan
 from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, read_plan
-from saerelay.runs.files import write_text
 from saerelay.training.train import train_plan
 from saerelay.workflows.activations import open_stream, open_validation, tokenise
 from saerelay.workflows.pilots import measure_survey
@@ -30,17 +30,17 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
     facts = read_facts(recipe.model)
     memory = memory_allowed(recipe, facts)
     plan = survey_plan(recipe, facts, memory)
-    if paths.survey.is_file():
-        survey = Survey.from_json(paths.survey)
-        if survey_plan(survey.asked, facts, memory) == plan:  # whatever the budget or the ratio was
-            return survey, choose(recipe, facts, survey, memory)
+    survey = Survey.load_if_any(paths.survey)
+    # A survey is good for any budget and any ratio.
+    if survey is not None and survey_plan(survey.asked, facts, memory) == plan:
+        return survey, choose(recipe, facts, survey, memory)
 
     inner = RunDirectory(paths.root / "survey")
     if not inner.plan.is_file() or read_plan(inner.root) != plan:
         shutil.rmtree(inner.root, ignore_errors=True)
         shutil.rmtree(paths.tokens, ignore_errors=True)
         write_text(inner.recipe, annotated_toml(recipe))
-        write_text(inner.plan, plan.to_json())
+        plan.save(inner.plan)
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
     stream = open_stream(plan, corpus.train)
     if console:
@@ -52,7 +52,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
     except (Interrupted, KeyboardInterrupt):
         command = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
         raise Interrupted(command) from None
-    write_text(paths.survey, survey.to_json())
+    survey.save(paths.survey)
     shutil.rmtree(inner.root)
     return survey, choose(recipe, facts, survey, memory)
 

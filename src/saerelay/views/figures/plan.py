@@ -71,7 +71,8 @@ def _write_tokens(axis: "Axes", leg: Leg, x: float) -> None:
 
 def _draw_arrow(axis: "Axes", leg: Leg, parent: Leg, x: dict[str, float], theme: Theme) -> None:
     """An arrow from the parent, at the age it was left at, to the child at its fold."""
-    left_at = parent.fold_at + leg.fork_at_tokens / parent.reuse
+    assert leg.hop
+    left_at = parent.fold_at + leg.hop.fork_at_tokens / parent.schedule.reuse
     bend = 0.12 if x[parent.id] < x[leg.id] else -0.12
     arrow: dict[str, Any] = {
         "arrowstyle": "-|>,head_width=0.12,head_length=0.3",

@@ -61,6 +61,6 @@ def write_page(sources: ReportSources, pictures: list[Picture], folder: Path) ->
     }
     page = template.render(context)
     (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
-    for asset in here.iterdir():
+    for asset in assets.iterdir():
         if asset.name.endswith((".js", ".css")):
             (folder / asset.name).write_bytes(asset.read_bytes())

@@ -80,8 +80,7 @@ def write_data(sources: ReportSources, caption: str, folder: Path) -> None:
         feed(folder, "measures", sources.measures.to_data())
     if sources.interpretations:
         feed(folder, "interpretations", interpretation_columns(sources.interpretations))
-    labels = f'"use strict";\nconst labels = {script_json(for_js())};\n'
-    (folder / "labels.js").write_text(labels, encoding="ascii")
+    (folder / "labels.js").write_text(f"const labels = {script_json(for_js())};\n", encoding="ascii")
     feed(folder, "run", run_facts(sources, caption, legs, links))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from saerelay.planning.leg_spec import ControlKind
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.suite import method_of
@@ -155,7 +156,7 @@ class PlanRow:
     depth: int
     layer: int
     role: str
-    control_kind: str
+    control_kind: ControlKind | None
     parent: str
     """The directory of a parent outside the plan; "" for one inside, which is the row above."""
     how: str
@@ -198,7 +199,7 @@ def _plan_row(plan: Plan, leg: Leg, depth: int) -> PlanRow:
         how=method_of(leg) or "from scratch",
         tokens=format_count(leg.budget_tokens),
         moments=format_count(leg.moment_tokens) if leg.moment_tokens else "",
-        lr=f"{leg.lr:.1e}",
+        lr=f"{leg.schedule.lr:.1e}",
         start=round(100 * leg.start / plan.n_tokens, 2),
         fold=round(100 * leg.fold_at / plan.n_tokens, 2),
         end=round(100 * leg.end / plan.n_tokens, 2),

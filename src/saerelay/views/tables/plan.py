@@ -38,13 +38,13 @@ def _hop_number(hop: SurveyedHop | None, name: str) -> str:
 def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
     """What a choice rests on, and what it is predicted to take."""
     cost = survey.cost
-    long_layers = ", ".join(str(layer) for layer in sorted({survey.hub, *survey.ends}))
+    long_layers = ", ".join(str(layer) for layer in sorted({survey.hub, *survey.long.ends}))
     return [
         Text(
             f"Predicted: FVU at every layer is at most {choice.ratio:.3f} times that of training from scratch on "
             f"root_tokens, on validation rows. Basis: pilots of {format_count(survey.pilot_tokens)} tokens at all "
-            f"layers and of {format_count(survey.long_tokens)} at layers {long_layers}, and hops of the pilots without "
-            "training."
+            f"layers and of {format_count(survey.long.long_tokens)} at layers {long_layers}, and hops of the pilots "
+            "without training."
         ),
         Text(
             f"The survey took {duration(cost.seconds)}, {flops(cost.flops)}, {format_count(cost.sae_samples)} "
@@ -74,16 +74,16 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
             format_count(leg.fold_at),
             format_count(leg.budget_tokens),
             str(leg.dictionary.n_latents),
-            f"{leg.lr:.1e}",
+            f"{leg.schedule.lr:.1e}",
         ]
-        if reference and leg.predicted_fvu:
-            row += [f"{leg.predicted_fvu:.4f}", f"{leg.predicted_fvu / reference[leg.layer]:.3f}"]
+        if reference and leg.goal.predicted_fvu:
+            row += [f"{leg.goal.predicted_fvu:.4f}", f"{leg.goal.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(*row)
     return table
 
 
 def _role(leg: Leg) -> str:
-    if leg.role != "control":
+    if leg.control_kind is None:
         return leg.role
     return f"control ({leg.control_kind.replace('_', ' ')})"
 
