@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,13 +16,17 @@ ROOT = Path(__file__).parent.parent
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add pages and files that are not in docs/; README.md speaks of its files from the directory above."""
     readme = re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / "README.md").read_text(encoding="utf-8"))
-    readme = readme.replace("(tutorial.ipynb)", "(tutorial.md)")
     files.append(File.generated(config, "index.md", content=readme))
     notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
     files.append(File.generated(config, "tutorial.md", content=page_of(notebook)))
     for recipe in sorted((ROOT / "recipes").glob("*.toml")):
         files.append(File.generated(config, f"recipes/{recipe.name}", abs_src_path=str(recipe)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links to the notebook lead to its page."""
+    return markdown.replace("(tutorial.ipynb)", "(tutorial.md)")
 
 
 def page_of(notebook: dict[str, Any]) -> str:

@@ -2,18 +2,22 @@
 
 import importlib
 import re
+import shlex
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import tables
 import torch
+import typer
 from test_cli import call
 from transformers import GPTNeoXForCausalLM
 
 import saerelay as sr
+from saerelay import cli
 from saerelay.document import Document
 from saerelay.interop import FORMATS, WRITTEN
 from saerelay.runs import documents
@@ -84,6 +88,48 @@ def test_coming_from(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
             exit_code, _, stderr = call(*words[1:], capsys=capsys, monkeypatch=monkeypatch)
             assert exit_code == 0, f"{line}\n{stderr}"
     assert names["z"].shape == (1, 22, 64)
+
+
+@pytest.mark.slow
+def test_python_examples(place: Path) -> None:
+    """README.md's and docs/python.md's, in order; only the last run has another name than the first."""
+    model = GPTNeoXForCausalLM.from_pretrained("model")
+    layer4 = torch.randn(2048, 32)
+    names = {"model": model, "inputs": {"input_ids": torch.tensor([[1, 3, 5]])}, "x": torch.randn(10, 32), "sr": sr}
+    names |= {"x_layer4": layer4, "x_layer5": layer4 + 0.1 * torch.randn(2048, 32)}
+    recipe = sr.Recipe.from_toml("run.toml")
+    sr.train_run(recipe, "runs/a")
+    for page in (DOCS.parent / "README.md", DOCS / "python.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        assert blocks
+        for block in blocks:
+            # The model here has 64 latents, and no run is written over.
+            smaller = block.replace("123", "12").replace('train_run(recipe, "runs/a")', 'train_run(recipe, "runs/b")')
+            exec(smaller, names)
+    assert names["hopped"].d_model == 32 and len(names["suite"]) == 3  # type: ignore[attr-defined]
+
+
+def commands_shown() -> Iterator[tuple[str, str]]:
+    """Every `saerelay ...` line of a code block in README.md and docs/, with its page."""
+    for page in [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        for block in re.findall(r"^```[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("saerelay "):
+                    yield page.name, line
+
+
+def test_commands_shown_are_commands() -> None:
+    """Each is parsed by the program: the command, its options and their values are what it takes."""
+    lines = list(commands_shown())
+    assert len(lines) > 20
+    group = typer.main.get_command(cli.app)
+    for page, line in lines:
+        name, *arguments = shlex.split(line.split(" > ")[0], comments=True)[1:]
+        command = group.commands[name]  # type: ignore[attr-defined]
+        try:
+            command.make_context(name, arguments)
+        except click.UsageError as error:
+            pytest.fail(f"{page}: {line}\n{error.format_message()}")
 
 
 def test_recipes_of_coming_from_are_valid() -> None:
