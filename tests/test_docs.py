@@ -104,7 +104,11 @@ def test_python_examples(place: Path) -> None:
         assert blocks
         for block in blocks:
             # The model here has 64 latents, and no run is written over.
-            smaller = block.replace("123", "12").replace('train_run(recipe, "runs/a")', 'train_run(recipe, "runs/b")')
+            smaller = (
+                block.replace("123", "12")
+                .replace("768", "32")
+                .replace('train_run(recipe, "runs/a")', 'train_run(recipe, "runs/b")')
+            )
             exec(smaller, names)
     assert names["hopped"].d_model == 32 and len(names["suite"]) == 3  # type: ignore[attr-defined]
 
