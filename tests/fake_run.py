@@ -135,9 +135,17 @@ def fake_evaluation(paths: RunDirectory, leg: Leg, test: np.ndarray) -> None:
     """The quality of a leg: the deeper, the worse."""
     density = Density(log10_edges=[-1.0, 0.0], counts=[F], never=0, freq_over_1_percent=1.0, freq_over_10_percent=0.0)
     metrics = EvaluationMetrics(
-        n_tokens=test.size, density=density, l0=4.0, fvu=0.1 + leg.layer / 100, frac_alive=0.9, delta_ce=0.1,
-        delta_ce_se=0.01, ce_loss_score=0.98, ce_loss_without_sae=2.5,
-    )  # fmt: skip
+        n_tokens=test.size,
+        density=density,
+        l0=4.0,
+        fvu=0.1 + leg.layer / 100,
+        balanced_fvu=0.2 + leg.layer / 100,
+        frac_alive=0.9,
+        delta_ce=0.1,
+        delta_ce_se=0.01,
+        ce_loss_score=0.98,
+        ce_loss_without_sae=2.5,
+    )
     asked = EvaluationQuestion(tokens=test.size, ce=True, ages=[])
     Evaluation(asked=asked, leg=leg.id, metrics=metrics, snapshots={}).save(paths.evaluation(leg.id))
 

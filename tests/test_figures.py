@@ -52,7 +52,8 @@ def leg(
         lr=1e-3, seed=7, origin="from below" if parent else "scratch",
         made=f"affine from {parent}" if parent else "from scratch", in_suite=role != "control", tokens=1_500_000,
         moment_tokens=0, refit_tokens=0, seconds=1.0, n_eval_tokens=12_345, snapshots=[], l0=24.0,
-        fvu=0.1 + layer / 10, frac_alive=0.9, delta_ce=0.2 if head else None, delta_ce_se=0.01 if head else None,
+        fvu=0.1 + layer / 10, balanced_fvu=0.2 + layer / 10, frac_alive=0.9,
+        delta_ce=0.2 if head else None, delta_ce_se=0.01 if head else None,
         ce_loss_score=0.99 if head else None,
     )  # fmt: skip
 

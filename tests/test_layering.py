@@ -31,7 +31,7 @@ ARROWS = {
 
 ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
-    "initialise layer_normed",
+    "initialise trials layer_normed",
     "planning": "facts leg_spec recipe toml plan cost presets legs placing compile survey curves choose",
     "lm": "source tokens ports facts model attach",
     "data": "sources corpus cache stream",

@@ -11,7 +11,7 @@ from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.maps import affine
+from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments
 from saerelay.site import Site
 
@@ -45,7 +45,8 @@ def test_moments_are_those_of_each_pair_alone(setting) -> None:
 def test_maps_are_the_affine_ones_in_both_directions(setting) -> None:
     plan, stream = setting
     fitted = SiteMaps(plan, stream, 1024).between([(B, A), (A, B), (C, C)])
-    expected = affine(dict(SiteMaps(plan, stream, 1024).moments([(A, B)]))[A, B])
+    moments = dict(SiteMaps(plan, stream, 1024).moments([(A, B)]))[A, B]
+    expected = map_between("affine", 32, moments, plan.recipe.train.optimizer.balance)
     torch.testing.assert_close(fitted[A, B].A, expected.A)
     torch.testing.assert_close(fitted[B, A].A, expected.B)
     torch.testing.assert_close(fitted[B, A].b, expected.c)

@@ -202,15 +202,15 @@ def test_the_summary_names_the_layer_that_transfers_worst(suite: Suite) -> None:
     summary = summary_of(suite)
     full = next(leg for leg in summary.legs if leg.control_kind == "full")
     assert full.control_of
-    changes = {full.control_of: {"fvu": 0.12}, full.id: {"fvu": 0.1}, "L2-from-L1": {"fvu": 0.5}}
+    changes = {full.control_of: {"delta_ce": 0.12}, full.id: {"delta_ce": 0.1}, "L2-from-L1": {"balanced_fvu": 0.5}}
     summary = with_legs(summary, **changes)
     said = " ".join(transfers_badly(summary))
-    assert "layer 0: its FVU is 1.20 times that of its control" in said
+    assert "layer 0: its ΔCE is 1.20 times that of its control" in said
     assert "Layer 2 has no control with the full budget" in said and "this run cannot tell" in said
     assert "1.20 at layer 0" in " ".join(lost(summary))
     alone = only(summary, [leg for leg in summary.legs if leg.role != "control"])
     assert "does not say what the transfer costs" in " ".join(lost(alone))
-    assert "FVU is highest at layer 2 (0.5000)" in " ".join(transfers_badly(alone))
+    assert "balanced FVU is highest at layer 2 (0.5000)" in " ".join(transfers_badly(alone))
     roots = only(summary, [leg for leg in alone.legs if not leg.parent])
     assert transfers_badly(roots) == ["Nothing was transferred in this run."]
 

@@ -68,7 +68,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     write_text(paths.plan, plan.to_json())
     for seed, leg in enumerate(plan.legs):
         info = {"layer": leg.layer, "module": leg.module, "model": str(tiny_model), "tokens": leg.budget_tokens}
-        publish(paths.leg(leg.id), random_sae(seed), info | {"l0": 4.0, "leg": leg.model_dump()})
+        info |= {"l0": 4.0, "leg": leg.model_dump()}
+        if leg.parent:
+            info["hop"] = {"method": "affine", "trials": {"affine": 0.1, "identity": 0.2}}
+        publish(paths.leg(leg.id), random_sae(seed), info)
     root_leg = plan.legs[0].id
     asked = EvaluationQuestion(tokens=131_072, ce=True, ages=[])
     evaluation = Evaluation(asked=asked, leg=root_leg, metrics=METRICS, snapshots={})

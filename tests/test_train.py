@@ -123,7 +123,8 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert list(suite) == ["L1", "L0-from-L1", "L2-from-L1", "L2-scratch-equal", "L2-scratch-full"]
     assert suite.leg_at(Site(2)).id == "L2-from-L1" and suite[Site(2)].n_latents == 48
     info = json.loads((whole / "legs/L0-from-L1/dictionary.json").read_text())
-    assert (info["tokens"], info["finished"], info["leg"]["method"]) == (2048, True, "affine")
+    assert (info["tokens"], info["finished"], info["leg"]["method"]) == (2048, True, "auto")
+    assert info["hop"]["method"] in info["hop"]["trials"] and len(info["hop"]["trials"]) == 5
     assert log(whole)[0]["leg"] and {line["leg"] for line in log(whole)} == set(suite)
 
 
@@ -228,7 +229,7 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
     assert {"L1", "L0-from-L1", "L2-scratch-equal"} <= set(suite) and "L2-scratch-full" not in set(suite)
     kept, info = read_dictionary(tmp_path / "f/legs/L2-scratch-full/snapshots/3072")
     assert info.failure and all(torch.isfinite(t).all() for t in kept.tensors().values())
-    assert "L2-from-L1 stopped: method affine" in str(caught.value)
+    assert "L2-from-L1 stopped: the activations" in str(caught.value)
     for name, tensor in load(whole)["L0-from-L1"].tensors().items():
         assert torch.equal(suite["L0-from-L1"].tensors()[name], tensor)
 

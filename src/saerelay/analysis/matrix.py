@@ -12,7 +12,6 @@ from torch import Tensor
 
 from saerelay.analysis.metrics import Placed, measure, wants_ce
 from saerelay.analysis.session import Session
-from saerelay.analysis.site_maps import SitePair
 from saerelay.analysis.summary import shown_metrics
 from saerelay.data.stream import gather_rows
 from saerelay.errors import RecipeError
@@ -25,9 +24,9 @@ from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments
-from saerelay.sae.refit import refit
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import carry, fold
+from saerelay.sae.transfer import carry, refit_in
+from saerelay.sae.units import Units
 from saerelay.site import Site
 
 METHODS: tuple[str, ...] = (*get_args(Method), "affine+refit")
@@ -143,8 +142,9 @@ def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion
     """The metrics of all cells, part by part, so that the folded dictionaries of each part fit in memory."""
     plan = session.plan
     sequences = session.held_out(asked.tokens)
+    balance = plan.recipe.train.optimizer.balance
     rows = {}
-    if needs_rows(session.suite, asked.methods):
+    if set(asked.methods) != {"identity"}:
         rows = gather_rows(plan, session.maps.stream, REFIT_ROWS)[0]
 
     measured: dict[Cell, EvaluationMetrics] = {}
@@ -155,18 +155,13 @@ def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion
         dictionaries: dict[str, Placed] = {}
         for i, cell in enumerate(part):
             dictionary, info = versions[cell.version]
-            dictionaries[str(i)] = (cell.target, carried_to(cell, dictionary, info, moments, rows.get(cell.target)))
+            if cell.method != "identity":
+                pair = moments[cell.source, cell.target]
+                dictionary = carried_to(cell, dictionary, info.l0, pair, rows[cell.target], balance)
+            dictionaries[str(i)] = (cell.target, dictionary)
         metrics = measure(plan, session.model, sequences, dictionaries, ce=asked.ce, track=session.display.track)
         measured |= {cell: metrics[str(i)] for i, cell in enumerate(part)}
     return measured
-
-
-def needs_rows(suite: PublishedSuite, methods: Sequence[str]) -> bool:
-    """Whether some hop looks at activations of its target, besides their moments: to refit, or to match L0."""
-    if "affine+refit" in methods:
-        return True
-    carried = set(methods) != {"identity"}
-    return carried and any(not leg.dictionary.activation.l0_is_exact for leg in suite.final_legs)
 
 
 def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
@@ -190,20 +185,17 @@ def load_version(suite: PublishedSuite, cell: Cell) -> tuple[Dictionary, Diction
 
 
 def carried_to(
-    cell: Cell, dictionary: Dictionary, info: DictionaryInfo, moments: dict[SitePair, Moments], rows: Tensor | None
+    cell: Cell, dictionary: Dictionary, l0: float | None, moments: Moments, rows: Tensor, balance: float
 ) -> Dictionary:
     """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked.
 
-    `rows` (B, D) of the target may be missing where nothing looks at them.
+    `rows` (B, D) are activations of the target.
     """
-    if cell.method == "identity":
-        return dictionary
     method, _, refitted = cell.method.partition("+")
-    between = map_between(cast(Method, method), dictionary.d_model, moments[cell.source, cell.target])
-    if rows is None:
-        return fold(dictionary, between)
-    carried = carry(dictionary, between, rows, l0=info.l0).dictionary
-    return refit(carried, rows.split(4096)) if refitted else carried
+    between = map_between(cast(Method, method), dictionary.d_model, moments, balance)
+    units = Units.fitted_to(rows, balance)
+    carried = carry(dictionary, between, rows, units, l0=l0).dictionary
+    return refit_in(units, carried, rows) if refitted else carried
 
 
 def matrix_cell(cell: Cell, metrics: EvaluationMetrics) -> MatrixCell:

@@ -223,7 +223,7 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
 
     rows = []
     for version, parent, scratch in triples:
-        for method in dict.fromkeys(("identity", version.leg.method)):
+        for method in dict.fromkeys(("identity", session.suite.method(version.leg) or "identity")):
             zero_shot = carried.get((parent.leg.id, parent.tokens, method, version.leg.layer))
             if zero_shot is None:
                 continue

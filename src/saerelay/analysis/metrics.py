@@ -26,6 +26,7 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.quality import Density, EvaluationMetrics
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import reconstruct
+from saerelay.sae.quality import MEASURE_BALANCE, balanced_ratio
 from saerelay.sae.threads import side_by_side
 from saerelay.site import Site
 
@@ -131,8 +132,8 @@ class MetricSums:
 
     n_tokens: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    x_sum: Tensor | None = None
-    """Σ x (D)."""
+    moments: Tensor | None = None
+    """(3, D): Σ x, Σ x², Σ (x − x_hat)²."""
     n_fired: Tensor | None = None
     """How often each latent fired (F)."""
     sequence_delta_ce: list[Tensor] = field(default_factory=list)
@@ -150,24 +151,25 @@ class MetricSums:
         self.add(
             l0=active,
             l1=codes.values,
-            squared_error=(x - x_hat).square(),
-            x_squared=norm.square(),
             cossim=torch.nn.functional.cosine_similarity(x, x_hat, dim=1),
             l2_ratio=x_hat.norm(dim=1) / norm.clamp(min=1e-12),
         )
-        x_sum = x.sum(dim=0, dtype=torch.float64).cpu()
+        columns = [x, x.square(), (x - x_hat).square()]
+        moments = torch.stack([column.sum(dim=0, dtype=torch.float64) for column in columns]).cpu()
         n_fired = torch.bincount(codes.columns[active], minlength=dictionary.n_latents).cpu()
-        self.x_sum = x_sum if self.x_sum is None else self.x_sum + x_sum
+        self.moments = moments if self.moments is None else self.moments + moments
         self.n_fired = n_fired if self.n_fired is None else self.n_fired + n_fired
         self.n_tokens += x.shape[0]
         return x_hat
 
     def metrics(self, ablated: AblationSums | None) -> EvaluationMetrics:
         """The metrics; those of cross-entropy and KL only with the sums of an ablation."""
-        assert self.x_sum is not None and self.n_fired is not None
+        assert self.moments is not None and self.n_fired is not None
         mean = {name: value / self.n_tokens for name, value in self.sums.items() if name not in ("ce", "kl")}
-        variance = mean["x_squared"] - float((self.x_sum / self.n_tokens).square().sum())
-        fvu = mean["squared_error"] / variance if variance > 0 else math.nan
+        x_mean, x_square, errors = self.moments / self.n_tokens
+        variances = (x_square - x_mean.square()).clamp(min=0)
+        total = float(variances.sum())
+        fvu = float(errors.sum()) / total if total > 0 else math.nan
         downstream = self._downstream(ablated) if ablated else {}
         return EvaluationMetrics(
             n_tokens=self.n_tokens,
@@ -175,7 +177,9 @@ class MetricSums:
             l1=mean["l1"],
             fvu=fvu,
             explained_variance=1 - fvu,
-            mse=mean["squared_error"],
+            balanced_fvu=balanced_ratio(errors, variances, MEASURE_BALANCE) if total > 0 else math.nan,
+            largest_dimension=float(variances.max()) / total if total > 0 else math.nan,
+            mse=float(errors.sum()),
             cossim=mean["cossim"],
             l2_ratio=mean["l2_ratio"],
             frac_alive=float((self.n_fired > 0).double().mean()),

@@ -83,7 +83,8 @@ class SiteMaps:
                 maps[source, target] = identity(self.plan.facts.width(source))
         one_way = [(min(pair), max(pair)) for pair in wanted if pair[0] != pair[1]]
         for (lower, higher), moments in self.moments(one_way):
-            upwards = map_between("affine", self.plan.facts.width(lower), moments)
+            balance = self.plan.recipe.train.optimizer.balance
+            upwards = map_between("affine", self.plan.facts.width(lower), moments, balance)
             maps[lower, higher] = upwards
             maps[higher, lower] = upwards.reversed()
         return {pair: maps[pair] for pair in wanted}

@@ -17,7 +17,7 @@ from saerelay.runs.documents.quality import (
     Summary,
 )
 from saerelay.runs.documents.training import RunCost
-from saerelay.runs.suite import PublishedSuite, made
+from saerelay.runs.suite import PublishedSuite
 
 
 def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
@@ -49,13 +49,13 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
         layer=leg.layer,
         module=leg.module,
         architecture=leg.dictionary.architecture,
-        method=leg.method,
+        method=suite.method(leg),
         parent=leg.parent or None,
         n_latents=leg.dictionary.n_latents,
         lr=leg.schedule.lr if info.lr is None else info.lr,
         seed=leg.seed,
         origin=suite.origin(leg),
-        made=made(leg),
+        made=suite.made(leg),
         continued_by=continuation.id if continuation else None,
         in_suite=in_suite,
         tokens=info.tokens,

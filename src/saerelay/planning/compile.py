@@ -12,7 +12,7 @@ from saerelay.planning.placing import choose_block, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import preset_legs
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import Method
+from saerelay.sae.spec import MethodOrAuto
 from saerelay.spec import format_count
 
 
@@ -179,7 +179,7 @@ def _check_widths(plan: Plan) -> None:
             _check_width(plan, leg, leg.hop.method)
 
 
-def _check_width(plan: Plan, leg: Leg, method: Method) -> None:
+def _check_width(plan: Plan, leg: Leg, method: MethodOrAuto) -> None:
     width = plan.facts.width(leg.site)
     external = plan.externals.get(leg.parent)
     source_width = external.d_model if external else plan.facts.width(plan.parent_site(leg))

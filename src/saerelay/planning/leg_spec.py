@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from saerelay.sae.architectures import architecture_named
-from saerelay.sae.spec import Method
+from saerelay.sae.spec import MethodOrAuto
 from saerelay.site import ModuleKind
 from saerelay.spec import Count, OrAuto, Spec, parse_count
 
@@ -43,7 +43,7 @@ class LegHop(Spec):
     tool's files) or `hf://user/repo[@revision][/path]`."""
     fork_at: ShareOrCount = 1.0
     """The parent's age at which this leg starts from it: a share of its tokens or a count."""
-    method: Method | None = None
+    method: MethodOrAuto | None = None
     refit: bool | None = None
 
 

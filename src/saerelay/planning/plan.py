@@ -19,7 +19,7 @@ from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import ControlKind, LegId
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import Method, SizedDictionarySpec
+from saerelay.sae.spec import MethodOrAuto, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec
 
@@ -56,7 +56,8 @@ class Hop(Spec):
 
     parent: str
     """Id of a leg of this plan, or a dictionary outside it, as the recipe names it."""
-    method: Method
+    method: MethodOrAuto
+    """With "auto" several are tried when the hop is due, and the best on held-out rows is taken."""
     fork_at_tokens: int = 0
     """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
     moment_tokens: int = 0
@@ -132,7 +133,7 @@ class Leg(Spec):
         return self.hop.parent if self.hop else ""
 
     @property
-    def method(self) -> Method | None:
+    def method(self) -> MethodOrAuto | None:
         """How; None for a leg from scratch."""
         return self.hop.method if self.hop else None
 

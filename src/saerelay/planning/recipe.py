@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from saerelay.planning.leg_spec import LegSpec, Rate, ShareOrCount
-from saerelay.sae.spec import DictionarySpec, Method
+from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import ModuleKind
 from saerelay.spec import Auto, Count, OrAuto, Spec, parse_count
 
@@ -108,7 +108,10 @@ class DataSpec(Spec):
 class HopSpec(Spec):
     """How legs get from layer to layer."""
 
-    method: Method = Field(default="affine", description="identity, rescale, procrustes or affine")
+    method: MethodOrAuto = Field(
+        default="auto",
+        description='identity, rescale, procrustes or affine; "auto": what measures best on held-out rows, hop by hop',
+    )
     refit: bool = Field(
         default=True, description="after a hop: revive silent latents, refit the decoder in closed form"
     )
@@ -202,6 +205,12 @@ class OptimizerSpec(Spec):
         default="auto", description='rate of its biases and thresholds, as a share of lr; "auto": √width / 5'
     )
     betas: tuple[float, float] = Field(default=(0.8, 0.99), description="Adam's")
+    balance: float = Field(
+        default=0.75,
+        ge=0,
+        le=1,
+        description="each dimension is divided by its standard deviation to this power before training; 0: as it is",
+    )
     whitening: float = Field(
         default=0.25,
         ge=0,

@@ -52,6 +52,20 @@ class PublishedSuite:
         """Sites with a published leg."""
         return sorted({leg.site for leg in self.legs})
 
+    def method(self, leg: Leg) -> str | None:
+        """The method by which a leg's dictionary was carried to its layer; None for one from scratch."""
+        hop = self.info(leg).hop
+        return hop.method if hop else leg.method
+
+    def made(self, leg: Leg) -> str:
+        """How a leg was made, in words: "affine + refit from L5", or "from scratch"."""
+        method = self.method(leg)
+        if not leg.parent:
+            return "from scratch"
+        if method == "scratch":
+            return f"from scratch: no map from {leg.parent} helped"
+        return f"{method_of(leg, method)} from {leg.parent}"
+
     def continuation_of(self, leg: Leg) -> Leg | None:
         """The leg that continues another one at the same site, as `saerelay train --extend` makes them."""
         for other in self.legs:
@@ -137,15 +151,14 @@ class PublishedSuite:
         return len(self.legs)
 
 
-def method_of(leg: Leg) -> str:
-    """How a leg's dictionary was carried to its layer: "affine + refit"; "" for one from scratch."""
-    if not leg.method:
+def method_of(leg: Leg, chosen: str | None = None) -> str:
+    """How a leg's dictionary is carried to its layer: "affine + refit"; "" for one from scratch.
+
+    `chosen` is the method that was taken where the plan has "auto".
+    """
+    method = chosen or leg.method
+    if not method:
         return ""
-    return f"{leg.method} + refit" if leg.refit_tokens else leg.method
-
-
-def made(leg: Leg) -> str:
-    """How a leg was made, in words: "affine + refit from L5", or "from scratch"."""
-    if not leg.parent:
-        return "from scratch"
-    return f"{method_of(leg)} from {leg.parent}"
+    if method == "auto":
+        method = "best map"
+    return f"{method} + refit" if leg.refit_tokens else method

@@ -7,6 +7,9 @@ from saerelay.sae.architectures.architecture import with_common_threshold
 from saerelay.sae.dictionary import Dictionary, scale_latents
 from saerelay.sae.spec import SizedDictionarySpec
 
+INITIAL_ROWS = 1_024
+"""Rows that a fresh dictionary's scale and thresholds are set on."""
+
 
 @torch.no_grad()
 def initialise(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator) -> Dictionary:

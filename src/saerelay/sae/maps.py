@@ -12,6 +12,7 @@ from torch import Tensor
 from saerelay.errors import TransferError
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
+from saerelay.sae.units import BALANCE, balance_factors
 
 RIDGE = 1e-3
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
@@ -35,6 +36,15 @@ class AffineMap:
     def reversed(self) -> "AffineMap":
         """The same, from the target to the source."""
         return AffineMap(self.B, self.b, self.A, self.c)
+
+    def rescaled(self, source: Tensor, target: Tensor) -> "AffineMap":
+        """The map of raw activations, if this is one of activations divided by factors (S) and (T)."""
+        return AffineMap(
+            A=target[:, None] * self.A / source,
+            c=target * self.c,
+            B=source[:, None] * self.B / target,
+            b=source * self.b,
+        )
 
 
 def identity(width: int) -> AffineMap:
@@ -72,22 +82,23 @@ def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
     return _through_means(moments, A, B)
 
 
-def unexplained(moments: Moments, ridge: float = RIDGE) -> float:
-    """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1."""
+def unexplained(moments: Moments, ridge: float = RIDGE, balance: float = BALANCE) -> float:
+    """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1, balanced."""
+    moments = balanced(moments, balance)
     A = regress(moments.cov_source, moments.cross.T, ridge).T
     variance = moments.cov_target.trace()
     residual = variance - 2 * (A * moments.cross).sum() + ((A @ moments.cov_source) * A).sum()
     return float((residual / variance).clamp(0, 1))
 
 
-def rate_share(moments: Moments, newness: float = 0.0) -> float:
+def rate_share(moments: Moments, newness: float = 0.0, balance: float = BALANCE) -> float:
     """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
 
     2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or 0.75·`newness`, if that is more, where `newness` is the share of
     its own tokens in all that the dictionary will have been trained on, its parents' included: a parent that is far
     from finished leaves much to learn as well (decisions 019 and 029). The sweeps had 1 − R² from 0.03 to 0.17.
     """
-    share = max(2.75 * unexplained(moments), 0.75 * newness, LEAST_RATE_SHARE)
+    share = max(2.75 * unexplained(moments, balance=balance), 0.75 * newness, LEAST_RATE_SHARE)
     return min(share, 1.0)
 
 
@@ -105,9 +116,17 @@ def _through_means(moments: Moments, A: Tensor, B: Tensor) -> AffineMap:
     return AffineMap(A, m_t - A @ m_s, B, m_s - B @ m_t)
 
 
-def map_between(method: Method, width: int, moments: Moments | None) -> AffineMap:
-    """The map of a method; all but identity need moments.
+def balanced(moments: Moments, power: float) -> Moments:
+    """The moments of activations whose dimensions are balanced at both sites, each by its own deviations."""
+    source = balance_factors(moments.cov_source.diagonal(), power)
+    target = balance_factors(moments.cov_target.diagonal(), power)
+    return moments.scaled(source, target)
 
+
+def map_between(method: Method, width: int, moments: Moments | None, balance: float = BALANCE) -> AffineMap:
+    """The map of a method, between raw activations; all but identity need moments.
+
+    It is fitted where dimensions are balanced by the power `balance` (see `Units`), so that no few large ones decide.
     Raises TransferError where the two widths differ and the method cannot bridge them, where the moments are of too few
     tokens, and where they are not finite.
     """
@@ -126,7 +145,15 @@ def map_between(method: Method, width: int, moments: Moments | None) -> AffineMa
         )
     if not bool(torch.isfinite(moments.products).all()):
         raise TransferError(f"method {method}: the activations it was to be fitted on are not all finite")
+    source = balance_factors(moments.cov_source.diagonal(), balance)
+    target = balance_factors(moments.cov_target.diagonal(), balance)
+    return _fit(method, moments.scaled(source, target)).rescaled(source, target)
+
+
+def _fit(method: Method, moments: Moments) -> AffineMap:
     match method:
+        case "identity":
+            return identity(moments.n_source)
         case "rescale":
             return rescale(moments)
         case "procrustes":

@@ -48,6 +48,17 @@ class Moments:
             self.total += x.sum(dim=0).cpu().double()
             self.products += (x.T @ x).cpu().double()
 
+    def scaled(self, source: Tensor, target: Tensor) -> "Moments":
+        """The moments of activations divided by positive factors, (S) and (T)."""
+        factors = torch.cat([source, target]).to(self.total)
+        return Moments(
+            self.n_source,
+            self.n_tokens,
+            shift=self.shift / factors,
+            total=self.total / factors,
+            products=self.products / torch.outer(factors, factors),
+        )
+
     def between(self, source: slice, target: slice) -> "Moments":
         """The moments of two stretches of what was taken in, as those of a pair."""
         places = torch.cat([torch.arange(len(self.shift))[stretch] for stretch in (source, target)])

@@ -5,10 +5,14 @@ from torch import Tensor
 
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import reconstruct
+from saerelay.sae.units import balance_factors
+
+MEASURE_BALANCE = 1.0
+"""Power of the deviations in the balanced FVU that is reported (decision 031)."""
 
 
 @torch.no_grad()
-def fvu(dictionary: Dictionary, x: Tensor) -> float:
+def fvu(dictionary: Dictionary, x: Tensor, balance: float = 0.0) -> float:
     """Fraction of the variance of activations x (B, D) that a canonical dictionary leaves unexplained.
 
     >>> nothing = Dictionary(architecture="relu", W_enc=torch.zeros(1, 2), b_enc=torch.zeros(1),
@@ -17,12 +21,20 @@ def fvu(dictionary: Dictionary, x: Tensor) -> float:
     1.0
 
     FVU = Σ‖x − x_hat‖² / Σ‖x − mean of x‖². 0 is perfect, 1 no better than always predicting the mean, above 1 worse.
+    With `balance` each dimension is divided by its standard deviation to that power first: where a few dimensions are
+    a hundred times as large as the others, FVU is about these alone, and what a model loses is not (decision 031).
     """
-    error = 0.0
+    errors = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(4096):
         _, x_hat = reconstruct(dictionary, part)
-        error += float((part - x_hat).square().sum(dtype=torch.float64))
-    return error / float((x - x.mean(dim=0)).square().sum(dtype=torch.float64))
+        errors += (part - x_hat).square().sum(dim=0, dtype=torch.float64)
+    return balanced_ratio(errors, (x - x.mean(dim=0)).square().sum(dim=0, dtype=torch.float64), balance)
+
+
+def balanced_ratio(errors: Tensor, variances: Tensor, balance: float) -> float:
+    """FVU from the squared errors and the variances of all dimensions (D), both summed or both averaged."""
+    weights = balance_factors(variances, balance).square().reciprocal()
+    return float((weights * errors).sum() / (weights * variances).sum())
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from saerelay.sae.architectures import ARCHITECTURES, Architecture, TopK, archit
 from saerelay.spec import Count, Described, OrAuto, Spec
 
 Method = Literal["identity", "rescale", "procrustes", "affine"]
+"""How a dictionary is carried to another site."""
+MethodOrAuto = Method | Literal["auto"]
 
 
 class AnyDictionarySpec(Spec):

@@ -29,6 +29,7 @@ from saerelay.sae.maps import AffineMap
 from saerelay.sae.quality import fvu
 from saerelay.sae.refit import refit
 from saerelay.sae.reshape import Shape, reshape, revive
+from saerelay.sae.units import Units
 
 L0_ROWS = 8_192
 """Rows on which L0 is measured and set."""
@@ -71,7 +72,7 @@ class Retraining:
     """What a dictionary is revived and refitted on after a fold."""
 
     rows: Tensor
-    """Activations of the target (B, D)."""
+    """Raw activations of the target (B, D)."""
     seed: int
     checked: bool = False
     """Refit only if that gains REFIT_GAIN on rows it has not seen: for a dictionary that stays at its site."""
@@ -89,6 +90,7 @@ def carry(
     dictionary: Dictionary,
     between: AffineMap | None,
     rows: Tensor,
+    units: Units,
     *,
     l0: float | None = None,
     shape: Shape | None = None,
@@ -96,31 +98,48 @@ def carry(
 ) -> Carried:
     """Bring a dictionary to a site: fold, reshape, revive and refit, at the mean L0 that is asked for.
 
-    `rows` (B, D) are activations of the target, on whose device the result is. Without a map the dictionary stays as it
-    is, without a shape it keeps its own, and without an L0 what decides which latents are active is left alone.
+    `rows` (B, D) are raw activations of the target, on whose device the result is, and `units` those that it is trained
+    in: there its decoder rows have unit norm, by which TopK ranks, and there it is reshaped and refitted. Without a map
+    the dictionary stays as it is, without a shape it keeps its own, and without an L0 what decides which latents are
+    active is left alone.
     """
-    moved = dictionary.to(rows.device) if between is None else fold(dictionary, between).to(rows.device)
+    folded = dictionary.to(rows.device) if between is None else fold(dictionary, between).to(rows.device)
+    in_units = unit_decoder(units.from_canonical(folded))
     if shape:
-        moved = reshape(moved, rows if retraining is None else retraining.rows, shape)
+        sample = rows if retraining is None else retraining.rows
+        in_units = reshape(in_units, units.normalise(sample), shape)
     refitted = None
     if retraining:
-        refitted = revive_and_refit(moved, retraining)
-    result = moved if refitted is None else refitted
+        refitted = revive_and_refit(in_units, units.normalise(retraining.rows), retraining)
+
+    # What is neither mapped nor changed keeps the norms that its decoder rows have.
+    if refitted is not None:
+        result = units.to_canonical(refitted)
+    elif between is None and not shape:
+        result = folded
+    else:
+        result = units.to_canonical(in_units)
     if l0:
         result = match_l0(result, rows[:L0_ROWS], l0)
     return Carried(result, refitted is not None)
 
 
-def revive_and_refit(dictionary: Dictionary, on: Retraining) -> Dictionary | None:
+def refit_in(units: Units, dictionary: Dictionary, rows: Tensor) -> Dictionary:
+    """A canonical dictionary with its decoder refitted on raw activations (B, D), of unit norm in training units."""
+    in_units = unit_decoder(units.from_canonical(dictionary))
+    return units.to_canonical(refit(in_units, units.normalise(rows).split(4096)))
+
+
+def revive_and_refit(dictionary: Dictionary, rows: Tensor, on: Retraining) -> Dictionary | None:
     """A dictionary with silent latents revived and its decoder refitted, or None where the check holds it back.
 
-    The check holds back a quarter of the rows.
+    All is in training units, `rows` (B, D) too. The check holds back a quarter of the rows.
     """
-    n_fitted = 3 * len(on.rows) // 4 if on.checked else len(on.rows)
-    fitted = on.rows[:n_fitted]
+    n_fitted = 3 * len(rows) // 4 if on.checked else len(rows)
+    fitted = rows[:n_fitted]
     better = refit(revive(dictionary, fitted, on.seed), fitted.split(4096))
     if on.checked:
-        unseen = on.rows[n_fitted:]
+        unseen = rows[n_fitted:]
         if fvu(better, unseen) > (1 - REFIT_GAIN) * fvu(dictionary, unseen):
             return None
     return better

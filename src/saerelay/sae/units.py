@@ -1,6 +1,7 @@
 """Training units: a leg trains on (x − mean) / scale, and is published for raw x.
 
-Both ways are exact, so that nothing that is trained or read needs to know the scale of a model's activations.
+Both ways are exact, so that nothing that is trained or read needs to know the scale of a model's activations. In most
+language models a few dimensions are a hundred times as large as the others; units may also balance them (`balance`).
 Shapes: B tokens, D width.
 """
 
@@ -12,33 +13,55 @@ from torch import Tensor
 
 from saerelay.sae.dictionary import Dictionary
 
+BALANCE = 0.75
+"""The default power (decision 031)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Units:
     """What activations are measured in.
 
-    >>> units = Units.fitted_to(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    >>> x = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    >>> units = Units.fitted_to(x)
     >>> units.mean, units.scale
     (tensor([2., 5.]), tensor(0.7071))
+    >>> x = torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([100.0, 1.0])
+    >>> Units.fitted_to(x, balance=1.0).normalise(x).std(dim=0).round(decimals=2)
+    tensor([1., 1.])
     """
 
     mean: Tensor
     """(D)."""
     scale: Tensor
-    """Scalar."""
+    """Scalar, or (D) where dimensions are balanced."""
 
     @classmethod
-    def fitted_to(cls, x: Tensor) -> Self:
-        """Those in which activations x (B, D) have mean 0 and, over all dimensions, mean square 1."""
+    def fitted_to(cls, x: Tensor, balance: float = 0.0) -> Self:
+        """Those in which activations x (B, D) have mean 0 and, over all dimensions, mean square 1.
+
+        Each dimension is also divided by its standard deviation to the power `balance`: with 0 dimensions keep their
+        proportions, with 1 all have the same variance.
+        """
         parts = x.cpu().split(4096)
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
-        square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
-        return cls(mean.to(x), square.sqrt().clamp(min=1e-12).to(x))
+        if not balance:
+            square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
+            return cls(mean.to(x), square.sqrt().clamp(min=1e-12).to(x))
+        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
+        variance = squares.sum(dim=0) / len(x)
+        factors = balance_factors(variance, balance)
+        rms = (variance / factors.square()).mean().sqrt().clamp(min=1e-12)
+        return cls(mean.to(x), (rms * factors).to(x))
 
     @classmethod
     def raw(cls, x: Tensor) -> Self:
         """Those in which activations x (B, D) are as they are."""
         return cls(torch.zeros_like(x[0]), torch.ones_like(x[0, 0]))
+
+    @property
+    def size(self) -> Tensor:
+        """The scale of a typical dimension: the geometric mean. Codes are multiplied by it when published."""
+        return self.scale.log().mean().exp() if self.scale.dim() else self.scale
 
     def normalise(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(x − mean) / scale of activations x (B, D), into `out` if given."""
@@ -47,21 +70,42 @@ class Units:
         return torch.sub(x, self.mean, out=out).div_(self.scale)
 
     def from_canonical(self, dictionary: Dictionary) -> Dictionary:
-        """Rewrite a dictionary of raw x as one of (x − mean) / scale, exactly; codes are divided by `scale`."""
+        """Rewrite a dictionary of raw x as one of (x − mean) / scale, exactly; codes are divided by `size`."""
         threshold = dictionary.threshold
+        relative = self.scale / self.size
         return replace(
             dictionary,
-            b_enc=(dictionary.b_enc + dictionary.W_enc @ self.mean) / self.scale,
+            W_enc=dictionary.W_enc * relative,
+            b_enc=(dictionary.b_enc + dictionary.W_enc @ self.mean) / self.size,
+            W_dec=dictionary.W_dec / relative,
             b_dec=(dictionary.b_dec - self.mean) / self.scale,
-            threshold=None if threshold is None else threshold / self.scale,
+            threshold=None if threshold is None else threshold / self.size,
         )
 
     def to_canonical(self, dictionary: Dictionary) -> Dictionary:
-        """Undo `from_canonical`: a dictionary of (x − mean) / scale becomes one of raw x."""
+        """Undo `from_canonical`: a dictionary of (x − mean) / scale becomes one of raw x.
+
+        Where dimensions are balanced, decoder rows that had unit norm no longer have it. They must not be normalised:
+        TopK would rank its latents differently.
+        """
         threshold = dictionary.threshold
+        relative = self.scale / self.size
+        W_enc = dictionary.W_enc / relative
         return replace(
             dictionary,
-            b_enc=dictionary.b_enc * self.scale - dictionary.W_enc @ self.mean,
+            W_enc=W_enc,
+            b_enc=dictionary.b_enc * self.size - W_enc @ self.mean,
+            W_dec=dictionary.W_dec * relative,
             b_dec=dictionary.b_dec * self.scale + self.mean,
-            threshold=None if threshold is None else threshold * self.scale,
+            threshold=None if threshold is None else threshold * self.size,
         )
+
+
+def balance_factors(variance: Tensor, power: float) -> Tensor:
+    """What dimensions of a variance (D) are divided by to balance them: deviation^power, geometric mean 1.
+
+    A dimension that is constant, or nearly, counts as one of a millionth of the mean variance.
+    """
+    damped = variance.clamp(min=1e-6 * float(variance.mean())).clamp(min=1e-30)
+    logarithms = 0.5 * power * damped.log()
+    return (logarithms - logarithms.mean()).exp()

@@ -27,7 +27,7 @@ from saerelay.sae.threads import alone, in_parallel
 from saerelay.site import Site
 from saerelay.training.adam import Adam, LatentPart, Triple
 from saerelay.training.schedule import learning_rate, parameter_rates, penalty_warmth
-from saerelay.training.state import TraineeState
+from saerelay.training.state import TraineeState, balance_of
 
 CALIBRATION_ROWS = 8_192
 """Rows that a published threshold is calibrated on."""
@@ -138,7 +138,7 @@ class Trainee:
         """
         goal = self.leg.goal
         assert goal.goal_fvu
-        if fvu(self.canonical(x), x) * goal.decay_gain <= goal.goal_fvu:
+        if fvu(self.canonical(x), x, balance_of(self.leg, self.spec)) * goal.decay_gain <= goal.goal_fvu:
             batch = self.leg.schedule.batch_tokens
             share_before_decay = 1 - self.spec.optimizer.decay
             self.state.budget_tokens = batch * math.ceil(self.state.age / share_before_decay / batch)

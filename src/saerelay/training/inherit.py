@@ -1,5 +1,7 @@
 """How a leg begins from its parent: the parent carried to the leg's site, and the learning rate that this calls for."""
 
+from typing import NamedTuple, cast
+
 from saerelay.data.stream import Block
 from saerelay.planning.plan import COPY_RATE, Leg
 from saerelay.runs.dictionaries import read_dictionary
@@ -9,9 +11,13 @@ from saerelay.sae.maps import LEAST_RATE_SHARE, map_between, rate_share
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
+from saerelay.sae.spec import Method
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
+from saerelay.sae.trials import SCRATCH, try_methods
+from saerelay.sae.units import Units
 from saerelay.spec import seed_from
 from saerelay.training.run_state import Training
+from saerelay.training.state import balance_of
 
 
 def gather_moments(now: Training, block: Block) -> None:
@@ -25,10 +31,22 @@ def gather_moments(now: Training, block: Block) -> None:
                 moments.add(rows[source], rows[leg.site])
 
 
-def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float]:
+class Inherited(NamedTuple):
+    """What a leg begins with, and how that was made."""
+
+    dictionary: Dictionary | None
+    """Canonical; None where the leg had better start from scratch."""
+    lr_share: float
+    """Share of the leg's learning rate that this hop calls for."""
+    method: str
+    trials: dict[str, float | None]
+    """FVU in training units of each method tried, on rows not seen; empty if the method was given."""
+
+
+def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: Units) -> Inherited:
     """The parent folded to the leg's site, revived, refitted, at the L0 that is asked for (or that it had).
 
-    Also the share of the leg's learning rate that this hop calls for. Raises TransferError if the hop cannot be made.
+    `units` are those that it is to be trained in. Raises TransferError if the hop cannot be made.
     """
     assert leg.hop
     parent, parent_l0 = parent_of(now, leg, block, paths)
@@ -36,13 +54,27 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
     rows = block.rows(leg.site, L0_ROWS)
     l0 = leg.dictionary.l0 or parent_l0
     seed = seed_from("revive", leg.seed, leg.id)
+    balance = balance_of(leg, now.plan.recipe.train)
     reshaped = now.plan.reshapes(leg)
-    copied = leg.hop.method == "identity" and not reshaped
+
+    method = leg.hop.method
+    trials: dict[str, float | None] = {}
+    if method == "auto":
+        assert moments
+        sample = block.rows(leg.site, max(L0_ROWS, leg.refit_tokens))
+        trials.update(try_methods(parent, moments, sample, units, leg.dictionary, balance=balance, l0=parent_l0))
+        if not leg.budget_tokens or reshaped:
+            trials.pop(SCRATCH)  # a random dictionary is worth nothing without training
+        best = next(iter(trials))
+        if best == SCRATCH:
+            return Inherited(None, 1.0, SCRATCH, trials)
+        method = cast(Method, best)
+    copied = method == "identity" and not reshaped
 
     # What is copied and not trained is only looked at: its decoder keeps its norms, by which TopK does not rank.
     between = None
     if not copied or leg.budget_tokens:
-        between = map_between(leg.hop.method, now.plan.facts.width(leg.site), moments)
+        between = map_between(method, now.plan.facts.width(leg.site), moments, balance)
     shape = None
     if reshaped:
         shape = Shape(leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
@@ -53,14 +85,15 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
     if copied and not parent.activation.threshold_is_calibrated:
         l0 = None  # the paper's copy: its L0 is what it is
 
-    carried = carry(parent, between, rows, l0=l0, shape=shape, retraining=retraining)
-    if not leg.schedule.lr_by_map:
-        return carried.dictionary, 1.0
-    if moments:
-        return carried.dictionary, rate_share(moments, now.plan.newness(leg))
-    # Without a map a refit tells: where it gained nothing, there is nothing to learn.
-    at_rest = copied and retraining is not None and not carried.refitted
-    return carried.dictionary, LEAST_RATE_SHARE if at_rest else COPY_RATE
+    carried = carry(parent, between, rows, units, l0=l0, shape=shape, retraining=retraining)
+    lr_share = 1.0
+    if leg.schedule.lr_by_map and moments:
+        lr_share = rate_share(moments, now.plan.newness(leg), balance)
+    elif leg.schedule.lr_by_map:
+        # Without a map a refit tells: where it gained nothing, there is nothing to learn.
+        at_rest = copied and retraining is not None and not carried.refitted
+        lr_share = LEAST_RATE_SHARE if at_rest else COPY_RATE
+    return Inherited(carried.dictionary, lr_share, method, trials)
 
 
 def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float | None]:

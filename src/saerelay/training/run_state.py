@@ -14,6 +14,7 @@ from torch import Tensor
 from saerelay.data.stream import Block
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.training import HopFacts
 from saerelay.runs.state import load_state, prefixed, save_state, under
 from saerelay.sae.moments import Moments
 from saerelay.site import Site
@@ -40,6 +41,8 @@ class Training:
     """Of the hops that are coming, by leg."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why legs had to stop."""
+    hops: dict[str, HopFacts] = field(default_factory=dict)
+    """How transferred legs began."""
     seconds: dict[str, float] = field(default_factory=_no_seconds)
     positions: dict[str, int] = field(default_factory=_no_positions)
     """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
@@ -71,6 +74,7 @@ class Training:
         facts = {
             "cursor": self.cursor,
             "failures": self.failures,
+            "hops": {leg_id: hop.model_dump(mode="json") for leg_id, hop in self.hops.items()},
             "seconds": self.seconds,
             "positions": self.positions,
             "live": list(self.cohort.trainees),
@@ -89,6 +93,7 @@ class Training:
         tensors, facts = saved
         training.cursor = facts["cursor"]
         training.failures = facts["failures"]
+        training.hops = {leg_id: HopFacts.model_validate(hop) for leg_id, hop in facts["hops"].items()}
         training.seconds = facts["seconds"]
         training.positions = facts["positions"]
         for leg_id in facts["live"]:

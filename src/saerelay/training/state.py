@@ -9,13 +9,10 @@ from torch import Tensor
 from saerelay.planning.plan import Leg
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.initialise import initialise
+from saerelay.sae.initialise import INITIAL_ROWS, initialise
 from saerelay.sae.threads import alone
 from saerelay.sae.units import Units
 from saerelay.spec import seed_from
-
-INITIAL_ROWS = 1_024
-"""Rows that a fresh dictionary's scale and thresholds are set on."""
 
 
 @dataclass
@@ -113,6 +110,18 @@ class TraineeState:
         )
 
 
+def balance_of(leg: Leg, spec: TrainSpec) -> float:
+    """The power by which a leg's dimensions are balanced."""
+    return spec.optimizer.balance if leg.dictionary.normalise else 0.0
+
+
+def units_of(leg: Leg, spec: TrainSpec, first: Tensor) -> Units:
+    """The units that a leg trains in, fixed by the first raw activations (B, D) of its site."""
+    if not leg.dictionary.normalise:
+        return Units.raw(first.float())
+    return Units.fitted_to(first.float(), balance_of(leg, spec))
+
+
 def first_state(
     leg: Leg, spec: TrainSpec, first: Tensor, inherited: Dictionary | None = None, *, lr_share: float = 1.0
 ) -> TraineeState:
@@ -123,7 +132,7 @@ def first_state(
     """
     first = first.float()
     with alone():
-        units = Units.fitted_to(first) if leg.dictionary.normalise else Units.raw(first)
+        units = units_of(leg, spec, first)
         normalised = units.normalise(first)
         if inherited is None:
             generator = torch.Generator().manual_seed(seed_from("init", leg.seed, str(leg.site)))

@@ -18,7 +18,7 @@ from saerelay.errors import Interrupted, LegFailed, TransferError
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.documents.training import PhaseSeconds, ReadPositions, RunCost
+from saerelay.runs.documents.training import HopFacts, PhaseSeconds, ReadPositions, RunCost
 from saerelay.runs.state import append_metrics, truncate_metrics
 from saerelay.sae.quality import fvu, mean_l0
 from saerelay.sae.threads import side_by_side
@@ -29,7 +29,7 @@ from saerelay.training.inherit import gather_moments, inherit
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import Training, stop_requests, timed
 from saerelay.training.schedule import goal_is_due
-from saerelay.training.state import first_state
+from saerelay.training.state import balance_of, first_state, units_of
 
 FIRST_ROWS = 32_768
 """Rows that a leg looks at when it begins, for its units and its initialisation."""
@@ -138,10 +138,11 @@ def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee
     if not leg.hop:
         return Trainee(leg, spec, first_state(leg, spec, rows))
     try:
-        dictionary, lr_share = inherit(now, leg, block, paths)
+        inherited = inherit(now, leg, block, paths, units_of(leg, spec, rows))
     except TransferError as error:
         return str(error)
-    return Trainee(leg, spec, first_state(leg, spec, rows, dictionary, lr_share=lr_share))
+    now.hops[leg.id] = HopFacts(method=inherited.method, trials=inherited.trials)
+    return Trainee(leg, spec, first_state(leg, spec, rows, inherited.dictionary, lr_share=inherited.lr_share))
 
 
 def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor], int]:
@@ -199,8 +200,10 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
         "seconds": round(state.seconds, 3),
         "l0": mean_l0(dictionary, rows),
     }
+    if leg.id in now.hops:
+        info["hop"] = now.hops[leg.id].model_dump(mode="json")
     if leg.site in now.held_out:
-        info["validation_fvu"] = fvu(dictionary, now.held_out[leg.site])
+        info["validation_fvu"] = fvu(dictionary, now.held_out[leg.site], balance_of(leg, trainee.spec))
     directory = paths.leg(leg.id) if finished else paths.snapshot(leg.id, state.age)
     publish(directory, dictionary, info)
 

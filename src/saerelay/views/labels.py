@@ -6,11 +6,13 @@ Tables, figures, the report and the model card use these; the report's data file
 from typing import Any
 
 from saerelay.runs.documents.latents import STATUSES
+from saerelay.runs.documents.quality import Summary
 
 _FVU = "E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not broken between lines
 
 METRICS = {
     "fvu": ("FVU", f"FVU: {_FVU}, lower is better"),
+    "balanced_fvu": ("balanced FVU", "Balanced FVU: the mean over dimensions of the FVU of each, lower is better"),
     "explained_variance": ("explained variance", "Explained variance: 1 − FVU, higher is better"),
     "l0": ("L0", "L0: mean number of active latents per token"),
     "ce_loss_score": (
@@ -82,6 +84,12 @@ def metric_name(metric: str) -> str:
     'ΔCE'
     """
     return METRICS[metric][0].split(" (")[0]
+
+
+def leading_metric(summary: Summary) -> str:
+    """The metric by which a run's SAEs are compared: what the model loses, or else what ranks SAEs as that does."""
+    measured = all(leg.delta_ce is not None for leg in summary.final_legs)
+    return "delta_ce" if measured else "balanced_fvu"
 
 
 def carried(method: str) -> str:

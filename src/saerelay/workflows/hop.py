@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -15,7 +15,7 @@ from torch import Tensor
 from saerelay.analysis.metrics import batches
 from saerelay.analysis.suite import Suite
 from saerelay.data.stream import trained_on
-from saerelay.errors import FormatError, ModelError
+from saerelay.errors import FormatError, ModelError, TransferError
 from saerelay.interop import read_any, write_dictionary
 from saerelay.interop.names import public_name
 from saerelay.interop.origin import Origin
@@ -31,8 +31,10 @@ from saerelay.sae.layer_normed import LayerNormed
 from saerelay.sae.maps import map_between, rate_share, unexplained
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
-from saerelay.sae.spec import Method
+from saerelay.sae.spec import Method, MethodOrAuto
 from saerelay.sae.transfer import L0_ROWS, carry
+from saerelay.sae.trials import SCRATCH, TRIAL_ROWS, try_methods
+from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.launch import train_run
@@ -134,7 +136,7 @@ def carry_from_model(
     recipe: Recipe,
     target: Site,
     name: str,
-    method: Method,
+    method: MethodOrAuto,
     console: Console | None = None,
 ) -> CarriedFromModel:
     """Fold a dictionary of another model's activations into one of the recipe's model, by a map fitted on its text.
@@ -153,6 +155,7 @@ def carry_from_model(
     moments = Moments.empty(other.facts.width(site), plan.facts.width(target))
     x_source: Tensor | None = None
     x_target: Tensor | None = None
+    rows: list[Tensor] = []
     with console.status(f"reading {name} and {recipe.model.name} side by side") if console else nullcontext():
         for tokens, keep, x_target in kept_rows(plan, target):
             if int(tokens.max()) >= other.facts.tokens.vocab_size:
@@ -162,19 +165,34 @@ def carry_from_model(
             harvested = other.harvest(tokens.to(other.device), [site])[site]
             x_source = harvested[keep.to(other.device)].float()
             moments.add(x_source.to(x_target.device), x_target)
+            if sum(map(len, rows)) < TRIAL_ROWS:
+                rows.append(x_target.cpu())
     assert x_source is not None and x_target is not None
     if isinstance(dictionary, LayerNormed):
         dictionary = dictionary.at_scale(x_source.cpu())
-    between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments)
+    balance = recipe.train.optimizer.balance
+    units = Units.fitted_to(torch.cat(rows), balance)
+    spec = recipe.dictionary.sized(plan.facts.width(target)).changed(n_latents=dictionary.n_latents)
+    trials: dict[str, float] = {}
+    if method == "auto":
+        trials = try_methods(dictionary, moments, torch.cat(rows), units, spec, balance=balance)
+        best = next(iter(trials))
+        if best == SCRATCH:
+            raise TransferError(
+                f"{name}: no map from its {site} to {target} is better than a random dictionary; train from scratch"
+            )
+        method = cast(Method, best)
+    between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments, balance)
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())
-    carried = carry(dictionary, between, x_target.cpu(), l0=l0).dictionary
+    carried = carry(dictionary, between, x_target.cpu(), units, l0=l0).dictionary
     facts = {
         "model": name,
         "site": str(site),
         "method": method,
+        "trials": trials,
         "moment_tokens": moments.n_tokens,
         "lm_tokens": 2 * plan.recipe.plan.hop.moment_tokens,
-        "unexplained": unexplained(moments),
+        "unexplained": unexplained(moments, balance=balance),
         "seconds": round(time.perf_counter() - began, 3),
     }
     return CarriedFromModel(
@@ -185,7 +203,7 @@ def carry_from_model(
             l0=l0,
             provenance={**origin.provenance, "carried_from": facts},
         ),
-        rate_share=rate_share(moments),
+        rate_share=rate_share(moments, balance=balance),
     )
 
 

@@ -12,6 +12,7 @@ from saerelay.interop.origin import Origin
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
+from saerelay.runs.suite import method_of
 from saerelay.site import Site
 from saerelay.spec import format_count
 
@@ -74,8 +75,7 @@ def model_card(
     ]
     paragraphs += ["## Quality", _quality(saes)]
     if plan:
-        legs = [sae.leg for sae in saes if sae.leg]
-        paragraphs += ["## Lineage", _lineage(legs, plan)]
+        paragraphs += ["## Lineage", _lineage(saes, plan)]
     paragraphs += ["## Loading", *_loading(format, repo or "USER/REPO", saes[0].folder)]
     if plan:
         paragraphs += [
@@ -195,8 +195,10 @@ def _metrics(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def _lineage(legs: list[Leg], plan: Plan) -> str:
+def _lineage(saes: Sequence[ExportedSAE], plan: Plan) -> str:
     """A table with a row for each leg and each of its ancestors."""
+    legs = [sae.leg for sae in saes if sae.leg]
+    hops = {sae.leg.id: sae.origin.provenance.get("hop") or {} for sae in saes if sae.leg}
     related = {leg.id: leg for leg in legs}
     for leg in legs:
         while leg.parent and plan.has(leg.parent):
@@ -219,19 +221,12 @@ def _lineage(legs: list[Leg], plan: Plan) -> str:
                 leg.id,
                 _reads(leg.site),
                 parent or "-",
-                _method(leg),
+                method_of(leg, hops.get(leg.id, {}).get("method")) or "from scratch",
                 format_count(leg.moment_tokens) if leg.moment_tokens else "-",
                 format_count(leg.budget_tokens),
             ]
         )
     return _table(columns, rows)
-
-
-def _method(leg: Leg) -> str:
-    """How a leg's dictionary began."""
-    if not leg.parent:
-        return "from scratch"
-    return f"{leg.method} + refit" if leg.refit_tokens else str(leg.method)
 
 
 def _loading(format: str, repo: str, folder: str) -> list[str]:

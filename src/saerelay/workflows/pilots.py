@@ -18,12 +18,12 @@ from saerelay.planning.survey import LONG, LongPilots, Survey, SurveyCost, Surve
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import RunCost
-from saerelay.sae.maps import AffineMap, affine
+from saerelay.sae.maps import AffineMap, map_between
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu
-from saerelay.sae.refit import refit
 from saerelay.sae.threads import side_by_side
-from saerelay.sae.transfer import carry
+from saerelay.sae.transfer import carry, refit_in
+from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.training.train import hold_out
 
@@ -123,9 +123,10 @@ def measure_survey(
     maps = fit_maps(plan, rows)
     fvus = pilot_fvus(asked, plan, suite, rows, held_out, maps)
     decay_gain = {}
+    balance = plan.recipe.train.optimizer.balance
     for leg in plan.legs:
         before, _ = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))
-        fvu_before = fvu(before.to(stream.device), held_out[leg.site])
+        fvu_before = fvu(before.to(stream.device), held_out[leg.site], balance)
         decay_gain[leg.id] = min(1.0, fvus[leg.id, leg.site].as_it_is / fvu_before)
     measured = Measured(plan, rows, held_out, maps, fvus, decay_gain)
     return Survey(
@@ -147,7 +148,8 @@ def fit_maps(plan: Plan, rows: dict[Site, Tensor]) -> dict[tuple[Site, Site], Af
     for a, b in pairs(plan.sites, plan.leg(LONG).site):
         moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
         moments.add(rows[a], rows[b])
-        maps[a, b] = affine(moments)
+        balance = plan.recipe.train.optimizer.balance
+        maps[a, b] = map_between("affine", plan.facts.width(a), moments, balance)
         maps[b, a] = maps[a, b].reversed()
     return maps
 
@@ -166,15 +168,17 @@ def pilot_fvus(
     jobs = [(pilots[source], target) for source, target in maps]
     jobs += [(hub, target) for source, target in maps if source == hub.site]
     jobs += [(leg, leg.site) for leg in plan.legs]
+    balance = plan.recipe.train.optimizer.balance
 
     def measure(job: tuple[Leg, Site]) -> PilotFVU:
         leg, site = job
         dictionary = suite[leg.id].to(rows[site].device)
+        units = Units.fitted_to(rows[site], balance)
         if leg.site != site:
             between = maps[leg.site, site]
-            dictionary = carry(dictionary, between, rows[site], l0=asked.dictionary.l0).dictionary
-        refitted = refit(dictionary, rows[site].split(4096))
-        return PilotFVU(fvu(dictionary, held_out[site]), fvu(refitted, held_out[site]))
+            dictionary = carry(dictionary, between, rows[site], units, l0=asked.dictionary.l0).dictionary
+        refitted = refit_in(units, dictionary, rows[site])
+        return PilotFVU(fvu(dictionary, held_out[site], balance), fvu(refitted, held_out[site], balance))
 
     fvus = side_by_side(measure, jobs, rows[hub.site].device)
     return {(leg.id, site): result for (leg, site), result in zip(jobs, fvus, strict=True)}

@@ -21,6 +21,10 @@ class Reconstruction(Record):
     """Fraction of variance unexplained: E‖x − x̂‖² / (E‖x‖² − ‖E x‖²)."""
     explained_variance: Measured = None
     """1 − FVU."""
+    balanced_fvu: Measured = None
+    """Mean over dimensions of the FVU of each, so that no few large ones decide; ranks SAEs of a layer as ΔCE does."""
+    largest_dimension: Measured = None
+    """Share of the variance of x in its largest dimension: where it is large, FVU says little."""
     mse: Measured = None
     """E‖x − x̂‖², summed over the width."""
     cossim: Measured = None

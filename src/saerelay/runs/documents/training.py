@@ -41,11 +41,22 @@ class DictionarySite(Record):
     """Name of the training data."""
 
 
+class HopFacts(Record):
+    """How a transferred leg began."""
+
+    method: str
+    """Method of the map; `scratch` where no map was better than a random dictionary."""
+    trials: dict[str, Measured] = {}
+    """With method "auto": FVU in training units of each method, refitted, on rows not seen; the best first."""
+
+
 class DictionaryTraining(Record):
     """How a dictionary was trained."""
 
     leg: dict[str, Any] = {}
     """The leg as it stands in plan.json: parent, method, learning rate, seed and budget."""
+    hop: HopFacts | None = None
+    """How it began, if it was transferred."""
     tokens: int = 0
     """Number of tokens this leg was trained on."""
     finished: bool = True
@@ -145,6 +156,8 @@ class ResumeFacts(Record):
     """Number of token positions read."""
     failures: dict[str, str]
     """Why legs stopped early, by leg id."""
+    hops: dict[str, HopFacts]
+    """How transferred legs began, by leg id."""
     seconds: dict[str, float]
     """Wall-clock time by phase, in seconds."""
     positions: dict[str, int]

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def quality_figure(summary: Summary, *, theme: Theme = "light") -> "Figure":
-    """FVU and, with a language-model head, ΔCE by layer: the suite, and its from-scratch controls beside it."""
+    """Balanced FVU and, with a language-model head, ΔCE by layer: of the suite, and of its from-scratch controls."""
     legs = summary.legs
     x = side_by_side((leg.id, leg.layer) for leg in legs)
-    metrics = [name for name in ("fvu", "delta_ce") if any(getattr(leg, name) is not None for leg in legs)]
+    metrics = [name for name in ("delta_ce", "balanced_fvu") if any(getattr(leg, name) is not None for leg in legs)]
     definition = ". ".join(METRICS[name][1] for name in metrics)
     definition += ", ± standard error over sequences." if "delta_ce" in metrics else "."
 

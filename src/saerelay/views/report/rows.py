@@ -9,6 +9,7 @@ from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.suite import method_of
 from saerelay.spec import format_count
+from saerelay.views.labels import leading_metric
 from saerelay.views.text import duration, flops, is_number
 
 
@@ -82,8 +83,8 @@ class QualityRow:
     leg: LegSummary
     tokens: str
     ratio: float | None
-    """Its FVU over that of its control with the full budget."""
-    fvu_marks: list[Mark]
+    """Its leading metric over that of its control with the full budget."""
+    balanced_fvu_marks: list[Mark]
     delta_ce_marks: list[Mark]
     controls: list["ControlRow"] = field(default_factory=list)
 
@@ -98,7 +99,8 @@ class ControlRow:
 
 def quality_rows(summary: Summary) -> list[QualityRow]:
     """A row for each final leg, with its marks and those of its controls."""
-    fvus = [leg.fvu for leg in summary.legs if is_number(leg.fvu)]
+    fvus = [leg.balanced_fvu for leg in summary.legs if is_number(leg.balanced_fvu)]
+    metric = leading_metric(summary)
     delta_ces = [leg.delta_ce + (leg.delta_ce_se or 0) for leg in summary.legs if is_number(leg.delta_ce)]
     fvu_scale = 1.05 * max(fvus, default=1.0)
     delta_ce_scale = 1.05 * max(delta_ces, default=1.0)
@@ -112,8 +114,12 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
             QualityRow(
                 leg=leg,
                 tokens=format_count(leg.tokens),
-                ratio=fvu_ratio(leg, full),
-                fvu_marks=[_mark(row, row.fvu, None, fvu_scale) for row in (leg, *controls) if is_number(row.fvu)],
+                ratio=quality_ratio(leg, full, metric),
+                balanced_fvu_marks=[
+                    _mark(row, row.balanced_fvu, None, fvu_scale)
+                    for row in (leg, *controls)
+                    if is_number(row.balanced_fvu)
+                ],
                 delta_ce_marks=[
                     _mark(row, row.delta_ce, row.delta_ce_se, delta_ce_scale)
                     for row in (leg, *controls)
@@ -125,11 +131,15 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
     return rows
 
 
-def fvu_ratio(leg: LegSummary, control: LegSummary | None) -> float | None:
-    """A leg's FVU over that of a control; None without one."""
-    if control is None or not is_number(leg.fvu) or not is_number(control.fvu) or control.fvu == 0:
+def quality_ratio(leg: LegSummary, control: LegSummary | None, metric: str) -> float | None:
+    """A leg's metric over that of a control; None without one, or where a ratio says nothing."""
+    if control is None:
         return None
-    return leg.fvu / control.fvu
+    ours = getattr(leg, metric)
+    theirs = getattr(control, metric)
+    if not is_number(ours) or not is_number(theirs) or theirs <= 0:
+        return None
+    return ours / theirs
 
 
 def _mark(leg: LegSummary, value: float | None, error: float | None, scale: float) -> Mark:

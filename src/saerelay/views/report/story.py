@@ -8,8 +8,8 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.across_layers import Measures
 from saerelay.runs.documents.quality import ControlKind, LegSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.labels import ARCHITECTURES
-from saerelay.views.report.rows import fvu_ratio, plan_rows, quality_rows, tiles
+from saerelay.views.labels import ARCHITECTURES, leading_metric, metric_name
+from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
 from saerelay.views.text import duration, is_number, listed
 
 
@@ -26,6 +26,7 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
         "lost": lost(summary),
         "badly": transfers_badly(summary) + other_signs(measures),
         "surveyed": any(leg.predicted_fvu is not None for leg in summary.legs),
+        "leading": metric_name(leading_metric(summary)),
         "rows": quality_rows(summary),
         "plan_rows": plan_rows(plan),
         "plan_tokens": format_count(plan.n_tokens),
@@ -108,18 +109,19 @@ def price(summary: Summary) -> str:
     ratios = sorted(ratio for _, ratio in _ratios(summary, children, "full"))
     if not ratios:
         return "Not at equal quality, perhaps: no transferred layer has a control with the full budget to compare with."
+    metric = metric_name(leading_metric(summary))
     span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
     return (
-        f"Not at equal quality: FVU is {span} times that of from-scratch controls with the full budget, at the "
+        f"Not at equal quality: {metric} is {span} times that of from-scratch controls with the full budget, at the "
         f"{len(ratios)} of {len(children)} transferred layers that have one."
     )
 
 
 def _ratios(summary: Summary, legs: Sequence[LegSummary], kind: ControlKind) -> list[tuple[LegSummary, float]]:
-    """The legs that have a control of a kind, and their FVU over its."""
+    """The legs that have a control of a kind, and their leading metric over its."""
     ratios = []
     for leg in legs:
-        ratio = fvu_ratio(leg, summary.control(leg, kind))
+        ratio = quality_ratio(leg, summary.control(leg, kind), leading_metric(summary))
         if ratio is not None:
             ratios.append((leg, ratio))
     return ratios
@@ -165,7 +167,8 @@ def lost(summary: Summary) -> list[str]:
         ratios = _ratios(summary, summary.final_legs, kind)
         if not ratios:
             continue
-        text = f"FVU over that of {words}: {listed([f'{ratio:.2f} at layer {leg.layer}' for leg, ratio in ratios])}"
+        by_layer = listed([f"{ratio:.2f} at layer {leg.layer}" for leg, ratio in ratios])
+        text = f"{metric_name(leading_metric(summary))} over that of {words}: {by_layer}"
         gaps = []
         for leg, _ in ratios:
             control = summary.control(leg, kind)
@@ -215,7 +218,7 @@ def transfers_badly(summary: Summary) -> list[str]:
     sentences = []
     ratios = sorted(_ratios(summary, children, "full"), key=lambda pair: -pair[1])
     if ratios:
-        sentences.append(_worst_compared(ratios))
+        sentences.append(_worst_compared(ratios, metric_name(leading_metric(summary))))
     predicted = _worst_predicted(children)
     if predicted:
         sentences.append(predicted)
@@ -226,7 +229,7 @@ def transfers_badly(summary: Summary) -> list[str]:
     return sentences
 
 
-def _worst_compared(ratios: list[tuple[LegSummary, float]]) -> str:
+def _worst_compared(ratios: list[tuple[LegSummary, float]], metric: str) -> str:
     """The leg that is furthest behind its control; `ratios` from the largest to the smallest."""
     worst, ratio = ratios[0]
     others = [f"{other:.2f} at layer {leg.layer}" for leg, other in ratios[1:]]
@@ -234,11 +237,11 @@ def _worst_compared(ratios: list[tuple[LegSummary, float]]) -> str:
     if ratio <= 1.05:
         return (
             f"None of those with a full-budget control: layer {worst.layer} is the worst, at {ratio:.2f} times its "
-            f"control's FVU{rest}."
+            f"control's {metric}{rest}."
         )
     return (
-        f"Of {len(ratios)} that can be judged, layer {worst.layer}: its FVU is {ratio:.2f} times that of its control "
-        f"with the full budget{rest}."
+        f"Of {len(ratios)} that can be judged, layer {worst.layer}: its {metric} is {ratio:.2f} times that of its "
+        f"control with the full budget{rest}."
     )
 
 
@@ -262,13 +265,13 @@ def _without_control(legs: Sequence[LegSummary]) -> str:
     layers = sorted({leg.layer for leg in legs})
     subject = f"Layers {listed(layers)} have" if len(layers) > 1 else f"Layer {layers[0]} has"
     text = (
-        f"{subject} no control with the full budget: whether a high FVU there is the transfer's doing or the layer's "
+        f"{subject} no control with the full budget: whether a high loss there is the transfer's doing or the layer's "
         "own, this run cannot tell."
     )
     if len(legs) == 1:
         return text
-    highest = max(legs, key=lambda leg: leg.fvu or 0)
-    text += f" Among them FVU is highest at layer {highest.layer} ({highest.fvu:.4f})"
+    highest = max(legs, key=lambda leg: leg.balanced_fvu or 0)
+    text += f" Among them balanced FVU is highest at layer {highest.layer} ({highest.balanced_fvu:.4f})"
     scores = {leg.layer: leg.ce_loss_score for leg in legs if is_number(leg.ce_loss_score)}
     if scores:
         lowest = min(scores, key=scores.__getitem__)

@@ -17,7 +17,7 @@ def quality_table(summary: Summary) -> Table:
     predicted = any(leg.predicted_fvu is not None for leg in summary.legs)
     for name in ("layer", "SAE"):
         table.add_column(name)
-    numbers = ["tokens", "L0", "FVU", "ΔCE (nats)", "CE score", "alive"]
+    numbers = ["tokens", "L0", "ΔCE (nats)", "balanced FVU", "FVU", "CE score", "alive"]
     if predicted:
         numbers += ["predicted", "validation"]
     for name in numbers:
@@ -39,8 +39,9 @@ def _metrics(leg: LegSummary | SnapshotSummary) -> list[str]:
     return [
         format_count(leg.tokens),
         decimal(leg.l0, 1),
-        decimal(leg.fvu, 4),
         with_error(leg.delta_ce, leg.delta_ce_se, 4),
+        decimal(leg.balanced_fvu, 4),
+        decimal(leg.fvu, 4),
         decimal(leg.ce_loss_score, 4),
         percent(leg.frac_alive),
     ]

@@ -1,0 +1,69 @@
+"""Which map a dictionary hops by: each is tried, its decoder refitted roughly, and measured on rows it has not seen.
+
+No map is the best between all layers (decision 032): a copy fails where a huge dimension jumps, a regression shrinks
+what it explains badly, a rotation assumes that nothing is lost on the way.
+"""
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from saerelay.errors import TransferError
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.initialise import INITIAL_ROWS, initialise
+from saerelay.sae.maps import map_between
+from saerelay.sae.moments import Moments
+from saerelay.sae.quality import fvu
+from saerelay.sae.refit import refit
+from saerelay.sae.spec import Method, SizedDictionarySpec
+from saerelay.sae.transfer import carry
+from saerelay.sae.units import Units
+
+SCRATCH = "scratch"
+"""The name of a random dictionary among the trials."""
+REGRESSION_HANDICAP = 1.03
+"""What a regression's FVU is multiplied by: it shrinks what it explains badly towards the mean, which costs the model
+more than FVU says. Where the two were as good as this, the rotation always had the lower ΔCE (decision 032)."""
+TRIAL_ROWS = 32_768
+"""Rows that a trial looks at, at most; a quarter of them is held out."""
+
+
+@torch.no_grad()
+def try_methods(
+    dictionary: Dictionary,
+    moments: Moments,
+    rows: Tensor,
+    units: Units,
+    spec: SizedDictionarySpec,
+    *,
+    balance: float,
+    l0: float | None = None,
+) -> dict[str, float]:
+    """FVU in training units, on rows not seen, of a dictionary carried by each method and refitted; the best first.
+
+    That of a regression is multiplied by `REGRESSION_HANDICAP`.
+
+    `rows` (B, D) are raw activations of the target. Beside the methods stands a random dictionary of the same size,
+    refitted on the same rows (`SCRATCH`): a hop that is no better has nothing to offer. Raises TransferError for
+    activations that are not finite.
+    """
+    rows = rows[:TRIAL_ROWS]
+    if not bool(torch.isfinite(rows).all()):
+        raise TransferError("the activations on which maps were to be tried are not all finite")
+    fitted, unseen = units.normalise(rows).tensor_split([3 * len(rows) // 4])
+
+    def fvu_once_refitted(candidate: Dictionary) -> float:
+        refitted = refit(candidate, fitted.split(4096), direct=False, tolerance=0.05, max_iterations=20)
+        return fvu(refitted, unseen)
+
+    trials: dict[str, float] = {}
+    same_width = moments.n_source == rows.shape[1]
+    for method in get_args(Method) if same_width else ("procrustes", "affine"):
+        between = map_between(method, dictionary.d_model, moments, balance)
+        carried = carry(dictionary, between, rows, units, l0=l0).dictionary
+        trials[method] = fvu_once_refitted(units.from_canonical(carried))
+    trials["affine"] *= REGRESSION_HANDICAP
+    generator = torch.Generator().manual_seed(0)
+    trials[SCRATCH] = fvu_once_refitted(initialise(spec, fitted[:INITIAL_ROWS], generator))
+    return dict(sorted(trials.items(), key=lambda trial: trial[1]))
