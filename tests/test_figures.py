@@ -33,6 +33,7 @@ from saerelay.runs.documents.quality import ControlCost, ControlKind, LegSummary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
 from saerelay.views.figures.page import kind_of
+from saerelay.views.labels import misleading_fvu
 
 METHODS = ("identity", "affine")
 COST = SuiteCost(
@@ -381,3 +382,11 @@ def test_files_are_pictures_of_one_column(tmp_path: Path) -> None:
     before = (tmp_path / "light.svg").read_bytes()
     f.save(f.quality_figure(documents().summary), tmp_path / "light.svg")
     assert (tmp_path / "light.svg").read_bytes() == before
+
+
+def test_layers_where_fvu_misleads_are_named() -> None:
+    summary = documents().summary
+    assert misleading_fvu(summary) == ""
+    first, *others = summary.legs
+    one_large = summary.changed(legs=[first.changed(largest_dimension=0.58), *others])
+    assert f"at layers {first.layer} (58 %)" in misleading_fvu(one_large)

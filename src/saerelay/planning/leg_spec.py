@@ -55,7 +55,7 @@ class LegControl(Spec):
 
 
 class LegGoal(Spec):
-    """What quality is expected of a leg, as FVU on validation documents."""
+    """What quality is expected of a leg: FVU in training units (see train.balance) on validation documents."""
 
     goal_fvu: float | None = Field(default=None, gt=0)
     """At which the leg may end early (see plan.stop)."""

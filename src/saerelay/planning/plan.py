@@ -93,7 +93,7 @@ class Control(Spec):
 
 
 class Goal(Spec):
-    """What FVU is expected of a leg, on held-out rows of the validation split."""
+    """What FVU is expected of a leg, in training units, on held-out rows of the validation split."""
 
     goal_fvu: float | None = None
     """At which it may end early."""

@@ -68,13 +68,17 @@ TITLES = {"hop": "from parent to child", "depth": "from layer to layer", "contro
 
 
 CURVES = {
-    "fvu": ("FVU", f"FVU on the training tokens of each block: {_FVU}, lower is better"),
+    "fvu": ("FVU", f"FVU in training units on the training tokens of each block: {_FVU}, lower is better"),
     "loss": ("loss", "Training loss in normalised units, including auxiliary terms"),
     "l0": ("L0", "L0: mean number of active latents per token"),
     "n_dead": ("dead latents", "Dead latents: those that have not fired for longer than the leg's dead_after_tokens"),
     "learning_rate": ("learning rate", "The optimiser's learning rate"),
 }
 """Columns of the training log: a name for an axis, and definition."""
+
+
+LARGE_DIMENSION = 0.25
+"""Share of the variance from which one dimension is said to decide FVU."""
 
 
 def metric_name(metric: str) -> str:
@@ -90,6 +94,20 @@ def leading_metric(summary: Summary) -> str:
     """The metric by which a run's SAEs are compared: what the model loses, or else what ranks SAEs as that does."""
     measured = all(leg.delta_ce is not None for leg in summary.final_legs)
     return "delta_ce" if measured else "balanced_fvu"
+
+
+def misleading_fvu(summary: Summary) -> str:
+    """A sentence on the layers where FVU is mostly about one dimension; "" if there are none."""
+    layers = []
+    for leg in summary.suite:
+        if leg.largest_dimension is not None and leg.largest_dimension > LARGE_DIMENSION:
+            layers.append(f"{leg.layer} ({100 * leg.largest_dimension:.0f} %)")
+    if not layers:
+        return ""
+    return (
+        f"FVU says little where one dimension holds much of the variance, as at layers {', '.join(layers)}: compare "
+        "SAEs of a layer by ΔCE, or by balanced FVU, which weighs all dimensions alike."
+    )
 
 
 def carried(method: str) -> str:

@@ -74,7 +74,7 @@ class DictionaryTraining(Record):
     l0: Measured = None
     """Mean number of active latents per token, on the first 8192 rows of the last block."""
     validation_fvu: Measured = None
-    """FVU on the validation rows that goals are measured on; only for runs with goals."""
+    """FVU in training units on the validation rows that goals are measured on; only for runs with goals."""
 
 
 class DictionaryInfo(DictionaryTraining, DictionarySite, DictionaryShape, Document):
@@ -102,7 +102,7 @@ class TrainingLine(Record):
     loss: Measured = None
     """Training loss in normalised units, auxiliary terms included."""
     fvu: Measured = None
-    """Fraction of variance unexplained, on training tokens."""
+    """Fraction of variance unexplained in training units, on training tokens."""
     l0: Measured = None
     """Mean number of active latents per token."""
     n_dead: int | None = None

@@ -8,7 +8,7 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.across_layers import Measures
 from saerelay.runs.documents.quality import ControlKind, LegSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.labels import ARCHITECTURES, leading_metric, metric_name
+from saerelay.views.labels import ARCHITECTURES, leading_metric, metric_name, misleading_fvu
 from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
 from saerelay.views.text import duration, is_number, listed
 
@@ -27,6 +27,7 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
         "badly": transfers_badly(summary) + other_signs(measures),
         "surveyed": any(leg.predicted_fvu is not None for leg in summary.legs),
         "leading": metric_name(leading_metric(summary)),
+        "misleading": misleading_fvu(summary),
         "rows": quality_rows(summary),
         "plan_rows": plan_rows(plan),
         "plan_tokens": format_count(plan.n_tokens),

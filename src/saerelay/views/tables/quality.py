@@ -6,7 +6,7 @@ from rich.text import Text
 
 from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.labels import ROLES
+from saerelay.views.labels import ROLES, misleading_fvu
 from saerelay.views.text import decimal, duration, flops, is_number, percent, with_error
 
 
@@ -67,6 +67,9 @@ def cost_lines(summary: Summary) -> list[Text]:
     ]
     if cost.controls.seconds:
         lines.append(f"Controls took another {_seconds(cost.controls.seconds)}, not counted above; nor is evaluation.")
+    misleading = misleading_fvu(summary)
+    if misleading:
+        lines.append(misleading)
     lines.append(
         "ΔCE: rise of the model's loss with the SAE in place, ± standard error over sequences. FVU: lower is better."
     )
