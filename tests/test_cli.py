@@ -423,17 +423,6 @@ def test_an_encoder_goes_the_whole_way_without_ce(place: Path, tmp_path: Path, c
     refused(place, tmp_path / "x", recipe, "has no language-model head", capsys=capsys, monkeypatch=monkeypatch)
 
 
-@pytest.mark.slow
-def test_tensorboard_gets_scalars(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    recipe = changed(place, tmp_path, "[train]", '[train]\nloggers = ["tensorboard"]')
-    sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "tb")
-    assert list((tmp_path / "tb/tensorboard").glob("events.*"))
-    for leg in sr.load(place / "run"):
-        ours, theirs = sr.load(tmp_path / "tb")[leg], sr.load(place / "run")[leg]
-        assert torch.equal(ours.W_enc, theirs.W_enc)
-
-
 def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "saerelay", "train", str(recipe), "--out", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
