@@ -237,7 +237,8 @@ def test_explanations_stand_by_their_features(visit: Visit) -> None:
     assert visit.at("#/feature/L1/3").locator(".explanation").count() == 0
     page = visit.at("#/interpret")
     rows = page.locator("[data-view=interpret] table >> nth=0").locator("tbody tr").all_inner_texts()
-    assert [row.split("\t")[0] for row in rows] == ["from scratch", "from a higher layer"] and "0.750 ± 0.250" in rows[0]
+    assert [row.split("\t")[0] for row in rows] == ["from scratch", "from a higher layer"]
+    assert "0.750 ± 0.250" in rows[0]
     page.locator("summary:has-text('L1: 2')").last.click()
     page.locator(".explanations a:visible").first.click()
     visit.drawn("#/feature/L1/1")

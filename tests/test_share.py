@@ -270,7 +270,7 @@ class Handler(BaseHTTPRequestHandler):
                 hub_.go_on.wait(20)
             etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
             return self.answer(files[name], ETag=etag, X_Repo_Commit=COMMIT)
-        self.answer({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+        return self.answer({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
 
     def do_POST(self) -> None:
         body, hub_ = self.rfile.read(int(self.headers["Content-Length"])), self.server
@@ -292,7 +292,7 @@ class Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 hub_.repos[match[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        self.answer({"commitUrl": f"{hub_.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
+        return self.answer({"commitUrl": f"{hub_.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
 
 
 @pytest.fixture(scope="module")

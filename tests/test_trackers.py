@@ -126,9 +126,7 @@ def test_after_a_kill_wandb_gets_no_point_twice_and_none_is_missing(
     assert sent(wandb.runs) == list(training_log(tmp_path / "run"))
 
 
-def test_tensorboard_gets_every_point_and_changes_no_weight(
-    recipe: sr.Recipe, tmp_path: Path
-) -> None:
+def test_tensorboard_gets_every_point_and_changes_no_weight(recipe: sr.Recipe, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -164,9 +164,7 @@ def check_goals(now: Training, repetition: int) -> None:
                 trainee.check(now.held_out[trainee.leg.site])
 
 
-def end_legs(
-    now: Training, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher, repetition: int
-) -> None:
+def end_legs(now: Training, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher, repetition: int) -> None:
     """Publish snapshots that are due, and legs that are done."""
     stepped = [t for t in now.cohort.trainees.values() if t.leg.schedule.reuse > repetition]
     for trainee in stepped:
