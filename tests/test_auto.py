@@ -187,7 +187,7 @@ def test_a_budget_is_used_and_kept(facts: ModelFacts, budget: str, amount: float
 def test_a_budget_too_small_is_refused(facts: ModelFacts) -> None:
     with pytest.raises(PlanError, match="plan.budget is 40k tokens, of which the survey takes 5e\\+04; at least"):
         chosen(facts, budget="40k tokens")
-    with pytest.raises(PlanError, match="10 x root_tokens from scratch are not predicted to reach"):
+    with pytest.raises(PlanError, match="out of reach even for 10 x root_tokens from scratch"):
         chosen(facts, fvu_ratio=0.1)
 
 

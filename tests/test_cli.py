@@ -589,6 +589,20 @@ def test_help_and_init() -> None:
     assert "[dictionary]" in runner.invoke(app, ["init"]).output
 
 
+def test_every_command_explains_itself() -> None:
+    from typer.main import get_command
+
+    runner = CliRunner()
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        result = runner.invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0, f"{name}: {result.exception}"
+        summary = (command.help or "").split("\n\n")[0]
+        shown = " ".join(result.output.split())
+        assert " ".join(summary.split()) in shown
+        for option in options_of(command, hidden=False):
+            assert option in shown
+
+
 def test_ctrl_c_says_so_without_a_traceback(place: Path, capsys, monkeypatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -629,7 +643,7 @@ def test_judge_makes_a_page_and_keeps_its_key(place: Path, tmp_path: Path, capsy
         (("--layers", "first"), '--layers: "first": expected numbers separated by commas'),
         (("--layers", "99"), "no dictionary at layer 99"),
         (("ada.json",), "saerelay score RUN FILE..."),
-        (("--score",), "give the files that judges exported"),
+        (("--score",), "give the files that the judges exported"),
         (("missing.json", "--score"), "missing.json: cannot be read"),
     ):
         code, shown, stderr = call("judge", run, *wrong, capsys=capsys, monkeypatch=monkeypatch)

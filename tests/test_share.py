@@ -449,7 +449,7 @@ def test_a_repository_that_cannot_be_read_leaves_nothing(fake: Hub, pushed: str,
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     first, second, third = map(json.loads, done.stdout.splitlines())
     assert re.search("layer_2/sae_weights.safetensors: cut off or damaged", first)
-    assert "more/model.pt is a pickle of no known format" in second and '"me/none" is not on the hub' in third
+    assert "more/model.pt is a pickle of an unknown format" in second and '"me/none" is not on the hub' in third
     assert {p.name for p in tmp_path.iterdir()} <= {"home"}
 
 
@@ -513,7 +513,7 @@ def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="choose another --out"):
         share.export_run(str(run), tmp_path / "file" / "out", "saelens")
-    with pytest.raises(FormatError, match="gemma_scope is only read, not written"):
+    with pytest.raises(FormatError, match="gemma_scope can be read but not written"):
         share.export_run(str(run), tmp_path / "out", "gemma_scope")
     assert read_json(tmp_path / "new" / "plan.json") and not (tmp_path / "out").exists()
 

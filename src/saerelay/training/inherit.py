@@ -29,6 +29,10 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
     """The parent folded to the leg's site, revived, refitted, at the L0 that is asked for (or that it had).
 
     Also the share of the leg's learning rate that this hop calls for. Raises TransferError if the hop cannot be made.
+
+    How to see this: each of the four things that `carry` may do is decided by itself, and is None if it is not wanted:
+    `between` (fold through a map), `shape` (another architecture or width), `retraining` (revive and refit), and `l0`
+    (match the sparsity). The learning rate then follows from what is known of how much is left to learn.
     """
     assert leg.hop
     parent, parent_l0 = parent_of(now, leg, block, paths)
@@ -58,7 +62,7 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple
         return carried.dictionary, 1.0
     if moments:
         return carried.dictionary, rate_share(moments, now.plan.newness(leg))
-    # Without a map a refit tells: where it gained nothing, there is nothing to learn.
+    # Without a map, the refit says how much there is to learn: nothing, where it gained nothing.
     at_rest = copied and retraining is not None and not carried.refitted
     return carried.dictionary, LEAST_RATE_SHARE if at_rest else COPY_RATE
 
