@@ -144,64 +144,76 @@ def train(cli: Cli, name: str, text: str) -> Path:
     return cli.folder / name
 
 
-def run_all(cli: Cli, only: list[str]) -> dict[str, str]:
-    """All digests, by run and file."""
-    digests: dict[str, str] = {}
+def analyses(cli: Cli) -> list[Path]:
+    """The hub with everything that is measured of a run."""
+    if not (cli.folder / "hub").exists():
+        train(cli, "hub", RUNS["hub"])
+    cli("eval", "hub", "--matrix", "--measures")
+    cli("report", "hub", "--quick")
+    cli("circuits", "hub", "--task", "brackets", "--prompts", "20")
+    return [cli.folder / "hub"]
 
-    def wanted(name: str) -> bool:
-        return not only or name in only
 
-    for name, text in RUNS.items():
-        if wanted(name):
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            digests |= digests_of(train(cli, name, text))
+def cache(cli: Cli) -> list[Path]:
+    """A run that writes its activations, and one that reads them."""
+    text = recipe("hub", data='cache = "activations"')
+    return [train(cli, name, text) for name in ("cache-written", "cache-read")]
+
+
+def resume(cli: Cli) -> list[Path]:
+    """A run that is interrupted, and goes on."""
+    text = recipe("hub", "controls = [3]", train="snapshots = [0, 0.5]\ncheckpoint_every = 4096")
+    run = cli.folder / "resume"
+    (cli.folder / "resume.toml").write_text(text, encoding="utf-8")
+    cli.interrupted("train", "resume.toml", "--out", "resume", log=run / "metrics.jsonl")
+    cli("train", "resume.toml", "--out", "resume", "--resume")
+    return [run]
+
+
+def extend(cli: Cli) -> list[Path]:
+    """A finished run that gets more tokens and another layer."""
+    run = train(cli, "extend", recipe("hub"))
+    more = recipe("hub").replace("root_tokens = 16384", "root_tokens = 24576")
+    more = more.replace("[2, 3, 4, 5]", "[1, 2, 3, 4, 5]")
+    (cli.folder / "more.toml").write_text(more, encoding="utf-8")
+    cli("train", "more.toml", "--out", "extend", "--extend")
+    cli("eval", "extend")
+    return [run]
+
+
+def hop(cli: Cli) -> list[Path]:
+    """Hops of one SAE: ours, the same from another tool's file, and to another shape."""
     folder = cli.folder
-    if wanted("analyses"):
-        print("analyses of hub ...", file=sys.stderr, flush=True)
-        if not (folder / "hub").exists():
-            train(cli, "hub", RUNS["hub"])
-        cli("eval", "hub", "--matrix", "--measures")
-        cli("report", "hub", "--quick")
-        cli("circuits", "hub", "--task", "brackets", "--prompts", "20")
-        digests |= digests_of(folder / "hub")
-    if wanted("cache"):
-        text = recipe("hub", data='cache = "activations"')
-        for name in ("cache-written", "cache-read"):
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            digests |= digests_of(train(cli, name, text))
-    if wanted("resume"):
-        print("resume ...", file=sys.stderr, flush=True)
-        text = recipe("hub", "controls = [3]", train="snapshots = [0, 0.5]\ncheckpoint_every = 4096")
-        (folder / "resume.toml").write_text(text, encoding="utf-8")
-        cli.interrupted("train", "resume.toml", "--out", "resume", log=folder / "resume" / "metrics.jsonl")
-        cli("train", "resume.toml", "--out", "resume", "--resume")
-        digests |= digests_of(folder / "resume")
-    if wanted("extend"):
-        print("extend ...", file=sys.stderr, flush=True)
-        train(cli, "extend", recipe("hub"))
-        more = (
-            recipe("hub")
-            .replace("root_tokens = 16384", "root_tokens = 24576")
-            .replace("[2, 3, 4, 5]", "[1, 2, 3, 4, 5]")
-        )
-        (folder / "more.toml").write_text(more, encoding="utf-8")
-        cli("train", "more.toml", "--out", "extend", "--extend")
-        cli("eval", "extend")
-        digests |= digests_of(folder / "extend")
-    if wanted("hop"):
-        print("hop ...", file=sys.stderr, flush=True)
-        if not (folder / "batchtopk").exists():
-            train(cli, "batchtopk", RUNS["batchtopk"])
-        (folder / "hop.toml").write_text(RUNS["batchtopk"], encoding="utf-8")
-        cli("export", "batchtopk", "--format", "dictionary_learning", "--out", "foreign")
-        source = sorted(path.parent for path in (folder / "foreign").rglob("config.json"))[0]
-        common = ("--recipe", "hop.toml", "--to-layer", "5")
-        cli("hop", "--from", "batchtopk/legs/L4", *common, "--out", "hop-own")
-        cli("hop", "--from", str(source), *common, "--out", "hop-foreign", "--tokens", "0")
-        cli("hop", "--from", "batchtopk/legs/L4", *common, "--out", "hop-reshaped", "--n-latents", "640", "--k", "8")
-        for name in ("hop-own", "hop-foreign", "hop-reshaped"):
-            cli("eval", name)
-            digests |= digests_of(folder / name)
+    if not (folder / "batchtopk").exists():
+        train(cli, "batchtopk", RUNS["batchtopk"])
+    (folder / "hop.toml").write_text(RUNS["batchtopk"], encoding="utf-8")
+    cli("export", "batchtopk", "--format", "dictionary_learning", "--out", "foreign")
+    source = sorted(path.parent for path in (folder / "foreign").rglob("config.json"))[0]
+
+    common = ("--recipe", "hop.toml", "--to-layer", "5")
+    cli("hop", "--from", "batchtopk/legs/L4", *common, "--out", "hop-own")
+    cli("hop", "--from", str(source), *common, "--out", "hop-foreign", "--tokens", "0")
+    cli("hop", "--from", "batchtopk/legs/L4", *common, "--out", "hop-reshaped", "--n-latents", "640", "--k", "8")
+    names = ("hop-own", "hop-foreign", "hop-reshaped")
+    for name in names:
+        cli("eval", name)
+    return [folder / name for name in names]
+
+
+SCENARIOS = {"analyses": analyses, "cache": cache, "resume": resume, "extend": extend, "hop": hop}
+"""What is done beyond training and evaluating the recipes of RUNS; each returns the directories it made."""
+
+
+def run_all(cli: Cli, only: list[str]) -> dict[str, str]:
+    """All digests, by run and file; with `only`, those of some runs and scenarios."""
+    digests: dict[str, str] = {}
+    for name in [*RUNS, *SCENARIOS]:
+        if only and name not in only:
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        directories = [train(cli, name, RUNS[name])] if name in RUNS else SCENARIOS[name](cli)
+        for directory in directories:
+            digests |= digests_of(directory)
     return digests
 
 

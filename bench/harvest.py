@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,8 @@ def bare(stream: LiveStream, number: int, layer: int) -> None:
     tokens = torch.from_numpy(stream.sequences[stream.sequences_of(number)].astype(np.int64))
     with torch.inference_mode():
         for part in tokens.split(LM_BATCH_TOKENS // tokens.shape[1]):
-            try:
+            with suppress(Stop):
                 model._model.base_model(input_ids=part.to(model.device), use_cache=False)
-            except Stop:
-                pass
     handle.remove()
 
 

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saerelay.interop import read_any, write_dictionary
@@ -66,7 +66,7 @@ def parameters(*, subtracts_b_dec: bool = False, seed: int = 0) -> dict[str, Ten
 
 @dataclass(frozen=True)
 class Case:
-    """A SAE of another tool: `save` writes it into a directory and returns how the tool itself computes."""
+    """An SAE of another tool: `save` writes it into a directory and returns how the tool itself computes."""
 
     format: str
     name: str
@@ -78,79 +78,18 @@ class Case:
 # --- SAELens --------------------------------------------------------------------------------------------------------
 
 
+_SAELENS = {"d_in": D, "d_sae": F}
+_SAELENS_METADATA = {
+    "model_name": "demo",
+    "hook_name": "blocks.3.hook_resid_post",
+    "context_size": 128,
+    "prepend_bos": True,
+}
+
+
 def saelens_cases() -> Iterator[Case]:
     """Finished SAEs, training checkpoints, and a configuration as it was before 6.0."""
-    import sae_lens as sl
-
-    metadata = {"model_name": "demo", "hook_name": "blocks.3.hook_resid_post", "context_size": 128, "prepend_bos": True}
-    common = {"d_in": D, "d_sae": F}
-
-    def filled(sae: Any, seed: int = 0) -> Any:
-        p = parameters(subtracts_b_dec=sae.cfg.apply_b_dec_to_input, seed=seed)
-        if sae.cfg.normalize_activations == "layer_norm":
-            p = {name: value / 30 for name, value in p.items()} | {"W_enc": p["W_enc"]}
-        extra = parameters(seed=7)["b_enc"] / 300
-        p |= {"b_gate": p["b_enc"] - 10, "b_mag": p["b_enc"] * extra.exp(), "r_mag": extra}
-        p |= {"W_enc": p["W_enc"].T, "topk_threshold": torch.tensor(20.0, dtype=torch.float64)}
-        sae.load_state_dict({name: p[name] for name in sae.state_dict()})
-        return sae
-
-    def computed_by(sae: Any) -> Reference:
-        return lambda x: (sae.encode(x), sae(x))
-
-    def finished(kind: str, **options: Any) -> Callable[[Path], Reference]:
-        def save(path: Path) -> Reference:
-            config = getattr(sl, f"{kind}SAEConfig")(**common, **options, metadata=_metadata(metadata))
-            filled(getattr(sl, f"{kind}SAE")(config)).save_model(path)
-            return computed_by(sl.SAE.load_from_disk(path))
-
-        return save
-
-    def checkpoint(kind: str, scale: float | None = None, **options: Any) -> Callable[[Path], Reference]:
-        """As saved in the middle of training; the tool computes what it makes of it at the end."""
-
-        def save(path: Path) -> Reference:
-            normalised = {"normalize_activations": "expected_average_only_in"} if scale else {}
-            make = getattr(sl, f"{kind}TrainingSAEConfig")
-            sae = filled(getattr(sl, f"{kind}TrainingSAE")(make(**common, **options, **normalised)))
-            sae.cfg.metadata = _metadata(metadata | sae.cfg.metadata.to_dict())
-            if scale:
-                for name in ("b_enc", "b_dec"):
-                    getattr(sae, name).data *= scale
-                sae.topk_threshold *= scale
-            sae.save_model(path)
-            done = copy.deepcopy(sae)
-            if scale:
-                (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
-                done.fold_activation_norm_scaling_factor(scale)
-            with tempfile.TemporaryDirectory() as scratch:
-                done.save_inference_model(scratch)
-                return computed_by(sl.SAE.load_from_disk(scratch))
-
-        return save
-
-    def before_6(path: Path) -> Reference:
-        path.mkdir(parents=True)
-        p = parameters(subtracts_b_dec=True)
-        save_file({n: (t.T.contiguous() if n == "W_enc" else t) for n, t in p.items() if n != "threshold"},
-                  path / "sae_weights.safetensors")  # fmt: skip
-        config = common | {
-            "architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K},
-            "dtype": "float32", "model_name": "demo", "hook_point": "blocks.3.hook_resid_post", "context_size": 128,
-            "sae_lens_version": "3.0",
-        }  # fmt: skip
-        (path / "cfg.json").write_text(json.dumps(config))
-        return computed_by(sl.SAE.load_from_disk(path))
-
-    def log_threshold(path: Path) -> Reference:
-        from safetensors.torch import load_file
-
-        reference = finished("JumpReLU")(path)
-        tensors = load_file(path / "sae_weights.safetensors")
-        tensors["log_threshold"] = tensors.pop("threshold").log()
-        save_file(tensors, path / "sae_weights.safetensors")
-        return reference
-
+    finished, checkpoint = _saelens_finished, _saelens_checkpoint
     for name, save in {
         "standard": finished("Standard"),
         "standard-raw": finished("Standard", apply_b_dec_to_input=False),
@@ -158,11 +97,11 @@ def saelens_cases() -> Iterator[Case]:
         "topk": finished("TopK", k=K),
         "topk-rescaled": finished("TopK", k=K, rescale_acts_by_decoder_norm=True),
         "topk-layernorm": finished("TopK", k=K, normalize_activations="layer_norm"),
-        "topk-before6": before_6,
+        "topk-before6": _saelens_before_6,
         "topk-checkpoint": checkpoint("TopK", k=K),
         "jumprelu": finished("JumpReLU"),
         "jumprelu-raw": finished("JumpReLU", apply_b_dec_to_input=False),
-        "jumprelu-logthreshold": log_threshold,
+        "jumprelu-logthreshold": _saelens_log_threshold,
         "gated": finished("Gated"),
         "gated-raw": finished("Gated", apply_b_dec_to_input=False),
         "batchtopk-checkpoint": checkpoint("BatchTopK", k=K),
@@ -174,6 +113,77 @@ def saelens_cases() -> Iterator[Case]:
         "matryoshka-checkpoint": checkpoint("MatryoshkaBatchTopK", k=K, matryoshka_widths=[8, 16, F]),
     }.items():
         yield Case("saelens", name, save)
+
+
+def _saelens_filled(sae: Any) -> Any:
+    """An SAE of SAELens with our parameters."""
+    p = parameters(subtracts_b_dec=sae.cfg.apply_b_dec_to_input)
+    if sae.cfg.normalize_activations == "layer_norm":
+        p = {name: value / 30 for name, value in p.items()} | {"W_enc": p["W_enc"]}
+    extra = parameters(seed=7)["b_enc"] / 300
+    p |= {"b_gate": p["b_enc"] - 10, "b_mag": p["b_enc"] * extra.exp(), "r_mag": extra}
+    p |= {"W_enc": p["W_enc"].T, "topk_threshold": torch.tensor(20.0, dtype=torch.float64)}
+    sae.load_state_dict({name: p[name] for name in sae.state_dict()})
+    return sae
+
+
+def _saelens_finished(kind: str, **options: Any) -> Callable[[Path], Reference]:
+    import sae_lens as sl
+
+    def save(path: Path) -> Reference:
+        config = getattr(sl, f"{kind}SAEConfig")(**_SAELENS, **options, metadata=_metadata(_SAELENS_METADATA))
+        _saelens_filled(getattr(sl, f"{kind}SAE")(config)).save_model(path)
+        return saelens_load(path)
+
+    return save
+
+
+def _saelens_checkpoint(kind: str, scale: float | None = None, **options: Any) -> Callable[[Path], Reference]:
+    """As saved in the middle of training; the tool computes what it makes of it at the end."""
+    import sae_lens as sl
+
+    def save(path: Path) -> Reference:
+        normalised = {"normalize_activations": "expected_average_only_in"} if scale else {}
+        make = getattr(sl, f"{kind}TrainingSAEConfig")
+        sae = _saelens_filled(getattr(sl, f"{kind}TrainingSAE")(make(**_SAELENS, **options, **normalised)))
+        sae.cfg.metadata = _metadata(_SAELENS_METADATA | sae.cfg.metadata.to_dict())
+        if scale:
+            for name in ("b_enc", "b_dec"):
+                getattr(sae, name).data *= scale
+            sae.topk_threshold *= scale
+        sae.save_model(path)
+        done = copy.deepcopy(sae)
+        if scale:
+            (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
+            done.fold_activation_norm_scaling_factor(scale)
+        with tempfile.TemporaryDirectory() as scratch:
+            done.save_inference_model(scratch)
+            return saelens_load(Path(scratch))
+
+    return save
+
+
+def _saelens_before_6(path: Path) -> Reference:
+    path.mkdir(parents=True)
+    tensors = parameters(subtracts_b_dec=True)
+    tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+    del tensors["threshold"]
+    save_file(tensors, path / "sae_weights.safetensors")
+    config = _SAELENS | {
+        "architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K},
+        "dtype": "float32", "model_name": "demo", "hook_point": "blocks.3.hook_resid_post", "context_size": 128,
+        "sae_lens_version": "3.0",
+    }  # fmt: skip
+    (path / "cfg.json").write_text(json.dumps(config))
+    return saelens_load(path)
+
+
+def _saelens_log_threshold(path: Path) -> Reference:
+    reference = _saelens_finished("JumpReLU")(path)
+    tensors = load_file(path / "sae_weights.safetensors")
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    save_file(tensors, path / "sae_weights.safetensors")
+    return reference
 
 
 def _metadata(facts: dict[str, Any]) -> Any:

@@ -110,7 +110,7 @@ def reflect(path: Path, name: str) -> Reflection:
             where = f"{name}:{node.lineno} {node.name}"
             if body_lines(node) > MAX_BODY_LINES:
                 result.long_bodies[where] = body_lines(node)
-            if n_parameters(node) > MAX_PARAMETERS and not is_exempt(node):
+            if n_parameters(node) > MAX_PARAMETERS and not is_exempt(node, name):
                 result.wide_signatures[where] = n_parameters(node)
         if isinstance(node, ast.ClassDef) and is_record(node) and n_fields(node) > MAX_FIELDS:
             result.wide_specs[f"{name}:{node.lineno} {node.name}"] = n_fields(node)
@@ -174,8 +174,10 @@ def n_parameters(function: Function) -> int:
     return len(names) - (names[:1] in (["self"], ["cls"]))
 
 
-def is_exempt(function: Function) -> bool:
+def is_exempt(function: Function, name: str) -> bool:
     """Whether a function is a command, whose parameters are options, or a GPU kernel, which takes every pointer."""
+    if Path(name).parts[0] == "cli":
+        return True
     decorators = " ".join(ast.unparse(decorator) for decorator in function.decorator_list)
     return any(word in decorators for word in (".command", ".callback", "jit"))
 

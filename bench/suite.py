@@ -354,7 +354,8 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant:
-        return child(args.contestant, Job(**json.loads(args.job)), args.threads)
+        child(args.contestant, Job(**json.loads(args.job)), args.threads)
+        return
     names, document = args.contestants.split(","), {"settings": {}, "runs": [], "rows": []}
     if unknown := set(names) - CONTESTANTS.keys():
         parser.error(f"no contestant {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")

@@ -10,7 +10,10 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,8 +84,8 @@ def quality(trainee: Trainee, x_train: torch.Tensor, x_test: torch.Tensor) -> di
     return {**rounded, "n_dead": int(trainee.dead().sum())}
 
 
-def main() -> None:
-    """Parse, sweep, print."""
+def settings() -> argparse.Namespace:
+    """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--layer", type=int, default=4)
@@ -100,7 +103,7 @@ def main() -> None:
     parser.add_argument("--beta1", type=float, nargs="+", default=[0.8])
     parser.add_argument("--beta2", type=float, nargs="+", default=[0.99])
     parser.add_argument("--encoder-lr", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--bias-lr", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--bias-lr", type=float, nargs="+", default=["auto"])
     parser.add_argument("--whitening", type=float, nargs="+", default=[0.25])
     parser.add_argument("--dead-after", type=int, default=0)
     parser.add_argument("--architecture", default="topk")
@@ -109,71 +112,104 @@ def main() -> None:
     parser.add_argument("--l1", type=float, nargs="+", default=[1.0])
     parser.add_argument("--bandwidth", type=float, nargs="+", default=[0.3])
     parser.add_argument("--eval-tokens", type=int, default=65_536)
-    args = parser.parse_args()
-    run = Recipe.from_toml(args.recipe) if args.recipe else Recipe()
-    layers = sorted({args.layer} | ({args.source} if args.source is not None else set()))
-    n_rows = max([*args.tokens, args.source_tokens if args.source is not None else 0])
-    rows = harvest(run, layers, n_rows, args.eval_tokens)
-    x, x_test = rows[args.layer]
-    parent, moments = None, None
-    common = dict(role="root", module=run.sites.module, seed=0)
-    if args.source is not None:
-        keys = {"architecture": args.architecture, "n_latents": args.n_latents, "k": args.k}
-        n = args.source_tokens
-        leg = Leg(
-            id="source",
-            layer=args.source,
-            dictionary=DictionarySpec.parse(keys).sized(x.shape[1]),
-            schedule=Schedule(budget_tokens=n, batch_tokens=512, lr=args.source_lr, dead_after_tokens=n // 50),
-            **common,
-        )
-        source = train(leg, TrainSpec(), rows[args.source][0])
-        print(json.dumps({"source": args.source, **quality(source, *rows[args.source])}), flush=True)
-        parent = source.canonical(rows[args.source][0][:8192].float())
-        moments = Moments.empty(x.shape[1], x.shape[1])
-        moments.add(rows[args.source][0][:200_000].float(), x[:200_000].float())
-    grid = [
-        dict(method=m, refit=r, tokens=t, lr=lr, batch=b, decay=d, warmup=w, aux=a, beta1=b1, beta2=b2, whitening=p,
-             encoder_lr=e, bias_lr=b0, l1=l1, bandwidth=bw)
-        for m in (args.method if parent else [""]) for r in (args.refit if parent else [0]) for t in args.tokens
-        for lr in args.lr for b in args.batch for d in args.decay for w in args.warmup for a in args.aux
-        for b1 in args.beta1 for b2 in args.beta2 for p in args.whitening for e in args.encoder_lr
-        for b0 in args.bias_lr for l1 in args.l1 for bw in args.bandwidth
-    ]  # fmt: skip
-    for c in grid:
-        keys = {
-            "architecture": args.architecture,
-            "n_latents": args.n_latents,
-            "k": args.k,
-            "target_l0": args.k,
-            "aux_weight": c["aux"],
-            "l1": c["l1"],
-            "bandwidth": c["bandwidth"],
-        }
-        budget = max(c["batch"], c["tokens"] // c["batch"] * c["batch"])
-        schedule = Schedule(
+    return parser.parse_args()
+
+
+SWEPT = (
+    "method", "refit", "tokens", "lr", "batch", "decay", "warmup", "aux", "beta1", "beta2", "whitening", "encoder_lr",
+    "bias_lr", "l1", "bandwidth",
+)  # fmt: skip
+"""Options that take several values; the last varies fastest."""
+
+
+def grid(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every combination of the values that are swept; without a source there is nothing to fold or to refit."""
+    values = {name: getattr(args, name) for name in SWEPT}
+    if args.source is None:
+        values |= {"method": [""], "refit": [0]}
+    for combination in product(*values.values()):
+        yield dict(zip(SWEPT, combination, strict=True))
+
+
+def source_leg(args: argparse.Namespace, run: Recipe, width: int) -> Leg:
+    """The SAE that a hop starts from, trained from scratch."""
+    keys = {"architecture": args.architecture, "n_latents": args.n_latents, "k": args.k}
+    n = args.source_tokens
+    return Leg(
+        id="source",
+        role="root",
+        layer=args.source,
+        module=run.sites.module,
+        dictionary=DictionarySpec.parse(keys).sized(width),
+        seed=0,
+        schedule=Schedule(budget_tokens=n, batch_tokens=512, lr=args.source_lr, dead_after_tokens=n // 50),
+    )
+
+
+def swept_leg(args: argparse.Namespace, run: Recipe, width: int, chosen: dict[str, Any]) -> Leg:
+    """The SAE of one combination of the swept values."""
+    keys = {
+        "architecture": args.architecture,
+        "n_latents": args.n_latents,
+        "k": args.k,
+        "target_l0": args.k,
+        "aux_weight": chosen["aux"],
+        "l1": chosen["l1"],
+        "bandwidth": chosen["bandwidth"],
+    }
+    batch = chosen["batch"]
+    budget = max(batch, chosen["tokens"] // batch * batch)
+    return Leg(
+        id="x",
+        role="root",
+        layer=args.layer,
+        module=run.sites.module,
+        dictionary=DictionarySpec.parse(keys).sized(width),
+        seed=0,
+        schedule=Schedule(
             budget_tokens=budget,
-            batch_tokens=c["batch"],
-            lr=c["lr"],
-            dead_after_tokens=args.dead_after or max(c["batch"], budget // 50),
-        )
-        leg = Leg(
-            id="x",
-            layer=args.layer,
-            dictionary=DictionarySpec.parse(keys).sized(x.shape[1]),
-            schedule=schedule,
-            **common,
-        )
+            batch_tokens=batch,
+            lr=chosen["lr"],
+            dead_after_tokens=args.dead_after or max(batch, budget // 50),
+        ),
+    )
+
+
+def swept_spec(chosen: dict[str, Any]) -> TrainSpec:
+    """How it is trained."""
+    names = ("decay", "warmup", "whitening", "encoder_lr", "bias_lr")
+    given = {name: chosen[name] for name in names}
+    return TrainSpec.parse({"batch_tokens": chosen["batch"], "betas": (chosen["beta1"], chosen["beta2"]), **given})
+
+
+def main() -> None:
+    """Parse, sweep, print."""
+    args = settings()
+    run = Recipe.from_toml(args.recipe) if args.recipe else Recipe()
+    hops = args.source is not None
+    layers = {args.layer, args.source} if hops else {args.layer}
+    n_rows = max([*args.tokens, args.source_tokens if hops else 0])
+    rows = harvest(run, sorted(layers), n_rows, args.eval_tokens)
+    x, x_test = rows[args.layer]
+    width = x.shape[1]
+
+    parent = None
+    moments = Moments.empty(width, width)
+    if hops:
+        source_x, source_test = rows[args.source]
+        source = train(source_leg(args, run, width), TrainSpec(), source_x)
+        print(json.dumps({"source": args.source, **quality(source, source_x, source_test)}), flush=True)
+        parent = source.canonical(source_x[:8192].float())
+        moments.add(source_x[:200_000].float(), x[:200_000].float())
+
+    for chosen in grid(args):
         began = time.perf_counter()
-        inherited = fold(parent, map_between(c["method"], x.shape[1], moments)) if parent else None
-        if inherited and c["refit"]:
+        inherited = fold(parent, map_between(chosen["method"], width, moments)) if parent else None
+        if inherited and chosen["refit"]:
             inherited = refit(inherited, x[:65_536].float().split(4096))
-        names = ("decay", "warmup", "whitening", "encoder_lr", "bias_lr")
-        given = {name: c[name] for name in names}
-        spec = TrainSpec.parse({"batch_tokens": c["batch"], "betas": (c["beta1"], c["beta2"]), **given})
-        trainee = train(leg, spec, x, inherited)
+        trainee = train(swept_leg(args, run, width, chosen), swept_spec(chosen), x, inherited)
         seconds = time.perf_counter() - began
-        print(json.dumps(c | quality(trainee, x, x_test) | {"seconds": round(seconds, 1)}), flush=True)
+        print(json.dumps(chosen | quality(trainee, x, x_test) | {"seconds": round(seconds, 1)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -511,7 +511,8 @@ def main() -> None:
     if args.command == "report":
         from transfer_report import report
 
-        return report(args.out, args.docs, args.paper)
+        report(args.out, args.docs, args.paper)
+        return
     out = args.out.absolute() / Path(args.model).name
     study = open_study(args.model, args.text, out, args.scale)
     if args.eval_tokens:

@@ -1,4 +1,4 @@
-"""What the build of the documentation adds: README.md as its start page, the notebook as a page, examples as code."""
+"""What the build of the documentation adds: README.md as its start page, more pages, and examples as code."""
 
 import json
 import re
@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add pages and files that are not in docs/; README.md speaks of its files from the directory above."""
-    readme = re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / "README.md").read_text(encoding="utf-8"))
-    files.append(File.generated(config, "index.md", content=readme))
+    """Add pages and files that are not in docs/; those of the directory above have links that begin with docs/."""
+    for source, page in (("README.md", "index.md"), ("CONTRIBUTING.md", "CONTRIBUTING.md")):
+        text = re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / source).read_text(encoding="utf-8"))
+        files.append(File.generated(config, page, content=text))
     notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
     files.append(File.generated(config, "tutorial.md", content=page_of(notebook)))
     for recipe in sorted((ROOT / "recipes").glob("*.toml")):

@@ -8,9 +8,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from saerelay.planning.facts import ModelFacts, TokenFacts  # noqa: E402
+from saerelay.planning.facts import ModelFacts, TokenFacts
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

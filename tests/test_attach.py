@@ -345,18 +345,17 @@ def test_layers_that_run_twice_are_recorded_once() -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
     passed = []
-    with sr.attach(model, {Site(1, "attn_z"): random_sae(64)}) as attached:
-        with hooked(model, "model.layers.1.self_attn.o_proj", "input", lambda x: passed.append(x) or x):
-            model(PROMPT).logits.sum().backward()
+    recorded = hooked(model, "model.layers.1.self_attn.o_proj", "input", lambda x: passed.append(x) or x)
+    with sr.attach(model, {Site(1, "attn_z"): random_sae(64)}) as attached, recorded:
+        model(PROMPT).logits.sum().backward()
     assert len(passed) == 2 and attached[1].latents().shape == (2, 4, F)
 
 
 def test_nothing_stays_behind_and_blocks_may_be_nested(model: Any) -> None:
     sae, other = random_sae(), random_sae(seed=1)
     clean = logits_of(model)
-    with pytest.raises(KeyboardInterrupt):
-        with sr.attach(model, {Site(0): sae, Site(1): sae}, replace=True):
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), sr.attach(model, {Site(0): sae, Site(1): sae}, replace=True):
+        raise KeyboardInterrupt
     assert torch.equal(logits_of(model), clean)
     with sr.attach(model, {Site(1): sae}, replace=True) as outer:
         alone = logits_of(model)
@@ -365,10 +364,10 @@ def test_nothing_stays_behind_and_blocks_may_be_nested(model: Any) -> None:
         assert torch.equal(logits_of(model), alone)
     assert outer[1].latents().any() and inner.sites == [Site(1), Site(2)]
     seen: list[Tensor] = []
-    with sr.attach(model, {Site(1): sae}, replace=True), sr.attach(model, {Site(1): other}) as inner:
-        with hooked(model, "transformer.h.2" if hasattr(model, "transformer") else "model.layers.2", "input",
-                    lambda x: seen.append(x) or x):  # fmt: skip
-            logits_of(model)
+    next_layer = "transformer.h.2" if hasattr(model, "transformer") else "model.layers.2"
+    recorded = hooked(model, next_layer, "input", lambda x: seen.append(x) or x)
+    with sr.attach(model, {Site(1): sae}, replace=True), sr.attach(model, {Site(1): other}) as inner, recorded:
+        logits_of(model)
     assert_close(inner[1].latents(), other.encode(seen[0]) * not_bos(PROMPT), rtol=0, atol=1e-5)
 
 
@@ -394,12 +393,12 @@ def test_an_encoder_is_read_without_bos_and_padding() -> None:
 
 def test_sites_widths_and_latents_that_do_not_exist_are_refused(llama: Any) -> None:
     sae = random_sae()
-    with pytest.raises(PlanError, match='L7: "LlamaForCausalLM" has 3 layers; layers go from 0 to 2'):
-        with sr.attach(llama, {Site(7): sae}):
-            pass
-    with pytest.raises(ModelError, match=r"L1.attn_z: this SAE reads activations 32 wide, .* are 64 wide. Attach"):
-        with sr.attach(llama, {Site(1, "attn_z"): sae}):
-            pass
+    out_of_range = pytest.raises(PlanError, match='L7: "LlamaForCausalLM" has 3 layers; layers go from 0 to 2')
+    with out_of_range, sr.attach(llama, {Site(7): sae}):
+        pass
+    too_narrow = pytest.raises(ModelError, match=r"L1.attn_z: this SAE reads activations 32 wide, .* are 64 wide. Att")
+    with too_narrow, sr.attach(llama, {Site(1, "attn_z"): sae}):
+        pass
     with sr.attach(llama, {Site(1): sae, Site(1, "mlp_out"): sae}) as attached:
         with pytest.raises(ModelError, match="no SAE is attached at 0; SAEs are attached at: L1.mlp_out, L1"):
             attached[0]

@@ -1,9 +1,11 @@
 """The choice behind preset auto: laws recovered from what they give, the cheapest tree, budgets; on paper."""
 
 import itertools
+import json
 import math
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ from saerelay.planning.survey import (
     before_decay,
     survey_plan,
 )
+from saerelay.runs.directory import RunDirectory
+from saerelay.workflows import survey as workflow
 
 LAYERS, HUB, SHORT, LONG, LATENTS = range(6), 3, 4096, 16384, 64
 
@@ -183,7 +187,7 @@ def test_a_budget_is_used_and_kept(facts: ModelFacts, budget: str, amount: float
 def test_a_budget_too_small_is_refused(facts: ModelFacts) -> None:
     with pytest.raises(PlanError, match="plan.budget is 40k tokens, of which the survey takes 5e\\+04; at least"):
         chosen(facts, budget="40k tokens")
-    with pytest.raises(PlanError, match="10 x root_tokens from scratch are not predicted to reach"):
+    with pytest.raises(PlanError, match="out of reach even for 10 x root_tokens from scratch"):
         chosen(facts, fvu_ratio=0.1)
 
 
@@ -230,3 +234,18 @@ def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
     assert all(leg.schedule.snapshots == [before_decay(leg, plan.recipe)] for leg in plan.legs)
     assert plan.recipe.plan.preset != "auto"
     assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}
+
+
+def test_a_finished_survey_is_used_again_unless_it_has_another_schema(
+    facts: ModelFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunDirectory(tmp_path)
+    survey = surveyed(laws())
+    survey.save(paths.survey)
+    monkeypatch.setattr(workflow, "read_facts", lambda model: facts)
+    monkeypatch.setattr(workflow, "tokenise", None)
+    assert workflow.survey_run(survey.asked, paths, None)[0] == survey
+    old = json.loads(paths.survey.read_text()) | {"schema": Survey.SCHEMA - 1}
+    paths.survey.write_text(json.dumps(old))
+    with pytest.raises(TypeError):  # it begins with the tokens
+        workflow.survey_run(survey.asked, paths, None)

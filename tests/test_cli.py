@@ -423,17 +423,6 @@ def test_an_encoder_goes_the_whole_way_without_ce(place: Path, tmp_path: Path, c
     refused(place, tmp_path / "x", recipe, "has no language-model head", capsys=capsys, monkeypatch=monkeypatch)
 
 
-@pytest.mark.slow
-def test_tensorboard_gets_scalars(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    recipe = changed(place, tmp_path, "[train]", '[train]\nloggers = ["tensorboard"]')
-    sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "tb")
-    assert list((tmp_path / "tb/tensorboard").glob("events.*"))
-    for leg in sr.load(place / "run"):
-        ours, theirs = sr.load(tmp_path / "tb")[leg], sr.load(place / "run")[leg]
-        assert torch.equal(ours.W_enc, theirs.W_enc)
-
-
 def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "saerelay", "train", str(recipe), "--out", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -600,6 +589,20 @@ def test_help_and_init() -> None:
     assert "[dictionary]" in runner.invoke(app, ["init"]).output
 
 
+def test_every_command_explains_itself() -> None:
+    from typer.main import get_command
+
+    runner = CliRunner()
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        result = runner.invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0, f"{name}: {result.exception}"
+        summary = (command.help or "").split("\n\n")[0]
+        shown = " ".join(result.output.split())
+        assert " ".join(summary.split()) in shown
+        for option in options_of(command, hidden=False):
+            assert option in shown
+
+
 def test_ctrl_c_says_so_without_a_traceback(place: Path, capsys, monkeypatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -640,7 +643,7 @@ def test_judge_makes_a_page_and_keeps_its_key(place: Path, tmp_path: Path, capsy
         (("--layers", "first"), '--layers: "first": expected numbers separated by commas'),
         (("--layers", "99"), "no dictionary at layer 99"),
         (("ada.json",), "saerelay score RUN FILE..."),
-        (("--score",), "give the files that judges exported"),
+        (("--score",), "give the files that the judges exported"),
         (("missing.json", "--score"), "missing.json: cannot be read"),
     ):
         code, shown, stderr = call("judge", run, *wrong, capsys=capsys, monkeypatch=monkeypatch)

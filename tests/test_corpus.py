@@ -186,7 +186,7 @@ def test_an_empty_directory_is_used_and_a_strange_one_is_not(tmp_path: Path, dem
 def test_damage_is_named(make_corpus: MakeCorpus, tmp_path: Path) -> None:
     make_corpus(text=[str(write_jsonl(tmp_path / "a.jsonl", texts(40)))], train=5, held_out=1)
     target = tmp_path / "out" / "c0"
-    remedy = f"Remove {target}; it is made anew from the recipe."
+    remedy = f"Remove {target}; it is made again from the recipe."
     whole = (target / "train.npy").read_bytes()
     (target / "train.npy").write_bytes(whole[:-1])
     assert "train.npy: damaged; expected an array (5, 16), found mmap length" in message(lambda: Corpus.open(target))
@@ -200,7 +200,7 @@ def test_damage_is_named(make_corpus: MakeCorpus, tmp_path: Path) -> None:
         lambda: Corpus.open(target)
     )
     (target / "corpus.json").write_text("{")
-    assert message(lambda: Corpus.open(target)).endswith("remove its directory; it is made anew from the recipe")
+    assert message(lambda: Corpus.open(target)).endswith("remove its directory; it is made again from the recipe")
     assert message(lambda: Corpus.open(tmp_path)) == f"{tmp_path}: no corpus here (corpus.json is missing)."
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pytest
 
 import saerelay as sr
 from saerelay.analysis import matrix as matrix_module
+from saerelay.document import Document
 from saerelay.runs.documents.across_layers import Matrix, Measures
+from saerelay.runs.documents.latents import FeatureFacts, LineageDocument
+from saerelay.runs.documents.quality import Evaluation
+from saerelay.runs.tensors import write_tensors
 from saerelay.workflows.report import report_run
 
 OLD, NEW = "L1-from-L0", "L1-from-L0+4.03k"
@@ -92,3 +97,37 @@ def test_the_summary_says_which_leg_stands_for_a_layer(run: Path) -> None:
     assert summary.leg(OLD).continued_by == NEW and not summary.leg(OLD).in_suite
     assert [leg.id for leg in summary.suite] == ["L0", NEW] == [leg.id for leg in summary.final_legs]
     assert summary.leg(NEW).origin == summary.leg(OLD).origin == "from below"
+
+
+MAKERS: dict[str, tuple[type[Document], Callable[[sr.Suite], object]]] = {
+    "eval/L0.json": (Evaluation, lambda suite: suite.evaluate()),
+    "matrix.json": (Matrix, lambda suite: suite.matrix(methods=["affine", "identity"], tokens=512)),
+    "measures.json": (Measures, lambda suite: suite.measures()),
+    "lineage.json": (LineageDocument, lambda suite: suite.lineage()),
+}
+"""Files that an analysis writes once, and what writes them."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_file_of_another_schema_is_made_again(run: Path, name: str) -> None:
+    document, make = MAKERS[name]
+    suite = sr.load(run)
+    make(suite)
+    current = json.loads((run / name).read_text())
+    assert current["schema"] == document.SCHEMA
+    (run / name).write_text(json.dumps(current | {"schema": document.SCHEMA - 1}))
+    make(suite)
+    assert json.loads((run / name).read_text()) == current
+
+
+@pytest.mark.slow
+def test_features_of_another_schema_are_made_again(run: Path) -> None:
+    suite = sr.load(run)
+    features = suite.features("L0")
+    path = suite.directory.features("L0")
+    facts = features.facts.to_data()
+    write_tensors(path, features.tensors(), {"facts": json.dumps(facts | {"schema": FeatureFacts.SCHEMA - 1})})
+    with pytest.raises(sr.SaeRelayError, match="has another schema than"):
+        sr.load_features(suite.directory, "L0")
+    assert suite.features("L0").facts == features.facts

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,19 @@ from saerelay.runs.dictionaries import read_dictionary
 from saerelay.sae.layer_normed import LayerNormed
 from saerelay.workflows import hop
 
+Call = Callable[..., tuple[int, str, str]]
+
 
 @pytest.fixture
-def run(place: Path) -> sr.Run:  # noqa: F811
+def run(place: Path) -> sr.Recipe:  # noqa: F811
     return sr.Recipe.from_toml(place / "run.toml")
+
+
+@pytest.fixture
+def call_in(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:  # noqa: F811
+    """Exit code, stdout and stderr of the program, called beside the finished run."""
+    monkeypatch.chdir(place)
+    return partial(call, capsys=capsys, monkeypatch=monkeypatch)
 
 
 def fvu(out: Path) -> float:
@@ -41,28 +52,32 @@ def test_onto_its_own_site_and_untrained_it_stays_as_it_is(place: Path, run: sr.
 
 
 @pytest.mark.parametrize(
-    ("options", "architecture", "n_latents", "k", "l0"),
+    ("options", "shape", "l0"),
     [
-        (["--n-latents", "96"], "topk", 96, 4, 4.0),
-        (["--n-latents", "40", "--k", "3"], "topk", 40, 3, 3.0),
-        (["--k", "8"], "topk", 64, 8, 8.0),
-        (["--architecture", "jumprelu"], "jumprelu", 64, None, 4.0),
-        (["--architecture", "batchtopk", "--n-latents", "80"], "batchtopk", 80, 4, 4.0),
-        (["--architecture", "relu"], "relu", 64, None, 4.0),
+        (["--n-latents", "96"], ("topk", 96, 4), 4.0),
+        (["--n-latents", "40", "--k", "3"], ("topk", 40, 3), 3.0),
+        (["--k", "8"], ("topk", 64, 8), 8.0),
+        (["--architecture", "jumprelu"], ("jumprelu", 64, None), 4.0),
+        (["--architecture", "batchtopk", "--n-latents", "80"], ("batchtopk", 80, 4), 4.0),
+        (["--architecture", "relu"], ("relu", 64, None), 4.0),
     ],
 )
 @pytest.mark.parametrize("layer", [1, 2])
 def test_to_another_shape(
-    place: Path, tmp_path: Path, options: list[str], architecture: str, n_latents: int, k: int | None, l0: float,  # noqa: F811
-    layer: int, capsys, monkeypatch,
-) -> None:  # fmt: skip
-    arguments = ["hop", "--from", place / "run/legs/L1", "--to-layer", layer, "--recipe", place / "run.toml"]
+    call_in: Call,
+    tmp_path: Path,
+    options: list[str],
+    shape: tuple[str, int, int | None],
+    l0: float,
+    layer: int,
+) -> None:
+    arguments = ["hop", "--from", "run/legs/L1", "--to-layer", layer, "--recipe", "run.toml"]
     arguments += ["--out", tmp_path / "x", "--tokens", "0", *options]
-    code, _, stderr = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    code, _, stderr = call_in(*arguments)
     assert code == 0, stderr
     suite = sr.load(tmp_path / "x")
     found = suite[f"L{layer}-from-L1"]
-    assert (found.architecture, found.n_latents, found.k) == (architecture, n_latents, k)
+    assert (found.architecture, found.n_latents, found.k) == shape
     (leg,) = suite.evaluate().legs
     assert leg.l0 == pytest.approx(l0, rel=0.1) and leg.fvu and leg.fvu < 1
     assert leg.frac_alive and leg.frac_alive > 0.5
@@ -120,7 +135,7 @@ def test_from_a_model_of_another_width(place: Path, run: sr.Run, tmp_path: Path)
     assert (suite[leg.id].d_model, suite[leg.id].n_latents) == (32, 64) and leg.id == "L2-from-L0"
     scratch = 0.1  # random models share little but tokens and positions: it has to work, not to be good
     assert fvu(tmp_path / "x") < 1 - scratch
-    with pytest.raises(sr.SaeRelayError, match="needs a source and a target of the same width, these are 48 and 32"):
+    with pytest.raises(sr.SaeRelayError, match="needs a source and a target of the same width; these are 48 and 32"):
         sr.hop_run(source, 2, run, tmp_path / "y", model=str(tmp_path / "wide"), method="rescale")
     with pytest.raises(sr.SaeRelayError, match="reads activations 48 wide"):
         sr.hop_run(source, 1, run, tmp_path / "z")

@@ -245,8 +245,8 @@ def test_llama_scope_does_what_its_formula_says(tmp_path: Path, log: bool) -> No
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"norm_activation": "token-wise"}, "norm of each token divides it"),
-        ({"norm_activation": "batch-wise"}, "norm of each batch divides it"),
+        ({"norm_activation": "token-wise"}, "divided by the norm of each token"),
+        ({"norm_activation": "batch-wise"}, "divided by the norm of each batch"),
         ({"use_glu_encoder": True}, "use_glu_encoder"),
         ({"act_fn": "batchtopk"}, "depend on the rest of the batch"),
         ({"act_fn": "gelu"}, "these are read: relu, jumprelu, topk"),

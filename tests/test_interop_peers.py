@@ -125,7 +125,9 @@ def test_batchtopk_with_several_thresholds_goes_to_dictionary_learning_as_jumpre
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
 def test_sparsify_refuses_what_it_cannot_say(architecture: str, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=rf"only TopK, and this is {architecture}; saelens and dictionary_learning"):
+    with pytest.raises(
+        FormatError, match=rf"only TopK, and this SAE is {architecture}; export it as saelens or dictionary_learning"
+    ):
         write_dictionary(tmp_path / "out", random_dictionary(architecture), Origin(), "sparsify")
     assert not (tmp_path / "out").exists()
 

@@ -508,9 +508,9 @@ def test_what_stays_nonsense_is_failed_and_paid_once(study: Study, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "match"),
-    [((401, {}, f"bad key {KEY}".encode()), r"refuses \(HTTP 401.*look at the key"), ((403, {}, b"no"), "may not use"),
-     ((404, {}, b"\x1b[2Jno"), r"x1b.*look at --endpoint"), ((302, {"Location": "http://other"}, b""), "redirect"),
-     ((400, {}, b"max_tokens?"), "--body"), ((429, {"Retry-After": "86400"}, b"later"), "come back in 86400"),
+    [((401, {}, f"bad key {KEY}".encode()), r"refuses \(HTTP 401.*check the key"), ((403, {}, b"no"), "may not use"),
+     ((404, {}, b"\x1b[2Jno"), r"x1b.*check --endpoint"), ((302, {"Location": "http://other"}, b""), "redirect"),
+     ((400, {}, b"max_tokens?"), "--body"), ((429, {"Retry-After": "86400"}, b"later"), "tried again only in 86400"),
      ((500, {}, b"broken"), "8 questions in a row.*HTTP 500"), ("no answer", '8 questions in a row.*"no answer"')],
     ids=lambda value: str(value)[:12],
 )  # fmt: skip
@@ -533,7 +533,8 @@ def test_endpoints_that_would_give_the_key_away_are_refused(monkeypatch: pytest.
     assert Endpoint.of("m", "https://example.org/v1/", key_env="MY_KEY").url == "https://example.org/v1"
     assert KEY not in repr(Endpoint.of("m", "http://[::1]:8000/v1", key_env="MY_KEY"))
     for url, match in (
-        ("http://example.org/v1", "no key is sent in the clear"), ("ftp://example.org", "http"), ("file:///e", "http"),
+        ("http://example.org/v1", "a key is never sent unencrypted"),
+        ("ftp://example.org", "http"), ("file:///e", "http"),
         (f"https://user:{KEY}@example.org/v1", "without user"), (f"https://example.org/v1?key={KEY}", "without user"),
     ):  # fmt: skip
         with pytest.raises(EndpointError, match=match) as caught:

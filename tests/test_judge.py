@@ -248,7 +248,7 @@ def test_scores_join_answers_with_origins(suite: Suite, tmp_path: Path) -> None:
     [
         ({"page": "0123456789ab"}, RunDirectoryError, "page 0123456789ab, .* not of this run .*: [0-9a-f]{12}$"),
         ({"page": "../../secret"}, RecipeError, "page: String should match pattern"),
-        ({"answers": {"9": "yes"}}, RunDirectoryError, "item 9; page .* has 1 to 8"),
+        ({"answers": {"9": "yes"}}, RunDirectoryError, "has an answer for item 9, but page .* has items 1 to 8"),
         ({"answers": {"1": "perhaps"}}, RecipeError, "answers.1: Input should be 'yes', 'no' or 'skip'"),
         ({"schema": 2}, RecipeError, "schema: Input should be 1"),
         ({"origin": "forward"}, RecipeError, 'unknown key "origin"'),
@@ -269,11 +269,11 @@ def test_files_that_do_not_belong_are_refused(
 def test_one_page_is_scored_and_each_judge_once(suite: Suite, tmp_path: Path) -> None:
     pages = [judge_run(suite, n=2, seed=seed)[1].page for seed in (0, 1)]
     files = [answered(tmp_path / f"{i}.json", page, {1: "yes"}, str(i)) for i, page in enumerate(pages)]
-    with pytest.raises(RunDirectoryError, match="judgements of 2 pages"):
+    with pytest.raises(RunDirectoryError, match="judge 2 different pages"):
         score_run(suite, files)
-    with pytest.raises(RunDirectoryError, match='judge "0" is there already'):
+    with pytest.raises(RunDirectoryError, match='there is already a file by judge "0"'):
         score_run(suite, [files[0], files[0]])
-    with pytest.raises(RunDirectoryError, match="give the files that judges exported"):
+    with pytest.raises(RunDirectoryError, match="give the files that the judges exported"):
         score_run(suite, [])
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(RecipeError, match=r"broken\.json: cannot be read"):

@@ -61,6 +61,7 @@ def test_what_is_over_a_limit_is_listed(dense: Path, monkeypatch: pytest.MonkeyP
     assert found.wide_specs == {"dense.py:6 Wide": 3}
     assert found.wide_signatures == {"dense.py:11 f": 2}
     assert found.long_modules == {"dense.py": len(DENSE.splitlines())}
+    assert legibility.reflect(dense, "cli/dense.py").wide_signatures == {}, "options of a command"
 
 
 def test_methods_count_without_self_and_commands_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ A, B, C = Site(0), Site(1), Site(2)
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_model) -> tuple[Plan, LiveStream]:  # noqa: ANN001
+def setting(tiny_model) -> tuple[Plan, LiveStream]:
     data = {"context": 16, "block_tokens": 512}
     model = {"name": str(tiny_model), "dtype": "float32", "device": "cpu"}
     run = Recipe.parse({"model": model, "data": data, "train": {"batch_tokens": 64}}, source="test")

@@ -321,7 +321,7 @@ def test_prompts_are_read_as_text_or_ids(suite: sr.Suite, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("", "no prompts in it"),
+        ("", "holds no prompts; write one JSON object per line"),
         ("\n[1]", 'line 2: expected {"prompt"'),
         ('{"prompt": "a", "correct": "b"}', "expected {"),
         ('{"prompt": [1], "correct": [2, 3], "wrong": 4}', r'"correct" is \[2, 3\], which is 2 tokens.*must be one'),

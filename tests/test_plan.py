@@ -169,7 +169,7 @@ def test_explicit_legs(facts: ModelFacts) -> None:
     ("leg", "message"),
     [
         ({"parent": "nobody"}, 'leg x names "nobody", which is not a leg of this plan'),
-        ({"parent": "x"}, "legs wait for each other: x -> x"),
+        ({"parent": "x"}, "legs wait for each other in a circle: x -> x"),
         ({"layer": 9}, "layer 9 is out of range: paper-model has layers 0 to 5"),
         ({"k": 100}, "dictionary.k is 100 but there are only 64 latents; lower k or raise n_latents"),
         ({"batch_tokens": 48}, "batch_tokens 48 does not divide train.batch_tokens 64"),
@@ -193,7 +193,7 @@ def test_refusals_of_whole_recipes(facts: ModelFacts) -> None:
         compiled(facts, sites={"layers": [1, 2]}, plan={"roots": [5]})
     with pytest.raises(PlanError, match="write controls as legs with control_of"):
         compiled(facts, plan={"legs": [{"id": "a", "layer": 1, "tokens": 64}], "controls": [1]})
-    with pytest.raises(PlanError, match="fits a 16-dimensional map on 16 tokens; raise plan.moment_tokens over 32"):
+    with pytest.raises(PlanError, match="fits a 16-dimensional map on 16 tokens; raise plan.moment_tokens above 32"):
         compiled(
             facts, data={"context": 16, "block_tokens": 16}, train={"batch_tokens": 16}, plan={"moment_tokens": 16}
         )

@@ -14,15 +14,19 @@ from saerelay.planning.toml import annotated_toml
 from saerelay.site import MODULE_KINDS, Site
 from saerelay.spec import format_count, parse_count
 
-REQUIRED = {
-    "model": "name revision dtype device",
+KEYS = {
+    "model": "name revision dtype device trust_remote_code",
     "sites": "layers module",
-    "data": "dataset split column revision text tokens context prepend_bos epochs",
-    "dictionary": "architecture expansion n_latents k target_l0 l1 normalise",
-    "plan": "preset roots direction root_tokens transfer_tokens fork_at method refit controls",
-    "train": "batch_tokens lr transfer_lr betas warmup sparsity_warmup decay seed checkpoint_every snapshots",
-    "evaluate": "tokens",
+    "data": "dataset subset split column revision text tokens context prepend_bos epochs outlier_norm "
+    "cache block_tokens",
+    "dictionary": "architecture normalise expansion n_latents k aux_weight target_l0 l0_weight bandwidth l1",
+    "plan": "preset budget fvu_ratio survey_tokens stop roots direction root_tokens transfer_tokens "
+    "method refit moment_tokens refit_tokens fork_at reuse controls",
+    "train": "batch_tokens precision lr transfer_lr encoder_lr bias_lr betas whitening warmup "
+    "sparsity_warmup decay clip dead_after seed checkpoint_every snapshots memory_gib loggers",
+    "evaluate": "tokens ce",
 }
+"""Every key of a recipe; taking one away or renaming it breaks what users have written."""
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_counts(text: object, n: int) -> None:
 
 @pytest.mark.parametrize("text", ["50 millions", "M", "1.5", "-3k", "1e6", ""])
 def test_no_counts(text: str) -> None:
-    with pytest.raises(ValueError, match="is no"):
+    with pytest.raises(ValueError, match="is not a (valid count|whole number)"):
         parse_count(text)
 
 
@@ -47,8 +51,15 @@ def test_counts_come_back(n: int, suffix: str) -> None:
 def test_annotated_recipe_is_the_defaults_with_every_key_uncommented() -> None:
     data = tomllib.loads(annotated_toml(Recipe()))
     assert Recipe.parse(data, source="run.toml") == Recipe()
-    for section, keys in REQUIRED.items():
-        assert set(keys.split()) <= set(data[section])
+    assert {section: set(keys) for section, keys in data.items()} == {
+        section: set(keys.split()) for section, keys in KEYS.items()
+    }
+
+
+def test_the_annotated_recipe_says_auto_where_a_value_is_chosen_later() -> None:
+    data = tomllib.loads(annotated_toml(Recipe()))
+    for section, key in (("train", "bias_lr"), ("train", "lr"), ("plan", "survey_tokens"), ("data", "block_tokens")):
+        assert data[section][key] == "auto"
 
 
 def test_any_recipe_survives_being_written() -> None:

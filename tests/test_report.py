@@ -117,6 +117,12 @@ def test_the_words_of_the_page_are_those_of_tables_and_figures(written: Suite) -
     labels = json.loads(script.removeprefix("const labels = ").removesuffix(";\n"))
     assert labels["methods"] == METHODS and labels["fates"] == FATES and labels["origins"] == ORIGINS
     assert labels["roles"] == ROLES and {name: tuple(text) for name, text in labels["metrics"].items()} == METRICS
+    declared = re.search(
+        r"declare const labels: \{(.*?)\n\};",
+        (Path(saerelay.views.report.__file__).parent / "types.d.ts").read_text(),
+        re.DOTALL,
+    )
+    assert declared and set(re.findall(r"^  (\w+):", declared[1], re.MULTILINE)) == set(labels)
     page = (written.directory.report / "index.html").read_text(encoding="utf-8")
     assert page.index('src="data/labels.js"') < page.index('src="features.js"'), "words are there when scripts start"
     assert ROLES["equal_tokens"] in page and ROLES["full"] in page

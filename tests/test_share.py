@@ -273,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
                 hub_.go_on.wait(20)
             etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
             return self.answer(files[name], ETag=etag, X_Repo_Commit=COMMIT)
-        self.answer({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+        return self.answer({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
 
     def do_POST(self) -> None:
         body, hub_ = self.rfile.read(int(self.headers["Content-Length"])), self.server
@@ -295,7 +295,7 @@ class Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 hub_.repos[match[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        self.answer({"commitUrl": f"{hub_.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
+        return self.answer({"commitUrl": f"{hub_.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +452,7 @@ def test_a_repository_that_cannot_be_read_leaves_nothing(fake: Hub, pushed: str,
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     first, second, third = map(json.loads, done.stdout.splitlines())
     assert re.search("layer_2/sae_weights.safetensors: cut off or damaged", first)
-    assert "more/model.pt is a pickle of no known format" in second and '"me/none" is not on the hub' in third
+    assert "more/model.pt is a pickle of an unknown format" in second and '"me/none" is not on the hub' in third
     assert {p.name for p in tmp_path.iterdir()} <= {"home"}
 
 
@@ -516,7 +516,7 @@ def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="choose another --out"):
         share.export_run(str(run), tmp_path / "file" / "out", "saelens")
-    with pytest.raises(FormatError, match="gemma_scope is only read, not written"):
+    with pytest.raises(FormatError, match="gemma_scope can be read but not written"):
         share.export_run(str(run), tmp_path / "out", "gemma_scope")
     assert read_json(tmp_path / "new" / "plan.json") and not (tmp_path / "out").exists()
 

@@ -294,7 +294,7 @@ def test_the_built_in_corpus_needs_nothing(make_corpus: MakeCorpus, monkeypatch:
     corpus = make_corpus(train=100, held_out=5, context=256)
     assert corpus.train.shape == (100, 256) and len(corpus.test) == len(corpus.validation) == 5
     assert re.fullmatch(r"Python 3\.\d+\.\d+\S* standard library", corpus.facts.source)
-    monkeypatch.setattr(demo, "documents", lambda: [])
+    monkeypatch.setattr(demo, "documents", list)
     assert "this interpreter has no .py files to read" in message(make_corpus)
 
 

@@ -157,7 +157,9 @@ def test_fold_refuses_another_width() -> None:
 
 def test_a_map_needs_enough_tokens() -> None:
     x, y = pair(n=15)
-    with pytest.raises(TransferError, match="fits a 10-dimensional map on 15 tokens; raise plan.moment_tokens over 20"):
+    with pytest.raises(
+        TransferError, match="fits a 10-dimensional map on 15 tokens; raise plan.moment_tokens above 20"
+    ):
         map_between("affine", D, moments_of(x, y))
 
 

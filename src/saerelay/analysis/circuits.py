@@ -116,10 +116,10 @@ def check_asked(legs: Sequence[Leg], k: Sequence[int], method: str) -> None:
     if not k or min(k) < 1 or max(k) > n_latents:
         sizes = ",".join(str(size) for size in k)
         raise RecipeError(
-            f"--k {sizes}: sizes of circuits go from 1 to {n_latents}, the number of latents of {smallest.id}"
+            f"--k {sizes}: circuit sizes must be from 1 to {n_latents}, the number of latents of {smallest.id}"
         )
     if method not in get_args(Method):
-        raise RecipeError(f'unknown --method "{method}"; expected one of {", ".join(get_args(Method))}')
+        raise RecipeError(f'unknown --method "{method}"; expected one of: {", ".join(get_args(Method))}')
 
 
 def measured_before(suite: PublishedSuite, document: Circuits | None) -> dict[str, CircuitLeg]:
@@ -161,9 +161,9 @@ def model_ability(session: Session, task: str, halves: tuple[list[Prompt], list[
     error = standard_error(m)
     if accuracy < ACCURACY or mean <= CLEAR * error:
         raise ModelError(
-            f'{plan.facts.name} cannot do "{task}": {accuracy:.1%} of {len(m)} prompts are right ({ACCURACY:.0%} are '
-            f"needed), the mean logit difference is {mean:.3g} ± {error:.2g} (it must be above 0 by {CLEAR:.0f} "
-            "standard errors). Circuits of it would mean nothing; choose another task, or give a file of prompts."
+            f'{plan.facts.name} cannot do "{task}": it gets {accuracy:.1%} of {len(m)} prompts right ({ACCURACY:.0%} '
+            f"are needed), and its mean logit difference is {mean:.3g} ± {error:.2g} (it must exceed 0 by {CLEAR:.0f} "
+            "standard errors). A circuit of this task would mean nothing; choose another, or give a file of prompts."
         )
     find_on, judge_on = halves
     lengths = {len(prompt.tokens) for prompt in (*find_on, *judge_on)}

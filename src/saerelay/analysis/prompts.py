@@ -53,10 +53,12 @@ def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Pro
     if task in TASKS:
         return _generated(task, plan, n, seed)
     if not task.endswith(".jsonl"):
-        raise RecipeError(f'no task "{task}"; one of {", ".join(TASKS)}, or a file of prompts, FILE.jsonl')
+        raise RecipeError(
+            f'unknown task "{task}"; expected one of: {", ".join(TASKS)}; or a file of prompts, FILE.jsonl'
+        )
     prompts = read_prompts(Path(task), plan)
     if len(prompts) < FEWEST_PROMPTS:
-        raise DataError(f"{task}: {len(prompts)} prompts; at least {FEWEST_PROMPTS} are needed")
+        raise DataError(f"{task}: holds {len(prompts)} prompts; at least {FEWEST_PROMPTS} are needed")
     Random(str(seed)).shuffle(prompts)
     return prompts[:n]
 
@@ -86,7 +88,7 @@ def _generated(task: str, plan: Plan, n: int, seed: int) -> list[Prompt]:
     most = max((len(prompts) for prompts in by_length.values()), default=0)
     raise DataError(
         f'task "{task}": only {most} different prompts of one length could be made for the tokenizer of '
-        f"{plan.facts.name}, and {n} are asked for; ask for fewer with --n-prompts, or give a file of prompts"
+        f"{plan.facts.name}, and {n} were asked for; ask for fewer with --n-prompts, or give a file of prompts"
     )
 
 
@@ -106,7 +108,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
         if line.strip():
             prompts.append(reader.read(line, source=f"{path}, line {number}"))
     if not prompts:
-        raise DataError(f"{path}: no prompts in it")
+        raise DataError(f"{path}: holds no prompts; write one JSON object per line")
     return prompts
 
 
@@ -187,8 +189,8 @@ def _whole(task: str, tokenizer: Any, model: str) -> Whole:
                 one_token.append(word)
         if len(one_token) < FEWEST_WORDS:
             raise DataError(
-                f'task "{task}": of {len(words.split())} words ({words[:20]}...) the tokenizer of {model} has '
-                f"{len(one_token)} as one token after {before!r}; at least {FEWEST_WORDS} are needed. Give a file of "
+                f'task "{task}": only {len(one_token)} of {len(words.split())} words ({words[:20]}...) are one token '
+                f"after {before!r} for the tokenizer of {model}; at least {FEWEST_WORDS} are needed. Give a file of "
                 "prompts instead."
             )
         return one_token
@@ -248,8 +250,8 @@ def sva(whole: Whole, draw: Random) -> Iterator[list[Example]]:
     nouns = [pair for pair in nouns if one_token.issuperset(pair)]
     if len(nouns) < FEWEST_WORDS:
         raise DataError(
-            f'task "sva": of {len(nouns)} nouns the tokenizer has singular and plural as one token; at least '
-            f"{FEWEST_WORDS} are needed. Give a file of prompts instead."
+            f'task "sva": only {len(nouns)} nouns are one token for the tokenizer in both singular and plural; at '
+            f"least {FEWEST_WORDS} are needed. Give a file of prompts instead."
         )
     while True:
         subject, between = draw.sample(nouns, 2)

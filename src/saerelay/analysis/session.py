@@ -29,7 +29,7 @@ class Session:
     ) -> None:
         if not suite.legs:
             raise RunDirectoryError(
-                f"{suite.directory.root}: no leg is finished yet; finish the run with `saerelay train --resume`"
+                f"{suite.directory.root}: no SAE is finished yet; finish the run with `saerelay train --resume`"
             )
         self.suite = suite
         self.display = ProgressDisplay(console)

@@ -13,8 +13,16 @@ from saerelay import __version__
 from saerelay.cli import judging, measuring, sharing, training
 from saerelay.errors import Interrupted, SaeRelayError
 
+HELP = "Sparse autoencoders for every layer of a language model: train one, relay it to the others."
+EPILOG = (
+    "Words: a leg is the training of one SAE, and by extension that SAE. A hop transfers an SAE to another layer: fit "
+    "a map, fold it into the weights, fine-tune. A root is a leg trained from scratch, from which others are "
+    "transferred. A suite is all SAEs of a run. Begin with: saerelay demo"
+)
+
 app = typer.Typer(
-    help="Sparse autoencoders for every layer of a language model: train one, relay it to the others.",
+    help=HELP,
+    epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -24,7 +32,7 @@ for module in (training, measuring, judging, sharing):
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         print(__version__)
         raise typer.Exit

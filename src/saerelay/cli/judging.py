@@ -18,20 +18,25 @@ def judge(
     run: RunDir,
     files: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
     layers: Annotated[str, typer.Option(help="Layers, separated by commas, or all.")] = "all",
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of latents of each origin at each layer.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed that latents are drawn with.")] = 0,
+    n: Annotated[
+        int,
+        typer.Option("--n", min=1, help="Number of latents per origin (from scratch, forward, backward) and layer."),
+    ] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for drawing latents.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="File or directory for the page. Default: in the run directory.")
     ] = None,
     score_instead: Annotated[bool, typer.Option("--score", hidden=True)] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a page on which people judge latents blind: trained from scratch, or transferred."""
+    """Make a page on which people judge latents blind to whether these were trained from scratch or transferred."""
     if score_instead:
         score(run, files or [], as_json)
         return
     if files:
-        raise typer.BadParameter(f"unexpected {files[0]}; to score what judges exported: saerelay score RUN FILE...")
+        raise typer.BadParameter(
+            f"unexpected {files[0]}; to score what the judges exported: saerelay score RUN FILE..."
+        )
     from saerelay.analysis.suite import load
     from saerelay.views.tables.judging import drawn_lines
     from saerelay.workflows.judge import judge_run
@@ -51,7 +56,9 @@ def judge(
 
 def score(
     run: RunDir,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files that judges exported, one each.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Files that the judges exported, one per judge.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Score judges' answers: the share of latents that people find interpretable, by origin and layer."""

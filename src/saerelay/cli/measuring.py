@@ -23,11 +23,12 @@ from saerelay.cli.options import (
 )
 
 Methods = Annotated[
-    str, typer.Option("--methods", help="Maps by which SAEs are carried: identity, affine, affine+refit, ...")
+    str, typer.Option("--methods", help="How SAEs are carried to other layers: identity, affine, affine+refit, ...")
 ]
 Snapshots = Annotated[bool, typer.Option("--snapshots", help="Measure snapshots of the legs as well.")]
 PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", help="File of prompts, one JSON object per line. Default: the model's own.")
+    Path | None,
+    typer.Option("--prompts", help="File of prompts, one JSON object per line. Default: the model's own predictions."),
 ]
 
 
@@ -108,17 +109,17 @@ def circuits(
         str,
         typer.Option(help="ioi, greater-than, sva, brackets, quotes, self; or a file of prompts, PROMPTS.jsonl."),
     ],
-    k: Annotated[str, typer.Option(help="Numbers of latents in a circuit, separated by commas.")] = "4,36,68,100",
+    k: Annotated[str, typer.Option(help="Circuit sizes (numbers of latents), separated by commas.")] = "4,36,68,100",
     leg: Legs = [],  # noqa: B006
     n_prompts: Annotated[
         int, typer.Option(help="Number of prompts: half to find circuits on, half to judge them.")
     ] = 500,
     method: Annotated[str, typer.Option(help="attribution or integrated-gradients.")] = "attribution",
-    seed: Annotated[int, typer.Option(help="Seed that prompts are drawn with.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for drawing prompts.")] = 0,
     as_json: Json = False,
     prompts: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Find the latents that carry a task in each SAE, and measure how faithful and complete such circuits are.
+    """Find the latents that carry a task in each SAE, and measure how faithful and complete these circuits are.
 
     After Marks et al. 2024, "Sparse feature circuits".
     """
@@ -150,7 +151,7 @@ def show(
 ) -> None:
     """Show one latent: where it fires, which tokens it promotes, and its counterparts in other layers.
 
-    The first call computes features and lineage of the whole run.
+    The first call computes the features and the lineage of the whole run.
     """
     from saerelay.analysis.describe import describe
     from saerelay.analysis.session import Session
@@ -167,25 +168,27 @@ def show(
 
 def interpret(
     run: RunDir,
-    explainer: Annotated[str, typer.Option(help="Name of the language model to ask, at the endpoint.")] = "",
+    explainer: Annotated[str, typer.Option(help="Name of the language model to ask, as the endpoint knows it.")] = "",
     endpoint: Annotated[
         str, typer.Option(help="http(s)://host/v1. Default: $SAERELAY_ENDPOINT or $OPENAI_BASE_URL.")
     ] = "",
     key_env: Annotated[
-        str, typer.Option(help="Variable that holds the key. Default: SAERELAY_API_KEY or OPENAI_API_KEY.")
+        str, typer.Option(help="Environment variable that holds the key. Default: SAERELAY_API_KEY or OPENAI_API_KEY.")
     ] = "",
-    body: Annotated[str, typer.Option(help="JSON: more fields for each request, such as temperature.")] = "",
+    body: Annotated[str, typer.Option(help="More fields for each request, as JSON, such as a temperature.")] = "",
     leg: Legs = [],  # noqa: B006
     n: Annotated[int, typer.Option("--n", min=1, help="Number of latents per leg.")] = 64,
     latents: Annotated[str, typer.Option(help="Explain these latents instead, separated by commas.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed that latents and texts are drawn with.")] = 0,
-    concurrency: Annotated[int, typer.Option(min=1, help="Number of requests at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed for drawing latents and texts.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Number of requests under way at a time.")] = 8,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate the cost and show one prompt of each kind; send nothing.")
     ] = False,
     price_in: Annotated[float, typer.Option(min=0, help="USD per million tokens of input.")] = 0.0,
     price_out: Annotated[float, typer.Option(min=0, help="USD per million tokens of output.")] = 0.0,
-    max_cost: Annotated[float | None, typer.Option(min=0, help="Most to spend, in USD; needs the prices.")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Stop before spending more than this, in USD; requires both prices.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
     model: Annotated[str, typer.Option(hidden=True)] = "",
@@ -193,7 +196,7 @@ def interpret(
 ) -> None:
     """Have a language model explain latents, and score its explanations by detection and fuzzing, as in Delphi.
 
-    The cost is estimated first. Every answer is kept: the same command again asks only for what is missing.
+    The cost is estimated first. Every answer is kept, so the same command, given again, asks only what is missing.
     """
     from saerelay.analysis.endpoint.address import Endpoint
     from saerelay.analysis.suite import load
@@ -236,7 +239,7 @@ def report(
     ] = False,
     open_it: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Make one page that shows all of a run, after measuring what is missing or out of date."""
+    """Write a page that shows the whole run; measure first whatever is missing or out of date."""
     import webbrowser
 
     from saerelay.analysis.suite import load

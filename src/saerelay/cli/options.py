@@ -30,7 +30,7 @@ OneLegPerLayer = Annotated[
 Licence = Annotated[str, typer.Option(help="Licence for the model card, as named on the hub: apache-2.0.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 Source = Annotated[str, typer.Argument(help="Run directory, or one trained SAE in any format.")]
-AnySae = Annotated[str, typer.Argument(help="Trained SAE in any format: a path, or hf://user/repo/path.")]
+AnySae = Annotated[str, typer.Argument(help="A trained SAE in any format: a path, or hf://user/repo/path.")]
 InputFormat = Annotated[str, typer.Option("--format", help="Format of the SAE, if detection fails: saelens, ...")]
 
 

@@ -51,7 +51,7 @@ def push(
     format: Annotated[str, typer.Option(help="saelens, sparsify, dictionary_learning or saerelay.")] = "saelens",
     leg: OneLegPerLayer = [],  # noqa: B006
     licence: Licence = "",
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; upload nothing.")] = False,
 ) -> None:
     """Upload a run's SAEs with a model card to the Hugging Face hub, using your `hf auth login` account."""
@@ -65,7 +65,9 @@ def push(
 
 
 def pull(
-    reference: Annotated[str, typer.Argument(help="hf://user/repo[@revision][/folder].")],
+    reference: Annotated[
+        str, typer.Argument(help="hf://user/repo, hf://user/repo/folder, or hf://user/repo@revision/folder.")
+    ],
     out: OutDir,
 ) -> None:
     """Download a repository of SAEs, or a folder of it, and check that each can be read."""

@@ -119,20 +119,27 @@ def train(
 
 
 def hop(
-    source: Annotated[str, typer.Option("--from", help="Trained SAE in any format: a path, or hf://user/repo/path.")],
-    to_layer: Annotated[int, typer.Option("--to-layer", help="Layer to transfer it to.")],
+    source: Annotated[str, typer.Option("--from", help="A trained SAE in any format: a path, or hf://user/repo/path.")],
+    to_layer: Annotated[int, typer.Option("--to-layer", help="Layer to transfer the SAE to.")],
     recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the model, the data and all defaults.")],
     out: OutRun,
-    tokens: Annotated[str, typer.Option(help="Tokens to train on after the transfer; 0 for none.")] = "",
-    method: Annotated[str, typer.Option(help="Map between the layers: identity, rescale, procrustes, affine.")] = "",
-    refit: Annotated[bool | None, typer.Option(help="Refit the decoder in closed form.")] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens to train on after the transfer; 0 for none. Default: the recipe's.")
+    ] = "",
+    method: Annotated[
+        str, typer.Option(help="Map between the layers: identity, rescale, procrustes, affine. Default: the recipe's.")
+    ] = "",
+    refit: Annotated[bool | None, typer.Option(help="Refit the decoder in closed form. Default: the recipe's.")] = None,
     architecture: Annotated[
         str, typer.Option(help="Target architecture: topk, batchtopk, jumprelu, relu. Default: unchanged.")
     ] = "",
     n_latents: Annotated[str, typer.Option(help="Target number of latents. Default: unchanged.")] = "",
     k: Annotated[int | None, typer.Option(help="Active latents per token. Default: unchanged.")] = None,
     from_model: Annotated[
-        str, typer.Option(help="Model the SAE was trained on, if it is not the recipe's; maps are fitted between both.")
+        str,
+        typer.Option(
+            help="Model the SAE was trained on, if not the recipe's; the map is fitted between the two models."
+        ),
     ] = "",
     from_layer: Annotated[int | None, typer.Option(help="Layer the SAE reads, if its files do not say.")] = None,
     from_module: Annotated[
@@ -142,8 +149,8 @@ def hop(
 ) -> None:
     """Transfer one trained SAE, in any format, to a layer of a model, with or without fine-tuning.
 
-    To another layer, to the same layer of a fine-tuned model, to other text, or to another number of latents, sparsity
-    or architecture. Onto its own layer with --tokens 0 --no-refit, the SAE is only measured.
+    The target may be another layer, the same layer of a fine-tuned model, other text, or another number of latents,
+    sparsity or architecture. On its own layer, with --tokens 0 --no-refit, the SAE is only measured.
     """
     from saerelay.planning.recipe import Recipe
     from saerelay.workflows.hop import hop_run

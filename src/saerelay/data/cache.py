@@ -201,5 +201,5 @@ def _crc32(x: Tensor, sequence: int) -> int:
 def _damaged(path: Path, expected: object, found: object) -> DataError:
     return DataError(
         f"{path}: damaged; expected {expected}, found {found}. "
-        "Delete this file and continue with --resume: what was in it is computed again."
+        "Delete this file and continue with --resume: its activations are computed again."
     )

@@ -53,7 +53,7 @@ class CorpusFacts(Document):
 
     SCHEMA: ClassVar = 2
     MADE_BY: ClassVar = "`saerelay train`"
-    REMEDY: ClassVar = "remove its directory; it is made anew from the recipe"
+    REMEDY: ClassVar = "remove its directory; it is made again from the recipe"
     ERROR: ClassVar = DataError
 
     source: str
@@ -187,7 +187,7 @@ def _map_split(directory: Path, facts: CorpusFacts, split: Split) -> np.ndarray:
 def _damaged(path: Path, expected: tuple[int, int], found: object) -> DataError:
     return DataError(
         f"{path}: damaged; expected an array {expected}, found {found}. "
-        f"Remove {path.parent}; it is made anew from the recipe."
+        f"Remove {path.parent}; it is made again from the recipe."
     )
 
 
@@ -363,6 +363,6 @@ def _check_splits(packers: "Mapping[Split, _Packer]", description: str, n_docume
         raise DataError(
             f"{description}: too little text for the {' and the '.join(empty)} split, which got "
             f"no sequence. It holds {n_documents} documents with {n_tokens} tokens; a sequence "
-            f"needs {packers['train'].ids_per_sequence} tokens, and of {_PERIOD} documents one "
-            "goes to validation and one to test. Give more documents, or lower data.context."
+            f"needs {packers['train'].ids_per_sequence} tokens, and one document in {_PERIOD} "
+            "goes to validation, another to test. Give more documents, or lower data.context."
         )

@@ -1,4 +1,4 @@
-"""Dictionaries of other tools in, ours out: one file per format.
+"""Reads dictionaries of other tools, and writes ours for them: one file per format.
 
     own  saelens  gemma_scope  sparsify  dictionary_learning  llamascopium  openai
 
@@ -71,10 +71,10 @@ def load_dictionary(
     dictionary, origin = read_any(reference, format=format, model=model, site=site)
     if isinstance(dictionary, LayerNormed):
         raise FormatError(
-            f"{reference}: normalises each token by its own mean and deviation, which no fixed "
-            "dictionary of raw activations does. In Python, saerelay.load_layer_normed reads it "
-            "as it is, and its at_scale(x) is the nearest one for activations x; `saerelay hop` "
-            "uses that one"
+            f"{reference}: normalises each token by its own mean and standard deviation, which an SAE "
+            "of raw activations cannot do. In Python, saerelay.load_layer_normed reads it as it "
+            "is, and its at_scale(x) is the closest such SAE for activations x; `saerelay hop` "
+            "uses that"
         )
     return dictionary, origin
 
@@ -155,4 +155,4 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
             writable.write(Path(path), dictionary, origin)
             return
     format_named(format)  # an error if it is unknown
-    raise FormatError(f"{format} is only read, not written; these formats are written: {', '.join(WRITTEN)}")
+    raise FormatError(f"{format} can be read but not written; formats that can be written: {', '.join(WRITTEN)}")

@@ -214,14 +214,16 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore  # re-exported
 
     if get_token() is None:
-        raise HubError(f"{repo}: you are not logged in to the hub; run `hf auth login`, with a token that may write")
+        raise HubError(
+            f"{repo}: you are not logged in to the hub; run `hf auth login` with a token that has write access"
+        )
     try:
         HfApi().create_repo(repo, private=private, exist_ok=True)
         commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="SAEs from saerelay")
     except (HfHubHTTPError, HTTPError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise HubError(
-            f'"{repo}" was not uploaded ({reason}). Check the name and the network connection, '
-            "and with `hf auth whoami` that you may write there"
+            f'"{repo}" was not uploaded ({reason}). Check the name, the network connection, '
+            "and (with `hf auth whoami`) that you have write access"
         ) from None
     return str(commit.commit_url)

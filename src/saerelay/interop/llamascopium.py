@@ -166,9 +166,9 @@ def _scale(files: _Files) -> float:
     if mode != "dataset-wise":
         unit = str(mode).split("-")[0]
         raise FormatError(
-            f"{files.config_file}: norm_activation is {mode}: the norm of each {unit} divides it, "
-            "which no fixed dictionary of raw activations does; only dataset-wise and inference "
-            "can be read"
+            f"{files.config_file}: norm_activation is {mode}: activations are divided by "
+            f"the norm of each {unit}, which an SAE of raw activations cannot do; only "
+            "dataset-wise and inference can be read"
         )
 
     name = f"dataset_average_activation_norm.{files.reads}"

@@ -56,8 +56,8 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
     """
     if dictionary.architecture != "topk":
         raise FormatError(
-            f"{path}: sparsify has only TopK, and this is {dictionary.architecture}; "
-            "saelens and dictionary_learning can hold it"
+            f"{path}: sparsify supports only TopK, and this SAE is {dictionary.architecture}; "
+            "export it as saelens or dictionary_learning"
         )
     distance_from_unit_norm = (dictionary.W_dec.norm(dim=1) - 1).abs().max()
     tensors = {
@@ -101,7 +101,9 @@ def _check_tensors(path: Path, names: set[str]) -> None:
         raise FormatError(f"{path}: has a skip connection past its latents; only SAEs without one are read")
     unknown = sorted(names - set(SHAPES))
     if unknown:
-        raise FormatError(f"{path}: has a tensor {unknown[0]}, which sparsify does not write; another tool did")
+        raise FormatError(
+            f"{path}: has a tensor {unknown[0]}, which sparsify never writes; the file comes from another tool"
+        )
 
 
 def _origin(path: Path, config: dict[str, Any]) -> Origin:

@@ -102,8 +102,8 @@ def choose(recipe: Recipe, facts: ModelFacts, survey: Survey, memory_bytes: floa
     choice = choose_at(ratio, question)
     if choice is None:
         raise PlanError(
-            f"plan.fvu_ratio is {ratio}, which {MAX_ROOT_MULTIPLE} x root_tokens from scratch are not predicted to "
-            "reach; raise one of them"
+            f"plan.fvu_ratio is {ratio}, which is out of reach even for {MAX_ROOT_MULTIPLE} x root_tokens from "
+            "scratch, as far as the survey can predict; raise one of them"
         )
     return choice
 
@@ -116,8 +116,8 @@ def _best_within_budget(question: Question, amount: float) -> Choice:
         least = f"{question.price(best) + surveyed:.3g}" if best else "more"
         raise PlanError(
             f"plan.budget is {question.recipe.plan.auto.budget}, of which the survey takes {surveyed:.3g}; at least "
-            f"{least} {question.unit} bring every layer to ten times the FVU of scratch at root_tokens. Raise the "
-            "budget, or lower plan.survey_tokens"
+            f"{least} {question.unit} are needed to bring every layer even to ten times the FVU that root_tokens from "
+            "scratch give. Raise the budget, or lower plan.survey_tokens"
         )
     low = math.log(0.5)
     high = math.log(10)
@@ -198,7 +198,13 @@ class Overtraining(NamedTuple):
 
 def _candidates(goals: dict[int, float], question: Question) -> list[Tree]:
     """Trees worth comparing: the cheapest at several prices of a forward pass, their roots overtrained or not, and all
-    layers from scratch in one pass."""
+    layers from scratch in one pass.
+
+    How to see this: an algorithm for trees wants a price for each edge, but two things depend on the tree as a whole.
+    Legs that train at the same time share their forward passes, so that a leg pays only some share of them, and better
+    roots make all their children cheaper. So a few shares and a few budgets of the roots are tried, and `choose_at`
+    compares the true costs of the trees that come out.
+    """
     roots = question.recipe.plan.roots
     without_hops = replace(question.curves, gap={})
     trees: list[Tree | None] = []
@@ -224,7 +230,8 @@ def cheapest(
 ) -> Tree | None:
     """The arborescence of least cost in which every layer meets its goal, or None.
 
-    Only `roots` are trained from scratch if there are any.
+    Only `roots` are trained from scratch if there are any. What a child needs follows from its parent's goal, not from
+    how the parent came to it, so that each edge has a price of its own and the best tree is a spanning arborescence.
     """
     overtraining = overtraining or Overtraining()
     from_scratch = {}

@@ -119,7 +119,7 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
         if spec.id in ordered:
             return
         if spec.id in waiting:
-            raise PlanError(f"legs wait for each other: {' -> '.join([*waiting, spec.id])}")
+            raise PlanError(f"legs wait for each other in a circle: {' -> '.join([*waiting, spec.id])}")
         waiting.append(spec.id)
         for other in (spec.parent, spec.after, spec.control_of):
             outside = other == spec.parent and "/" in other
@@ -128,7 +128,7 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
             elif other and not outside:
                 raise PlanError(
                     f'leg {spec.id} names "{other}", which is not a leg of this plan ({", ".join(sorted(by_id))}); '
-                    "a dictionary outside it is given as a directory, with a slash"
+                    "an SAE from elsewhere is given as a directory, with a slash"
                 )
         waiting.pop()
         ordered[spec.id] = spec
@@ -196,5 +196,5 @@ def _check_width(plan: Plan, leg: Leg, method: MethodOrAuto) -> None:
     if method != "identity" and leg.moment_tokens <= 2 * width:
         raise PlanError(
             f"leg {leg.id}: method {method} fits a {width}-dimensional map on {leg.moment_tokens} tokens; "
-            f"raise plan.moment_tokens over {2 * width}"
+            f"raise plan.moment_tokens above {2 * width}"
         )

@@ -36,7 +36,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     hop = _settled_hop(spec, setting)
     budget = _settled_budget(spec, setting, by_id)
     if not budget and not hop:
-        raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; give it some")
+        raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
     parent_site = parent.site if parent else external.site if external else None
     role: Role = "transfer" if hop else "root"
     return Leg(

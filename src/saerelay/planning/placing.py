@@ -60,7 +60,7 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) ->
         if asked % step:
             raise PlanError(
                 f"data.block_tokens is {asked}; it must be a multiple of train.batch_tokens "
-                f"({recipe.train.batch_tokens}) and data.context ({recipe.data.context}), that is of {step}"
+                f"({recipe.train.batch_tokens}) and data.context ({recipe.data.context}), that is, of {step}"
             )
         return asked
     n_sites = max(1, len({(spec.layer, spec.module) for spec in specs}))

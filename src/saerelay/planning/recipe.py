@@ -46,14 +46,14 @@ class ModelSpec(Spec):
     name: str = Field(default="demo", description='hub id, local directory, or "demo" for the built-in model')
     revision: str = Field(default="", description='hub branch, tag or commit; "" is the default branch')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description='"auto": bfloat16 where the hardware multiplies it fast, else float32'
+        default="auto", description='"auto": bfloat16 where the hardware is fast at it, else float32'
     )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
 
 
 class SitesSpec(Spec):
-    """Which activations get a dictionary."""
+    """Which activations get an SAE."""
 
     layers: Literal["all"] | list[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
     module: ModuleKind = Field(default="resid_post", description="resid_post, resid_pre, mlp_out, attn_out or attn_z")
@@ -93,7 +93,7 @@ class DataSpec(Spec):
     )
     block_tokens: OrAuto[Count] = Field(
         default="auto",
-        description='tokens shuffled together; "auto": from the shapes of model and plan, at most 65536',
+        description='tokens that are shuffled together; "auto": by the shapes of model and plan, at most 65536',
     )
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class HopSpec(Spec):
     moment_tokens: Count = Field(default=100_000, gt=0, description="tokens the map between two layers is fitted on")
     refit_tokens: Count = Field(default=65_536, gt=0, description="tokens the decoder is refitted on, at most a block")
     fork_at: ShareOrCount = Field(
-        default=1.0, description="when children leave a parent: a share of its tokens, or a count"
+        default=1.0, description="when transfers branch off their parent: a share of its tokens, or a count"
     )
     reuse: int = Field(
         default=1,
@@ -131,14 +131,15 @@ class AutoSpec(Spec):
     """What `preset = "auto"` aims for."""
 
     budget: str = Field(
-        default="", description='auto: what the run may take: "10M tokens" trained on, "5e14 FLOPs" or "1.5 hours" ...'
+        default="", description='auto: what the run may cost: "10M tokens" of training, "5e14 FLOPs" or "1.5 hours" ...'
     )
     fvu_ratio: OrAuto[Annotated[float, Field(gt=0)]] = Field(
-        default="auto", description='... or the FVU wanted, as a multiple of scratch at root_tokens; "auto": 1.05'
+        default="auto",
+        description='... or the FVU to reach, as a multiple of what root_tokens from scratch give; "auto": 1.05',
     )
     survey_tokens: OrAuto[Count] = Field(
         default="auto",
-        description='auto: tokens of the longest pilot; "auto": root_tokens / 10, or 64 per latent if that is more',
+        description='auto: tokens of the longest pilot; "auto": root_tokens / 10, but at least 64 per latent',
     )
 
     @field_validator("budget")
@@ -161,7 +162,9 @@ class PlanSpec(Spec):
 
     preset: Preset = Field(default="hub", description="scratch, forward, backward, alternate, hub, paper or auto")
     auto: AutoSpec = AutoSpec()
-    stop: bool = Field(default=True, description="let legs that have a goal end when they have reached it")
+    stop: bool = Field(
+        default=True, description="if a leg (the training of one SAE) has a goal, end it once that is reached"
+    )
     roots: list[int] = Field(default=[], description="layers trained from scratch; [] lets the preset choose")
     direction: Literal["auto", "forward", "backward", "both"] = Field(
         default="auto",
@@ -174,7 +177,7 @@ class PlanSpec(Spec):
         default=[], description="layers that also get from-scratch controls (equal tokens, and full)"
     )
     legs: list[LegSpec] = Field(
-        default=[], description="an explicit plan instead of a preset: [[plan.legs]], see the documentation"
+        default=[], description="[[plan.legs]]: a plan written leg by leg, instead of a preset; see docs/plans.md"
     )
 
     @model_validator(mode="after")
@@ -195,21 +198,23 @@ class OptimizerSpec(Spec):
     """Learning rates and their schedule."""
 
     lr: OrAuto[Rate] = Field(
-        default="auto", description='of the decoder, from scratch; "auto": by width and budget (decision 007)'
+        default="auto",
+        description='learning rate of the decoder, from scratch; "auto": by width and budget (decision 007)',
     )
     transfer_lr: OrAuto[Rate] = Field(
-        default="auto", description='after a transfer; "auto": by what its map leaves unexplained'
+        default="auto", description='learning rate after a transfer; "auto": by what its map leaves unexplained'
     )
-    encoder_lr: float = Field(default=0.5, gt=0, description="rate of the encoder's weights, as a share of lr")
+    encoder_lr: float = Field(default=0.5, gt=0, description="learning rate of the encoder's weights, as a share of lr")
     bias_lr: OrAuto[Annotated[float, Field(gt=0)]] = Field(
-        default="auto", description='rate of its biases and thresholds, as a share of lr; "auto": √width / 5'
+        default="auto", description='learning rate of biases and thresholds, as a share of lr; "auto": √width / 5'
     )
-    betas: tuple[float, float] = Field(default=(0.8, 0.99), description="Adam's")
+    betas: tuple[float, float] = Field(default=(0.8, 0.99), description="Adam's beta1 and beta2")
     balance: float = Field(
         default=0.75,
         ge=0,
         le=1,
-        description="each dimension is divided by its standard deviation to this power before training; 0: as it is",
+        description="activations are divided, dimension by dimension, by their standard deviation to this power before "
+        "training, so that no few large dimensions decide; 0: off (decision 031)",
     )
     whitening: float = Field(
         default=0.25,
@@ -226,17 +231,17 @@ class OptimizerSpec(Spec):
     decay: float = Field(
         default=0.3, ge=0, le=1, description="share of the budget over which the learning rate falls to 0"
     )
-    clip: float = Field(default=1.0, ge=0, description="largest norm of a gradient; 0 never clips")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of a gradient; 0: no clipping")
 
 
 class TrainSpec(Spec):
-    """How a dictionary is trained."""
+    """How an SAE is trained."""
 
     inline = ("optimizer",)
 
     batch_tokens: Count = Field(default=512, gt=0, description="tokens per training step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description='of the encoder product; "auto": bfloat16 where the model runs in it'
+        default="auto", description='of the matrix product in the encoder; "auto": bfloat16 where the model runs in it'
     )
     optimizer: OptimizerSpec = OptimizerSpec()
     dead_after: OrAuto[Count] = Field(
@@ -246,11 +251,11 @@ class TrainSpec(Spec):
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
     checkpoint_every: Count = Field(default=500_000, gt=0, description="tokens between two saved states")
     snapshots: list[ShareOrCount] = Field(
-        default=[], description="ages also published: shares or counts; 0 is right after a hop"
+        default=[], description="ages at which to publish snapshots: shares or counts; 0 is right after a hop"
     )
     memory_gib: OrAuto[Annotated[float, Field(gt=0)]] = Field(
         default="auto",
-        description='split cohorts whose training state exceeds this; "auto": 70 % of the device\'s memory',
+        description='let legs wait if their training state would exceed this; "auto": 70 % of the device\'s memory',
     )
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="in addition to metrics.jsonl: tensorboard, wandb"

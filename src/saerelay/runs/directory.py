@@ -127,7 +127,7 @@ def sole_writer(root: Path) -> Iterator[None]:
     try:
         (root / "state").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunDirectoryError(f"{root}: cannot be made ({error.strerror}); choose another --out") from None
+        raise RunDirectoryError(f"{root}: cannot be created ({error.strerror}); choose another --out") from None
     lock = filelock.FileLock(root / "state" / "lock")
     try:
         lock.acquire(timeout=0)

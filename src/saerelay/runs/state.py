@@ -47,9 +47,10 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def append_metrics(log: IO[str], cursor: int, leg_id: str, values: Mapping[str, Any]) -> None:
-    """Write a line of the training log."""
+    """Write a line of the training log, at once: after a kill it says what loggers have been told."""
     line = {"cursor": cursor, "leg": leg_id, **values}
     log.write(json.dumps(finite(line)) + "\n")
+    log.flush()
 
 
 def truncate_metrics(path: Path, cursor: int) -> None:
@@ -65,3 +66,17 @@ def truncate_metrics(path: Path, cursor: int) -> None:
             break
         kept_lines.append(line + "\n")
     write_text(path, "".join(kept_lines))
+
+
+def last_ages(path: Path) -> dict[str, int]:
+    """Each leg's age in its last line of the training log; a half-written line at the end does not count."""
+    ages: dict[str, int] = {}
+    if not path.is_file():
+        return ages
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            ages[values["leg"]] = values["age"]
+        except (ValueError, KeyError):
+            break
+    return ages

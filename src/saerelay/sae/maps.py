@@ -132,7 +132,7 @@ def map_between(method: Method, width: int, moments: Moments | None, balance: fl
     """
     if moments and method in ("identity", "rescale") and moments.n_source != len(moments.mean_target):
         raise TransferError(
-            f"method {method} needs a source and a target of the same width, these are {moments.n_source} and "
+            f"method {method} needs a source and a target of the same width; these are {moments.n_source} and "
             f"{len(moments.mean_target)} wide; use affine"
         )
     if method == "identity":
@@ -141,7 +141,7 @@ def map_between(method: Method, width: int, moments: Moments | None, balance: fl
         n_tokens = 0 if moments is None else moments.n_tokens
         raise TransferError(
             f"method {method} fits a {width}-dimensional map on {n_tokens} tokens; "
-            f"raise plan.moment_tokens over {2 * width}"
+            f"raise plan.moment_tokens above {2 * width}"
         )
     if not bool(torch.isfinite(moments.products).all()):
         raise TransferError(f"method {method}: the activations it was to be fitted on are not all finite")

@@ -86,7 +86,7 @@ class AnyDictionarySpec(Spec):
 
 
 class DictionarySpec(AnyDictionarySpec):
-    """What a dictionary looks like and how sparse it is.
+    """What an SAE looks like, and how sparse it is.
 
     >>> spec = DictionarySpec.parse({"architecture": "batchtopk", "k": 24, "expansion": 16})
     >>> spec.activation

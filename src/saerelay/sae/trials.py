@@ -35,7 +35,7 @@ def try_methods(
     moments: Moments,
     rows: Tensor,
     units: Units,
-    spec: SizedDictionarySpec,
+    fresh: SizedDictionarySpec | None = None,
     *,
     balance: float,
     l0: float | None = None,
@@ -44,9 +44,9 @@ def try_methods(
 
     That of a regression is multiplied by `REGRESSION_HANDICAP`.
 
-    `rows` (B, D) are raw activations of the target. Beside the methods stands a random dictionary of the same size,
-    refitted on the same rows (`SCRATCH`): a hop that is no better has nothing to offer. Raises TransferError for
-    activations that are not finite.
+    `rows` (B, D) are raw activations of the target. Beside the methods stands, if `fresh` is given, a random dictionary
+    of that size, refitted on the same rows (`SCRATCH`): a hop that is no better has nothing to offer. Raises
+    TransferError for activations that are not finite.
     """
     rows = rows[:TRIAL_ROWS]
     if not bool(torch.isfinite(rows).all()):
@@ -64,6 +64,7 @@ def try_methods(
         carried = carry(dictionary, between, rows, units, l0=l0).dictionary
         trials[method] = fvu_once_refitted(units.from_canonical(carried))
     trials["affine"] *= REGRESSION_HANDICAP
-    generator = torch.Generator().manual_seed(0)
-    trials[SCRATCH] = fvu_once_refitted(initialise(spec, fitted[:INITIAL_ROWS], generator))
+    if fresh:
+        generator = torch.Generator().manual_seed(0)
+        trials[SCRATCH] = fvu_once_refitted(initialise(fresh, fitted[:INITIAL_ROWS], generator))
     return dict(sorted(trials.items(), key=lambda trial: trial[1]))

@@ -47,6 +47,10 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     """The parent folded to the leg's site, revived, refitted, at the L0 that is asked for (or that it had).
 
     `units` are those that it is to be trained in. Raises TransferError if the hop cannot be made.
+
+    How to see this: each of the four things that `carry` may do is decided by itself, and is None if it is not wanted:
+    `between` (fold through a map), `shape` (another architecture or width), `retraining` (revive and refit), and `l0`
+    (match the sparsity). The learning rate then follows from what is known of how much is left to learn.
     """
     assert leg.hop
     parent, parent_l0 = parent_of(now, leg, block, paths)
@@ -62,9 +66,9 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     if method == "auto":
         assert moments
         sample = block.rows(leg.site, max(L0_ROWS, leg.refit_tokens))
-        trials.update(try_methods(parent, moments, sample, units, leg.dictionary, balance=balance, l0=parent_l0))
-        if not leg.budget_tokens or reshaped:
-            trials.pop(SCRATCH)  # a random dictionary is worth nothing without training
+        # Only a leg that is trained, and from the start, can do without its parent.
+        fresh = leg.dictionary if leg.budget_tokens and not reshaped else None
+        trials.update(try_methods(parent, moments, sample, units, fresh, balance=balance, l0=parent_l0))
         best = next(iter(trials))
         if best == SCRATCH:
             return Inherited(None, 1.0, SCRATCH, trials)

@@ -1,12 +1,15 @@
 """TensorBoard and Weights & Biases, where they are installed and a recipe asks for them (train.loggers)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from saerelay.errors import RecipeError
 from saerelay.planning.plan import Plan
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.state import last_ages
 from saerelay.spec import seed_from
 from saerelay.training import engine
 from saerelay.training.progress import Watcher
@@ -31,6 +34,24 @@ class Several:
             watcher.leg(leg_id, progress)
 
 
+class Loggers:
+    """Tells loggers every point of the training log once, also where a resumed run comes by the same points again."""
+
+    def __init__(self, loggers: Sequence["TensorBoard | WandB"], logged_ages: Mapping[str, int]) -> None:
+        self.loggers = loggers
+        self.logged_ages = logged_ages
+
+    def tick(self, cursor: int) -> None:
+        """See `Watcher`."""
+
+    def leg(self, leg_id: str, progress: engine.Progress) -> None:
+        """See `Watcher`."""
+        if progress.age <= self.logged_ages.get(leg_id, 0):
+            return
+        for logger in self.loggers:
+            logger.log(leg_id, progress)
+
+
 class TensorBoard:
     """Scalars by leg over the leg's own age, in <run>/tensorboard."""
 
@@ -39,14 +60,15 @@ class TensorBoard:
 
         self.writer = SummaryWriter(str(directory / "tensorboard"))
 
-    def tick(self, cursor: int) -> None:
-        """See `Watcher`."""
-
-    def leg(self, leg_id: str, progress: engine.Progress) -> None:
-        """See `Watcher`."""
+    def log(self, leg_id: str, progress: engine.Progress) -> None:
+        """Write one point of a leg."""
         for name in SHOWN:
             self.writer.add_scalar(f"{name}/{leg_id}", getattr(progress, name), progress.age)
         self.writer.flush()
+
+    def close(self) -> None:
+        """Close the file of events."""
+        self.writer.close()
 
 
 class WandB:
@@ -62,13 +84,15 @@ class WandB:
             project="saerelay", name=name, id=run_id, dir=str(directory), config=config, resume="allow"
         )
 
-    def tick(self, cursor: int) -> None:
-        """See `Watcher`."""
-
-    def leg(self, leg_id: str, progress: engine.Progress) -> None:
-        """See `Watcher`."""
+    def log(self, leg_id: str, progress: engine.Progress) -> None:
+        """Send one point of a leg."""
         values = {f"{name}/{leg_id}": getattr(progress, name) for name in SHOWN}
-        self.run.log(values | {f"age/{leg_id}": progress.age})
+        values[f"age/{leg_id}"] = progress.age
+        self.run.log(values)
+
+    def close(self) -> None:
+        """Wait until every point has been sent."""
+        self.run.finish()
 
 
 def check_installed(plan: Plan) -> None:
@@ -81,7 +105,13 @@ def check_installed(plan: Plan) -> None:
             )
 
 
-def asked_for(plan: Plan, directory: Path) -> list[Watcher]:
-    """The loggers a recipe names."""
-    makers = {"tensorboard": lambda: TensorBoard(directory), "wandb": lambda: WandB(plan, directory)}
-    return [makers[name]() for name in plan.recipe.train.loggers]
+@contextmanager
+def loggers_of(plan: Plan, paths: RunDirectory) -> Iterator[Watcher]:
+    """The loggers that a recipe names; open them before training cuts the log back to the saved state."""
+    logged_ages = last_ages(paths.metrics)
+    with ExitStack() as open_loggers:
+        loggers = []
+        for name in plan.recipe.train.loggers:
+            logger = TensorBoard(paths.root) if name == "tensorboard" else WandB(plan, paths.root)
+            loggers.append(open_loggers.enter_context(closing(logger)))
+        yield Loggers(loggers, logged_ages)

@@ -76,7 +76,7 @@ def train_plan(
                 for repetition in range(now.n_repetitions):
                     now.cohort.step(block.repeated(index, repetition), repetition)
                     check_goals(now, repetition)
-                    end_legs(now, block, paths, log, repetition)
+                    end_legs(now, block, paths, log, watcher, repetition)
                 if now.cursor == end_of_block:
                     with timed(now.seconds, "fits"):
                         begin_legs(now, block, paths, hops=True)
@@ -165,7 +165,7 @@ def check_goals(now: Training, repetition: int) -> None:
                 trainee.check(now.held_out[trainee.leg.site])
 
 
-def end_legs(now: Training, block: Block, paths: RunDirectory, log: IO[str], repetition: int) -> None:
+def end_legs(now: Training, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher, repetition: int) -> None:
     """Publish snapshots that are due, and legs that are done."""
     stepped = [t for t in now.cohort.trainees.values() if t.leg.schedule.reuse > repetition]
     for trainee in stepped:
@@ -174,7 +174,7 @@ def end_legs(now: Training, block: Block, paths: RunDirectory, log: IO[str], rep
         if trainee.state.failure:
             now.failures[trainee.leg.id] = trainee.state.failure
         if trainee.done:
-            report(now, [trainee], log, None)
+            report(now, [trainee], log, watcher)
             now.cohort.remove(trainee.leg.id)
 
 
@@ -208,12 +208,11 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
     publish(directory, dictionary, info)
 
 
-def report(now: Training, trainees: list[Trainee], log: IO[str], watcher: Watcher | None) -> None:
+def report(now: Training, trainees: list[Trainee], log: IO[str], watcher: Watcher) -> None:
     """One line per leg to metrics.jsonl, and to whoever watches."""
     for trainee in trainees:
         progress = trainee.look()
         if progress is None:
             continue
         append_metrics(log, now.cursor, trainee.leg.id, progress._asdict())
-        if watcher:
-            watcher.leg(trainee.leg.id, progress)
+        watcher.leg(trainee.leg.id, progress)

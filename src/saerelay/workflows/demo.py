@@ -29,7 +29,7 @@ DEMO = Recipe(
 """One root, transferred to all other layers, and from-scratch controls for two of them."""
 
 
-def run_demo(out: Path, console: Console | None, run: Recipe = DEMO) -> Summary:
+def run_demo(out: Path, console: Console | None) -> Summary:
     """Train, transfer, evaluate and report; replaces an earlier demo in `out`, and nothing else.
 
     Raises RunDirectoryError if `out` holds anything but a demo.
@@ -38,7 +38,7 @@ def run_demo(out: Path, console: Console | None, run: Recipe = DEMO) -> Summary:
         clear_demo(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARK, "made by `saerelay demo`; the next demo replaces this directory\n")
-    suite = train_run(run, out, resume=True, console=console)
+    suite = train_run(DEMO, out, resume=True, console=console)
     report_run(suite, console=console)
     return Summary.load(RunDirectory(out).summary)
 

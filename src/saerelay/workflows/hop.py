@@ -160,7 +160,8 @@ def carry_from_model(
         for tokens, keep, x_target in kept_rows(plan, target):
             if int(tokens.max()) >= other.facts.tokens.vocab_size:
                 raise ModelError(
-                    f"{name} has {other.facts.tokens.vocab_size} tokens, the text has token {int(tokens.max())}"
+                    f"{name} has a vocabulary of {other.facts.tokens.vocab_size}, but the text contains token id "
+                    f"{int(tokens.max())}"
                 )
             harvested = other.harvest(tokens.to(other.device), [site])[site]
             x_source = harvested[keep.to(other.device)].float()
@@ -243,5 +244,5 @@ def check_tokens(recipe: Recipe, other: ModelSpec) -> None:
         number, token = differing[0] if differing else next((n, t) for t, n in ours.items() if t not in theirs)
         raise ModelError(
             f'{recipe.model.name} and {other.name} do not read the same tokens: "{token}" is {number} in the one and '
-            f"{theirs.get(token, 'none')} in the other; a map between two models needs a tokenizer that they share"
+            f"{theirs.get(token, 'none')} in the other; a map between two models needs a shared tokenizer"
         )

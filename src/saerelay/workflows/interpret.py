@@ -97,7 +97,9 @@ def interpret_run(
         check_cost(expected, budget)
         if expected.n_requests and not yes:
             if not sys.stdin.isatty():
-                raise EndpointError("nothing is sent without --yes where there is no terminal to ask for confirmation")
+                raise EndpointError(
+                    "there is no terminal to ask for confirmation, and nothing is sent without it; add --yes"
+                )
             if not Confirm.ask(f"Send {expected.n_requests} requests?", console=console, default=False):
                 return None
         return interpret(study, asker, resume_command=resume_command, console=console)
@@ -108,10 +110,13 @@ def check_cost(expected: Estimate, budget: Budget) -> None:
     if budget.max_cost is None:
         return
     if expected.cost is None:
-        raise EndpointError("--max-cost needs a bound on the length of answers; --body takes it away")
+        raise EndpointError(
+            "--max-cost needs a limit on the length of answers, which --body removes; leave one of them out"
+        )
     if expected.cost > budget.max_cost:
         raise EndpointError(
-            f"this may cost ${expected.cost:.2f}, more than --max-cost {budget.max_cost:g}; lower --n, or raise it"
+            f"this may cost ${expected.cost:.2f}, more than --max-cost {budget.max_cost:g}; lower --n, or raise "
+            "--max-cost"
         )
 
 

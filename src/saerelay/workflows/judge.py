@@ -76,18 +76,20 @@ def score_run(suite: PublishedSuite, files: Sequence[Path]) -> Scores:
     have, or of a judge who is there already.
     """
     if not files:
-        raise RunDirectoryError("give the files that judges exported: saerelay score RUN FILE...")
+        raise RunDirectoryError("give the files that the judges exported: saerelay score RUN FILE...")
     keys: dict[str, JudgingKey] = {}
     answers: dict[str, Answers] = {}
     for file in files:
         export = Judgements.from_json(file)
         name = export.judge.strip() or file.stem
         if name in answers:
-            raise RunDirectoryError(f'{file}: judge "{name}" is there already; give one file of each judge')
+            raise RunDirectoryError(f'{file}: there is already a file by judge "{name}"; give one per judge')
         keys[export.page] = checked_key(suite.directory, file, export)
         answers[name] = export.answers
     if len(keys) > 1:
-        raise RunDirectoryError(f"these are judgements of {len(keys)} pages: {', '.join(sorted(keys))}; score one")
+        raise RunDirectoryError(
+            f"these files judge {len(keys)} different pages: {', '.join(sorted(keys))}; give those of one page"
+        )
     (key,) = keys.values()
     scores = score(key, answers)
     scores.save(suite.directory.judging / "scores.json")
@@ -106,5 +108,7 @@ def checked_key(paths: RunDirectory, file: Path, export: Judgements) -> JudgingK
     key = JudgingKey.load(path)
     unknown = sorted(set(export.answers) - {item.item for item in key.items})
     if unknown:
-        raise RunDirectoryError(f"{file}: item {unknown[0]}; page {export.page} has 1 to {len(key.items)}")
+        raise RunDirectoryError(
+            f"{file}: has an answer for item {unknown[0]}, but page {export.page} has items 1 to {len(key.items)}"
+        )
     return key

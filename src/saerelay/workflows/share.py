@@ -203,9 +203,9 @@ def pull(reference: str, out: Path) -> list[Path]:
         for path in downloaded.rglob("*.pt"):
             if path not in saes and path.parent not in saes:
                 name = path.relative_to(downloaded)
-                raise FormatError(f"{reference}: {name} is a pickle of no known format; nothing was kept")
+                raise FormatError(f"{reference}: {name} is a pickle of an unknown format; nothing was kept")
         if not saes:
-            raise FormatError(f"{reference}: no SAE is there; nothing was kept")
+            raise FormatError(f"{reference}: no SAE found; nothing was kept")
         for sae in saes:
             read_any(sae)
         downloaded.replace(directory)
@@ -224,7 +224,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
     except OSError as error:
-        raise RunDirectoryError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
+        raise RunDirectoryError(f"{out}: cannot be created ({error.strerror}); choose another --out") from None
     with temporary:
         directory = Path(temporary.name) / "new"
         directory.mkdir()

@@ -10,7 +10,7 @@ from saerelay.runs.directory import RunDirectory
 from saerelay.runs.state import state_facts
 from saerelay.training.progress import LiveTable, PlainLog, Watcher
 from saerelay.training.run_state import machine
-from saerelay.training.trackers import Several, asked_for
+from saerelay.training.trackers import Several, loggers_of
 
 
 @contextmanager
@@ -23,11 +23,11 @@ def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterat
             f"note: this run was begun with {saved['machine']}, this is {machine()}: it goes on, but not to "
             "bitwise the weights of an uninterrupted run"
         )
-    loggers = asked_for(plan, paths.root)
-    if console is None:
-        yield Several(loggers)
-    elif console.is_terminal:
-        with LiveTable(plan, console, cursor) as table:
-            yield Several([table, *loggers])
-    else:
-        yield Several([PlainLog(plan, cursor, out=console.file), *loggers])
+    with loggers_of(plan, paths) as loggers:
+        if console is None:
+            yield loggers
+        elif console.is_terminal:
+            with LiveTable(plan, console, cursor) as table:
+                yield Several([table, loggers])
+        else:
+            yield Several([PlainLog(plan, cursor, out=console.file), loggers])

@@ -111,10 +111,11 @@ def _read_key(key_env: str, address: httpx2.URL) -> str:
     key = _first_set(names).strip()
     if not all(33 <= ord(character) <= 126 for character in key):
         raise EndpointError(
-            "the key contains characters that no key has (spaces? line ends?); check the variable that holds it"
+            "the key contains characters that a key cannot have (a space? a line break?); check the variable that "
+            "holds it"
         )
     if key and address.scheme == "http" and address.host not in LOCAL_HOSTS:
         raise EndpointError(
-            f"http://{address.host}: no key is sent in the clear; use https, or unset {' and '.join(names)}"
+            f"http://{address.host}: a key is never sent unencrypted; use https, or unset {' and '.join(names)}"
         )
     return key

@@ -160,7 +160,7 @@ class Asker:
             tokens_out += answered.tokens_out
             self.spent += (answered.tokens_in * price_in + answered.tokens_out * price_out) / 1e6
             if self.spent >= self.max_cost:
-                self._stop(EndpointError(f"${self.spent:.4f} is spent, and --max-cost is ${self.max_cost:.4f}"))
+                self._stop(EndpointError(f"${self.spent:.4f} has been spent, and --max-cost is ${self.max_cost:.4f}"))
             try:
                 read(text)
                 break
@@ -193,7 +193,11 @@ class Asker:
                 return None
             seconds = retry_after(headers.get("retry-after", ""))
             if seconds > LONGEST_WAIT:
-                self._stop(EndpointError(f"{self.endpoint.url} asks to come back in {seconds:.0f} seconds ({trouble})"))
+                self._stop(
+                    EndpointError(
+                        f"{self.endpoint.url} asks to be tried again only in {seconds:.0f} seconds ({trouble})"
+                    )
+                )
                 return None
             self.wait_until = max(self.wait_until, time.monotonic() + seconds)
         self._count(False, f"sent {MAX_ATTEMPTS} times, last: {trouble}")
@@ -227,14 +231,14 @@ class Asker:
     def _refused(self, status: int, trouble: str) -> None:
         """Stop, unless it may have been about this one question."""
         remedies = {
-            401: "look at the key: " + " or ".join(KEYS) + ", or --key-env NAME",
-            403: "the key may not use this model; choose another --model, or key",
-            404: "look at --endpoint (it ends in /v1 with most) and --model",
+            401: "check the key: " + " or ".join(KEYS) + ", or --key-env NAME",
+            403: "the key may not use this model; choose another --explainer, or another key",
+            404: "check --endpoint (most end in /v1) and --explainer",
         }
         if 300 <= status < 400:
             remedies[status] = "redirects are not followed; give the address itself as --endpoint"
         if status in remedies or not self.file.answers:
-            remedy = remedies.get(status, "it does not take such requests; --body changes their fields")
+            remedy = remedies.get(status, "it does not accept such requests; change their fields with --body")
             self._stop(EndpointError(f"{self.endpoint.url} refuses ({trouble}); {remedy}"))
         else:
             self._count(False, trouble)

@@ -103,7 +103,11 @@ def _guessed_bound(pre: Tensor, k: int) -> Tensor:
 
 
 def _keep_largest(parts: list[Codes], n: int) -> tuple[list[Codes], float]:
-    """The n largest entries of all parts together (the first of equal ones), and the smallest of them."""
+    """The n largest entries of all parts together (the first of equal ones), and the smallest of them.
+
+    How to see this: everything above the n-th largest value is kept; whatever room is left goes to the entries equal to
+    it, part by part from the first on. A part's new row starts are the numbers of entries kept before its old ones.
+    """
     values = np.concatenate([part.values.numpy() for part in parts])
     if values.shape[0] <= n:
         return parts, -math.inf

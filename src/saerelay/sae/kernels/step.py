@@ -216,7 +216,12 @@ class Reading:
 
 
 class Forward:
-    """One batch on its way forward, piece by piece of its tokens."""
+    """One batch on its way forward, piece by piece of its tokens.
+
+    How to see this: a piece goes through `pre_activations`, selection and `backward` on its own thread, writes its rows
+    of the batch's buffers (`inputs`, `residuals`, `encoded`), and returns what must be added up over pieces as a
+    `Part`. `joined` adds these up, always in the same order, so that the bits do not depend on the threads.
+    """
 
     def __init__(
         self,
