@@ -75,17 +75,46 @@ def test_a_big_file_is_cut_into_documents_without_loss(
     assert sum(map(len, train)) > 0.8 * len(clean)
 
 
-def test_many_files_stay_whole_and_bad_bytes_are_replaced(
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_many_files_stay_whole_and_a_byte_order_mark_is_honoured(
+    make_corpus: MakeCorpus, tmp_path: Path, demo_tokenizer: Any, encoding: str
+) -> None:
+    (tmp_path / "files").mkdir()
+    for i in range(40):
+        (tmp_path / "files" / f"{i}.txt").write_text("wörd\n\n" * 900, encoding=encoding)
+    corpus = make_corpus(text=[str(tmp_path / "files")])
+    assert corpus.facts.n_documents == 40
+    text = demo_tokenizer.decode(corpus.train[0][1:])
+    assert text.startswith("wörd\n\nwörd") and not {"\ufeff", "\ufffd", "\0"} & set(text)
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("wörd\n".encode("latin-1") * 900, r"notes.txt: not utf-8 text: byte 0xf6 at 1\. Convert it"),
+        ("word\n".encode("utf-16-le") * 900, "notes.txt: has zero bytes in it, so it is no text, or UTF-16 without"),
+        ("word\n".encode("utf-16") * 9000, "notes.txt: is utf-16 text, which cannot be cut into documents"),
+    ],
+)
+def test_bytes_that_are_not_text_are_refused_with_the_file_named(
+    make_corpus: MakeCorpus, tmp_path: Path, content: bytes, told: str
+) -> None:
+    (tmp_path / "notes.txt").write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        make_corpus(text=[str(tmp_path / "notes.txt")])
+
+
+def test_text_that_spells_a_special_token_stays_text(
     make_corpus: MakeCorpus, tmp_path: Path, demo_tokenizer: Any
 ) -> None:
     (tmp_path / "files").mkdir()
     for i in range(40):
-        (tmp_path / "files" / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" + b"\xff word\n\n" * 900)
-    corpus = make_corpus(text=[str(tmp_path / "files")])
-    assert corpus.facts.n_documents == 40
-    assert "\ufeff" not in demo_tokenizer.decode(corpus.train[0]) and "\ufffd word" in demo_tokenizer.decode(
-        corpus.train[0]
-    )
+        (tmp_path / "files" / f"{i}.txt").write_text("a token <|endoftext|> ends it " * 90)
+    corpus = make_corpus(text=[str(tmp_path / "files")], context=16)
+    assert corpus.facts.special_tokens == 0 and corpus.facts.notes() == []
+    inside = corpus.train[:, 1:]
+    assert (inside == demo_tokenizer.eos_token_id).sum() <= corpus.facts.n_documents
+    assert "<|endoftext|>" in demo_tokenizer.decode(inside[0])
 
 
 def test_text_that_cannot_be_read_is_refused_with_file_and_remedy(

@@ -7,7 +7,7 @@ import torch
 from saerelay.errors import ModelError
 from saerelay.lm.ports import n_parameters
 from saerelay.lm.probe import Anatomy, probe_skeleton
-from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config
+from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config, resolved_revision
 from saerelay.lm.tokens import first_id, load_tokenizer
 from saerelay.planning.facts import ModelFacts, SiteFacts, TokenFacts
 from saerelay.planning.recipe import ModelSpec
@@ -30,16 +30,17 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     """
     device = _resolve_device(spec.device)
     with loading(spec):
+        spec = spec.changed(revision=resolved_revision(spec))
         config = read_config(spec)
         skeleton = model_skeleton(spec, config)
         n_all = n_parameters(skeleton)
         anatomy = probe_skeleton(skeleton, spec.name)
     text_config = config.get_text_config()
     layers = skeleton.get_submodule(anatomy.layers)
-    bos, eos = _special_tokens(spec, text_config)
+    bos, eos, pad = _special_tokens(spec, text_config)
     return ModelFacts(
         name=spec.name,
-        revision=getattr(config, "_commit_hash", None) or spec.revision,
+        revision=spec.revision,
         family=config.model_type,
         dtype=_resolve_dtype(spec.dtype, device),
         device=str(device),
@@ -51,6 +52,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
             max_context=_max_context(text_config, skeleton),
             bos_token_id=bos,
             eos_token_id=eos,
+            pad_token_id=pad,
         ),
         has_lm_head=is_causal_lm(config),
         layer_params=n_parameters(layers) // anatomy.n_layers,
@@ -71,17 +73,17 @@ def _site_facts(anatomy: Anatomy) -> SiteFacts:
     )
 
 
-def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None]:
-    """What starts a sequence, and what ends a document: BOS and EOS, or CLS and SEP.
+def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None, int | None]:
+    """What starts a sequence, what ends a document, and padding: BOS and EOS, or an encoder's CLS and SEP.
 
     The tokenizer decides, or the configuration of a model without one.
-
-    BOS and EOS, or an encoder's CLS and SEP.
     """
+    pad = first_id(getattr(config, "pad_token_id", None))
     try:
         tokenizer = load_tokenizer(spec)
     except ModelError:
-        return first_id(getattr(config, "bos_token_id", None)), first_id(getattr(config, "eos_token_id", None))
+        bos = first_id(getattr(config, "bos_token_id", None))
+        return bos, first_id(getattr(config, "eos_token_id", None)), pad
 
     start = tokenizer.bos_token_id
     if start is None:
@@ -89,7 +91,7 @@ def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | Non
     end = tokenizer.eos_token_id
     if end is None:
         end = tokenizer.sep_token_id
-    return start, end
+    return start, end, pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _max_context(config: Any, model: Any) -> int:

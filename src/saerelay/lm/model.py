@@ -229,9 +229,10 @@ class LanguageModel:
             logits = self._logits(tokens)
 
         layer_extras = []
-        for i in sorted(outputs):
-            returns_more = isinstance(outputs[i], tuple | list)
-            layer_extras.append(tuple(outputs[i][1:]) if returns_more else None)
+        for i in range(len(self._layers)):
+            output = outputs.get(i)  # a layer that does not run returns nothing
+            returns_more = isinstance(output, tuple | list)
+            layer_extras.append(tuple(output[1:]) if returns_more else None)
         return Forward(tokens, logits, activations, layer_extras)
 
     @contextmanager
@@ -318,7 +319,7 @@ class LanguageModel:
         normed residual stream.
         """
         self._check_lm_head()
-        return linear_readout(self._model, self._layers[-1], self.facts.name)
+        return linear_readout(self._model, self._model.get_submodule(self._anatomy.last_layer), self.facts.name)
 
 
 def _stream_at(site: Site) -> Site:

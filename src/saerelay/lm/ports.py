@@ -99,6 +99,31 @@ def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
     return paths
 
 
+def other_module(spec: ModelSpec, site: Site, module_path: str) -> bool:
+    """Whether a path leads to a module of a model that does not give the activations of a site.
+
+    >>> other_module(ModelSpec(), Site(3), "layers.3"), other_module(ModelSpec(), Site(3), "gpt_neox.layers.4")
+    (False, True)
+    >>> other_module(ModelSpec(), Site(3, "attn_z"), "layers.3.attention.dense.input")
+    False
+
+    False as well where the model has no such module: then nothing can be said.
+    """
+    anatomy = read_anatomy(spec)
+    if site not in anatomy.ports:
+        return False
+    port = anatomy.ports[site]
+    path, _, side = module_path.rpartition(".")
+    if side not in ("input", "output"):
+        path, side = module_path, "output"
+    named = [other for other in anatomy.outputs if f".{other}".endswith(f".{path}")]
+    if not named:
+        return False
+    if side == "input":
+        return port.side != "input" or port.path not in named
+    return port.path not in named and all(anatomy.outputs[other] != site for other in named)
+
+
 def read_anatomy(spec: ModelSpec) -> Anatomy:
     """What a probe finds out about a model without its weights."""
     with loading(spec):

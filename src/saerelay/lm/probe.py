@@ -51,6 +51,13 @@ class Anatomy:
     ports: dict[Site, PortPlace]
     refusals: dict[Site, str]
     """Why the other sites cannot be read."""
+    outputs: dict[str, Site | None]
+    """The paths of all modules within layers, and the site whose activations each returns, if any."""
+
+    @property
+    def last_layer(self) -> str:
+        """Path of the last layer that runs."""
+        return f"{self.layers}.{max((site.layer for site in self.ports), default=self.n_layers - 1)}"
 
 
 # --- running a few tokens ----------------------------------------------------------------------
@@ -301,7 +308,29 @@ def _anatomy(record: _Record, layers: str) -> Anatomy:
     if not widths:
         calls = [call for i in range(n_layers) if (call := record.only(f"{layers}.{i}"))]
         widths = [call.made_shape[-1] for call in calls]
-    return Anatomy(layers=layers, n_layers=n_layers, d_model=widths[0], ports=ports, refusals=refusals)
+    return Anatomy(
+        layers=layers,
+        n_layers=n_layers,
+        d_model=widths[0],
+        ports=ports,
+        refusals=refusals,
+        outputs=_outputs(record, layers, ports),
+    )
+
+
+def _outputs(record: _Record, layers: str, ports: dict[Site, PortPlace]) -> dict[str, Site | None]:
+    """Which modules return the same numbers as a site's port."""
+    sites: dict[Place | None, Site] = {}
+    for site, port in ports.items():
+        call = record.only(port.path)
+        if call and port.side == "output":
+            sites[call.made] = site
+    found = {}
+    for path in record.modules:
+        call = record.only(path)
+        if call and call.made and path.startswith(f"{layers}."):
+            found[path] = sites.get(call.made)
+    return found
 
 
 def _stream_ports(call: _Call) -> dict[ModuleKind, PortPlace | str]:

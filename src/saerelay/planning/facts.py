@@ -1,6 +1,6 @@
 """What a plan must know of a language model."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from saerelay.errors import ModelError
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
@@ -17,6 +17,8 @@ class TokenFacts(Spec):
     """What `prepend_bos` puts first: the BOS token, or the CLS token of an encoder, or none."""
     eos_token_id: int | None
     """What separates packed documents: EOS, or SEP of an encoder, or none."""
+    pad_token_id: int | None = None
+    """What fills up sequences in files of tokens, or none."""
 
 
 class SiteFacts(Spec):
@@ -73,11 +75,11 @@ class ModelFacts(Spec):
             raise ModelError(explain_refusal(site, self.name, self.sites.refusals[str(site)], readable))
 
 
-def explain_refusal(site: Site, name: str, reason: str, readable: Iterable[Site]) -> str:
+def explain_refusal(site: Site, name: str, reason: str, readable: Collection[Site]) -> str:
     """Why a site of a model cannot be read, and which can be: its kind in other layers, other kinds in its layer.
 
-    >>> explain_refusal(Site(0, "attn_out"), "x", "the layer has no attention", [Site(0), Site(1, "attn_out")])
-    'L0.attn_out of "x" cannot be read: the layer has no attention. Layer 0 has resid_post; attn_out can be read in layers [1] (sites.layers = [1]).'
+    >>> explain_refusal(Site(0, "attn_z"), "x", "it has no attention", [Site(0), Site(1, "attn_z")])[:65]
+    'L0.attn_z of "x" cannot be read: it has no attention. Layer 0 has'
     """
     there = {other.module for other in readable if other.layer == site.layer}
     kinds = [kind for kind in MODULE_KINDS if kind in there]
