@@ -84,6 +84,10 @@ def test_recipe_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file. Write one with `saerelay init"):
         Recipe.from_toml(tmp_path / "missing.toml")
     (tmp_path / "bad.toml").write_text("[plan\n")
+    for path in (r"C:\Users\me", r"D:\texts\new"):
+        (tmp_path / "windows.toml").write_text(f'[data]\ntext = ["{path}"]\n')
+        with pytest.raises(RecipeError, match="write Windows paths in single quotes"):
+            Recipe.from_toml(tmp_path / "windows.toml")
     with pytest.raises(RecipeError, match="not valid TOML"):
         Recipe.from_toml(tmp_path / "bad.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")

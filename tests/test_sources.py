@@ -26,6 +26,7 @@ from corpora import (
 
 from saerelay import demo
 from saerelay.data.corpus import prepare
+from saerelay.errors import DataError
 from saerelay.planning.recipe import DataSpec, Recipe
 
 
@@ -91,7 +92,7 @@ def test_many_files_stay_whole_and_a_byte_order_mark_is_honoured(
 @pytest.mark.parametrize(
     "content, told",
     [
-        ("wörd\n".encode("latin-1") * 900, r"notes.txt: not utf-8 text: byte 0xf6 at 1\. Convert it"),
+        ("wörd\n".encode("latin-1") * 900, r"notes.txt: not utf-8 text: byte 0xf6 at \d+\. Convert it"),
         ("word\n".encode("utf-16-le") * 900, "notes.txt: has zero bytes in it, so it is no text, or UTF-16 without"),
         ("word\n".encode("utf-16") * 9000, "notes.txt: is utf-16 text, which cannot be cut into documents"),
     ],
@@ -330,3 +331,27 @@ def test_the_built_in_corpus_needs_nothing(make_corpus: MakeCorpus, monkeypatch:
 def test_the_demo_directory_holds_model_and_tokenizer() -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (demo.MODEL_DIR / name).is_file()
+
+
+@pytest.mark.parametrize("pad", [5, 1, None])
+def test_padding_in_a_token_file_is_left_out_and_counted(
+    make_corpus: MakeCorpus, tmp_path: Path, pad: int | None
+) -> None:
+    """Wherever the model has a token for it, at both ends; without one, what fills the end of most of a row."""
+    rows = np.full((60, 20), 5 if pad is None else pad)
+    rows[:, 4:9] = np.random.default_rng(0).integers(10, 100, (60, 5))
+    if pad is None:
+        rows[:, :4] = 9
+    facts = FACTS.changed(pad_token_id=pad, eos_token_id=1, bos_token_id=0)
+    corpus = make_corpus(tokens=save_tokens(tmp_path / "a.npy", rows), facts=facts, prepend_bos=False, context=4)
+    token = 5 if pad is None else pad
+    inside = corpus.train[corpus.train != 1]
+    assert token == 1 or not (inside == token).any()
+    assert corpus.facts.padding == {token: 60 * (11 if pad is None else 15)}
+    assert f"padding tokens (id {token})" in corpus.facts.notes()[0]
+
+
+def test_text_without_padding_stays_as_it_is(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(10, 100, (60, 16))
+    corpus = make_corpus(tokens=save_tokens(tmp_path / "a.npy", rows), facts=FACTS.changed(pad_token_id=5))
+    assert corpus.facts.padding == {} and corpus.facts.notes() == []

@@ -255,7 +255,7 @@ def _fill(
         validation_sequences=packers["validation"].n_sequences,
         test_sequences=packers["test"].n_sequences,
         complete=complete,
-        padding=dict(source.padding),
+        padding=dict(+source.padding),
         special_tokens=n_special,
     )
 

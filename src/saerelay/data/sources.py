@@ -351,7 +351,7 @@ def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.n
             continue
         n_first = int(others[0])
         n_last = len(ids) - 1 - int(others[-1])
-        filled = token == pad or n_last >= max(4, len(ids) // 4)
+        filled = token == pad or n_last >= max(8, len(ids) // 4)
         if filled and max(n_first, n_last) > 1:
             padding[int(token)] += n_first + n_last
             ids = ids[others[0] : others[-1] + 1]

@@ -318,7 +318,7 @@ def kept_positions(
     if order is not None:
         keep = keep[order]
     for site, x in activations.items():
-        check_finite(plan, site, x, keep)
+        check_finite(site, x, keep)
     if plan.probe_site:
         x = activations[plan.probe_site]
         norms = torch.cat([rows.float().norm(dim=1) for rows in x.split(4096)])
@@ -327,7 +327,7 @@ def kept_positions(
     return keep
 
 
-def check_finite(plan: Plan, site: Site, x: Tensor, keep: Tensor) -> None:
+def check_finite(site: Site, x: Tensor, keep: Tensor) -> None:
     """Raise ModelError if activations (P, D) that count, bool (P), are not all numbers."""
     if bool(x.sum(dtype=torch.float32).isfinite()):
         return
