@@ -411,6 +411,87 @@ def test_sites_widths_and_latents_that_do_not_exist_are_refused(llama: Any) -> N
                 attached[Site(1)].ablate(wrong)
 
 
+class Wrapper(torch.nn.Module):
+    """What `peft` does: the model stands in a module of a module."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model = torch.nn.ModuleDict({"model": model})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model["model"](*args, **kwargs)
+
+
+def test_a_forward_may_enter_by_any_module(llama: Any) -> None:
+    """The model, its base model, a wrapper; and OPT, which does not call its base model."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("opt", **SMALL, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+                                  word_embed_proj_dim=32)  # fmt: skip
+    opt = AutoModelForCausalLM.from_config(config).eval()
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    for model, entered in ((opt, (opt, opt.model, opt.model.decoder)), (llama, (llama, llama.model, Wrapper(llama)))):
+        found = []
+        for entry in entered:
+            with (
+                torch.no_grad(),
+                sr.attach(entry if isinstance(entry, Wrapper) else model, {Site(1): random_sae()}) as attached,
+            ):
+                entry(input_ids=PROMPT, attention_mask=mask)
+            found.append(attached[1].latents())
+            assert torch.equal(attached.tokens, PROMPT)
+        assert found[0].any() and not found[0][:, 0].any()
+        for z in found[1:]:
+            assert_close(z, found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv", "bamba"])
+def test_a_recurrent_state_continues_what_was_recorded(family: str) -> None:
+    torch.manual_seed(0)
+    keys: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
+    match family:
+        case "mamba":
+            keys |= {"state_size": 4}
+        case "rwkv":
+            keys |= {"attention_hidden_size": 32}
+        case "bamba":
+            keys |= {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_head": 8,
+                     "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8, "attn_layer_indices": [1]}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys)).eval()
+    prompt = torch.tensor([[5, 6, 7]])
+    with sr.attach(model, {Site(1): random_sae()}, leave_alone=()) as attached:
+        for _ in range(2):  # a second text starts anew
+            tokens = model.generate(prompt, max_new_tokens=4, min_new_tokens=4, **GREEDY)
+            z = attached[1].latents()
+            assert torch.equal(attached.tokens, tokens[:, :-1])
+        logits_of(model, tokens[:, :-1])
+    assert_close(z, attached[1].latents(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_is_seen_whatever_the_cache_makes_of_the_mask(llama: Any, cache: str) -> None:
+    padded = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 0, 11, 12, 13]])
+    options = {
+        **GREEDY,
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "cache_implementation": cache,
+        "disable_compile": True,
+    }
+    with sr.attach(llama, {Site(1): random_sae()}, leave_alone=()) as attached:
+        llama.generate(padded, attention_mask=(padded != 0).long(), **options)
+    fires = (attached[1].latents() > 0).any(dim=2)
+    assert fires.shape == (2, 8) and not fires[1, :3].any() and fires[0].all() and fires[1, 3:].all()
+
+
+def test_what_cannot_be_told_apart_is_an_error_and_not_lost(llama: Any) -> None:
+    with sr.attach(llama, {Site(1): random_sae()}):
+        with pytest.raises(ModelError, match=r"L1: activations of the shape \(1, 4, 32\) passed here"):
+            x = torch.randn(1, 4, 32)
+            llama.model.layers[1](x, position_embeddings=llama.model.rotary_emb(x, torch.arange(4)[None]))
+        with pytest.raises(ModelError, match="padding cannot be seen in an attention mask of type str"):
+            llama(input_ids=PROMPT, attention_mask="all")
+
+
 # --- suites -----------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
     "planning": "facts leg_spec recipe toml plan cost presets legs placing compile survey curves choose",
-    "lm": "source tokens ports facts model attach",
+    "lm": "source tokens graph probe readout ports inputs facts model attach",
     "data": "sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state engine progress trackers run_state inherit train",

@@ -247,7 +247,9 @@ def test_sites_that_a_model_does_not_have_are_refused(llama: LanguageModel, tmp_
     assert (facts.n_layers, facts.d_attn_z, facts.tokens.max_context) == (3, 0, 0)
     mamba = LanguageModel.load(spec_of(tmp_path))
     mamba.check_site(Site(1))
-    told = r"L1.mlp_out: cannot find .*of mamba\. Looked for .*, mlp, .*Supported there: resid_post, resid_pre\."
+    told = (
+        r"L1.mlp_out of .* cannot be read: .* no module that is known to be an MLP. Layer 1 has resid_post, resid_pre"
+    )
     with pytest.raises(ModelError, match=told):
         mamba.check_site(Site(1, "mlp_out"))
 
@@ -259,7 +261,7 @@ def test_blocks_that_are_rescaled_are_refused(tmp_path: Path, name: str, changes
     model = LanguageModel.load(spec_of(tmp_path))
     model.check_site(Site(0, "attn_z"))
     for kind in ("attn_out", "mlp_out"):
-        with pytest.raises(ModelError, match="Supported there: resid_post, resid_pre, attn_z"):
+        with pytest.raises(ModelError, match="cannot be read: .* Layer 0 has resid_post, resid_pre, attn_z"):
             model.check_site(Site(0, kind))
 
 

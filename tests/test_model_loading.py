@@ -1,6 +1,7 @@
 """What is known of a model before its weights are loaded, how they are loaded, and errors with their remedies."""
 
 import json
+import shutil
 from collections.abc import Callable
 from logging import Handler, getLogger
 from pathlib import Path
@@ -189,37 +190,59 @@ def test_malformed_names_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> N
             read_facts(ModelSpec(name=name))
 
 
-def test_the_commit_that_the_hub_gives_is_the_revision_that_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, family_directory: Callable[[str], Path]
+@pytest.fixture
+def some_llama(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family_directory: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """Puts a commit of "some/llama" into a hub cache of its own, as what `main` stands for."""
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--some--llama"
+
+    def commit(name: str) -> Path:
+        snapshot = repository / "snapshots" / name
+        shutil.copytree(family_directory("llama"), snapshot, dirs_exist_ok=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(name)
+        return snapshot
+
+    return commit
+
+
+def test_the_commit_that_a_branch_stands_for_is_recorded_and_loaded(some_llama: Callable[[str], Path]) -> None:
+    first, second = 40 * "a", 40 * "b"
+    some_llama(first)
+    facts = read_facts(ModelSpec(name="some/llama", device="cpu"))
+    assert facts.revision == first
+    (some_llama(second) / "model.safetensors").unlink()
+    assert read_facts(ModelSpec(name="some/llama", revision="main", device="cpu")).revision == second
+    pinned = ModelSpec(name="some/llama", revision=first, device="cpu")
+    assert LanguageModel.load(pinned).facts.revision == first
+
+
+def test_a_model_whose_commit_cannot_be_told_is_refused(
+    monkeypatch: pytest.MonkeyPatch, some_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = AutoConfig.from_pretrained(family_directory("llama"))
-    config._commit_hash = "c0ffee"
-    asked = set()
+    some_llama(40 * "a")
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda *_, **__: str(tmp_path / "config.json"))
+    with pytest.raises(ModelError, match="the commit of its revision cannot be told .*set model.revision to a commit"):
+        read_facts(ModelSpec(name="some/llama"))
 
-    def load_config(source: str, **options: Any) -> Any:
-        asked.add((source, options.get("revision"), options.get("local_files_only", False)))
-        return config
 
-    def load_weights(source: str, **options: Any) -> Any:
-        asked.add((source, options["revision"], "weights"))
-        raise OSError("enough")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", load_config)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_weights)
-    raising(monkeypatch, OSError("no tokenizer"))
-    assert read_facts(ModelSpec(name="some/llama", revision="main")).revision == "c0ffee"
-    assert asked == {("some/llama", "main", False)}
-    with pytest.raises(ModelError, match="enough"):
-        LanguageModel.load(ModelSpec(name="some/llama", revision="main"))
-    assert asked == {
-        ("some/llama", "main", False),
-        ("some/llama", "c0ffee", False),
-        ("some/llama", "c0ffee", "weights"),
-    }
-
-    asked.clear()
-    read_facts(spec_of(family_directory("gpt2")))
-    assert asked == {(str(family_directory("gpt2")), None, True)}
+def test_an_adapter_beside_the_weights_is_refused_wherever_it_comes_from(
+    some_llama: Callable[[str], Path], family_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"})
+    beside = tmp_path / "beside"
+    shutil.copytree(family_directory("llama"), beside)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    snapshot = some_llama(40 * "a")
+    for directory in (beside, alone, snapshot):
+        (directory / "adapter_config.json").write_text(adapter)
+    for name in (str(beside), str(alone), "some/llama"):
+        with pytest.raises(ModelError, match=r"holds an adapter \(.*some/base\).*Merge it into the weights once"):
+            read_facts(ModelSpec(name=name))
 
 
 def test_directories_without_a_model_are_refused(

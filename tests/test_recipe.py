@@ -22,7 +22,7 @@ KEYS = {
     "dictionary": "architecture normalise expansion n_latents k aux_weight target_l0 l0_weight bandwidth l1",
     "plan": "preset budget fvu_ratio survey_tokens stop roots direction root_tokens transfer_tokens "
     "method refit moment_tokens refit_tokens fork_at reuse controls",
-    "train": "batch_tokens precision lr transfer_lr encoder_lr bias_lr betas whitening warmup "
+    "train": "batch_tokens precision lr transfer_lr encoder_lr bias_lr betas balance whitening warmup "
     "sparsity_warmup decay clip dead_after seed checkpoint_every snapshots memory_gib loggers",
     "evaluate": "tokens ce",
 }
@@ -95,6 +95,10 @@ def test_recipe_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file. Write one with `saerelay init"):
         Recipe.from_toml(tmp_path / "missing.toml")
     (tmp_path / "bad.toml").write_text("[plan\n")
+    for path in (r"C:\Users\me", r"D:\texts\new"):
+        (tmp_path / "windows.toml").write_text(f'[data]\ntext = ["{path}"]\n')
+        with pytest.raises(RecipeError, match="write Windows paths in single quotes"):
+            Recipe.from_toml(tmp_path / "windows.toml")
     with pytest.raises(RecipeError, match="not valid TOML"):
         Recipe.from_toml(tmp_path / "bad.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")

@@ -26,6 +26,7 @@ from corpora import (
 
 from saerelay import demo
 from saerelay.data.corpus import prepare
+from saerelay.errors import DataError
 from saerelay.planning.recipe import DataSpec, Recipe
 
 
@@ -75,17 +76,46 @@ def test_a_big_file_is_cut_into_documents_without_loss(
     assert sum(map(len, train)) > 0.8 * len(clean)
 
 
-def test_many_files_stay_whole_and_bad_bytes_are_replaced(
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_many_files_stay_whole_and_a_byte_order_mark_is_honoured(
+    make_corpus: MakeCorpus, tmp_path: Path, demo_tokenizer: Any, encoding: str
+) -> None:
+    (tmp_path / "files").mkdir()
+    for i in range(40):
+        (tmp_path / "files" / f"{i}.txt").write_text("wörd\n\n" * 900, encoding=encoding)
+    corpus = make_corpus(text=[str(tmp_path / "files")])
+    assert corpus.facts.n_documents == 40
+    text = demo_tokenizer.decode(corpus.train[0][1:])
+    assert text.startswith("wörd\n\nwörd") and not {"\ufeff", "\ufffd", "\0"} & set(text)
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("wörd\n".encode("latin-1") * 900, r"notes.txt: not utf-8 text: byte 0xf6 at \d+\. Convert it"),
+        ("word\n".encode("utf-16-le") * 900, "notes.txt: has zero bytes in it, so it is no text, or UTF-16 without"),
+        ("word\n".encode("utf-16") * 9000, "notes.txt: is utf-16 text, which cannot be cut into documents"),
+    ],
+)
+def test_bytes_that_are_not_text_are_refused_with_the_file_named(
+    make_corpus: MakeCorpus, tmp_path: Path, content: bytes, told: str
+) -> None:
+    (tmp_path / "notes.txt").write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        make_corpus(text=[str(tmp_path / "notes.txt")])
+
+
+def test_text_that_spells_a_special_token_stays_text(
     make_corpus: MakeCorpus, tmp_path: Path, demo_tokenizer: Any
 ) -> None:
     (tmp_path / "files").mkdir()
     for i in range(40):
-        (tmp_path / "files" / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" + b"\xff word\n\n" * 900)
-    corpus = make_corpus(text=[str(tmp_path / "files")])
-    assert corpus.facts.n_documents == 40
-    assert "\ufeff" not in demo_tokenizer.decode(corpus.train[0]) and "\ufffd word" in demo_tokenizer.decode(
-        corpus.train[0]
-    )
+        (tmp_path / "files" / f"{i}.txt").write_text("a token <|endoftext|> ends it " * 90)
+    corpus = make_corpus(text=[str(tmp_path / "files")], context=16)
+    assert corpus.facts.special_tokens == 0 and corpus.facts.notes() == []
+    inside = corpus.train[:, 1:]
+    assert (inside == demo_tokenizer.eos_token_id).sum() <= corpus.facts.n_documents
+    assert "<|endoftext|>" in demo_tokenizer.decode(inside[0])
 
 
 def test_text_that_cannot_be_read_is_refused_with_file_and_remedy(
@@ -301,3 +331,27 @@ def test_the_built_in_corpus_needs_nothing(make_corpus: MakeCorpus, monkeypatch:
 def test_the_demo_directory_holds_model_and_tokenizer() -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (demo.MODEL_DIR / name).is_file()
+
+
+@pytest.mark.parametrize("pad", [5, 1, None])
+def test_padding_in_a_token_file_is_left_out_and_counted(
+    make_corpus: MakeCorpus, tmp_path: Path, pad: int | None
+) -> None:
+    """Wherever the model has a token for it, at both ends; without one, what fills the end of most of a row."""
+    rows = np.full((60, 20), 5 if pad is None else pad)
+    rows[:, 4:9] = np.random.default_rng(0).integers(10, 100, (60, 5))
+    if pad is None:
+        rows[:, :4] = 9
+    facts = FACTS.changed(pad_token_id=pad, eos_token_id=1, bos_token_id=0)
+    corpus = make_corpus(tokens=save_tokens(tmp_path / "a.npy", rows), facts=facts, prepend_bos=False, context=4)
+    token = 5 if pad is None else pad
+    inside = corpus.train[corpus.train != 1]
+    assert token == 1 or not (inside == token).any()
+    assert corpus.facts.padding == {token: 60 * (11 if pad is None else 15)}
+    assert f"padding tokens (id {token})" in corpus.facts.notes()[0]
+
+
+def test_text_without_padding_stays_as_it_is(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(10, 100, (60, 16))
+    corpus = make_corpus(tokens=save_tokens(tmp_path / "a.npy", rows), facts=FACTS.changed(pad_token_id=5))
+    assert corpus.facts.padding == {} and corpus.facts.notes() == []

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saerelay.data.stream import LM_BATCH_TOKENS, Block, LiveStream, TensorStream, kept_positions, shuffled
+from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
@@ -171,9 +172,41 @@ def test_outliers_of_norm_are_left_out_at_every_site(setting) -> None:
     tokens = torch.ones(2, 16, dtype=torch.long)
     x = torch.randn(32, 192, generator=torch.Generator().manual_seed(0))
     x[5] *= 100
-    x[7] = torch.nan
     keep = kept_positions(plan, tokens, {plan.probe_site: x})
     left_out = {i for i in range(32) if not keep[i]}
-    assert left_out == {0, 16, 5, 7}
+    assert left_out == {0, 16, 5}
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(kept_positions(plan, tokens, {plan.probe_site: x[order]}, order), keep[order])
+
+
+@pytest.mark.parametrize("dtype, remedy", [(torch.float16, 'Set model.dtype = "bfloat16"'), (torch.float32, "damaged")])
+def test_activations_that_are_not_finite_are_no_outliers(setting, dtype: torch.dtype, remedy: str) -> None:
+    plan, _ = setting
+    tokens = torch.ones(2, 16, dtype=torch.long)
+    fine = torch.randn(32, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for bad in (torch.nan, torch.inf):
+        x = fine.clone()
+        x[7, 3] = bad
+        told = rf"^L5: 1 of 30 positions have activations that are not finite in {str(dtype)[6:]} .*{remedy}"
+        with pytest.raises(ModelError, match=told):
+            kept_positions(plan, tokens, {plan.probe_site: fine, Site(5): x})
+    x = fine.clone()
+    x[0] = torch.inf  # BOS, which is never trained on
+    kept_positions(plan, tokens, {plan.probe_site: fine, Site(5): x})
+
+
+def test_tokens_that_are_left_out_for_their_norm_are_counted_and_named(setting) -> None:
+    plan, stream = setting
+    stream = LiveStream(stream.model, stream.sequences, plan)
+    stream.block(0, plan.with_probe([]))
+    assert stream.outlier_note() == "" or stream.outliers
+    tokens = torch.full((2, 16), 9)
+    tokens[:, 3] = 50
+    keep = tokens.flatten() != 50
+    keep[0] = keep[16] = False
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    stream.outliers.clear()
+    stream.n_read = 0
+    stream._count(tokens, keep[order], order)
+    assert stream.outliers == {50: 2} and stream.n_read == 32
+    assert "6.2% of the positions read (2; the most frequent is token 50: 2)" in stream.outlier_note()

@@ -234,6 +234,19 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
         assert torch.equal(suite["L0-from-L1"].tensors()[name], tensor)
 
 
+def test_a_leg_whose_activations_do_not_vary_stops_alone_and_says_why(tmp_path: Path, facts: ModelFacts) -> None:
+    for constant in (0.0, 3.5):
+        plan = make_plan(facts)
+        stream = make_stream(facts)
+        last = [leg for leg in plan.legs if leg.hop][-1]
+        stream.tensors[last.site] = torch.full_like(stream.tensors[last.site], constant)
+        out = tmp_path / str(constant)
+        with pytest.raises(LegFailed, match=rf"leg {last.id} stopped: {last.site}: activations do not vary"):
+            run(plan, out, facts, stream=stream)
+        finished = {path.parent.name for path in out.glob("legs/*/dictionary.json")}
+        assert finished == {leg.id for leg in plan.legs} - {last.id}
+
+
 def test_children_of_unfinished_parents_learn_faster(tmp_path: Path, facts: ModelFacts) -> None:
     plan, lr = make_plan(facts, preset="hub", roots=[1]), {}
     by_map = [leg.changed(lr_by_map=bool(leg.parent), lr=1e-2) for leg in plan.legs]

@@ -190,7 +190,8 @@ class Spec(BaseModel):
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read ({error}).") from None
         except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path}: not valid TOML: {error}.") from None
+            raise RecipeError(f"{path}: not valid TOML: {error}.{_windows_hint(path)}") from None
+        _check_strings(data, str(path))
         return cls.parse(data, source=str(path))
 
     @classmethod
@@ -204,6 +205,30 @@ class Spec(BaseModel):
     def to_json(self) -> str:
         """The spec as indented JSON."""
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+
+_BACKSLASHES = (
+    "In TOML a backslash in double quotes begins a special character; write Windows paths in single quotes "
+    "('C:\\Users\\me\\notes') or with forward slashes (\"C:/Users/me/notes\")."
+)
+
+
+def _windows_hint(path: str | Path) -> str:
+    """What to do about backslashes, if a TOML file that cannot be read has any in double quotes."""
+    text = Path(path).read_text(encoding="utf-8")
+    return f" {_BACKSLASHES}" if re.search(r'"[^"\n]*\\[^"\n]*"', text) else ""
+
+
+def _check_strings(data: Any, source: str, key: str = "") -> None:
+    """Raise RecipeError for text with control characters in it: what TOML makes of "D:\\texts\\new"."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            _check_strings(value, source, f"{key}.{name}".removeprefix("."))
+    elif isinstance(data, list):
+        for value in data:
+            _check_strings(value, source, key)
+    elif isinstance(data, str) and re.search(r"[\x00-\x1f\x7f]", data):
+        raise RecipeError(f"{source}: {key}: {data!r} has control characters in it. {_BACKSLASHES}")
 
 
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:

@@ -97,7 +97,7 @@ def write_features(
     if not collected:
         return
     suite = session.suite
-    W_U = session.model.unembedding() if suite.plan.facts.has_lm_head else None
+    W_U = session.unembedding
     for leg_id, features in collected.items():
         leg = suite.plan.leg(leg_id)
         dictionary = suite.dictionary(leg).to(session.model.device)

@@ -58,7 +58,7 @@ def measures(session: Session, *, prompts: Path | None = None, tokens: int = 0) 
 
     make_features(session, tokens=tokens)
     sequences = session.held_out(tokens)
-    W_U = session.model.unembedding() if session.plan.facts.has_lm_head or given else None
+    W_U = session.model.unembedding() if given else session.unembedding
     versions = load_versions(session, sequences, W_U)
     facts = session.plan.facts
     document = Measures(

@@ -1,10 +1,12 @@
 """What the analyses of a run share: its language model, maps between its layers, held-out tokens, and progress."""
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
 
 import numpy as np
 from rich.console import Console
+from torch import Tensor
 
 from saerelay.analysis.metrics import held_out
 from saerelay.analysis.progress import ProgressDisplay
@@ -46,6 +48,20 @@ class Session:
         """The language model that the suite was trained on."""
         with self.display.status("loading the language model"):
             return load_model(self.plan)
+
+    @cached_property
+    def unembedding(self) -> Tensor | None:
+        """What a direction of the last residual stream adds to each logit, (V, D); None where nothing tells.
+
+        That a head's logits do not follow from the stream linearly is said, not raised: only what needs it is missing.
+        """
+        if not self.plan.facts.has_lm_head:
+            return None
+        try:
+            return self.model.unembedding()
+        except ModelError as error:
+            warnings.warn(f"{error} Features come without them.", stacklevel=2)
+            return None
 
     @cached_property
     def maps(self) -> SiteMaps:

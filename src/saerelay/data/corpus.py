@@ -67,6 +67,22 @@ class CorpusFacts(Document):
     test_sequences: int
     complete: bool
     """Whether the source ended before every split was full: there is no more to be had."""
+    padding: dict[int, int] = {}
+    """Tokens of a file that were taken for padding and left out, by id."""
+    special_tokens: int = 0
+    """Special tokens that the tokenizer made of text which spells them."""
+
+    def notes(self) -> list[str]:
+        """What the source held that is worth a line on the screen."""
+        lines = []
+        for token, n in self.padding.items():
+            lines.append(f"left out {n:,} padding tokens (id {token}) of {self.source}")
+        if self.special_tokens:
+            lines.append(
+                f"{self.special_tokens:,} special tokens are spelled out in the text of {self.source}; the tokenizer "
+                "cannot read them as text"
+            )
+        return lines
 
 
 @final
@@ -204,6 +220,8 @@ def _fill(
 ) -> CorpusFacts:
     """Deal documents to the splits until all are full or the source ends; write them."""
     n_documents = 0
+    n_special = 0
+    special = _special_ids(tokenizer)
     complete = True
     for batch in _batches(source.documents):
         # Documents of a split that is full are counted, but neither tokenised nor kept.
@@ -218,6 +236,7 @@ def _fill(
 
         for packer, ids in zip(receivers, _encode(documents, tokenizer, facts), strict=True):
             packer.add(ids)
+            n_special += int(np.isin(ids, special).sum())
         if progress:
             progress(run.data.context * sum(packer.n_sequences for packer in packers.values()))
         if all(packer.full for packer in packers.values()):
@@ -236,6 +255,8 @@ def _fill(
         validation_sequences=packers["validation"].n_sequences,
         test_sequences=packers["test"].n_sequences,
         complete=complete,
+        padding=dict(+source.padding),
+        special_tokens=n_special,
     )
 
 
@@ -264,11 +285,25 @@ def _encode(
     if not documents or not isinstance(documents[0], str):
         return documents
     assert tokenizer is not None
-    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        list(documents),
+        add_special_tokens=False,
+        split_special_tokens=True,  # text is text, even where it spells a special token
+        return_attention_mask=False,
+        verbose=False,
+    )
     arrays = [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
     largest = max(int(ids.max(initial=0)) for ids in arrays)
     check_ids(largest, facts, "the tokenizer")
     return arrays
+
+
+def _special_ids(tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:
+    """The ids that stand for no text; that of unknown text does."""
+    if tokenizer is None:
+        return []
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return [token for token in tokenizer.all_special_ids if token != unknown]
 
 
 @final

@@ -4,11 +4,13 @@ Each source gives documents, as text or as arrays of token ids, in an order that
 seed; a streamed dataset keeps its own order.
 """
 
+import codecs
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ class Source:
 
     description: str
     documents: Iterator[str] | Iterator[np.ndarray]
+    padding: Counter[int] = field(default_factory=Counter)
+    """Padding that was taken out of the documents read so far, by token id."""
 
 
 def open_source(run: Recipe, facts: ModelFacts) -> Source:
@@ -95,6 +99,15 @@ _N_PIECES = 200
 _MIN_PIECE_BYTES = 2000
 """Pieces are not smaller than this, however few they are."""
 
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks; that of UTF-16 is the beginning of another one of UTF-32."""
+
 _CUTS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb" "))
 """Where a piece may end, the best first: after a blank line, a line, a word."""
 
@@ -137,6 +150,13 @@ def _file_spans(path: Path, number: int, piece_bytes: int) -> np.ndarray:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
+            encoding = _encoding(file.read(4))
+            file.seek(0)
+            if encoding != "utf-8" and (path.suffix == ".jsonl" or size > piece_bytes):
+                raise DataError(
+                    f"{path}: is {encoding} text, which cannot be cut into documents. Convert it, for example with "
+                    f"`iconv -f {encoding} -t utf-8`."
+                )
             if path.suffix == ".jsonl":
                 stops = np.fromiter(itertools.accumulate(len(line) for line in file), np.int64)
             elif size > piece_bytes:
@@ -174,11 +194,37 @@ def _cut_after(content: mmap, first: int, last: int) -> int:
 def _read_span(path: Path, start: int, stop: int, column: str) -> str:
     """The text of a document."""
     with path.open("rb") as file:
+        encoding = _encoding(file.read(4))
         file.seek(start)
         content = file.read(stop - start)
     if path.suffix == ".jsonl":
         return _json_text(path, start, content, column)
-    return content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    return _decoded(path, start, content, encoding).replace("\r\n", "\n")
+
+
+def _encoding(beginning: bytes) -> str:
+    """The encoding of a file by its byte order mark, UTF-8 without one."""
+    for mark, encoding in _MARKS:
+        if beginning.startswith(mark):
+            return encoding
+    return "utf-8"
+
+
+def _decoded(path: Path, start: int, content: bytes, encoding: str = "utf-8") -> str:
+    """The text of some bytes that begin at `start` of a file; DataError if they are not text."""
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not {encoding} text: byte {content[error.start] if error.start < len(content) else 0:#04x} at "
+            f"{start + error.start}. Convert it, for example with `iconv -f latin1 -t utf-8`."
+        ) from None
+    if "\0" in text:
+        raise DataError(
+            f"{path}: has zero bytes in it, so it is no text, or UTF-16 without a byte order mark. Convert it, for "
+            "example with `iconv -f utf-16le -t utf-8`, or leave it out."
+        )
+    return text.removeprefix("\ufeff")
 
 
 def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
@@ -186,7 +232,7 @@ def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
     if not line.strip():
         return ""
     try:
-        row = json.loads(line.decode("utf-8-sig", errors="replace"))
+        row = json.loads(_decoded(path, start, line))
     except ValueError as error:
         raise _bad_line(path, start, f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
@@ -228,7 +274,9 @@ def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
     else:
         spans = _token_spans(tokens, data.context, facts)
         rows = (tokens[start:stop] for start, stop in spans[_shuffled(len(spans), seed)])
-    return Source(f"tokens in {data.tokens}", (_without_bos(row, facts.tokens.bos_token_id) for row in rows))
+    padding: Counter[int] = Counter()
+    documents = (_without_bos(_unpadded(row, facts, padding), facts.tokens.bos_token_id) for row in rows)
+    return Source(f"tokens in {data.tokens}", documents, padding)
 
 
 def _open_tokens(path: Path, facts: ModelFacts) -> np.ndarray:
@@ -282,6 +330,32 @@ def _token_spans(tokens: np.ndarray, context: int, facts: ModelFacts) -> np.ndar
     starts = np.arange(0, len(tokens), length)
     stops = np.minimum(starts + length, len(tokens))
     return np.stack([starts, stops], axis=1)
+
+
+def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.ndarray:
+    """A document without the padding in it, which is counted.
+
+    The model's padding token is taken out wherever it stands; one that is also its BOS or EOS, only
+    where it stands more than once at an end. What fills at least a quarter of a document, at its
+    end, is padding whatever it is.
+    """
+    before = len(ids)
+    pad = facts.tokens.pad_token_id
+    special = (facts.tokens.bos_token_id, facts.tokens.eos_token_id)
+    if pad is not None and pad not in special:
+        ids = ids[ids != pad]
+        padding[pad] += before - len(ids)
+    for token in (pad, ids[-1] if len(ids) else None):
+        others = np.flatnonzero(ids != token)
+        if token is None or not len(others):
+            continue
+        n_first = int(others[0])
+        n_last = len(ids) - 1 - int(others[-1])
+        filled = token == pad or n_last >= max(8, len(ids) // 4)
+        if filled and max(n_first, n_last) > 1:
+            padding[int(token)] += n_first + n_last
+            ids = ids[others[0] : others[-1] + 1]
+    return ids
 
 
 def _without_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:

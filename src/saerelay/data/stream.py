@@ -12,7 +12,7 @@ D width of the activations at a site.
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +22,14 @@ import torch
 from torch import Tensor
 
 from saerelay.data.cache import ActivationCache, sequence_ids
+from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
 from saerelay.site import Site
 from saerelay.spec import seed_from
+
+SHARE_WORTH_SAYING = 0.01
+"""Share of positions from which on it is said that they are left out."""
 
 LM_BATCH_TOKENS = 4096
 """Tokens in one forward pass of the language model; a constant, since bits depend on it."""
@@ -144,6 +148,9 @@ class LiveStream(AbstractStream):
         self.cache = cache
         self.ids = sequence_ids(sequences) if cache else np.empty(0, dtype=np.int64)
         self.buffers: dict[Site, Tensor] = {}
+        self.n_read = 0
+        self.outliers: Counter[int] = Counter()
+        """Positions left out for their norm so far, by token id."""
         self._epoch = -1
         self._epoch_order = np.empty(0, dtype=np.int64)
 
@@ -169,10 +176,33 @@ class LiveStream(AbstractStream):
             self._read_or_compute(self.cache, self.ids[index], tokens, rows, sites)
         else:
             self._compute(tokens, rows, sites)
+        keep = kept_positions(self.plan, tokens, self.buffers, order)
+        self._count(tokens, keep, order)
         return Block(
             activations=self.buffers,
-            keep=kept_positions(self.plan, tokens, self.buffers, order),
+            keep=keep,
             batch_tokens=self.plan.recipe.train.batch_tokens,
+        )
+
+    def _count(self, tokens: Tensor, keep: Tensor, order: Tensor) -> None:
+        """Count which tokens (S, C) of a block are left out for their norm."""
+        self.n_read += keep.numel()
+        left_out = torch.empty_like(keep)
+        left_out[order] = ~keep
+        left_out = left_out.view(tokens.shape)
+        if self.plan.recipe.data.prepend_bos:
+            left_out[:, 0] = False
+        self.outliers.update(tokens[left_out].tolist())
+
+    def outlier_note(self) -> str:
+        """What was left out for its norm, if it is more than a hundredth of the positions; else ""."""
+        n = self.outliers.total()
+        if n <= SHARE_WORTH_SAYING * self.n_read:
+            return ""
+        token, most = self.outliers.most_common(1)[0]
+        return (
+            f"left out as outliers of norm: {n / self.n_read:.1%} of the positions read ({n:,}; the most frequent is "
+            f"token {token}: {most:,}), by their norm at {self.plan.probe_site}; data.outlier_norm = 0 keeps them all"
         )
 
     def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
@@ -287,12 +317,32 @@ def kept_positions(
     keep = keep.flatten()
     if order is not None:
         keep = keep[order]
+    for site, x in activations.items():
+        check_finite(site, x, keep)
     if plan.probe_site:
         x = activations[plan.probe_site]
         norms = torch.cat([rows.float().norm(dim=1) for rows in x.split(4096)])
         median = norms[keep].nanmedian()
         keep &= norms <= plan.recipe.data.outlier_norm * median
     return keep
+
+
+def check_finite(site: Site, x: Tensor, keep: Tensor) -> None:
+    """Raise ModelError if activations (P, D) that count, bool (P), are not all numbers."""
+    if bool(x.sum(dtype=torch.float32).isfinite()):
+        return
+    finite = torch.cat([rows.isfinite().all(dim=1) for rows in x.split(4096)])
+    n_bad = int((keep & ~finite).sum())
+    if not n_bad:
+        return
+    dtype = str(x.dtype).removeprefix("torch.")
+    remedy = 'Set model.dtype = "bfloat16" or "float32", which hold them.'
+    if x.dtype != torch.float16:
+        remedy = "The model's weights may be damaged, or the model unfit for this dtype."
+    raise ModelError(
+        f"{site}: {n_bad:,} of {int(keep.sum()):,} positions have activations that are not finite in {dtype} (inf or "
+        f"nan). {remedy}"
+    )
 
 
 def trained_on(plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor]) -> Tensor:

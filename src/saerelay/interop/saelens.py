@@ -93,6 +93,7 @@ def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
     _check_supported(path / CONFIG, config, metadata)
 
     dictionary = _dictionary(path, config, metadata)
+    _warn_of_changes(path / CONFIG, metadata)
     if config.get("normalize_activations") == "layer_norm":
         return LayerNormed(dictionary), _origin(config, metadata)
     return dictionary, _origin(config, metadata)
@@ -288,6 +289,27 @@ def _k(path: Path, config: dict[str, Any], metadata: dict[str, Any], *, most: in
     if architecture != "topk" and isinstance(k, float):  # a mean over the tokens of a batch
         k = max(1, round(k))
     return read_count(path, {"k": k}, "k", most=most)
+
+
+_LOADING = ("device", "dtype", "local", "revision", "token", "cache", "trust", "checkpoint", "n_devices", "hf_")
+"""Parts of the names of options that say from where and how a model is loaded, not what is done to it."""
+
+
+def _warn_of_changes(path: Path, metadata: dict[str, Any]) -> None:
+    """Warn of an SAE whose model was changed before it was read: here it reads the model as it is."""
+    changes = {}
+    for key, value in (lookup(metadata, "model_from_pretrained_kwargs", dict) or {}).items():
+        if value and not any(part in key for part in _LOADING):
+            changes[key] = value
+    if changes:
+        listed = ", ".join(f"{key} = {value}" for key, value in changes.items())
+        warnings.warn(
+            f"{path}: was trained on a model that was changed when it was loaded "
+            f"(model_from_pretrained_kwargs: {listed}). Here it reads activations as transformers "
+            "gives them, so its reconstructions, FVU and explained variance are those of another "
+            "stream; with weights that were centred, say, take the mean over dimensions out first",
+            stacklevel=2,
+        )
 
 
 def _scale(path: Path, config: dict[str, Any]) -> float:

@@ -117,6 +117,7 @@ def _origin(path: Path, config: dict[str, Any]) -> Origin:
     return Origin(
         model=lookup(run, "model", str) or lookup(note, "model", str) or "",
         site=site_named(directory.name),
+        module_path=directory.name if site_named(directory.name) else "",
         context=lookup(run, "ctx_len", int),
         dataset=lookup(run, "dataset", str) or "",
         provenance=lookup(note, "provenance", dict) or {},

@@ -11,15 +11,15 @@ that are touched (neither padding nor left alone), J latents that are edited.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saerelay.errors import ModelError
+from saerelay.lm.inputs import Inputs, entries, inputs_of, states_in
 from saerelay.lm.model import LanguageModel
-from saerelay.lm.ports import intercept, port_of, width_at
+from saerelay.lm.ports import anatomy_of, intercept, port_of, transformers_model, width_at
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
@@ -54,8 +54,10 @@ def attach(
     it, an edit (`Tap.ablate`, `set`, `steer`) adds what the change of the code decodes to, x + Σ
     Δz_j w_j, so that what the SAE fails to explain is kept.
 
-    Positions hidden by a two-dimensional attention mask (padding), and those of the tokens in
-    `leave_alone`, are neither changed nor recorded: their codes are zero. By default `leave_alone`
+    `model` may be called by any of its entries, alone or within another module (as `peft` has it).
+
+    Positions hidden by the attention mask (padding), and those of the tokens in `leave_alone`, are
+    neither changed nor recorded: their codes are zero. By default `leave_alone`
     is the model's BOS, on which SAEs are not trained; pass `()` to include it. If a forward gets
     no token ids (`inputs_embeds`), every position counts.
 
@@ -66,17 +68,22 @@ def attach(
     Raises PlanError or ModelError for sites that the model does not have, or whose width is not
     the SAE's.
     """
-    hf_model = model.hf_model if isinstance(model, LanguageModel) else model
+    if leave_alone is None:
+        leave_alone = _bos_ids(model)
+    if isinstance(model, LanguageModel):
+        model = model.hf_model
+    hf_model = transformers_model(model)
     taps = {site: Tap(site, dictionaries[site], replace) for site in sorted(dictionaries)}
     for site, tap in taps.items():
         _check_width(hf_model, site, tap)
-    if leave_alone is None:
-        leave_alone = _bos_ids(model)
 
     attached = Attachment(taps, leave_alone)
     with ExitStack() as stack:
-        handle = hf_model.base_model.register_forward_pre_hook(attached._begin, with_kwargs=True)
-        stack.callback(handle.remove)
+        for module in entries(model, anatomy_of(hf_model).layers):
+            handle = module.register_forward_pre_hook(attached._enter, with_kwargs=True)
+            stack.callback(handle.remove)
+            handle = module.register_forward_hook(attached._leave, always_call=True)
+            stack.callback(handle.remove)
         for site, tap in taps.items():
             stack.enter_context(intercept(port_of(hf_model, site), site, tap._pass))
         yield attached
@@ -87,7 +94,7 @@ def _bos_ids(model: Any) -> list[int]:
     if isinstance(model, LanguageModel):
         bos = model.facts.tokens.bos_token_id
     else:
-        bos = model.config.get_text_config().bos_token_id
+        bos = getattr(transformers_model(model).config.get_text_config(), "bos_token_id", None)
     if bos is None:
         return []
     if isinstance(bos, list):
@@ -114,6 +121,12 @@ class Attachment:
         self._leave_alone = list(leave_alone)
         self._tokens = dict[int, Tensor]()
         """Token ids (B,C), by the position in the sequence at which they begin."""
+        self._forwards: list[Inputs] = []
+        """What the forward under way was given: by its outermost module first."""
+        self._end = 0
+        """Where the last forward ended in its sequences."""
+        self._states: list[Any] = []
+        """What the last forward was given as its state, and returned."""
 
     def __getitem__(self, key: Site | int) -> "Tap":
         """The tap at a site, or at a layer's only site; ModelError unless there is exactly one."""
@@ -134,26 +147,35 @@ class Attachment:
         """The token ids (B,C) of the recorded codes; ModelError if the model was given none."""
         return _joined(self._tokens, "token ids were recorded")
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note where a forward begins in its sequences, and which positions (B,C) are touched."""
-        arguments = signature(module.forward).bind_partial(*args, **kwargs).arguments
-        ids = arguments.get("input_ids")
-        mask = arguments.get("attention_mask")
-        cache = arguments.get("past_key_values")
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note where a forward begins in its sequences, and which positions (B,C) are touched.
 
-        start = 0 if cache is None else int(cache.get_seq_length())
-        inputs = arguments["inputs_embeds"] if ids is None else ids
-        touched = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        An inner module is given what the outer one made of its inputs: it knows best which
+        positions there are, and the outer one which tokens they are.
+        """
+        inputs = inputs_of(module, args, kwargs)
+        if self._forwards:
+            inputs = inputs.within(self._forwards[-1])
+        self._forwards.append(inputs)
+        if inputs.shape is None:
+            return
+        start = inputs.start(self._end, self._states)
+        touched = inputs.unpadded(start)
         _cut(self._tokens, start)
-        if ids is not None:
-            self._tokens[start] = ids.clone()
-            left_alone = torch.tensor(self._leave_alone, dtype=ids.dtype, device=ids.device)
-            touched &= ~torch.isin(ids, left_alone)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            # The mask covers the positions in the cache as well, which come first.
-            touched &= mask[:, -touched.shape[1] :].to(touched)
+        if inputs.ids is not None:
+            self._tokens[start] = inputs.ids.clone()
+            left_alone = torch.tensor(self._leave_alone, dtype=inputs.ids.dtype, device=inputs.ids.device)
+            touched &= ~torch.isin(inputs.ids, left_alone)
         for tap in self._taps.values():
             tap._begin(start, touched)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Note where a forward ended, and the state that it left for the next one."""
+        inputs = self._forwards.pop()
+        if self._forwards or inputs.shape is None:
+            return
+        self._end = inputs.start(self._end, self._states) + inputs.shape[1]
+        self._states = [*inputs.states, *states_in(output)]
 
 
 class Tap:
@@ -167,6 +189,8 @@ class Tap:
         """A factor and an addend for the code of each edited latent."""
         self._codes = dict[int, Tensor]()
         """Sparse codes (B,C,F), by the position in the sequence at which they begin."""
+        self._start = 0
+        self._touched: Tensor | None = None
 
     @property
     def d_model(self) -> int:
@@ -233,6 +257,12 @@ class Tap:
 
     def _pass(self, x: Tensor) -> Tensor:
         """Record the codes of activations (B,C,D), and return what takes their place."""
+        if self._touched is None or x.shape[:2] != self._touched.shape:
+            raise ModelError(
+                f"{self.site}: activations of the shape {tuple(x.shape)} passed here, but what the model was called "
+                "with does not say which tokens these are. Call the model itself, or its base model, with input_ids "
+                "or inputs_embeds."
+            )
         touched = self._touched.to(x.device)
         changes = self._replace or bool(self._edits)
         outputs = []

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 
 from saerelay.errors import ModelError
-from saerelay.lm.ports import find_layers, find_port, n_inputs, n_parameters
-from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config
+from saerelay.lm.ports import n_parameters
+from saerelay.lm.probe import Anatomy, probe_skeleton
+from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config, resolved_revision
 from saerelay.lm.tokens import first_id, load_tokenizer
-from saerelay.planning.facts import ModelFacts, TokenFacts
+from saerelay.planning.facts import ModelFacts, SiteFacts, TokenFacts
 from saerelay.planning.recipe import ModelSpec
+from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _FAST_BF16_PROBES = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 """Functions of torch.cpu that say whether this processor multiplies bfloat16 fast; old versions
@@ -28,52 +30,60 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     """
     device = _resolve_device(spec.device)
     with loading(spec):
+        spec = spec.changed(revision=resolved_revision(spec))
         config = read_config(spec)
         skeleton = model_skeleton(spec, config)
+        n_all = n_parameters(skeleton)
+        anatomy = probe_skeleton(skeleton, spec.name)
     text_config = config.get_text_config()
-    layers = find_layers(skeleton, spec.name)
-    bos, eos = _special_tokens(spec, text_config)
+    layers = skeleton.get_submodule(anatomy.layers)
+    bos, eos, pad = _special_tokens(spec, text_config)
     return ModelFacts(
         name=spec.name,
-        revision=getattr(config, "_commit_hash", None) or spec.revision,
+        revision=spec.revision,
         family=config.model_type,
         dtype=_resolve_dtype(spec.dtype, device),
         device=str(device),
-        n_layers=len(layers),
-        d_model=text_config.hidden_size,
-        d_attn_z=_attn_z_width(layers),
+        n_layers=anatomy.n_layers,
+        d_model=anatomy.d_model,
+        sites=_site_facts(anatomy),
         tokens=TokenFacts(
             vocab_size=text_config.vocab_size,
             max_context=_max_context(text_config, skeleton),
             bos_token_id=bos,
             eos_token_id=eos,
+            pad_token_id=pad,
         ),
         has_lm_head=is_causal_lm(config),
-        layer_params=n_parameters(layers) // len(layers),
-        model_params=n_parameters(skeleton),
+        layer_params=n_parameters(layers) // anatomy.n_layers,
+        model_params=n_all,
     )
 
 
-def _attn_z_width(layers: Any) -> int:
-    """Width of attn_z in the first layer that has attention; 0 if none has."""
-    for layer in layers:
-        port = find_port(layer, "attn_z")
-        if port is not None:
-            return n_inputs(port.module)
-    return 0
+def _site_facts(anatomy: Anatomy) -> SiteFacts:
+    """Widths by kind and layer, and why sites cannot be read."""
+    widths: dict[ModuleKind, list[int]] = {}
+    for kind in MODULE_KINDS:
+        ports = [anatomy.ports.get(Site(i, kind)) for i in range(anatomy.n_layers)]
+        widths[kind] = [port.width if port else 0 for port in ports]
+    return SiteFacts(
+        d_attn_z=max(widths["attn_z"]),
+        widths=widths,
+        refusals={str(site): reason for site, reason in anatomy.refusals.items()},
+    )
 
 
-def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None]:
-    """What starts a sequence, and what ends a document: BOS and EOS, or CLS and SEP.
+def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None, int | None]:
+    """What starts a sequence, what ends a document, and padding: BOS and EOS, or an encoder's CLS and SEP.
 
     The tokenizer decides, or the configuration of a model without one.
-
-    BOS and EOS, or an encoder's CLS and SEP.
     """
+    pad = first_id(getattr(config, "pad_token_id", None))
     try:
         tokenizer = load_tokenizer(spec)
     except ModelError:
-        return first_id(config.bos_token_id), first_id(config.eos_token_id)
+        bos = first_id(getattr(config, "bos_token_id", None))
+        return bos, first_id(getattr(config, "eos_token_id", None)), pad
 
     start = tokenizer.bos_token_id
     if start is None:
@@ -81,7 +91,7 @@ def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | Non
     end = tokenizer.eos_token_id
     if end is None:
         end = tokenizer.sep_token_id
-    return start, end
+    return start, end, pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _max_context(config: Any, model: Any) -> int:

@@ -6,7 +6,6 @@ In shapes: B sequences, C positions, D width of the activations at a site, V voc
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -16,22 +15,14 @@ from torch import Tensor, nn
 
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
-from saerelay.lm.ports import Port, find_layers, first_module, intercept, port_in
+from saerelay.lm.ports import Port, intercept, place_in
+from saerelay.lm.probe import probe
+from saerelay.lm.readout import linear_readout
 from saerelay.lm.source import loading, locate, model_class, read_config
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site
-
-_FINAL_NORMS = (
-    "final_layer_norm",  # GPT-NeoX
-    "norm",  # Llama and most others
-    "ln_f",  # GPT-2
-    "final_layernorm",  # Phi
-    "decoder.final_layer_norm",  # OPT
-    "final_norm",  # ModernBERT
-)
-"""The norm before the unembedding."""
 
 _RESIDUAL_STREAM = ("resid_pre", "resid_post")
 """Kinds of sites that lie between two layers; all others lie inside one."""
@@ -69,7 +60,8 @@ class LanguageModel:
         self.facts = facts
         self.device = torch.device(facts.device)
         self._model = model.eval().requires_grad_(False).to(self.device)
-        self._layers = find_layers(model, facts.name)
+        self._anatomy = probe(self._model, facts.name)
+        self._layers: Any = self._model.get_submodule(self._anatomy.layers)
         self._can_skip = dict[int, bool]()
         """Whether a forward can start after the first n layers, for every n that was tried."""
 
@@ -113,7 +105,8 @@ class LanguageModel:
         self._port(site)
 
     def _port(self, site: Site) -> Port:
-        return port_in(self._layers, site, name=self.facts.name, family=self.facts.family)
+        place = place_in(self._anatomy, site, self.facts.name)
+        return Port(self._model.get_submodule(place.path), place.side)
 
     # --- reading activations ---
 
@@ -236,9 +229,10 @@ class LanguageModel:
             logits = self._logits(tokens)
 
         layer_extras = []
-        for i in sorted(outputs):
-            returns_more = isinstance(outputs[i], tuple | list)
-            layer_extras.append(tuple(outputs[i][1:]) if returns_more else None)
+        for i in range(len(self._layers)):
+            output = outputs.get(i)  # a layer that does not run returns nothing
+            returns_more = isinstance(output, tuple | list)
+            layer_extras.append(tuple(output[1:]) if returns_more else None)
         return Forward(tokens, logits, activations, layer_extras)
 
     @contextmanager
@@ -321,25 +315,11 @@ class LanguageModel:
 
         A final LayerNorm also takes the mean out, and so does this; the norm's division by the
         size of the stream is left out, so values compare within a row, not across models. Raises
-        ModelError without a language-model head.
+        ModelError without a language-model head, and where logits are no linear function of the
+        normed residual stream.
         """
         self._check_lm_head()
-        W_U = self._model.get_output_embeddings().weight.float()
-        norm = first_module(self._model.base_model, _FINAL_NORMS)
-        if norm is None:
-            return W_U
-
-        # The gain is measured, since some norms keep it as its distance from 1. A vector of signs
-        # has mean 0 and size 1, so a norm only multiplies it by its gain and adds its bias; half
-        # of norm(s) − norm(−s) is without the bias.
-        norm = deepcopy(norm).float()
-        signs = torch.ones(W_U.shape[1]).to(W_U)
-        signs[1::2] = -1
-        gain = (norm(signs[None]) - norm(-signs[None])) / (2 * signs)
-        W_U = W_U * gain
-        if isinstance(norm, nn.LayerNorm):
-            return W_U - W_U.mean(dim=1, keepdim=True)
-        return W_U
+        return linear_readout(self._model, self._model.get_submodule(self._anatomy.last_layer), self.facts.name)
 
 
 def _stream_at(site: Site) -> Site:

@@ -6,45 +6,30 @@ layer, those of `L3.attn_z` at the input of its attention's output projection.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from saerelay.errors import ModelError, PlanError
+from saerelay.lm.probe import Anatomy, PortPlace, Side, probe_skeleton, read_stream, without_weights
 from saerelay.lm.source import loading, model_skeleton, read_config
-from saerelay.module_names import MLPS, PROJECTIONS
+from saerelay.planning.facts import explain_refusal
 from saerelay.planning.recipe import ModelSpec
-from saerelay.site import MODULE_KINDS, ModuleKind, Site
-
-_POST_NORMS = (
-    ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3, OLMo 2
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM 4
-)
-"""Norms of what attention and MLP return, before it is added to the residual stream. Both must
-exist: Llama has a post_attention_layernorm as well, which is the norm before its MLP."""
-
-_RESCALING = (
-    "Afmoe",
-    "Beam",
-    "Doge",
-    "GPTNeoXJapanese",
-    "HyperCLOVAX",
-    "Inkling",
-    "MiniMaxDecoder",
-)
-"""Beginnings of the class names of layers that scale, norm or shift what attention or MLP returns
-before they add it."""
+from saerelay.site import Site
 
 
 class Port(NamedTuple):
     """A module, and the side of it at which the activations of a site pass."""
 
     module: nn.Module
-    side: Literal["input", "output"]
+    side: Side
 
 
 # --- from a site to its port -------------------------------------------------------------------
+
+_ANATOMIES: WeakKeyDictionary[Any, Anatomy] = WeakKeyDictionary()
+"""What was found out about models that are in use."""
 
 
 def port_of(model: Any, site: Site) -> Port:
@@ -55,61 +40,45 @@ def port_of(model: Any, site: Site) -> Port:
     >>> type(module).__name__, side
     ('Linear', 'input')
 
-    Raises PlanError if the model has no such layer, ModelError if its layers have no such module.
+    Raises PlanError if the model has no such layer, ModelError if the site cannot be read there.
     """
-    name = model.config.name_or_path or type(model).__name__
-    return port_in(find_layers(model, name), site, name=name, family=model.config.model_type)
+    place = place_in(anatomy_of(model), site, model_name(model))
+    return Port(transformers_model(model).get_submodule(place.path), place.side)
 
 
-def port_in(layers: nn.ModuleList, site: Site, *, name: str, family: str) -> Port:
-    """The port of a site in a model's layers; name and family are for the errors."""
-    if site.layer >= len(layers):
-        raise PlanError(f'{site}: "{name}" has {len(layers)} layers; layers go from 0 to {len(layers) - 1}')
-    layer = layers[site.layer]
-    port = find_port(layer, site.module)
-    if port is None:
-        supported = [kind for kind in MODULE_KINDS if find_port(layer, kind)]
-        paths = MLPS if site.module == "mlp_out" else PROJECTIONS
-        raise ModelError(
-            f"{site}: cannot find {site.module} in layer {site.layer} ({type(layer).__name__}) of "
-            f"{family}. Looked for {', '.join(paths)}, in a layer that adds their output "
-            f"unscaled. Supported there: {', '.join(supported)}."
-        )
-    return port
+def place_in(anatomy: Anatomy, site: Site, name: str) -> PortPlace:
+    """The path and the side of a site's port, and its width; `name` is the model's, for errors."""
+    if site.layer >= anatomy.n_layers:
+        raise PlanError(f'{site}: "{name}" has {anatomy.n_layers} layers; layers go from 0 to {anatomy.n_layers - 1}')
+    if site not in anatomy.ports:
+        raise ModelError(explain_refusal(site, name, anatomy.refusals[site], anatomy.ports))
+    return anatomy.ports[site]
 
 
-def find_port(layer: nn.Module, kind: ModuleKind) -> Port | None:
-    """Where in a layer the activations of a kind pass, or None where that is unknown."""
-    if kind == "resid_pre":
-        return Port(layer, "input")
-    if kind == "resid_post":
-        return Port(layer, "output")
-
-    projection = first_module(layer, PROJECTIONS)
-    if kind == "attn_z":
-        return Port(projection, "input") if projection else None
-
-    # attn_out and mlp_out are what is added to the residual stream. Where a layer scales it first,
-    # no module has it.
-    granite_multiplier = getattr(layer, "residual_multiplier", 1)
-    if type(layer).__name__.startswith(_RESCALING) or granite_multiplier != 1:
-        return None
-
-    block = projection if kind == "attn_out" else first_module(layer, MLPS)
-    for after_attention, after_mlp in _POST_NORMS:
-        if hasattr(layer, after_attention) and hasattr(layer, after_mlp):
-            block = getattr(layer, after_attention if kind == "attn_out" else after_mlp)
-    return Port(block, "output") if block else None
+def anatomy_of(model: Any) -> Anatomy:
+    """What a probe finds out about a transformers model, which is not run for that, nor changed."""
+    hf_model = transformers_model(model)
+    if hf_model not in _ANATOMIES:
+        _ANATOMIES[hf_model] = probe_skeleton(without_weights(hf_model), model_name(model))
+    return _ANATOMIES[hf_model]
 
 
-def first_module(module: nn.Module, paths: Iterable[str]) -> nn.Module | None:
-    """The first of some paths below a module that leads to one."""
-    for path in paths:
-        try:
-            return attrgetter(path)(module)
-        except AttributeError:
-            continue
-    return None
+def transformers_model(model: Any) -> Any:
+    """The transformers model itself, where it is wrapped in another module, as `peft` does."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ModelError(f"{type(model).__name__} is not a transformers model, nor a wrapper of one.")
+
+
+def model_name(model: Any) -> str:
+    """A model's name, or that of its class where it has none."""
+    hf_model = transformers_model(model)
+    return hf_model.config.name_or_path or type(hf_model).__name__
 
 
 def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
@@ -121,62 +90,58 @@ def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
     Where the module's input is read, the name ends in ".input". Sites that the model does not have
     are left out. Raises what `read_facts` raises.
     """
-    with loading(spec):
-        skeleton = model_skeleton(spec, read_config(spec))
-    layers = find_layers(skeleton, spec.name)
-    names = {module: name for name, module in skeleton.named_modules()}
-
+    anatomy = read_anatomy(spec)
     paths = {}
     for site in sites:
-        port = find_port(layers[site.layer], site.module) if site.layer < len(layers) else None
-        if port is not None:
-            suffix = ".input" if port.side == "input" else ""
-            paths[site] = names[port.module] + suffix
+        if site in anatomy.ports:
+            place = anatomy.ports[site]
+            paths[site] = place.path + (".input" if place.side == "input" else "")
     return paths
+
+
+def other_module(spec: ModelSpec, site: Site, module_path: str) -> bool:
+    """Whether a path leads to a module of a model that does not give the activations of a site.
+
+    >>> other_module(ModelSpec(), Site(3), "layers.3"), other_module(ModelSpec(), Site(3), "gpt_neox.layers.4")
+    (False, True)
+    >>> other_module(ModelSpec(), Site(3, "attn_z"), "layers.3.attention.dense.input")
+    False
+
+    False as well where the model has no such module: then nothing can be said.
+    """
+    anatomy = read_anatomy(spec)
+    if site not in anatomy.ports:
+        return False
+    port = anatomy.ports[site]
+    path, _, side = module_path.rpartition(".")
+    if side not in ("input", "output"):
+        path, side = module_path, "output"
+    named = [other for other in anatomy.outputs if f".{other}".endswith(f".{path}")]
+    if not named:
+        return False
+    if side == "input":
+        return port.side != "input" or port.path not in named
+    return port.path not in named and all(anatomy.outputs[other] != site for other in named)
+
+
+def read_anatomy(spec: ModelSpec) -> Anatomy:
+    """What a probe finds out about a model without its weights."""
+    with loading(spec):
+        return probe_skeleton(model_skeleton(spec, read_config(spec)), spec.name)
 
 
 # --- sizes -------------------------------------------------------------------------------------
 
 
-def find_layers(model: Any, name: str) -> nn.ModuleList:
-    """The model's layers: the list of modules whose length is num_hidden_layers.
-
-    Of several such lists (a vision tower may have as many), the one with the most parameters.
-    Raises ModelError for encoder-decoders and other models that are not one stack.
-    """
-    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = []
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            lists.append(module)
-    if model.config.is_encoder_decoder or not lists:
-        raise ModelError(
-            f'"{name}" ({model.config.model_type}) is not a single stack of layers that every '
-            "token passes through. Use a decoder-only or encoder-only language model."
-        )
-    return max(lists, key=n_parameters)
-
-
 def shape_of(model: Any) -> tuple[int, int]:
     """Number of layers, and width D of the residual stream, of a transformers model."""
-    layers = find_layers(model, type(model).__name__)
-    return len(layers), model.config.get_text_config().hidden_size
+    anatomy = anatomy_of(model)
+    return anatomy.n_layers, anatomy.d_model
 
 
 def width_at(model: Any, site: Site) -> int:
     """Width D of the activations at a site; raises what `port_of` raises."""
-    port = port_of(model, site)
-    if site.module == "attn_z":
-        return n_inputs(port.module)
-    _, d_model = shape_of(model)
-    return d_model
-
-
-def n_inputs(projection: Any) -> int:
-    """Width of what a projection reads."""
-    if hasattr(projection, "in_features"):
-        return projection.in_features
-    return projection.weight.shape[0]  # GPT-2's Conv1D, which stores the transpose of a Linear's weight
+    return place_in(anatomy_of(model), site, model_name(model)).width
 
 
 def n_parameters(module: nn.Module) -> int:
@@ -199,11 +164,12 @@ def intercept(port: Port, site: Site, function: Callable[[Tensor], Tensor]) -> I
         assert y.shape == x.shape, f"{site}: spliced {tuple(y.shape)} into {tuple(x.shape)}"
         return y.to(x.dtype)
 
-    # Most layers get the residual stream as their first argument, some by name.
-    def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (replace(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": replace(kwargs["hidden_states"])}
+    def on_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        key = read_stream(args, kwargs)
+        assert key is not None, f"{site}: {type(module).__name__} was given no activations"
+        if isinstance(key, int):
+            return (*args[:key], replace(args[key]), *args[key + 1 :]), kwargs
+        return args, {**kwargs, key: replace(kwargs[key])}
 
     # Some modules return a tensor, others a tuple that begins with it.
     def on_output(_: nn.Module, args: tuple, output: Any) -> Any:

@@ -1,6 +1,8 @@
 """Where a language model comes from: a directory or the hub, and errors with their remedy."""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,7 @@ def locate(spec: ModelSpec) -> Location:
     options = {"trust_remote_code": spec.trust_remote_code}
     path = MODEL_DIR if spec.name == "demo" else Path(spec.name).expanduser()
     if path.is_dir():
+        _refuse_adapter(path / "adapter_config.json")
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{path}: no Hugging Face model here (config.json is missing). "
@@ -51,6 +54,53 @@ def locate(spec: ModelSpec) -> Location:
             f"{path}: {problem}. Pass a directory with a config.json, or a hub id such as EleutherAI/pythia-70m."
         )
     return Location(spec.name, {**options, "revision": spec.revision or None}, is_directory=False)
+
+
+def resolved_revision(spec: ModelSpec) -> str:
+    """The commit that a hub model's revision stands for now; of a directory, what the recipe says.
+
+    Raises ModelError where no commit can be told, and what `transformers` raises where there is no
+    such model.
+    """
+    from transformers.utils import cached_file
+
+    location = locate(spec)
+    if location.is_directory:
+        return spec.revision
+    revision = location.options["revision"]
+    path = cached_file(location.name_or_path, "config.json", revision=revision)
+    commit = Path(str(path)).parent.name  # .../snapshots/<commit>/config.json
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise ModelError(
+            f'"{spec.name}": the commit of its revision cannot be told from {path}; set model.revision to a commit.'
+        )
+    adapter = cached_file(
+        location.name_or_path,
+        "adapter_config.json",
+        revision=commit,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if adapter:
+        _refuse_adapter(Path(adapter))
+    return commit
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Raise ModelError for an adapter, which is applied to the weights or not, by what is installed."""
+    if not path.is_file():
+        return
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        about = {}
+    base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
+    raise ModelError(
+        f"{path.parent}: holds an adapter ({path.name}; its base model: {base or 'not named'}), which would be applied "
+        "only where `peft` is installed. Merge it into the weights once (merge_and_unload, then save_pretrained into "
+        f"another directory) and name that; or, to read the base model alone, remove {path.name}."
+    )
 
 
 def read_config(spec: ModelSpec) -> Any:

@@ -13,6 +13,7 @@ from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import preset_legs
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import MethodOrAuto
+from saerelay.site import Site
 from saerelay.spec import format_count
 
 
@@ -39,6 +40,8 @@ def compile_plan(
         raise PlanError(
             "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
         )
+    for spec in specs:
+        facts.check_site(Site(spec.layer, spec.module or recipe.sites.module))
     setting = Setting(
         recipe=recipe,
         facts=facts,

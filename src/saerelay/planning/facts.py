@@ -1,6 +1,9 @@
 """What a plan must know of a language model."""
 
-from saerelay.site import Site
+from collections.abc import Collection
+
+from saerelay.errors import ModelError
+from saerelay.site import MODULE_KINDS, ModuleKind, Site
 from saerelay.spec import Spec
 
 
@@ -14,12 +17,25 @@ class TokenFacts(Spec):
     """What `prepend_bos` puts first: the BOS token, or the CLS token of an encoder, or none."""
     eos_token_id: int | None
     """What separates packed documents: EOS, or SEP of an encoder, or none."""
+    pad_token_id: int | None = None
+    """What fills up sequences in files of tokens, or none."""
+
+
+class SiteFacts(Spec):
+    """Where a model's activations can be read, and how wide they are; found by a probe, without weights."""
+
+    d_attn_z: int
+    """Width of the attention output projection's input (heads x head width), where it is widest."""
+    widths: dict[ModuleKind, list[int]] = {}
+    """Width of each kind of site by layer, 0 where it cannot be read; {} in plans of old versions."""
+    refusals: dict[str, str] = {}
+    """Why a site cannot be read, by its name."""
 
 
 class ModelFacts(Spec):
     """What a plan must know of a language model; read from its configuration, without loading weights."""
 
-    inline = ("tokens",)
+    inline = ("tokens", "sites")
 
     name: str
     revision: str
@@ -30,8 +46,7 @@ class ModelFacts(Spec):
     device: str
     n_layers: int
     d_model: int
-    d_attn_z: int
-    """Width of the attention output projection's input (heads x head width)."""
+    sites: SiteFacts
     tokens: TokenFacts
     has_lm_head: bool
     layer_params: int
@@ -39,6 +54,37 @@ class ModelFacts(Spec):
     model_params: int
     """All parameters."""
 
+    @property
+    def d_attn_z(self) -> int:
+        """Width of the attention output projection's input, where it is widest."""
+        return self.sites.d_attn_z
+
     def width(self, site: Site) -> int:
         """Width D of the activations at a site."""
+        widths = self.sites.widths.get(site.module, [])
+        if site.layer < len(widths) and widths[site.layer]:
+            return widths[site.layer]
         return self.d_attn_z if site.module == "attn_z" else self.d_model
+
+    def check_site(self, site: Site) -> None:
+        """Raise ModelError where activations cannot be read, with the sites and layers that can be."""
+        if str(site) in self.sites.refusals:
+            readable = []
+            for kind, widths in self.sites.widths.items():
+                readable += [Site(layer, kind) for layer, width in enumerate(widths) if width]
+            raise ModelError(explain_refusal(site, self.name, self.sites.refusals[str(site)], readable))
+
+
+def explain_refusal(site: Site, name: str, reason: str, readable: Collection[Site]) -> str:
+    """Why a site of a model cannot be read, and which can be: its kind in other layers, other kinds in its layer.
+
+    >>> explain_refusal(Site(0, "attn_z"), "x", "it has no attention", [Site(0), Site(1, "attn_z")])[:65]
+    'L0.attn_z of "x" cannot be read: it has no attention. Layer 0 has'
+    """
+    there = {other.module for other in readable if other.layer == site.layer}
+    kinds = [kind for kind in MODULE_KINDS if kind in there]
+    layers = sorted(other.layer for other in readable if other.module == site.module)
+    advice = f"Layer {site.layer} has {', '.join(kinds)}" if kinds else f"Nothing of layer {site.layer} can be read"
+    if layers:
+        advice += f"; {site.module} can be read in layers {layers} (sites.layers = {layers})"
+    return f'{site} of "{name}" cannot be read: {reason}. {advice}.'

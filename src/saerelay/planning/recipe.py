@@ -213,8 +213,7 @@ class OptimizerSpec(Spec):
         default=0.75,
         ge=0,
         le=1,
-        description="activations are divided, dimension by dimension, by their standard deviation to this power before "
-        "training, so that no few large dimensions decide; 0: off (decision 031)",
+        description="each dimension is divided by its standard deviation to this power; 0: off (decision 031)",
     )
     whitening: float = Field(
         default=0.25,

@@ -135,6 +135,9 @@ def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee
         return f"its parent {leg.parent} stopped"
     spec = now.plan.recipe.train
     rows = block.rows(leg.site, FIRST_ROWS)
+    if not _vary(rows):
+        what = "all zero" if not rows.any() else "the same at every token"
+        return f"{leg.site}: activations do not vary ({what}); there is nothing to learn"
     if not leg.hop:
         return Trainee(leg, spec, first_state(leg, spec, rows))
     try:
@@ -143,6 +146,11 @@ def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee
         return str(error)
     now.hops[leg.id] = HopFacts(method=inherited.method, trials=inherited.trials)
     return Trainee(leg, spec, first_state(leg, spec, rows, inherited.dictionary, lr_share=inherited.lr_share))
+
+
+def _vary(x: Tensor) -> bool:
+    """Whether rows (B, D) differ from each other by more than rounding."""
+    return bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max())
 
 
 def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor], int]:

@@ -29,7 +29,8 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
         corpus = Corpus.open(paths.tokens)
         if corpus.train.size * data.epochs >= plan.n_tokens:
             return corpus
-    tokenizer = None if data.tokens else load_tokenizer(plan.recipe.model)
+    model = plan.recipe.model.changed(revision=plan.facts.revision)
+    tokenizer = None if data.tokens else load_tokenizer(model)
     fresh = paths.tokens.with_name("tokens.new")
     shutil.rmtree(fresh, ignore_errors=True)
     with console.status("reading the corpus") if console else nullcontext() as status:
@@ -54,7 +55,10 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
         raise
     shutil.rmtree(paths.tokens, ignore_errors=True)
     fresh.replace(paths.tokens)
-    return Corpus.open(paths.tokens)
+    corpus = Corpus.open(paths.tokens)
+    for line in corpus.facts.notes() if console else []:
+        console.print(f"note: {line}", markup=False)
+    return corpus
 
 
 def _check_corpus(plan: Plan, corpus: Corpus) -> None:

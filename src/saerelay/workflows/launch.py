@@ -58,7 +58,11 @@ def train_run(
         if any(leg.goal.predicted_fvu for leg in plan.legs):
             validation = open_validation(plan, stream, corpus)
         with watching(plan, paths, console) as watcher:
-            train_plan(plan, paths, stream, watcher, stream.device, validation)
+            try:
+                train_plan(plan, paths, stream, watcher, stream.device, validation)
+            finally:
+                if console and stream.outlier_note():
+                    console.print(f"note: {stream.outlier_note()}", markup=False)
     return load(paths.root)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.interop import load_dictionary, own, write_dictionary
 from saerelay.interop.hub import local
+from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
 from saerelay.lm.facts import read_facts
+from saerelay.lm.ports import module_paths, other_module
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.facts import ModelFacts
@@ -51,7 +54,7 @@ def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
     externals = {}
     for leg in recipe.plan.legs:
         if "/" in leg.parent:
-            externals[leg.parent] = describe_external(leg.parent)
+            externals[leg.parent] = describe_external(leg.parent, recipe)
     return compile_plan(
         recipe,
         facts,
@@ -77,10 +80,16 @@ def device_memory(device: str) -> float:
 # --- parents outside the plan ------------------------------------------------------------------------------------
 
 
-def describe_external(reference: str) -> External:
-    """What a plan must know of a parent outside it: a dictionary of any format."""
+def describe_external(reference: str, recipe: Recipe) -> External:
+    """What a plan must know of a parent outside it: a dictionary of any format.
+
+    Raises FormatError for one that reads a module of this model which is no site; warns of one that
+    was trained on text prepared in another way.
+    """
     dictionary, origin = _load_with_site(reference)
     assert origin.site
+    _check_module(reference, origin, recipe)
+    _compare_text(reference, origin, recipe)
     return External(
         layer=origin.site.layer,
         module=origin.site.module,
@@ -92,6 +101,34 @@ def describe_external(reference: str) -> External:
         model=origin.model,
         path=str(local(reference).resolve()),
     )
+
+
+def _check_module(reference: str, origin: Origin, recipe: Recipe) -> None:
+    """Raise FormatError for a parent whose files name a module that does not give what its site gives here."""
+    assert origin.site
+    if not origin.module_path or site_named(origin.module_path) != origin.site:
+        return
+    if other_module(recipe.model, origin.site, origin.module_path):
+        here = module_paths(recipe.model, [origin.site])[origin.site]
+        raise FormatError(
+            f"{reference}: reads what the module {origin.module_path} returns, and in "
+            f'"{recipe.model.name}" that is not what {origin.site} reads ({here}: what is added to '
+            "the residual stream as it is). saerelay has no such site, so this SAE cannot be used "
+            "with this model."
+        )
+
+
+def _compare_text(reference: str, origin: Origin, recipe: Recipe) -> None:
+    """Warn where a parent was trained on sequences of another form than the recipe's."""
+    differences = []
+    if origin.prepend_bos is not None and origin.prepend_bos != recipe.data.prepend_bos:
+        without = "with" if origin.prepend_bos else "without"
+        now = str(recipe.data.prepend_bos).lower()
+        differences.append(f"on sequences {without} a BOS token in front, and data.prepend_bos is {now}")
+    if origin.context and origin.context != recipe.data.context:
+        differences.append(f"on {origin.context} tokens at a time, and data.context is {recipe.data.context}")
+    if differences:
+        warnings.warn(f"{reference}: was trained {'; '.join(differences)}", stacklevel=2)
 
 
 def _load_with_site(reference: str) -> tuple[Dictionary, Origin]:

@@ -1,0 +1,491 @@
+"""What is true of a language model, found by running a few tokens through it.
+
+Nothing is decided by the name of a family. Which modules are the layers, whether what one returns
+is what the next one reads, how wide activations are, and whether attention and MLP are added to
+the residual stream as they are: all of this shows in a forward over a few tokens, and in the graph
+that autograd records of it. Shapes and graph exist on torch's meta device as well: a plan is told
+the same as a training run, without loading weights.
+
+In shapes: B sequences, C positions, D width of the activations at a site.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saerelay.errors import ModelError
+from saerelay.lm.graph import Place, Sum, ancestors, place_of
+from saerelay.module_names import MLPS, PROJECTIONS
+from saerelay.site import MODULE_KINDS, ModuleKind, Site
+
+Side = Literal["input", "output"]
+
+_SHAPE = (2, 7)
+"""B and C of the tokens that are tried: two numbers that differ, and that no width is likely to be."""
+
+
+class PortPlace(NamedTuple):
+    """Where the activations of a site pass."""
+
+    path: str
+    """Of the module, in the model."""
+    side: Side
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """What was found out about a model."""
+
+    layers: str
+    """Path of the list of layers."""
+    n_layers: int
+    d_model: int
+    ports: dict[Site, PortPlace]
+    refusals: dict[Site, str]
+    """Why the other sites cannot be read."""
+    outputs: dict[str, Site | None]
+    """The paths of all modules within layers, and the site whose activations each returns, if any."""
+
+    @property
+    def last_layer(self) -> str:
+        """Path of the last layer that runs."""
+        return f"{self.layers}.{max((site.layer for site in self.ports), default=self.n_layers - 1)}"
+
+
+# --- running a few tokens ----------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a module: the places and shapes of the stream it was given, and of what it returned."""
+
+    path: str
+    number: int
+    read: Place | None = None
+    read_shape: tuple[int, ...] = ()
+    made: Place | None = None
+    made_shape: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class _Record:
+    """All calls of a forward."""
+
+    modules: dict[str, nn.Module]
+    calls: dict[str, list[_Call]] = field(default_factory=dict)
+    n_calls: int = 0
+
+    def only(self, path: str) -> _Call | None:
+        """The call of a module that was called exactly once."""
+        calls = self.calls.get(path, [])
+        return calls[0] if len(calls) == 1 else None
+
+
+def read_stream(args: tuple, kwargs: Mapping[str, Any]) -> int | str | None:
+    """Which argument of a module is the activations: its position, or its name.
+
+    The first tensor of numbers; of those given by name, `hidden_states` comes first.
+    """
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return i
+    for name in ("hidden_states", *kwargs):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return name
+    return None
+
+
+def made_stream(output: Any) -> Tensor | None:
+    """The activations in what a module returns: a tensor, or the first of several."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+def probe(model: Any, name: str) -> Anatomy:
+    """Run a few tokens through a transformers model and say what is read where.
+
+    Its parameters may be on the meta device. Raises ModelError if it does not read tokens alone, or
+    is not a single stack of layers.
+    """
+    where = f'"{name}" ({model.config.model_type})'
+    if model.config.is_encoder_decoder:
+        raise ModelError(_not_a_stack(where))
+    record = _run(model, where)
+    layers = _find_stack(record, where)
+    return _anatomy(record, layers)
+
+
+def trial_tokens(model: Any) -> Tensor:
+    """A few token ids (B,C) for a trial, on the model's device; ModelError if it has no vocabulary."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    parameter = next(iter(model.parameters()), None)
+    if not vocabulary or parameter is None:
+        name = model.config.name_or_path or type(model).__name__
+        raise ModelError(f'"{name}" ({model.config.model_type}) does not read tokens; use a language model.')
+    B, C = _SHAPE
+    return ((5 + 7 * torch.arange(B * C)) % vocabulary).view(B, C).to(parameter.device)
+
+
+def _run(model: Any, where: str) -> _Record:
+    """A forward over a few tokens, all of whose calls are recorded."""
+    ids = trial_tokens(model)
+    answers = _PlausibleValues() if ids.is_meta else nullcontext()
+    with _recording(model) as record, _with_gradients(model), answers:
+        try:
+            model.base_model(input_ids=ids, use_cache=False)
+        except ModelError:
+            raise
+        except Exception as error:  # a forward may fail in any way
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{where} does not run on token ids alone ({type(error).__name__}: {reason}). "
+                "Use a decoder-only or encoder-only language model."
+            ) from error
+    return record
+
+
+@contextmanager
+def _recording(model: Any) -> Iterator[_Record]:
+    """Record every call of every module."""
+    names = {}
+    for path, module in model.named_modules():
+        names[path] = module
+    record = _Record(names)
+    open_calls: dict[str, list[_Call]] = {}
+
+    def begin(path: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = _Call(path, record.n_calls)
+        record.n_calls += 1
+        key = read_stream(args, kwargs)
+        if key is not None:
+            x = args[key] if isinstance(key, int) else kwargs[key]
+            call.read = place_of(x)
+            call.read_shape = tuple(x.shape)
+        open_calls.setdefault(path, []).append(call)
+        record.calls.setdefault(path, []).append(call)
+
+    def end(path: str, _: nn.Module, __: tuple, output: Any) -> None:
+        call = open_calls[path].pop()
+        x = made_stream(output)
+        if x is not None and x.is_floating_point():
+            call.made = place_of(x)
+            call.made_shape = tuple(x.shape)
+
+    with ExitStack() as stack:
+        for path, module in names.items():
+            handle = module.register_forward_pre_hook(partial(begin, path), with_kwargs=True)
+            stack.callback(handle.remove)
+            handle = module.register_forward_hook(partial(end, path))
+            stack.callback(handle.remove)
+        yield record
+
+
+@contextmanager
+def _with_gradients(model: Any) -> Iterator[None]:
+    """Let autograd record everything; nothing is ever differentiated."""
+    frozen = []
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            frozen.append(parameter)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+class _PlausibleValues(TorchDispatchMode):
+    """Gives values where a forward on the meta device asks for one, to choose a branch or a size.
+
+    Which branch it takes hardly matters to what is looked at here: masks, and which expert gets
+    which token.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        first = args[0] if args else None
+        if func._schema.name == "aten::_local_scalar_dense" and not isinstance(first, Tensor):
+            return first  # a number of Python's in a product
+        if isinstance(first, Tensor) and first.is_meta:
+            match func._schema.name:
+                case "aten::_local_scalar_dense":
+                    return True if first.dtype == torch.bool else 0
+                case "aten::nonzero":
+                    return torch.empty((1, first.ndim), dtype=torch.long, device="meta")
+                case "aten::equal":
+                    return True
+        return func(*args, **(kwargs or {}))
+
+
+# --- which modules are the layers ----------------------------------------------------------------
+
+
+def _find_stack(record: _Record, where: str) -> str:
+    """Path of the list of layers: what one of them returns is what the next one reads.
+
+    Lists inside a layer of another one do not count. Raises ModelError if there is none, or more
+    than one.
+    """
+    stacks = {}
+    for path, module in record.modules.items():
+        if isinstance(module, nn.ModuleList) and len(module):
+            links = _n_links(record, path, len(module))
+            if links is not None:
+                stacks[path] = links
+    outermost = []
+    for path in stacks:
+        if not any(path.startswith(f"{other}.") for other in stacks):
+            outermost.append(path)
+    longest = max((stacks[path] for path in outermost), default=0)
+    best = [path for path in outermost if stacks[path] == longest]
+    if len(best) != 1:
+        raise ModelError(_not_a_stack(where))
+    return best[0]
+
+
+def _not_a_stack(where: str) -> str:
+    return (
+        f"{where} is not a single stack of layers that every token passes through, each reading what "
+        "the one before it returns. Use a decoder-only or encoder-only language model."
+    )
+
+
+def _n_links(record: _Record, path: str, n: int) -> int | None:
+    """How many layers of a list read what the one before them returned; None if it is no stack.
+
+    In a stack each layer is called at most once, in order, and reads what the last one returned.
+    Layers that are not called do not count (some only run where there are images).
+    """
+    calls = []
+    for i in range(n):
+        found = record.calls.get(f"{path}.{i}", [])
+        if len(found) > 1:
+            return None
+        calls += found
+    numbers = [call.number for call in calls]
+    if not calls or numbers != sorted(numbers):
+        return None
+    if any(call.made is None or len(call.made_shape) < 3 or call.made_shape[:2] != _SHAPE for call in calls):
+        return None
+    links = sum(1 for before, call in zip(calls, calls[1:], strict=False) if call.read == before.made)
+    if links < len(calls) - 1:
+        return None
+    return links + 1
+
+
+# --- what can be read in a layer -----------------------------------------------------------------
+
+
+def _anatomy(record: _Record, layers: str) -> Anatomy:
+    """The ports of all sites, and why the others have none."""
+    n_layers = len(record.modules[layers])  # type: ignore[arg-type]
+    ports: dict[Site, PortPlace] = {}
+    refusals: dict[Site, str] = {}
+    for i in range(n_layers):
+        call = record.only(f"{layers}.{i}")
+        found: dict[ModuleKind, PortPlace | str]
+        if call is None:
+            found = dict.fromkeys(MODULE_KINDS, "the layer does not run on text alone")
+        else:
+            found = _stream_ports(call) | _inner_ports(record, call)
+        for kind, port in found.items():
+            if isinstance(port, str):
+                refusals[Site(i, kind)] = port
+            else:
+                ports[Site(i, kind)] = port
+    widths = [port.width for site, port in ports.items() if site.module == "resid_post"]
+    if not widths:
+        calls = [call for i in range(n_layers) if (call := record.only(f"{layers}.{i}"))]
+        widths = [call.made_shape[-1] for call in calls]
+    return Anatomy(
+        layers=layers,
+        n_layers=n_layers,
+        d_model=widths[0],
+        ports=ports,
+        refusals=refusals,
+        outputs=_outputs(record, layers, ports),
+    )
+
+
+def _outputs(record: _Record, layers: str, ports: dict[Site, PortPlace]) -> dict[str, Site | None]:
+    """Which modules return the same numbers as a site's port."""
+    sites: dict[Place | None, Site] = {}
+    for site, port in ports.items():
+        call = record.only(port.path)
+        if call and port.side == "output":
+            sites[call.made] = site
+    found = {}
+    for path in record.modules:
+        call = record.only(path)
+        if call and call.made and path.startswith(f"{layers}."):
+            found[path] = sites.get(call.made)
+    return found
+
+
+def _stream_ports(call: _Call) -> dict[ModuleKind, PortPlace | str]:
+    """The residual stream before and after a layer."""
+    found: dict[ModuleKind, PortPlace | str] = {}
+    sides: tuple[tuple[ModuleKind, Side, tuple[int, ...]], ...] = (
+        ("resid_pre", "input", call.read_shape),
+        ("resid_post", "output", call.made_shape),
+    )
+    for kind, side, shape in sides:
+        if len(shape) == 4:
+            found[kind] = f"{shape[2]} residual streams pass between the layers, not one vector for each token"
+        elif shape[:-1] != _SHAPE:
+            found[kind] = "what passes between the layers is not one vector for each token"
+        else:
+            found[kind] = PortPlace(call.path, side, shape[-1])
+    return found
+
+
+def _inner_ports(record: _Record, call: _Call) -> dict[ModuleKind, PortPlace | str]:
+    """What attention and MLP add to the residual stream, and the input of attention's projection."""
+    projection = _named(record, call.path, PROJECTIONS)
+    mlps = [_named(record, call.path, [path]) for path in MLPS]
+    added = _added(record, call, projection, [mlp for mlp in mlps if mlp])
+    return {"attn_z": _z_port(projection), **added}
+
+
+def _named(record: _Record, layer: str, paths: Iterable[str]) -> _Call | None:
+    """The call of the first module that a layer has at one of some paths."""
+    for path in paths:
+        if f"{layer}.{path}" in record.modules:
+            return record.only(f"{layer}.{path}")
+    return None
+
+
+def _z_port(projection: _Call | None) -> PortPlace | str:
+    if projection is None:
+        return "the layer has no attention with an output projection that is known"
+    if projection.read_shape[:-1] != _SHAPE:
+        return "attention's output projection does not read one vector for each token"
+    return PortPlace(projection.path, "input", projection.read_shape[-1])
+
+
+def _added(
+    record: _Record, call: _Call, projection: _Call | None, mlps: list[_Call]
+) -> dict[ModuleKind, PortPlace | str]:
+    """What attention and MLP add to the residual stream.
+
+    How to see this: the graph says what a layer's output is the sum of: its input, and some terms.
+    The term that is computed from attention's projection is attention's, the one that is computed
+    from the MLP is the MLP's; from anything behind the residual stream in between, all later terms
+    are computed. The port is the module that returns the term.
+    """
+    if call.read is None or call.made is None:
+        return _refused("autograd sees nothing of the layer")
+    whole = _Whole.of(record, call)
+    if whole is None:
+        return _refused("the layer does not add it to the residual stream as it is: it scales or mixes the two")
+
+    attention = whole.terms_from([projection] if projection else [])
+    mlp = whole.terms_from(mlps)
+    others = [term for term in whole.terms if term not in attention + mlp]
+    if attention and mlp and (others or set(attention) & set(mlp)):
+        return _refused("the layer adds more than attention and MLP to the residual stream")
+    return {
+        "attn_out": whole.port(attention, [projection] if projection else [], "attention"),
+        "mlp_out": whole.port(mlp, mlps, "an MLP"),
+    }
+
+
+def _refused(reason: str) -> dict[ModuleKind, PortPlace | str]:
+    return {"attn_out": reason, "mlp_out": reason}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module has gains and biases alone, as norms do."""
+    parameters = list(module.parameters())
+    return bool(parameters) and all(parameter.ndim == 1 for parameter in parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A layer's output as a sum, and the modules that return the terms."""
+
+    sum: Sum
+    terms: list[Place | None]
+    modules: list[_Call]
+
+    @classmethod
+    def of(cls, record: _Record, call: _Call) -> "_Whole | None":
+        """The sum that a layer's output is; None unless its input is in it once, as it is."""
+        inside = []
+        norms = {}
+        for path, module in record.modules.items():
+            inner = record.only(path) if path.startswith(f"{call.path}.") else None
+            if inner is None or inner.made is None or inner.made == inner.read:
+                continue  # not called once, or a dropout that does nothing
+            inside.append(inner)
+            if inner.read and inner.read_shape == inner.made_shape and _is_norm(module):
+                norms[inner.made] = inner.read
+        assert call.read and call.made
+        parts = {inner.made for inner in inside if inner.made}
+        whole = Sum(call.made, call.read, parts, norms)
+        if whole.n_starts != 1:
+            return None
+        return cls(whole, whole.terms, inside)
+
+    def terms_from(self, calls: list[_Call]) -> list[Place]:
+        """The terms that are computed from what some modules return."""
+        nodes = {call.made[0] for call in calls if call.made}
+        found = []
+        for term in self.terms:
+            if term is not None and nodes & ancestors(term, until=self.sum.stream):
+                found.append(term)
+        return found
+
+    def port(self, terms: list[Place], named: list[_Call], what: str) -> PortPlace | str:
+        """The module that returns a term: the one that is known by name, else the outermost."""
+        if not named:
+            return f"the layer has no module that is known to be {what}"
+        if not terms:
+            return f"what the module of {what} returns is not added to the residual stream as it is"
+        if len(terms) > 1:
+            return f"the layer adds {len(terms)} outputs of {what}"
+        for module in (*named, *self.modules):
+            if module.made == terms[0] and module.made_shape[:-1] == _SHAPE:
+                return PortPlace(module.path, "output", module.made_shape[-1])
+        return f"no module returns what {what} adds to the residual stream"
+
+
+# --- a model without its weights -----------------------------------------------------------------
+
+
+def probe_skeleton(model: Any, name: str) -> Anatomy:
+    """`probe` of a model whose parameters are on the meta device; their dtype may change.
+
+    Some kernels want bfloat16, others float32. Raises what `probe` raises.
+    """
+    model.eval()
+    try:
+        return probe(model.to(torch.bfloat16), name)
+    except ModelError:
+        return probe(model.float(), name)
+
+
+def without_weights(model: Any) -> Any:
+    """A copy of a model on the meta device, which costs no memory and has none of its hooks."""
+    stand_ins: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        stand_in = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            stand_in = nn.Parameter(stand_in, requires_grad=tensor.is_floating_point())
+        stand_ins[id(tensor)] = stand_in
+    copy = deepcopy(model, stand_ins)
+    for module in copy.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return copy
