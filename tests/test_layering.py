@@ -40,7 +40,7 @@ ORDER = {
     "analysis": "progress metrics site_maps session summary evaluate matrix collecting features links lineage describe "
     "prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",
-    "workflows": "settle activations watching pilots survey launch timing hop model_card share report judge interpret "
+    "workflows": "placeless settle activations watching pilots survey launch timing hop model_card share report judge interpret "
     "demo",
     "cli": "options training measuring judging sharing",
 }

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import filelock
 
 from saerelay.errors import RunDirectoryError
+from saerelay.files import reason
 from saerelay.planning.plan import Leg, Plan
 
 
@@ -56,6 +58,11 @@ class RunDirectory:
     def state(self) -> Path:
         """Resume state, the lock, and counters."""
         return self.root / "state"
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run, to be pasted into a shell."""
+        return f"saerelay train {quote(str(self.recipe))} --out {quote(str(self.root))} --resume"
 
     def leg(self, leg_id: str) -> Path:
         """A published leg."""
@@ -124,17 +131,16 @@ class RunDirectory:
 @contextmanager
 def sole_writer(root: Path) -> Iterator[None]:
     """Hold the run's lock: a second process on the same run is refused."""
-    try:
-        (root / "state").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"{root}: cannot be made ({error.strerror}); choose another --out") from None
     lock = filelock.FileLock(root / "state" / "lock")
     try:
+        (root / "state").mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise RunDirectoryError(
             f"{root}: another process is training this run; wait for it or stop it, or choose another --out"
         ) from None
+    except OSError as error:
+        raise RunDirectoryError(f"{root}: cannot be written to ({reason(error)}), or choose another --out") from None
     try:
         yield
     finally:

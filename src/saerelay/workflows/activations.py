@@ -11,6 +11,7 @@ from saerelay.data.cache import ActivationCache
 from saerelay.data.corpus import Corpus, prepare
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
+from saerelay.files import replace_directory
 from saerelay.lm.model import load_model
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
@@ -52,8 +53,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
     except DataError:
         shutil.rmtree(fresh)
         raise
-    shutil.rmtree(paths.tokens, ignore_errors=True)
-    fresh.replace(paths.tokens)
+    replace_directory(fresh, paths.tokens)
     return Corpus.open(paths.tokens)
 
 

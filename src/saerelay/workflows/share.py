@@ -20,7 +20,8 @@ from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
-from saerelay.workflows.model_card import ExportedSAE, model_card, without_paths
+from saerelay.workflows.model_card import ExportedSAE, model_card
+from saerelay.workflows.placeless import without_paths
 
 # --- one SAE in --------------------------------------------------------------------------------
 
@@ -109,8 +110,14 @@ def preview(source: str, repo: str, format: str, *, legs: Iterable[str] = (), li
 
 
 def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
-    """Write one SAE that is of no run."""
+    """Write one SAE, of which nothing is known but what its own files say."""
     dictionary, origin = load_dictionary(source)
+    origin = replace(
+        origin,
+        model=public_name(origin.model) if origin.model else "",
+        dataset=hub_id(origin.dataset),
+        provenance=without_paths(origin.provenance),
+    )
     folder = _folder(origin, format, has_prefix=True) if origin.site else "sae"
     write_dictionary(directory / folder, dictionary, origin, format)
     return ExportedSAE(folder, describe(dictionary), origin, leg=None, metrics={})
