@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from saerelay.cli.options import Json, RunDir, number_list, print_all, print_json, progress, say
+from saerelay.cli.options import Json, RunDir, number_list, one_at_a_time, print_all, print_json, progress, say
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to the program."""
     for command in (judge, score):
-        app.command(rich_help_panel="Judge")(command)
+        app.command(rich_help_panel="Judge")(one_at_a_time(command))
 
 
 def judge(

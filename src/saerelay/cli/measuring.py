@@ -14,6 +14,7 @@ from saerelay.cli.options import (
     RunDir,
     SafeConsole,
     number_list,
+    one_at_a_time,
     output,
     print_all,
     print_json,
@@ -35,9 +36,9 @@ PromptFile = Annotated[
 def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to the program."""
     panel = "Measure"
-    app.command(name="eval", rich_help_panel=panel)(evaluate)
+    app.command(name="eval", rich_help_panel=panel)(one_at_a_time(evaluate))
     for command in (matrix, measures, circuits, show, interpret, report):
-        app.command(rich_help_panel=panel)(command)
+        app.command(rich_help_panel=panel)(one_at_a_time(command))
 
 
 def evaluate(

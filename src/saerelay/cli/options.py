@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,19 @@ def number_list(text: str, option: str, example: str) -> list[int]:
             f'"{text}": expected numbers separated by commas, such as {example}', param_hint=option
         )
     return [int(item) for item in items]
+
+
+def one_at_a_time(command: Callable[..., None]) -> Callable[..., None]:
+    """A command on a run that waits while another one measures the same run."""
+
+    @wraps(command)
+    def alone(**options: Any) -> None:
+        from saerelay.runs.directory import one_at_a_time as waiting_for_others
+
+        with waiting_for_others(options["run"]):
+            command(**options)
+
+    return alone
 
 
 def site_of(layer: int | None, module: str) -> "Site | None":

@@ -12,7 +12,8 @@ parent reaches the age it forks at, so that both share the language model's forw
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
+from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 from saerelay.document import Document
@@ -223,6 +224,19 @@ class Plan(Document):
             if leg.moment_tokens and leg.start < stop and start < leg.fold_at:
                 sites.add(self.parent_site(leg))
         return self.with_probe(sites) if sites else []
+
+    def stretches(self) -> Iterator[tuple[int, list[Site]]]:
+        """The axis from its start to its end, by stretches with the same sites open: the number of blocks, the sites.
+
+        There are a few per leg, however long the axis is.
+        """
+        block = self.block_tokens
+        borders = {0, self.n_tokens // block}
+        for leg in self.legs:
+            for position in (leg.start, leg.fold_at, leg.end):
+                borders |= {position // block, math.ceil(position / block)}
+        for first, last in pairwise(sorted(borders)):
+            yield last - first, self.open_sites(first * block, (first + 1) * block)
 
     def with_probe(self, sites: Iterable[Site]) -> list[Site]:
         """Sites in order, and the one where outlier norms are looked for."""

@@ -6,7 +6,7 @@ See docs/run-directory.md. safetensors, JSON and TOML only; everything is writte
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -58,6 +58,11 @@ class RunDirectory:
     def state(self) -> Path:
         """Resume state, the lock, and counters."""
         return self.root / "state"
+
+    @property
+    def model_digest(self) -> Path:
+        """By which another language model in the place of the run's own is noticed."""
+        return self.state / "model.json"
 
     @property
     def resume_command(self) -> str:
@@ -145,6 +150,20 @@ def sole_writer(root: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def one_at_a_time(root: Path) -> Iterator[None]:
+    """Let commands that measure a run wait for one another: each writes files that others read.
+
+    A run that can only be read is measured without waiting.
+    """
+    lock = filelock.FileLock(root / "state" / "measuring.lock")
+    with ExitStack() as held:
+        if (root / "state").is_dir():
+            with suppress(OSError):
+                held.enter_context(lock)
+        yield
 
 
 def read_plan(directory: Path) -> Plan:

@@ -11,6 +11,7 @@ from saerelay.analysis.evaluate import wants_ce
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import RunDirectoryError, SaeRelayError
 from saerelay.files import reason, write_text
+from saerelay.lm.identity import check_same_model
 from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
@@ -48,6 +49,7 @@ def train_run(
     with sole_writer(paths.root):
         with _nothing_left_on_error(paths.root, fresh):
             plan = _settled_plan(recipe, paths, extend=extend, console=console)
+            check_same_model(plan.recipe.model, paths.model_digest, begin=True)
             check_installed(plan)
             wants_ce(plan)
             check_disk(plan, paths)

@@ -10,6 +10,7 @@ from rich.console import Console
 from saerelay.errors import Interrupted
 from saerelay.files import remove_directory, write_text
 from saerelay.lm.facts import read_facts
+from saerelay.lm.identity import check_same_model
 from saerelay.planning.choose import Choice, choose
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import Survey, survey_plan
@@ -42,6 +43,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
         shutil.rmtree(paths.tokens, ignore_errors=True)
         write_text(inner.recipe, annotated_toml(recipe))
         plan.save(inner.plan)
+    check_same_model(recipe.model, paths.model_digest, begin=True)
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
     stream = open_stream(plan, corpus.train)
     if console:
