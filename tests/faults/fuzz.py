@@ -150,6 +150,7 @@ class Fuzz:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.show = False
         self.problems: list[str] = []
         self.tally: Counter[str] = Counter()
 
@@ -171,7 +172,7 @@ class Fuzz:
         folder = self.place / "gemma-scope-2b-pt-res/layer_1/width_1k/average_l0_4"
         folder.mkdir(parents=True)
         rng = np.random.default_rng(0)
-        arrays = {"W_enc": (24, 48), "b_enc": (48,), "W_dec": (48, 24), "b_dec": (24,), "threshold": (48,)}
+        arrays = {"w_enc": (24, 48), "b_enc": (48,), "w_dec": (48, 24), "b_dec": (24,), "threshold": (48,)}
         np.savez(folder / "params.npz", **{name: rng.random(shape, np.float32) for name, shape in arrays.items()})
 
     def input(self, number: int, seed: int) -> None:
@@ -188,6 +189,8 @@ class Fuzz:
             shutil.rmtree(self.place / "out", ignore_errors=True)
             shutil.rmtree(self.place / "fed", ignore_errors=True)
         self.tally[f"{kind.__name__}: {code}"] += 1
+        if self.show:
+            print(f"{number} {kind.__name__}: {code}: {said.strip().splitlines()[-1:]}")
         outside = {path.name for path in self.place.iterdir()} - before
         if code not in (0, 2) or "Traceback" in said or "\x1b" in said or outside or also:
             problem = also or outside or f"exit code {code}"
@@ -254,11 +257,11 @@ class Fuzz:
         match rng.randrange(3):
             case 0:
                 prompt = {"prompt": [1, 2, 3], "good": [4], "bad": [5]}
-                content = "\n".join([json.dumps(prompt)] * 4).encode()
+                content = "\n".join([json.dumps(prompt)] * 8).encode()
                 (run / "p.jsonl").write_bytes(change_bytes(content, rng))
-                words = ["circuits", str(run), "--task", f"{run}/p.jsonl", "--n-prompts", "4", "--k", "2"]
+                words = ["circuits", str(run), "--task", f"{run}/p.jsonl", "--n-prompts", "8", "--k", "2"]
             case 1:
-                answers = {"page": "x", "judge": "ada", "answers": {"1": "yes"}, "schema": 1}
+                answers = {"page": "0123456789ab", "judge": "ada", "answers": {"1": "yes"}, "schema": 1}
                 (run / "j.json").write_bytes(some(change_json, change_bytes)(json.dumps(answers).encode(), rng))
                 words = ["score", str(run), f"{run}/j.json"]
             case _:
@@ -281,6 +284,7 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--input", type=int, default=-1, help="only this one")
+    parser.add_argument("--show", action="store_true", help="print what is said of each")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
 
@@ -291,6 +295,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         fuzz = Fuzz(Path(folder))
         fuzz.prepare()
+        fuzz.show = options.show
         _write_full_recipe(fuzz.place)
         size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
