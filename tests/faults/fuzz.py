@@ -256,7 +256,7 @@ class Fuzz:
         run = shutil.copytree(self.place / "good", self.place / "fed")
         match rng.randrange(3):
             case 0:
-                prompt = {"prompt": [1, 2, 3], "good": [4], "bad": [5]}
+                prompt = {"prompt": [1, 2, 3], "right": [4], "wrong": [5]}
                 content = "\n".join([json.dumps(prompt)] * 8).encode()
                 (run / "p.jsonl").write_bytes(change_bytes(content, rng))
                 words = ["circuits", str(run), "--task", f"{run}/p.jsonl", "--n-prompts", "8", "--k", "2"]

@@ -5,7 +5,6 @@ seed; a streamed dataset keeps its own order.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saerelay.errors import DataError
+from saerelay.files import parse_json
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import DatasetSpec, DataSpec, Recipe
 
@@ -186,7 +186,7 @@ def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
     if not line.strip():
         return ""
     try:
-        row = json.loads(line.decode("utf-8-sig", errors="replace"))
+        row = parse_json(line.decode("utf-8-sig", errors="replace"))
     except ValueError as error:
         raise _bad_line(path, start, f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
