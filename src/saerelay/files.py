@@ -52,12 +52,20 @@ def replace_directory(fresh: Path, folder: Path) -> None:
 
     Killed in between, `folder` is the old directory, the new one, or missing, but never half of one.
     """
-    old = folder.with_name(f".{folder.name}.old")
-    remove_directory(old)
+    remove_replaced(folder)
     if folder.exists():
-        folder.replace(old)
+        folder.replace(_replaced(folder))
     fresh.replace(folder)
-    remove_directory(old)
+    remove_replaced(folder)
+
+
+def remove_replaced(folder: Path) -> None:
+    """Remove what a process that was killed in `replace_directory` has left of the older directory."""
+    remove_directory(_replaced(folder))
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def remove_directory(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
     --limit 200     as many faults, drawn with --seed; without it, all
     --only hop,eval these commands
+    --fault eval:replace:1:before    this one fault; may be repeated
     --jobs 2        processes at a time
 
 For each fault a child process is killed, or a call of it fails. Then: no traceback; an error is one message and exit
@@ -172,7 +173,11 @@ class Trials:
             self._problem(command, fault, f"another result: {self._differs(command)}", again)
 
     def _differs(self, command: Command) -> str:
-        return difference(fingerprint(self.run), self.expected[command.name])
+        found = fingerprint(self.run)
+        for left in self.run.parent.iterdir():
+            if left != self.run:
+                found[f"../{left.name}"] = ""
+        return difference(found, self.expected[command.name])
 
     def _problem(self, command: Command, fault: Fault, what: str, outcome: Outcome) -> None:
         last = "\n    ".join(outcome.said.strip().splitlines()[-6:])
@@ -199,6 +204,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--fault", action="append", default=[])
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after so long")
     options = parser.parse_args()
     import_all()
@@ -226,8 +232,12 @@ def run_share(place: Path, options: argparse.Namespace, job: int) -> int:
     trials = Trials(place)
     trials.prepare()
     pairs = []
-    for command in chosen([name for name in options.only.split(",") if name]):
+    asked = [text.split(":") for text in options.fault]
+    names = [name for name in options.only.split(",") if name] or [parts[0] for parts in asked]
+    for command in chosen(names):
         faults = faults_of(trials.undisturbed(command))
+        if asked:
+            faults = [Fault(call, int(number), what) for name, call, number, what in asked if name == command.name]
         pairs += [(command, fault) for fault in faults]
     random.Random(options.seed).shuffle(pairs)
     wanted = pairs[: options.limit or len(pairs)][job :: options.jobs]

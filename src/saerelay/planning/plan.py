@@ -16,6 +16,8 @@ from collections.abc import Container, Iterable, Iterator
 from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
+from pydantic import Field, model_validator
+
 from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import ControlKind, LegId
@@ -183,12 +185,22 @@ class Plan(Document):
 
     recipe: Recipe
     facts: ModelFacts
-    block_tokens: int
-    legs: list[Leg]
+    block_tokens: int = Field(gt=0)
+    legs: list[Leg] = Field(min_length=1)
     externals: dict[str, External] = {}
     """Parents outside this plan, by the name that the recipe gives them."""
     probe: int | None
     """Layer at which outlier norms are looked for, whichever sites are open; None if they are kept."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Plan":
+        ids = [leg.id for leg in self.legs]
+        if len(set(ids)) < len(ids):
+            raise ValueError("two legs have the same id")
+        for leg in self.legs:
+            if leg.hop and leg.parent not in ids and leg.parent not in self.externals:
+                raise ValueError(f"leg {leg.id} has a parent {leg.parent}, of which nothing is known")
+        return self
 
     def leg(self, leg_id: str) -> Leg:
         """The leg with an id."""

@@ -11,7 +11,7 @@ from saerelay.data.cache import ActivationCache
 from saerelay.data.corpus import Corpus, prepare
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
-from saerelay.files import replace_directory
+from saerelay.files import remove_replaced, replace_directory
 from saerelay.lm.model import load_model
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
@@ -26,6 +26,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
     As many as `at_least` are taken if the corpus has them.
     """
     data = plan.recipe.data
+    remove_replaced(paths.tokens)
     if (paths.tokens / "corpus.json").is_file():
         corpus = Corpus.open(paths.tokens)
         if corpus.train.size * data.epochs >= plan.n_tokens:
