@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := src tests bench docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check check-js format docs bench-env clean
+.PHONY: help demo test test-fast faults fuzz check check-js format docs bench-env clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -18,6 +18,12 @@ test: $(VENV)/.dev  ## every test
 
 test-fast: $(VENV)/.dev  ## the tests of a minute: what to run after each change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto src tests -m "not slow and not browser and not claims and not interpreter"
+
+faults: $(VENV)/.dev  ## kill every command at every call, fail every call, look for a way on (an hour or two; MINUTES=10 for less)
+	$(BIN)/python -W ignore tests/faults/run.py --jobs 2 --minutes $(or $(MINUTES),0)
+
+fuzz: $(VENV)/.dev  ## give commands thousands of damaged and hostile files (N=20000 for more)
+	$(BIN)/python -W ignore tests/faults/fuzz.py --n $(or $(N),5000)
 
 check: $(VENV)/.dev  ## formatting, lint, types, import order; a pre-commit hook runs the same
 	$(BIN)/ruff format --check $(CODE)

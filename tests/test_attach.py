@@ -425,7 +425,8 @@ class Wrapper(torch.nn.Module):
 def test_a_forward_may_enter_by_any_module(llama: Any) -> None:
     """The model, its base model, a wrapper; and OPT, which does not call its base model."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("opt", **SMALL, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+    config = AutoConfig.for_model("opt", **SMALL, hidden_size=32, ffn_dim=48, num_hidden_layers=3,
+                                  num_attention_heads=4,
                                   word_embed_proj_dim=32)  # fmt: skip
     opt = AutoModelForCausalLM.from_config(config).eval()
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
@@ -455,7 +456,8 @@ def test_a_recurrent_state_continues_what_was_recorded(family: str) -> None:
             keys |= {"attention_hidden_size": 32}
         case "bamba":
             keys |= {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_head": 8,
-                     "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8, "attn_layer_indices": [1]}  # fmt: skip
+                     "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8,
+                     "attn_layer_indices": [1]}  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys)).eval()
     prompt = torch.tensor([[5, 6, 7]])
     with sr.attach(model, {Site(1): random_sae()}, leave_alone=()) as attached:

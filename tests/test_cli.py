@@ -456,14 +456,11 @@ def test_killed_from_outside_and_resumed_gives_the_same_bits(place: Path, tmp_pa
 
 @pytest.mark.slow
 def test_resume_without_state_starts_over(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    (tmp_path / "new/state").mkdir(parents=True)
-    code, _, stderr = call(
-        "train", place / "run.toml", "--out", tmp_path / "new", capsys=capsys, monkeypatch=monkeypatch
-    )
-    assert code == 2 and "restart it with --resume" in stderr
-    arguments = ("train", place / "run.toml", "--out", tmp_path / "new", "--resume")
-    assert call(*arguments, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
-    assert torch.equal(sr.load(tmp_path / "new")["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
+    for name, option in (("new", []), ("resumed", ["--resume"])):
+        (tmp_path / name / "state").mkdir(parents=True)
+        arguments = ("train", place / "run.toml", "--out", tmp_path / name, *option)
+        assert call(*arguments, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+        assert torch.equal(sr.load(tmp_path / name)["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
 
 
 AUTO = 'preset = "auto"\nbudget = "60k tokens"\nsurvey_tokens = "4k"'

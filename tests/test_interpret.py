@@ -490,7 +490,9 @@ def test_failures_stalls_and_nonsense_are_lived_through(
 
 
 @pytest.mark.slow
-def test_what_stays_nonsense_is_failed_and_paid_once(study: Study, tmp_path: Path, hasty: list[float]) -> None:
+def test_what_stays_nonsense_is_failed_and_asked_again_by_the_next_run(
+    study: Study, tmp_path: Path, hasty: list[float]
+) -> None:
     truth = oracle(study)
 
     def answer(request: dict[str, Any]) -> str:
@@ -502,7 +504,7 @@ def test_what_stays_nonsense_is_failed_and_paid_once(study: Study, tmp_path: Pat
         assert failed > 0 and {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {1.0}
         assert len(server.bodies) == n_requests(study) + 2 * failed
         asked(study, server, tmp_path)
-        assert len(server.bodies) == n_requests(study) + 2 * failed
+        assert len(server.bodies) == n_requests(study) + 3 * failed, "once more, and nothing else"
 
 
 @pytest.mark.slow

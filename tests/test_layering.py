@@ -25,7 +25,7 @@ ARROWS = {
     "analysis": "data lm planning runs sae",
     "views": "planning runs",
     "workflows": "analysis data interop lm planning runs sae training views",
-    "cli": "analysis lm planning views workflows",
+    "cli": "analysis lm planning runs views workflows",
 }
 """Every arrow that there is. One that is not here fails, and so does one that is here and gone."""
 
@@ -33,14 +33,14 @@ ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
     "planning": "facts leg_spec recipe toml plan cost presets legs placing compile survey curves choose",
-    "lm": "source tokens graph probe readout ports inputs facts model attach",
+    "lm": "source tokens identity graph probe readout ports inputs facts model attach",
     "data": "sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state engine progress trackers run_state inherit train",
     "analysis": "progress metrics site_maps session summary evaluate matrix collecting features links lineage describe "
     "prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",
-    "workflows": "settle activations watching pilots survey launch timing hop model_card share report judge interpret "
+    "workflows": "placeless settle activations watching pilots survey launch timing hop model_card share report judge interpret "
     "demo",
     "cli": "options training measuring judging sharing",
 }

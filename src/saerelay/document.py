@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from saerelay.errors import RunDirectoryError, SaeRelayError
-from saerelay.files import finite, read_json, write_json
+from saerelay.files import finite, read_json, reason, write_json
 from saerelay.spec import Spec
 
 Measured = Annotated[float | None, BeforeValidator(finite)]
@@ -101,8 +101,10 @@ class Document(Record):
     def _read(cls, path: Path) -> dict[str, Any]:
         try:
             data = read_json(path)
-        except RunDirectoryError as error:
-            raise cls.ERROR(f"{error}; {cls._remedy()}") from None
+        except OSError as error:  # the file may be whole: nothing is said of deleting it
+            raise cls.ERROR(reason(error)) from None
+        except ValueError as error:
+            raise cls.ERROR(f"{path}: damaged ({error}); {cls._remedy()}") from None
         if not isinstance(data, dict):
             raise cls.ERROR(f"{path}: damaged (not a JSON object); {cls._remedy()}")
         return data

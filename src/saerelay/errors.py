@@ -16,6 +16,27 @@
 A message says what is wrong, where, what was expected, what was found, and what to do about it.
 """
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Text with everything that a terminal would obey, or not show, as something to see; line ends and tabs stay.
+
+    Names and messages come from files that others wrote.
+
+    >>> print(printable("a\\x1b[2Jb\\u202e"))
+    a\\x1b[2Jb\\u202e
+    """
+    return "".join(_printable_character(character) for character in text)
+
+
+def _printable_character(character: str) -> str:
+    category = unicodedata.category(character)
+    obeyed = category[0] == "C" or category in ("Zl", "Zp")
+    if not obeyed or character in "\n\t":
+        return character
+    return character.encode("unicode_escape").decode()
+
 
 class SaeRelayError(Exception):
     """Base of all errors a user can cause."""

@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -24,6 +25,7 @@ from pydantic import (
 )
 
 from saerelay.errors import RecipeError
+from saerelay.files import is_deep, read_json, read_text
 
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
@@ -62,7 +64,10 @@ def format_count(n: int) -> str:
     return str(n)
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+MAX_COUNT = 10**15
+"""Far above any count that makes sense, and far below where arithmetic with floats and 64 bits goes wrong."""
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(le=MAX_COUNT)]
 """A number of tokens (or of anything), possibly written "50M"."""
 
 Auto = Literal["auto"]
@@ -99,7 +104,13 @@ class Spec(BaseModel):
     (73, {'title': 'sunflowers', 'width': 73, 'height': 1})
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
     inline: ClassVar[tuple[str, ...]] = ()
     """Names of the parts whose keys are written beside the others; such a part may be optional."""
 
@@ -175,6 +186,8 @@ class Spec(BaseModel):
     @classmethod
     def parse(cls, data: dict[str, Any], *, source: str = "recipe") -> Self:
         """Validate nested data; RecipeError names the key in `source` and what would be right."""
+        if is_deep(data):
+            raise RecipeError(f"{source}: lists or tables are nested too deeply")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -184,13 +197,15 @@ class Spec(BaseModel):
     def from_toml(cls, path: str | Path) -> Self:
         """Read a spec from a TOML file; RecipeError if it is missing, damaged or invalid."""
         try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            data = tomllib.loads(read_text(Path(path)))
         except FileNotFoundError:
             raise RecipeError(f"{path}: no such file. Write one with `saerelay init > {path}`.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read ({error}).") from None
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path}: not valid TOML: {error}.{_windows_hint(path)}") from None
+        except RecursionError:
+            raise RecipeError(f"{path}: lists or tables are nested too deeply.") from None
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: cannot be read ({error}).") from None
         _check_strings(data, str(path))
         return cls.parse(data, source=str(path))
 
@@ -198,9 +213,10 @@ class Spec(BaseModel):
     def from_json(cls, path: Path) -> Self:
         """Read a spec from a JSON file; RecipeError if it is missing, damaged or invalid."""
         try:
-            return cls.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
+            data = read_json(path)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: cannot be read ({error}).") from None
+        return cls.parse(data, source=str(path))
 
     def to_json(self) -> str:
         """The spec as indented JSON."""
@@ -248,9 +264,13 @@ def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
         where = f"{key}: " if key else ""
         # A missing key has no value, and the value of a section is too long to be shown.
         shows_value = item["type"] != "missing" and not isinstance(item["input"], dict)
-        found = f" (found {item['input']!r})" if shows_value else ""
+        found = f" (found {_shortened(repr(item['input']))})" if shows_value else ""
         problems[key] = f"{where}{message}{found}"
     return "\n".join(f"{source}: {problem}" for problem in problems.values())
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:

@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 from saerelay.errors import DataError, RecipeError
+from saerelay.files import parse_json, read_text
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
 
@@ -99,7 +100,7 @@ def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
     not such an object, a prompt is empty or too long, or an answer is not one token.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     reader = _PromptReader(plan)
@@ -122,7 +123,7 @@ class _PromptReader:
     def read(self, line: str, source: str) -> Prompt:
         """The prompt of one line."""
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             right = row["correct"] if "correct" in row else row["right"]
             parts = {"prompt": row["prompt"], "right": right, "wrong": row["wrong"]}
         except (ValueError, KeyError, TypeError):

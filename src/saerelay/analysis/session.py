@@ -13,6 +13,7 @@ from saerelay.analysis.progress import ProgressDisplay
 from saerelay.analysis.site_maps import SiteMaps
 from saerelay.data.corpus import Corpus
 from saerelay.errors import ModelError, RunDirectoryError
+from saerelay.lm.identity import check_same_model
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer, token_text
 from saerelay.planning.plan import Plan
@@ -45,8 +46,9 @@ class Session:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The language model that the suite was trained on."""
+        """The language model that the suite was trained on; ModelError if another has taken its place."""
         with self.display.status("loading the language model"):
+            check_same_model(self.plan.recipe.model, self.suite.directory.model_digest)
             return load_model(self.plan)
 
     @cached_property

@@ -5,13 +5,15 @@ One module per group of commands; `options` holds what they share. Heavy imports
 """
 
 import sys
-from typing import Annotated
+from io import TextIOWrapper
+from typing import Annotated, NoReturn
 
 import typer
 
 from saerelay import __version__
 from saerelay.cli import judging, measuring, sharing, training
-from saerelay.errors import Interrupted, SaeRelayError
+from saerelay.errors import Interrupted, SaeRelayError, printable
+from saerelay.files import reason
 
 HELP = "Sparse autoencoders for every layer of a language model: train one, relay it to the others."
 EPILOG = (
@@ -40,11 +42,11 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Entry point: user errors are one message and an exit code, never a traceback."""
+    _show_anything()
     try:
         app()
     except SaeRelayError as error:
-        print(f"saerelay: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _leave(str(error), error.exit_code)
     except Interrupted as command:
         print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
         sys.exit(130)
@@ -54,3 +56,28 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        _leave(f"{reason(error)}. What was written so far is whole", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        detail = " ".join(str(error).split())[:200] or "MemoryError"
+        _leave(f"not enough memory ({detail}); free some, or ask for fewer latents, layers or tokens", 2)
+
+
+def _show_anything() -> None:
+    """Let a name that the terminal has no characters for be no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was lacking; for the machine's own, torch has no error but RuntimeError."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(f"saerelay: {printable(message)}", file=sys.stderr)
+    sys.exit(code)

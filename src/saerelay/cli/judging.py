@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from saerelay.cli.options import Json, RunDir, number_list, print_all, print_json, progress
+from saerelay.cli.options import Json, RunDir, number_list, one_at_a_time, print_all, print_json, progress, say
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to the program."""
     for command in (judge, score):
-        app.command(rich_help_panel="Judge")(command)
+        app.command(rich_help_panel="Judge")(one_at_a_time(command))
 
 
 def judge(
@@ -48,10 +48,10 @@ def judge(
         print_json({"path": str(page), **key.to_data()})
         return
     for line in drawn_lines(key):
-        print(line)
+        say(line)
     key_file = suite.directory.judging / f"{key.page}.json"
-    print(f"\nGive judges {page}; it needs nothing else. Do not give them its key, {key_file}.")
-    print(f"To score what they export: saerelay score {run} FILE...")
+    say(f"\nGive judges {page}; it needs nothing else. Do not give them its key, {key_file}.")
+    say(f"To score what they export: saerelay score {run} FILE...")
 
 
 def score(

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from saerelay.cli.options import (
     HeldOutTokens,
     Json,
     Legs,
     RunDir,
+    SafeConsole,
     number_list,
+    one_at_a_time,
     output,
     print_all,
     print_json,
     print_summary,
     progress,
+    say,
     split_list,
 )
 
@@ -35,9 +37,9 @@ PromptFile = Annotated[
 def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to the program."""
     panel = "Measure"
-    app.command(name="eval", rich_help_panel=panel)(evaluate)
+    app.command(name="eval", rich_help_panel=panel)(one_at_a_time(evaluate))
     for command in (matrix, measures, circuits, show, interpret, report):
-        app.command(rich_help_panel=panel)(command)
+        app.command(rich_help_panel=panel)(one_at_a_time(command))
 
 
 def evaluate(
@@ -220,7 +222,7 @@ def interpret(
         if as_json:
             print_json(preview.to_data())
         else:
-            preview.show(Console(soft_wrap=True))
+            preview.show(SafeConsole(soft_wrap=True))
         return
     command = shlex.join(["saerelay", *sys.argv[1:]])
     summary = workflow.interpret_run(study, asked, budget, yes=yes, resume_command=command, console=progress())
@@ -247,6 +249,6 @@ def report(
 
     page = report_run(load(run), quick=quick, console=progress())
     n_bytes = sum(path.stat().st_size for path in page.parent.rglob("*") if path.is_file())
-    print(f"{page} ({n_bytes / 1e6:.1f} MB)")
+    say(f"{page} ({n_bytes / 1e6:.1f} MB)")
     if open_it:
         webbrowser.open(page.resolve().as_uri())

@@ -2,13 +2,16 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
 
+from saerelay.errors import printable
 from saerelay.spec import parse_count
 
 if TYPE_CHECKING:
@@ -79,6 +82,19 @@ def number_list(text: str, option: str, example: str) -> list[int]:
     return [int(item) for item in items]
 
 
+def one_at_a_time(command: Callable[..., None]) -> Callable[..., None]:
+    """A command on a run that waits while another one measures the same run."""
+
+    @wraps(command)
+    def alone(**options: Any) -> None:
+        from saerelay.runs.directory import one_at_a_time as waiting_for_others
+
+        with waiting_for_others(options["run"]):
+            command(**options)
+
+    return alone
+
+
 def site_of(layer: int | None, module: str) -> "Site | None":
     """The site that two options name, or None."""
     from saerelay.site import Site
@@ -86,14 +102,27 @@ def site_of(layer: int | None, module: str) -> "Site | None":
     return None if layer is None else Site.parse(f"L{layer}.{module}")
 
 
+class SafeConsole(Console):
+    """A console that shows what a terminal would obey: texts come from files that others wrote."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text, also in a table, goes through here."""
+        return super().render_str(printable(text), **options)
+
+
 def progress() -> Console:
     """Where progress is shown: on stderr, so that stdout holds results only."""
-    return Console(stderr=True)
+    return SafeConsole(stderr=True)
 
 
 def output() -> Console:
     """Where tables are printed; 120 columns wide if stdout is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return SafeConsole(width=None if sys.stdout.isatty() else 120)
+
+
+def say(text: str) -> None:
+    """Print a text, safe for a terminal."""
+    print(printable(text))
 
 
 def print_all(items: Iterable[RenderableType]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from saerelay.cli.options import AnySae, InputFormat, Licence, OneLegPerLayer, OutDir, Source, site_of, split_list
+from saerelay.cli.options import AnySae, InputFormat, Licence, OneLegPerLayer, OutDir, Source, say, site_of, split_list
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def import_sae(
 
     site = site_of(layer, module)
     dictionary, origin = import_dictionary(reference, out, format=format, model=model, site=site)
-    print(f"{out}: {describe(dictionary)}; reads {origin.site} of {origin.model or 'an unnamed model'}")
+    say(f"{out}: {describe(dictionary)}; reads {origin.site} of {origin.model or 'an unnamed model'}")
 
 
 def export(
@@ -42,7 +42,7 @@ def export(
     from saerelay.workflows.share import export_run
 
     for written in export_run(source, out, format, legs=split_list(leg), licence=licence):
-        print(f"{out / written.folder}: {written.description}")
+        say(f"{out / written.folder}: {written.description}")
 
 
 def push(
@@ -59,9 +59,9 @@ def push(
 
     legs = split_list(leg)
     if dry_run:
-        print(preview(source, repo, format, legs=legs, licence=licence))
+        say(preview(source, repo, format, legs=legs, licence=licence))
     else:
-        print(push_run(source, repo, format, legs=legs, licence=licence, private=private))
+        say(push_run(source, repo, format, legs=legs, licence=licence, private=private))
 
 
 def pull(
@@ -74,4 +74,4 @@ def pull(
     from saerelay.workflows.share import pull as download
 
     for path in download(reference, out):
-        print(path)
+        say(str(path))

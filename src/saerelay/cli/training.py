@@ -4,17 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from saerelay.cli.options import (
     InputFormat,
     Json,
     OutRun,
     RecipePath,
+    SafeConsole,
     print_all,
     print_json,
     print_summary,
     progress,
+    say,
     site_of,
 )
 
@@ -64,7 +65,7 @@ def plan(
     if as_json:
         print_json({"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds})
         return
-    console = Console()
+    console = SafeConsole()
     for table in (plan_table(compiled), "", plan_facts(compiled, cost, seconds)):
         console.print(table)
 
@@ -113,9 +114,11 @@ def train(
     """Train every SAE of a recipe."""
     from saerelay.planning.recipe import Recipe
     from saerelay.workflows.launch import train_run
+    from saerelay.workflows.settle import mend_recipe
 
+    mend_recipe(out)
     suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
-    print(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
+    say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
 
 
 def hop(
@@ -175,7 +178,7 @@ def hop(
         console=progress(),
         **given_keys,
     )
-    print(f"{', '.join(suite)} in {out}/legs. Measure its quality: saerelay eval {out}")
+    say(f"{', '.join(suite)} in {out}/legs. Measure its quality: saerelay eval {out}")
 
 
 def demo(
@@ -187,4 +190,4 @@ def demo(
     from saerelay.workflows.demo import run_demo
 
     print_summary(run_demo(out, progress()))
-    print(f"\nOpen {out}/report/index.html in a browser to see everything. The SAEs are in {out}/legs/.")
+    say(f"\nOpen {out}/report/index.html in a browser to see everything. The SAEs are in {out}/legs/.")

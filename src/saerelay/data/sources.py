@@ -6,7 +6,6 @@ seed; a streamed dataset keeps its own order.
 
 import codecs
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saerelay.errors import DataError
+from saerelay.files import parse_json
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import DatasetSpec, DataSpec, Recipe
 
@@ -232,7 +232,7 @@ def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
     if not line.strip():
         return ""
     try:
-        row = json.loads(_decoded(path, start, line))
+        row = parse_json(_decoded(path, start, line))
     except ValueError as error:
         raise _bad_line(path, start, f"not valid JSON ({error})") from None
     if not isinstance(row, dict):

@@ -1,6 +1,5 @@
 """Reading other tools' files: nothing is run, and errors name the file and the tensor."""
 
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -10,14 +9,19 @@ from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import numpy as np
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saerelay.errors import FormatError
+from saerelay.files import is_deep, read_json, reason
 
 T = TypeVar("T")
+
+MAX_UNPACKED_RATIO = 20
+"""Weights hardly shrink: an archive that unpacks to more times its size is taken for one made to fill memory."""
+ALWAYS_UNPACKED_BYTES = 2**26
+"""Archives that unpack to less are unpacked whatever their size."""
 
 
 # --- configurations ----------------------------------------------------------------------------
@@ -26,9 +30,11 @@ T = TypeVar("T")
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in a file; FormatError if there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read as JSON ({error})") from None
+    if is_deep(data):
+        raise FormatError(f"{path}: its lists and objects are nested deeper than those of any SAE")
     if not isinstance(data, dict):
         raise FormatError(f"{path}: holds a JSON {type(data).__name__}, expected an object")
     return data
@@ -102,10 +108,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
     A pickle can run code when it is read; one that asks for more than tensors and plain values is
     refused with a FormatError.
     """
+    _check_unpacked_size(path)
     with _reading(path):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
         raise FormatError(f"{path}: holds a {type(loaded).__name__}, expected tensors by name")
+    for name, tensor in _tensors_within(loaded):
+        _check_plain(path, name, tensor)
     return loaded
 
 
@@ -115,8 +124,66 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    _check_unpacked_size(path)
     with _reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raise FormatError for a zip archive that unpacks to far more than its size, or says that it does."""
+    with _reading(path):
+        if not zipfile.is_zipfile(path):
+            return
+        packed = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            claimed = max(sum(entry.file_size for entry in archive.infolist()), _sum_of_arrays(archive))
+    if claimed > max(ALWAYS_UNPACKED_BYTES, MAX_UNPACKED_RATIO * packed):
+        raise FormatError(
+            f"{path}: has {packed:,} bytes and says that it unpacks to {claimed:,}; no SAE's weights shrink that "
+            "much, so it is not unpacked"
+        )
+
+
+def _sum_of_arrays(archive: zipfile.ZipFile) -> int:
+    """Bytes of the arrays in an .npz file, by their headers; 0 for other archives."""
+    total = 0
+    for entry in archive.infolist():
+        if entry.filename.endswith(".npy"):
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            total += math.prod(shape) * dtype.itemsize
+    return total
+
+
+def _tensors_within(loaded: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dicts and lists within one another, each list and dict looked at once."""
+    waiting: list[tuple[str, Any]] = list(loaded.items())
+    seen: set[int] = set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield str(name), value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{key}", part) for key, part in parts]
+
+
+def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise FormatError unless a tensor's values are in the file, one by one: not sparse, quantised or repeated."""
+    if tensor.layout != torch.strided:
+        problem = f"is sparse ({tensor.layout})"
+    elif tensor.is_quantized:
+        problem = f"is quantised ({tensor.dtype})"
+    elif tensor.device.type != "cpu":
+        problem = f"has no values (it is on the device {tensor.device})"
+    elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        problem = f"repeats {tensor.untyped_storage().nbytes()} bytes to a shape of {tuple(tensor.shape)}"
+    else:
+        return
+    raise FormatError(f"{path}: tensor {name} {problem}; save it as an ordinary tensor")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -140,30 +207,23 @@ def _is_file_name(name: Any) -> bool:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn what goes wrong in reading a file into a FormatError that names it."""
-    damages = (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        EOFError,
-        AttributeError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        safetensors.SafetensorError,
-    )
+    if path.exists() and not path.is_file():
+        raise FormatError(f"{path}: is not a regular file")
     try:
         yield
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
+    except PermissionError as error:
+        raise FormatError(reason(error)) from None
     except UnpicklingError:  # whose text explains at length how to switch the protection off
         raise FormatError(
             f"{path}: damaged, or holds Python objects besides tensors, and reading those can run "
             "code; refused. Convert it where you trust it: save only its tensors, with "
             "safetensors.torch.save_file"
         ) from None
-    except damages as error:
-        reason = " ".join(str(error).split())
-        raise FormatError(f"{path}: cut off or damaged, cannot be read ({reason})") from None
+    except Exception as error:  # only libraries run in here, and damage makes them raise errors of every kind
+        why = " ".join(str(error).split())[:300]
+        raise FormatError(f"{path}: cut off or damaged, cannot be read ({why or type(error).__name__})") from None
 
 
 def take(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], **sizes: int | None) -> list[Tensor]:
@@ -186,7 +246,10 @@ def take(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], *
             raise FormatError(
                 f"{path}: tensor {name} ({', '.join(letters)}) is missing; the file has {present or 'no tensors'}"
             )
-        tensor = tensors[name].float()
+        if tensors[name].is_complex():
+            raise FormatError(f"{path}: tensor {name} is of type {tensors[name].dtype}, expected real numbers")
+        with _reading(path):  # there are types that hold two numbers in a byte
+            tensor = tensors[name].float()
         for letter, size in zip(letters, tensor.shape, strict=False):
             bound.setdefault(letter, size)  # the first tensor with a letter decides its size
         _check(path, name, tensor, letters, bound)

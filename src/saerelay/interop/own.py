@@ -11,7 +11,7 @@ from saerelay.site import Site
 NAME = "saerelay"
 
 _STATED = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
-_STATED |= {"schema", "architecture", "k", "d_model", "n_latents"}
+_STATED |= {"schema", "architecture", "k", "d_model", "n_latents", "digests"}
 """Keys of dictionary.json that `Origin` and `Dictionary` hold; all others are provenance."""
 
 

@@ -16,6 +16,9 @@ from saerelay.sae.spec import MethodOrAuto
 from saerelay.site import Site
 from saerelay.spec import format_count
 
+MAX_TOKENS = 10**11
+"""Most token positions that a plan may read: ten times what the largest published SAEs were trained on."""
+
 
 def compile_plan(
     recipe: Recipe,
@@ -69,8 +72,18 @@ def compile_plan(
         externals=externals or {},
         probe=finished.probe if finished else _probe_layer(recipe, legs),
     )
+    _check_length(plan)
     _check_widths(plan)
     return plan
+
+
+def _check_length(plan: Plan) -> None:
+    """Raise PlanError for a plan that nobody can mean: it would be read for years."""
+    if plan.n_tokens > MAX_TOKENS:
+        raise PlanError(
+            f"the plan reads {format_count(plan.n_tokens)} tokens, and the most is {format_count(MAX_TOKENS)}; "
+            "lower plan.root_tokens, plan.transfer_tokens, plan.moment_tokens or the tokens of the legs"
+        )
 
 
 def _check_layers(recipe: Recipe, facts: ModelFacts) -> list[int]:

@@ -87,13 +87,13 @@ def plan_cost(plan: Plan) -> Cost:
     lm_tokens = 0
     lm_flops = 0.0
     tokens_by_width = Counter[int]()  # of all open sites together
-    for start in range(0, plan.n_tokens, plan.block_tokens):
-        sites = plan.open_sites(start, start + plan.block_tokens)
+    for n_blocks, sites in plan.stretches():
         if sites:
             deepest = max(site.layer for site in sites)
-            lm_tokens += plan.block_tokens
-            lm_flops += plan.block_tokens * forward_flops(facts, deepest + 1, recipe.data.context)
-            tokens_by_width[sum(facts.width(site) for site in sites)] += plan.block_tokens
+            n_tokens = n_blocks * plan.block_tokens
+            lm_tokens += n_tokens
+            lm_flops += n_tokens * forward_flops(facts, deepest + 1, recipe.data.context)
+            tokens_by_width[sum(facts.width(site) for site in sites)] += n_tokens
 
     flops = lm_flops
     dense = lm_flops

@@ -12,8 +12,11 @@ parent reaches the age it forks at, so that both share the language model's forw
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
+from itertools import pairwise
 from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
 
 from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
@@ -183,12 +186,22 @@ class Plan(Document):
 
     recipe: Recipe
     facts: ModelFacts
-    block_tokens: int
-    legs: list[Leg]
+    block_tokens: int = Field(gt=0)
+    legs: list[Leg] = Field(min_length=1)
     externals: dict[str, External] = {}
     """Parents outside this plan, by the name that the recipe gives them."""
     probe: int | None
     """Layer at which outlier norms are looked for, whichever sites are open; None if they are kept."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Plan":
+        ids = [leg.id for leg in self.legs]
+        if len(set(ids)) < len(ids):
+            raise ValueError("two legs have the same id")
+        for leg in self.legs:
+            if leg.hop and leg.parent not in ids and leg.parent not in self.externals:
+                raise ValueError(f"leg {leg.id} has a parent {leg.parent}, of which nothing is known")
+        return self
 
     def leg(self, leg_id: str) -> Leg:
         """The leg with an id."""
@@ -224,6 +237,19 @@ class Plan(Document):
             if leg.moment_tokens and leg.start < stop and start < leg.fold_at:
                 sites.add(self.parent_site(leg))
         return self.with_probe(sites) if sites else []
+
+    def stretches(self) -> Iterator[tuple[int, list[Site]]]:
+        """The axis from its start to its end, by stretches with the same sites open: the number of blocks, the sites.
+
+        There are a few per leg, however long the axis is.
+        """
+        block = self.block_tokens
+        borders = {0, self.n_tokens // block}
+        for leg in self.legs:
+            for position in (leg.start, leg.fold_at, leg.end):
+                borders |= {position // block, math.ceil(position / block)}
+        for first, last in pairwise(sorted(borders)):
+            yield last - first, self.open_sites(first * block, (first + 1) * block)
 
     def with_probe(self, sites: Iterable[Site]) -> list[Site]:
         """Sites in order, and the one where outlier norms are looked for."""

@@ -21,7 +21,7 @@ def annotated_toml(recipe: Recipe) -> str:
             lines.append(f"{assignment:<34}# {description}")
         lines.append("")
     for leg in recipe.plan.legs:
-        given = leg.model_dump(exclude_unset=True, exclude_none=True)
+        given = leg.model_dump(exclude_defaults=True, exclude_none=True)  # the same after plan.json was read
         lines.append("[[plan.legs]]")
         lines += [f"{key} = {_toml_value(value)}" for key, value in given.items()]
         lines.append("")
@@ -33,4 +33,4 @@ def _toml_value(value: Any) -> str:
         return f"{value:_}"
     if isinstance(value, tuple):
         value = list(value)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML wants escaped, too

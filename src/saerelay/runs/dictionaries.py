@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saerelay.errors import RunDirectoryError
 from saerelay.runs.documents.training import DictionaryInfo
-from saerelay.runs.tensors import damage_named, read_tensors, write_tensors
+from saerelay.runs.tensors import changed_tensor, damage_named, digests, read_shapes, read_tensors, write_tensors
 from saerelay.sae.architectures import architecture_named
 from saerelay.sae.dictionary import Dictionary
 
@@ -25,6 +27,7 @@ def publish(directory: Path, dictionary: Dictionary, info: Mapping[str, Any]) ->
         "k": dictionary.k,
         "d_model": dictionary.d_model,
         "n_latents": dictionary.n_latents,
+        "digests": digests(tensors),
     }
     document = DictionaryInfo.from_data({**info, **shape}, source=str(directory))
     document.save(directory / "dictionary.json")
@@ -38,11 +41,18 @@ def read_dictionary(directory: Path) -> tuple[Dictionary, DictionaryInfo]:
         )
     info = read_info(directory)
     path = directory / "dictionary.safetensors"
+    _check_header(info, path)
     tensors = read_tensors(path, _REMEDY)
+    changed = changed_tensor(tensors, info.digests) if info.digests else ""
+    if changed:
+        raise RunDirectoryError(
+            f"{path}: damaged (tensor {changed} is not the one that dictionary.json was written for); {_REMEDY}"
+        )
     with damage_named(path, _REMEDY):
-        architecture_named(info.architecture)
+        for name, tensor in tensors.items():
+            if not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # NaN anywhere gives NaN
+                raise ValueError(f"{name} has values that are not finite")
         dictionary = Dictionary(architecture=info.architecture, k=info.k, **tensors)  # type: ignore[arg-type]
-    _check_shapes(dictionary, info, path)
     return dictionary, info
 
 
@@ -51,11 +61,26 @@ def read_info(directory: Path) -> DictionaryInfo:
     return DictionaryInfo.load(directory / "dictionary.json")
 
 
-def _check_shapes(dictionary: Dictionary, info: DictionaryInfo, path: Path) -> None:
+def _check_header(info: DictionaryInfo, path: Path) -> None:
+    """Refuse what is no dictionary of ours before any tensor is read: kind, k, names, dtypes, shapes."""
     F = info.n_latents
     D = info.d_model
+    with damage_named(path.parent / "dictionary.json", _REMEDY):
+        kind = architecture_named(info.architecture)
+    if kind.l0_key == "k" and info.k is None or info.k is not None and not 1 <= info.k <= F:
+        raise RunDirectoryError(f"{path.parent}: k is {info.k}, expected a whole number from 1 to {F}")
     expected = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
-    for name, tensor in dictionary.tensors().items():
-        shape = tuple(tensor.shape)
+    found = read_shapes(path, _REMEDY)
+    unknown = sorted(found.keys() - expected.keys())
+    if unknown:
+        raise RunDirectoryError(f"{path}: has a tensor {unknown[0]}, which no dictionary has; {_REMEDY}")
+    optional = set() if kind.has_threshold else {"threshold"}
+    missing = sorted(expected.keys() - found.keys() - optional)
+    if missing:
+        raise RunDirectoryError(f"{path}: damaged (tensor {missing[0]} is missing); {_REMEDY}")
+    for name in (name for name in expected if name in found):
+        dtype, shape = found[name]
         if shape != expected[name]:
             raise RunDirectoryError(f"{path}: {name} has shape {shape}, expected {expected[name]}")
+        if dtype != "F32":
+            raise RunDirectoryError(f"{path}: {name} is of type {dtype}, expected F32; {_REMEDY}")

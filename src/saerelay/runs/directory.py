@@ -6,13 +6,15 @@ See docs/run-directory.md. safetensors, JSON and TOML only; everything is writte
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import filelock
 
 from saerelay.errors import RunDirectoryError
+from saerelay.files import reason
 from saerelay.planning.plan import Leg, Plan
 
 
@@ -56,6 +58,16 @@ class RunDirectory:
     def state(self) -> Path:
         """Resume state, the lock, and counters."""
         return self.root / "state"
+
+    @property
+    def model_digest(self) -> Path:
+        """By which another language model in the place of the run's own is noticed."""
+        return self.state / "model.json"
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run, to be pasted into a shell."""
+        return f"saerelay train {quote(str(self.recipe))} --out {quote(str(self.root))} --resume"
 
     def leg(self, leg_id: str) -> Path:
         """A published leg."""
@@ -124,21 +136,34 @@ class RunDirectory:
 @contextmanager
 def sole_writer(root: Path) -> Iterator[None]:
     """Hold the run's lock: a second process on the same run is refused."""
-    try:
-        (root / "state").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"{root}: cannot be created ({error.strerror}); choose another --out") from None
     lock = filelock.FileLock(root / "state" / "lock")
     try:
+        (root / "state").mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise RunDirectoryError(
             f"{root}: another process is training this run; wait for it or stop it, or choose another --out"
         ) from None
+    except OSError as error:
+        raise RunDirectoryError(f"{root}: cannot be written to ({reason(error)}), or choose another --out") from None
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def one_at_a_time(root: Path) -> Iterator[None]:
+    """Let commands that measure a run wait for one another: each writes files that others read.
+
+    A run that can only be read is measured without waiting.
+    """
+    lock = filelock.FileLock(root / "state" / "measuring.lock")
+    with ExitStack() as held:
+        if (root / "state").is_dir():
+            with suppress(OSError):
+                held.enter_context(lock)
+        yield
 
 
 def read_plan(directory: Path) -> Plan:

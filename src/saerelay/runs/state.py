@@ -1,14 +1,18 @@
-"""The resume state of a run, and the training log that is cut back to it."""
+"""The resume state of a run, which carries digests of all that is in it, and the training log that goes with it."""
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
 
-from saerelay.files import finite, write_text
-from saerelay.runs.tensors import read_facts, read_tensors, write_tensors
+from saerelay.errors import RunDirectoryError
+from saerelay.files import finite
+from saerelay.runs.documents.training import ResumeFacts
+from saerelay.runs.tensors import changed_tensor, damage_named, digests, read_metadata, read_tensors, write_tensors
 
 STATE_FILE = "state.safetensors"
 _REMEDY = "delete it to start the run over"
@@ -16,15 +20,21 @@ _REMEDY = "delete it to start the run over"
 
 def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write the whole resume state as one file, so that it is there whole or not at all."""
-    write_tensors(directory / STATE_FILE, tensors, {"facts": json.dumps(dict(facts))})
+    text = json.dumps({**facts, "digests": digests(tensors)})
+    write_tensors(directory / STATE_FILE, tensors, {"facts": text, "digest": _digest(text)})
 
 
 def state_facts(directory: Path) -> dict[str, Any] | None:
-    """What the last saved state says about itself, without its tensors; None if there is no state."""
+    """What the last saved state says about itself (`ResumeFacts`), without its tensors; None if there is no state."""
     path = directory / STATE_FILE
     if not path.is_file():
         return None
-    return read_facts(path, _REMEDY)
+    metadata = read_metadata(path, _REMEDY)
+    text = metadata.get("facts", "")
+    with damage_named(path, _REMEDY):
+        if metadata.get("digest") != _digest(text):
+            raise ValueError("its facts are not those that were saved, or an older version saved them")
+        return ResumeFacts.model_validate_json(text).model_dump()
 
 
 def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -32,7 +42,16 @@ def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     facts = state_facts(directory)
     if facts is None:
         return None
-    return read_tensors(directory / STATE_FILE, _REMEDY), facts
+    path = directory / STATE_FILE
+    tensors = read_tensors(path, _REMEDY)
+    changed = changed_tensor(tensors, facts["digests"])
+    if changed:
+        raise RunDirectoryError(f"{path}: damaged (tensor {changed} is not the one that was saved); {_REMEDY}")
+    return tensors, facts
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,19 +72,10 @@ def append_metrics(log: IO[str], cursor: int, leg_id: str, values: Mapping[str, 
     log.flush()
 
 
-def truncate_metrics(path: Path, cursor: int) -> None:
-    """Drop the lines of the training log that lie after `cursor`, and a half-written last one."""
-    if not path.is_file():
-        return
-    kept_lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["cursor"] > cursor:
-                break
-        except (ValueError, KeyError):
-            break
-        kept_lines.append(line + "\n")
-    write_text(path, "".join(kept_lines))
+def truncate_metrics(path: Path, n_bytes: int) -> None:
+    """Cut the training log back to the length that it had when the state was saved."""
+    if path.is_file() and path.stat().st_size > n_bytes:
+        os.truncate(path, n_bytes)
 
 
 def last_ages(path: Path) -> dict[str, int]:

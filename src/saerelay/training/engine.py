@@ -234,6 +234,16 @@ class Trainee:
 
     # --- what the log shows ---------------------------------------------------------------------------------------
 
+    def unreported(self) -> dict[str, Tensor]:
+        """What the next `look` will average over, to be saved."""
+        numbers = torch.stack(self._sums.numbers) if self._sums.numbers else torch.empty(0, 4)
+        return {"numbers": numbers, "n_rows": torch.tensor(self._sums.n_rows)}
+
+    def take_up(self, unreported: Mapping[str, Tensor]) -> None:
+        """Undo `unreported`."""
+        device = self.state.n_steps.device
+        self._sums = _Sums(list(unreported["numbers"].to(device)), int(unreported["n_rows"]))
+
     def look(self) -> Progress | None:
         """Averages since the last look, or None if no gradient step was taken."""
         sums = self._sums

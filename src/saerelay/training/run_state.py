@@ -1,5 +1,6 @@
 """Everything that changes while a plan runs, and how it is saved and taken up again."""
 
+import hashlib
 import signal
 import threading
 import time
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from saerelay.data.stream import Block
-from saerelay.planning.plan import Plan
+from saerelay.errors import RunDirectoryError
+from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import HopFacts
 from saerelay.runs.state import load_state, prefixed, save_state, under
@@ -46,6 +48,8 @@ class Training:
     seconds: dict[str, float] = field(default_factory=_no_seconds)
     positions: dict[str, int] = field(default_factory=_no_positions)
     """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
+    log_bytes: int = 0
+    """Length of the training log when the state was saved."""
     held_out: dict[Site, Tensor] = field(default_factory=dict)
     """Validation activations of all sites, if legs have goals."""
 
@@ -65,10 +69,11 @@ class Training:
         self.positions["left_out"] += int((~block.keep).sum())
 
     def save(self, paths: RunDirectory) -> None:
-        """Write the resume state."""
+        """Write the resume state; what was written to the training log must be on file."""
         tensors: dict[str, Tensor] = {}
         for leg_id, trainee in self.cohort.trainees.items():
             tensors.update(prefixed(f"leg/{leg_id}", trainee.state.tensors()))
+            tensors.update(prefixed(f"log/{leg_id}", trainee.unreported()))
         for leg_id, moments in self.moments.items():
             tensors.update(prefixed(f"moments/{leg_id}", moments.state()))
         facts = {
@@ -80,17 +85,24 @@ class Training:
             "live": list(self.cohort.trainees),
             "moments": list(self.moments),
             "machine": machine(),
+            "log_bytes": paths.metrics.stat().st_size,
+            "legs": {leg.id: leg_digest(leg) for leg in self.plan.legs},
         }
         save_state(paths.state, tensors, facts)
 
     @classmethod
     def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device) -> "Training":
-        """Take up the saved state, or start at zero where there is none."""
+        """Take up the saved state, or start at zero where there is none.
+
+        Raises RunDirectoryError if it is damaged, or if it is the state of another plan.
+        """
         training = cls(plan, Cohort(plan.recipe.train.batch_tokens))
         saved = load_state(paths.state)
         if saved is None:
             return training
         tensors, facts = saved
+        check_plan(plan, facts["legs"], paths)
+        training.log_bytes = facts["log_bytes"]
         training.cursor = facts["cursor"]
         training.failures = facts["failures"]
         training.hops = {leg_id: HopFacts.model_validate(hop) for leg_id, hop in facts["hops"].items()}
@@ -99,10 +111,28 @@ class Training:
         for leg_id in facts["live"]:
             own = {name: tensor.to(device) for name, tensor in under(f"leg/{leg_id}", tensors).items()}
             leg = plan.leg(leg_id)
-            training.cohort.add(Trainee(leg, plan.recipe.train, TraineeState.restore(leg, own)))
+            trainee = Trainee(leg, plan.recipe.train, TraineeState.restore(leg, own))
+            trainee.take_up(under(f"log/{leg_id}", tensors))
+            training.cohort.add(trainee)
         for leg_id in facts["moments"]:
             training.moments[leg_id] = Moments.restore(under(f"moments/{leg_id}", tensors))
         return training
+
+
+def check_plan(plan: Plan, expected: dict[str, str], paths: RunDirectory) -> None:
+    """Raise RunDirectoryError unless a plan has the legs that the state was saved with; it may have more."""
+    digests = {leg.id: leg_digest(leg) for leg in plan.legs}
+    changed = sorted(leg_id for leg_id in expected if digests.get(leg_id) != expected[leg_id])
+    if changed:
+        raise RunDirectoryError(
+            f"{paths.plan}: leg {changed[0]} is not the one that {paths.state} was saved with; one of the two files "
+            f"is damaged or of another run. Restore it, or delete {paths.state} to start the run over"
+        )
+
+
+def leg_digest(leg: Leg) -> str:
+    """A digest of all that a leg's training follows from."""
+    return hashlib.blake2b(leg.model_dump_json().encode(), digest_size=8).hexdigest()
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,6 @@ two batches, and a run that was killed continues from there to the same bits.
 
 import threading
 import time
-from shlex import quote
 from typing import IO
 
 import torch
@@ -50,13 +49,15 @@ def train_plan(
     Raises Interrupted after a signal (state saved) and LegFailed at the end if a leg had to stop.
     """
     now = Training.restore(plan, paths, device)
-    truncate_metrics(paths.metrics, now.cursor)
+    truncate_metrics(paths.metrics, now.log_bytes)
     last_saved = now.cursor
     began = time.perf_counter() - now.seconds["total"]
     if validation and now.cursor < plan.n_tokens:
         now.held_out, n_read = hold_out(plan, validation)
-        now.positions["held_out"] += n_read
+        now.positions["held_out"] = n_read
     with stop_requests() as stop, paths.metrics.open("a", encoding="utf-8") as log:
+        if now.cursor % plan.block_tokens == 0:  # the state was saved just before its block was reported
+            report(now, now.cohort.live, log, watcher)
         while now.cursor < plan.n_tokens:
             number, offset = divmod(now.cursor, plan.block_tokens)
             end_of_block = (number + 1) * plan.block_tokens
@@ -92,12 +93,13 @@ def train_plan(
     now.save(paths)
     RunCost(seconds=PhaseSeconds(**now.seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
     complain_of_failures(now, paths)
+    complain_of_missing(plan, paths)
 
 
 def stop_if_asked(stop: threading.Event, paths: RunDirectory) -> None:
     """Raise Interrupted, with the command that continues, after Ctrl-C or SIGTERM."""
     if stop.is_set():
-        raise Interrupted(f"saerelay train {quote(str(paths.recipe))} --out {quote(str(paths.root))} --resume")
+        raise Interrupted(paths.resume_command)
 
 
 def complain_of_failures(now: Training, paths: RunDirectory) -> None:
@@ -106,6 +108,16 @@ def complain_of_failures(now: Training, paths: RunDirectory) -> None:
         lines = [f"leg {leg_id} stopped: {reason}" for leg_id, reason in now.failures.items()]
         lines.append(f"its last good state is in {paths.root}/legs/ID/snapshots; all other legs are done")
         raise LegFailed("\n".join(lines))
+
+
+def complain_of_missing(plan: Plan, paths: RunDirectory) -> None:
+    """Raise LegFailed if a leg is not published though the run has ended."""
+    missing = [leg.id for leg in plan.legs if not (paths.leg(leg.id) / "dictionary.json").is_file()]
+    if missing:
+        raise LegFailed(
+            f"{paths.root} has ended, but these legs are not published: {', '.join(missing)}; their files were removed "
+            f"after they were trained. Put them back, or delete {paths.state} and resume to train all legs again"
+        )
 
 
 def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) -> None:

@@ -11,6 +11,7 @@ from saerelay.data.cache import ActivationCache
 from saerelay.data.corpus import Corpus, prepare
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
+from saerelay.files import remove_replaced, replace_directory
 from saerelay.lm.model import load_model
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
@@ -25,6 +26,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
     As many as `at_least` are taken if the corpus has them.
     """
     data = plan.recipe.data
+    remove_replaced(paths.tokens)
     if (paths.tokens / "corpus.json").is_file():
         corpus = Corpus.open(paths.tokens)
         if corpus.train.size * data.epochs >= plan.n_tokens:
@@ -53,8 +55,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
     except DataError:
         shutil.rmtree(fresh)
         raise
-    shutil.rmtree(paths.tokens, ignore_errors=True)
-    fresh.replace(paths.tokens)
+    replace_directory(fresh, paths.tokens)
     corpus = Corpus.open(paths.tokens)
     for line in corpus.facts.notes() if console else []:
         console.print(f"note: {line}", markup=False)

@@ -45,7 +45,12 @@ def run_demo(out: Path, console: Console | None) -> Summary:
 
 def clear_demo(out: Path) -> None:
     """Remove an earlier demo, but for its lock."""
-    if not (out / MARK).is_file():
+    if not out.is_dir():
+        raise RunDirectoryError(f"{out} is a file; choose another --out")
+    entries = {entry.name for entry in out.iterdir()}
+    if not entries - {f".{MARK}.tmp"}:  # killed before it was marked
+        return
+    if MARK not in entries:
         raise RunDirectoryError(f"{out} holds something that is not a demo; move it away or choose another --out")
     with sole_writer(out):
         for entry in out.iterdir():

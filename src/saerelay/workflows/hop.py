@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from saerelay.analysis.metrics import batches
 from saerelay.analysis.suite import Suite
 from saerelay.data.stream import trained_on
-from saerelay.errors import FormatError, ModelError, TransferError
+from saerelay.errors import FormatError, ModelError, TransferError, printable
 from saerelay.interop import read_any, write_dictionary
 from saerelay.interop.names import public_name
 from saerelay.interop.origin import Origin
@@ -60,7 +61,8 @@ def hop_run(
     map is then fitted between the two on the same text. `leg_keys` are keys of a leg of a plan (tokens, method, refit,
     architecture, n_latents, k, lr, ...); what is not given is the recipe's. Onto its own site an SAE is copied,
     refitted if that explains tokens better that the refit has not seen, and with tokens = 0 and nothing else asked for
-    only measured. Raises FormatError for a source that cannot be read.
+    only measured. The same hop into the same directory goes on where it was interrupted. Raises FormatError for a
+    source that cannot be read.
     """
     paths = RunDirectory(Path(out))
     target = Site(layer, recipe.sites.module)
@@ -68,7 +70,8 @@ def hop_run(
     if not origin.site:
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
     if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
-        console.print(f"note: {source} was trained on {origin.model}; it is taken to read {recipe.model.name} as well")
+        note = f"note: {source} was trained on {origin.model}; it is taken to read {recipe.model.name} as well"
+        console.print(Text(printable(note)))
     leg = _asked_leg(source, origin.site, target, recipe, leg_keys)
     assert leg.hop
     if origin.site == target and not model:
@@ -80,7 +83,7 @@ def hop_run(
     parent = Path(source) if Path(source).exists() else source
     if model or format or site or isinstance(dictionary, LayerNormed):
         # What had to be read or changed in a way that was asked for is written down in canonical form first.
-        check_directory(paths, resume=False)
+        check_directory(paths, resume=True)
         parent = paths.root / "parent"
         if model:
             method = (leg.hop and leg.hop.method) or recipe.plan.hop.method
@@ -92,7 +95,8 @@ def hop_run(
             dictionary = scaled(dictionary, recipe, origin.site, console)
         write_dictionary(parent, dictionary, origin, "saerelay")
     name = str(parent) if "/" in str(parent) else f"./{parent}"
-    return train_run(with_leg(recipe, leg.changed(parent=name)), out, console=console)
+    # A hop that was killed goes on: another one in its directory would have another recipe.
+    return train_run(with_leg(recipe, leg.changed(parent=name)), out, resume=True, console=console)
 
 
 def _asked_leg(source: str | Path, site: Site, target: Site, recipe: Recipe, leg_keys: dict[str, Any]) -> LegSpec:
@@ -156,7 +160,8 @@ def carry_from_model(
     x_source: Tensor | None = None
     x_target: Tensor | None = None
     rows: list[Tensor] = []
-    with console.status(f"reading {name} and {recipe.model.name} side by side") if console else nullcontext():
+    reading = Text(printable(f"reading {name} and {recipe.model.name} side by side"))
+    with console.status(reading) if console else nullcontext():
         for tokens, keep, x_target in kept_rows(plan, target):
             if int(tokens.max()) >= other.facts.tokens.vocab_size:
                 raise ModelError(

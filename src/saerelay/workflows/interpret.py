@@ -131,4 +131,4 @@ def _asker(study: Study, endpoint: Endpoint, budget: Budget) -> Asker:
 
 
 def _asked(endpoint: Endpoint) -> AskedModel:
-    return AskedModel(model=endpoint.model, endpoint=endpoint.url, body=endpoint.body)
+    return AskedModel(model=endpoint.model, endpoint=endpoint.url, body=endpoint.described_body)

@@ -15,6 +15,7 @@ from saerelay.analysis.judging import Answers, Judgements, LegsByOrigin, drawn, 
 from saerelay.analysis.session import Session
 from saerelay.errors import RunDirectoryError
 from saerelay.files import write_text
+from saerelay.interop.names import public_name
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.judging import JudgingKey, Scores
 from saerelay.runs.features import load_features
@@ -55,7 +56,7 @@ def write_judging(session: Session, legs: LegsByOrigin, n: int, seed: int, out: 
     n_tokens = next(iter(features.values())).facts.n_tokens
     key = JudgingKey(page=name, model=model, seed=seed, n=n, n_tokens=n_tokens, items=items)
     key.save(paths.judging / f"{name}.json")
-    write_text(path, page_html(model, name, data))
+    write_text(path, page_html(public_name(model), name, data))
     return path, key
 
 

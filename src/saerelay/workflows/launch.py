@@ -9,8 +9,9 @@ from rich.console import Console
 
 from saerelay.analysis.evaluate import wants_ce
 from saerelay.analysis.suite import Suite, load
-from saerelay.errors import SaeRelayError
-from saerelay.files import write_text
+from saerelay.errors import RunDirectoryError, SaeRelayError
+from saerelay.files import reason, write_text
+from saerelay.lm.identity import check_same_model
 from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
@@ -38,8 +39,9 @@ def train_run(
     """Train everything a recipe asks for into a new directory; returns its suite.
 
     `resume` continues a run that was interrupted (and starts over where there is no state yet); `extend` adds legs, or
-    tokens to finished legs, to a run. Raises RunDirectoryError if `out` holds something else, DataError if the corpus
-    is too short, LegFailed if a leg had to stop, Interrupted after Ctrl-C.
+    tokens to finished legs, to a run, and continues an extension that was interrupted. Raises RunDirectoryError if
+    `out` holds something else or cannot be written to, DataError if the corpus is too short, LegFailed if a leg had to
+    stop, Interrupted after Ctrl-C.
     """
     paths = RunDirectory(Path(out))
     fresh = not paths.root.exists()
@@ -47,22 +49,27 @@ def train_run(
     with sole_writer(paths.root):
         with _nothing_left_on_error(paths.root, fresh):
             plan = _settled_plan(recipe, paths, extend=extend, console=console)
+            check_same_model(plan.recipe.model, paths.model_digest, begin=True)
             check_installed(plan)
             wants_ce(plan)
             check_disk(plan, paths)
             corpus = tokenise(plan, paths, console)
             stream = open_stream(plan, corpus.train)
+            if extend:
+                paths.cost.unlink(missing_ok=True)  # which says that the run has ended
             plan.save(paths.plan)
-            write_text(paths.recipe, annotated_toml(plan.recipe))
+            write_text(paths.recipe, annotated_toml(plan.recipe))  # see `mend_recipe`
         validation = None
         if any(leg.goal.predicted_fvu for leg in plan.legs):
             validation = open_validation(plan, stream, corpus)
-        with watching(plan, paths, console) as watcher:
-            try:
+        try:
+            with watching(plan, paths, console) as watcher:
                 train_plan(plan, paths, stream, watcher, stream.device, validation)
-            finally:
-                if console and stream.outlier_note():
-                    console.print(f"note: {stream.outlier_note()}", markup=False)
+        except OSError as error:
+            raise RunDirectoryError(f"{reason(error)}. This continues the run: {paths.resume_command}") from None
+        finally:
+            if console and stream.outlier_note():
+                console.print(f"note: {stream.outlier_note()}", markup=False)
     return load(paths.root)
 
 
@@ -84,7 +91,7 @@ def _nothing_left_on_error(root: Path, fresh: bool) -> Iterator[None]:
     """Remove a new run's directory if it could not even begin, unless a survey was made in it."""
     try:
         yield
-    except (SaeRelayError, KeyboardInterrupt):
+    except (SaeRelayError, OSError, MemoryError, KeyboardInterrupt):
         surveyed = (root / "survey").exists() or (root / "survey.json").exists()
         if fresh and not surveyed:
             shutil.rmtree(root, ignore_errors=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saerelay.files import leafwise
 from saerelay.interop.names import hub_id
 from saerelay.interop.origin import Origin
 from saerelay.planning.plan import Leg, Plan
@@ -15,6 +14,7 @@ from saerelay.planning.toml import annotated_toml
 from saerelay.runs.suite import method_of
 from saerelay.site import Site
 from saerelay.spec import format_count
+from saerelay.workflows.placeless import without_paths
 
 _LOADING = {
     "saelens": """
@@ -88,20 +88,6 @@ def model_card(
         _escaped(licence) if licence else "Whoever published these SAEs stated no licence.",
     ]
     return "\n\n".join(paragraphs) + "\n"
-
-
-def without_paths(data: Any) -> Any:
-    """JSON in which absolute paths are cut to their last part.
-
-    >>> without_paths({"text": ["/home/me/notes"], "parent": "runs/a/legs/L5"})
-    {'text': ['notes'], 'parent': 'runs/a/legs/L5'}
-    """
-
-    def cut(leaf: Any) -> Any:
-        is_absolute = isinstance(leaf, str) and re.match(r"[/~]|[A-Za-z]:\\", leaf)
-        return Path(leaf).name if is_absolute else leaf
-
-    return leafwise(cut, data)
 
 
 # --- sections ----------------------------------------------------------------------------------

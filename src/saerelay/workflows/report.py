@@ -1,5 +1,6 @@
 """`saerelay report`: measure what is missing or out of date, and write the page."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -9,11 +10,13 @@ from saerelay.analysis.lineage import make_lineage
 from saerelay.analysis.matrix import current_matrix, matrix, matrix_again
 from saerelay.analysis.measures import current_measures, measures, measures_again
 from saerelay.analysis.session import Session
+from saerelay.errors import RunDirectoryError
+from saerelay.files import read_text
 from saerelay.lm.model import LanguageModel
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.circuits import Circuits
-from saerelay.runs.documents.interpretation import Interpretation
+from saerelay.runs.documents.interpretation import AskedModel, Interpretation
 from saerelay.runs.documents.judging import Scores
 from saerelay.runs.documents.latents import LineageDocument
 from saerelay.runs.documents.quality import Summary
@@ -22,6 +25,7 @@ from saerelay.runs.features import load_features
 from saerelay.runs.suite import PublishedSuite
 from saerelay.views.report import check_replaceable, write_report
 from saerelay.views.report.sources import ReportSources
+from saerelay.workflows.placeless import placeless, placeless_plan, public_names
 
 MATRIX_TOKENS = 4_096
 """Held-out tokens of a matrix that is made for a report; `saerelay matrix` takes more."""
@@ -54,30 +58,46 @@ def report_run(
 def report_sources(
     session: Session, summary: Summary, known_matrix: Matrix | None, known_measures: Measures | None
 ) -> ReportSources:
-    """What a report shows of a run whose features and lineage are current."""
+    """What a report shows of a run whose features and lineage are current; it may be shown to anybody."""
     suite = session.suite
     paths = suite.directory
+    names = public_names(suite.plan)
+    lineage = LineageDocument.load(paths.lineage)
     return ReportSources(
         run=paths.root.resolve().name,
-        plan=suite.plan,
-        summary=summary,
-        lineage=LineageDocument.load(paths.lineage),
+        plan=placeless_plan(suite.plan),
+        summary=placeless(summary, names),
+        lineage=lineage.changed(model=names.get(lineage.model, lineage.model)),
         training=training_lines(paths.metrics),
         features=lambda leg_id: load_features(paths, leg_id),
         test=session.corpus.test,
         token_text=session.token_text,
-        matrix=known_matrix,
-        measures=known_measures,
-        circuits=circuits_of(paths),
-        interpretations=interpretations_of(suite),
+        matrix=placeless(known_matrix, names) if known_matrix else None,
+        measures=placeless(known_measures, names) if known_measures else None,
+        circuits=[placeless(document, names) for document in circuits_of(paths)],
+        interpretations=[for_others(document, names) for document in interpretations_of(suite)],
         judging=Scores.load_if_any(paths.judging / "scores.json"),
     )
 
 
+def for_others(document: Interpretation, names: Mapping[str, str]) -> Interpretation:
+    """An interpretation without the address that was asked, and what was sent along; its texts stay as they are."""
+    return document.changed(
+        model=names.get(document.model, document.model),
+        parent=names.get(document.parent or "", document.parent),
+        asked=AskedModel(model=document.asked.model, endpoint="", body={}),
+    )
+
+
 def training_lines(path: Path) -> list[TrainingLine]:
-    """The training log, line by line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [TrainingLine.model_validate_json(line) for line in lines]
+    """The training log, line by line; RunDirectoryError if it is damaged."""
+    try:
+        return [TrainingLine.model_validate_json(line) for line in read_text(path).splitlines()]
+    except ValueError as error:  # pydantic's errors are of this kind
+        first = str(error).splitlines()[0]
+        raise RunDirectoryError(
+            f"{path}: damaged ({first}); a report needs it whole: remove the damaged lines"
+        ) from None
 
 
 def circuits_of(paths: RunDirectory) -> list[Circuits]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.files import write_text
 from saerelay.interop import load_dictionary, own, write_dictionary
 from saerelay.interop.hub import local
 from saerelay.interop.names import site_named
@@ -21,6 +22,7 @@ from saerelay.planning.cost import plan_cost
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import External, Plan
 from saerelay.planning.recipe import Recipe
+from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.runs.state import state_facts
 from saerelay.sae.dictionary import Dictionary
@@ -34,9 +36,13 @@ LEFT_BY_A_FAILED_START = {
     "state",
     "tokens",
     "tokens.new",
+    ".tokens.old",
     ".tokens.new.partial",
+    "run.toml",
+    ".run.toml.tmp",
     ".plan.json.tmp",
     ".saerelay-demo",
+    "..saerelay-demo.tmp",
     "survey",
     "survey.json",
     ".survey.json.tmp",
@@ -169,16 +175,23 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
     if paths.plan.is_file():
         if not resume:
             raise RunDirectoryError(
-                f"{paths.root} already holds a run; continue it with --resume, or choose another --out"
+                f"{paths.root} already holds a run; continue it with --resume, or choose another --out. "
+                f"This continues it: {paths.resume_command}"
             )
         return
     others = [path.name for path in paths.root.iterdir() if path.name not in LEFT_BY_A_FAILED_START]
     if others:
         raise RunDirectoryError(f"{paths.root} is not empty and holds no run ({others[0]}, ...); choose another --out")
-    if (paths.root / "state").exists() and not resume:
-        raise RunDirectoryError(
-            f"{paths.root} contains a run that stopped before training began; restart it with --resume"
-        )
+
+
+def mend_recipe(root: Path) -> None:
+    """Write run.toml again where a process was killed after it had written plan.json, and before it wrote run.toml."""
+    paths = RunDirectory(root)
+    if not paths.plan.is_file():
+        return
+    if paths.recipe.is_file() and paths.recipe.stat().st_mtime_ns >= paths.plan.stat().st_mtime_ns:
+        return
+    write_text(paths.recipe, annotated_toml(read_plan(paths.root).recipe))
 
 
 def new_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
@@ -200,12 +213,20 @@ def resumed_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
 
 
 def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
-    """The plan of a finished run with what the recipe adds: legs, layers, or tokens of a leg."""
+    """The plan of a finished run with what the recipe adds: legs, layers, or tokens of a leg.
+
+    Of an extension that was interrupted, the plan that it was begun with.
+    """
     old = read_plan(paths.root)
-    _check_same(old.recipe, recipe, paths, extending=True)
     saved = state_facts(paths.state)
-    if saved is None or saved["cursor"] < old.n_tokens:
-        raise RunDirectoryError(f"{paths.root} is not finished; finish it with --resume before extending it")
+    finished = saved is not None and saved["cursor"] >= old.n_tokens
+    if not paths.cost.is_file() and not _differences(old.recipe, recipe):
+        return resumed_plan(recipe, paths)
+    _check_same(old.recipe, recipe, paths, extending=True)
+    if not finished:
+        raise RunDirectoryError(
+            f"{paths.root} is not finished; finish it before extending it. This continues it: {paths.resume_command}"
+        )
     plan = plan_run(recipe, finished=old)
     if plan.legs == old.legs:
         raise RunDirectoryError(
@@ -216,8 +237,21 @@ def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
 
 def _check_same(old: Recipe, new: Recipe, paths: RunDirectory, *, extending: bool = False) -> None:
     """A run goes on with the recipe it began with, but for keys free to change; extending changes layers and plan."""
+    lines = _differences(old, new, extending=extending)
+    if lines:
+        differences = "\n".join(lines)
+        raise RunDirectoryError(
+            f"{paths.root} was begun with another recipe:\n{differences}\nchoose another --out, or, to add legs or "
+            f"tokens to a finished run, use --extend. This continues the run as it was begun: {paths.resume_command}"
+        )
+
+
+def _differences(old: Recipe, new: Recipe, *, extending: bool = False) -> list[str]:
+    """What a run's recipe and another one say differently, a line per key."""
     before = old.model_dump(mode="json")
     after = new.model_dump(mode="json")
+    if not new.plan.roots:  # which an extension takes from the run it extends
+        after["plan"]["roots"] = before["plan"]["roots"]
     lines = []
     for section, values in after.items():
         for key, value in values.items():
@@ -226,12 +260,7 @@ def _check_same(old: Recipe, new: Recipe, paths: RunDirectory, *, extending: boo
                 free = free or section == "plan" or (section, key) == ("sites", "layers")
             if not free and before[section].get(key) != value:
                 lines.append(f"  {section}.{key}: {before[section].get(key)!r} in the run, {value!r} in the recipe")
-    if lines:
-        differences = "\n".join(lines)
-        raise RunDirectoryError(
-            f"{paths.root} was begun with another recipe:\n{differences}\nresume it with {paths.recipe}, "
-            "choose another --out, or, to add legs or tokens to a finished run, use --extend"
-        )
+    return lines
 
 
 def check_disk(plan: Plan, paths: RunDirectory) -> None:

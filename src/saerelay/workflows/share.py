@@ -1,6 +1,7 @@
 """SAEs out and in: export with a model card, push to the hub, pull, import."""
 
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
-from saerelay.files import write_text
+from saerelay.files import reason, remove_directory, write_text
 from saerelay.interop import find_saes, hub, load_dictionary, own, read_any, write_dictionary
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
@@ -20,7 +21,8 @@ from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
-from saerelay.workflows.model_card import ExportedSAE, model_card, without_paths
+from saerelay.workflows.model_card import ExportedSAE, model_card
+from saerelay.workflows.placeless import without_paths
 
 # --- one SAE in --------------------------------------------------------------------------------
 
@@ -109,8 +111,14 @@ def preview(source: str, repo: str, format: str, *, legs: Iterable[str] = (), li
 
 
 def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
-    """Write one SAE that is of no run."""
+    """Write one SAE, of which nothing is known but what its own files say."""
     dictionary, origin = load_dictionary(source)
+    origin = replace(
+        origin,
+        model=public_name(origin.model) if origin.model else "",
+        dataset=hub_id(origin.dataset),
+        provenance=without_paths(origin.provenance),
+    )
     folder = _folder(origin, format, has_prefix=True) if origin.site else "sae"
     write_dictionary(directory / folder, dictionary, origin, format)
     return ExportedSAE(folder, describe(dictionary), origin, leg=None, metrics={})
@@ -220,13 +228,17 @@ def new_directory(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise RunDirectoryError(f"{out} exists; choose another --out")
+    temporary = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+        remove_directory(temporary)  # of a process that was killed
+        temporary.mkdir()
     except OSError as error:
-        raise RunDirectoryError(f"{out}: cannot be created ({error.strerror}); choose another --out") from None
-    with temporary:
-        directory = Path(temporary.name) / "new"
+        raise RunDirectoryError(f"{out}: cannot be created ({reason(error)}), or choose another --out") from None
+    try:
+        directory = temporary / "new"
         directory.mkdir()
         yield directory
         directory.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

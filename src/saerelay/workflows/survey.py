@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from saerelay.errors import Interrupted
-from saerelay.files import write_text
+from saerelay.files import remove_directory, write_text
 from saerelay.lm.facts import read_facts
+from saerelay.lm.identity import check_same_model
 from saerelay.planning.choose import Choice, choose
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import Survey, survey_plan
@@ -29,18 +30,20 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
     """
     facts = read_facts(recipe.model)
     memory = memory_allowed(recipe, facts)
+    inner = RunDirectory(paths.root / "survey")
     plan = survey_plan(recipe, facts, memory)
     survey = Survey.load_if_any(paths.survey)
     # A survey is good for any budget and any ratio.
     if survey is not None and survey_plan(survey.asked, facts, memory) == plan:
+        remove_directory(inner.root)  # a process may have been killed while it did this
         return survey, choose(recipe, facts, survey, memory)
 
-    inner = RunDirectory(paths.root / "survey")
     if not inner.plan.is_file() or read_plan(inner.root) != plan:
         shutil.rmtree(inner.root, ignore_errors=True)
         shutil.rmtree(paths.tokens, ignore_errors=True)
         write_text(inner.recipe, annotated_toml(recipe))
         plan.save(inner.plan)
+    check_same_model(recipe.model, paths.model_digest, begin=True)
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
     stream = open_stream(plan, corpus.train)
     if console:
@@ -53,7 +56,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
         command = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
         raise Interrupted(command) from None
     survey.save(paths.survey)
-    shutil.rmtree(inner.root)
+    remove_directory(inner.root)
     return survey, choose(recipe, facts, survey, memory)
 
 

@@ -36,11 +36,10 @@ def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
     deepest = plan.sites[-1]
     per_token = _median_seconds(lambda: model.harvest(tokens, [deepest]), model.device) / tokens.numel()
     seconds = 0.0
-    for start in range(0, plan.n_tokens, plan.block_tokens):
-        sites = plan.open_sites(start, start + plan.block_tokens)
+    for n_blocks, sites in plan.stretches():
         if sites:
             depth = (sites[-1].layer + 1) / (deepest.layer + 1)
-            seconds += plan.block_tokens * per_token * depth
+            seconds += n_blocks * plan.block_tokens * per_token * depth
     return seconds
 
 

@@ -9,10 +9,13 @@ from typing import Any
 import httpx2
 
 from saerelay.errors import EndpointError
+from saerelay.files import leafwise, parse_json
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 ADDRESSES = ("SAERELAY_ENDPOINT", "OPENAI_BASE_URL")
 """Environment variables that an endpoint's address is taken from: the first that is set."""
+SHORTEST_SECRET = 6
+"""Characters of a text in a request's body that may be a key; "low" and "json" are none."""
 KEYS = ("SAERELAY_API_KEY", "OPENAI_API_KEY")
 """Environment variables that its key is taken from."""
 
@@ -25,6 +28,22 @@ class Endpoint:
     model: str
     body: dict[str, Any] = field(default_factory=dict)
     key: str = field(default="", repr=False)
+
+    @property
+    def secrets(self) -> list[str]:
+        """What is kept in no file: the key, and texts in the body, which some gateways take a key in."""
+        texts = [self.key]
+        leafwise(lambda leaf: texts.append(leaf) if isinstance(leaf, str) else None, self.body)
+        return [text for text in texts if len(text) >= SHORTEST_SECRET]
+
+    @property
+    def described_body(self) -> dict[str, Any]:
+        """The body with its numbers, and without its texts, any of which may be secret.
+
+        >>> Endpoint(url="", model="m", body={"temperature": 1, "api_key": "sk-1"}).described_body
+        {'temperature': 1, 'api_key': '(not kept)'}
+        """
+        return leafwise(lambda leaf: "(not kept)" if isinstance(leaf, str) else leaf, self.body)
 
     @classmethod
     def of(cls, model: str, url: str = "", key_env: str = "", body: str = "") -> "Endpoint":
@@ -95,8 +114,8 @@ def _parse_address(url: str) -> httpx2.URL:
 
 def _parse_fields(body: str) -> dict[str, Any]:
     try:
-        fields = json.loads(body or "{}")
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(body or "{}")
+    except ValueError as error:
         raise EndpointError(f'--body is not valid JSON ({error}); write it like {{"temperature": 1}}') from None
     if not isinstance(fields, dict):
         raise EndpointError('--body must be a JSON object; write it like {"temperature": 1}')

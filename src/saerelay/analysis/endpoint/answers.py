@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import filelock
 
 from saerelay.errors import RunDirectoryError
+from saerelay.files import parse_json
 
 
 class Answer(NamedTuple):
@@ -94,7 +95,7 @@ def read_answers(path: Path) -> dict[str, KeptAnswer]:
         os.truncate(path, length)
     for line in content[:length].splitlines():
         try:
-            data = json.loads(line)
+            data = parse_json(line.decode("utf-8"))
             answer = KeptAnswer(str(data["answer"]), int(data["tokens_in"]), int(data["tokens_out"]))
             answers[data["request"]] = answer
         except (ValueError, LookupError, TypeError):

@@ -22,7 +22,7 @@ from saerelay.errors import EndpointError, RunDirectoryError
 MAX_ATTEMPTS = 6
 """Times a question is sent before it is given up, where the endpoint fails."""
 MAX_UNREADABLE = 3
-"""Times a question is sent before it is given up, where the answers cannot be read."""
+"""Times a question is sent before it is given up, where the answers cannot be read; later runs send it once more."""
 MAX_CONSECUTIVE_FAILURES = 8
 """Questions given up, one after the other, after which everything stops."""
 FIRST_WAIT = 1.0
@@ -84,6 +84,11 @@ class Asker:
         """The answer to a request, if it is on file."""
         return self.file.answers.get(self.digest(body))
 
+    def is_answered(self, body: bytes, read: Callable[[str], Any]) -> bool:
+        """Whether a request has an answer on file that can be read; one that cannot is asked for again."""
+        kept = self.kept(body)
+        return kept is not None and kept.read(read).value is not None
+
     def run(self, jobs: Iterable[Coroutine[Any, Any, T]], bar: Progress | None = None, total: int = 0) -> list[T]:
         """What all jobs (coroutines that call `ask`) return.
 
@@ -102,11 +107,11 @@ class Asker:
     async def ask(self, body: bytes, read: Callable[[str], Any]) -> Answer:
         """The answer to a request; `read` makes something of its text, or raises ValueError if it is nonsense."""
         kept = self.kept(body)
-        if kept is not None:
+        if kept is not None and self.is_answered(body, read):
             return kept.read(read)
 
         async with self.turn:
-            given = await self._until_sensible(body, read)
+            given = await self._until_sensible(body, read, attempts=1 if kept else MAX_UNREADABLE)
             if self.bar:
                 cost = f"${self.spent:.4f}" if any(self.prices) else ""
                 self.bar.update(self.task, advance=1, cost=cost)
@@ -118,7 +123,8 @@ class Asker:
                 self._stop(error)
 
         answer = given.read(read)
-        self._count(answer.value is not None, f'the last answer was "{self._inert(given.text)}"')
+        if answer.value is not None or kept is None:  # what could not be read before is no sign of trouble now
+            self._count(answer.value is not None, f'the last answer was "{self._inert(given.text)}"')
         return answer
 
     async def _all(self, jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -142,8 +148,8 @@ class Asker:
             raise type(self.error)(f"{self.error}\nAll answers so far are kept; the same command goes on from there.")
         return [task.result() for task in tasks]
 
-    async def _until_sensible(self, body: bytes, read: Callable[[str], Any]) -> KeptAnswer | None:
-        """What is kept of an answer: the first that can be read, or the last one; None if there was none.
+    async def _until_sensible(self, body: bytes, read: Callable[[str], Any], *, attempts: int) -> KeptAnswer | None:
+        """The first answer that can be read, or else the last one; None if there was none.
 
         Its tokens are those of all answers on the way.
         """
@@ -151,7 +157,7 @@ class Asker:
         text = ""
         tokens_in = 0
         tokens_out = 0
-        for _ in range(MAX_UNREADABLE):
+        for _ in range(attempts):
             answered = await self._until_answered(body)
             if answered is None:
                 return None
@@ -262,7 +268,10 @@ class Asker:
         return self.stopping.is_set()
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self.endpoint.key, "[key]") if self.endpoint.key else text
+        """A text without the secrets that were sent along, should the endpoint repeat them."""
+        for secret in self.endpoint.secrets:
+            text = text.replace(secret, "[key]")
+        return text
 
     def _inert(self, text: str) -> str:
         """The beginning of what an endpoint said, fit for a terminal."""

@@ -105,11 +105,13 @@ def estimate(study: Study, asker: Asker) -> Estimate:
         request = explain_request(study.text, asker.endpoint, subject)
         kept = asker.kept(request)
         explanation = kept.read(read_explanation).value if kept else "x" * 120
-        requests = [request]
+        requests: list[tuple[bytes, Callable[[str], Any]]] = [(request, read_explanation)]
         if explanation:
             for kind in KINDS:
-                requests += score_requests(study.text, asker.endpoint, subject, kind, explanation)
-        missing = [body for body in requests if asker.kept(body) is None]
+                bodies = score_requests(study.text, asker.endpoint, subject, kind, explanation)
+                readers = [partial(read_marks, n=len(question)) for question in subject.questions(kind)]
+                requests += zip(bodies, readers, strict=True)
+        missing = [body for body, read in requests if not asker.is_answered(body, read)]
         n_known += len(requests) - len(missing)
         new += missing
 
@@ -268,7 +270,7 @@ def leg_document(study: Study, asker: Asker, leg: Leg, latents: list[Interpreted
         origin=study.suite.origin(leg),
         parent=leg.parent or None,
         model=plan.facts.name,
-        asked=AskedModel(model=asker.endpoint.model, endpoint=asker.endpoint.url, body=asker.endpoint.body),
+        asked=AskedModel(model=asker.endpoint.model, endpoint=asker.endpoint.url, body=asker.endpoint.described_body),
         seed=study.seed,
         n_tokens=study.n_tokens,
         piece_tokens=min(LENGTH, plan.recipe.data.context),

@@ -58,7 +58,7 @@ class AskedModel(Record):
     endpoint: str
     """Address of the endpoint."""
     body: dict[str, Any]
-    """Further fields of each request."""
+    """Further fields of each request; texts among them, which may be keys, are not kept."""
 
 
 class AnswerCost(Record):

@@ -2,9 +2,10 @@
 
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, model_validator
 
 from saerelay.document import Document, Measured, Record
+from saerelay.site import ModuleKind
 
 
 class DictionaryShape(Record):
@@ -12,21 +13,23 @@ class DictionaryShape(Record):
 
     architecture: str
     """`topk`, `batchtopk`, `jumprelu` or `relu`."""
-    k: int | None
+    k: int | None = Field(strict=True)
     """Number of active latents per token; null for architectures without one."""
-    d_model: int
+    d_model: int = Field(gt=0, strict=True)
     """Width D of the activations it reads."""
-    n_latents: int
+    n_latents: int = Field(gt=0, strict=True)
     """Number of latents F."""
+    digests: dict[str, str] = {}
+    """A digest of each tensor in dictionary.safetensors, by which damage is noticed."""
 
 
 class DictionarySite(Record):
     """What a dictionary reads; only imported dictionaries say more than the layer, module and model."""
 
-    layer: int | None = None
+    layer: int | None = Field(default=None, ge=0, strict=True)
     """Layer it reads; null if an imported file did not say."""
-    module: str | None = None
-    """Kind of module it reads, such as `resid_post`."""
+    module: ModuleKind | None = None
+    """Kind of module it reads, such as `resid_post`; null if, and only if, the layer is."""
     model: str = ""
     """Name of the language model."""
     revision: str = ""
@@ -84,6 +87,12 @@ class DictionaryInfo(DictionaryTraining, DictionarySite, DictionaryShape, Docume
     MADE_BY: ClassVar = "`saerelay train`"
     REMEDY: ClassVar = "train or import it again"
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _whole_site(self) -> "DictionaryInfo":
+        if (self.layer is None) != (self.module is None):
+            raise ValueError(f"layer is {self.layer} and module is {self.module}; give both or neither")
+        return self
 
     def to_data(self) -> dict[str, Any]:
         """Only the keys that were given: an imported dictionary says nothing about its training."""
@@ -166,5 +175,11 @@ class ResumeFacts(Record):
     """Ids of the legs in training."""
     moments: list[str]
     """Ids of the legs whose moments are being gathered."""
-    machine: str
+    machine: dict[str, Any]
     """Threads, instruction set and torch version, on which the bits depend."""
+    log_bytes: int
+    """Length of metrics.jsonl, to which it is cut back on resume."""
+    legs: dict[str, str]
+    """A digest of each leg of the plan that the state belongs to."""
+    digests: dict[str, str]
+    """A digest of each tensor."""

@@ -5,7 +5,6 @@ report/data/                           script files, loaded when they are looked
 report/figures/                        PNG, for papers
 """
 
-import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 
 from saerelay.errors import RunDirectoryError
+from saerelay.files import remove_directory, replace_directory
 from saerelay.views.labels import for_js
 from saerelay.views.report.data import write_data
 from saerelay.views.report.gallery import Picture, write_figures
@@ -33,14 +33,13 @@ def write_report(sources: ReportSources, folder: Path) -> Path:
     """Write a report beside an older one, and put it in its place; returns its index.html."""
     check_replaceable(folder)
     fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    remove_directory(fresh)
     fresh.mkdir()
     (fresh / MARK).write_text("made by `saerelay report`; the next report replaces this directory\n")
     write_data(sources, caption(sources.summary), fresh / "data")
     pictures = write_figures(sources, fresh / "figures")
     write_page(sources, pictures, fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.replace(folder)
+    replace_directory(fresh, folder)
     return folder / "index.html"
 
 
