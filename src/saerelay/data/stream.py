@@ -112,12 +112,12 @@ class TensorStream(AbstractStream):
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`."""
-        n_rows = next(iter(self.tensors.values())).shape[0]
+        first = next(iter(self.tensors.values()))
         start = number * self.block_tokens
-        positions = (start + shuffled(self.block_tokens, self.seed, number)) % n_rows
+        positions = (start + shuffled(self.block_tokens, self.seed, number)) % first.shape[0]
         return Block(
             activations={site: self.tensors[site][positions] for site in sites},
-            keep=torch.ones(self.block_tokens, dtype=torch.bool),
+            keep=torch.ones(self.block_tokens, dtype=torch.bool, device=first.device),
             batch_tokens=self.batch_tokens,
         )
 

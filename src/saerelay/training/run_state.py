@@ -4,8 +4,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Training:
             "positions": self.positions,
             "live": list(self.cohort.trainees),
             "moments": list(self.moments),
-            "machine": machine(),
+            "machine": machine(torch.device(self.plan.facts.device)),
         }
         save_state(paths.state, tensors, facts)
 
@@ -100,13 +101,32 @@ class Training:
         return training
 
 
-def machine() -> dict[str, Any]:
-    """What bitwise equality depends on."""
-    return {
+def machine(device: torch.device) -> dict[str, Any]:
+    """What bitwise equality depends on, for a run on a device."""
+    processor = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+    if device.type != "cuda":
+        return processor
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        **processor,
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_capability": f"{major}.{minor}",
+        "cuda": torch.version.cuda,
+        "cublas": _version_of("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12"),
+        "triton": _version_of("triton"),
+    }
+
+
+def _version_of(*names: str) -> str | None:
+    """The version of the first of some packages that is installed."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 @contextmanager

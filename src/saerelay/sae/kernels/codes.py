@@ -82,6 +82,35 @@ class Codes:
         return torch.searchsorted(columns, latents, out_int32=True), self.rows()[order].int(), order
 
 
+def row_sums(codes: Codes) -> Tensor:
+    """Σ of each row's values (B)."""
+    return torch.segment_reduce(codes.values, "sum", offsets=codes.row_starts)
+
+
+def latent_sums(codes: Codes) -> Tensor:
+    """Σ of each latent's values (F), in the order of rows: the same bits each time, also on a GPU.
+
+    >>> codes = Codes(torch.tensor([0, 1, 3]), torch.tensor([1, 0, 1]), torch.tensor([1.0, 2.0, 4.0]), n_latents=3)
+    >>> latent_sums(codes)
+    tensor([2., 5., 0.])
+    """
+    return row_sums(codes.transposed()[0])
+
+
+def add_at(total: Tensor, index: Tensor, values: Tensor) -> None:
+    """total[index] += values, for (n) places of which some repeat: the same bits each time, also on a GPU.
+
+    There `index_add_` adds with atomics, in whatever order they come; here equal places are brought together first.
+    """
+    if total.device.type == "cpu":
+        total.index_add_(0, index, values)
+        return
+    places, order = index.sort(stable=True)
+    ends = torch.arange(total.shape[0] + 1, device=index.device)
+    starts = torch.searchsorted(places, ends)
+    total += torch.segment_reduce(values[order], "sum", offsets=starts)
+
+
 def join_codes(parts: list[Codes]) -> Codes:
     """The codes of several batches as those of one."""
     ends = [0]

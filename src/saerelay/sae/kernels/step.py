@@ -20,7 +20,7 @@ from torch import Tensor
 from saerelay.sae.architectures.architecture import BatchSums, Penalty
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import cpu, reference
-from saerelay.sae.kernels.codes import Codes, join_codes
+from saerelay.sae.kernels.codes import Codes, join_codes, row_sums
 from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor, k_aux
 from saerelay.sae.spec import AnyDictionarySpec, takes_sparse_step
 from saerelay.sae.threads import in_parallel
@@ -176,11 +176,6 @@ class Step:
             into["threshold"].copy_(row_sums(z.with_values(self.to_threshold[order])))
         if self.aux is not None:
             self.aux.add(latents, self.x, into)
-
-
-def row_sums(codes: Codes) -> Tensor:
-    """Σ of each row's values (B)."""
-    return torch.segment_reduce(codes.values, "sum", offsets=codes.row_starts)
 
 
 class Part(NamedTuple):
