@@ -145,6 +145,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({_line_of_the_package()})")
     _count_waits(name, args, kwargs, on_cuda, on_cpu)
 
+    if _recording is not None:
+        _recording.keep_what_is_written(func, args, kwargs)
     call_args, call_kwargs = tree_map(_unpacked, (args, kwargs))
     if asked is not None:
         call_kwargs["device"] = CPU
@@ -161,7 +163,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
     outcome = tree_map(pack, result)
     if _recording is not None and on_cuda:
-        _recording.append(lambda: _again(func, call_args, call_kwargs, result))
+        _recording.operations.append(lambda: _again(func, call_args, call_kwargs, result))
     return outcome
 
 
@@ -217,7 +219,7 @@ def _is_synchronous_copy(name: str, args: tuple, kwargs: dict[str, Any], on_cuda
 
 # --- CUDA graphs: what was recorded is computed again into the same tensors ---------------------
 
-_recording: list[Callable[[], None]] | None = None
+_recording: "Graph | None" = None
 
 
 def _again(func: Any, args: tuple, kwargs: dict[str, Any], before: Any) -> None:
@@ -232,25 +234,38 @@ class Graph:
 
     def __init__(self) -> None:
         self.operations: list[Callable[[], None]] = []
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Tensors that were written to while it was recorded, and what was in them."""
 
     def replay(self) -> None:
         for operation in self.operations:
             operation()
 
-    def pool(self) -> None: ...
+    def keep_what_is_written(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Remember what an operation that is recorded overwrites."""
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            for tensor in tree_flatten(given)[0]:
+                if isinstance(tensor, OnCuda):
+                    self.before.append((tensor.numbers, tensor.numbers.clone()))
 
 
 @contextmanager
 def capture(graph: Graph, **_: Any) -> Iterator[None]:
-    """`torch.cuda.graph`: waiting is refused. Unlike a real one, what is captured is also computed."""
+    """`torch.cuda.graph`: waiting is refused, and when it is over nothing has been computed."""
     global _recording
-    _recording = graph.operations
+    _recording = graph
     _waits.refused = True
     try:
         yield
     finally:
         _recording = None
         _waits.refused = False
+        for tensor, numbers in reversed(graph.before):
+            tensor.copy_(numbers)
+        graph.before.clear()
 
 
 class Event:
@@ -347,6 +362,7 @@ def fake_cuda() -> Iterator[Waits]:
             "get_device_properties": properties,
             "get_device_name": "fake",
             "get_device_capability": (9, 0),
+            "graph_pool_handle": (0, 0),
         }.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -36,6 +36,10 @@ class Block:
     """Activations of one block, in shuffled order; valid until the next is asked for.
 
     What it gives may be views of the stream's buffers: read them, do not write to them.
+
+    On a processor a batch has the kept rows of its own stretch of positions. On a GPU, where every
+    batch should have the same shape and nothing should wait for the device, the kept rows of the
+    whole block follow each other, and the last batch is filled up with the first rows.
     """
 
     activations: dict[Site, Tensor]
@@ -52,7 +56,11 @@ class Block:
     def batch(self, index: int) -> dict[Site, Tensor]:
         """The kept rows (at most batch_tokens, D) of one batch, the same at every site."""
         start = index * self.batch_tokens
-        return self._kept(self.activations, start, start + self.batch_tokens)
+        stop = start + self.batch_tokens
+        if self.keep.device.type == "cpu":
+            return self._kept(self.activations, start, stop)
+        rows = self._filled_up[start:stop]
+        return {site: x.index_select(0, rows) for site, x in self.activations.items()}
 
     def repeated(self, index: int, repetition: int) -> dict[Site, Tensor]:
         """What legs with `reuse` train on after batch `index` in a repetition of the block; 0 is the batch itself.
@@ -65,14 +73,30 @@ class Block:
 
     def chunks(self, sites: Iterable[Site], n: int = 4096) -> Iterator[dict[Site, Tensor]]:
         """All kept rows of some sites, float32, those of n positions at a time."""
+        if self.keep.device.type != "cpu":
+            for kept in self.kept_rows.split(n):
+                yield {site: self.activations[site].index_select(0, kept).float() for site in sites}
+            return
         for start in range(0, self.keep.shape[0], n):
             rows = self._kept(sites, start, start + n)
             yield {site: x.float() for site, x in rows.items()}
 
     def rows(self, site: Site, n: int = 32_768) -> Tensor:
         """The first n kept rows (at most n, D) of a site, float32, in shuffled order."""
-        first_kept = self.keep.nonzero()[:n, 0]
-        return self.activations[site].index_select(0, first_kept).float()
+        return self.activations[site].index_select(0, self.kept_rows[:n]).float()
+
+    @cached_property
+    def kept_rows(self) -> Tensor:
+        """int64: the rows that are kept, in order."""
+        return self.keep.nonzero()[:, 0]
+
+    @cached_property
+    def _filled_up(self) -> Tensor:
+        """int64 (P): the kept rows, again from the first one where they are too few."""
+        kept = self.kept_rows
+        if not len(kept):
+            return kept
+        return kept[torch.arange(len(self.keep), device=kept.device) % len(kept)]
 
     def _kept(self, sites: Iterable[Site], start: int, stop: int) -> dict[Site, Tensor]:
         """Kept rows in [start, stop): views where all are kept, else copies."""

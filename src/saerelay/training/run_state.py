@@ -18,7 +18,8 @@ from saerelay.runs.directory import RunDirectory
 from saerelay.runs.state import load_state, prefixed, save_state, under
 from saerelay.sae.moments import Moments
 from saerelay.site import Site
-from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.cohort import Cohort
+from saerelay.training.engine import Trainee
 from saerelay.training.state import TraineeState
 
 

@@ -78,10 +78,12 @@ def train_plan(
                     check_goals(now, repetition)
                     end_legs(now, block, paths, log, repetition)
                 if now.cursor == end_of_block:
+                    drop_failed(now, block, paths, log)
                     with timed(now.seconds, "fits"):
                         begin_legs(now, block, paths, hops=True)
                 watcher.tick(now.cursor)
                 if stop.is_set() or now.cursor - last_saved >= plan.recipe.train.checkpoint_every:
+                    drop_failed(now, block, paths, log)
                     now.seconds["total"] = time.perf_counter() - began
                     log.flush()
                     now.save(paths)
@@ -168,17 +170,32 @@ def end_legs(now: Training, block: Block, paths: RunDirectory, log: IO[str], rep
     """Publish snapshots that are due, and legs that are done."""
     stepped = [t for t in now.cohort.trainees.values() if t.leg.schedule.reuse > repetition]
     for trainee in stepped:
-        if trainee.state.age in trainee.leg.schedule.snapshots or trainee.done:
-            publish_leg(now, trainee, block, paths)
-        if trainee.state.failure:
-            now.failures[trainee.leg.id] = trainee.state.failure
         if trainee.done:
-            report(now, [trainee], log, None)
-            now.cohort.remove(trainee.leg.id)
+            retire(now, trainee, block, paths, log)
+        elif trainee.state.age in trainee.leg.schedule.snapshots:
+            publish_leg(now, trainee, block, paths)
+
+
+def drop_failed(now: Training, block: Block, paths: RunDirectory, log: IO[str]) -> None:
+    """Find out which legs failed on a device that was not waited for, and retire them."""
+    now.cohort.settle()
+    for trainee in list(now.cohort.trainees.values()):
+        if trainee.state.failure:
+            retire(now, trainee, block, paths, log)
+
+
+def retire(now: Training, trainee: Trainee, block: Block, paths: RunDirectory, log: IO[str]) -> None:
+    """Publish a leg that is done, or what was good of one that failed, and forget it."""
+    publish_leg(now, trainee, block, paths)
+    if trainee.state.failure:
+        now.failures[trainee.leg.id] = trainee.state.failure
+    report(now, [trainee], log, None)
+    now.cohort.remove(trainee.leg.id)
 
 
 def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -> None:
     """Write the dictionary of a leg that is done, or a snapshot of one that is not (or that failed)."""
+    trainee.settle()
     leg = trainee.leg
     state = trainee.state
     finished = trainee.done and not state.failure

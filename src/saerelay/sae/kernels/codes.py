@@ -113,6 +113,8 @@ def add_at(total: Tensor, index: Tensor, values: Tensor) -> None:
 
 def join_codes(parts: list[Codes]) -> Codes:
     """The codes of several batches as those of one."""
+    if len(parts) == 1:
+        return parts[0]
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + part.columns.shape[0])
