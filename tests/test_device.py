@@ -5,10 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fake_cuda import Graph, Waits, fake_cuda
-from test_engine import SPEC, B, F, begun, data, leg
+from test_engine import SPEC, B, D, F, begun, data, leg
 
 from saerelay.data.stream import Block
 from saerelay.sae.kernels import sparse_step
+from saerelay.sae.maps import affine
+from saerelay.sae.moments import Moments
+from saerelay.sae.transfer import Retraining, carry
 from saerelay.site import Site
 from saerelay.training.cohort import Cohort
 from saerelay.training.engine import Trainee
@@ -145,6 +148,24 @@ def test_every_batch_of_a_block_is_full() -> None:
     assert torch.equal(on_gpu.rows(Site(0), 50).cpu(), on_cpu.rows(Site(0), 50))
     chunks = [chunk[Site(0)][:, 0].tolist() for chunk in on_gpu.chunks([Site(0)], 30)]
     assert [len(chunk) for chunk in chunks] == [30, 30, 16] and sum(chunks, []) == kept
+
+
+def test_the_fits_of_a_hop_stay_on_the_device_and_are_those_of_a_processor() -> None:
+    x = data()
+    y = 2 * x.roll(1, dims=1) + 0.1 * x.square()
+    parent = begun(leg(), x).canonical()
+    results = []
+    for where in ("cpu", "cuda"):
+        moments = Moments.empty(D, D, where)
+        moments.add(x.to(where), y.to(where))
+        between = affine(moments)
+        assert moments.covariance is moments.covariance and between.A.device.type == where
+        rows = y.to(where)
+        carried = carry(parent, between, rows, l0=4, retraining=Retraining(rows, seed=0)).dictionary
+        assert carried.W_dec.device.type == where
+        results.append({name: tensor.cpu() for name, tensor in carried.tensors().items()})
+    for name, tensor in results[0].items():
+        assert torch.allclose(results[1][name], tensor, rtol=1e-3, atol=1e-3), name
 
 
 def test_a_cohort_reads_a_block_without_waiting_but_once(device: Waits) -> None:

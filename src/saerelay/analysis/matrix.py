@@ -201,7 +201,7 @@ def carried_to(
     method, _, refitted = cell.method.partition("+")
     between = map_between(cast(Method, method), dictionary.d_model, moments[cell.source, cell.target])
     if rows is None:
-        return fold(dictionary, between)
+        return fold(dictionary.to(between.A.device), between)
     carried = carry(dictionary, between, rows, l0=info.l0).dictionary
     return refit(carried, rows.split(4096)) if refitted else carried
 

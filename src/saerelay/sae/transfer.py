@@ -99,7 +99,9 @@ def carry(
     `rows` (B, D) are activations of the target, on whose device the result is. Without a map the dictionary stays as it
     is, without a shape it keeps its own, and without an L0 what decides which latents are active is left alone.
     """
-    moved = dictionary.to(rows.device) if between is None else fold(dictionary, between).to(rows.device)
+    moved = dictionary.to(rows.device)
+    if between is not None:
+        moved = fold(moved, between)
     if shape:
         moved = reshape(moved, rows if retraining is None else retraining.rows, shape)
     refitted = None

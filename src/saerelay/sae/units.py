@@ -30,7 +30,7 @@ class Units:
     @classmethod
     def fitted_to(cls, x: Tensor) -> Self:
         """Those in which activations x (B, D) have mean 0 and, over all dimensions, mean square 1."""
-        parts = x.cpu().split(4096)
+        parts = x.split(4096)
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
         square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
         return cls(mean.to(x), square.sqrt().clamp(min=1e-12).to(x))

@@ -98,7 +98,8 @@ class Training:
             leg = plan.leg(leg_id)
             training.cohort.add(Trainee(leg, plan.recipe.train, TraineeState.restore(leg, own)))
         for leg_id in facts["moments"]:
-            training.moments[leg_id] = Moments.restore(under(f"moments/{leg_id}", tensors))
+            own = {name: tensor.to(device) for name, tensor in under(f"moments/{leg_id}", tensors).items()}
+            training.moments[leg_id] = Moments.restore(own)
         return training
 
 

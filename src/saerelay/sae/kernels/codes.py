@@ -1,5 +1,7 @@
 """Sparse codes of a batch, in compressed row form."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,9 +59,10 @@ class Codes:
         """ZᵀZ (F, F), dense; made from the pairs that are active together, so K² operations a token (on a CPU)."""
         total = self.values.new_zeros(self.n_latents, self.n_latents)
         if total.device.type != "cpu":
-            for part in split_codes(self, 4096):
-                z = dense_codes(part)
-                total.addmm_(z.T, z)
+            with tensor_cores():
+                for part in split_codes(self, 4096):
+                    z = dense_codes(part)
+                    total.addmm_(z.T, z)
             return total
         z = self._scipy(self.values.numpy())
         z_t = z.T.tocsr()
@@ -80,6 +83,20 @@ class Codes:
         columns, order = self.columns.sort(stable=True)
         latents = torch.arange(self.n_latents + 1, dtype=torch.int32, device=columns.device)
         return torch.searchsorted(columns, latents, out_int32=True), self.rows()[order].int(), order
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Let float32 products on a GPU round their operands to TF32 (10 bits), which is several times as fast.
+
+    Good enough for what is damped, such as the normal equations of a refit.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def row_sums(codes: Codes) -> Tensor:
