@@ -36,7 +36,7 @@ ORDER = {
     "lm": "source tokens ports facts model attach",
     "data": "sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
-    "training": "adam schedule state engine progress trackers run_state inherit train",
+    "training": "adam schedule state device engine cohort progress trackers saving run_state inherit train",
     "analysis": "progress metrics site_maps session summary evaluate matrix collecting features links lineage describe "
     "prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",

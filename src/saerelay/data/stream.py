@@ -23,12 +23,10 @@ from torch import Tensor
 
 from saerelay.data.cache import ActivationCache, sequence_ids
 from saerelay.lm.model import LanguageModel
+from saerelay.planning.plan import LM_BATCH_TOKENS as LM_BATCH_TOKENS
 from saerelay.planning.plan import Plan
 from saerelay.site import Site
 from saerelay.spec import seed_from
-
-LM_BATCH_TOKENS = 4096
-"""Tokens in one forward pass of the language model; a constant, since bits depend on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +202,7 @@ class LiveStream(AbstractStream):
 
         Batches without a sequence that is `needed`, bool (S), are skipped.
         """
-        sequences_per_batch = max(1, LM_BATCH_TOKENS // self.plan.recipe.data.context)
+        sequences_per_batch = max(1, self.plan.lm_batch_tokens // self.plan.recipe.data.context)
         for start in range(0, tokens.shape[0], sequences_per_batch):
             batch = slice(start, start + sequences_per_batch)
             if needed is not None and not needed[batch].any():

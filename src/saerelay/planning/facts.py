@@ -39,6 +39,16 @@ class ModelFacts(Spec):
     model_params: int
     """All parameters."""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on an NVIDIA GPU."""
+        return self.device.startswith("cuda")
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Size of one of its activations."""
+        return 4 if self.dtype == "float32" else 2
+
     def width(self, site: Site) -> int:
         """Width D of the activations at a site."""
         return self.d_attn_z if site.module == "attn_z" else self.d_model

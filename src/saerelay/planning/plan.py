@@ -26,6 +26,9 @@ from saerelay.spec import Spec
 COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
 
+LM_BATCH_TOKENS = 4096
+"""Tokens in one forward pass of the language model on a processor."""
+
 Role = Literal["root", "transfer", "control"]
 
 
@@ -183,6 +186,8 @@ class Plan(Document):
     recipe: Recipe
     facts: ModelFacts
     block_tokens: int
+    lm_batch_tokens: int = LM_BATCH_TOKENS
+    """Tokens in one forward pass of the language model: fixed, since bits depend on it."""
     legs: list[Leg]
     externals: dict[str, External] = {}
     """Parents outside this plan, by the name that the recipe gives them."""

@@ -9,7 +9,7 @@ fraction of the time that launching them one by one does. `Trainee.settle` asks 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,10 +185,10 @@ class Replayed:
         return recording
 
 
-_pools: dict[torch.device, tuple[int, int]] = {}
+_pools: dict[torch.device, Any] = {}
 
 
-def _shared_pool(device: torch.device) -> tuple[int, int]:
+def _shared_pool(device: torch.device) -> Any:
     """Memory for what steps make and forget: one for all graphs, which are replayed one after the other."""
     if device not in _pools:
         _pools[device] = torch.cuda.graph_pool_handle()

@@ -20,6 +20,7 @@ from saerelay.sae.moments import Moments
 from saerelay.site import Site
 from saerelay.training.cohort import Cohort
 from saerelay.training.engine import Trainee
+from saerelay.training.saving import StateWriter
 from saerelay.training.state import TraineeState
 
 
@@ -63,8 +64,8 @@ class Training:
         self.positions["read"] += block.keep.numel()
         self.positions["left_out"] += int((~block.keep).sum())
 
-    def save(self, paths: RunDirectory) -> None:
-        """Write the resume state."""
+    def save(self, paths: RunDirectory, writer: StateWriter | None = None) -> None:
+        """Write the resume state, or leave it to a writer to do so."""
         tensors: dict[str, Tensor] = {}
         for leg_id, trainee in self.cohort.trainees.items():
             tensors.update(prefixed(f"leg/{leg_id}", trainee.state.tensors()))
@@ -79,7 +80,8 @@ class Training:
             "moments": list(self.moments),
             "machine": machine(torch.device(self.plan.facts.device)),
         }
-        save_state(paths.state, tensors, facts)
+        write = writer.write if writer else save_state
+        write(paths.state, tensors, facts)
 
     @classmethod
     def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device) -> "Training":

@@ -5,7 +5,6 @@ them; every live leg steps in lockstep; legs that have spent their budget are pu
 two batches, and a run that was killed continues from there to the same bits.
 """
 
-import threading
 import time
 from shlex import quote
 from typing import IO
@@ -28,6 +27,7 @@ from saerelay.training.engine import Trainee
 from saerelay.training.inherit import gather_moments, inherit
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import Training, stop_requests, timed
+from saerelay.training.saving import SavingTimes, StateWriter
 from saerelay.training.schedule import goal_is_due
 from saerelay.training.state import first_state
 
@@ -51,7 +51,8 @@ def train_plan(
     """
     now = Training.restore(plan, paths, device)
     truncate_metrics(paths.metrics, now.cursor)
-    last_saved = now.cursor
+    saving = SavingTimes(plan.recipe.train, now.cursor)
+    writer = StateWriter()
     began = time.perf_counter() - now.seconds["total"]
     if validation and now.cursor < plan.n_tokens:
         now.held_out, n_read = hold_out(plan, validation)
@@ -82,24 +83,27 @@ def train_plan(
                     with timed(now.seconds, "fits"):
                         begin_legs(now, block, paths, hops=True)
                 watcher.tick(now.cursor)
-                if stop.is_set() or now.cursor - last_saved >= plan.recipe.train.checkpoint_every:
+                stopping = stop.is_set()
+                if stopping or saving.due(now.cursor):
                     drop_failed(now, block, paths, log)
                     now.seconds["total"] = time.perf_counter() - began
                     log.flush()
-                    now.save(paths)
-                    last_saved = now.cursor
-                stop_if_asked(stop, paths)
+                    now.save(paths, writer)
+                    saving.saved(now.cursor)
+                if stopping:
+                    writer.wait()
+                    raise interrupted(paths)
             report(now, now.cohort.live, log, watcher)
     now.seconds["total"] = time.perf_counter() - began
+    writer.wait()
     now.save(paths)
     RunCost(seconds=PhaseSeconds(**now.seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
     complain_of_failures(now, paths)
 
 
-def stop_if_asked(stop: threading.Event, paths: RunDirectory) -> None:
-    """Raise Interrupted, with the command that continues, after Ctrl-C or SIGTERM."""
-    if stop.is_set():
-        raise Interrupted(f"saerelay train {quote(str(paths.recipe))} --out {quote(str(paths.root))} --resume")
+def interrupted(paths: RunDirectory) -> Interrupted:
+    """What a run ends with after Ctrl-C or SIGTERM: the command that continues it."""
+    return Interrupted(f"saerelay train {quote(str(paths.recipe))} --out {quote(str(paths.root))} --resume")
 
 
 def complain_of_failures(now: Training, paths: RunDirectory) -> None:
