@@ -384,6 +384,10 @@ class Sparsify(Contestant):
         return reconstruct
 
 
+PEERS = {"SAELens": "sae_lens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
+"""Their modules: a table without one of them would flatter us."""
+
+
 # --- who takes part -------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +408,7 @@ def entries(kind: str, device: str, *, ours_only: bool = False, compiled: bool =
     found.append(Entry("saerelay", "bf16", lambda *given: Ours(*given, precision="bfloat16")))
     if ours_only:
         return found
-    for tool, module in (("SAELens", "sae_lens"), ("dictionary_learning", "dictionary_learning")):
+    for tool, module in PEERS.items():
         if find_spec(module) is None:
             raise ModuleNotFoundError(f"{tool} is not installed; see bench/README.md, or use --ours-only")
 
@@ -419,7 +423,7 @@ def entries(kind: str, device: str, *, ours_only: bool = False, compiled: bool =
     found.append(Entry("dictionary_learning", "f32", DictionaryLearning))
     if device == "cuda":
         found.append(Entry("dictionary_learning", "autocast", lambda *given: DictionaryLearning(*given, autocast=True)))
-    if kind == "topk" and find_spec("sparsify"):
+    if kind == "topk":
         found.append(Entry("sparsify", "autocast" if device == "cuda" else "f32", Sparsify))
     return found
 

@@ -21,7 +21,8 @@ from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.spec import DictionarySpec
 from saerelay.site import Site
-from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.cohort import Cohort
+from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
 
 
@@ -61,29 +62,38 @@ def leg(shape: Shape, layer: int) -> Leg:
     )
 
 
-def median_ms(call: Callable[[], object], reps: int) -> float:
-    """Wall-clock of a call, after two that are not counted."""
+def median_ms(call: Callable[[], object], reps: int, device: str) -> float:
+    """Wall-clock of a call, after five that are not counted, with the device idle before and after."""
     taken = []
-    for rep in range(-2, reps):
+    for rep in range(-5, reps):
+        finish(device)
         began = time.perf_counter()
         call()
+        finish(device)
         if rep >= 0:
             taken.append(time.perf_counter() - began)
     return round(statistics.median(taken) * 1e3, 3)
 
 
-def measure(shape: Shape, reps: int) -> dict[str, float]:
+def finish(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(shape: Shape, reps: int, device: str) -> dict[str, float]:
     """Milliseconds of a step of one leg, and of its encoder product alone."""
-    x = torch.randn(shape.batch, shape.d_model, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(shape.batch, shape.d_model, generator=torch.Generator().manual_seed(0)).to(device)
     cohort = Cohort(shape.batch)
     for layer in range(shape.legs):
         spec = TrainSpec(precision="bfloat16")
         cohort.add(Trainee(leg(shape, layer), spec, first_state(leg(shape, layer), spec, x)))
     batch = {Site(layer): x for layer in range(shape.legs)}
-    step = median_ms(lambda: cohort.step(batch), reps) / shape.legs
+    step = median_ms(lambda: cohort.step(batch), reps, device) / shape.legs
     W, narrow = cohort["L0"].state.dictionary.W_enc.bfloat16().T, x.bfloat16()
-    out = torch.empty(shape.batch, shape.n_latents, dtype=torch.bfloat16)
-    return {"step_ms": round(step, 3), "floor_ms": median_ms(lambda: torch.mm(narrow, W, out=out), reps)}
+    out = torch.empty(shape.batch, shape.n_latents, dtype=torch.bfloat16, device=device)
+    floor = median_ms(lambda: torch.mm(narrow, W, out=out), reps, device)
+    return {"step_ms": round(step, 3), "floor_ms": floor}
 
 
 def draw(points: list[dict], path: Path) -> None:
@@ -116,16 +126,21 @@ def main() -> None:
     """Measure all curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--reps", type=int, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    points = [
-        {"curve": name} | vars(shape) | measure(shape, args.reps) for name, shapes in CURVES.items() for shape in shapes
-    ]
-    print_json({"threads": torch.get_num_threads(), "torch": torch.__version__, "points": points}, args.json)
+    points = []
+    for name, shapes in CURVES.items():
+        for shape in shapes:
+            points.append({"curve": name} | vars(shape) | measure(shape, args.reps, args.device))
+    print_json(
+        {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__, "points": points},
+        args.json,
+    )
     if args.figure:
         draw(points, args.figure)
 

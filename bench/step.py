@@ -59,12 +59,18 @@ class Shape:
         return f"{self.d_model}→{self.n_latents}, k={self.k}, B={self.batch}"
 
 
+CPU_SHAPES = ("small", "main", "main512", "wide", "large")
+"""What `--shapes all` means on a processor; the others take it minutes a step."""
 SHAPES = {
     "small": Shape(192, 3072, 24, 512),
     "main": Shape(768, 6144, 32, 4096),
     "main512": Shape(768, 6144, 32, 512),
     "wide": Shape(768, 12288, 64, 4096),
+    "wide512": Shape(768, 12288, 64, 512),
+    "wide8192": Shape(768, 12288, 64, 8192),
+    "wide32768": Shape(768, 12288, 64, 32768),
     "large": Shape(2304, 16384, 64, 2048),
+    "large4096": Shape(2304, 16384, 64, 4096),
 }
 KINDS: tuple[str, ...] = ("topk", "batchtopk", "jumprelu", "relu")
 
@@ -299,7 +305,8 @@ def main() -> None:
     torch._logging.set_logs(all=logging.ERROR)
     if args.threads:
         torch.set_num_threads(args.threads)
-    shapes = list(SHAPES) if args.shapes == "all" else args.shapes.split(",")
+    all_shapes = list(SHAPES) if args.device == "cuda" else list(CPU_SHAPES)
+    shapes = all_shapes if args.shapes == "all" else args.shapes.split(",")
     kinds = args.kinds.split(",")
     console = Console(stderr=True, width=110)
     document = {"machine": machine(args.device), "steps": [], "ratios": [], "quality": []}

@@ -6,8 +6,8 @@
 
 Models: `demo`, the built-in one (8 layers, 192 wide), and `pythia`, random weights in the shape of Pythia-160M (12
 layers, 768 wide). TopK at every layer's output, all layers in lockstep from one pass over the built-in corpus. Both
-tools read the same sequences, tokenised beforehand, 4096 tokens to a forward pass; each contestant runs in a process of
-its own, in turn. CPU only.
+tools read the same sequences, tokenised beforehand, 4096 tokens to a forward pass of SAELens (ours chooses by device);
+each contestant runs in a process of its own, in turn. On a GPU (`--device cuda`) `peak_mib` is that of the device.
 
 - saerelay: preset "scratch" and the defaults, which leave out the BOS position (1 of 256) and outliers; its run
   directory, saved states included, is written within the time measured.
@@ -73,6 +73,7 @@ class Job:
     quality: bool
     peer_lr: float
     our_lr: float
+    device: str
 
     @property
     def shape(self) -> Shape:
@@ -90,9 +91,26 @@ def mebibytes(name: str) -> float:
     return round(memory(name) / 2**20, 1)
 
 
+def finish(job: Job) -> None:
+    """Wait for the device."""
+    import torch
+
+    if job.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mebibytes(job: Job) -> float:
+    """The most memory that this process has held: of the GPU, if it is on one."""
+    import torch
+
+    if job.device == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return mebibytes("VmHWM")
+
+
 @dataclass
 class Clock:
-    """Seconds spent in functions, by name."""
+    """Seconds spent in functions, by name; on a GPU, seconds in which the host was busy with them."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -153,7 +171,7 @@ def ours(job: Job, dtype: str = "auto") -> dict:
     from saerelay.workflows.settle import plan_run
 
     recipe = {
-        "model": {"name": job.directory, "dtype": dtype, "device": "cpu"},
+        "model": {"name": job.directory, "dtype": dtype, "device": job.device},
         "sites": {"layers": job.layers},
         "data": {"context": CONTEXT},
         "dictionary": {"n_latents": job.shape.n_latents, "k": job.shape.k},
@@ -166,7 +184,8 @@ def ours(job: Job, dtype: str = "auto") -> dict:
         paths = RunDirectory(Path(folder))
         baseline, began = mebibytes("VmRSS"), time.perf_counter()
         train_plan(plan, paths, stream, Several([]), stream.device)
-        wall, peak = time.perf_counter() - began, mebibytes("VmHWM")
+        finish(job)
+        wall, peak = time.perf_counter() - began, peak_mebibytes(job)
         legs = {leg.layer: read_dictionary(paths.leg(leg.id)) for leg in plan.legs}
         lm = RunCost.load(paths.cost).seconds.lm
     steps = sum(info.seconds for _, info in legs.values())
@@ -200,6 +219,7 @@ def saelens(
         context_size=CONTEXT,
         store_batch_size_prompts=LM_TOKENS // CONTEXT,
         n_batches_in_buffer=max(20, math.ceil(2 * job.batch / CONTEXT)),  # 20 is its default; counted in sequences
+        device=job.device,
         training_tokens=steps * job.batch,
         train_batch_size_tokens=job.batch,
         prefetch_llm_batches=prefetch,
@@ -224,12 +244,13 @@ def saelens(
     SAETrainer.step = clock.wrap("sae_step", SAETrainer.step)
     baseline, began = mebibytes("VmRSS"), time.perf_counter()
     saes = runner.run()
-    wall, peak, spent = time.perf_counter() - began, mebibytes("VmHWM"), clock.seconds
+    finish(job)
+    wall, peak, spent = time.perf_counter() - began, peak_mebibytes(job), clock.seconds
     parts = {"lm": spent["lm"], "shuffle": spent["loader"] - spent["lm"] - spent["tokens"]}
     parts |= {"sae_step": spent["sae_step"], "rest": wall - spent["loader"] - spent["sae_step"] + spent["tokens"]}
     result = {"wall_s": wall, "peak_mib": peak, "baseline_mib": baseline, "parts": parts}
     if job.quality:
-        result["fvu"] = fvu(job, {layer: saes[name].eval() for name, layer in names.items()})
+        result["fvu"] = fvu(job, {layer: saes[name].eval().to("cpu") for name, layer in names.items()})
     return result
 
 
@@ -344,6 +365,7 @@ def main() -> None:
     parser.add_argument("--layers", default="all", help="all, or some, such as 0,3")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each layer")
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--quality", action="store_true", help="SAELens as it recommends, and held-out FVU")
@@ -365,7 +387,8 @@ def main() -> None:
         for model in args.models.split(","):
             layers = list(range(SHAPES[model].n_layers)) if args.layers == "all" else args.layers.split(",")
             sites = [int(layer) for layer in layers]
-            job = Job(folder, model, sites, tokens, args.batch, args.quality, args.peer_lr, args.our_lr)
+            options = (args.quality, args.peer_lr, args.our_lr, args.device)
+            job = Job(folder, model, sites, tokens, args.batch, *options)
             document["settings"] |= spawn("prepare", job, args.threads)
             runs: dict[str, list[dict]] = {name: [] for name in names}
             for rep in range(args.reps):
@@ -377,7 +400,7 @@ def main() -> None:
             show(rows, job)
             document["runs"] += [run for taken in runs.values() for run in taken]
             document["rows"] += rows
-    document["machine"] = machine("cpu")
+    document["machine"] = machine(args.device)
     print_json(document, args.json)
 
 

@@ -10,7 +10,8 @@ from saerelay.planning.recipe import OptimizerSpec, TrainSpec
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import DictionarySpec, SizedDictionarySpec
 from saerelay.site import Site
-from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.cohort import Cohort
+from saerelay.training.engine import Trainee
 from saerelay.training.schedule import learning_rate, penalty_warmth
 from saerelay.training.state import TraineeState, first_state
 

@@ -36,12 +36,12 @@ ORDER = {
     "lm": "source tokens identity graph probe readout ports inputs facts model attach",
     "data": "sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
-    "training": "adam schedule state engine progress trackers run_state inherit train",
+    "training": "adam schedule state device engine cohort progress trackers saving run_state inherit train",
     "analysis": "progress metrics site_maps session summary evaluate matrix collecting features links lineage describe "
     "prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",
-    "workflows": "placeless settle activations watching pilots survey launch timing hop model_card share report judge interpret "
-    "demo",
+    "workflows": "placeless settle activations watching pilots survey launch timing hop model_card share report judge "
+    "interpret demo",
     "cli": "options training measuring judging sharing",
 }
 """Inside a wing a module imports only from those before it."""

@@ -1,6 +1,7 @@
 """Plans: presets, placing on the axis, costs, refusals."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,3 +294,19 @@ def test_a_hop_that_is_only_refitted_has_a_block_to_be_refitted_on(facts: ModelF
     sections: dict[str, Any] = {"data": {"block_tokens": 0}, "plan": {"legs": [leg], "refit_tokens": 4096}}
     plan = compiled(facts, externals={"runs/a/legs/L4": outside}, **sections)
     assert plan.block_tokens >= 4096 and plan.legs[0].refit_tokens == 4096
+
+
+def test_on_a_gpu_forward_passes_and_blocks_are_larger(facts: ModelFacts, tmp_path: Path) -> None:
+    wide = facts.changed(d_model=2304, d_attn_z=2304, n_layers=26, dtype="bfloat16")
+    wide = wide.changed(tokens=facts.tokens.changed(max_context=512))
+    sections: dict[str, Any] = {
+        "data": {"context": 256, "block_tokens": "auto"},
+        "train": {"batch_tokens": 4096},
+        "plan": {"preset": "scratch", "root_tokens": "8M", "refit": False},
+    }
+    on_cpu = compiled(wide, **sections)
+    on_gpu = compiled(wide.changed(device="cuda:0"), **sections)
+    assert on_cpu.lm_batch_tokens == 4096 and on_cpu.block_tokens <= 8192
+    assert on_gpu.lm_batch_tokens == 32_768 and on_gpu.block_tokens >= 32_768
+    on_gpu.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").lm_batch_tokens == 32_768

@@ -11,7 +11,8 @@ from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.spec import DictionarySpec
 from saerelay.sae.threads import alone, in_parallel
 from saerelay.site import Site
-from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.cohort import Cohort
+from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
 
 

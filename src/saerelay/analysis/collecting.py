@@ -22,7 +22,7 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.latents import FeatureFacts
 from saerelay.runs.features import Features
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.kernels import Codes, encode_sparse, join_codes
+from saerelay.sae.kernels import Codes, add_at, encode_sparse, join_codes
 from saerelay.sae.threads import side_by_side
 
 EXAMPLES = 10
@@ -140,7 +140,7 @@ class Collector:
         half_octaves = (2 * values.log2()).floor().long() - 2 * OCTAVES[0]
         bins = half_octaves.clamp(0, BINS - 1)
         self.n_fired.index_add_(0, latents, ones)
-        self.total.index_add_(0, latents, values.double())
+        add_at(self.total, latents, values.double())
         self.histogram.index_add_(0, latents * BINS + bins, ones)
         self._admit(batch, latents, spots, values)
 

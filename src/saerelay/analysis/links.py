@@ -26,7 +26,7 @@ from saerelay.files import finite
 from saerelay.planning.plan import Leg
 from saerelay.runs.documents.latents import STATUSES, LineageLink
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.kernels import Codes, split_codes
+from saerelay.sae.kernels import Codes, add_at, split_codes
 
 KEPT_ABOVE = 0.7
 """Decoder cosine above which a latent counts as the same. On the demo run latents that have kept their index make two
@@ -216,8 +216,8 @@ class Firing:
         latents = codes.columns.long()
         values = codes.values.double()
         self.count.index_add_(0, latents, (values > 0).long())
-        self.total.index_add_(0, latents, values)
-        self.squares.index_add_(0, latents, values.square())
+        add_at(self.total, latents, values)
+        add_at(self.squares, latents, values.square())
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class Comparison:
             latents = z.columns.long()
             partners = latents if self.partner is None else self.partner[latents]
             partner_values = scratch[z.rows() * G + partners.clamp(min=0)]
-            self.products.index_add_(0, latents, (z.values * partner_values).double())
+            add_at(self.products, latents, (z.values * partner_values).double())
             scratch[filled] = 0
 
     def link(self, source: Firing, target: Firing, n_tokens: int) -> Link:

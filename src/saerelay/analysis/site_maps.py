@@ -112,12 +112,15 @@ def gather(
     sites = sorted(sites)
     open_sites = plan.with_probe(sites)
     ends = list(accumulate((plan.facts.width(site) for site in sites), initial=0))
-    moments = Moments.empty(ends[-1], 0)
+    moments: Moments | None = None
     for number in track(range(math.ceil(tokens / plan.block_tokens)), "fitting maps between layers"):
         block = stream.block(number, open_sites)
+        if moments is None:
+            moments = Moments.empty(ends[-1], 0, block.keep.device)
         for rows in block.chunks(sites):
             x = torch.cat([rows[site] for site in sites], dim=1)
             moments.add(x, x[:, :0])
+    assert moments is not None
     columns = {site: slice(ends[i], ends[i + 1]) for i, site in enumerate(sites)}
     return JointMoments(columns, moments)
 

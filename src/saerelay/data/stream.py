@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from saerelay.data.cache import ActivationCache, sequence_ids
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
+from saerelay.planning.plan import LM_BATCH_TOKENS as LM_BATCH_TOKENS
 from saerelay.planning.plan import Plan
 from saerelay.site import Site
 from saerelay.spec import seed_from
@@ -31,15 +32,16 @@ from saerelay.spec import seed_from
 SHARE_WORTH_SAYING = 0.01
 """Share of positions from which on it is said that they are left out."""
 
-LM_BATCH_TOKENS = 4096
-"""Tokens in one forward pass of the language model; a constant, since bits depend on it."""
-
 
 @dataclass(frozen=True, eq=False)
 class Block:
     """Activations of one block, in shuffled order; valid until the next is asked for.
 
     What it gives may be views of the stream's buffers: read them, do not write to them.
+
+    On a processor a batch has the kept rows of its own stretch of positions. On a GPU, where every
+    batch should have the same shape and nothing should wait for the device, the kept rows of the
+    whole block follow each other, and the last batch is filled up with the first rows.
     """
 
     activations: dict[Site, Tensor]
@@ -56,7 +58,11 @@ class Block:
     def batch(self, index: int) -> dict[Site, Tensor]:
         """The kept rows (at most batch_tokens, D) of one batch, the same at every site."""
         start = index * self.batch_tokens
-        return self._kept(self.activations, start, start + self.batch_tokens)
+        stop = start + self.batch_tokens
+        if self.keep.device.type == "cpu":
+            return self._kept(self.activations, start, stop)
+        rows = self._filled_up[start:stop]
+        return {site: x.index_select(0, rows) for site, x in self.activations.items()}
 
     def repeated(self, index: int, repetition: int) -> dict[Site, Tensor]:
         """What legs with `reuse` train on after batch `index` in a repetition of the block; 0 is the batch itself.
@@ -69,14 +75,30 @@ class Block:
 
     def chunks(self, sites: Iterable[Site], n: int = 4096) -> Iterator[dict[Site, Tensor]]:
         """All kept rows of some sites, float32, those of n positions at a time."""
+        if self.keep.device.type != "cpu":
+            for kept in self.kept_rows.split(n):
+                yield {site: self.activations[site].index_select(0, kept).float() for site in sites}
+            return
         for start in range(0, self.keep.shape[0], n):
             rows = self._kept(sites, start, start + n)
             yield {site: x.float() for site, x in rows.items()}
 
     def rows(self, site: Site, n: int = 32_768) -> Tensor:
         """The first n kept rows (at most n, D) of a site, float32, in shuffled order."""
-        first_kept = self.keep.nonzero()[:n, 0]
-        return self.activations[site].index_select(0, first_kept).float()
+        return self.activations[site].index_select(0, self.kept_rows[:n]).float()
+
+    @cached_property
+    def kept_rows(self) -> Tensor:
+        """int64: the rows that are kept, in order."""
+        return self.keep.nonzero()[:, 0]
+
+    @cached_property
+    def _filled_up(self) -> Tensor:
+        """int64 (P): the kept rows, again from the first one where they are too few."""
+        kept = self.kept_rows
+        if not len(kept):
+            return kept
+        return kept[torch.arange(len(self.keep), device=kept.device) % len(kept)]
 
     def _kept(self, sites: Iterable[Site], start: int, stop: int) -> dict[Site, Tensor]:
         """Kept rows in [start, stop): views where all are kept, else copies."""
@@ -116,12 +138,12 @@ class TensorStream(AbstractStream):
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`."""
-        n_rows = next(iter(self.tensors.values())).shape[0]
+        first = next(iter(self.tensors.values()))
         start = number * self.block_tokens
-        positions = (start + shuffled(self.block_tokens, self.seed, number)) % n_rows
+        positions = (start + shuffled(self.block_tokens, self.seed, number)) % first.shape[0]
         return Block(
             activations={site: self.tensors[site][positions] for site in sites},
-            keep=torch.ones(self.block_tokens, dtype=torch.bool),
+            keep=torch.ones(self.block_tokens, dtype=torch.bool, device=first.device),
             batch_tokens=self.batch_tokens,
         )
 
@@ -210,7 +232,7 @@ class LiveStream(AbstractStream):
 
         Batches without a sequence that is `needed`, bool (S), are skipped.
         """
-        sequences_per_batch = max(1, LM_BATCH_TOKENS // self.plan.recipe.data.context)
+        sequences_per_batch = max(1, self.plan.lm_batch_tokens // self.plan.recipe.data.context)
         for start in range(0, tokens.shape[0], sequences_per_batch):
             batch = slice(start, start + sequences_per_batch)
             if needed is not None and not needed[batch].any():

@@ -62,7 +62,7 @@ def resolved_revision(spec: ModelSpec) -> str:
     Raises ModelError where no commit can be told, and what `transformers` raises where there is no
     such model.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     location = locate(spec)
     if location.is_directory:

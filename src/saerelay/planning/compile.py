@@ -8,7 +8,7 @@ from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import Setting, settled_leg
-from saerelay.planning.placing import choose_block, placed_leg
+from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import preset_legs
 from saerelay.planning.recipe import Recipe
@@ -68,6 +68,7 @@ def compile_plan(
         recipe=recipe,
         facts=facts,
         block_tokens=setting.block_tokens,
+        lm_batch_tokens=finished.lm_batch_tokens if finished else lm_batch(facts),
         legs=legs,
         externals=externals or {},
         probe=finished.probe if finished else _probe_layer(recipe, legs),

@@ -59,6 +59,16 @@ class ModelFacts(Spec):
         """Width of the attention output projection's input, where it is widest."""
         return self.sites.d_attn_z
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on an NVIDIA GPU."""
+        return self.device.startswith("cuda")
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Size of one of its activations."""
+        return 4 if self.dtype == "float32" else 2
+
     def width(self, site: Site) -> int:
         """Width D of the activations at a site."""
         widths = self.sites.widths.get(site.module, [])

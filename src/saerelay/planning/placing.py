@@ -8,12 +8,16 @@ from saerelay.planning.cost import peak_state_bytes, state_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec, tokens_of
 from saerelay.planning.legs import Setting
-from saerelay.planning.plan import Leg
+from saerelay.planning.plan import LM_BATCH_TOKENS, Leg
 from saerelay.planning.recipe import Recipe
 
 MAX_BLOCK_TOKENS = 65_536
 BLOCK_BYTES = 2**30
-"""Activations of one block stay under this, when the recipe leaves its size to us."""
+"""Activations of one block stay under this, in float32, when the recipe leaves its size to us."""
+BLOCK_BYTES_ON_GPU = 4 * 2**30
+"""The same on a GPU, in the model's dtype."""
+LM_BATCH_TOKENS_ON_GPU = 32_768
+"""Tokens in one forward pass of the language model on a GPU, which fewer do not keep busy."""
 
 
 def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
@@ -64,7 +68,10 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) ->
             )
         return asked
     n_sites = max(1, len({(spec.layer, spec.module) for spec in specs}))
-    bytes_per_token = 4 * max(facts.d_model, facts.d_attn_z) * n_sites
+    numbers_per_token = max(facts.d_model, facts.d_attn_z) * n_sites
+    most_in_memory = BLOCK_BYTES // (4 * numbers_per_token)
+    if facts.on_gpu:
+        most_in_memory = BLOCK_BYTES_ON_GPU // (facts.bytes_per_value * numbers_per_token)
 
     # A block has at least 16 batches, and where all legs are hops, the tokens that they are refitted on.
     least = 16 * recipe.train.batch_tokens
@@ -76,9 +83,14 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) ->
     # sequences; and all blocks of the longest leg are equal, so that the last is not read in vain.
     longest = max(least if hops_only else 0, *(spec.tokens for spec in specs))
     shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])
-    largest = min(MAX_BLOCK_TOKENS, BLOCK_BYTES // bytes_per_token, max(shortest // 4, least))
+    largest = min(MAX_BLOCK_TOKENS, most_in_memory, max(shortest // 4, least))
     n_blocks = max(1, math.ceil(longest / max(step, largest)))
     return step * math.ceil(longest / n_blocks / step)
+
+
+def lm_batch(facts: ModelFacts) -> int:
+    """Tokens in one forward pass of the language model, by device alone."""
+    return LM_BATCH_TOKENS_ON_GPU if facts.on_gpu else LM_BATCH_TOKENS
 
 
 def _is_refitted(spec: LegSpec, recipe: Recipe) -> bool:

@@ -29,6 +29,9 @@ from saerelay.spec import Spec
 COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
 
+LM_BATCH_TOKENS = 4096
+"""Tokens in one forward pass of the language model on a processor."""
+
 Role = Literal["root", "transfer", "control"]
 
 
@@ -187,6 +190,8 @@ class Plan(Document):
     recipe: Recipe
     facts: ModelFacts
     block_tokens: int = Field(gt=0)
+    lm_batch_tokens: int = Field(default=LM_BATCH_TOKENS, gt=0)
+    """Tokens in one forward pass of the language model: fixed, since bits depend on it."""
     legs: list[Leg] = Field(min_length=1)
     externals: dict[str, External] = {}
     """Parents outside this plan, by the name that the recipe gives them."""

@@ -248,7 +248,9 @@ class TrainSpec(Spec):
         description='tokens without firing after which a latent is dead; "auto": min(10M, a fiftieth of the budget)',
     )
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
-    checkpoint_every: Count = Field(default=500_000, gt=0, description="tokens between two saved states")
+    checkpoint_every: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
+        default="auto", description='tokens between two saved states; "auto": as many as take five minutes'
+    )
     snapshots: list[ShareOrCount] = Field(
         default=[], description="ages at which to publish snapshots: shares or counts; 0 is right after a hop"
     )

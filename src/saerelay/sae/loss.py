@@ -39,7 +39,7 @@ def training_loss(
     x: Tensor,
     *,
     dead: Tensor | None = None,
-    warmth: float = 1.0,
+    warmth: float | Tensor = 1.0,
 ) -> Loss:
     """The training loss on x (B, D) in training units, differentiable by autograd.
 

@@ -57,7 +57,7 @@ def identity(width: int) -> AffineMap:
 def rescale(moments: Moments) -> AffineMap:
     """Match mean and size: A = r·I with r the ratio of centred RMS norms, c = m_t − r·m_s, and the exact inverse."""
     r = (moments.cov_target.trace() / moments.cov_source.trace()).sqrt()
-    eye = torch.eye(moments.n_source, dtype=torch.float64)
+    eye = torch.eye(moments.n_source, dtype=torch.float64, device=r.device)
     return _through_means(moments, r * eye, eye / r)
 
 

@@ -1,6 +1,6 @@
 """Streaming statistics of activations: float32 centred products, summed in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ class Moments:
     ([3.0, 3.0], [[3.0, 0.0], [0.0, 3.0]])
 
     Shapes: source width S, target width T. Products are centred on the first batch's mean before they are formed in
-    float32, so that a large common offset costs no precision.
+    float32, so that a large common offset costs no precision. All of it lies on one device, and what is fitted on it
+    is computed there.
     """
 
     n_source: int
@@ -29,24 +30,27 @@ class Moments:
     """float64 (S + T): Σ (x − shift)."""
     products: Tensor
     """float64 (S + T, S + T): Σ (x − shift)(x − shift)ᵀ."""
+    _covariance: Tensor | None = field(default=None, repr=False)
+    """Of what was taken in so far, once it was asked for."""
 
     @classmethod
-    def empty(cls, n_source: int, n_target: int) -> "Moments":
+    def empty(cls, n_source: int, n_target: int, device: torch.device | str = "cpu") -> "Moments":
         """Moments of nothing yet."""
         n = n_source + n_target
-        zeros = torch.zeros(n, dtype=torch.float64)
-        return cls(n_source, 0, zeros.clone(), zeros.clone(), torch.zeros(n, n, dtype=torch.float64))
+        zeros = torch.zeros(n, dtype=torch.float64, device=device)
+        return cls(n_source, 0, zeros.clone(), zeros.clone(), torch.zeros(n, n, dtype=torch.float64, device=device))
 
     def add(self, source: Tensor, target: Tensor) -> None:
         """Take in activations (B, S) and (B, T) of the same tokens."""
+        self._covariance = None
         for start in range(0, source.shape[0], 4096):
             x = torch.cat([source[start : start + 4096], target[start : start + 4096]], dim=1).float()
             if self.n_tokens == 0:
-                self.shift = x.mean(dim=0).cpu().double()
+                self.shift = x.mean(dim=0).to(self.shift)
             x = x - self.shift.to(x)
             self.n_tokens += x.shape[0]
-            self.total += x.sum(dim=0).cpu().double()
-            self.products += (x.T @ x).cpu().double()
+            self.total += x.sum(dim=0).to(self.total)
+            self.products += (x.T @ x).to(self.products)
 
     def scaled(self, source: Tensor, target: Tensor) -> "Moments":
         """The moments of activations divided by positive factors, (S) and (T)."""
@@ -61,7 +65,8 @@ class Moments:
 
     def between(self, source: slice, target: slice) -> "Moments":
         """The moments of two stretches of what was taken in, as those of a pair."""
-        places = torch.cat([torch.arange(len(self.shift))[stretch] for stretch in (source, target)])
+        all_places = torch.arange(len(self.shift), device=self.shift.device)
+        places = torch.cat([all_places[source], all_places[target]])
         n_source = len(range(len(self.shift))[source])
         products = self.products[places][:, places]
         return Moments(n_source, self.n_tokens, self.shift[places], self.total[places], products)
@@ -74,8 +79,10 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """float64 (S + T, S + T), divided by the number of tokens."""
-        offset = self.total / self.n_tokens
-        return self.products / self.n_tokens - torch.outer(offset, offset)
+        if self._covariance is None:
+            offset = self.total / self.n_tokens
+            self._covariance = self.products / self.n_tokens - torch.outer(offset, offset)
+        return self._covariance
 
     @property
     def mean_source(self) -> Tensor:

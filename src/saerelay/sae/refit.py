@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saerelay.errors import TransferError
 from saerelay.sae.dictionary import Dictionary, unit_decoder
-from saerelay.sae.kernels import Codes, join_codes, products, reconstruct
+from saerelay.sae.kernels import Codes, join_codes, latent_sums, products, reconstruct
 
 DIRECT_LATENTS = 16_384
 """Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
@@ -96,7 +96,7 @@ def refit(
     if not bool(torch.isfinite(residual_sum).all()):
         raise TransferError("the decoder refit met activations that are not finite")
 
-    equations = _normal_equations(dictionary, join_codes(batches), target, residual_sum, ridge)
+    equations = _normal_equations(join_codes(batches), target, residual_sum, ridge)
     if direct is None:
         direct = dictionary.n_latents <= DIRECT_LATENTS
     change = equations.solve_directly() if direct else equations.solve_iteratively(tolerance, max_iterations)
@@ -108,13 +108,10 @@ def refit(
     return unit_decoder(changed)
 
 
-def _normal_equations(
-    dictionary: Dictionary, codes: Codes, target: Tensor, residual_sum: Tensor, ridge: float
-) -> NormalEquations:
+def _normal_equations(codes: Codes, target: Tensor, residual_sum: Tensor, ridge: float) -> NormalEquations:
     """Those of a refit, from codes of all tokens, Zᵀ(residuals) (F, D) and Σ residuals (D)."""
-    zeros = torch.zeros_like(dictionary.b_enc)
-    squares = zeros.index_add(0, codes.columns, codes.values.square())
-    mean = zeros.index_add(0, codes.columns, codes.values) / codes.n_rows
+    squares = latent_sums(codes.with_values(codes.values.square()))
+    mean = latent_sums(codes) / codes.n_rows
     damping = (ridge * (squares + squares.mean())).clamp(min=1e-12)
     goal = target - torch.outer(mean, residual_sum)
     return NormalEquations(codes=codes, mean=mean, squares=squares, damping=damping, goal=goal)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saerelay.sae.architectures import architecture_named
 from saerelay.sae.dictionary import Dictionary, match_l0
-from saerelay.sae.kernels import reconstruct
+from saerelay.sae.kernels import encode_sparse, join_codes, latent_sums, reconstruct
 from saerelay.sae.maps import RIDGE, regress
 
 SAMPLE_ROWS = 8_192
@@ -123,10 +123,8 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape) -> Dictionary:
 
 def _pruned(dictionary: Dictionary, x: Tensor, n_latents: int) -> Dictionary:
     """Only the latents that put most into the reconstructions of x (B, D), in their order."""
-    squares = torch.zeros_like(dictionary.b_enc)
-    for part in x.split(4096):
-        codes, _ = reconstruct(dictionary, part)
-        squares.index_add_(0, codes.columns.long(), codes.values.square())
+    codes = join_codes([encode_sparse(dictionary, part) for part in x.split(4096)])
+    squares = latent_sums(codes.with_values(codes.values.square()))
     contribution = squares * dictionary.W_dec.square().sum(dim=1)
     best = contribution.topk(n_latents).indices.sort().values
     rows = {name: tensor[best] for name, tensor in dictionary.tensors().items() if name != "b_dec"}

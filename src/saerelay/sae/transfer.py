@@ -103,7 +103,9 @@ def carry(
     the dictionary stays as it is, without a shape it keeps its own, and without an L0 what decides which latents are
     active is left alone.
     """
-    folded = dictionary.to(rows.device) if between is None else fold(dictionary, between).to(rows.device)
+    folded = dictionary.to(rows.device)
+    if between is not None:
+        folded = fold(folded, between)
     in_units = unit_decoder(units.from_canonical(folded))
     if shape:
         sample = rows if retraining is None else retraining.rows

@@ -42,7 +42,7 @@ class Units:
         Each dimension is also divided by its standard deviation to the power `balance`: with 0 dimensions keep their
         proportions, with 1 all have the same variance.
         """
-        parts = x.cpu().split(4096)
+        parts = x.split(4096)
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
         if not balance:
             square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()

@@ -20,11 +20,14 @@ class Backward(Protocol):
 class Adam(NamedTuple):
     """One step of Adam (Kingma and Ba 2015)."""
 
-    lr: float
+    lr: float | Tensor
+    """On a GPU a single-number tensor of float32."""
     betas: tuple[float, float]
     n_steps: Tensor
     shrink: Tensor | None
     """What gradients are divided by."""
+    failed: Tensor | None = None
+    """float32: 1 where nothing is to move, on devices that the host does not wait for."""
 
     def move(self, triple: Triple, gradient: Tensor, rate_share: float = 1.0) -> None:
         """Move a parameter and its moments, at a share of the rate."""
@@ -44,6 +47,7 @@ class Adam(NamedTuple):
             amsgrad=False,
             maximize=False,
             grad_scale=self.shrink,
+            found_inf=self.failed,
         )
 
 
@@ -77,7 +81,10 @@ class LatentPart:
         for name, triple in self.triples.items():
             adam.move(triple, gradients[name][self.latents], rate_shares[name])
         W_dec = self.triples["W_dec"][0]
-        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+        norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+        if adam.failed is not None:
+            norms = norms.masked_fill(adam.failed > 0, 1.0)  # even a division by almost 1 would move it
+        W_dec.div_(norms)
         if "threshold" in self.triples:
             self.triples["threshold"][0].clamp_(min=0)
         if encoder is not None:

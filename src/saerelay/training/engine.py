@@ -1,15 +1,13 @@
-"""Training: one SAE (`Trainee`), and several in lockstep (`Cohort`). Knows no language model, plan or directory.
+"""Training of one SAE. Knows no language model, plan or directory.
 
 Everything scheduled is a function of a leg's own age (`schedule`); everything else that matters is in `TraineeState`.
-Lockstep is a loop over trainees, so that one that retires cannot change another's bits.
 """
 
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,8 +22,8 @@ from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.quality import fvu
 from saerelay.sae.spec import takes_sparse_step
 from saerelay.sae.threads import alone, in_parallel
-from saerelay.site import Site
 from saerelay.training.adam import Adam, LatentPart, Triple
+from saerelay.training.device import STEPS_AHEAD, Clock, Fate, Now, Replayed, Stopwatch
 from saerelay.training.schedule import learning_rate, parameter_rates, penalty_warmth
 from saerelay.training.state import TraineeState, balance_of
 
@@ -71,13 +69,44 @@ class AutogradStep(NamedTuple):
 class _Sums:
     """What the training log shows of the batches since the last look."""
 
-    numbers: list[Tensor] = field(default_factory=list)
-    """(4) each: loss, Σ error², Σ‖x − mean‖², number active."""
+    numbers: Tensor
+    """float64 (4): Σ over batches of loss, Σ error², Σ‖x − mean‖², number active."""
+    n_batches: int = 0
     n_rows: int = 0
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> "_Sums":
+        """Before the first batch."""
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+
+    def clear(self) -> None:
+        """Forget all batches."""
+        self.numbers.zero_()
+        self.n_batches = 0
+        self.n_rows = 0
+
+
+class _Launched:
+    """What a trainee keeps on a GPU, where steps are launched without waiting for them (see `device`)."""
+
+    def __init__(self, trainee: "Trainee") -> None:
+        device = trainee.state.n_steps.device
+        self.clock = Clock(device)
+        self.fate = Fate.at(trainee.state.age, device)
+        self.stopwatch = Stopwatch()
+        self.gradients: dict[str, Tensor] = {}
+        """Where a recorded step writes them, so that the memory stays claimed."""
+        self.step: Callable[[Tensor], None] = trainee._launched_step
+        if trainee.leg.dictionary.activation.selects_fixed_number and not trainee.dense:
+            self.step = Replayed(trainee._launched_step)
 
 
 class Trainee:
-    """One dictionary in training; `dense` forces the autograd reference."""
+    """One dictionary in training; `dense` forces the autograd reference.
+
+    On a GPU a step is only launched: the state's age runs ahead of the device, and its seconds and a failure are those
+    of the last `settle`. Until then, parameters and all other tensors may be read as ever.
+    """
 
     def __init__(self, leg: Leg, spec: TrainSpec, state: TraineeState, *, dense: bool = False) -> None:
         self.leg = leg
@@ -85,7 +114,8 @@ class Trainee:
         self.state = state
         self.dense = dense or not takes_sparse_step(state.n_steps.device.type)
         self.encoder: Tensor | None = None
-        self._sums = _Sums()
+        device = state.n_steps.device
+        self._sums = _Sums.nothing(device)
 
         # Parameters and Adam's moments, cut into parts, which are views; b_dec is not one of the latents.
         triples: dict[str, Triple] = {}
@@ -94,6 +124,7 @@ class Trainee:
             triples[name] = (parameters[name], mean, state.gradient_squares[name])
         self.bias = triples.pop("b_dec")
         self.parts = [LatentPart(latents, triples) for latents in latent_pieces(state.dictionary)]
+        self._launched = _Launched(self) if device.type == "cuda" else None
 
     @property
     def done(self) -> bool:
@@ -110,9 +141,10 @@ class Trainee:
         rate = learning_rate(self.leg, self.spec.optimizer, self.state.budget_tokens, age)
         return self.state.lr_share * rate
 
-    def dead(self) -> Tensor:
-        """Bool (F): latents that have not fired for the leg's dead window."""
-        return self.state.last_fired <= self.state.age - self.leg.schedule.dead_after_tokens
+    def dead(self, age: int | Tensor | None = None) -> Tensor:
+        """Bool (F): latents that have not fired for the leg's dead window, at its present age or another."""
+        now = self.state.age if age is None else age
+        return self.state.last_fired <= now - self.leg.schedule.dead_after_tokens
 
     def canonical(self, x: Tensor | None = None) -> Dictionary:
         """The dictionary as it is now, for raw activations.
@@ -142,45 +174,114 @@ class Trainee:
             batch = self.leg.schedule.batch_tokens
             share_before_decay = 1 - self.spec.optimizer.decay
             self.state.budget_tokens = batch * math.ceil(self.state.age / share_before_decay / batch)
+            if self._launched:
+                self._launched.clock.n_left = 0  # what it holds is that of the old budget
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def step(self, x: Tensor) -> None:
         """Take one gradient step on a batch of raw activations (B, D)."""
+        if self._launched:
+            self._launch(self._launched, x)
+            return
         began = time.perf_counter()
         if x.shape[0]:
             with alone():
-                self._train(x)
+                self._train(x, self._now(self.state.age))
         if not self.state.failure:
             self.state.age += self.leg.schedule.batch_tokens
         self.state.seconds += time.perf_counter() - began
 
-    def _train(self, x: Tensor) -> None:
+    def _launch(self, launched: _Launched, x: Tensor) -> None:
+        """Let the device take a step when it has done those before."""
+        batch = self.leg.schedule.batch_tokens
+        if x.shape[0]:
+            if not launched.clock.n_left:
+                launched.clock.set([self._now(self.state.age + i * batch) for i in range(STEPS_AHEAD)])
+            launched.stopwatch.start()
+            launched.step(x)
+            launched.stopwatch.stop()
+            launched.clock.n_left -= 1
+            self._sums.n_batches += 1
+            self._sums.n_rows += x.shape[0]
+        self.state.age += batch
+
+    def _launched_step(self, x: Tensor) -> None:
+        """What the device does in a step; nothing here depends on the host but the shape of x."""
+        assert self._launched
+        clock = self._launched.clock
+        self._train(x, clock.now())
+        clock.tick()
+
+    def settle(self) -> None:
+        """Wait for the steps that were launched, and learn what became of them; nothing to do on a processor.
+
+        A leg whose loss was not finite at some step stays as it was before that step.
+        """
+        launched = self._launched
+        if launched is None:
+            return
+        self.state.seconds += launched.stopwatch.read()
+        verdict = launched.fate.verdict()
+        if not verdict.failed or self.state.failure:
+            return
+        n_lost = (self.state.age - verdict.age) // self.leg.schedule.batch_tokens
+        self._sums.n_rows -= n_lost * self._sums.n_rows // max(1, self._sums.n_batches)
+        self._sums.n_batches -= n_lost
+        self.state.age = verdict.age
+        self._fail(verdict.loss)
+
+    def _fail(self, loss: float) -> None:
+        self.state.failure = f"the loss became {loss} at age {self.state.age} tokens"
+
+    def _now(self, age: int) -> Now:
+        optimizer = self.spec.optimizer
+        return Now(age, self.learning_rate(age), penalty_warmth(optimizer, self.state.budget_tokens, age))
+
+    def _train(self, x: Tensor, now: Now) -> None:
         """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
         state = self.state
-        dead = self.dead() if self.leg.dictionary.activation.weight_of_aux else None
-        step = self._dense_step(x, dead) if self.dense else self._sparse_step(x, dead)
-        if not bool(torch.isfinite(step.loss.total)):
-            state.failure = f"the loss became {float(step.loss.total)} at age {state.age} tokens"
+        age_after = now.age + self.leg.schedule.batch_tokens
+        dead = self.dead(now.age) if self.leg.dictionary.activation.weight_of_aux else None
+        step = self._dense_step(x, dead, now) if self.dense else self._sparse_step(x, dead, now)
+        failed = None
+        if self._launched:
+            assert isinstance(age_after, Tensor)
+            self._launched.fate.judge(step.loss.total.detach(), age_after)
+            failed = self._launched.fate.failed
+        elif not bool(torch.isfinite(step.loss.total)):
+            self._fail(float(step.loss.total))
             return
+
         with torch.no_grad():
             gradients = self._gradient_buffers()
             squares = in_parallel(lambda part: part.differentiate(step, gradients), self.parts)
             squares.append(step.b_dec.square().sum())
-            state.n_steps += 1
+            state.n_steps += 1 if failed is None else 1 - failed
             adam = Adam(
-                lr=self.learning_rate(state.age),
+                lr=now.learning_rate,
                 betas=self.spec.optimizer.betas,
                 n_steps=state.n_steps,
                 shrink=self._shrink(torch.stack(squares).sum().sqrt()),
+                failed=failed,
             )
             shares = parameter_rates(self.spec.optimizer, state.dictionary.d_model)
             in_parallel(lambda part: part.update(gradients, adam, shares, self.encoder), self.parts)
             adam.move(self.bias, step.b_dec)
-            state.last_fired[step.loss.fired] = state.age + self.leg.schedule.batch_tokens
-            numbers = (step.loss.total, step.loss.squared_error, step.variance, step.loss.n_active)
-            self._sums.numbers.append(torch.stack([number.detach().float() for number in numbers]))
-            self._sums.n_rows += x.shape[0]
+
+            loss = step.loss
+            numbers = torch.stack(
+                [n.detach().float() for n in (loss.total, loss.squared_error, step.variance, loss.n_active)]
+            )
+            fired = loss.fired
+            if failed is None:
+                self._sums.n_batches += 1
+                self._sums.n_rows += x.shape[0]
+            else:
+                fired = fired & (failed == 0)
+                numbers = numbers.masked_fill(failed > 0, 0.0)
+            state.last_fired.masked_fill_(fired, age_after)
+            self._sums.numbers += numbers
 
     def _shrink(self, norm: Tensor) -> Tensor | None:
         """What gradients are divided by, so that their norm is at most `clip`; None for nothing."""
@@ -191,12 +292,12 @@ class Trainee:
             return None
         return shrink
 
-    def _sparse_step(self, x: Tensor, dead: Tensor | None) -> Step:
+    def _sparse_step(self, x: Tensor, dead: Tensor | None, now: Now) -> Step:
         state = self.state
         reading = Reading(units=state.units, encoder=self._encoder(x), whitening=state.whitening)
-        return sparse_step(self.leg.dictionary, state.dictionary, x, reading=reading, dead=dead, warmth=self._warmth())
+        return sparse_step(self.leg.dictionary, state.dictionary, x, reading=reading, dead=dead, warmth=now.warmth)
 
-    def _dense_step(self, x: Tensor, dead: Tensor | None) -> AutogradStep:
+    def _dense_step(self, x: Tensor, dead: Tensor | None, now: Now) -> AutogradStep:
         state = self.state
         x = state.units.normalise(x.float())
         parameters = {name: t.detach().requires_grad_() for name, t in state.dictionary.tensors().items()}
@@ -204,13 +305,10 @@ class Trainee:
             dictionary = state.dictionary.with_tensors(parameters)
             if state.whitening is not None:
                 dictionary = replace(dictionary, W_enc=dictionary.W_enc @ state.whitening)
-            loss = training_loss(self.leg.dictionary, dictionary, x, dead=dead, warmth=self._warmth())
+            loss = training_loss(self.leg.dictionary, dictionary, x, dead=dead, warmth=now.warmth)
             loss.total.backward()
         gradients = {name: t.grad for name, t in parameters.items() if t.grad is not None}
         return AutogradStep(loss, (x - x.mean(dim=0)).square().sum(), gradients)
-
-    def _warmth(self) -> float:
-        return penalty_warmth(self.spec.optimizer, self.state.budget_tokens, self.state.age)
 
     def _encoder(self, x: Tensor) -> Tensor:
         """W_enc in the dtype that the product with it runs in; `LatentPart.update` keeps the copy up to date."""
@@ -230,115 +328,40 @@ class Trainee:
         last: dict[str, Tensor] = getattr(_scratch, "gradients", {})
         if {name: t.shape for name, t in last.items()} != shapes or last["W_enc"].device != device:
             _scratch.gradients = {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+        if self._launched:
+            self._launched.gradients = _scratch.gradients
         return _scratch.gradients
 
     # --- what the log shows ---------------------------------------------------------------------------------------
 
     def unreported(self) -> dict[str, Tensor]:
         """What the next `look` will average over, to be saved."""
-        numbers = torch.stack(self._sums.numbers) if self._sums.numbers else torch.empty(0, 4)
-        return {"numbers": numbers, "n_rows": torch.tensor(self._sums.n_rows)}
+        sums = self._sums
+        counts = torch.tensor([sums.n_batches, sums.n_rows])
+        return {"numbers": sums.numbers.clone(), "counts": counts}
 
     def take_up(self, unreported: Mapping[str, Tensor]) -> None:
         """Undo `unreported`."""
-        device = self.state.n_steps.device
-        self._sums = _Sums(list(unreported["numbers"].to(device)), int(unreported["n_rows"]))
+        n_batches, n_rows = unreported["counts"].tolist()
+        self._sums.numbers.copy_(unreported["numbers"])
+        self._sums.n_batches = n_batches
+        self._sums.n_rows = n_rows
 
     def look(self) -> Progress | None:
         """Averages since the last look, or None if no gradient step was taken."""
         sums = self._sums
-        if not sums.numbers:
+        if not sums.n_batches:
             return None
-        loss, error, variance, active = torch.stack(sums.numbers).cpu().double().sum(dim=0).tolist()
-        self._sums = _Sums()
+        loss, error, variance, active = sums.numbers.tolist()
+        n_batches = sums.n_batches
+        n_rows = sums.n_rows
+        sums.clear()
         return Progress(
             age=self.state.age,
-            loss=loss / len(sums.numbers),
+            loss=loss / n_batches,
             fvu=error / max(variance, 1e-30),
-            l0=active / sums.n_rows,
+            l0=active / n_rows,
             n_dead=int(self.dead().sum()),
             learning_rate=self.learning_rate(self.state.age - self.leg.schedule.batch_tokens),
             seconds=self.state.seconds,
         )
-
-
-# --- several ------------------------------------------------------------------------------------------------------
-
-
-class Cohort:
-    """Trainees stepping in lockstep on one stream's batches.
-
-    >>> from saerelay.planning.plan import Leg, Schedule
-    >>> from saerelay.planning.recipe import TrainSpec
-    >>> from saerelay.sae.spec import DictionarySpec
-    >>> from saerelay.training.state import first_state
-    >>> dictionary = DictionarySpec.parse({"n_latents": 32, "k": 4}).sized(8)
-    >>> schedule = Schedule(budget_tokens=512, batch_tokens=64, lr=1e-2, dead_after_tokens=512)
-    >>> leg = Leg(id="L0", role="root", layer=0, module="resid_post", dictionary=dictionary, schedule=schedule, seed=0)
-    >>> x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
-    >>> cohort = Cohort(batch_tokens=128)
-    >>> cohort.add(Trainee(leg, TrainSpec(), first_state(leg, TrainSpec(), x)))
-    >>> for batch in x.split(128):
-    ...     cohort.step({Site(0): batch})
-    >>> cohort.live, cohort["L0"].state.age
-    ([], 512)
-    """
-
-    def __init__(self, batch_tokens: int) -> None:
-        self.batch_tokens = batch_tokens
-        self.trainees: dict[str, Trainee] = {}
-
-    def __getitem__(self, leg_id: str) -> Trainee:
-        return self.trainees[leg_id]
-
-    def __contains__(self, leg_id: str) -> bool:
-        return leg_id in self.trainees
-
-    def add(self, trainee: Trainee) -> None:
-        """Let a trainee take part from the next step on."""
-        self.trainees[trainee.leg.id] = trainee
-
-    def remove(self, leg_id: str) -> None:
-        """Forget a trainee."""
-        del self.trainees[leg_id]
-
-    @property
-    def live(self) -> list[Trainee]:
-        """Those with budget left."""
-        return [trainee for trainee in self.trainees.values() if not trainee.done]
-
-    def step(self, activations: Mapping[Site, Tensor], repetition: int = 0) -> None:
-        """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into its own batches.
-
-        `repetition` counts passes over the same block: legs that train on a block less often sit out.
-        """
-        live = [trainee for trainee in self.live if trainee.leg.schedule.reuse > repetition]
-
-        # On a processor as many trainees as fill all cores evenly step side by side, each on one core; the others one
-        # after the other, each on all cores.
-        on_cpu = [trainee for trainee in live if activations[trainee.leg.site].device.type == "cpu"]
-        n_threads = torch.get_num_threads()
-        side_by_side = on_cpu[: len(on_cpu) // n_threads * n_threads]
-        for trainee in live:
-            if trainee not in side_by_side:
-                self._step(trainee, activations[trainee.leg.site])
-        with _shared_wall_clock(side_by_side), alone():
-            in_parallel(lambda trainee: self._step(trainee, activations[trainee.leg.site]), side_by_side)
-
-    def _step(self, trainee: Trainee, rows: Tensor) -> None:
-        for x in rows.tensor_split(self.batch_tokens // trainee.leg.schedule.batch_tokens):
-            if not trainee.done:
-                trainee.step(x)
-
-
-@contextmanager
-def _shared_wall_clock(trainees: Sequence[Trainee]) -> Iterator[None]:
-    """Count the time that trainees step at once only once: each is charged its share of it."""
-    before = [trainee.state.seconds for trainee in trainees]
-    began = time.perf_counter()
-    yield
-    elapsed = time.perf_counter() - began
-    own = [trainee.state.seconds - seconds for trainee, seconds in zip(trainees, before, strict=True)]
-    total = sum(own)
-    for trainee, seconds, spent in zip(trainees, before, own, strict=True):
-        trainee.state.seconds = seconds + elapsed * spent / total

@@ -26,7 +26,7 @@ def gather_moments(now: Training, block: Block) -> None:
         if leg.start <= now.cursor < leg.fold_at:
             source = now.plan.parent_site(leg)
             width = now.plan.facts.width(leg.site)
-            moments = now.moments.setdefault(leg.id, Moments.empty(width, width))
+            moments = now.moments.setdefault(leg.id, Moments.empty(width, width, block.keep.device))
             for rows in block.chunks([source, leg.site]):
                 moments.add(rows[source], rows[leg.site])
 
@@ -101,13 +101,13 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
 
 
 def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float | None]:
-    """A leg's parent as it is now, on the CPU, and its mean L0 at its own site, where that is needed and known."""
+    """A leg's parent as it is now, and its mean L0 at its own site, where that is needed and known."""
     if leg.parent in now.cohort:
         dictionary = now.cohort[leg.parent].canonical()
         l0 = None
         if leg.dictionary.l0 is None:
             l0 = mean_l0(dictionary, block.rows(now.plan.parent_site(leg), L0_ROWS))
-        return dictionary.to("cpu"), l0
+        return dictionary, l0
     directory = paths.leg(leg.parent)
     if not now.plan.has(leg.parent):
         directory = paths.root / now.plan.externals[leg.parent].path

@@ -5,8 +5,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from saerelay.runs.documents.training import HopFacts
 from saerelay.runs.state import load_state, prefixed, save_state, under
 from saerelay.sae.moments import Moments
 from saerelay.site import Site
-from saerelay.training.engine import Cohort, Trainee
+from saerelay.training.cohort import Cohort
+from saerelay.training.engine import Trainee
+from saerelay.training.saving import StateWriter
 from saerelay.training.state import TraineeState
 
 
@@ -68,8 +71,8 @@ class Training:
         self.positions["read"] += block.keep.numel()
         self.positions["left_out"] += int((~block.keep).sum())
 
-    def save(self, paths: RunDirectory) -> None:
-        """Write the resume state; what was written to the training log must be on file."""
+    def save(self, paths: RunDirectory, writer: StateWriter | None = None) -> None:
+        """Write the resume state, or leave it to a writer; what was written to the training log must be on file."""
         tensors: dict[str, Tensor] = {}
         for leg_id, trainee in self.cohort.trainees.items():
             tensors.update(prefixed(f"leg/{leg_id}", trainee.state.tensors()))
@@ -84,11 +87,12 @@ class Training:
             "positions": self.positions,
             "live": list(self.cohort.trainees),
             "moments": list(self.moments),
-            "machine": machine(),
+            "machine": machine(torch.device(self.plan.facts.device)),
             "log_bytes": paths.metrics.stat().st_size,
             "legs": {leg.id: leg_digest(leg) for leg in self.plan.legs},
         }
-        save_state(paths.state, tensors, facts)
+        write = writer.write if writer else save_state
+        write(paths.state, tensors, facts)
 
     @classmethod
     def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device) -> "Training":
@@ -115,7 +119,8 @@ class Training:
             trainee.take_up(under(f"log/{leg_id}", tensors))
             training.cohort.add(trainee)
         for leg_id in facts["moments"]:
-            training.moments[leg_id] = Moments.restore(under(f"moments/{leg_id}", tensors))
+            own = {name: tensor.to(device) for name, tensor in under(f"moments/{leg_id}", tensors).items()}
+            training.moments[leg_id] = Moments.restore(own)
         return training
 
 
@@ -135,13 +140,32 @@ def leg_digest(leg: Leg) -> str:
     return hashlib.blake2b(leg.model_dump_json().encode(), digest_size=8).hexdigest()
 
 
-def machine() -> dict[str, Any]:
-    """What bitwise equality depends on."""
-    return {
+def machine(device: torch.device) -> dict[str, Any]:
+    """What bitwise equality depends on, for a run on a device."""
+    processor = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+    if device.type != "cuda":
+        return processor
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        **processor,
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_capability": f"{major}.{minor}",
+        "cuda": torch.version.cuda,
+        "cublas": _version_of("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12"),
+        "triton": _version_of("triton"),
+    }
+
+
+def _version_of(*names: str) -> str | None:
+    """The version of the first of some packages that is installed."""
+    for name in names:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 @contextmanager

@@ -5,7 +5,6 @@ them; every live leg steps in lockstep; legs that have spent their budget are pu
 two batches, and a run that was killed continues from there to the same bits.
 """
 
-import threading
 import time
 from typing import IO
 
@@ -27,6 +26,7 @@ from saerelay.training.engine import Trainee
 from saerelay.training.inherit import gather_moments, inherit
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import Training, stop_requests, timed
+from saerelay.training.saving import SavingTimes, StateWriter
 from saerelay.training.schedule import goal_is_due
 from saerelay.training.state import balance_of, first_state, units_of
 
@@ -50,11 +50,10 @@ def train_plan(
     """
     now = Training.restore(plan, paths, device)
     truncate_metrics(paths.metrics, now.log_bytes)
-    last_saved = now.cursor
+    saving = SavingTimes(plan.recipe.train, now.cursor)
+    writer = StateWriter()
     began = time.perf_counter() - now.seconds["total"]
-    if validation and now.cursor < plan.n_tokens:
-        now.held_out, n_read = hold_out(plan, validation)
-        now.positions["held_out"] = n_read
+    read_held_out(now, validation)
     with stop_requests() as stop, paths.metrics.open("a", encoding="utf-8") as log:
         if now.cursor % plan.block_tokens == 0:  # the state was saved just before its block was reported
             report(now, now.cohort.live, log, watcher)
@@ -68,10 +67,7 @@ def train_plan(
             with timed(now.seconds, "lm"):
                 block = stream.block(number, sites)
             if offset == 0:
-                with timed(now.seconds, "fits"):
-                    begin_legs(now, block, paths, hops=False)
-                    gather_moments(now, block)
-                now.count(block)
+                begin_block(now, block, paths)
             for index in range(offset // block.batch_tokens, block.n_batches):
                 now.cursor += block.batch_tokens
                 for repetition in range(now.n_repetitions):
@@ -79,27 +75,34 @@ def train_plan(
                     check_goals(now, repetition)
                     end_legs(now, block, paths, log, watcher, repetition)
                 if now.cursor == end_of_block:
+                    drop_failed(now, block, paths, log, watcher)
                     with timed(now.seconds, "fits"):
                         begin_legs(now, block, paths, hops=True)
                 watcher.tick(now.cursor)
-                if stop.is_set() or now.cursor - last_saved >= plan.recipe.train.checkpoint_every:
+                stopping = stop.is_set()
+                if stopping or saving.due(now.cursor):
+                    drop_failed(now, block, paths, log, watcher)
                     now.seconds["total"] = time.perf_counter() - began
-                    log.flush()
-                    now.save(paths)
-                    last_saved = now.cursor
-                stop_if_asked(stop, paths)
+                    now.save(paths, writer)
+                    saving.saved(now.cursor)
+                if stopping:
+                    writer.wait()
+                    raise Interrupted(paths.resume_command)
             report(now, now.cohort.live, log, watcher)
     now.seconds["total"] = time.perf_counter() - began
+    writer.wait()
     now.save(paths)
     RunCost(seconds=PhaseSeconds(**now.seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
     complain_of_failures(now, paths)
     complain_of_missing(plan, paths)
 
 
-def stop_if_asked(stop: threading.Event, paths: RunDirectory) -> None:
-    """Raise Interrupted, with the command that continues, after Ctrl-C or SIGTERM."""
-    if stop.is_set():
-        raise Interrupted(paths.resume_command)
+def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:
+    """What is due before a block's first batch: legs that start here, and the moments of hops that are coming."""
+    with timed(now.seconds, "fits"):
+        begin_legs(now, block, paths, hops=False)
+        gather_moments(now, block)
+    now.count(block)
 
 
 def complain_of_failures(now: Training, paths: RunDirectory) -> None:
@@ -165,6 +168,13 @@ def _vary(x: Tensor) -> bool:
     return bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max())
 
 
+def read_held_out(now: Training, validation: AbstractStream | None) -> None:
+    """Read the rows that goals are measured on, if there is anything left to train."""
+    if validation and now.cursor < now.plan.n_tokens:
+        now.held_out, n_read = hold_out(now.plan, validation)
+        now.positions["held_out"] = n_read
+
+
 def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor], int]:
     """The rows (at most HELD_OUT_ROWS, D) that goals are measured on, and how many positions were read for them."""
     block = validation.block(0, plan.sites)
@@ -189,17 +199,32 @@ def end_legs(now: Training, block: Block, paths: RunDirectory, log: IO[str], wat
     """Publish snapshots that are due, and legs that are done."""
     stepped = [t for t in now.cohort.trainees.values() if t.leg.schedule.reuse > repetition]
     for trainee in stepped:
-        if trainee.state.age in trainee.leg.schedule.snapshots or trainee.done:
-            publish_leg(now, trainee, block, paths)
-        if trainee.state.failure:
-            now.failures[trainee.leg.id] = trainee.state.failure
         if trainee.done:
-            report(now, [trainee], log, watcher)
-            now.cohort.remove(trainee.leg.id)
+            retire(now, trainee, block, paths, log, watcher)
+        elif trainee.state.age in trainee.leg.schedule.snapshots:
+            publish_leg(now, trainee, block, paths)
+
+
+def drop_failed(now: Training, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher) -> None:
+    """Find out which legs failed on a device that was not waited for, and retire them."""
+    now.cohort.settle()
+    for trainee in list(now.cohort.trainees.values()):
+        if trainee.state.failure:
+            retire(now, trainee, block, paths, log, watcher)
+
+
+def retire(now: Training, trainee: Trainee, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher) -> None:
+    """Publish a leg that is done, or what was good of one that failed, and forget it."""
+    publish_leg(now, trainee, block, paths)
+    if trainee.state.failure:
+        now.failures[trainee.leg.id] = trainee.state.failure
+    report(now, [trainee], log, watcher)
+    now.cohort.remove(trainee.leg.id)
 
 
 def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -> None:
     """Write the dictionary of a leg that is done, or a snapshot of one that is not (or that failed)."""
+    trainee.settle()
     leg = trainee.leg
     state = trainee.state
     finished = trainee.done and not state.failure

@@ -57,8 +57,9 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
         raise
     replace_directory(fresh, paths.tokens)
     corpus = Corpus.open(paths.tokens)
-    for line in corpus.facts.notes() if console else []:
-        console.print(f"note: {line}", markup=False)
+    if console:
+        for line in corpus.facts.notes():
+            console.print(f"note: {line}", markup=False)
     return corpus
 
 

@@ -156,7 +156,7 @@ def carry_from_model(
     check_tokens(recipe, other_spec)
     other = LanguageModel.load(other_spec)
     other.check_site(site)
-    moments = Moments.empty(other.facts.width(site), plan.facts.width(target))
+    moments = Moments.empty(other.facts.width(site), plan.facts.width(target), plan.facts.device)
     x_source: Tensor | None = None
     x_target: Tensor | None = None
     rows: list[Tensor] = []

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from saerelay.data.stream import LM_BATCH_TOKENS
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Leg, Plan
+from saerelay.training.device import STEPS_BEFORE_RECORDING
 from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
 
@@ -31,7 +31,7 @@ def time_plan(plan: Plan, model: LanguageModel) -> dict[str, float]:
 def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
     """Seconds of the language model, which stops at the deepest open site of each block."""
     context = plan.recipe.data.context
-    shape = (max(1, LM_BATCH_TOKENS // context), context)
+    shape = (max(1, plan.lm_batch_tokens // context), context)
     tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
     deepest = plan.sites[-1]
     per_token = _median_seconds(lambda: model.harvest(tokens, [deepest]), model.device) / tokens.numel()
@@ -50,6 +50,9 @@ def _step_seconds(plan: Plan, leg: Leg, width: int, device: torch.device) -> flo
     probe = leg.changed(budget_tokens=10**9).changed(hop=None)
     train = plan.recipe.train
     trainee = Trainee(probe, train, first_state(probe, train, x))
+    if device.type == "cuda":  # until it is recorded as a graph
+        for _ in range(STEPS_BEFORE_RECORDING + 1):
+            trainee.step(x[:batch])
     return _median_seconds(lambda: trainee.step(x[:batch]), device) / batch
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 
 from saerelay.planning.plan import Plan
@@ -18,9 +19,10 @@ def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterat
     """Whoever watches a run; nothing is printed without a console."""
     saved = state_facts(paths.state)
     cursor = saved["cursor"] if saved else 0
-    if saved and console and saved["machine"] != machine():
+    here = machine(torch.device(plan.facts.device))
+    if saved and console and saved["machine"] != here:
         console.print(
-            f"note: this run was begun with {saved['machine']}, this is {machine()}: it goes on, but not to "
+            f"note: this run was begun with {saved['machine']}, this is {here}: it goes on, but not to "
             "bitwise the weights of an uninterrupted run"
         )
     with loggers_of(plan, paths) as loggers:

@@ -40,7 +40,7 @@ class Penalty(NamedTuple):
     """What an architecture adds to the loss of a batch, with its gradients."""
 
     loss: Tensor
-    to_z: float | None = None
+    to_z: float | Tensor | None = None
     """∂loss/∂z of every active code, if it depends on codes."""
     to_step: Tensor | None = None
     """∂loss/∂1[pre > threshold], if it depends on how many codes are active."""
@@ -61,6 +61,8 @@ class Architecture(Spec):
     """Whether the threshold is no parameter: it is set so that mean L0 is k on given activations."""
     selects_over_batch: ClassVar[bool] = False
     """Whether training chooses active latents over a whole batch, not token by token."""
+    selects_fixed_number: ClassVar[bool] = False
+    """Whether training selects the same number of latents in every batch of a size."""
     l0_is_exact: ClassVar[bool] = False
     """Whether every token has the same number of active latents, whatever the activations."""
 
@@ -142,7 +144,7 @@ class Architecture(Spec):
         """Codes with their true values from selected ones, and which are in the straight-through window (n_active)."""
         raise NotImplementedError
 
-    def penalty(self, sums: BatchSums, warmth: float) -> Penalty | None:
+    def penalty(self, sums: BatchSums, warmth: float | Tensor) -> Penalty | None:
         """The same with its gradients; `warmth` in [0, 1] is the share of its weight in force (its warm-up)."""
         return None
 

@@ -26,6 +26,7 @@ class BatchTopK(Architecture):
     name: ClassVar[str] = "batchtopk"
     title: ClassVar[str] = "BatchTopK"
     l0_key: ClassVar[str | None] = "k"
+    selects_fixed_number: ClassVar[bool] = True
     has_threshold: ClassVar[bool] = True
     threshold_is_calibrated: ClassVar[bool] = True
     selects_over_batch: ClassVar[bool] = True

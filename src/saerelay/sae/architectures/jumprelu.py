@@ -85,7 +85,7 @@ class JumpReLU(Architecture):
         true = above + shift[codes.columns]
         return codes.with_values(true * (above > self.bandwidth / 2)), window
 
-    def penalty(self, sums: BatchSums, warmth: float) -> Penalty | None:
+    def penalty(self, sums: BatchSums, warmth: float | Tensor) -> Penalty | None:
         """See `training_penalty`; the gradient to each step is the same."""
         excess = sums.n_active / sums.n_rows / self.target_l0 - 1
         weight = warmth * self.l0_weight

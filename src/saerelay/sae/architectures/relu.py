@@ -42,7 +42,7 @@ class ReLU(Architecture):
         """l1 · Σ z, over what the squared error is divided by."""
         return self.l1 * z.sum() / divisor
 
-    def penalty(self, sums: BatchSums, warmth: float) -> Penalty | None:
+    def penalty(self, sums: BatchSums, warmth: float | Tensor) -> Penalty | None:
         """The same, with its gradient."""
         weight = warmth * self.l1 / sums.divisor
         return Penalty(weight * sums.total_code, to_z=weight)

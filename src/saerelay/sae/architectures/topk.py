@@ -26,6 +26,7 @@ class TopK(Architecture):
     name: ClassVar[str] = "topk"
     title: ClassVar[str] = "TopK"
     l0_key: ClassVar[str | None] = "k"
+    selects_fixed_number: ClassVar[bool] = True
     l0_is_exact: ClassVar[bool] = True
 
     k: int = K

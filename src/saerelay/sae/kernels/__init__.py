@@ -1,16 +1,18 @@
 """Sparse encoding, decoding and training: what makes a step cost little more than its encoder product."""
 
-from saerelay.sae.kernels.codes import Codes, dense_codes, join_codes, split_codes
+from saerelay.sae.kernels.codes import Codes, add_at, dense_codes, join_codes, latent_sums, split_codes
 from saerelay.sae.kernels.step import Reading, Step, encode_sparse, latent_pieces, products, reconstruct, sparse_step
 
 __all__ = [
     "Codes",
     "Reading",
     "Step",
+    "add_at",
     "dense_codes",
     "encode_sparse",
     "join_codes",
     "latent_pieces",
+    "latent_sums",
     "products",
     "reconstruct",
     "sparse_step",

@@ -88,8 +88,8 @@ def _top_of_all(pre: Tensor, n: int) -> Codes:
     """The n largest of pre-activations (B, F), negative ones as zero."""
     B, F = pre.shape
     largest = pre.flatten().topk(n, sorted=False).indices.sort().values
-    row_starts = torch.zeros(B + 1, dtype=torch.int32, device=pre.device)
-    row_starts[1:] = torch.bincount(largest // F, minlength=B).cumsum(0)
+    first_of_row = torch.arange(0, (B + 1) * F, F, device=pre.device)
+    row_starts = torch.searchsorted(largest, first_of_row, out_int32=True)
     values = pre.flatten()[largest].relu().to(_wide(pre))
     return Codes(row_starts, (largest % F).int(), values, F)
 
@@ -132,7 +132,7 @@ def _keep_largest(parts: list[Codes], n: int) -> tuple[list[Codes], float]:
 def codes_at_least(pre: Tensor, bound: Tensor) -> Codes:
     """All pre-activations (B, F) that are at least `bound`, a scalar."""
     bound = bound.expand(pre.shape[0], 1)
-    if pre.shape[1] % GROUP:
+    if pre.shape[1] % GROUP or pre.device.type != "cpu":
         rows, columns = (pre >= bound).nonzero(as_tuple=True)
         return _row_by_row(pre, rows, columns, pre[rows, columns])
     groups = _groups(pre)

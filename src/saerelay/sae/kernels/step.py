@@ -20,7 +20,7 @@ from torch import Tensor
 from saerelay.sae.architectures.architecture import BatchSums, Penalty
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import cpu, reference
-from saerelay.sae.kernels.codes import Codes, join_codes
+from saerelay.sae.kernels.codes import Codes, join_codes, row_sums
 from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor, k_aux
 from saerelay.sae.spec import AnyDictionarySpec, takes_sparse_step
 from saerelay.sae.threads import in_parallel
@@ -28,6 +28,8 @@ from saerelay.sae.units import Units
 
 ROWS = 256
 """Tokens in a piece, or half of a batch that has fewer than two."""
+LISTED_SHARE = 4
+"""On a GPU AuxK looks at no more dead latents than a quarter of all."""
 NUMBERS, MAX_PIECES = 2**18, 16
 """Numbers in a piece of the weights, if that does not make too many pieces."""
 
@@ -78,6 +80,29 @@ def row_pieces(x: Tensor) -> list[slice]:
 # --- AuxK ---------------------------------------------------------------------------------------------------------
 
 
+class DeadLatents(NamedTuple):
+    """The latents that AuxK looks at."""
+
+    latents: Tensor
+    """int64 (N), each once."""
+    are_dead: Tensor | None
+    """Bool (N): which of them are dead; None if all are."""
+
+    @classmethod
+    def among(cls, dead: Tensor) -> "DeadLatents | None":
+        """Those marked in `dead` (F, bool), or None if there are none.
+
+        On a GPU a list of fixed length, which the host need not wait for: the dead latents, up to a share of all, and
+        behind them living ones.
+        """
+        if dead.device.type == "cpu":
+            latents = dead.nonzero().squeeze(1)
+            return cls(latents, None) if latents.numel() else None
+        n = -(-dead.shape[0] // LISTED_SHARE)
+        marks, latents = dead.to(torch.uint8).sort(descending=True, stable=True)
+        return cls(latents[:n], marks[:n] > 0)
+
+
 class AuxPart(NamedTuple):
     """AuxK on the sampled rows of one piece of tokens (see `loss.aux_loss`); gradients are not scaled yet."""
 
@@ -96,8 +121,7 @@ class AuxPart(NamedTuple):
 class Aux(NamedTuple):
     """AuxK of a whole batch."""
 
-    dead: Tensor
-    """int64 (N): which latents are dead."""
+    dead: DeadLatents
     z: Tensor
     to_z: Tensor
     g: Tensor
@@ -107,11 +131,13 @@ class Aux(NamedTuple):
     loss: Tensor
 
     @classmethod
-    def of(cls, dead: Tensor, parts: list[AuxPart], weight: float) -> "Aux":
+    def of(cls, dead: DeadLatents, parts: list[AuxPart], weight: float) -> "Aux":
         """Join the parts of a batch."""
         missing = torch.stack([part.missing for part in parts]).sum()
         error = torch.stack([part.error for part in parts]).sum()
         scale = weight / error.clamp(min=1e-30)
+        if dead.are_dead is not None:
+            scale = scale * dead.are_dead.any()
         return cls(
             dead=dead,
             z=torch.cat([part.z for part in parts]),
@@ -123,11 +149,10 @@ class Aux(NamedTuple):
 
     def add(self, latents: slice, x: Tensor, gradients: dict[str, Tensor]) -> None:
         """Add to the gradients of some latents; x (B, D) is what the encoder read."""
-        ends = torch.tensor([latents.start, latents.stop], device=self.dead.device)
-        low, high = torch.searchsorted(self.dead, ends).tolist()
+        low, high = self._listed(latents)
         if low == high:
             return
-        rows = self.dead[low:high] - latents.start
+        rows = self.dead.latents[low:high] - latents.start
         z = self.z[:, low:high]
         to_z = self.to_z[:, low:high]
         own = {
@@ -137,6 +162,14 @@ class Aux(NamedTuple):
         }
         for name, gradient in own.items():
             gradients[name].index_add_(0, rows, gradient * self.scale)
+
+    def _listed(self, latents: slice) -> tuple[int, int]:
+        """Where in the list some latents begin and end; on a GPU, where they are not cut, they are all."""
+        listed = self.dead.latents
+        if self.dead.are_dead is not None:
+            return 0, len(listed)
+        low, high = torch.searchsorted(listed, torch.tensor([latents.start, latents.stop])).tolist()
+        return low, high
 
 
 # --- what a batch leaves behind -----------------------------------------------------------------------------------
@@ -176,11 +209,6 @@ class Step:
             into["threshold"].copy_(row_sums(z.with_values(self.to_threshold[order])))
         if self.aux is not None:
             self.aux.add(latents, self.x, into)
-
-
-def row_sums(codes: Codes) -> Tensor:
-    """Σ of each row's values (B)."""
-    return torch.segment_reduce(codes.values, "sum", offsets=codes.row_starts)
 
 
 class Part(NamedTuple):
@@ -249,11 +277,10 @@ class Forward:
         self.residuals = torch.empty_like(self.inputs)
         self.encoded = self.inputs if reading.whitening is None else torch.empty_like(self.inputs)
 
-        self.dead: Tensor | None = None
+        self.dead: DeadLatents | None = None
         if dead is not None and self.activation.weight_of_aux:
-            indices = dead.nonzero().squeeze(1)
-            self.dead = indices if indices.numel() else None
-        self.W_dead = None if self.dead is None else dictionary.W_dec[self.dead]
+            self.dead = DeadLatents.among(dead)
+        self.W_dead = None if self.dead is None else dictionary.W_dec[self.dead.latents]
 
     def pre_activations(self, rows: slice) -> Tensor:
         """Pre-activations (rows, F), less the architecture's shift."""
@@ -302,8 +329,10 @@ class Forward:
         sample = slice(-rows.start % AUX_EVERY, None, AUX_EVERY)
         residual = residual[sample]
         # Not in bf16: oneDNN would keep a compiled kernel for each number of dead latents.
-        pre_dead = pre[sample][:, self.dead].to(self.W_dead)
-        n_used = k_aux(residual.shape[1], self.dead.numel())
+        pre_dead = pre[sample][:, self.dead.latents].to(self.W_dead)
+        if self.dead.are_dead is not None:
+            pre_dead = pre_dead.masked_fill(~self.dead.are_dead, -torch.inf)
+        n_used = k_aux(residual.shape[1], len(self.dead.latents))
         values, columns = pre_dead.topk(n_used, dim=1, sorted=False)
         z = torch.zeros_like(pre_dead).scatter_(1, columns, values.relu())
         missing = residual - z @ self.W_dead
@@ -311,7 +340,7 @@ class Forward:
         to_z = (g @ self.W_dead.T) * (z > 0)
         return AuxPart(z, to_z, g, missing.square().sum(), residual.square().sum())
 
-    def joined(self, parts: list[Part], warmth: float) -> Step:
+    def joined(self, parts: list[Part], warmth: float | Tensor) -> Step:
         """The whole batch, with what the architecture and AuxK add to loss and gradients."""
         codes = join_codes([part.codes for part in parts])
         to_z = torch.cat([part.to_z for part in parts])
@@ -369,7 +398,7 @@ def sparse_step(
     *,
     reading: Reading | None = None,
     dead: Tensor | None = None,
-    warmth: float = 1.0,
+    warmth: float | Tensor = 1.0,
     ops: ModuleType | None = None,
 ) -> Step:
     """Take a batch of activations x (B, D) forward; see `Step.gradients` for the way back.

@@ -1,0 +1,99 @@
+"""Several trainees in lockstep on one stream's batches.
+
+Lockstep is a loop over trainees, so that one that retires cannot change another's bits.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.threads import alone, in_parallel
+from saerelay.site import Site
+from saerelay.training.engine import Trainee
+
+
+class Cohort:
+    """Trainees stepping in lockstep on one stream's batches.
+
+    >>> from saerelay.planning.plan import Leg, Schedule
+    >>> from saerelay.planning.recipe import TrainSpec
+    >>> from saerelay.sae.spec import DictionarySpec
+    >>> from saerelay.training.state import first_state
+    >>> dictionary = DictionarySpec.parse({"n_latents": 32, "k": 4}).sized(8)
+    >>> schedule = Schedule(budget_tokens=512, batch_tokens=64, lr=1e-2, dead_after_tokens=512)
+    >>> leg = Leg(id="L0", role="root", layer=0, module="resid_post", dictionary=dictionary, schedule=schedule, seed=0)
+    >>> x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    >>> cohort = Cohort(batch_tokens=128)
+    >>> cohort.add(Trainee(leg, TrainSpec(), first_state(leg, TrainSpec(), x)))
+    >>> for batch in x.split(128):
+    ...     cohort.step({Site(0): batch})
+    >>> cohort.live, cohort["L0"].state.age
+    ([], 512)
+    """
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self.trainees: dict[str, Trainee] = {}
+
+    def __getitem__(self, leg_id: str) -> Trainee:
+        return self.trainees[leg_id]
+
+    def __contains__(self, leg_id: str) -> bool:
+        return leg_id in self.trainees
+
+    def add(self, trainee: Trainee) -> None:
+        """Let a trainee take part from the next step on."""
+        self.trainees[trainee.leg.id] = trainee
+
+    def remove(self, leg_id: str) -> None:
+        """Forget a trainee."""
+        del self.trainees[leg_id]
+
+    @property
+    def live(self) -> list[Trainee]:
+        """Those with budget left."""
+        return [trainee for trainee in self.trainees.values() if not trainee.done]
+
+    def step(self, activations: Mapping[Site, Tensor], repetition: int = 0) -> None:
+        """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into its own batches.
+
+        `repetition` counts passes over the same block: legs that train on a block less often sit out.
+        """
+        live = [trainee for trainee in self.live if trainee.leg.schedule.reuse > repetition]
+
+        # On a processor as many trainees as fill all cores evenly step side by side, each on one core; the others one
+        # after the other, each on all cores.
+        on_cpu = [trainee for trainee in live if activations[trainee.leg.site].device.type == "cpu"]
+        n_threads = torch.get_num_threads()
+        side_by_side = on_cpu[: len(on_cpu) // n_threads * n_threads]
+        for trainee in live:
+            if trainee not in side_by_side:
+                self._step(trainee, activations[trainee.leg.site])
+        with _shared_wall_clock(side_by_side), alone():
+            in_parallel(lambda trainee: self._step(trainee, activations[trainee.leg.site]), side_by_side)
+
+    def settle(self) -> None:
+        """Wait for the steps that were launched on a GPU: see `Trainee.settle`."""
+        for trainee in self.trainees.values():
+            trainee.settle()
+
+    def _step(self, trainee: Trainee, rows: Tensor) -> None:
+        for x in rows.tensor_split(self.batch_tokens // trainee.leg.schedule.batch_tokens):
+            if not trainee.done:
+                trainee.step(x)
+
+
+@contextmanager
+def _shared_wall_clock(trainees: Sequence[Trainee]) -> Iterator[None]:
+    """Count the time that trainees step at once only once: each is charged its share of it."""
+    before = [trainee.state.seconds for trainee in trainees]
+    began = time.perf_counter()
+    yield
+    elapsed = time.perf_counter() - began
+    own = [trainee.state.seconds - seconds for trainee, seconds in zip(trainees, before, strict=True)]
+    total = sum(own)
+    for trainee, seconds, spent in zip(trainees, before, own, strict=True):
+        trainee.state.seconds = seconds + elapsed * spent / total

@@ -1,0 +1,56 @@
+"""When states are saved, and that what is written is what was there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cuda import fake_cuda
+
+from saerelay.planning.recipe import TrainSpec
+from saerelay.runs.state import load_state
+from saerelay.training import saving
+from saerelay.training.saving import SavingTimes, StateWriter
+
+
+def test_a_state_is_due_after_five_minutes_or_after_the_tokens_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
+    by_time = SavingTimes(TrainSpec(), cursor=0)
+    by_tokens = SavingTimes(TrainSpec(checkpoint_every=4096), cursor=512)
+    assert not by_time.due(10**9) and not by_tokens.due(4096) and by_tokens.due(4608)
+    now += 301
+    assert by_time.due(1) and not by_tokens.due(4096)
+    by_time.saved(1)
+    assert not by_time.due(10**9)
+
+
+def test_what_a_gpu_changes_after_the_call_is_not_written(tmp_path: Path) -> None:
+    with fake_cuda():
+        x = torch.arange(4.0).to("cuda")
+        writer = StateWriter()
+        writer.write(tmp_path, {"x": x, "age": torch.tensor(3)}, {"cursor": 1})
+        x.fill_(9.0)
+        writer.wait()
+        found = load_state(tmp_path)
+        assert found and found[0]["x"].tolist() == [0, 1, 2, 3] and found[1] == {"cursor": 1}
+        writer.write(tmp_path, {"x": x, "age": torch.tensor(4)}, {"cursor": 2})
+        writer.wait()
+        again = load_state(tmp_path)
+        assert again and again[0]["x"].tolist() == [9.0] * 4 and int(again[0]["age"]) == 4
+
+
+def test_a_state_that_cannot_be_written_is_told_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with fake_cuda():
+        writer = StateWriter()
+        monkeypatch.setattr(saving, "save_state", full)
+        writer.write(tmp_path, {"x": torch.zeros(1, device="cuda")}, {})
+        with pytest.raises(OSError, match="no space left"):
+            writer.wait()
+        writer.wait()
