@@ -31,6 +31,7 @@ WINDOW = (10, 5)
 """Positions kept before and after each example's strongest one."""
 ENCODED = 2**20
 """Pre-activations that a thread makes at once (at least 256 tokens' worth), to stay in a processor's cache."""
+ENCODED_ON_GPU = 2**28
 DENSE = 2**21
 """Numbers in a dense piece of codes, cosines or logits: 8 MiB."""
 OCTAVES = (-32, 32)
@@ -75,7 +76,8 @@ def encode_batches(
 
 
 def _encode(dictionary: Dictionary, x: Tensor) -> Codes:
-    n_rows = max(256, ENCODED // dictionary.n_latents)
+    at_once = ENCODED if x.device.type == "cpu" else ENCODED_ON_GPU
+    n_rows = max(256, at_once // dictionary.n_latents)
     return join_codes([encode_sparse(dictionary, part) for part in x.split(n_rows)])
 
 

@@ -34,6 +34,8 @@ BATCH_TOKENS = 4096
 """Token positions in one batch, at most."""
 LOGIT_BYTES = 2**28
 """Logits of one batch stay below this."""
+ON_GPU = 8
+"""How many times as much a batch holds on a GPU, which smaller ones do not keep busy."""
 ROWS_BYTES = 2**20
 """Size of the parts in which logits are compared on a CPU, so that they stay in its cache."""
 
@@ -86,9 +88,10 @@ def measure(
 def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
     """Sequences (N, context) as batches of token ids (B, context); with `ce`, so few that their logits fit."""
     context = plan.recipe.data.context
-    per_batch = max(1, BATCH_TOKENS // context)
+    times = ON_GPU if plan.facts.on_gpu else 1
+    per_batch = max(1, times * BATCH_TOKENS // context)
     if ce:
-        fitting = LOGIT_BYTES // (4 * context * plan.facts.tokens.vocab_size)
+        fitting = times * LOGIT_BYTES // (4 * context * plan.facts.tokens.vocab_size)
         per_batch = max(1, min(per_batch, fitting))
     for start in range(0, len(sequences), per_batch):
         yield torch.from_numpy(sequences[start : start + per_batch].astype(np.int64))
