@@ -200,7 +200,7 @@ def test_an_import_is_a_parent(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     call(tmp_path / "lens", "--out", tmp_path / "a")
     assert "topk, k 4, 64 latents, width 32; reads L1.mlp_out of gpt2" in capsys.readouterr().out
-    external = describe_external(str(tmp_path / "a"))
+    external = describe_external(str(tmp_path / "a"), Recipe())
     assert (external.layer, external.module, external.n_latents, external.k) == (1, "mlp_out", 64, 4)
     call(tmp_path / "bare", "--out", tmp_path / "b", "--layer", 2, "--module", "attn_z", "--model", "m")
     found, origin = load_dictionary(tmp_path / "b")

@@ -202,7 +202,8 @@ def test_a_parent_in_another_directory(whole: Path, tmp_path: Path, facts: Model
     leg = {"id": "x", "layer": 2, "parent": source, "tokens": 1024}
     sections = make_plan(facts).recipe.model_dump(mode="json")
     sections["plan"] |= {"legs": [leg]}
-    plan = compile_plan(Recipe.parse(sections, source="test"), facts, externals={source: describe_external(source)})
+    recipe = Recipe.parse(sections, source="test")
+    plan = compile_plan(recipe, facts, externals={source: describe_external(source, recipe)})
     run(plan, tmp_path / "x", facts)
     assert load(tmp_path / "x")["x"].n_latents == 48
 
@@ -229,7 +230,7 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
     assert {"L1", "L0-from-L1", "L2-scratch-equal"} <= set(suite) and "L2-scratch-full" not in set(suite)
     kept, info = read_dictionary(tmp_path / "f/legs/L2-scratch-full/snapshots/3072")
     assert info.failure and all(torch.isfinite(t).all() for t in kept.tensors().values())
-    assert "L2-from-L1 stopped: the activations" in str(caught.value)
+    assert "L2-from-L1 stopped: L2: activations are not all finite" in str(caught.value)
     for name, tensor in load(whole)["L0-from-L1"].tensors().items():
         assert torch.equal(suite["L0-from-L1"].tensors()[name], tensor)
 

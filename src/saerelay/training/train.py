@@ -150,6 +150,8 @@ def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee
         return f"its parent {leg.parent} stopped"
     spec = now.plan.recipe.train
     rows = block.rows(leg.site, FIRST_ROWS)
+    if not bool(torch.isfinite(rows).all()):
+        return f"{leg.site}: activations are not all finite; run the model in float32 or bfloat16, not float16"
     if not _vary(rows):
         what = "all zero" if not rows.any() else "the same at every token"
         return f"{leg.site}: activations do not vary ({what}); there is nothing to learn"
