@@ -12,6 +12,7 @@ from saerelay.sae.kernels import sparse_step
 from saerelay.sae.maps import affine
 from saerelay.sae.moments import Moments
 from saerelay.sae.transfer import Retraining, carry
+from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.training.cohort import Cohort
 from saerelay.training.engine import Trainee
@@ -161,7 +162,9 @@ def test_the_fits_of_a_hop_stay_on_the_device_and_are_those_of_a_processor() -> 
         between = affine(moments)
         assert moments.covariance is moments.covariance and between.A.device.type == where
         rows = y.to(where)
-        carried = carry(parent, between, rows, l0=4, retraining=Retraining(rows, seed=0)).dictionary
+        carried = carry(
+            parent, between, rows, Units.fitted_to(rows, 0.75), l0=4, retraining=Retraining(rows, seed=0)
+        ).dictionary
         assert carried.W_dec.device.type == where
         results.append({name: tensor.cpu() for name, tensor in carried.tensors().items()})
     for name, tensor in results[0].items():

@@ -102,7 +102,9 @@ def test_what_we_write_we_read(format: str, architecture: str, tmp_path: Path) -
     same_function(written, read)
     kept = {
         "saelens": origin,
-        "sparsify": Origin(model=origin.model, site=origin.site, provenance=origin.provenance),
+        "sparsify": Origin(
+            model=origin.model, site=origin.site, module_path="layers.2.mlp", provenance=origin.provenance
+        ),
         "dictionary_learning": Origin(model=origin.model, site=origin.site, context=64, provenance=origin.provenance),
     }
     assert found == kept[format]
@@ -284,7 +286,7 @@ def test_the_directory_of_a_sparsify_sae_says_where_it_reads(tmp_path: Path) -> 
     shutil.copytree(run / "layers.3", tmp_path / "run" / "h.7.attn" / "seed1")
     shutil.copy(run / "config.json", tmp_path / "run" / "config.json")
     origin = load_dictionary(tmp_path / "run" / "h.7.attn" / "seed1")[1]
-    assert origin == Origin(model="demo", site=Site(7, "attn_out"), context=128, dataset="text")
+    assert origin == Origin(model="demo", site=Site(7, "attn_out"), module_path="h.7.attn", context=128, dataset="text")
     shutil.copytree(run / "layers.3", tmp_path / "elsewhere" / "mine")
     assert load_dictionary(tmp_path / "elsewhere" / "mine")[1] == Origin()
 

@@ -224,7 +224,7 @@ def test_a_model_whose_commit_cannot_be_told_is_refused(
     monkeypatch: pytest.MonkeyPatch, some_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
     some_llama(40 * "a")
-    monkeypatch.setattr(transformers.utils, "cached_file", lambda *_, **__: str(tmp_path / "config.json"))
+    monkeypatch.setattr(transformers.utils.hub, "cached_file", lambda *_, **__: str(tmp_path / "config.json"))
     with pytest.raises(ModelError, match="the commit of its revision cannot be told .*set model.revision to a commit"):
         read_facts(ModelSpec(name="some/llama"))
 

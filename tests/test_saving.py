@@ -11,6 +11,19 @@ from saerelay.runs.state import load_state
 from saerelay.training import saving
 from saerelay.training.saving import SavingTimes, StateWriter
 
+FACTS = {
+    "cursor": 1,
+    "failures": {},
+    "hops": {},
+    "seconds": {},
+    "positions": {},
+    "live": [],
+    "moments": [],
+    "machine": {},
+    "log_bytes": 0,
+    "legs": {},
+}
+
 
 def test_a_state_is_due_after_five_minutes_or_after_the_tokens_that_were_asked_for(
     monkeypatch: pytest.MonkeyPatch,
@@ -30,12 +43,12 @@ def test_what_a_gpu_changes_after_the_call_is_not_written(tmp_path: Path) -> Non
     with fake_cuda():
         x = torch.arange(4.0).to("cuda")
         writer = StateWriter()
-        writer.write(tmp_path, {"x": x, "age": torch.tensor(3)}, {"cursor": 1})
+        writer.write(tmp_path, {"x": x, "age": torch.tensor(3)}, FACTS)
         x.fill_(9.0)
         writer.wait()
         found = load_state(tmp_path)
-        assert found and found[0]["x"].tolist() == [0, 1, 2, 3] and found[1] == {"cursor": 1}
-        writer.write(tmp_path, {"x": x, "age": torch.tensor(4)}, {"cursor": 2})
+        assert found and found[0]["x"].tolist() == [0, 1, 2, 3] and found[1]["cursor"] == 1
+        writer.write(tmp_path, {"x": x, "age": torch.tensor(4)}, FACTS | {"cursor": 2})
         writer.wait()
         again = load_state(tmp_path)
         assert again and again[0]["x"].tolist() == [9.0] * 4 and int(again[0]["age"]) == 4

@@ -36,8 +36,8 @@ class Clock:
     >>> clock = Clock(torch.device("cpu"))
     >>> clock.set([Now(0, 0.1, 0.0), Now(512, 0.2, 0.5)])
     >>> clock.tick()
-    >>> clock.now().age, clock.now().learning_rate, clock.n_left
-    (tensor(512), tensor(0.2000), 1)
+    >>> clock.now().age, clock.now().learning_rate
+    (tensor(512), tensor(0.2000))
     """
 
     def __init__(self, device: torch.device) -> None:
