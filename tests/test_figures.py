@@ -241,7 +241,7 @@ def test_every_figure_says_of_what_it_is(theme: f.Theme) -> None:
     for name, n in tokens.items():
         assert f"test split, {n} tokens" in said[name], name
     assert "training split" in said["training"] and "test split" not in said["training"]
-    assert "E‖x − x̂‖²" in said["quality"] and "standard error" in said["quality"]
+    assert "mean over dimensions" in said["quality"] and "standard error" in said["quality"]
     assert "copied without change" in said["matrix"] and "carried by affine map" in said["matrix_ce"]
     assert "not comparable" in said["raw"] and "affine map" in said["folded"]
     assert "30.3 %" in said["transferability"] and "28.8 %" in said["transferability"]
@@ -402,9 +402,11 @@ def test_files_are_pictures_of_one_column(tmp_path: Path) -> None:
         root = ET.fromstring((tmp_path / f"{theme}.svg").read_text())
         assert "some/$model$_a" in "".join(root.itertext())
     assert len(list(tmp_path.iterdir())) == 4
-    before = (tmp_path / "light.svg").read_bytes()
-    f.save(f.quality_figure(documents().summary), tmp_path / "light.svg")
-    assert (tmp_path / "light.svg").read_bytes() == before
+    twice = []
+    for _ in range(2):
+        f.save(f.quality_figure(documents().summary), tmp_path / "light.svg")
+        twice.append((tmp_path / "light.svg").read_bytes())
+    assert twice[0] == twice[1]
 
 
 def test_layers_where_fvu_misleads_are_named() -> None:

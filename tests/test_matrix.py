@@ -14,6 +14,8 @@ from saerelay.analysis.session import Session
 from saerelay.data.stream import gather_rows
 from saerelay.errors import RecipeError
 from saerelay.runs.documents.across_layers import Matrix, MatrixQuestion
+from saerelay.sae.dictionary import unit_decoder
+from saerelay.sae.units import Units
 
 torch.set_num_threads(1)
 
@@ -58,10 +60,12 @@ def test_cells_are_evaluations(suite: sr.Suite) -> None:
                 assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
             if target != leg.site:
                 between = maps.between([(leg.site, target)])[leg.site, target]
-                rows = gather_rows(plan, maps.stream, matrix.REFIT_ROWS)[0][target][:8192]
+                rows = gather_rows(plan, maps.stream, matrix.REFIT_ROWS)[0][target]
                 l0 = suite.info(leg).l0
                 assert l0
-                carried = sr.match_l0(sr.fold(suite[leg.id], between), rows, l0)
+                units = Units.fitted_to(rows, plan.recipe.train.optimizer.balance)
+                in_units = unit_decoder(units.from_canonical(sr.fold(suite[leg.id], between)))
+                carried = sr.match_l0(units.to_canonical(in_units), rows[:8192], l0)
                 expected = measure(plan, model, test, {"x": (target, carried)}, ce=True)["x"]
                 assert cells[leg.id, target.layer, "affine"].fvu == pytest.approx(expected.fvu, rel=1e-4)
                 assert cells[leg.id, target.layer, "affine"].l0 == pytest.approx(4, rel=0.2)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -206,7 +207,8 @@ def pull(reference: str, out: Path) -> list[Path]:
     """
     remote = reference if hub.is_remote(reference) else f"hf://{reference}"
     with new_directory(out) as directory:
-        downloaded = hub.download(remote, directory.with_name("all"))
+        # A name of its own: huggingface_hub remembers, within a process, what it put into a directory.
+        downloaded = hub.download(remote, directory.with_name(uuid.uuid4().hex))
         saes = find_saes(downloaded)
         for path in downloaded.rglob("*.pt"):
             if path not in saes and path.parent not in saes:
