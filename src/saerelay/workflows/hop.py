@@ -182,12 +182,7 @@ def carry_from_model(
     trials: dict[str, float] = {}
     if method == "auto":
         trials = try_methods(dictionary, moments, torch.cat(rows), units, spec, balance=balance)
-        best = next(iter(trials))
-        if best == SCRATCH:
-            raise TransferError(
-                f"{name}: no map from its {site} to {target} is better than a random dictionary; train from scratch"
-            )
-        method = cast(Method, best)
+        method = _best(trials, name, site, target)
     between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments, balance)
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())
     carried = carry(dictionary, between, x_target.cpu(), units, l0=l0).dictionary
@@ -211,6 +206,16 @@ def carry_from_model(
         ),
         rate_share=rate_share(moments, balance=balance),
     )
+
+
+def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Method:
+    """The method that measured best; TransferError if a random dictionary is as good."""
+    best = next(iter(trials))
+    if best == SCRATCH:
+        raise TransferError(
+            f"{name}: no map from its {site} to {target} is better than a random dictionary; train from scratch"
+        )
+    return cast(Method, best)
 
 
 def scaled(dictionary: LayerNormed, recipe: Recipe, site: Site, console: Console | None) -> Dictionary:

@@ -1,0 +1,106 @@
+"""AuxK in the sparse step: dead latents learn to reconstruct what the others leave (Gao et al. 2024, eq. 6 and 7).
+
+Shapes: B tokens, D model width, F latents, N dead latents.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.loss import AUX_EVERY
+
+LISTED_SHARE = 4
+"""On a GPU AuxK looks at no more dead latents than a quarter of all."""
+
+
+class DeadLatents(NamedTuple):
+    """The latents that AuxK looks at."""
+
+    latents: Tensor
+    """int64 (N), each once."""
+    are_dead: Tensor | None
+    """Bool (N): which of them are dead; None if all are."""
+
+    @classmethod
+    def among(cls, dead: Tensor) -> "DeadLatents | None":
+        """Those marked in `dead` (F, bool), or None if there are none.
+
+        On a GPU a list of fixed length, which the host need not wait for: the dead latents, up to a share of all, and
+        behind them living ones.
+        """
+        if dead.device.type == "cpu":
+            latents = dead.nonzero().squeeze(1)
+            return cls(latents, None) if latents.numel() else None
+        n = -(-dead.shape[0] // LISTED_SHARE)
+        marks, latents = dead.to(torch.uint8).sort(descending=True, stable=True)
+        return cls(latents[:n], marks[:n] > 0)
+
+
+class AuxPart(NamedTuple):
+    """AuxK on the sampled rows of one piece of tokens (see `loss.aux_loss`); gradients are not scaled yet."""
+
+    z: Tensor
+    """(rows, N): codes of the dead latents."""
+    to_z: Tensor
+    """(rows, N)."""
+    g: Tensor
+    """(rows, D): gradient to the reconstruction by dead latents."""
+    missing: Tensor
+    """Σ‖e − e_hat‖²."""
+    error: Tensor
+    """Σ‖e‖²."""
+
+
+class Aux(NamedTuple):
+    """AuxK of a whole batch."""
+
+    dead: DeadLatents
+    z: Tensor
+    to_z: Tensor
+    g: Tensor
+    """Those of `AuxPart`, all rows together."""
+    scale: Tensor
+    """What gradients are multiplied by."""
+    loss: Tensor
+
+    @classmethod
+    def of(cls, dead: DeadLatents, parts: list[AuxPart], weight: float) -> "Aux":
+        """Join the parts of a batch."""
+        missing = torch.stack([part.missing for part in parts]).sum()
+        error = torch.stack([part.error for part in parts]).sum()
+        scale = weight / error.clamp(min=1e-30)
+        if dead.are_dead is not None:
+            scale = scale * dead.are_dead.any()
+        return cls(
+            dead=dead,
+            z=torch.cat([part.z for part in parts]),
+            to_z=torch.cat([part.to_z for part in parts]),
+            g=torch.cat([part.g for part in parts]),
+            scale=scale,
+            loss=scale * missing,
+        )
+
+    def add(self, latents: slice, x: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Add to the gradients of some latents; x (B, D) is what the encoder read."""
+        low, high = self._listed(latents)
+        if low == high:
+            return
+        rows = self.dead.latents[low:high] - latents.start
+        z = self.z[:, low:high]
+        to_z = self.to_z[:, low:high]
+        own = {
+            "W_enc": to_z.T @ x[::AUX_EVERY],
+            "b_enc": to_z.sum(dim=0),
+            "W_dec": z.T @ self.g,
+        }
+        for name, gradient in own.items():
+            gradients[name].index_add_(0, rows, gradient * self.scale)
+
+    def _listed(self, latents: slice) -> tuple[int, int]:
+        """Where in the list some latents begin and end; on a GPU, where they are not cut, they are all."""
+        listed = self.dead.latents
+        if self.dead.are_dead is not None:
+            return 0, len(listed)
+        low, high = torch.searchsorted(listed, torch.tensor([latents.start, latents.stop])).tolist()
+        return low, high
