@@ -79,14 +79,14 @@ def truncate_metrics(path: Path, n_bytes: int) -> None:
 
 
 def last_ages(path: Path) -> dict[str, int]:
-    """Each leg's age in its last line of the training log; a half-written line at the end does not count."""
+    """Each leg's age in its last line of the training log; what is damaged does not count, nor what comes after it."""
     ages: dict[str, int] = {}
     if not path.is_file():
         return ages
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             ages[values["leg"]] = values["age"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
     return ages

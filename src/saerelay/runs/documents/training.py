@@ -165,7 +165,7 @@ class ResumeFacts(Record):
     """Number of token positions read."""
     failures: dict[str, str]
     """Why legs stopped early, by leg id."""
-    hops: dict[str, HopFacts]
+    hops: dict[str, HopFacts] = {}
     """How transferred legs began, by leg id."""
     seconds: dict[str, float]
     """Wall-clock time by phase, in seconds."""
