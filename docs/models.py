@@ -5,8 +5,9 @@
     python docs/models.py llama xlm  # prints the rows of some families
 
 Each family is built small and random, once with weights and once without. A probe runs a few tokens
-through both; what it finds must be the same, and what it says of the residual stream is compared
-with the hidden states that transformers itself returns.
+through both. The table says what is found without weights, which is what a plan is told: it must
+never be more than what is found with them. What is said of the residual stream is compared with the
+hidden states that transformers itself returns.
 """
 
 import inspect
@@ -27,9 +28,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from saerelay.errors import ModelError
 from saerelay.lm.ports import intercept, port_of
-from saerelay.lm.probe import Anatomy, probe, probe_skeleton, trial_tokens
+from saerelay.lm.probe import Anatomy, probe, probe_skeleton
 from saerelay.lm.readout import linear_readout
-from saerelay.site import MODULE_KINDS, ModuleKind, Site
+from saerelay.lm.trial import trial_tokens
+from saerelay.site import MODULE_KINDS, Site
 
 PAGE = Path(__file__).parent / "models.md"
 MARKERS = re.compile(r"(<!-- families -->\n).*(<!-- end -->)", re.S)
@@ -103,6 +105,10 @@ def row(name: str) -> str:
     except ModelError as error:
         return f"| {name} | | {reason_of(error)} |"
     check(model, anatomy)
+    with suppress(ModelError):  # some do not run without weights
+        planned = probe_skeleton(deepcopy(model).to("meta"), name)
+        assert planned.ports.items() <= anatomy.ports.items(), "a plan would be told of sites that cannot be read"
+        anatomy = planned
 
     readable = []
     refused = []
@@ -163,24 +169,15 @@ def small_config(kind: Any, fitting: dict[str, Any]) -> Any:
 
 
 def check(model: Any, anatomy: Anatomy) -> None:
-    """Compare what a probe says with a model without weights, and with transformers' hidden states."""
-    skeleton = deepcopy(model).to("meta")
-    with suppress(ModelError):  # some do not run without weights
-        assert probe_skeleton(skeleton, "without weights").ports == anatomy.ports, "plans would be told otherwise"
+    """Compare what a probe says of the residual stream with transformers' hidden states."""
     sites = [site for site in anatomy.ports if site.module == "resid_post"]
-    found = read(model, [*sites, *added_sites(anatomy)])
+    found = read(model, sites)
     with torch.no_grad():
         states = model.base_model(trial_tokens(model), output_hidden_states=True, use_cache=False).hidden_states
     for site in sites:
         is_last = site.layer == anatomy.n_layers - 1  # behind it, transformers has the final norm
         if states is not None and not is_last:  # some families leave the first one out
             assert any(torch.equal(found[site], state) for state in states), f"{site} is not a hidden state"
-
-
-def added_sites(anatomy: Anatomy) -> list[Site]:
-    """The sites of what is added in layers."""
-    kinds: tuple[ModuleKind, ...] = ("attn_out", "mlp_out")
-    return [site for site in anatomy.ports if site.module in kinds]
 
 
 def read(model: Any, sites: list[Site]) -> dict[Site, torch.Tensor]:

@@ -33,8 +33,8 @@ ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
     "planning": "facts leg_spec recipe toml plan cost presets legs placing compile survey curves choose",
-    "lm": "source tokens identity graph probe readout ports inputs facts model attach",
-    "data": "sources corpus cache stream",
+    "lm": "source tokens identity graph trial probe readout ports inputs facts model attach",
+    "data": "text sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state device engine cohort progress trackers saving run_state inherit train",
     "analysis": "progress metrics site_maps session summary evaluate matrix collecting features links lineage describe "

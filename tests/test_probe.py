@@ -88,6 +88,13 @@ def test_a_multiplier_of_one_changes_nothing() -> None:
     assert probe(surgery("a factor of 1"), "surgery").ports[Site(1, "mlp_out")].path == "model.layers.1.mlp"
 
 
+@pytest.mark.parametrize("family, refused", [("minimax", True), ("bert", False)])
+def test_a_norm_of_the_stream_may_follow_an_addition_and_not_come_before_it(family: str, refused: bool) -> None:
+    keys = GROUPED if family == "minimax" else COMMON
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys | ONE_EOS))
+    assert (Site(1, "mlp_out") in probe(model.eval(), family).refusals) == refused
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_a_residual_multiplier_is_told_with_weights_and_without(tmp_path: Path, factor: float) -> None:
     directory = saved(tmp_path, "granite", residual_multiplier=factor)

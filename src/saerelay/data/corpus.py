@@ -24,6 +24,7 @@ import numpy as np
 from saerelay.data.sources import Source, check_ids, open_source
 from saerelay.document import Document
 from saerelay.errors import DataError
+from saerelay.lm.tokens import special_ids
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import DataSpec, Recipe
 
@@ -221,7 +222,7 @@ def _fill(
     """Deal documents to the splits until all are full or the source ends; write them."""
     n_documents = 0
     n_special = 0
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer) if tokenizer else []
     complete = True
     for batch in _batches(source.documents):
         # Documents of a split that is full are counted, but neither tokenised nor kept.
@@ -296,14 +297,6 @@ def _encode(
     largest = max(int(ids.max(initial=0)) for ids in arrays)
     check_ids(largest, facts, "the tokenizer")
     return arrays
-
-
-def _special_ids(tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:
-    """The ids that stand for no text; that of unknown text does."""
-    if tokenizer is None:
-        return []
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    return [token for token in tokenizer.all_special_ids if token != unknown]
 
 
 @final

@@ -95,7 +95,8 @@ class Sum:
         self.norms: dict[Place, Place] = {}
         self._holds = self._stream_places(end)
         if end not in self._holds:
-            self.norms = norms
+            # A layer that norms its input before it adds to it does not add to the stream as it is.
+            self.norms = {place: before for place, before in norms.items() if before != start}
             self._holds = self._stream_places(end)
         self.stream = set(self._holds)
         """Places of the residual stream: `end`, and all between it and `start`."""

@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from saerelay.errors import ModelError, PlanError
-from saerelay.lm.probe import Anatomy, PortPlace, Side, probe_skeleton, read_stream, without_weights
+from saerelay.lm.probe import Anatomy, PortPlace, Side, probe_skeleton
 from saerelay.lm.source import loading, model_skeleton, read_config
+from saerelay.lm.trial import read_stream, without_weights
 from saerelay.planning.facts import explain_refusal
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site

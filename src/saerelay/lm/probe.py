@@ -9,26 +9,20 @@ the same as a training run, without loading weights.
 In shapes: B sequences, C positions, D width of the activations at a site.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from saerelay.errors import ModelError
-from saerelay.lm.graph import Place, Sum, ancestors, place_of
+from saerelay.lm.graph import Place, Sum, ancestors
+from saerelay.lm.trial import TRIAL_SHAPE, Call, Record, trial
 from saerelay.module_names import MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 Side = Literal["input", "output"]
-
-_SHAPE = (2, 7)
-"""B and C of the tokens that are tried: two numbers that differ, and that no width is likely to be."""
 
 
 class PortPlace(NamedTuple):
@@ -60,56 +54,6 @@ class Anatomy:
         return f"{self.layers}.{max((site.layer for site in self.ports), default=self.n_layers - 1)}"
 
 
-# --- running a few tokens ----------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of a module: the places and shapes of the stream it was given, and of what it returned."""
-
-    path: str
-    number: int
-    read: Place | None = None
-    read_shape: tuple[int, ...] = ()
-    made: Place | None = None
-    made_shape: tuple[int, ...] = ()
-
-
-@dataclass(eq=False)
-class _Record:
-    """All calls of a forward."""
-
-    modules: dict[str, nn.Module]
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
-    n_calls: int = 0
-
-    def only(self, path: str) -> _Call | None:
-        """The call of a module that was called exactly once."""
-        calls = self.calls.get(path, [])
-        return calls[0] if len(calls) == 1 else None
-
-
-def read_stream(args: tuple, kwargs: Mapping[str, Any]) -> int | str | None:
-    """Which argument of a module is the activations: its position, or its name.
-
-    The first tensor of numbers; of those given by name, `hidden_states` comes first.
-    """
-    for i, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return i
-    for name in ("hidden_states", *kwargs):
-        value = kwargs.get(name)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return name
-    return None
-
-
-def made_stream(output: Any) -> Tensor | None:
-    """The activations in what a module returns: a tensor, or the first of several."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) else None
-
-
 def probe(model: Any, name: str) -> Anatomy:
     """Run a few tokens through a transformers model and say what is read where.
 
@@ -119,119 +63,27 @@ def probe(model: Any, name: str) -> Anatomy:
     where = f'"{name}" ({model.config.model_type})'
     if model.config.is_encoder_decoder:
         raise ModelError(_not_a_stack(where))
-    record = _run(model, where)
+    record = trial(model, where)
     layers = _find_stack(record, where)
     return _anatomy(record, layers)
 
 
-def trial_tokens(model: Any) -> Tensor:
-    """A few token ids (B,C) for a trial, on the model's device; ModelError if it has no vocabulary."""
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    parameter = next(iter(model.parameters()), None)
-    if not vocabulary or parameter is None:
-        name = model.config.name_or_path or type(model).__name__
-        raise ModelError(f'"{name}" ({model.config.model_type}) does not read tokens; use a language model.')
-    B, C = _SHAPE
-    return ((5 + 7 * torch.arange(B * C)) % vocabulary).view(B, C).to(parameter.device)
+def probe_skeleton(model: Any, name: str) -> Anatomy:
+    """`probe` of a model whose parameters are on the meta device; their dtype may change.
 
-
-def _run(model: Any, where: str) -> _Record:
-    """A forward over a few tokens, all of whose calls are recorded."""
-    ids = trial_tokens(model)
-    answers = _PlausibleValues() if ids.is_meta else nullcontext()
-    with _recording(model) as record, _with_gradients(model), answers:
-        try:
-            model.base_model(input_ids=ids, use_cache=False)
-        except ModelError:
-            raise
-        except Exception as error:  # a forward may fail in any way
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"{where} does not run on token ids alone ({type(error).__name__}: {reason}). "
-                "Use a decoder-only or encoder-only language model."
-            ) from error
-    return record
-
-
-@contextmanager
-def _recording(model: Any) -> Iterator[_Record]:
-    """Record every call of every module."""
-    names = {}
-    for path, module in model.named_modules():
-        names[path] = module
-    record = _Record(names)
-    open_calls: dict[str, list[_Call]] = {}
-
-    def begin(path: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        call = _Call(path, record.n_calls)
-        record.n_calls += 1
-        key = read_stream(args, kwargs)
-        if key is not None:
-            x = args[key] if isinstance(key, int) else kwargs[key]
-            call.read = place_of(x)
-            call.read_shape = tuple(x.shape)
-        open_calls.setdefault(path, []).append(call)
-        record.calls.setdefault(path, []).append(call)
-
-    def end(path: str, _: nn.Module, __: tuple, output: Any) -> None:
-        call = open_calls[path].pop()
-        x = made_stream(output)
-        if x is not None and x.is_floating_point():
-            call.made = place_of(x)
-            call.made_shape = tuple(x.shape)
-
-    with ExitStack() as stack:
-        for path, module in names.items():
-            handle = module.register_forward_pre_hook(partial(begin, path), with_kwargs=True)
-            stack.callback(handle.remove)
-            handle = module.register_forward_hook(partial(end, path))
-            stack.callback(handle.remove)
-        yield record
-
-
-@contextmanager
-def _with_gradients(model: Any) -> Iterator[None]:
-    """Let autograd record everything; nothing is ever differentiated."""
-    frozen = []
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not parameter.requires_grad:
-            frozen.append(parameter)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-class _PlausibleValues(TorchDispatchMode):
-    """Gives values where a forward on the meta device asks for one, to choose a branch or a size.
-
-    Which branch it takes hardly matters to what is looked at here: masks, and which expert gets
-    which token.
+    Some kernels want bfloat16, others float32. Raises what `probe` raises.
     """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        first = args[0] if args else None
-        if func._schema.name == "aten::_local_scalar_dense" and not isinstance(first, Tensor):
-            return first  # a number of Python's in a product
-        if isinstance(first, Tensor) and first.is_meta:
-            match func._schema.name:
-                case "aten::_local_scalar_dense":
-                    return True if first.dtype == torch.bool else 0
-                case "aten::nonzero":
-                    return torch.empty((1, first.ndim), dtype=torch.long, device="meta")
-                case "aten::equal":
-                    return True
-        return func(*args, **(kwargs or {}))
+    model.eval()
+    try:
+        return probe(model.to(torch.bfloat16), name)
+    except ModelError:
+        return probe(model.float(), name)
 
 
 # --- which modules are the layers ----------------------------------------------------------------
 
 
-def _find_stack(record: _Record, where: str) -> str:
+def _find_stack(record: Record, where: str) -> str:
     """Path of the list of layers: what one of them returns is what the next one reads.
 
     Lists inside a layer of another one do not count. Raises ModelError if there is none, or more
@@ -261,7 +113,7 @@ def _not_a_stack(where: str) -> str:
     )
 
 
-def _n_links(record: _Record, path: str, n: int) -> int | None:
+def _n_links(record: Record, path: str, n: int) -> int | None:
     """How many layers of a list read what the one before them returned; None if it is no stack.
 
     In a stack each layer is called at most once, in order, and reads what the last one returned.
@@ -276,7 +128,7 @@ def _n_links(record: _Record, path: str, n: int) -> int | None:
     numbers = [call.number for call in calls]
     if not calls or numbers != sorted(numbers):
         return None
-    if any(call.made is None or len(call.made_shape) < 3 or call.made_shape[:2] != _SHAPE for call in calls):
+    if any(call.made is None or len(call.made_shape) < 3 or call.made_shape[:2] != TRIAL_SHAPE for call in calls):
         return None
     links = sum(1 for before, call in zip(calls, calls[1:], strict=False) if call.read == before.made)
     if links < len(calls) - 1:
@@ -287,7 +139,7 @@ def _n_links(record: _Record, path: str, n: int) -> int | None:
 # --- what can be read in a layer -----------------------------------------------------------------
 
 
-def _anatomy(record: _Record, layers: str) -> Anatomy:
+def _anatomy(record: Record, layers: str) -> Anatomy:
     """The ports of all sites, and why the others have none."""
     n_layers = len(record.modules[layers])  # type: ignore[arg-type]
     ports: dict[Site, PortPlace] = {}
@@ -318,7 +170,7 @@ def _anatomy(record: _Record, layers: str) -> Anatomy:
     )
 
 
-def _outputs(record: _Record, layers: str, ports: dict[Site, PortPlace]) -> dict[str, Site | None]:
+def _outputs(record: Record, layers: str, ports: dict[Site, PortPlace]) -> dict[str, Site | None]:
     """Which modules return the same numbers as a site's port."""
     sites: dict[Place | None, Site] = {}
     for site, port in ports.items():
@@ -333,7 +185,7 @@ def _outputs(record: _Record, layers: str, ports: dict[Site, PortPlace]) -> dict
     return found
 
 
-def _stream_ports(call: _Call) -> dict[ModuleKind, PortPlace | str]:
+def _stream_ports(call: Call) -> dict[ModuleKind, PortPlace | str]:
     """The residual stream before and after a layer."""
     found: dict[ModuleKind, PortPlace | str] = {}
     sides: tuple[tuple[ModuleKind, Side, tuple[int, ...]], ...] = (
@@ -343,14 +195,14 @@ def _stream_ports(call: _Call) -> dict[ModuleKind, PortPlace | str]:
     for kind, side, shape in sides:
         if len(shape) == 4:
             found[kind] = f"{shape[2]} residual streams pass between the layers, not one vector for each token"
-        elif shape[:-1] != _SHAPE:
+        elif shape[:-1] != TRIAL_SHAPE:
             found[kind] = "what passes between the layers is not one vector for each token"
         else:
             found[kind] = PortPlace(call.path, side, shape[-1])
     return found
 
 
-def _inner_ports(record: _Record, call: _Call) -> dict[ModuleKind, PortPlace | str]:
+def _inner_ports(record: Record, call: Call) -> dict[ModuleKind, PortPlace | str]:
     """What attention and MLP add to the residual stream, and the input of attention's projection."""
     projection = _named(record, call.path, PROJECTIONS)
     mlps = [_named(record, call.path, [path]) for path in MLPS]
@@ -358,7 +210,7 @@ def _inner_ports(record: _Record, call: _Call) -> dict[ModuleKind, PortPlace | s
     return {"attn_z": _z_port(projection), **added}
 
 
-def _named(record: _Record, layer: str, paths: Iterable[str]) -> _Call | None:
+def _named(record: Record, layer: str, paths: Iterable[str]) -> Call | None:
     """The call of the first module that a layer has at one of some paths."""
     for path in paths:
         if f"{layer}.{path}" in record.modules:
@@ -366,17 +218,15 @@ def _named(record: _Record, layer: str, paths: Iterable[str]) -> _Call | None:
     return None
 
 
-def _z_port(projection: _Call | None) -> PortPlace | str:
+def _z_port(projection: Call | None) -> PortPlace | str:
     if projection is None:
         return "the layer has no attention with an output projection that is known"
-    if projection.read_shape[:-1] != _SHAPE:
+    if projection.read_shape[:-1] != TRIAL_SHAPE:
         return "attention's output projection does not read one vector for each token"
     return PortPlace(projection.path, "input", projection.read_shape[-1])
 
 
-def _added(
-    record: _Record, call: _Call, projection: _Call | None, mlps: list[_Call]
-) -> dict[ModuleKind, PortPlace | str]:
+def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]) -> dict[ModuleKind, PortPlace | str]:
     """What attention and MLP add to the residual stream.
 
     How to see this: the graph says what a layer's output is the sum of: its input, and some terms.
@@ -417,10 +267,10 @@ class _Whole:
 
     sum: Sum
     terms: list[Place | None]
-    modules: list[_Call]
+    modules: list[Call]
 
     @classmethod
-    def of(cls, record: _Record, call: _Call) -> "_Whole | None":
+    def of(cls, record: Record, call: Call) -> "_Whole | None":
         """The sum that a layer's output is; None unless its input is in it once, as it is."""
         inside = []
         norms = {}
@@ -438,7 +288,7 @@ class _Whole:
             return None
         return cls(whole, whole.terms, inside)
 
-    def terms_from(self, calls: list[_Call]) -> list[Place]:
+    def terms_from(self, calls: list[Call]) -> list[Place]:
         """The terms that are computed from what some modules return."""
         nodes = {call.made[0] for call in calls if call.made}
         found = []
@@ -447,7 +297,7 @@ class _Whole:
                 found.append(term)
         return found
 
-    def port(self, terms: list[Place], named: list[_Call], what: str) -> PortPlace | str:
+    def port(self, terms: list[Place], named: list[Call], what: str) -> PortPlace | str:
         """The module that returns a term: the one that is known by name, else the outermost."""
         if not named:
             return f"the layer has no module that is known to be {what}"
@@ -456,36 +306,6 @@ class _Whole:
         if len(terms) > 1:
             return f"the layer adds {len(terms)} outputs of {what}"
         for module in (*named, *self.modules):
-            if module.made == terms[0] and module.made_shape[:-1] == _SHAPE:
+            if module.made == terms[0] and module.made_shape[:-1] == TRIAL_SHAPE:
                 return PortPlace(module.path, "output", module.made_shape[-1])
         return f"no module returns what {what} adds to the residual stream"
-
-
-# --- a model without its weights -----------------------------------------------------------------
-
-
-def probe_skeleton(model: Any, name: str) -> Anatomy:
-    """`probe` of a model whose parameters are on the meta device; their dtype may change.
-
-    Some kernels want bfloat16, others float32. Raises what `probe` raises.
-    """
-    model.eval()
-    try:
-        return probe(model.to(torch.bfloat16), name)
-    except ModelError:
-        return probe(model.float(), name)
-
-
-def without_weights(model: Any) -> Any:
-    """A copy of a model on the meta device, which costs no memory and has none of its hooks."""
-    stand_ins: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        stand_in = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            stand_in = nn.Parameter(stand_in, requires_grad=tensor.is_floating_point())
-        stand_ins[id(tensor)] = stand_in
-    copy = deepcopy(model, stand_ins)
-    for module in copy.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return copy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saerelay.errors import ModelError
-from saerelay.lm.probe import made_stream, read_stream, trial_tokens
+from saerelay.lm.trial import made_stream, read_stream, trial_tokens
 
 _CLOSE = 0.02
 """Relative difference under which two tensors are taken to be the same, computed in bfloat16."""

@@ -76,3 +76,13 @@ def first_id(ids: int | list[int] | None) -> int | None:
     if isinstance(ids, list):
         return ids[0]
     return ids
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """The ids that stand for no text; that of unknown text does.
+
+    >>> special_ids(load_tokenizer(ModelSpec()))
+    [0]
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return [token for token in tokenizer.all_special_ids if token != unknown]
