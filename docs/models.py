@@ -16,7 +16,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -104,11 +104,13 @@ def row(name: str) -> str:
         anatomy = probe(model, name)
     except ModelError as error:
         return f"| {name} | | {reason_of(error)} |"
-    check(model, anatomy)
-    with suppress(ModelError):  # some do not run without weights
+    try:
         planned = probe_skeleton(deepcopy(model).to("meta"), name)
-        assert planned.ports.items() <= anatomy.ports.items(), "a plan would be told of sites that cannot be read"
-        anatomy = planned
+    except ModelError as error:  # a plan cannot be made of what does not run without weights
+        return f"| {name} | | {reason_of(error)} |"
+    check(model, anatomy)
+    assert planned.ports.items() <= anatomy.ports.items(), "a plan would be told of sites that cannot be read"
+    anatomy = planned
 
     readable = []
     refused = []

@@ -372,6 +372,7 @@ def fake_cuda() -> Iterator[Waits]:
         patch.setitem(sys.modules, "saerelay.sae.kernels.triton", reference)
         patch.setattr(kernels, "triton", reference, raising=False)
         patch.setattr(facts, "model_skeleton", _without_device(facts.model_skeleton))
+        patch.setattr(facts, "probe_skeleton", _without_device(facts.probe_skeleton))
         load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
         patch.setattr(PreTrainedModel, "from_pretrained", classmethod(_without_device(load)))
         _waits.places.clear()
