@@ -39,7 +39,7 @@ from saerelay.workflows.report import report_sources
 
 F, CONTEXT, SEQUENCES, V = 600, 24, 8, 101
 FACTS = ModelFacts(
-    name="<i>model</i>",
+    name="<i>model",
     revision="",
     family="gpt_neox",
     dtype="float32",

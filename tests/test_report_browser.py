@@ -130,7 +130,7 @@ def test_the_summary_can_be_read_without_javascript(chromium: Any, report: Path)
         "What was saved?",
         "What did it cost",
         "Which layers transfer poorly?",
-        "<i>model</i>",
+        "<i>model",
         "L0-from-L1",
     ):
         assert expected in text

@@ -52,7 +52,7 @@ class NormalEquations:
         ops = products(W.device)
         product = ops.decode(self.codes.transposed()[0], ops.decode(self.codes, W))
         product = product + self.damping[:, None] * W
-        return product - self.codes.n_rows * torch.outer(self.mean, self.mean @ W)
+        return product - self.codes.n_rows * torch.outer(self.mean, W.T @ self.mean)
 
 
 @torch.no_grad()
