@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from saerelay.errors import ModelError
 from saerelay.lm.ports import intercept, port_of
 from saerelay.lm.probe import Anatomy, probe, probe_skeleton
 from saerelay.lm.readout import linear_readout
-from saerelay.lm.trial import trial_tokens
+from saerelay.lm.trial import trial_tokens, without_weights
 from saerelay.site import MODULE_KINDS, Site
 
 PAGE = Path(__file__).parent / "models.md"
@@ -105,7 +104,7 @@ def row(name: str) -> str:
     except ModelError as error:
         return f"| {name} | | {reason_of(error)} |"
     try:
-        planned = probe_skeleton(deepcopy(model).to("meta"), name)
+        planned = probe_skeleton(without_weights(model), name)
     except ModelError as error:  # a plan cannot be made of what does not run without weights
         return f"| {name} | | {reason_of(error)} |"
     check(model, anatomy)

@@ -88,7 +88,7 @@ class Training:
             "live": list(self.cohort.trainees),
             "moments": list(self.moments),
             "machine": machine(torch.device(self.plan.facts.device)),
-            "log_bytes": paths.metrics.stat().st_size,
+            "log_bytes": paths.metrics.stat().st_size if paths.metrics.is_file() else 0,
             "legs": {leg.id: leg_digest(leg) for leg in self.plan.legs},
         }
         write = writer.write if writer else save_state
