@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## train, transfer and evaluate on the built-in model 
 	$(BIN)/saerelay demo
 
 test: $(VENV)/.dev  ## every test
-	$(BIN)/python -m pytest src tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto src tests
 
 test-fast: $(VENV)/.dev  ## the tests of a minute: what to run after each change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto src tests -m "not slow and not browser and not claims and not interpreter"

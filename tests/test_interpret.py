@@ -632,7 +632,7 @@ def test_a_stopped_run_goes_on_without_paying_twice(
 
     def slow(request: dict[str, Any]) -> str:
         if len(server.paid) > 15:
-            server.released.wait(0.5)
+            server.released.wait(2)
         return truth(request)
 
     with serving(slow) as server:
