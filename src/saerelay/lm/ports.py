@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from saerelay.errors import ModelError, PlanError
-from saerelay.lm.probe import Anatomy, PortPlace, Side, probe_skeleton
+from saerelay.lm.probe import Anatomy, PortPlace, Side, probe, probe_skeleton
 from saerelay.lm.source import loading, model_skeleton, read_config
 from saerelay.lm.trial import read_stream, without_weights
 from saerelay.planning.facts import explain_refusal
@@ -57,11 +57,19 @@ def place_in(anatomy: Anatomy, site: Site, name: str) -> PortPlace:
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """What a probe finds out about a transformers model, which is not run for that, nor changed."""
+    """What a probe finds out about a transformers model, which is not changed."""
     hf_model = transformers_model(model)
     if hf_model not in _ANATOMIES:
-        _ANATOMIES[hf_model] = probe_skeleton(without_weights(hf_model), model_name(model))
+        _ANATOMIES[hf_model] = _probed(hf_model, model_name(model))
     return _ANATOMIES[hf_model]
+
+
+def _probed(hf_model: Any, name: str) -> Anatomy:
+    """The anatomy of a copy without weights, or, where that cannot be made or run, of the model itself."""
+    try:
+        return probe_skeleton(without_weights(hf_model), name)
+    except (ModelError, RuntimeError):
+        return probe(hf_model, name)
 
 
 def transformers_model(model: Any) -> Any:
