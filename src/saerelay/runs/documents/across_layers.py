@@ -65,7 +65,7 @@ class MatrixCell(Metrics, MatrixKey):
 class Matrix(HeldOutFacts, Document):
     """`matrix.json`: the metrics of every dictionary of the suite on every layer, without training there."""
 
-    SCHEMA: ClassVar = 2
+    SCHEMA: ClassVar = 3
     MADE_BY: ClassVar = "`saerelay matrix RUN`"
 
     asked: MatrixQuestion

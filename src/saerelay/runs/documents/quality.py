@@ -102,7 +102,7 @@ class EvaluationQuestion(Record):
 class Evaluation(Document):
     """`eval/<id>.json`: the held-out quality of one leg and its snapshots."""
 
-    SCHEMA: ClassVar = 2
+    SCHEMA: ClassVar = 3
     MADE_BY: ClassVar = "`saerelay eval RUN`"
 
     asked: EvaluationQuestion
@@ -242,7 +242,7 @@ class SuiteCost(Record):
 class Summary(Document):
     """`summary.json`, and `saerelay eval --json`: the quality of every leg, and the cost of the suite."""
 
-    SCHEMA: ClassVar = 2
+    SCHEMA: ClassVar = 3
     MADE_BY: ClassVar = "`saerelay eval RUN`"
 
     model: str

@@ -15,7 +15,8 @@ Cells = dict[tuple[int, int], float | None]
 """Values by source and target layer."""
 MOST_NUMBERED = 10
 """Heat maps of up to this many layers have numbers in their cells."""
-_MARKERS = dict(zip(METHODS, ("o", "v", "s", "D", "^"), strict=True))
+_MARKERS = dict(zip(METHODS, ("o", "v", "s", "D", "^", "P", "X"), strict=False))
+"""One for each method; there are more than methods."""
 
 
 def matrix_figure(
