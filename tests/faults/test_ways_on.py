@@ -128,6 +128,7 @@ def test_an_extension_that_was_killed_goes_on_by_each_of_its_commands(world: Pat
             recipe = copy / "run.toml"
         code, said = call("train", recipe, "--out", copy, option)
         assert code == 0, said
+        assert call("train", more, "--out", copy, "--extend")[0] == 0, "it may have been killed after all was done"
         for leg in sr.load(whole):
             assert torch.equal(sr.load(whole)[leg].W_enc, sr.load(copy)[leg].W_enc), leg
 
