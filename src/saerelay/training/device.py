@@ -36,8 +36,8 @@ class Clock:
     >>> clock = Clock(torch.device("cpu"))
     >>> clock.set([Now(0, 0.1, 0.0), Now(512, 0.2, 0.5)])
     >>> clock.tick()
-    >>> clock.now().age, clock.now().learning_rate, clock.n_left
-    (tensor(512), tensor(0.2000), 1)
+    >>> clock.now().age, clock.now().learning_rate
+    (tensor(512), tensor(0.2000))
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Clock:
         self.rates = torch.zeros(STEPS_AHEAD, 2, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.n_left = 0
-        """Steps that the host may still launch before it has to `set` the clock."""
+        """Steps that the host may still launch before it has to `set` the clock; the host counts them."""
 
     def set(self, steps: Sequence[Now]) -> None:
         """Let the coming steps, at most STEPS_AHEAD, be these."""
