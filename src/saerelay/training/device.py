@@ -45,7 +45,7 @@ class Clock:
         self.rates = torch.zeros(STEPS_AHEAD, 2, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.n_left = 0
-        """Steps that the host may still launch before it has to `set` the clock."""
+        """Steps that the host may still launch before it has to `set` the clock; the host counts them."""
 
     def set(self, steps: Sequence[Now]) -> None:
         """Let the coming steps, at most STEPS_AHEAD, be these."""
