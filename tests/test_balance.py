@@ -218,3 +218,12 @@ def test_a_refit_in_units_keeps_their_norms() -> None:
     torch.testing.assert_close(inside.W_dec.norm(dim=1), torch.ones(F), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(units.to_canonical(inside).W_dec.norm(dim=1), torch.ones(F), atol=0.1)
     assert replace(inside, k=K).k == K
+
+
+def test_dimensions_are_balanced_by_default_only_where_one_is_huge() -> None:
+    huge = activations(4000)
+    assert torch.equal(Units.fitted_to(huge, "auto").scale, Units.fitted_to(huge, 0.75).scale)
+    even = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Units.fitted_to(even, "auto").scale, Units.fitted_to(even, 0.0).scale)
+    assert TrainSpec().optimizer.balance == "auto"
+    assert TrainSpec.parse({"balance": 0}).optimizer.balance == 0.0

@@ -26,7 +26,7 @@ from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
 from saerelay.sae.transfer import carry, refit_in
-from saerelay.sae.units import Units
+from saerelay.sae.units import Balance, Units
 from saerelay.site import Site
 
 METHODS: tuple[str, ...] = (*get_args(Method), "affine+refit")
@@ -185,7 +185,7 @@ def load_version(suite: PublishedSuite, cell: Cell) -> tuple[Dictionary, Diction
 
 
 def carried_to(
-    cell: Cell, dictionary: Dictionary, l0: float | None, moments: Moments, rows: Tensor, balance: float
+    cell: Cell, dictionary: Dictionary, l0: float | None, moments: Moments, rows: Tensor, balance: Balance
 ) -> Dictionary:
     """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked.
 

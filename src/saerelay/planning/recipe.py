@@ -209,11 +209,10 @@ class OptimizerSpec(Spec):
         default="auto", description='learning rate of biases and thresholds, as a share of lr; "auto": √width / 5'
     )
     betas: tuple[float, float] = Field(default=(0.8, 0.99), description="Adam's beta1 and beta2")
-    balance: float = Field(
-        default=0.75,
-        ge=0,
-        le=1,
-        description="each dimension is divided by its standard deviation to this power; 0: off (decision 031)",
+    balance: Annotated[float, Field(ge=0, le=1)] | Auto = Field(
+        default="auto",
+        description='each dimension is divided by its standard deviation to this power; 0: off; "auto": 0.75 where one '
+        "dimension has over 5 % of the variance, else 0 (decision 031)",
     )
     whitening: float = Field(
         default=0.25,

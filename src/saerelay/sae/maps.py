@@ -12,7 +12,7 @@ from torch import Tensor
 from saerelay.errors import TransferError
 from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
-from saerelay.sae.units import BALANCE, balance_factors
+from saerelay.sae.units import Balance, balance_factors
 
 RIDGE = 1e-3
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
@@ -82,7 +82,7 @@ def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
     return _through_means(moments, A, B)
 
 
-def unexplained(moments: Moments, ridge: float = RIDGE, balance: float = BALANCE) -> float:
+def unexplained(moments: Moments, ridge: float = RIDGE, balance: Balance = "auto") -> float:
     """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1, balanced."""
     moments = balanced(moments, balance)
     A = regress(moments.cov_source, moments.cross.T, ridge).T
@@ -91,7 +91,7 @@ def unexplained(moments: Moments, ridge: float = RIDGE, balance: float = BALANCE
     return float((residual / variance).clamp(0, 1))
 
 
-def rate_share(moments: Moments, newness: float = 0.0, balance: float = BALANCE) -> float:
+def rate_share(moments: Moments, newness: float = 0.0, balance: Balance = "auto") -> float:
     """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
 
     2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or 0.75·`newness`, if that is more, where `newness` is the share of
@@ -116,14 +116,14 @@ def _through_means(moments: Moments, A: Tensor, B: Tensor) -> AffineMap:
     return AffineMap(A, m_t - A @ m_s, B, m_s - B @ m_t)
 
 
-def balanced(moments: Moments, power: float) -> Moments:
+def balanced(moments: Moments, balance: Balance) -> Moments:
     """The moments of activations whose dimensions are balanced at both sites, each by its own deviations."""
-    source = balance_factors(moments.cov_source.diagonal(), power)
-    target = balance_factors(moments.cov_target.diagonal(), power)
+    source = balance_factors(moments.cov_source.diagonal(), balance)
+    target = balance_factors(moments.cov_target.diagonal(), balance)
     return moments.scaled(source, target)
 
 
-def map_between(method: Method, width: int, moments: Moments | None, balance: float = BALANCE) -> AffineMap:
+def map_between(method: Method, width: int, moments: Moments | None, balance: Balance = "auto") -> AffineMap:
     """The map of a method, between raw activations; all but identity need moments.
 
     It is fitted where dimensions are balanced by the power `balance` (see `Units`), so that no few large ones decide.

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import reconstruct
-from saerelay.sae.units import balance_factors
+from saerelay.sae.units import Balance, balance_factors
 
 MEASURE_BALANCE = 1.0
 """Power of the deviations in the balanced FVU that is reported (decision 031)."""
 
 
 @torch.no_grad()
-def fvu(dictionary: Dictionary, x: Tensor, balance: float = 0.0) -> float:
+def fvu(dictionary: Dictionary, x: Tensor, balance: Balance = 0.0) -> float:
     """Fraction of the variance of activations x (B, D) that a canonical dictionary leaves unexplained.
 
     >>> nothing = Dictionary(architecture="relu", W_enc=torch.zeros(1, 2), b_enc=torch.zeros(1),
@@ -31,7 +31,7 @@ def fvu(dictionary: Dictionary, x: Tensor, balance: float = 0.0) -> float:
     return balanced_ratio(errors, (x - x.mean(dim=0)).square().sum(dim=0, dtype=torch.float64), balance)
 
 
-def balanced_ratio(errors: Tensor, variances: Tensor, balance: float) -> float:
+def balanced_ratio(errors: Tensor, variances: Tensor, balance: Balance) -> float:
     """FVU from the squared errors and the variances of all dimensions (D), both summed or both averaged."""
     weights = balance_factors(variances, balance).square().reciprocal()
     return float((weights * errors).sum() / (weights * variances).sum())

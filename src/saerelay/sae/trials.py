@@ -18,7 +18,7 @@ from saerelay.sae.quality import fvu
 from saerelay.sae.refit import refit
 from saerelay.sae.spec import Method, SizedDictionarySpec
 from saerelay.sae.transfer import carry
-from saerelay.sae.units import Units
+from saerelay.sae.units import Balance, Units
 
 SCRATCH = "scratch"
 """The name of a random dictionary among the trials."""
@@ -37,7 +37,7 @@ def try_methods(
     units: Units,
     fresh: SizedDictionarySpec | None = None,
     *,
-    balance: float,
+    balance: Balance,
     l0: float | None = None,
 ) -> dict[str, float]:
     """FVU in training units, on rows not seen, of a dictionary carried by each method and refitted; the best first.

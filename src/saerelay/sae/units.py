@@ -6,15 +6,19 @@ Shapes: B tokens, D width.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from saerelay.sae.dictionary import Dictionary
 
+Balance = float | Literal["auto"]
+"""Power of the deviations that dimensions are divided by; "auto" decides by the activations (see `power_for`)."""
 BALANCE = 0.75
-"""The default power (decision 031)."""
+"""The power where some dimensions are huge (decision 031)."""
+HUGE_DIMENSION = 0.05
+"""Share of the variance from which a dimension is huge: it has 0.13 to 0.78 in Gemma 3 270M, 0.02 in the demo model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class Units:
     """Scalar, or (D) where dimensions are balanced."""
 
     @classmethod
-    def fitted_to(cls, x: Tensor, balance: float = 0.0) -> Self:
+    def fitted_to(cls, x: Tensor, balance: Balance = 0.0) -> Self:
         """Those in which activations x (B, D) have mean 0 and, over all dimensions, mean square 1.
 
         Each dimension is also divided by its standard deviation to the power `balance`: with 0 dimensions keep their
@@ -44,12 +48,13 @@ class Units:
         """
         parts = x.split(4096)
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
-        if not balance:
-            square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
-            return cls(mean.to(x), square.sqrt().clamp(min=1e-12).to(x))
         squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
         variance = squares.sum(dim=0) / len(x)
-        factors = balance_factors(variance, balance)
+        power = power_for(variance, balance)
+        if not power:
+            square = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum() / x.numel()
+            return cls(mean.to(x), square.sqrt().clamp(min=1e-12).to(x))
+        factors = balance_factors(variance, power)
         rms = (variance / factors.square()).mean().sqrt().clamp(min=1e-12)
         return cls(mean.to(x), (rms * factors).to(x))
 
@@ -101,11 +106,23 @@ class Units:
         )
 
 
-def balance_factors(variance: Tensor, power: float) -> Tensor:
+def power_for(variance: Tensor, balance: Balance) -> float:
+    """The power that dimensions of a variance (D) are balanced by: with "auto" BALANCE, or 0 where none is huge.
+
+    >>> power_for(torch.tensor([90.0, 5.0, 5.0]), "auto"), power_for(torch.ones(100), "auto")
+    (0.75, 0.0)
+    """
+    if balance != "auto":
+        return balance
+    share = float(variance.max() / variance.sum().clamp(min=1e-30))
+    return BALANCE if share > HUGE_DIMENSION else 0.0
+
+
+def balance_factors(variance: Tensor, balance: Balance) -> Tensor:
     """What dimensions of a variance (D) are divided by to balance them: deviation^power, geometric mean 1.
 
     A dimension that is constant, or nearly, counts as one of a millionth of the mean variance.
     """
     damped = variance.clamp(min=1e-6 * float(variance.mean())).clamp(min=1e-30)
-    logarithms = 0.5 * power * damped.log()
+    logarithms = 0.5 * power_for(variance, balance) * damped.log()
     return (logarithms - logarithms.mean()).exp()

@@ -11,7 +11,7 @@ from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import INITIAL_ROWS, initialise
 from saerelay.sae.threads import alone
-from saerelay.sae.units import Units
+from saerelay.sae.units import Balance, Units
 from saerelay.spec import seed_from
 
 
@@ -110,7 +110,7 @@ class TraineeState:
         )
 
 
-def balance_of(leg: Leg, spec: TrainSpec) -> float:
+def balance_of(leg: Leg, spec: TrainSpec) -> Balance:
     """The power by which a leg's dimensions are balanced."""
     return spec.optimizer.balance if leg.dictionary.normalise else 0.0
 
