@@ -216,7 +216,7 @@ def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) 
 def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) -> None:
     code, stdout, _ = call("eval", place / "run", "--json", capsys=capsys, monkeypatch=monkeypatch)
     document = json.loads(stdout)
-    assert code == 0 and document["schema"] == 2
+    assert code == 0 and document["schema"] == 3
     roles = {
         leg["id"]: (leg["role"], leg["control_of"], leg["control_kind"], leg["parent"]) for leg in document["legs"]
     }
@@ -232,7 +232,8 @@ def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) 
     cost = "lm_tokens lm_tokens_unique sae_samples flops flops_dense_equivalent flops_all_from_scratch seconds"
     assert all(document["cost"][name] > 0 for name in cost.split())
     code, stdout, _ = call("eval", place / "run", capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0 and "affine + refit from L1" in stdout and "control: from scratch, equal tokens" in stdout
+    assert code == 0 and "control: from scratch, equal tokens" in stdout
+    assert re.search(r"(identity|rescale|procrustes|affine) \+ refit from L1|no map from L1 helped", stdout), stdout
 
 
 def test_plan_trains_nothing(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
