@@ -199,6 +199,8 @@ def _count_waits(name: str, args: tuple, kwargs: dict[str, Any], on_cuda: list, 
         return
     if name in READS_A_NUMBER | SIZE_DEPENDS_ON_DATA:
         _waits.note(name)
+    if name in ("masked_fill", "masked_fill_") and isinstance(args[2], torch.Tensor):
+        _waits.note(f"{name} with a tensor, whose number is read")
     if name == "repeat_interleave" and kwargs.get("output_size") is None:
         _waits.note(name)
     if name in INDEXING:
@@ -240,6 +242,8 @@ class Graph:
     def replay(self) -> None:
         for operation in self.operations:
             operation()
+
+    def pool(self) -> None: ...
 
     def keep_what_is_written(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Remember what an operation that is recorded overwrites."""
@@ -362,7 +366,6 @@ def fake_cuda() -> Iterator[Waits]:
             "get_device_properties": properties,
             "get_device_name": "fake",
             "get_device_capability": (9, 0),
-            "graph_pool_handle": (0, 0),
         }.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)

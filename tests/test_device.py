@@ -137,6 +137,15 @@ def test_aux_loss_on_a_list_of_fixed_length_is_that_on_the_dead_alone(n_dead: in
         assert torch.allclose(found[1][name], tensor, rtol=1e-4, atol=1e-7), name
 
 
+def test_an_empty_batch_only_ages() -> None:
+    x = data().to("cuda")
+    batches = list(x.split(B)[:6])
+    on_cpu = stepped(begun(leg(), data()), [*data().split(B)[:2], data()[:0], *data().split(B)[2:6]])
+    on_gpu = stepped(begun(leg(), x), [*batches[:2], x[:0], *batches[2:]])
+    assert on_gpu.state.age == on_cpu.state.age == 7 * B
+    assert max(differences(on_cpu, on_gpu).values()) < 1e-5
+
+
 def test_every_batch_of_a_block_is_full() -> None:
     keep = torch.arange(96) % 5 > 0
     x = torch.arange(96.0)[:, None]

@@ -9,7 +9,8 @@ fraction of the time that launching them one by one does. `Trainee.settle` asks 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -169,8 +170,10 @@ class Replayed:
     def _record(self, x: Tensor) -> _Recording | None:
         """The graph for a shape of x; recording computes nothing."""
         recording = _Recording(torch.cuda.CUDAGraph(), x.clone())
+        graphs = _graphs.setdefault(x.device, WeakSet())
+        pool = next((graph.pool() for graph in graphs), None)
         try:
-            with torch.cuda.graph(recording.graph, pool=_shared_pool(x.device)):
+            with torch.cuda.graph(recording.graph, pool=pool):
                 self.function(recording.x)
         except RuntimeError as error:
             self.can_record = False
@@ -181,15 +184,10 @@ class Replayed:
                 stacklevel=2,
             )
             return None
+        graphs.add(recording.graph)
         self.recordings[x.shape, x.dtype] = recording
         return recording
 
 
-_pools: dict[torch.device, Any] = {}
-
-
-def _shared_pool(device: torch.device) -> Any:
-    """Memory for what steps make and forget: one for all graphs, which are replayed one after the other."""
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    return _pools[device]
+_graphs: dict[torch.device, WeakSet[torch.cuda.CUDAGraph]] = {}
+"""Those that exist. They share the memory for what a step makes and forgets, since one is replayed after the other."""

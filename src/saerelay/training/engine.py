@@ -204,6 +204,8 @@ class Trainee:
             launched.clock.n_left -= 1
             self._sums.n_batches += 1
             self._sums.n_rows += x.shape[0]
+        else:
+            launched.clock.n_left = 0  # it did not tick
         self.state.age += batch
 
     def _launched_step(self, x: Tensor) -> None:
@@ -280,7 +282,7 @@ class Trainee:
             else:
                 fired = fired & (failed == 0)
                 numbers = numbers.masked_fill(failed > 0, 0.0)
-            state.last_fired.masked_fill_(fired, age_after)
+            state.last_fired.copy_(torch.where(fired, age_after, state.last_fired))
             self._sums.numbers += numbers
 
     def _shrink(self, norm: Tensor) -> Tensor | None:
