@@ -10,6 +10,7 @@ In shapes: B sequences, C positions, D width of the activations at a site.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from saerelay.errors import ModelError
 from saerelay.lm.graph import Place, Sum, ancestors
-from saerelay.lm.trial import TRIAL_SHAPE, Call, Record, trial
+from saerelay.lm.trial import TRIAL_SHAPE, Call, Record, trial, with_constants
 from saerelay.module_names import MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
@@ -71,13 +72,15 @@ def probe(model: Any, name: str) -> Anatomy:
 def probe_skeleton(model: Any, name: str) -> Anatomy:
     """`probe` of a model whose parameters are on the meta device; their dtype may change.
 
-    Some kernels want bfloat16, others float32. Raises what `probe` raises.
+    Some kernels want bfloat16, others float32. What does not run on the meta device, because it
+    asks for the values of tensors, runs on the CPU with one number for all weights. Raises what
+    `probe` raises.
     """
     model.eval()
-    try:
-        return probe(model.to(torch.bfloat16), name)
-    except ModelError:
-        return probe(model.float(), name)
+    for variant in (lambda: model.to(torch.bfloat16), lambda: model.float()):
+        with suppress(ModelError):
+            return probe(variant(), name)
+    return probe(with_constants(model), name)
 
 
 # --- which modules are the layers ----------------------------------------------------------------
