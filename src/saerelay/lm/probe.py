@@ -131,12 +131,17 @@ def _n_links(record: Record, path: str, n: int) -> int | None:
     numbers = [call.number for call in calls]
     if not calls or numbers != sorted(numbers):
         return None
-    if any(call.made is None or len(call.made_shape) < 3 or call.made_shape[:2] != TRIAL_SHAPE for call in calls):
+    if any(call.made is None or not _is_of_tokens(call.made_shape) for call in calls):
         return None
     links = sum(1 for before, call in zip(calls, calls[1:], strict=False) if call.read == before.made)
     if links < len(calls) - 1:
         return None
     return links + 1
+
+
+def _is_of_tokens(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has one vector, or several, for each token: (B,C,D), (B,C,n,D) or (n,B,C,D)."""
+    return len(shape) in (3, 4) and TRIAL_SHAPE in (shape[:2], shape[-3:-1])
 
 
 # --- what can be read in a layer -----------------------------------------------------------------
@@ -197,7 +202,8 @@ def _stream_ports(call: Call) -> dict[ModuleKind, PortPlace | str]:
     )
     for kind, side, shape in sides:
         if len(shape) == 4:
-            found[kind] = f"{shape[2]} residual streams pass between the layers, not one vector for each token"
+            n = shape[2] if shape[:2] == TRIAL_SHAPE else shape[0]
+            found[kind] = f"{n} residual streams pass between the layers, not one vector for each token"
         elif shape[:-1] != TRIAL_SHAPE:
             found[kind] = "what passes between the layers is not one vector for each token"
         else:
