@@ -79,7 +79,11 @@ class RunDirectory:
 
     def ages(self, leg: Leg) -> list[int]:
         """Ages of a leg's published snapshots."""
-        return [age for age in leg.schedule.snapshots if self.snapshot(leg.id, age).is_dir()]
+        published = []
+        for age in leg.schedule.snapshots:
+            if (self.snapshot(leg.id, age) / "dictionary.json").is_file():
+                published.append(age)
+        return published
 
     def evaluation(self, leg_id: str) -> Path:
         """The quality of a leg."""

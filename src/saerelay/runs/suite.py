@@ -1,6 +1,7 @@
 """A finished run: its published dictionaries, and the one answer to how its legs relate to one another."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from saerelay.errors import RunDirectoryError
@@ -127,6 +128,21 @@ class PublishedSuite:
             return self.leg_at(Site(int(name), self.plan.recipe.sites.module))
         names = ", ".join(published) or "none"
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; the published legs are: {names}')
+
+    def digest(self, legs: Iterable[Leg], *, snapshots: bool = False) -> str:
+        """A digest of the weights of some legs, and of their snapshots; "" if their files are old and have none.
+
+        What was measured of other weights is out of date.
+        """
+        found: list[tuple[str, str, str]] = []
+        for leg in legs:
+            places = [self.directory.leg(leg.id)]
+            if snapshots:
+                places += [self.directory.snapshot(leg.id, age) for age in self.directory.ages(leg)]
+            for place in places:
+                name = str(place.relative_to(self.directory.root))
+                found += [(name, tensor, digest) for tensor, digest in sorted(read_info(place).digests.items())]
+        return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest() if found else ""
 
     def info(self, leg: Leg) -> DictionaryInfo:
         """What is known about a leg's dictionary: tokens, time, L0."""

@@ -67,6 +67,8 @@ def cost_lines(summary: Summary) -> list[Text]:
     ]
     if cost.controls.seconds:
         lines.append(f"Controls took another {_seconds(cost.controls.seconds)}, not counted above; nor is evaluation.")
+    if summary.left_out and summary.left_out.note:
+        lines.append(f"Note: {summary.left_out.note}.")
     misleading = misleading_fvu(summary)
     if misleading:
         lines.append(misleading)
