@@ -65,6 +65,11 @@ class RunDirectory:
         return self.state / "model.json"
 
     @property
+    def told(self) -> Path:
+        """What loggers were told of, so that nothing is told twice after a kill."""
+        return self.state / "told.jsonl"
+
+    @property
     def resume_command(self) -> str:
         """The command that continues the run, to be pasted into a shell."""
         return f"saerelay train {quote(str(self.recipe))} --out {quote(str(self.root))} --resume"

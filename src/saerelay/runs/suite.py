@@ -130,18 +130,20 @@ class PublishedSuite:
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; the published legs are: {names}')
 
     def digest(self, legs: Iterable[Leg], *, snapshots: bool = False) -> str:
-        """A digest of the weights of some legs, and of their snapshots; "" if their files are old and have none.
+        """A digest of some legs' dictionaries, and of their snapshots; "" if their files are old and have no digests.
 
-        What was measured of other weights is out of date.
+        What was measured of other dictionaries is out of date.
         """
-        found: list[tuple[str, str, str]] = []
+        found: list[object] = []
         for leg in legs:
             places = [self.directory.leg(leg.id)]
             if snapshots:
                 places += [self.directory.snapshot(leg.id, age) for age in self.directory.ages(leg)]
             for place in places:
-                name = str(place.relative_to(self.directory.root))
-                found += [(name, tensor, digest) for tensor, digest in sorted(read_info(place).digests.items())]
+                info = read_info(place)
+                if info.digests:
+                    name = str(place.relative_to(self.directory.root))
+                    found.append((name, info.architecture, info.k, sorted(info.digests.items())))
         return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest() if found else ""
 
     def info(self, leg: Leg) -> DictionaryInfo:

@@ -3,6 +3,7 @@
 A logger that fails on the way, because the network is down, say, is left out from then on: the run goes on.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saerelay.errors import RecipeError
+from saerelay.files import write_text
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.state import last_ages
@@ -124,7 +126,7 @@ def check_installed(plan: Plan) -> None:
 @contextmanager
 def loggers_of(plan: Plan, paths: RunDirectory) -> Iterator[Watcher]:
     """The loggers that a recipe names; open them before training cuts the log back to the saved state."""
-    logged_ages = last_ages(paths.metrics)
+    logged_ages = _ages_told(paths) if plan.recipe.train.loggers else {}
     loggers: list[TensorBoard | WandB] = []
     try:
         for name in plan.recipe.train.loggers:
@@ -136,6 +138,21 @@ def loggers_of(plan: Plan, paths: RunDirectory) -> Iterator[Watcher]:
                 logger.close()
             except Exception as error:
                 _warn_of(logger, error)
+
+
+def _ages_told(paths: RunDirectory) -> dict[str, int]:
+    """Each leg's last age that loggers were told of, which is kept.
+
+    How to see this: training cuts the log back to what was saved, and logs the same points again. If
+    it is killed before it comes to where it was the first time, the log says less than was told.
+    """
+    told = last_ages(paths.metrics)
+    if paths.metrics.is_file():
+        for leg_id, age in last_ages(paths.told).items():
+            told[leg_id] = max(age, told.get(leg_id, 0))
+    lines = [json.dumps({"leg": leg_id, "age": age}) + "\n" for leg_id, age in told.items()]
+    write_text(paths.told, "".join(lines))
+    return told
 
 
 def _opened(name: str, plan: Plan, paths: RunDirectory) -> "TensorBoard | WandB":
