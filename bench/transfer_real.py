@@ -1,4 +1,4 @@
-"""The study of a real model in docs/transfer.md: what a hop is worth in ΔCE, against training from scratch, at equal L0.
+"""The study of a real model in docs/transfer.md: what a hop is worth in ΔCE, against training from scratch.
 
     python bench/transfer_real.py run --model google/gemma-3-270m --text docs/ --layers 4-11 --out study
     python bench/transfer_real.py run ... --list                       # the jobs and their samples; trains nothing
