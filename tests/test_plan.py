@@ -95,6 +95,15 @@ def test_controls_have_equal_tokens_and_the_full_budget(facts: ModelFacts) -> No
         compiled(facts, plan={"controls": [3]})
 
 
+def test_a_random_control_is_only_refitted(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"controls": [1], "control_kinds": ["random"], "refit": True})
+    random = plan.leg("L1-random")
+    assert (random.role, random.control_of, random.control_kind) == ("control", "L1-from-L3", "random")
+    assert (random.budget_tokens, random.moment_tokens) == (0, 0)
+    assert random.refit_tokens == plan.leg("L1-from-L3").refit_tokens > 0
+    assert [leg.id for leg in plan.legs if leg.control] == ["L1-random"]
+
+
 def test_children_may_fork_inside_the_roots_pass(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"fork_at": 0.5})
     child = plan.leg("L2-from-L3")

@@ -62,7 +62,9 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
     return Hop(
         parent=spec.hop.parent,
         method=method,
-        moment_tokens=0 if method == "identity" else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
+        moment_tokens=0
+        if method in ("identity", "random")
+        else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
         refit_tokens=min(defaults.refit_tokens, setting.block_tokens) if refit else 0,
     )
 
@@ -71,7 +73,7 @@ def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -
     """Training tokens, in whole batches; an equal-tokens control gets all tokens that its transfer looks at."""
     batch = _batch_tokens(spec, setting.recipe)
     tokens = spec.tokens
-    if spec.control and not tokens:
+    if spec.control and not spec.hop and not tokens:
         transfer = by_id[spec.control.control_of]
         tokens = transfer.moment_tokens + transfer.budget_tokens
     return batch * math.ceil(tokens / batch)

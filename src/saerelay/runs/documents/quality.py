@@ -6,7 +6,7 @@ from saerelay.document import Document, Measured, Record
 from saerelay.planning.survey import SurveyCost
 
 Role = Literal["root", "transfer", "control"]
-ControlKind = Literal["equal_tokens", "full"]
+ControlKind = Literal["equal_tokens", "full", "random"]
 Origin = Literal["scratch", "from below", "from above", "same layer"]
 
 
