@@ -132,7 +132,7 @@ class LegFacts(Record):
     control_of: str | None = None
     """Id of the leg that a control is compared with."""
     control_kind: ControlKind | None = None
-    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget."""
+    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget; `random`: not trained."""
     layer: int
     """Layer it reads."""
     module: str
