@@ -142,6 +142,14 @@ def test_sites_are_open_for_training_and_for_coming_hops(facts: ModelFacts) -> N
     assert probed.probe_site == Site(3) and Site(3) in probed.open_sites(4096, 4352)
 
 
+def test_outliers_are_looked_for_in_the_middle_of_the_model_whichever_layers_are_read(facts: ModelFacts) -> None:
+    assert [compiled(facts, sites={"layers": layers}).probe for layers in ([0, 1], [5], "all")] == [3, 3, 3]
+    assert compiled(facts, data={"outlier_norm": 0}).probe is None
+    refusals = {f"L{layer}": "no reason" for layer in (1, 2, 3)}
+    lacking = facts.changed(sites=facts.sites.changed(refusals=refusals))
+    assert compiled(lacking, sites={"layers": [0]}).probe == 4
+
+
 def test_cohorts_that_do_not_fit_are_split(facts: ModelFacts) -> None:
     whole = compiled(facts, plan={"preset": "scratch"})
     one = state_bytes(whole.legs[0], facts)

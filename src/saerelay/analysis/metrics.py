@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saerelay.analysis.logits import CleanLogits, same_everywhere
 from saerelay.analysis.progress import Track, untracked
-from saerelay.data.stream import kept_positions
+from saerelay.data.stream import OutlierCount, kept_positions
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
@@ -60,6 +60,7 @@ def measure(
     sites = sorted({site for site, _ in on_device.values()})
     ablations = {site: AblationSums() for site in sites}
     open_sites = plan.with_probe(sites)
+    outliers = OutlierCount(plan)
 
     for tokens in track(list(batches(plan, sequences, ce)), "evaluating"):
         tokens = tokens.to(model.device)
@@ -67,6 +68,7 @@ def measure(
         activations = forward.activations if forward else model.harvest(tokens, open_sites)
         flat = {site: x.flatten(0, 1) for site, x in activations.items()}
         keep = kept_positions(plan, tokens, flat)
+        outliers.add(tokens, keep.view_as(tokens))
         clean = CleanLogits(forward.logits, tokens, keep) if forward else None
         for site in sites:
             at_site = []
@@ -80,7 +82,11 @@ def measure(
                     jobs.insert(0, partial(batch.add_ablation, ablations[site]))
                 side_by_side(lambda job: job(), jobs, model.device)
 
-    return {key: sums[key].metrics(ablations[site] if ce else None) for key, (site, _) in on_device.items()}
+    left_out = outliers.left_out()
+    found = {}
+    for key, (site, _) in on_device.items():
+        found[key] = sums[key].metrics(ablations[site] if ce else None).changed(left_out=left_out)
+    return found
 
 
 def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:

@@ -30,6 +30,7 @@ def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
         revision=facts.revision,
         data=corpus.facts.source,
         legs=[leg_summary(suite, leg, in_suite=leg.id in in_suite) for leg in suite.legs],
+        left_out=Evaluation.load(suite.directory.evaluation(suite.legs[0].id)).metrics.left_out,
         cost=suite_cost(suite, corpus),
     )
 

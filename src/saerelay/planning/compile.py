@@ -71,7 +71,7 @@ def compile_plan(
         lm_batch_tokens=finished.lm_batch_tokens if finished else lm_batch(facts),
         legs=legs,
         externals=externals or {},
-        probe=finished.probe if finished else _probe_layer(recipe, legs),
+        probe=finished.probe if finished else _probe_layer(recipe, facts),
     )
     _check_length(plan)
     _check_widths(plan)
@@ -114,12 +114,21 @@ def _with_roots_of(recipe: Recipe, finished: Plan) -> Recipe:
     return recipe.changed(plan=plan)
 
 
-def _probe_layer(recipe: Recipe, legs: Sequence[Leg]) -> int | None:
-    """The middle one of the layers that are read."""
+def _probe_layer(recipe: Recipe, facts: ModelFacts) -> int | None:
+    """The layer in the middle of the model: the same positions are left out whichever layers are read.
+
+    Where that one cannot be read, the nearest one that can.
+    """
     if not recipe.data.outlier_norm:
         return None
-    sites = sorted({leg.site for leg in legs})
-    return sites[len(sites) // 2].layer
+    module = recipe.sites.module
+    readable = [layer for layer in range(facts.n_layers) if str(Site(layer, module)) not in facts.sites.refusals]
+    if not readable:
+        raise PlanError(
+            f"no layer of {facts.name} has {module} (sites.module), at which outliers of norm are looked for; set "
+            "sites.module to what the model has, or data.outlier_norm = 0"
+        )
+    return min(readable, key=lambda layer: abs(layer - facts.n_layers // 2))
 
 
 def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:

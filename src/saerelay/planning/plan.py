@@ -196,7 +196,7 @@ class Plan(Document):
     externals: dict[str, External] = {}
     """Parents outside this plan, by the name that the recipe gives them."""
     probe: int | None
-    """Layer at which outlier norms are looked for, whichever sites are open; None if they are kept."""
+    """Layer at which outlier norms are looked for, whichever sites are open; None if none are left out."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Plan":

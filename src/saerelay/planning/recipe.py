@@ -85,7 +85,8 @@ class DataSpec(Spec):
     outlier_norm: float = Field(
         default=10.0,
         ge=0,
-        description="leave out positions whose norm exceeds this multiple of the median; 0 keeps all",
+        description="leave out positions whose norm at the model's middle layer exceeds this multiple of the median; "
+        "0 keeps all",
     )
     cache: str = Field(
         default="",

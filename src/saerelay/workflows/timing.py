@@ -36,7 +36,7 @@ def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
     context = plan.recipe.data.context
     shape = (max(1, plan.lm_batch_tokens // context), context)
     tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
-    deepest = plan.sites[-1]
+    deepest = plan.with_probe(plan.sites)[-1]
     per_token = _median_seconds(lambda: model.harvest(tokens, [deepest]), model.device) / tokens.numel()
     seconds = 0.0
     for n_blocks, sites in plan.stretches():

@@ -89,6 +89,8 @@ def trained(plan: Plan, summary: Summary) -> str:
         parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {tokens} tokens each.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Measured on {first.n_eval_tokens:,} tokens of documents that training never saw.")
+    if summary.left_out and summary.left_out.note:
+        parts.append(f"Note: {summary.left_out.note}.")
     return " ".join(parts)
 
 
