@@ -219,7 +219,7 @@ def _check_width(plan: Plan, leg: Leg, method: MethodOrAuto) -> None:
             f"leg {leg.id}: its parent {leg.parent} is of layer {external.layer}, and {plan.facts.name} has layers "
             f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
         )
-    if method != "identity" and leg.moment_tokens <= 2 * width:
+    if method not in ("identity", "random") and leg.moment_tokens <= 2 * width:
         raise PlanError(
             f"leg {leg.id}: method {method} fits a {width}-dimensional map on {leg.moment_tokens} tokens; "
             f"raise plan.moment_tokens above {2 * width}"

@@ -63,6 +63,8 @@ class PublishedSuite:
         method = self.method(leg)
         if not leg.parent:
             return "from scratch"
+        if method == "random":
+            return "random dictionary, refitted"
         if method == "scratch":
             return f"from scratch: no map from {leg.parent} helped"
         return f"{method_of(leg, method)} from {leg.parent}"
@@ -83,7 +85,8 @@ class PublishedSuite:
         counterparts = []
         for other in self.legs:
             is_root = other.role == "root" and not other.parent and other.site == leg.site
-            if other.control_of == leg.id or is_root:
+            is_control = other.control_of == leg.id and other.control_kind != "random"
+            if is_control or is_root:
                 counterparts.append(other)
         return counterparts
 

@@ -2,11 +2,14 @@
 
 from typing import NamedTuple, cast
 
+import torch
+
 from saerelay.data.stream import Block
 from saerelay.planning.plan import COPY_RATE, Leg
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.initialise import INITIAL_ROWS, initialise
 from saerelay.sae.maps import LEAST_RATE_SHARE, map_between, rate_share
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
@@ -62,6 +65,8 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     reshaped = now.plan.reshapes(leg)
 
     method = leg.hop.method
+    if method == "random":
+        return Inherited(_random_dictionary(leg, block, units), 1.0, method, {})
     trials: dict[str, float | None] = {}
     if method == "auto":
         assert moments
@@ -98,6 +103,19 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
         at_rest = copied and retraining is not None and not carried.refitted
         lr_share = LEAST_RATE_SHARE if at_rest else COPY_RATE
     return Inherited(carried.dictionary, lr_share, method, trials)
+
+
+def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
+    """A random dictionary, revived and refitted on the rows that a parent's would be: what training has to beat.
+
+    See Korznikov et al. 2026, arXiv 2602.14111.
+    """
+    seed = seed_from("random", leg.seed, leg.id)
+    generator = torch.Generator().manual_seed(seed)
+    rows = block.rows(leg.site, max(INITIAL_ROWS, leg.refit_tokens))
+    fresh = initialise(leg.dictionary, units.normalise(rows[:INITIAL_ROWS]), generator)
+    retraining = Retraining(rows, seed)
+    return carry(units.to_canonical(fresh), None, rows, units, l0=leg.dictionary.l0, retraining=retraining).dictionary
 
 
 def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float | None]:

@@ -7,7 +7,7 @@ from saerelay.planning.left_out import LeftOut
 from saerelay.planning.survey import SurveyCost
 
 Role = Literal["root", "transfer", "control"]
-ControlKind = Literal["equal_tokens", "full"]
+ControlKind = Literal["equal_tokens", "full", "random"]
 Origin = Literal["scratch", "from below", "from above", "same layer"]
 
 
@@ -137,7 +137,7 @@ class LegFacts(Record):
     control_of: str | None = None
     """Id of the leg that a control is compared with."""
     control_kind: ControlKind | None = None
-    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget."""
+    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget; `random`: not trained."""
     layer: int
     """Layer it reads."""
     module: str
@@ -215,6 +215,24 @@ class ControlCost(Record):
     """Time of their training steps, in seconds."""
 
 
+class ScratchCost(Record):
+    """What all layers from scratch take at `plan.root_tokens`, sharing one pass of the language model."""
+
+    tokens: int
+    """Number of tokens that each is trained on."""
+    lm_tokens: int
+    """Number of tokens the language model reads."""
+    sae_samples: int
+    """Number of activations that SAEs are trained on."""
+    flops: float
+    """Floating-point operations."""
+    lm_flops: float
+    """Those of the language model among them."""
+    seconds_estimate: Measured
+    """Estimated wall-clock time: the time per token of the legs that were trained from scratch, and the language
+    model's, in seconds."""
+
+
 class SuiteCost(Record):
     """What the suite took without its controls and without evaluation, beside all layers from scratch."""
 
@@ -230,16 +248,16 @@ class SuiteCost(Record):
     """Number of activations that SAEs were trained or refitted on."""
     flops: float
     """Floating-point operations executed."""
+    lm_flops: float
+    """Those of the language model among them."""
     flops_dense_equivalent: float
-    """The same with dense SAE steps, 12·D·F per token."""
-    flops_all_from_scratch: float
-    """Floating-point operations of all layers from scratch at `plan.root_tokens`, sharing one forward pass."""
+    """Floating-point operations with dense SAE steps, 12·D·F per token."""
     seconds: Measured
     """Wall-clock time, in seconds."""
     seconds_lm: Measured
     """Wall-clock time of the language model's forward passes, in seconds."""
-    seconds_all_from_scratch_estimate: Measured
-    """Estimated seconds of all layers from scratch: the time per token of the legs that were, plus `seconds_lm`."""
+    from_scratch: ScratchCost
+    """What the same layers take from scratch."""
     controls: ControlCost
     """What the controls took."""
 
@@ -247,7 +265,7 @@ class SuiteCost(Record):
 class Summary(Document):
     """`summary.json`, and `saerelay eval --json`: the quality of every leg, and the cost of the suite."""
 
-    SCHEMA: ClassVar = 3
+    SCHEMA: ClassVar = 4
     MADE_BY: ClassVar = "`saerelay eval RUN`"
 
     model: str
