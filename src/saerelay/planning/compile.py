@@ -7,7 +7,7 @@ from typing import Any
 from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
-from saerelay.planning.legs import Setting, settled_leg
+from saerelay.planning.legs import Setting, module_out_of, settled_leg, site_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import preset_legs
@@ -44,7 +44,9 @@ def compile_plan(
             "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
         )
     for spec in specs:
-        facts.check_site(Site(spec.layer, spec.module or recipe.sites.module))
+        site = site_of(spec, recipe)
+        facts.check_site(site)
+        facts.check_site(Site(site.layer, module_out_of(spec, recipe) or site.module))
     setting = Setting(
         recipe=recipe,
         facts=facts,
@@ -118,7 +120,7 @@ def _probe_layer(recipe: Recipe, legs: Sequence[Leg]) -> int | None:
     """The middle one of the layers that are read."""
     if not recipe.data.outlier_norm:
         return None
-    sites = sorted({leg.site for leg in legs})
+    sites = sorted({leg.site_out for leg in legs})
     return sites[len(sites) // 2].layer
 
 

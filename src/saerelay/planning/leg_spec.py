@@ -99,6 +99,8 @@ class LegSpec(Spec):
     id: LegId
     layer: int
     module: ModuleKind | None = None
+    module_out: ModuleKind | Literal[""] | None = None
+    """What a transcoder reconstructs. A leg that names neither this nor its module has both from the recipe."""
     tokens: Count = Field(ge=0)
     """Training tokens; 0 leaves a transfer untrained (but refitted, if it is to be)."""
     seed: int | None = Field(default=None, ge=0)

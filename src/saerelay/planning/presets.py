@@ -45,7 +45,11 @@ def preset_legs(recipe: Recipe, layers: Sequence[int]) -> list[LegSpec]:
 
 
 def _name(recipe: Recipe, layer: int) -> str:
-    return str(Site(layer, recipe.sites.module))
+    sites = recipe.sites
+    if (sites.module, sites.module_out) == ("mlp_in", "mlp_out"):
+        return f"L{layer}.transcoder"
+    site = str(Site(layer, sites.module))
+    return f"{site}-to-{sites.module_out}" if sites.module_out not in ("", sites.module) else site
 
 
 def control_legs(recipe: Recipe, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:

@@ -24,6 +24,11 @@ class AnyDictionarySpec(Spec):
     normalise: bool = Field(
         default=True, description="train on centred, rescaled activations; false reproduces the paper"
     )
+    skip_connection: bool = Field(
+        default=False,
+        description="transcoders (sites.module_out): an affine path beside the latents, in closed form",
+        exclude_if=lambda given: not given,
+    )
     activation: SerializeAsAny[Architecture] = TopK()
     """The architecture, with its own keys."""
 
@@ -102,6 +107,7 @@ class DictionarySpec(AnyDictionarySpec):
         """The same with its number of latents settled, on activations of a width."""
         return SizedDictionarySpec(
             normalise=self.normalise,
+            skip_connection=self.skip_connection,
             activation=self.activation,
             n_latents=round(self.expansion * width) if self.n_latents == "auto" else self.n_latents,
         )

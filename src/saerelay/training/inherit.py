@@ -7,7 +7,7 @@ from saerelay.planning.plan import COPY_RATE, Leg
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.maps import LEAST_RATE_SHARE, map_between, rate_share
+from saerelay.sae.maps import LEAST_RATE_SHARE, AffineMap, AnyMoments, PairedMoments, crossed, map_between, rate_share
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
@@ -15,6 +15,7 @@ from saerelay.sae.spec import Method
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import SCRATCH, try_methods
 from saerelay.sae.units import Units
+from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.training.run_state import Training
 from saerelay.training.state import balance_of
@@ -25,10 +26,28 @@ def gather_moments(now: Training, block: Block) -> None:
     for leg in now.plan.legs:
         if leg.start <= now.cursor < leg.fold_at:
             source = now.plan.parent_site(leg)
-            width = now.plan.facts.width(leg.site)
-            moments = now.moments.setdefault(leg.id, Moments.empty(width, width, block.keep.device))
-            for rows in block.chunks([source, leg.site]):
-                moments.add(rows[source], rows[leg.site])
+            _add_moments(now, leg.id, block, source, leg.site)
+            if leg.is_transcoder:
+                _add_moments(now, f"{leg.id}{OUTPUTS}", block, leg.out_at(source), leg.site_out)
+
+
+def _add_moments(now: Training, key: str, block: Block, source: Site, target: Site) -> None:
+    """Take a block's activations at a pair of sites into the moments under a key."""
+    width = now.plan.facts.width(target)
+    moments = now.moments.setdefault(key, Moments.empty(width, width, block.keep.device))
+    for rows in block.chunks([source, target]):
+        moments.add(rows[source], rows[target])
+
+
+def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:
+    """The moments that were gathered for a leg's hop, and forget them; a transcoder's are paired."""
+    inputs = now.moments.pop(leg.id, None)
+    outputs = now.moments.pop(f"{leg.id}{OUTPUTS}", None)
+    return PairedMoments(inputs, outputs) if inputs and outputs else inputs
+
+
+OUTPUTS = ":out"
+"""After a leg's id: the moments of what it reconstructs, if that is not what it reads."""
 
 
 class Inherited(NamedTuple):
@@ -54,7 +73,7 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     """
     assert leg.hop
     parent, parent_l0 = parent_of(now, leg, block, paths)
-    moments = now.moments.pop(leg.id, None)
+    moments = _take_moments(now, leg)
     rows = block.rows(leg.site, L0_ROWS)
     l0 = leg.dictionary.l0 or parent_l0
     seed = seed_from("revive", leg.seed, leg.id)
@@ -65,7 +84,8 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     trials: dict[str, float | None] = {}
     if method == "auto":
         assert moments
-        sample = block.rows(leg.site, max(L0_ROWS, leg.refit_tokens))
+        n = max(L0_ROWS, leg.refit_tokens)
+        sample = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
         # Only a leg that is trained, and from the start, can do without its parent.
         fresh = leg.dictionary if leg.budget_tokens and not reshaped else None
         trials.update(try_methods(parent, moments, sample, units, fresh, balance=balance, l0=parent_l0))
@@ -78,14 +98,15 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     # What is copied and not trained is only looked at: its decoder keeps its norms, by which TopK does not rank.
     between = None
     if not copied or leg.budget_tokens:
-        between = map_between(method, now.plan.facts.width(leg.site), moments, balance)
+        between = _map(now, leg, method, moments)
     shape = None
     if reshaped:
         shape = Shape(leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     retraining = None
     if leg.refit_tokens:
         at_home = now.plan.parent_site(leg) == leg.site
-        retraining = Retraining(block.rows(leg.site, leg.refit_tokens), seed, checked=at_home)
+        target = block.target(leg, leg.refit_tokens)
+        retraining = Retraining(block.rows(leg.site, leg.refit_tokens), seed, target, checked=at_home)
     if copied and not parent.activation.threshold_is_calibrated:
         l0 = None  # the paper's copy: its L0 is what it is
 
@@ -98,6 +119,15 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
         at_rest = copied and retraining is not None and not carried.refitted
         lr_share = LEAST_RATE_SHARE if at_rest else COPY_RATE
     return Inherited(carried.dictionary, lr_share, method, trials)
+
+
+def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) -> AffineMap:
+    """The map that a leg's parent is folded through."""
+    balance = balance_of(leg, now.plan.recipe.train)
+    between = map_between(method, now.plan.facts.width(leg.site), moments, balance)
+    if leg.is_transcoder and moments is None:
+        return crossed(between, map_between(method, now.plan.facts.width(leg.site_out), None, balance))
+    return between
 
 
 def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float | None]:
