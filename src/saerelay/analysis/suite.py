@@ -132,7 +132,7 @@ class Suite(PublishedSuite):
         if transcoders:
             raise ModelError(
                 f"{self.directory.root}: {transcoders[0]} is a transcoder, and attach puts SAEs to work; "
-                "`saerelay export --format circuit-tracer` writes it for circuit-tracer, which intervenes on transcoders"
+                "`saerelay export --format circuit-tracer` writes it for circuit-tracer, which intervenes on them"
             )
         if leave_alone is None:
             bos = self.plan.facts.tokens.bos_token_id
