@@ -170,9 +170,8 @@ def test_gemma_scope_2_transcoders_do_what_their_formula_says(tmp_path: Path, sk
 
 
 def test_a_transcoder_is_imported_hopped_and_exported(tmp_path: Path, tiny_model: Path) -> None:
-    from test_transcoder_runs import recipe
-
     import numpy as np
+    from test_transcoder_runs import recipe
 
     tokens = torch.randint(1, 101, (40_000,), generator=torch.Generator().manual_seed(0)).numpy().astype("uint16")
     np.save(tmp_path / "tokens.npy", tokens)
