@@ -72,6 +72,8 @@ def hop_run(
     if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
         note = f"note: {source} was trained on {origin.model}; it is taken to read {recipe.model.name} as well"
         console.print(Text(printable(note)))
+    if origin.site_out and model:
+        raise TransferError(f"{source}: is a transcoder; those are not carried between two models yet")
     leg = _asked_leg(source, origin.site, target, recipe, leg_keys)
     assert leg.hop
     if origin.site == target and not model:
