@@ -263,7 +263,7 @@ def test_blocks_that_are_rescaled_are_refused(tmp_path: Path, name: str, changes
     model = LanguageModel.load(spec_of(tmp_path))
     model.check_site(Site(0, "attn_z"))
     for kind in ("attn_out", "mlp_out"):
-        with pytest.raises(ModelError, match="cannot be read: .* Layer 0 has resid_post, resid_pre, attn_z"):
+        with pytest.raises(ModelError, match="cannot be read: .* Layer 0 has resid_post, resid_pre, mlp_in, attn_z"):
             model.check_site(Site(0, kind))
 
 

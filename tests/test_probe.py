@@ -109,7 +109,7 @@ def test_a_residual_multiplier_is_told_with_weights_and_without(tmp_path: Path, 
         return
     for site in sites:
         for ask in (facts.check_site, model.check_site):
-            with pytest.raises(ModelError, match=r"Layer 1 has resid_post, resid_pre, attn_z\.$"):
+            with pytest.raises(ModelError, match=r"Layer 1 has resid_post, resid_pre, mlp_in, attn_z\.$"):
                 ask(site)
 
 

@@ -377,9 +377,9 @@ def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFac
     seen: dict[str, list[torch.Tensor]] = {}
     step = Trainee.step
 
-    def watched(self: Trainee, x: torch.Tensor) -> None:
+    def watched(self: Trainee, x: torch.Tensor, target: torch.Tensor | None) -> None:
         seen.setdefault(self.leg.id, []).append(x)
-        step(self, x)
+        step(self, x, target)
 
     monkeypatch.setattr(Trainee, "step", watched)
     run(plan, tmp_path / "whole", facts)

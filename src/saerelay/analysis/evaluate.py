@@ -65,9 +65,9 @@ def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
 
 def versions(suite: PublishedSuite, leg: Leg) -> dict[str, Placed]:
     """A leg's dictionary under its id, and those of its snapshots under id@age, each with its site."""
-    dictionaries = {leg.id: (leg.site, suite.dictionary(leg))}
+    dictionaries = {leg.id: Placed.at_home(leg, suite.dictionary(leg))}
     for age in suite.directory.ages(leg):
-        dictionaries[f"{leg.id}@{age}"] = (leg.site, suite.snapshot(leg, age))
+        dictionaries[f"{leg.id}@{age}"] = Placed.at_home(leg, suite.snapshot(leg, age))
     return dictionaries
 
 

@@ -50,6 +50,7 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
         control_kind=leg.control_kind,
         layer=leg.layer,
         module=leg.module,
+        module_out=leg.module_out,
         architecture=leg.dictionary.architecture,
         method=suite.method(leg),
         parent=leg.parent or None,

@@ -26,7 +26,7 @@ from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.left_out import LeftOut
 from saerelay.planning.plan import LM_BATCH_TOKENS as LM_BATCH_TOKENS
-from saerelay.planning.plan import Plan
+from saerelay.planning.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.spec import seed_from
 
@@ -80,6 +80,10 @@ class Block:
         for start in range(0, self.keep.shape[0], n):
             rows = self._kept(sites, start, start + n)
             yield {site: x.float() for site, x in rows.items()}
+
+    def target(self, leg: Leg, n: int = 32_768) -> Tensor | None:
+        """The same rows of what a leg reconstructs, if it is a transcoder."""
+        return self.rows(leg.site_out, n) if leg.is_transcoder else None
 
     def rows(self, site: Site, n: int = 32_768) -> Tensor:
         """The first n kept rows (at most n, D) of a site, float32, in shuffled order."""

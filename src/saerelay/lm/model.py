@@ -346,6 +346,9 @@ def load_model(plan: Plan) -> LanguageModel:
     model = LanguageModel.load(plan.recipe.model.changed(**frozen))
     for leg in plan.legs:
         model.check_site(leg.site)
+        model.check_site(leg.site_out)
         if leg.parent:
-            model.check_site(plan.parent_site(leg))
+            source = plan.parent_site(leg)
+            model.check_site(source)
+            model.check_site(leg.out_at(source))
     return model

@@ -20,7 +20,7 @@ from torch import nn
 from saerelay.errors import ModelError
 from saerelay.lm.graph import Place, Sum, ancestors
 from saerelay.lm.trial import TRIAL_SHAPE, Call, Record, trial, with_constants
-from saerelay.module_names import MLPS, PROJECTIONS
+from saerelay.module_names import MLP_INPUTS, MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 Side = Literal["input", "output"]
@@ -216,7 +216,7 @@ def _inner_ports(record: Record, call: Call) -> dict[ModuleKind, PortPlace | str
     projection = _named(record, call.path, PROJECTIONS)
     mlps = [_named(record, call.path, [path]) for path in MLPS]
     added = _added(record, call, projection, [mlp for mlp in mlps if mlp])
-    return {"attn_z": _z_port(projection), **added}
+    return {"attn_z": _z_port(projection), "mlp_in": _mlp_port(_named(record, call.path, MLP_INPUTS)), **added}
 
 
 def _named(record: Record, layer: str, paths: Iterable[str]) -> Call | None:
@@ -233,6 +233,14 @@ def _z_port(projection: Call | None) -> PortPlace | str:
     if projection.read_shape[:-1] != TRIAL_SHAPE:
         return "attention's output projection does not read one vector for each token"
     return PortPlace(projection.path, "input", projection.read_shape[-1])
+
+
+def _mlp_port(mlp: Call | None) -> PortPlace | str:
+    if mlp is None:
+        return "the layer has no module that is known to be an MLP"
+    if mlp.read_shape[:-1] != TRIAL_SHAPE:
+        return "the MLP does not read one vector for each token"
+    return PortPlace(mlp.path, "input", mlp.read_shape[-1])
 
 
 def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]) -> dict[ModuleKind, PortPlace | str]:

@@ -19,8 +19,8 @@ from saerelay.planning.recipe import ModelSpec
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Endings of the names of classes that predict the next token."""
 
-_MOST_MODULES = 4_096
-"""Most modules of a kind that a configuration may ask for; no model comes near."""
+_MOST = {"layer": 4_096, "block": 4_096, "expert": 65_536, "head": 65_536}
+"""Most modules that a configuration may ask for under a key with such a word; no model comes near."""
 
 TOKENIZER_REMEDY = "Put a tokenizer.json beside its config.json, or give token ids (data.tokens) instead of text."
 
@@ -129,13 +129,14 @@ def _check_counts(spec: ModelSpec, keys: dict[Any, Any]) -> None:
     for key, value in keys.items():
         if isinstance(value, dict):
             _check_counts(spec, value)
-        name = str(key)
-        counts_modules = re.search("layer|expert|head|block", name) and not re.search("dim|size|width|eps", name)
-        if counts_modules and isinstance(value, int) and value > _MOST_MODULES:
-            raise ModelError(
-                f'"{spec.name}": its configuration says {key} = {value:.3g}, and the most is {_MOST_MODULES:,}. '
-                "Check its config.json."
-            )
+        if not isinstance(value, int) or re.search("dim|size|width", str(key)):
+            continue
+        for word, most in _MOST.items():
+            if word in str(key) and value > most:
+                raise ModelError(
+                    f'"{spec.name}": its configuration says {key} = {value:.3g}, and the most is {most:,}. Check its '
+                    "config.json."
+                )
 
 
 def model_class(config: Any) -> Any:

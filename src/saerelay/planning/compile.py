@@ -7,12 +7,12 @@ from typing import Any
 from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
-from saerelay.planning.legs import Setting, settled_leg
+from saerelay.planning.legs import Setting, module_out_of, settled_leg, site_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import preset_legs
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import MethodOrAuto
+from saerelay.sae.spec import LegMethod
 from saerelay.site import Site
 from saerelay.spec import format_count
 
@@ -44,7 +44,9 @@ def compile_plan(
             "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
         )
     for spec in specs:
-        facts.check_site(Site(spec.layer, spec.module or recipe.sites.module))
+        site = site_of(spec, recipe)
+        facts.check_site(site)
+        facts.check_site(Site(site.layer, module_out_of(spec, recipe) or site.module))
     setting = Setting(
         recipe=recipe,
         facts=facts,
@@ -205,7 +207,7 @@ def _check_widths(plan: Plan) -> None:
             _check_width(plan, leg, leg.hop.method)
 
 
-def _check_width(plan: Plan, leg: Leg, method: MethodOrAuto) -> None:
+def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
     width = plan.facts.width(leg.site)
     external = plan.externals.get(leg.parent)
     source_width = external.d_model if external else plan.facts.width(plan.parent_site(leg))

@@ -48,7 +48,11 @@ _CONTROL_NAMES: dict[ControlKind, str] = {"equal_tokens": "scratch-equal", "full
 
 
 def _name(recipe: Recipe, layer: int) -> str:
-    return str(Site(layer, recipe.sites.module))
+    sites = recipe.sites
+    if (sites.module, sites.module_out) == ("mlp_in", "mlp_out"):
+        return f"L{layer}.transcoder"
+    site = str(Site(layer, sites.module))
+    return f"{site}-to-{sites.module_out}" if sites.module_out not in ("", sites.module) else site
 
 
 def control_legs(recipe: Recipe, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:

@@ -56,7 +56,18 @@ class SitesSpec(Spec):
     """Which activations get an SAE."""
 
     layers: Literal["all"] | list[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
-    module: ModuleKind = Field(default="resid_post", description="resid_post, resid_pre, mlp_out, attn_out or attn_z")
+    module: ModuleKind = Field(
+        default="resid_post", description="resid_post, resid_pre, mlp_in, mlp_out, attn_out or attn_z"
+    )
+    module_out: ModuleKind | Literal[""] = Field(
+        default="",
+        description='what is reconstructed, if not what is read: "mlp_out", with module = "mlp_in", makes transcoders',
+    )
+
+    @property
+    def written(self) -> ModuleKind:
+        """What is reconstructed."""
+        return self.module_out or self.module
 
 
 class DatasetSpec(Spec):

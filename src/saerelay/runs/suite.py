@@ -105,7 +105,8 @@ class PublishedSuite:
         return max(lower, key=lambda other: other.layer, default=None)
 
     def _same_module(self, leg: Leg) -> list[Leg]:
-        return [other for other in self.one_per_site if other.module == leg.module]
+        kind = (leg.module, leg.module_out)
+        return [other for other in self.one_per_site if (other.module, other.module_out) == kind]
 
     # --- one of them ------------------------------------------------------------------------------------------------
 

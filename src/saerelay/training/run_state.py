@@ -56,6 +56,10 @@ class Training:
     held_out: dict[Site, Tensor] = field(default_factory=dict)
     """Validation activations of all sites, if legs have goals."""
 
+    def held_out_target(self, leg: Leg) -> Tensor | None:
+        """The held-out rows of what a leg reconstructs, if it is a transcoder."""
+        return self.held_out.get(leg.site_out) if leg.is_transcoder else None
+
     @property
     def ended(self) -> set[str]:
         """Legs whose time has come and that do not live any more (or never did)."""

@@ -142,6 +142,8 @@ class LegFacts(Record):
     """Layer it reads."""
     module: str
     """Kind of module it reads."""
+    module_out: str | None = None
+    """Kind of module that a transcoder reconstructs, which its quality is about; null for an SAE."""
     architecture: str
     """Architecture of its dictionary."""
     method: str | None = None

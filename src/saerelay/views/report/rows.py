@@ -68,7 +68,7 @@ def _tile(name: str, counted: str, ours: float, theirs: float, *, write: Callabl
 class Mark:
     """A leg's value on a scale from 0 to 100, with its error bar."""
 
-    kind: Literal["root", "transfer", "equal_tokens", "full"]
+    kind: Literal["root", "transfer"] | ControlKind
     x: float
     low: float
     high: float

@@ -53,7 +53,7 @@ def caption(summary: Summary) -> str:
     """What every figure says below it: model, data, tokens, dictionaries, L0, seed."""
     legs = summary.final_legs
     kinds = ", ".join(sorted({f"{_name(leg)}, {leg.n_latents} latents" for leg in legs}))
-    modules = ", ".join(sorted({leg.module for leg in legs}))
+    modules = ", ".join(sorted({f"{leg.module} → {leg.module_out}" if leg.module_out else leg.module for leg in legs}))
     l0 = sum(leg.l0 or 0 for leg in legs) / len(legs)
     seeds = ", ".join(str(seed) for seed in sorted({leg.seed for leg in legs}))
     return (
