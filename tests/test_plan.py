@@ -95,6 +95,15 @@ def test_controls_have_equal_tokens_and_the_full_budget(facts: ModelFacts) -> No
         compiled(facts, plan={"controls": [3]})
 
 
+def test_a_random_control_is_only_refitted(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"controls": [1], "control_kinds": ["random"], "refit": True})
+    random = plan.leg("L1-random")
+    assert (random.role, random.control_of, random.control_kind) == ("control", "L1-from-L3", "random")
+    assert (random.budget_tokens, random.moment_tokens) == (0, 0)
+    assert random.refit_tokens == plan.leg("L1-from-L3").refit_tokens > 0
+    assert [leg.id for leg in plan.legs if leg.control] == ["L1-random"]
+
+
 def test_children_may_fork_inside_the_roots_pass(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"fork_at": 0.5})
     child = plan.leg("L2-from-L3")
@@ -131,6 +140,14 @@ def test_sites_are_open_for_training_and_for_coming_hops(facts: ModelFacts) -> N
     assert plan.open_sites(plan.n_tokens, plan.n_tokens + 256) == []
     probed = compiled(facts)
     assert probed.probe_site == Site(3) and Site(3) in probed.open_sites(4096, 4352)
+
+
+def test_outliers_are_looked_for_in_the_middle_of_the_model_whichever_layers_are_read(facts: ModelFacts) -> None:
+    assert [compiled(facts, sites={"layers": layers}).probe for layers in ([0, 1], [5], "all")] == [3, 3, 3]
+    assert compiled(facts, data={"outlier_norm": 0}).probe is None
+    refusals = {f"L{layer}": "no reason" for layer in (1, 2, 3)}
+    lacking = facts.changed(sites=facts.sites.changed(refusals=refusals))
+    assert compiled(lacking, sites={"layers": [0]}).probe == 4
 
 
 def test_cohorts_that_do_not_fit_are_split(facts: ModelFacts) -> None:
@@ -228,13 +245,19 @@ def test_cost_counts_what_runs(facts: ModelFacts) -> None:
     cost = plan_cost(plan)
     lm = 4096 * forward_flops(facts, 3, 16)
     assert cost.lm_tokens == 4096 and cost.sae_samples == 2 * 4096
-    assert cost.flops == pytest.approx(lm + 2 * 4096 * (2 * 16 * 64 + 8 * 16 * 4)) == cost.flops_all_from_scratch
+    assert cost.flops == pytest.approx(lm + 2 * 4096 * (2 * 16 * 64 + 8 * 16 * 4))
     assert cost.flops_dense_equivalent == pytest.approx(lm + 2 * 4096 * 12 * 16 * 64)
+    assert plan_cost(plan.all_from_scratch()) == cost
 
 
 def test_transfer_costs_less_than_all_from_scratch(facts: ModelFacts) -> None:
-    cost = plan_cost(compiled(facts, plan={"fork_at": 0.5}))
-    assert cost.flops < cost.flops_all_from_scratch
+    plan = compiled(facts, plan={"fork_at": 0.5})
+    assert plan_cost(plan).flops < plan_cost(plan.all_from_scratch()).flops
+
+
+def test_all_from_scratch_is_the_scratch_preset(facts: ModelFacts) -> None:
+    hub = compiled(facts, plan={"preset": "hub", "controls": [1]})
+    assert plan_cost(hub.all_from_scratch()) == plan_cost(compiled(facts, plan={"preset": "scratch"}))
 
 
 def test_an_extension_adds_legs_and_tokens_after_the_end(facts: ModelFacts) -> None:

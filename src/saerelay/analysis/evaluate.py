@@ -59,6 +59,7 @@ def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
         tokens=min(wanted, int(session.corpus.test.size)),
         ce=wants_ce(session.plan),
         ages=session.suite.directory.ages(leg),
+        dictionaries=session.suite.digest([leg], snapshots=True),
     )
 
 

@@ -69,6 +69,7 @@ def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:
         window_after=WINDOW[1],
         above=above.id if above else None,
         below=below.id if below else None,
+        dictionaries=session.suite.digest([other for other in (leg, above, below) if other]),
     )
 
 

@@ -231,6 +231,7 @@ def question(session: Session, tokens: int) -> LineageQuestion:
         kept_above=KEPT_ABOVE,
         replaced_below=REPLACED_BELOW,
         alive_above=ALIVE_ABOVE,
+        dictionaries=session.suite.digest(session.suite.legs),
         legs=legs,
     )
 

@@ -131,6 +131,7 @@ def question(session: Session, methods: Sequence[str], tokens: int, snapshots: b
         tokens=min(wanted, int(session.corpus.test.size)),
         methods=sorted(methods),
         ce=wants_ce(session.plan),
+        dictionaries=suite.digest(suite.final_legs, snapshots=snapshots),
         layers=[site.layer for site in suite.sites],
         legs=ages,
     )

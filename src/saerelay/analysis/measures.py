@@ -109,6 +109,7 @@ def question(
         tokens=min(wanted, int(session.corpus.test.size)),
         prompts=digest(prompts) if prompts is not None else None,
         matrix=matrix.asked if matrix else None,
+        dictionaries=suite.digest(suite.legs, snapshots=True),
         legs={leg.id: [suite.info(leg).tokens, *suite.directory.ages(leg)] for leg in suite.legs},
     )
 

@@ -1,5 +1,6 @@
 """Commands that plan and train: init, plan, train, hop, demo."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,6 @@ from saerelay.cli.options import (
     Json,
     OutRun,
     RecipePath,
-    SafeConsole,
     print_all,
     print_json,
     print_summary,
@@ -20,6 +20,7 @@ from saerelay.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from saerelay.planning.plan import Plan
     from saerelay.planning.recipe import Recipe
 
 
@@ -40,18 +41,19 @@ def init() -> None:
 def plan(
     recipe: RecipePath,
     as_json: Json = False,
-    timing: Annotated[bool, typer.Option(help="Load the model and time a few steps.")] = True,
+    timing: Annotated[
+        bool, typer.Option(help="Load the model's weights and time a few steps, to predict how long it takes.")
+    ] = False,
     write: Annotated[
         Path | None, typer.Option(help='With preset = "auto": write a recipe that spells out the chosen legs.')
     ] = None,
 ) -> None:
     """Show the plan: each SAE, its parent, and the estimated cost. With preset = "auto", survey the layers first."""
-    from saerelay.lm.model import LanguageModel
     from saerelay.planning.cost import plan_cost
     from saerelay.planning.recipe import Recipe
     from saerelay.views.tables.plan import plan_facts, plan_table
+    from saerelay.views.tables.savings import plan_prices, savings_table, verdict
     from saerelay.workflows.settle import plan_run
-    from saerelay.workflows.timing import time_plan
 
     run = Recipe.from_toml(recipe)
     if run.plan.surveyed:
@@ -59,23 +61,47 @@ def plan(
         return
     if write:
         raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
+
     compiled = plan_run(run)
+    suite = compiled.without_controls()
+    from_scratch = compiled.all_from_scratch()
     cost = plan_cost(compiled)
-    seconds = time_plan(compiled, LanguageModel.load(compiled.recipe.model)) if timing else None
+    seconds = timed_plans([compiled, suite, from_scratch]) if timing else None
     if as_json:
-        print_json({"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds})
+        print_json(
+            {
+                "plan": compiled.to_data(),
+                "cost": cost.model_dump(),
+                "from_scratch": plan_cost(from_scratch).model_dump(),
+                "seconds": seconds[0] if seconds else None,
+            }
+        )
         return
-    console = SafeConsole()
-    for table in (plan_table(compiled), "", plan_facts(compiled, cost, seconds)):
-        console.print(table)
+
+    totals = (seconds[1]["total"], seconds[2]["total"]) if seconds else None
+    prices = plan_prices(plan_cost(suite), plan_cost(from_scratch), totals)
+    tokens = run.plan.root_tokens
+    facts = plan_facts(compiled, cost, seconds[0] if seconds else None)
+    print_all([plan_table(compiled), "", facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
+
+
+def timed_plans(plans: "Sequence[Plan]") -> list[dict[str, float]]:
+    """How long plans for one model should take here; says so while it measures."""
+    from saerelay.lm.model import LanguageModel
+    from saerelay.workflows.timing import time_plans
+
+    with progress().status("loading the model and timing a few steps"):
+        return time_plans(plans, LanguageModel.load(plans[0].recipe.model))
 
 
 def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
     """Survey the layers, and show or write the legs chosen by it."""
     from saerelay.files import write_text
     from saerelay.planning.choose import written_out
+    from saerelay.planning.cost import plan_cost
     from saerelay.planning.toml import annotated_toml
     from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.views.tables.savings import plan_prices, savings_table, verdict
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.survey import survey_once
 
@@ -86,6 +112,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
     if write:
         write_text(write, annotated_toml(explicit))
     compiled = plan_run(explicit)
+    from_scratch = plan_cost(compiled.all_from_scratch())
     seconds = choice.time()
     if as_json:
         surveyed = survey.to_data()
@@ -94,6 +121,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
             {
                 "plan": compiled.to_data(),
                 "cost": choice.cost.model_dump(),
+                "from_scratch": from_scratch.model_dump(),
                 "seconds": seconds,
                 "survey": surveyed,
                 "fvu_ratio": choice.ratio,
@@ -102,7 +130,10 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
         )
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
-    print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
+    prices = plan_prices(plan_cost(compiled.without_controls()), from_scratch, None)
+    tokens = run.plan.root_tokens
+    facts = plan_facts(compiled, choice.cost, seconds)
+    print_all([*tables, facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
 
 
 def train(

@@ -21,7 +21,8 @@ ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]
 LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
 """The id of a leg: safe as the name of a directory."""
 Rate = Annotated[float, Field(gt=0, lt=1)]
-ControlKind = Literal["equal_tokens", "full"]
+ControlKind = Literal["equal_tokens", "full", "random"]
+"""From scratch with as many tokens, from scratch with the full budget, or random and refitted like a hop's."""
 
 
 def tokens_of(value: float, budget: int) -> int:

@@ -94,7 +94,9 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
     return Hop(
         parent=spec.hop.parent,
         method=method,
-        moment_tokens=0 if method == "identity" else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
+        moment_tokens=0
+        if method in ("identity", "random")
+        else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
         refit_tokens=min(defaults.refit_tokens, setting.block_tokens) if refit else 0,
     )
 
@@ -103,7 +105,7 @@ def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -
     """Training tokens, in whole batches; an equal-tokens control gets all tokens that its transfer looks at."""
     batch = _batch_tokens(spec, setting.recipe)
     tokens = spec.tokens
-    if spec.control and not tokens:
+    if spec.control and not spec.hop and not tokens:
         transfer = by_id[spec.control.control_of]
         tokens = transfer.moment_tokens + transfer.budget_tokens
     return batch * math.ceil(tokens / batch)
@@ -140,7 +142,7 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
 
     dead_after = recipe.train.dead_after
     if dead_after == "auto":
-        dead_after = max(batch, min(10_000_000, budget // 50))
+        dead_after = auto_dead_after(budget, batch)
     return Schedule(
         budget_tokens=budget,
         batch_tokens=batch,
@@ -189,17 +191,28 @@ def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
         )
 
 
+LARGEST_SWEPT_BATCH = 4096
+"""Beyond batches of this many tokens the bound on the learning rate does not rise: nothing larger was tried."""
+
+
+def auto_dead_after(budget_tokens: int, batch_tokens: int) -> int:
+    """Tokens without firing after which a latent is dead, by default: a fiftieth of the budget, at most 10M."""
+    return max(batch_tokens, min(10_000_000, budget_tokens // 50))
+
+
 def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
     """Default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512 (decision 007).
 
-    It falls with the square roots of the width (a decoder row's entries are as small) and of the budget.
+    It falls with the square roots of the width (a decoder row's entries are as small) and of the budget, and rises with
+    that of the batch. For short budgets it is at most twice the value at 1M tokens, and more only in large batches.
 
     >>> auto_lr(192, 1_000_000, 512), auto_lr(768, 4_000_000, 512)
     (0.005, 0.00125)
     """
     best = 5e-3 * math.sqrt(192 / width)
     rate = best * math.sqrt(1e6 / max(1, budget_tokens) * batch_tokens / 512)
-    return min(max(rate, best / 6), 2 * best)
+    large_batch = math.sqrt(min(max(batch_tokens, 512), LARGEST_SWEPT_BATCH) / 512)
+    return min(max(rate, best / 6), 2 * best * large_batch)
 
 
 def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[int]:

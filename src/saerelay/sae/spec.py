@@ -11,7 +11,8 @@ from saerelay.spec import Count, Described, OrAuto, Spec
 
 Method = Literal["identity", "rescale", "procrustes", "affine"]
 """How a dictionary is carried to another site."""
-MethodOrAuto = Method | Literal["auto"]
+MethodOrAuto = Method | Literal["auto", "random"]
+"""`auto`: the map that measures best; `random`: no map, but a random dictionary in the place of the parent's."""
 
 
 class AnyDictionarySpec(Spec):

@@ -2,11 +2,14 @@
 
 from typing import NamedTuple, cast
 
+import torch
+
 from saerelay.data.stream import Block
 from saerelay.planning.plan import COPY_RATE, Leg
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.initialise import INITIAL_ROWS, initialise
 from saerelay.sae.maps import LEAST_RATE_SHARE, AffineMap, AnyMoments, PairedMoments, crossed, map_between, rate_share
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
@@ -81,6 +84,8 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     reshaped = now.plan.reshapes(leg)
 
     method = leg.hop.method
+    if method == "random":
+        return Inherited(_random_dictionary(leg, block, units), 1.0, method, {})
     trials: dict[str, float | None] = {}
     if method == "auto":
         assert moments
@@ -128,6 +133,20 @@ def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) ->
     if leg.is_transcoder and moments is None:
         return crossed(between, map_between(method, now.plan.facts.width(leg.site_out), None, balance))
     return between
+
+
+def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
+    """A random dictionary, revived and refitted on the rows that a parent's would be: what training has to beat.
+
+    See Korznikov et al. 2026, arXiv 2602.14111.
+    """
+    seed = seed_from("random", leg.seed, leg.id)
+    generator = torch.Generator().manual_seed(seed)
+    n = max(INITIAL_ROWS, leg.refit_tokens)
+    on = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
+    inside = on.normalised(units)
+    fresh = units.to_canonical(initialise(leg.dictionary, inside.rows, generator, inside.target))
+    return carry(fresh, None, on.rows, units, l0=leg.dictionary.l0, retraining=on).dictionary
 
 
 def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float | None]:

@@ -1,7 +1,7 @@
 """How long a plan will take here, from one forward pass and a few steps of each shape of leg."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,18 +14,21 @@ from saerelay.training.state import first_state
 REPEATS = 5
 
 
-def time_plan(plan: Plan, model: LanguageModel) -> dict[str, float]:
-    """Seconds a plan should take: of the language model, of training steps, and in total."""
-    lm = _forward_seconds(plan, model)
-    steps = 0.0
+def time_plans(plans: Sequence[Plan], model: LanguageModel) -> list[dict[str, float]]:
+    """Seconds that plans for one model should take: of the language model, of training steps, and in total."""
     seconds_by_shape: dict[tuple, float] = {}
-    for leg in plan.legs:
-        width = plan.facts.width(leg.site)
-        shape = (width, leg.schedule.batch_tokens, leg.dictionary)
-        if shape not in seconds_by_shape:
-            seconds_by_shape[shape] = _step_seconds(plan, leg, width, model.device)
-        steps += leg.budget_tokens * seconds_by_shape[shape]
-    return {"lm": lm, "steps": steps, "total": lm + steps}
+    times = []
+    for plan in plans:
+        lm = _forward_seconds(plan, model)
+        steps = 0.0
+        for leg in plan.legs:
+            width = plan.facts.width(leg.site)
+            shape = (width, leg.schedule.batch_tokens, leg.dictionary)
+            if shape not in seconds_by_shape:
+                seconds_by_shape[shape] = _step_seconds(plan, leg, width, model.device)
+            steps += leg.budget_tokens * seconds_by_shape[shape]
+        times.append({"lm": lm, "steps": steps, "total": lm + steps})
+    return times
 
 
 def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
@@ -33,7 +36,7 @@ def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
     context = plan.recipe.data.context
     shape = (max(1, plan.lm_batch_tokens // context), context)
     tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
-    deepest = plan.sites[-1]
+    deepest = plan.with_probe(plan.sites)[-1]
     per_token = _median_seconds(lambda: model.harvest(tokens, [deepest]), model.device) / tokens.numel()
     seconds = 0.0
     for n_blocks, sites in plan.stretches():

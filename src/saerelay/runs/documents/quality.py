@@ -3,10 +3,11 @@
 from typing import ClassVar, Literal
 
 from saerelay.document import Document, Measured, Record
+from saerelay.planning.left_out import LeftOut
 from saerelay.planning.survey import SurveyCost
 
 Role = Literal["root", "transfer", "control"]
-ControlKind = Literal["equal_tokens", "full"]
+ControlKind = Literal["equal_tokens", "full", "random"]
 Origin = Literal["scratch", "from below", "from above", "same layer"]
 
 
@@ -82,6 +83,8 @@ class EvaluationMetrics(Metrics):
 
     n_tokens: int
     """Number of kept positions measured on (BOS and outlier norms are left out)."""
+    left_out: LeftOut | None = None
+    """What was left out for its norm; null in files of old versions."""
     density: Density
     """How often latents fire."""
     sequence_delta_ce: list[float] | None = None
@@ -97,6 +100,8 @@ class EvaluationQuestion(Record):
     """Whether cross-entropy and KL are measured."""
     ages: list[int]
     """Ages of the leg's snapshots, in tokens."""
+    dictionaries: str = ""
+    """A digest of the weights of the leg and its snapshots; "" where dictionary.json has none."""
 
 
 class Evaluation(Document):
@@ -132,7 +137,7 @@ class LegFacts(Record):
     control_of: str | None = None
     """Id of the leg that a control is compared with."""
     control_kind: ControlKind | None = None
-    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget."""
+    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget; `random`: not trained."""
     layer: int
     """Layer it reads."""
     module: str
@@ -212,6 +217,24 @@ class ControlCost(Record):
     """Time of their training steps, in seconds."""
 
 
+class ScratchCost(Record):
+    """What all layers from scratch take at `plan.root_tokens`, sharing one pass of the language model."""
+
+    tokens: int
+    """Number of tokens that each is trained on."""
+    lm_tokens: int
+    """Number of tokens the language model reads."""
+    sae_samples: int
+    """Number of activations that SAEs are trained on."""
+    flops: float
+    """Floating-point operations."""
+    lm_flops: float
+    """Those of the language model among them."""
+    seconds_estimate: Measured
+    """Estimated wall-clock time: the time per token of the legs that were trained from scratch, and the language
+    model's, in seconds."""
+
+
 class SuiteCost(Record):
     """What the suite took without its controls and without evaluation, beside all layers from scratch."""
 
@@ -227,16 +250,16 @@ class SuiteCost(Record):
     """Number of activations that SAEs were trained or refitted on."""
     flops: float
     """Floating-point operations executed."""
+    lm_flops: float
+    """Those of the language model among them."""
     flops_dense_equivalent: float
-    """The same with dense SAE steps, 12·D·F per token."""
-    flops_all_from_scratch: float
-    """Floating-point operations of all layers from scratch at `plan.root_tokens`, sharing one forward pass."""
+    """Floating-point operations with dense SAE steps, 12·D·F per token."""
     seconds: Measured
     """Wall-clock time, in seconds."""
     seconds_lm: Measured
     """Wall-clock time of the language model's forward passes, in seconds."""
-    seconds_all_from_scratch_estimate: Measured
-    """Estimated seconds of all layers from scratch: the time per token of the legs that were, plus `seconds_lm`."""
+    from_scratch: ScratchCost
+    """What the same layers take from scratch."""
     controls: ControlCost
     """What the controls took."""
 
@@ -244,7 +267,7 @@ class SuiteCost(Record):
 class Summary(Document):
     """`summary.json`, and `saerelay eval --json`: the quality of every leg, and the cost of the suite."""
 
-    SCHEMA: ClassVar = 3
+    SCHEMA: ClassVar = 4
     MADE_BY: ClassVar = "`saerelay eval RUN`"
 
     model: str
@@ -255,6 +278,8 @@ class Summary(Document):
     """Where the text comes from."""
     legs: list[LegSummary]
     """All published legs, in the order of the plan."""
+    left_out: LeftOut | None = None
+    """Positions that were not measured on because of their norm; null in files of old versions."""
     cost: SuiteCost
     """What the suite took."""
 

@@ -89,6 +89,8 @@ def trained(plan: Plan, summary: Summary) -> str:
         parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {tokens} tokens each.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Measured on {first.n_eval_tokens:,} tokens of documents that training never saw.")
+    if summary.left_out and summary.left_out.note:
+        parts.append(f"Note: {summary.left_out.note}.")
     return " ".join(parts)
 
 
@@ -132,9 +134,9 @@ def saved(summary: Summary) -> str:
     """What the suite took, beside all layers from scratch; what is counted and what is not."""
     cost = summary.cost
     sentences = []
-    if is_number(cost.seconds) and is_number(cost.seconds_all_from_scratch_estimate):
+    if is_number(cost.seconds) and is_number(cost.from_scratch.seconds_estimate):
         ours = cost.seconds + (cost.survey.seconds if cost.survey else 0)
-        theirs = cost.seconds_all_from_scratch_estimate
+        theirs = cost.from_scratch.seconds_estimate
         verdict = f", {theirs / ours:.1f} times as long" if theirs > ours else ": nothing was saved"
         sentences.append(
             f"The suite took {duration(ours)}; all its layers from scratch, each at the full budget, would have taken "
