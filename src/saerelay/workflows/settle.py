@@ -48,6 +48,7 @@ LEFT_BY_A_FAILED_START = {
     ".survey.json.tmp",
     "parent",
     "parents",
+    "model",
 }
 
 
