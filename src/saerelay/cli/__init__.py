@@ -12,8 +12,9 @@ import typer
 
 from saerelay import __version__
 from saerelay.cli import judging, measuring, sharing, training
-from saerelay.errors import Interrupted, SaeRelayError, printable
+from saerelay.errors import Interrupted, LegFailed, SaeRelayError, printable
 from saerelay.files import reason
+from saerelay.rank import n_ranks, rank
 
 HELP = "Sparse autoencoders for every layer of a language model: train one, relay it to the others."
 EPILOG = (
@@ -46,9 +47,10 @@ def main() -> None:
     try:
         app()
     except SaeRelayError as error:
-        _leave(str(error), error.exit_code)
+        _leave(str(error), error.exit_code, said_by_all=isinstance(error, LegFailed))
     except Interrupted as command:
-        print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
+        if rank() == 0:
+            print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
         sys.exit(130)
     except SystemExit as leaving:
         if leaving.code == 130:  # what typer makes of Ctrl-C
@@ -78,6 +80,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    print(f"saerelay: {printable(message)}", file=sys.stderr)
+def _leave(message: str, code: int, *, said_by_all: bool = False) -> NoReturn:
+    if said_by_all and rank():
+        sys.exit(code)
+    who = f"saerelay (rank {rank()})" if n_ranks() > 1 else "saerelay"
+    print(f"{who}: {printable(message)}", file=sys.stderr)
     sys.exit(code)

@@ -18,6 +18,7 @@ from saerelay.cli.options import (
     say,
     site_of,
 )
+from saerelay.rank import rank
 
 if TYPE_CHECKING:
     from saerelay.planning.recipe import Recipe
@@ -116,9 +117,11 @@ def train(
     from saerelay.workflows.launch import train_run
     from saerelay.workflows.settle import mend_recipe
 
-    mend_recipe(out)
+    if rank() == 0:
+        mend_recipe(out)
     suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
-    say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
+    if rank() == 0:
+        say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
 
 
 def hop(

@@ -1,0 +1,84 @@
+"""Which rank trains which leg, which sites it needs, and how much of the language model's work it does.
+
+None of this is part of a plan: it is worked out anew at every start, from the plan and the number of ranks, and no bit
+of a result depends on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from saerelay.planning.cost import step_flops
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import Leg, Plan
+from saerelay.site import Site
+
+
+def owners(plan: Plan, n_ranks: int) -> dict[str, int]:
+    """The rank that trains each leg, by leg.
+
+    How to see this: the most expensive leg is placed first, and each goes to the rank that has the least to do while
+    that leg is in training. Legs that live at different times may share a rank.
+    """
+    costs = {leg.id: leg_flops(leg, plan.facts) for leg in plan.legs}
+    by_rank: list[list[Leg]] = [[] for _ in range(n_ranks)]
+    for leg in sorted(plan.legs, key=lambda leg: -costs[leg.id]):  # equals stay in the plan's order
+        loads = [sum(costs[other.id] * _overlap(leg, other) for other in legs) for legs in by_rank]
+        elsewhere = [all(other.site != leg.site for other in legs) for legs in by_rank]
+        best = min(range(n_ranks), key=lambda rank: (loads[rank], elsewhere[rank], rank))
+        by_rank[best].append(leg)
+    return {leg.id: rank for rank, legs in enumerate(by_rank) for leg in legs}
+
+
+def leg_flops(leg: Leg, facts: ModelFacts) -> float:
+    """Operations of a leg's training steps, for its whole budget."""
+    executed, _ = step_flops(leg.dictionary, facts, facts.width(leg.site))
+    return max(1, leg.budget_tokens) * executed
+
+
+def _overlap(leg: Leg, other: Leg) -> float:
+    """Share of another leg's training that falls into the time of this one."""
+    common = min(leg.end, other.end) - max(leg.fold_at, other.fold_at)
+    return max(0, common) / (other.end - other.fold_at)
+
+
+def needed_sites(
+    plan: Plan, owner: Mapping[str, int], n_ranks: int, number: int, open_sites: Sequence[Site]
+) -> list[list[Site]]:
+    """The sites of block `number` that each rank needs: those of its legs, and those that its hops will come from.
+
+    The first rank that needs the probe site looks for outlier norms there, or rank 0 if none does: see `prober`.
+    """
+    first = number * plan.block_tokens
+    stop = first + plan.block_tokens
+    needed: list[set[Site]] = [set() for _ in range(n_ranks)]
+    for leg in plan.legs:
+        if leg.start < stop and first < leg.end:
+            needed[owner[leg.id]].add(leg.site)
+            if leg.moment_tokens and first < leg.fold_at:
+                needed[owner[leg.id]].add(plan.parent_site(leg))
+    if plan.probe_site:
+        needed[prober(needed, plan.probe_site)].add(plan.probe_site)
+    return [sorted(sites & set(open_sites)) for sites in needed]
+
+
+def prober(needed: Sequence[set[Site]] | Sequence[list[Site]], probe_site: Site) -> int:
+    """The rank that looks for outlier norms in a block."""
+    ranks = [rank for rank, sites in enumerate(needed) if probe_site in sites]
+    return ranks[0] if ranks else 0
+
+
+def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float) -> list[range]:
+    """Which of the `n_parts` micro-batches of a block each rank forwards, so that all ranks are done at the same time.
+
+    `busy` are the seconds that each rank spends on its legs per block.
+
+    >>> deal(8, [0.0, 0.0, 4.0], seconds_per_part=1.0)
+    [range(0, 4), range(4, 8), range(8, 8)]
+    """
+    counts = [0] * len(busy)
+    for _ in range(n_parts):
+        finished = [seconds + n * seconds_per_part for seconds, n in zip(busy, counts, strict=True)]
+        least = min(range(len(busy)), key=lambda rank: (finished[rank], counts[rank], rank))
+        counts[least] += 1
+    stops = list(accumulate(counts))
+    return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]

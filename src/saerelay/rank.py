@@ -1,0 +1,13 @@
+"""Which of several processes this is, where one command was started many times (torchrun): by the environment alone."""
+
+import os
+
+
+def n_ranks() -> int:
+    """How many processes were started together; 1 for a process on its own."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them; 0 for a process on its own."""
+    return int(os.environ.get("RANK", "0")) if n_ranks() > 1 else 0
