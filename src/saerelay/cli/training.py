@@ -45,38 +45,46 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help='With preset = "auto": write a recipe that spells out the chosen legs.')
     ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Show which of so many processes does what (see torchrun).")] = 1,
 ) -> None:
     """Show the plan: each SAE, its parent, and the estimated cost. With preset = "auto", survey the layers first."""
     from saerelay.lm.model import LanguageModel
     from saerelay.planning.cost import plan_cost
+    from saerelay.planning.ranks import spread
     from saerelay.planning.recipe import Recipe
-    from saerelay.views.tables.plan import plan_facts, plan_table
+    from saerelay.views.tables.plan import plan_facts, plan_table, spread_table
     from saerelay.workflows.settle import plan_run
-    from saerelay.workflows.timing import time_plan
+    from saerelay.workflows.timing import measured_speeds, time_plan
 
     run = Recipe.from_toml(recipe)
     if run.plan.surveyed:
-        plan_auto(run, as_json, write)
+        plan_auto(run, as_json, write, ranks)
         return
     if write:
         raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
     compiled = plan_run(run)
     cost = plan_cost(compiled)
-    seconds = time_plan(compiled, LanguageModel.load(compiled.recipe.model)) if timing else None
+    speeds = measured_speeds(compiled, LanguageModel.load(compiled.recipe.model)) if timing else None
+    seconds = time_plan(compiled, speeds) if speeds else None
+    shares = spread(compiled, ranks, speeds)
     if as_json:
-        print_json({"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds})
+        data = {"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds}
+        print_json(data | ({"ranks": shares.model_dump()} if ranks > 1 else {}))
         return
     console = SafeConsole()
     for table in (plan_table(compiled), "", plan_facts(compiled, cost, seconds)):
         console.print(table)
+    if ranks > 1:
+        console.print("", spread_table(compiled, shares), sep="\n")
 
 
-def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
+def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> None:
     """Survey the layers, and show or write the legs chosen by it."""
     from saerelay.files import write_text
     from saerelay.planning.choose import written_out
+    from saerelay.planning.ranks import spread
     from saerelay.planning.toml import annotated_toml
-    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, spread_table, survey_table
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.survey import survey_once
 
@@ -104,6 +112,8 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
     print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
+    if ranks > 1:
+        print_all(["", spread_table(compiled, spread(compiled, ranks))])
 
 
 def train(

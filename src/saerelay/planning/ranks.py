@@ -7,10 +7,11 @@ of a result depends on it.
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from saerelay.planning.cost import step_flops
+from saerelay.planning.cost import peak_state_bytes, step_flops
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
 from saerelay.site import Site
+from saerelay.spec import Spec
 
 
 def owners(plan: Plan, n_ranks: int) -> dict[str, int]:
@@ -82,3 +83,94 @@ def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float) -> list[r
         counts[least] += 1
     stops = list(accumulate(counts))
     return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+
+
+# --- what to expect of a number of ranks ---------------------------------------------------------------------------
+
+
+class Speeds(Spec):
+    """What was measured on one machine, in seconds per token."""
+
+    lm: float
+    """Of the language model, up to the deepest site of the plan."""
+    steps: dict[str, float]
+    """Of a training step, by leg."""
+
+
+class RankShare(Spec):
+    """What falls to one rank."""
+
+    legs: list[str]
+    memory_bytes: float
+    """Training state of its live legs, activations of a block at its sites, what it sends and receives, and the model."""
+
+
+class Spread(Spec):
+    """A plan on several ranks."""
+
+    ranks: list[RankShare]
+    exchange_bytes: float
+    """Activations that ranks send to one another, for the whole plan."""
+    seconds: float | None
+    """Of the language model and the training steps, at given speeds; the exchange is not in it."""
+    seconds_of_one: float | None
+    """The same for a process on its own."""
+
+
+def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
+    """Predict what falls to each rank, and how long a plan takes on all of them.
+
+    How to see this: in each stretch of blocks with the same sites open, the language model's work goes to whoever has
+    the least to do (`deal`). So a block takes what all work comes to, divided by the number of ranks, but not less than
+    the rank whose legs take longest.
+    """
+    facts = plan.facts
+    owner = owners(plan, n_ranks)
+    exchanged = 0.0
+    seconds = 0.0
+    of_one = 0.0
+    most_rows = [0.0] * n_ranks
+    number = 0
+    for n_blocks, sites in plan.stretches():
+        if sites:
+            needed = needed_sites(plan, owner, n_ranks, number, sites)
+            bytes_per_token = [float(_bytes_per_token(facts, own)) for own in needed]
+            most_rows = [max(pair) for pair in zip(most_rows, bytes_per_token, strict=True)]
+            n_tokens = n_blocks * plan.block_tokens
+            exchanged += n_tokens * sum(bytes_per_token) * (n_ranks - 1) / n_ranks
+            if speeds:
+                lm, busy = _work(plan, owner, n_ranks, speeds, number * plan.block_tokens, sites)
+                seconds += n_tokens * max(max(busy), (lm + sum(busy)) / n_ranks)
+                of_one += n_tokens * (lm + sum(busy))
+        number += n_blocks
+
+    shares = []
+    model_bytes = float(facts.bytes_per_value * facts.model_params)
+    for rank in range(n_ranks):
+        legs = [leg for leg in plan.legs if owner[leg.id] == rank]
+        state = peak_state_bytes(legs, facts) if legs else 0.0
+        boxes = sum(most_rows) / n_ranks if n_ranks > 1 else 0.0
+        activations = plan.block_tokens * (most_rows[rank] + 2 * boxes)
+        shares.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=state + activations + model_bytes))
+    return Spread(
+        ranks=shares,
+        exchange_bytes=exchanged,
+        seconds=seconds if speeds else None,
+        seconds_of_one=of_one if speeds else None,
+    )
+
+
+def _bytes_per_token(facts: ModelFacts, sites: Sequence[Site]) -> int:
+    return facts.bytes_per_value * sum(facts.width(site) for site in sites)
+
+
+def _work(
+    plan: Plan, owner: Mapping[str, int], n_ranks: int, speeds: Speeds, cursor: int, sites: Sequence[Site]
+) -> tuple[float, list[float]]:
+    """Seconds per token at a place of the axis: of the language model, and of each rank's legs."""
+    lm = speeds.lm * (sites[-1].layer + 1) / (plan.sites[-1].layer + 1)
+    busy = [0.0] * n_ranks
+    for leg in plan.legs:
+        if leg.fold_at <= cursor < leg.end:
+            busy[owner[leg.id]] += leg.schedule.reuse * speeds.steps[leg.id]
+    return lm, busy
