@@ -216,7 +216,7 @@ def test_show_prints_a_latent(place: Path, tmp_path: Path, capsys, monkeypatch) 
 def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) -> None:
     code, stdout, _ = call("eval", place / "run", "--json", capsys=capsys, monkeypatch=monkeypatch)
     document = json.loads(stdout)
-    assert code == 0 and document["schema"] == 3
+    assert code == 0 and document["schema"] == 4
     roles = {
         leg["id"]: (leg["role"], leg["control_of"], leg["control_kind"], leg["parent"]) for leg in document["legs"]
     }
@@ -229,7 +229,7 @@ def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) 
     }
     wanted = "layer module architecture method tokens l0 fvu explained_variance delta_ce ce_loss_score kl_div_score frac_alive"
     assert all(set(wanted.split()) <= set(leg) for leg in document["legs"])
-    cost = "lm_tokens lm_tokens_unique sae_samples flops flops_dense_equivalent flops_all_from_scratch seconds"
+    cost = "lm_tokens lm_tokens_unique sae_samples flops lm_flops flops_dense_equivalent seconds"
     assert all(document["cost"][name] > 0 for name in cost.split())
     code, stdout, _ = call("eval", place / "run", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "control: from scratch, equal tokens" in stdout
@@ -244,10 +244,13 @@ def test_plan_trains_nothing(place: Path, tmp_path: Path, capsys, monkeypatch) -
         code == 0
         and "L0-from-L1" in shown
         and "language model reads" in shown
-        and "extrapolated from a few steps" in shown
+        and "not measured; --timing" in shown
+        and "the suite takes" in shown
     )
     assert not list(tmp_path.iterdir())
-    code, stdout, _ = call("plan", place / "run.toml", "--json", "--no-timing", capsys=capsys, monkeypatch=monkeypatch)
+    code, stdout, _ = call("plan", place / "run.toml", "--timing", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "extrapolated from a few steps" in stdout
+    code, stdout, _ = call("plan", place / "run.toml", "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert len(json.loads(stdout)["plan"]["legs"]) == 5
 
 

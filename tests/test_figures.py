@@ -29,7 +29,7 @@ from saerelay.runs.documents.across_layers import (
 )
 from saerelay.runs.documents.circuits import Circuit, CircuitLeg, CircuitQuestion, Circuits
 from saerelay.runs.documents.latents import LineageDocument, LineageLink
-from saerelay.runs.documents.quality import ControlCost, ControlKind, LegSummary, Role, SuiteCost, Summary
+from saerelay.runs.documents.quality import ControlCost, ControlKind, LegSummary, Role, ScratchCost, SuiteCost, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
 from saerelay.views.figures.page import kind_of
@@ -38,8 +38,11 @@ from saerelay.views.labels import misleading_fvu
 METHODS = ("identity", "affine")
 COST = SuiteCost(
     lm_tokens=3000, lm_tokens_held_out=0, lm_tokens_unique=3000, survey=None, sae_samples=5000, flops=2e12,
-    flops_dense_equivalent=4e12, flops_all_from_scratch=4e12, seconds=10.0, seconds_lm=5.0,
-    seconds_all_from_scratch_estimate=20.0, controls=ControlCost(sae_samples=0, flops=0.0, seconds=0.0),
+    lm_flops=1e12, flops_dense_equivalent=4e12, seconds=10.0, seconds_lm=5.0,
+    from_scratch=ScratchCost(
+        tokens=2000, lm_tokens=2000, sae_samples=16000, flops=4e12, lm_flops=1e12, seconds_estimate=20.0
+    ),
+    controls=ControlCost(sae_samples=0, flops=0.0, seconds=0.0),
 )  # fmt: skip
 
 

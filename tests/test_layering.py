@@ -38,8 +38,8 @@ ORDER = {
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state device engine cohort progress trackers saving team team_stream run_state inherit "
     "train",
-    "analysis": "progress metrics site_maps session summary evaluate matrix collecting features links lineage describe "
-    "prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
+    "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "
+    "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",
     "workflows": "placeless settle activations watching pilots survey launch timing hop model_card share report judge "
     "interpret demo",

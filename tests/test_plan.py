@@ -228,13 +228,19 @@ def test_cost_counts_what_runs(facts: ModelFacts) -> None:
     cost = plan_cost(plan)
     lm = 4096 * forward_flops(facts, 3, 16)
     assert cost.lm_tokens == 4096 and cost.sae_samples == 2 * 4096
-    assert cost.flops == pytest.approx(lm + 2 * 4096 * (2 * 16 * 64 + 8 * 16 * 4)) == cost.flops_all_from_scratch
+    assert cost.flops == pytest.approx(lm + 2 * 4096 * (2 * 16 * 64 + 8 * 16 * 4))
     assert cost.flops_dense_equivalent == pytest.approx(lm + 2 * 4096 * 12 * 16 * 64)
+    assert plan_cost(plan.all_from_scratch()) == cost
 
 
 def test_transfer_costs_less_than_all_from_scratch(facts: ModelFacts) -> None:
-    cost = plan_cost(compiled(facts, plan={"fork_at": 0.5}))
-    assert cost.flops < cost.flops_all_from_scratch
+    plan = compiled(facts, plan={"fork_at": 0.5})
+    assert plan_cost(plan).flops < plan_cost(plan.all_from_scratch()).flops
+
+
+def test_all_from_scratch_is_the_scratch_preset(facts: ModelFacts) -> None:
+    hub = compiled(facts, plan={"preset": "hub", "controls": [1]})
+    assert plan_cost(hub.all_from_scratch()) == plan_cost(compiled(facts, plan={"preset": "scratch"}))
 
 
 def test_an_extension_adds_legs_and_tokens_after_the_end(facts: ModelFacts) -> None:

@@ -15,7 +15,7 @@ from saerelay.runs.documents.quality import ControlCost, Summary
 from saerelay.training.engine import Progress
 from saerelay.training.progress import LiveTable, PlainLog
 from saerelay.views.figures import quality_figure, save
-from saerelay.views.tables.quality import cost_lines, quality_table
+from saerelay.views.tables.quality import notes, quality_table
 
 STEP = Progress(age=4096, loss=0.1, fvu=0.1234, l0=4.0, n_dead=7, learning_rate=1e-3, seconds=1.0)
 
@@ -56,7 +56,8 @@ def summary() -> Summary:
     child = leg("L0-from-L1", "transfer", 0, "[bold]x[/y]")
     control = leg("c", "control", 0, None, kind="full").changed(control_of="L0-from-L1")
     cost = COST.changed(
-        seconds_all_from_scratch_estimate=None, controls=ControlCost(sae_samples=0, flops=0.0, seconds=5.0)
+        from_scratch=COST.from_scratch.changed(seconds_estimate=None),
+        controls=ControlCost(sae_samples=0, flops=0.0, seconds=5.0),
     )
     legs = [root, child, control]
     return Summary(model="hostile [red]model[/blue]", revision="", data="text", legs=legs, cost=cost)
@@ -65,11 +66,12 @@ def summary() -> Summary:
 def test_tables_show_names_as_they_are() -> None:
     console = Console(file=io.StringIO(), width=140)
     console.print(quality_table(summary()))
-    for line in cost_lines(summary()):
+    for line in notes(summary()):
         console.print(line)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "hostile [red]model[/blue]" in shown and "affine from [bold]x[/y]" in shown
-    assert shown.index("affine from") < shown.index("control: from scratch, full budget") and "unknown time" in shown
+    assert shown.index("affine from") < shown.index("control: from scratch, full budget")
+    assert "wall-clock" not in shown and "Controls took another 5 s" in shown
 
 
 @pytest.mark.parametrize("delta", [0.01, None])

@@ -188,8 +188,8 @@ def test_the_summary_says_what_was_saved_and_lost(suite: Suite) -> None:
     summary = summary_of(suite)
 
     def costing(**changes: Any) -> Summary:
-        cost = {"seconds": 100.0, "seconds_all_from_scratch_estimate": 250.0, "flops": 2e12}
-        cost |= {"flops_all_from_scratch": 1e12, **changes}
+        scratch = summary.cost.from_scratch.changed(seconds_estimate=250.0, flops=1e12)
+        cost = {"seconds": 100.0, "flops": 2e12, "from_scratch": scratch, **changes}
         return summary.changed(cost=summary.cost.changed(**cost))
 
     ratios = {tile.name: (tile.ratio, tile.less) for tile in tiles(costing())}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saerelay.analysis.logits import CleanLogits, same_everywhere
 from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import kept_positions
 from saerelay.errors import ModelError
@@ -32,13 +33,10 @@ from saerelay.site import Site
 
 BATCH_TOKENS = 4096
 """Token positions in one batch, at most."""
-LOGIT_BYTES = 2**28
+LOGIT_BYTES = 2**29
 """Logits of one batch stay below this."""
 ON_GPU = 8
 """How many times as much a batch holds on a GPU, which smaller ones do not keep busy."""
-ROWS_BYTES = 2**20
-"""Size of the parts in which logits are compared on a CPU, so that they stay in its cache."""
-
 Placed = tuple[Site, Dictionary]
 """A dictionary, and the site it is put at."""
 
@@ -127,6 +125,16 @@ class AblationSums:
     ce_clean: float = 0.0
     ce: float = 0.0
     kl: float = 0.0
+    same_row: Tensor | None = None
+    """The logits (V) of every position, where zeroing the site leaves nothing to tell positions apart."""
+
+    def add(self, clean: CleanLogits, ce: Tensor, kl: Tensor) -> None:
+        """Add a batch's CE (B, C − 1) and KL (B, C) with the site zeroed."""
+        self.n_ce += int(clean.keep[:, :-1].sum())
+        self.n_kl += int(clean.keep.sum())
+        self.ce_clean += float(clean.ce.sum(dtype=torch.float64))
+        self.ce += float(ce.sum(dtype=torch.float64))
+        self.kl += float(kl.sum(dtype=torch.float64))
 
 
 @dataclass
@@ -247,9 +255,19 @@ class SiteBatch:
     """The model's logits with other activations in place of `whole`."""
 
     def add_ablation(self, sums: AblationSums) -> None:
-        """Add a forward pass with the site zeroed."""
+        """Add a forward pass with the site zeroed.
+
+        Without the residual stream, the layers above see the same at every position of every sequence. Whether that is
+        so is measured on the first batch; the others then need no forward.
+        """
         assert self.clean and self.logits_with
-        self.clean.add_ablation(sums, self.logits_with(torch.zeros_like(self.whole)))
+        if sums.same_row is not None:
+            sums.add(self.clean, *self.clean.compare_same(sums.same_row))
+            return
+        logits = self.logits_with(torch.zeros_like(self.whole))
+        if sums.n_kl == 0:
+            sums.same_row = same_everywhere(logits)
+        sums.add(self.clean, *self.clean.compare(logits))
 
     def add_dictionary(self, sums: MetricSums, dictionary: Dictionary) -> None:
         """Add a dictionary's reconstructions, and a forward pass with them in place."""
@@ -257,53 +275,6 @@ class SiteBatch:
         if self.clean and self.logits_with:
             spliced = self.whole.clone()
             spliced.view(-1, spliced.shape[-1])[self.keep] = x_hat.to(spliced.dtype)
-            self.clean.add_spliced(sums, self.logits_with(spliced))
-
-
-class CleanLogits:
-    """The clean logits of one batch, and comparisons with changed ones; (B, C, V) for tokens (B, C).
-
-    Of changed logits s only log Σ exp s, Σ p s with the clean probabilities p, and s of the next token are needed:
-    CE = log Σ exp s − s_next, KL(clean ‖ changed) = Σ p log p − Σ p s + log Σ exp s.
-    """
-
-    def __init__(self, logits: Tensor, tokens: Tensor, keep: Tensor) -> None:
-        self.keep = keep.view_as(tokens)
-        self.next = tokens[:, 1:, None]
-        log_p = logits.float().log_softmax(dim=-1)
-        self.p = log_p.exp().flatten(0, 1)
-        self.negative_entropy = torch.linalg.vecdot(self.p, log_p.flatten(0, 1)).view_as(tokens)
-        self.ce = self.compare(logits)[0]
-
-    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """CE (B, C − 1) of each next token and KL from the clean logits (B, C); zero where a position is not kept."""
-        on_cpu = logits.device.type == "cpu"
-        n_rows = max(1, ROWS_BYTES // (4 * logits.shape[-1])) if on_cpu else len(self.p)
-        totals = []
-        products = []
-        for p, part in zip(self.p.split(n_rows), logits.flatten(0, 1).split(n_rows), strict=True):
-            part = part.float()
-            totals.append(part.logsumexp(dim=-1))
-            products.append(torch.linalg.vecdot(p, part))
-        total = torch.cat(totals).view_as(self.keep)
-        product = torch.cat(products).view_as(self.keep)
-        ce = total[:, :-1] - logits[:, :-1].gather(-1, self.next).squeeze(-1)
-        kl = self.negative_entropy - product + total
-        return ce * self.keep[:, :-1], kl * self.keep
-
-    def add_ablation(self, sums: AblationSums, logits: Tensor) -> None:
-        """Add the logits of a forward pass with a site ablated."""
-        ce, kl = self.compare(logits)
-        sums.n_ce += int(self.keep[:, :-1].sum())
-        sums.n_kl += int(self.keep.sum())
-        sums.ce_clean += float(self.ce.sum(dtype=torch.float64))
-        sums.ce += float(ce.sum(dtype=torch.float64))
-        sums.kl += float(kl.sum(dtype=torch.float64))
-
-    def add_spliced(self, sums: MetricSums, logits: Tensor) -> None:
-        """Add the logits of a forward pass with a site reconstructed."""
-        ce, kl = self.compare(logits)
-        sums.add(ce=ce, kl=kl)
-        n_kept = self.keep[:, :-1].sum(dim=1)
-        delta_ce = (ce - self.ce).sum(dim=1) / n_kept.clamp(min=1)
-        sums.sequence_delta_ce.append(delta_ce[n_kept > 0].double().cpu())
+            ce, kl = self.clean.compare(self.logits_with(spliced))
+            sums.add(ce=ce, kl=kl)
+            sums.sequence_delta_ce.append(self.clean.delta_ce(ce))

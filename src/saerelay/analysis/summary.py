@@ -12,6 +12,7 @@ from saerelay.runs.documents.quality import (
     EvaluationMetrics,
     LegSummary,
     Metrics,
+    ScratchCost,
     SnapshotSummary,
     SuiteCost,
     Summary,
@@ -87,6 +88,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     root_tokens = plan.recipe.plan.root_tokens
     without_controls = plan_cost(plan.without_controls())
     everything = plan_cost(plan)
+    from_scratch = plan_cost(plan.all_from_scratch())
 
     run_cost = RunCost.load_if_any(suite.directory.cost)
     seconds = run_cost.seconds if run_cost else None
@@ -106,11 +108,18 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
         survey=survey_cost(suite),
         sae_samples=without_controls.sae_samples,
         flops=without_controls.flops,
+        lm_flops=without_controls.lm_flops,
         flops_dense_equivalent=without_controls.flops_dense_equivalent,
-        flops_all_from_scratch=without_controls.flops_all_from_scratch,
         seconds=total - control_seconds,
         seconds_lm=lm,
-        seconds_all_from_scratch_estimate=seconds_per_layer * len({leg.site for leg in plan.legs}) + lm_share * lm,
+        from_scratch=ScratchCost(
+            tokens=root_tokens,
+            lm_tokens=from_scratch.lm_tokens,
+            sae_samples=from_scratch.sae_samples,
+            flops=from_scratch.flops,
+            lm_flops=from_scratch.lm_flops,
+            seconds_estimate=seconds_per_layer * len({leg.site for leg in plan.legs}) + lm_share * lm,
+        ),
         controls=ControlCost(
             sae_samples=everything.sae_samples - without_controls.sae_samples,
             flops=everything.flops - without_controls.flops,

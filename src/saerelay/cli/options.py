@@ -139,6 +139,9 @@ def print_json(data: Any) -> None:
 
 def print_summary(summary: "Summary") -> None:
     """Print a suite's quality and cost."""
-    from saerelay.views.tables.quality import cost_lines, quality_table
+    from saerelay.views.tables.quality import notes, quality_table
+    from saerelay.views.tables.savings import savings_table, summary_prices, verdict
 
-    print_all([quality_table(summary), "", *cost_lines(summary)])
+    prices = summary_prices(summary)
+    tokens = summary.cost.from_scratch.tokens
+    print_all([quality_table(summary), "", savings_table(prices, tokens), verdict(prices, tokens), "", *notes(summary)])

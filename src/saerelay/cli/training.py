@@ -1,5 +1,6 @@
 """Commands that plan and train: init, plan, train, hop, demo."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,6 @@ from saerelay.cli.options import (
     Json,
     OutRun,
     RecipePath,
-    SafeConsole,
     print_all,
     print_json,
     print_summary,
@@ -21,6 +21,8 @@ from saerelay.cli.options import (
 from saerelay.rank import rank
 
 if TYPE_CHECKING:
+    from saerelay.planning.plan import Plan
+    from saerelay.planning.ranks import Speeds
     from saerelay.planning.recipe import Recipe
 
 
@@ -41,20 +43,24 @@ def init() -> None:
 def plan(
     recipe: RecipePath,
     as_json: Json = False,
-    timing: Annotated[bool, typer.Option(help="Load the model and time a few steps.")] = True,
+    timing: Annotated[
+        bool, typer.Option(help="Load the model's weights and time a few steps, to predict how long it takes.")
+    ] = False,
     write: Annotated[
         Path | None, typer.Option(help='With preset = "auto": write a recipe that spells out the chosen legs.')
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Show which of so many processes does what (see torchrun).")] = 1,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Show how this many processes would share the work: see docs/scale-out.md.")
+    ] = 1,
 ) -> None:
     """Show the plan: each SAE, its parent, and the estimated cost. With preset = "auto", survey the layers first."""
-    from saerelay.lm.model import LanguageModel
     from saerelay.planning.cost import plan_cost
     from saerelay.planning.ranks import spread
     from saerelay.planning.recipe import Recipe
     from saerelay.views.tables.plan import plan_facts, plan_table, spread_table
+    from saerelay.views.tables.savings import plan_prices, savings_table, verdict
     from saerelay.workflows.settle import plan_run
-    from saerelay.workflows.timing import measured_speeds, time_plan
+    from saerelay.workflows.timing import plan_seconds
 
     run = Recipe.from_toml(recipe)
     if run.plan.surveyed:
@@ -62,29 +68,54 @@ def plan(
         return
     if write:
         raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
+
     compiled = plan_run(run)
+    suite = compiled.without_controls()
+    from_scratch = compiled.all_from_scratch()
     cost = plan_cost(compiled)
-    speeds = measured_speeds(compiled, LanguageModel.load(compiled.recipe.model)) if timing else None
-    seconds = time_plan(compiled, speeds) if speeds else None
-    shares = spread(compiled, ranks, speeds)
+    plans = [compiled, suite, from_scratch]
+    speeds = timed_plans(plans) if timing else []
+    seconds = [plan_seconds(*pair) for pair in zip(plans, speeds, strict=False)]  # none without timing
+    shares = spread(compiled, ranks, speeds[0] if speeds else None)
     if as_json:
-        data = {"plan": compiled.to_data(), "cost": cost.model_dump(), "seconds": seconds}
-        print_json(data | ({"ranks": shares.model_dump()} if ranks > 1 else {}))
+        data = {
+            "plan": compiled.to_data(),
+            "cost": cost.model_dump(),
+            "from_scratch": plan_cost(from_scratch).model_dump(),
+            "seconds": seconds[0] if seconds else None,
+        }
+        if ranks > 1:
+            data["ranks"] = shares.model_dump()
+        print_json(data)
         return
-    console = SafeConsole()
-    for table in (plan_table(compiled), "", plan_facts(compiled, cost, seconds)):
-        console.print(table)
+
+    totals = (seconds[1]["total"], seconds[2]["total"]) if seconds else None
+    prices = plan_prices(plan_cost(suite), plan_cost(from_scratch), totals)
+    tokens = run.plan.root_tokens
+    facts = plan_facts(compiled, cost, seconds[0] if seconds else None)
+    print_all([plan_table(compiled), "", facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
     if ranks > 1:
-        console.print("", spread_table(compiled, shares), sep="\n")
+        print_all(["", spread_table(compiled, shares)])
+
+
+def timed_plans(plans: "Sequence[Plan]") -> "list[Speeds]":
+    """How fast this machine is at plans for one model; says so while it measures."""
+    from saerelay.lm.model import LanguageModel
+    from saerelay.workflows.timing import measured_speeds
+
+    with progress().status("loading the model and timing a few steps"):
+        return measured_speeds(plans, LanguageModel.load(plans[0].recipe.model))
 
 
 def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> None:
     """Survey the layers, and show or write the legs chosen by it."""
     from saerelay.files import write_text
     from saerelay.planning.choose import written_out
+    from saerelay.planning.cost import plan_cost
     from saerelay.planning.ranks import spread
     from saerelay.planning.toml import annotated_toml
     from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, spread_table, survey_table
+    from saerelay.views.tables.savings import plan_prices, savings_table, verdict
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.survey import survey_once
 
@@ -95,6 +126,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
     if write:
         write_text(write, annotated_toml(explicit))
     compiled = plan_run(explicit)
+    from_scratch = plan_cost(compiled.all_from_scratch())
     seconds = choice.time()
     if as_json:
         surveyed = survey.to_data()
@@ -103,6 +135,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
             {
                 "plan": compiled.to_data(),
                 "cost": choice.cost.model_dump(),
+                "from_scratch": from_scratch.model_dump(),
                 "seconds": seconds,
                 "survey": surveyed,
                 "fvu_ratio": choice.ratio,
@@ -111,7 +144,10 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
         )
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
-    print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
+    prices = plan_prices(plan_cost(compiled.without_controls()), from_scratch, None)
+    tokens = run.plan.root_tokens
+    facts = plan_facts(compiled, choice.cost, seconds)
+    print_all([*tables, facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
     if ranks > 1:
         print_all(["", spread_table(compiled, spread(compiled, ranks))])
 

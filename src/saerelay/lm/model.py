@@ -286,8 +286,9 @@ class LanguageModel:
                 logits = self._logits(clean.tokens)
         except Exception:  # without what earlier layers pass on, a model may fail in any way
             return False
+        # torch.allclose would take seconds for a vocabulary of 262k.
         largest = float(clean.logits.abs().max())
-        return torch.allclose(logits, clean.logits, rtol=1e-2, atol=1e-2 * largest)
+        return float((logits - clean.logits).abs().max()) <= 2e-2 * largest
 
     @contextmanager
     def _skipping(self, clean: Forward, n: int, stream: Callable[[], Tensor]) -> Iterator[None]:

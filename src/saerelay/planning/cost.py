@@ -20,8 +20,6 @@ class Cost(Spec):
     lm_flops: float
     """Those of the language model among them: what a suite cannot go below."""
     flops_dense_equivalent: float
-    flops_all_from_scratch: float
-    """The same layers, each from scratch with root_tokens, all sharing one forward pass, executed the same way."""
     memory_bytes: float
     """Largest training state of all live legs, one block's activations at the sites then open, the language model."""
     disk_bytes: float
@@ -115,18 +113,7 @@ def plan_cost(plan: Plan) -> Cost:
         flops=flops,
         lm_flops=lm_flops,
         flops_dense_equivalent=dense,
-        flops_all_from_scratch=_flops_all_from_scratch(plan),
         memory_bytes=live + buffer_bytes * plan.block_tokens * max(tokens_by_width) + value_bytes * facts.model_params,
         disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / recipe.data.epochs,
         cache_bytes=2.0 * cached,
     )
-
-
-def _flops_all_from_scratch(plan: Plan) -> float:
-    """The same sites, each from scratch with root_tokens, in one pass of the language model."""
-    facts = plan.facts
-    tokens = plan.recipe.plan.root_tokens
-    last_at_site = {leg.site: leg for leg in plan.legs if not leg.control}
-    steps = sum(step_flops(leg.dictionary, facts, facts.width(site))[0] for site, leg in last_at_site.items())
-    deepest = max(site.layer for site in last_at_site)
-    return tokens * (steps + forward_flops(facts, deepest + 1, plan.recipe.data.context))

@@ -156,17 +156,23 @@ def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
         )
 
 
+LARGEST_SWEPT_BATCH = 4096
+"""Beyond batches of this many tokens the bound on the learning rate does not rise: nothing larger was tried."""
+
+
 def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
     """Default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512 (decision 007).
 
-    It falls with the square roots of the width (a decoder row's entries are as small) and of the budget.
+    It falls with the square roots of the width (a decoder row's entries are as small) and of the budget, and rises with
+    that of the batch. For short budgets it is at most twice the value at 1M tokens, and more only in large batches.
 
     >>> auto_lr(192, 1_000_000, 512), auto_lr(768, 4_000_000, 512)
     (0.005, 0.00125)
     """
     best = 5e-3 * math.sqrt(192 / width)
     rate = best * math.sqrt(1e6 / max(1, budget_tokens) * batch_tokens / 512)
-    return min(max(rate, best / 6), 2 * best)
+    large_batch = math.sqrt(min(max(batch_tokens, 512), LARGEST_SWEPT_BATCH) / 512)
+    return min(max(rate, best / 6), 2 * best * large_batch)
 
 
 def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[int]:

@@ -267,6 +267,25 @@ class Plan(Document):
         """The plan without its control legs."""
         return self.changed(legs=[leg for leg in self.legs if not leg.control])
 
+    def all_from_scratch(self) -> Self:
+        """What a plan is compared with: each of its sites from scratch, at the same time, with `plan.root_tokens`.
+
+        Every site has the dictionary that the plan ends with there. Controls do not count.
+        """
+        last_at_site = {leg.site: leg for leg in self.legs if not leg.control}
+        legs = []
+        for leg in last_at_site.values():
+            batch = leg.schedule.batch_tokens
+            budget = batch * math.ceil(self.recipe.plan.root_tokens / batch)
+            schedule = Schedule(
+                budget_tokens=budget,
+                batch_tokens=batch,
+                lr=leg.schedule.lr,
+                dead_after_tokens=leg.schedule.dead_after_tokens,
+            )
+            legs.append(leg.changed(role="root", hop=None, start=0, schedule=schedule))
+        return self.changed(legs=legs)
+
     def ended_after(self, tokens: dict[str, int]) -> Self:
         """The plan as it was run, with the tokens that legs had when they ended."""
         legs = [leg.changed(budget_tokens=tokens.get(leg.id, leg.budget_tokens)) for leg in self.legs]

@@ -102,7 +102,7 @@ class RankShare(Spec):
 
     legs: list[str]
     memory_bytes: float
-    """Training state of its live legs, activations of a block at its sites, what it sends and receives, and the model."""
+    """The model, training state of live legs, a block's activations at their sites, and what is sent and received."""
 
 
 class Spread(Spec):

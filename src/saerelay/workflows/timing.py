@@ -1,7 +1,7 @@
 """How long a plan will take here, from one forward pass and a few steps of each shape of leg."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,8 +15,24 @@ from saerelay.training.state import first_state
 REPEATS = 5
 
 
-def time_plan(plan: Plan, speeds: Speeds) -> dict[str, float]:
-    """Seconds a plan should take: of the language model, of training steps, and in total.
+def measured_speeds(plans: Sequence[Plan], model: LanguageModel) -> list[Speeds]:
+    """How fast this machine is at plans for one model."""
+    seconds_by_shape: dict[tuple, float] = {}
+    speeds = []
+    for plan in plans:
+        steps = {}
+        for leg in plan.legs:
+            width = plan.facts.width(leg.site)
+            shape = (width, leg.schedule.batch_tokens, leg.dictionary)
+            if shape not in seconds_by_shape:
+                seconds_by_shape[shape] = _step_seconds(plan, leg, width, model.device)
+            steps[leg.id] = seconds_by_shape[shape]
+        speeds.append(Speeds(lm=_forward_seconds(plan, model), steps=steps))
+    return speeds
+
+
+def plan_seconds(plan: Plan, speeds: Speeds) -> dict[str, float]:
+    """Seconds that a plan should take: of the language model, of training steps, and in total.
 
     The language model stops at the deepest open site of each block.
     """
@@ -28,19 +44,6 @@ def time_plan(plan: Plan, speeds: Speeds) -> dict[str, float]:
             lm += n_blocks * plan.block_tokens * speeds.lm * depth
     steps = sum(leg.budget_tokens * speeds.steps[leg.id] for leg in plan.legs)
     return {"lm": lm, "steps": steps, "total": lm + steps}
-
-
-def measured_speeds(plan: Plan, model: LanguageModel) -> Speeds:
-    """How fast this machine is, from one forward pass and a few steps of each shape of leg."""
-    steps = {}
-    seconds_by_shape: dict[tuple, float] = {}
-    for leg in plan.legs:
-        width = plan.facts.width(leg.site)
-        shape = (width, leg.schedule.batch_tokens, leg.dictionary)
-        if shape not in seconds_by_shape:
-            seconds_by_shape[shape] = _step_seconds(plan, leg, width, model.device)
-        steps[leg.id] = seconds_by_shape[shape]
-    return Speeds(lm=_forward_seconds(plan, model), steps=steps)
 
 
 def _forward_seconds(plan: Plan, model: LanguageModel) -> float:

@@ -210,6 +210,24 @@ class ControlCost(Record):
     """Time of their training steps, in seconds."""
 
 
+class ScratchCost(Record):
+    """What all layers from scratch take at `plan.root_tokens`, sharing one pass of the language model."""
+
+    tokens: int
+    """Number of tokens that each is trained on."""
+    lm_tokens: int
+    """Number of tokens the language model reads."""
+    sae_samples: int
+    """Number of activations that SAEs are trained on."""
+    flops: float
+    """Floating-point operations."""
+    lm_flops: float
+    """Those of the language model among them."""
+    seconds_estimate: Measured
+    """Estimated wall-clock time: the time per token of the legs that were trained from scratch, and the language
+    model's, in seconds."""
+
+
 class SuiteCost(Record):
     """What the suite took without its controls and without evaluation, beside all layers from scratch."""
 
@@ -225,16 +243,16 @@ class SuiteCost(Record):
     """Number of activations that SAEs were trained or refitted on."""
     flops: float
     """Floating-point operations executed."""
+    lm_flops: float
+    """Those of the language model among them."""
     flops_dense_equivalent: float
-    """The same with dense SAE steps, 12·D·F per token."""
-    flops_all_from_scratch: float
-    """Floating-point operations of all layers from scratch at `plan.root_tokens`, sharing one forward pass."""
+    """Floating-point operations with dense SAE steps, 12·D·F per token."""
     seconds: Measured
     """Wall-clock time, in seconds."""
     seconds_lm: Measured
     """Wall-clock time of the language model's forward passes, in seconds."""
-    seconds_all_from_scratch_estimate: Measured
-    """Estimated seconds of all layers from scratch: the time per token of the legs that were, plus `seconds_lm`."""
+    from_scratch: ScratchCost
+    """What the same layers take from scratch."""
     controls: ControlCost
     """What the controls took."""
 
@@ -242,7 +260,7 @@ class SuiteCost(Record):
 class Summary(Document):
     """`summary.json`, and `saerelay eval --json`: the quality of every leg, and the cost of the suite."""
 
-    SCHEMA: ClassVar = 3
+    SCHEMA: ClassVar = 4
     MADE_BY: ClassVar = "`saerelay eval RUN`"
 
     model: str

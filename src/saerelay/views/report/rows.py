@@ -30,23 +30,22 @@ class Tile:
 
 
 def tiles(summary: Summary) -> list[Tile]:
-    """The three prices of the suite: time, compute, samples."""
+    """The prices of the suite: samples, tokens and compute, which are the same anywhere, and time."""
     cost = summary.cost
     survey = cost.survey
-    root_tokens = max((leg.tokens for leg in summary.legs if not leg.parent), default=0)
-    n_sites = len({(leg.layer, leg.module) for leg in summary.final_legs})
-
-    tiles = []
-    if is_number(cost.seconds) and is_number(cost.seconds_all_from_scratch_estimate):
-        seconds = cost.seconds + (survey.seconds if survey else 0.0)
-        theirs = cost.seconds_all_from_scratch_estimate
-        tiles.append(_tile("Time", "wall-clock", seconds, theirs, write=duration))
-    operations = cost.flops + (survey.flops if survey else 0.0)
-    tiles.append(_tile("Compute", "operations executed", operations, cost.flops_all_from_scratch, write=flops))
+    scratch = cost.from_scratch
     samples = cost.sae_samples + (survey.sae_samples if survey else 0)
-    if root_tokens:
-        counted = "activations seen by SAEs"
-        tiles.append(_tile("Samples", counted, samples, n_sites * root_tokens, write=format_count))
+    tokens = cost.lm_tokens + (survey.lm_tokens if survey else 0)
+    operations = cost.flops + (survey.flops if survey else 0.0)
+
+    tiles = [
+        _tile("Samples", "activations seen by SAEs", samples, scratch.sae_samples, write=format_count),
+        _tile("Tokens", "read by the language model", tokens, scratch.lm_tokens, write=format_count),
+        _tile("Compute", "operations executed", operations, scratch.flops, write=flops),
+    ]
+    if is_number(cost.seconds) and is_number(scratch.seconds_estimate):
+        seconds = cost.seconds + (survey.seconds if survey else 0.0)
+        tiles.append(_tile("Time", "wall-clock, on this machine", seconds, scratch.seconds_estimate, write=duration))
     return tiles
 
 

@@ -132,9 +132,9 @@ def saved(summary: Summary) -> str:
     """What the suite took, beside all layers from scratch; what is counted and what is not."""
     cost = summary.cost
     sentences = []
-    if is_number(cost.seconds) and is_number(cost.seconds_all_from_scratch_estimate):
+    if is_number(cost.seconds) and is_number(cost.from_scratch.seconds_estimate):
         ours = cost.seconds + (cost.survey.seconds if cost.survey else 0)
-        theirs = cost.seconds_all_from_scratch_estimate
+        theirs = cost.from_scratch.seconds_estimate
         verdict = f", {theirs / ours:.1f} times as long" if theirs > ours else ": nothing was saved"
         sentences.append(
             f"The suite took {duration(ours)}; all its layers from scratch, each at the full budget, would have taken "

@@ -97,8 +97,8 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
     table.add_row("SAEs train on", f"{format_count(cost.sae_samples)} activations, over {len(plan.legs)} legs")
     table.add_row(
         "operations",
-        f"{flops(cost.flops)} executed ({flops(cost.flops_dense_equivalent)} if dense); "
-        f"all layers from scratch: {flops(cost.flops_all_from_scratch)}",
+        f"{flops(cost.flops)} executed ({flops(cost.flops_dense_equivalent)} if dense), "
+        f"{flops(cost.lm_flops)} of them by the language model",
     )
     if seconds:
         table.add_row(
@@ -106,6 +106,8 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
             f"{duration(seconds['total'])} on this machine (language model {duration(seconds['lm'])}, "
             f"SAE steps {duration(seconds['steps'])}; extrapolated from a few steps)",
         )
+    else:
+        table.add_row("time", "not measured; --timing loads the model's weights and times a few steps")
     table.add_row("memory", f"{cost.memory_bytes / 2**30:.2f} GiB of weights, training state and activations")
     table.add_row("disk", f"{cost.disk_bytes / 2**30:.2f} GiB")
     if cost.cache_bytes:

@@ -7,7 +7,7 @@ from rich.text import Text
 from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
 from saerelay.spec import format_count
 from saerelay.views.labels import ROLES, misleading_fvu
-from saerelay.views.text import decimal, duration, flops, is_number, percent, with_error
+from saerelay.views.text import decimal, duration, is_number, percent, with_error
 
 
 def quality_table(summary: Summary) -> Table:
@@ -53,20 +53,17 @@ def _predictions(leg: LegSummary, predicted: bool) -> list[str]:
     return [decimal(leg.predicted_fvu, 4), decimal(leg.validation_fvu, 4)]
 
 
-def cost_lines(summary: Summary) -> list[Text]:
-    """What the suite cost, beside the same layers all from scratch."""
+def notes(summary: Summary) -> list[Text]:
+    """What the numbers above mean, and what the costs leave out."""
     cost = summary.cost
-    n_layers = len({(leg.layer, leg.module) for leg in summary.legs})
-    scratch = _seconds(cost.seconds_all_from_scratch_estimate)
-    lines = [
-        f"This suite: {_seconds(cost.seconds)}, {flops(cost.flops)}, "
-        f"{format_count(cost.sae_samples)} activations seen by SAEs, "
-        f"{format_count(cost.lm_tokens)} tokens read by the language model.",
-        f"All {n_layers} layers from scratch at the full budget: {scratch} (extrapolated from the from-scratch SAEs "
-        f"above), {flops(cost.flops_all_from_scratch)}.",
-    ]
+    lines = []
+    if is_number(cost.seconds) and is_number(cost.from_scratch.seconds_estimate):
+        lines.append(
+            "Time is wall-clock time on this machine; from scratch it is extrapolated from the legs that were trained "
+            "from scratch. Where other programs run, trust samples and operations instead."
+        )
     if cost.controls.seconds:
-        lines.append(f"Controls took another {_seconds(cost.controls.seconds)}, not counted above; nor is evaluation.")
+        lines.append(f"Controls took another {duration(cost.controls.seconds)}, not counted above; nor is evaluation.")
     misleading = misleading_fvu(summary)
     if misleading:
         lines.append(misleading)
@@ -74,7 +71,3 @@ def cost_lines(summary: Summary) -> list[Text]:
         "ΔCE: rise of the model's loss with the SAE in place, ± standard error over sequences. FVU: lower is better."
     )
     return [Text(line) for line in lines]
-
-
-def _seconds(value: float | None) -> str:
-    return duration(value) if is_number(value) else "unknown time"

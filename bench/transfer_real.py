@@ -1,0 +1,285 @@
+"""The study of a real model in docs/transfer.md: what a hop is worth in ΔCE, against training from scratch.
+
+    python bench/transfer_real.py run --model google/gemma-3-270m --text docs/ --layers 4-11 --out study
+    python bench/transfer_real.py run ... --list                       # the jobs and their samples; trains nothing
+    python bench/transfer_real.py report --out study --docs docs       # writes docs/transfer-real.json and the tables
+
+Every job is an ordinary run of this tool in a directory of its own, <out>/<job>. The activations (`data.cache`, at
+<out>/activations) and the tokens are shared. A study that was stopped goes on with the same command.
+
+- rates-bB: learning rates from scratch at two layers, batches of B tokens.
+- scratch-sS: every layer from scratch with the full budget, and with as many tokens as an eighth's hop looks at.
+- hops-sS: every pair of neighbours in both directions. Seed 0: each method without training, and `auto` after 1/32 to
+  1/4 of the full budget; other seeds: `auto` without training and after 1/8.
+- random-s0: a random dictionary at every layer, with the decoder refitted as after a hop.
+- suite-NAME: whole suites, each from one command.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from transfer import Job, settle, train_and_evaluate
+
+from saerelay.analysis.metrics import held_out, measure
+from saerelay.data.corpus import Corpus, prepare
+from saerelay.errors import Interrupted
+from saerelay.files import write_json
+from saerelay.lm.facts import read_facts
+from saerelay.lm.model import load_model
+from saerelay.lm.tokens import load_tokenizer
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.legs import auto_lr
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, Recipe, SitesSpec, TrainSpec
+from saerelay.runs.directory import RunDirectory
+from saerelay.sae.architectures import TopK
+from saerelay.sae.initialise import INITIAL_ROWS, initialise
+from saerelay.sae.spec import DictionarySpec, Method
+from saerelay.sae.transfer import refit_in
+from saerelay.spec import format_count
+from saerelay.training.state import units_of
+from saerelay.workflows.activations import open_stream
+from saerelay.workflows.settle import plan_run
+
+MAP_TOKENS = 131_072
+"""Tokens that a map is fitted on."""
+REFIT_TOKENS = 65_536
+"""Tokens of those that a decoder is refitted on."""
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+"""Shares of the full budget that a hop is trained with; the third is repeated with other seeds."""
+USUAL = 1 / 8
+RATES = (0.5, 1.0, 2.0)
+"""Learning rates of the sweep, over the one that `auto` gives."""
+BATCHES = (512, 4096)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, its text, the layers, and the full budget in tokens."""
+
+    run: Recipe
+    layers: Sequence[int]
+    full: int
+    out: Path
+    width: int
+
+    def tokens(self, share: float) -> int:
+        """A share of the full budget, in whole batches."""
+        return 512 * round(self.full * share / 512)
+
+    @property
+    def equal(self) -> int:
+        """Tokens that the usual hop looks at in all: those of its map, and those that it is trained on."""
+        return self.tokens(USUAL) + MAP_TOKENS
+
+    @property
+    def neighbours(self) -> list[tuple[int, int]]:
+        """(source, target) of every hop between neighbours, both ways."""
+        pairs = [(a, b) for a in self.layers for b in self.layers if abs(a - b) == 1]
+        return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+
+
+def open_study(model: str, text: Path, layers: Sequence[int], full: int, eval_tokens: int, out: Path) -> Study:
+    """The study of a model."""
+    run = Recipe(
+        model=ModelSpec(name=model),
+        sites=SitesSpec(layers=list(layers)),
+        data=DataSpec(text=[str(text)], context=256, cache=str(out / "activations"), block_tokens=65_536),
+        dictionary=DictionarySpec(n_latents=2560, activation=TopK(k=32)),
+        plan=PlanSpec(preset="scratch", root_tokens=full, moment_tokens=MAP_TOKENS, refit_tokens=REFIT_TOKENS),
+        train=TrainSpec(batch_tokens=512),
+        evaluate=EvaluateSpec(tokens=eval_tokens),
+    )
+    return Study(run, layers, full, out, read_facts(run.model).d_model)
+
+
+# --- the jobs -------------------------------------------------------------------------------------------------------
+
+
+def all_jobs(study: Study, seeds: int) -> list[Job]:
+    """What is to be done, the most important first."""
+    jobs = [rates(study, batch) for batch in BATCHES]
+    for seed in range(seeds):
+        jobs += [scratch(study, seed), hops(study, seed)]
+        if seed == 0:
+            jobs += [random_dictionaries(study), *suites(study)]
+    return jobs
+
+
+def with_legs(study: Study, seed: int, legs: Sequence[LegSpec], batch: int = 512) -> Recipe:
+    """The study's recipe with an explicit plan."""
+    train = study.run.train.changed(seed=seed, batch_tokens=batch)
+    return study.run.changed(plan=study.run.plan.changed(legs=list(legs)), train=train)
+
+
+def rates(study: Study, batch: int) -> Job:
+    """Learning rates from scratch, at a layer of the first and one of the last third."""
+    full = study.full // batch * batch
+    automatic = auto_lr(study.width, full, batch)
+    legs = []
+    for layer in (study.layers[len(study.layers) // 4], study.layers[-1]):
+        for factor in RATES:
+            legs.append(LegSpec(id=f"L{layer}-rate-{factor}", layer=layer, tokens=full, lr=factor * automatic))
+    return Job(f"rates-b{batch}", with_legs(study, 0, legs, batch))
+
+
+def scratch(study: Study, seed: int) -> Job:
+    """All layers from scratch."""
+    budgets = (study.full, study.equal)
+    legs = [root(layer, budget) for budget in budgets for layer in study.layers]
+    return Job(f"scratch-s{seed}", with_legs(study, seed, legs))
+
+
+def root(layer: int, budget: int) -> LegSpec:
+    """A leg from scratch."""
+    return LegSpec(id=f"L{layer}-{format_count(budget)}", layer=layer, tokens=budget)
+
+
+def hops(study: Study, seed: int) -> Job:
+    """All pairs of neighbours, from the full-budget legs of the same seed."""
+    legs = []
+    for source, target in study.neighbours:
+        directory = RunDirectory(study.out / f"scratch-s{seed}").leg(root(source, study.full).id)
+        variants: list[tuple[str, int]] = [("auto", study.tokens(share)) for share in SHARES]
+        if seed == 0:
+            variants += [(method, 0) for method in get_args(Method)]
+        else:
+            variants = [("auto", 0), ("auto", study.tokens(USUAL))]
+        for method, budget in variants:
+            leg_id = f"L{source}-L{target}-{method}-{format_count(budget)}"
+            more: dict[str, Any] = {"method": method, "refit": True}
+            legs.append(LegSpec(id=leg_id, layer=target, parent=str(directory), tokens=budget, **more))
+    return Job(f"hops-s{seed}", with_legs(study, seed, legs))
+
+
+def random_dictionaries(study: Study) -> Job:
+    """A random dictionary at every layer (see `measure_random`)."""
+    legs = [root(layer, study.full) for layer in study.layers]
+    return Job("random-s0", with_legs(study, 0, legs), do=measure_random)
+
+
+@torch.no_grad()
+def measure_random(job: Job, out: Path) -> None:
+    """Random dictionaries with the decoder refitted as after a hop; summary.json holds their metrics by layer.
+
+    What training finds must be better than this: Korznikov et al. 2026, arXiv 2602.14111.
+    """
+    paths = RunDirectory(out / job.name)
+    plan = plan_run(job.run)
+    corpus = Corpus.open(paths.tokens)
+    block = open_stream(plan, corpus.train).block(0, plan.sites)
+    dictionaries = {}
+    for leg in plan.legs:
+        rows = block.rows(leg.site, REFIT_TOKENS)
+        units = units_of(leg, plan.recipe.train, rows)
+        generator = torch.Generator().manual_seed(0)
+        start = initialise(leg.dictionary, units.normalise(rows[:INITIAL_ROWS]), generator)
+        dictionaries[str(leg.layer)] = (leg.site, refit_in(units, units.to_canonical(start), rows))
+    tokens = held_out(plan, corpus.test, plan.recipe.evaluate.tokens)
+    metrics = measure(plan, load_model(plan), tokens, dictionaries, ce=True)
+    write_json(paths.summary, {layer: measured.model_dump(mode="json") for layer, measured in metrics.items()})
+
+
+def suites(study: Study) -> list[Job]:
+    """Whole suites: one root (or some), and hops of an eighth of its budget."""
+    usual = {"root_tokens": study.full, "transfer_tokens": study.tokens(USUAL), "method": "auto", "refit": True}
+    middle = study.layers[len(study.layers) // 2]
+    wanted: dict[str, dict[str, Any]] = {
+        "hub": {"preset": "hub", "roots": [middle]},
+        "alternate": {"preset": "alternate"},
+        "chain": {"preset": "backward", "roots": [study.layers[-1]]},
+        "auto": {"preset": "auto"},
+    }
+    return [
+        Job(f"suite-{name}", study.run.changed(plan=study.run.plan.changed(**usual, **keys)))
+        for name, keys in wanted.items()
+    ]
+
+
+# --- doing them -----------------------------------------------------------------------------------------------------
+
+
+def shared_corpus(study: Study) -> Path:
+    """The tokens of all runs: a full budget's, a map's, and some that filters may take."""
+    folder = study.out / "tokens"
+    context = study.run.data.context
+    prepare(
+        study.run,
+        read_facts(study.run.model),
+        load_tokenizer(study.run.model),
+        folder,
+        train_sequences=math.ceil(1.1 * (study.full + 2 * MAP_TOKENS) / context),
+        eval_sequences=math.ceil(study.run.evaluate.tokens / context),
+    )
+    return folder
+
+
+def do_all(study: Study, jobs: Sequence[Job], console: Console) -> None:
+    """Do what is not done yet."""
+    for number, job in enumerate(jobs, 1):
+        if (study.out / job.name / "summary.json").is_file():
+            continue
+        began = time.perf_counter()
+        console.print(f"[{number}/{len(jobs)}] {job.name}: {job.samples:,} samples", markup=False)
+        settle(job, shared_corpus(study), study.out)
+        (job.do or train_and_evaluate)(job, study.out)
+        console.print(f"  {time.perf_counter() - began:.0f} s")
+
+
+def layers_of(text: str) -> list[int]:
+    """Layers as written on the command line.
+
+    >>> layers_of("4-6,9")
+    [4, 5, 6, 9]
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def main() -> None:
+    """Parse, then run, or list, or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--model", default="google/gemma-3-270m")
+    parser.add_argument("--text", type=Path, help="a folder of text")
+    parser.add_argument("--layers", type=layers_of, default=layers_of("4-11"))
+    parser.add_argument("--full", type=int, default=819_200, help="the full budget, in tokens")
+    parser.add_argument("--eval-tokens", type=int, default=6_144)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="jobs whose name begins with one of these, by commas")
+    parser.add_argument("--list", action="store_true", help="say what would be done")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    console = Console(stderr=True, highlight=False)
+    out = args.out.absolute()
+    if args.command == "report":
+        from transfer_real_report import report
+
+        report(out, args.docs)
+        return
+    if args.text is None:
+        raise SystemExit("--text DIR: which text should the model read?")
+    study = open_study(args.model, args.text, args.layers, args.full, args.eval_tokens, out)
+    jobs = [job for job in all_jobs(study, args.seeds) if job.name.startswith(tuple(args.only.split(",")))]
+    if args.list:
+        for job in jobs:
+            console.print(f"{job.name:<18}{len(job.run.plan.legs):>5} legs {job.samples:>12,} samples")
+        return
+    try:
+        do_all(study, jobs, console)
+    except Interrupted:
+        raise SystemExit("stopped, and saved: the same command goes on") from None
+
+
+if __name__ == "__main__":
+    main()

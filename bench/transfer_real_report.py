@@ -1,0 +1,346 @@
+"""What `transfer_real.py` measured, as docs/transfer-real.json and as tables in docs/transfer.md."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, get_args
+
+from scipy.stats import spearmanr
+
+from saerelay.files import read_json, write_json, write_text
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.quality import LegSummary, Summary
+from saerelay.sae.spec import Method
+from saerelay.spec import format_count
+from saerelay.views.text import flops
+
+METHODS = get_args(Method)
+SUITES = ("hub", "alternate", "chain", "auto")
+
+
+@dataclass(frozen=True)
+class Hop:
+    """A hop between neighbours, as it was measured."""
+
+    seed: int
+    source: int
+    target: int
+    method: str
+    tokens: int
+    delta_ce: float
+    error: float
+    chosen: str
+    """The method that was taken, where several were tried."""
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether it comes from the layer above."""
+        return self.source > self.target
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that is finished."""
+
+    scratch: dict[tuple[int, int, int], LegSummary]
+    """By seed, layer and tokens."""
+    hops: list[Hop]
+    random: dict[int, float]
+    """ΔCE of a random dictionary, refitted, by layer."""
+    suites: dict[str, Summary]
+    legs: list[LegSummary]
+    """Every SAE that was measured, whatever its job."""
+
+    @property
+    def full(self) -> int:
+        """The full budget."""
+        return max(tokens for _, _, tokens in self.scratch)
+
+    @property
+    def equal(self) -> int:
+        """As many tokens as the usual hop looks at."""
+        return min(tokens for _, _, tokens in self.scratch)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds whose legs from scratch are there."""
+        return sorted({seed for seed, _, _ in self.scratch})
+
+    def control(self, hop: Hop, tokens: int) -> LegSummary:
+        """The leg from scratch at a hop's target, of the same seed."""
+        return self.scratch[hop.seed, hop.target, tokens]
+
+    def ratio(self, hop: Hop) -> float:
+        """ΔCE over that of the full budget from scratch."""
+        return hop.delta_ce / delta(self.control(hop, self.full))
+
+
+def delta(leg: LegSummary) -> float:
+    """ΔCE of a leg."""
+    assert leg.delta_ce is not None
+    return leg.delta_ce
+
+
+def read(out: Path) -> Results:
+    """Everything that is finished."""
+    scratch: dict[tuple[int, int, int], LegSummary] = {}
+    hops: list[Hop] = []
+    legs: list[LegSummary] = []
+    suites: dict[str, Summary] = {}
+    random: dict[int, float] = {}
+    for path in sorted(out.glob("*/summary.json")):
+        job = path.parent.name
+        if job == "random-s0":
+            random = {int(layer): metrics["delta_ce"] for layer, metrics in read_json(path).items()}
+            continue
+        summary = Summary.load(path)
+        legs += summary.legs
+        seed = int(job.rpartition("-s")[2]) if re.search(r"-s\d$", job) else 0
+        if job.startswith("scratch"):
+            scratch |= {(seed, leg.layer, leg.tokens): leg for leg in summary.legs}
+        elif job.startswith("hops"):
+            hops += [read_hop(RunDirectory(path.parent), seed, leg) for leg in summary.legs]
+        elif job.startswith("suite"):
+            suites[job.removeprefix("suite-")] = summary
+    hops = [hop for hop in hops if hop.seed in {seed for seed, _, _ in scratch}]
+    return Results(scratch, hops, random, suites, legs)
+
+
+def read_hop(run: RunDirectory, seed: int, leg: LegSummary) -> Hop:
+    """A leg of a job of hops; its id is L5-L6-METHOD-TOKENS."""
+    source, target, method, _ = leg.id.split("-")
+    info = json.loads((run.leg(leg.id) / "dictionary.json").read_text(encoding="utf-8"))
+    return Hop(
+        seed=seed,
+        source=int(source[1:]),
+        target=int(target[1:]),
+        method=method,
+        tokens=leg.tokens,
+        delta_ce=delta(leg),
+        error=leg.delta_ce_se or math.nan,
+        chosen=(info.get("hop") or {}).get("method", method),
+    )
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def zero_shot_table(results: Results) -> str:
+    """ΔCE of every method without training, pair by pair, at seed 0; the one that was chosen is bold."""
+    zero = {(h.source, h.target, h.method): h for h in results.hops if h.seed == 0 and h.tokens == 0}
+    chosen = {(h.source, h.target): h.chosen for h in results.hops if h.seed == 0 and h.method == "auto"}
+    rows = []
+    for source, target in sorted(chosen, key=lambda pair: (pair[1], pair[0])):
+        row = [f"{source} → {target}"]
+        for method in METHODS:
+            text = f"{zero[source, target, method].delta_ce:.3f}"
+            row.append(f"**{text}**" if chosen[source, target] == method else text)
+        row.append(f"{results.random[target]:.2f}" if target in results.random else "-")
+        for tokens in (results.equal, results.full):
+            row.append(f"{delta(results.scratch[0, target, tokens]):.3f}")
+        rows.append(row)
+    names = ["copy", *METHODS[1:], "random dictionary"]
+    names += [f"from scratch, {format_count(tokens)}" for tokens in (results.equal, results.full)]
+    return table(["hop", *names], rows)
+
+
+def choice_regret(results: Results) -> dict[str, float]:
+    """How much worse than the best method the chosen one is, zero-shot: over all pairs, and at worst."""
+    zero = {(h.source, h.target, h.method): h.delta_ce for h in results.hops if h.seed == 0 and h.tokens == 0}
+    chosen = {(h.source, h.target): h.chosen for h in results.hops if h.seed == 0 and h.method == "auto"}
+    regret = {}
+    for (source, target), method in chosen.items():
+        if method in METHODS:
+            best = min(zero[source, target, other] for other in METHODS)
+            regret[f"{source}-{target}"] = zero[source, target, method] / best
+    return regret
+
+
+def usual_hops(results: Results, tokens: int) -> list[Hop]:
+    """What `auto` gave after some tokens; without training at seed 0, what it would have given."""
+    chosen = {(h.source, h.target): h.chosen for h in results.hops if h.seed == 0 and h.method == "auto"}
+    found = []
+    for h in results.hops:
+        by_auto = h.method == "auto" or (h.seed == 0 and not tokens and h.method == chosen.get((h.source, h.target)))
+        if by_auto and h.tokens == tokens:
+            found.append(h)
+    return found
+
+
+def better_neighbours(results: Results, hops: Sequence[Hop]) -> list[Hop]:
+    """Of both directions to a layer, the hop with the lower ΔCE, seed by seed."""
+    best: dict[tuple[int, int], Hop] = {}
+    for hop in hops:
+        key = (hop.seed, hop.target)
+        if key not in best or hop.delta_ce < best[key].delta_ce:
+            best[key] = hop
+    return list(best.values())
+
+
+def budget_rows(results: Results) -> list[dict[str, Any]]:
+    """ΔCE over that of the full budget from scratch, after as many tokens as were tried: geometric means."""
+    rows = []
+    for tokens in sorted({h.tokens for h in results.hops}):
+        hops = usual_hops(results, tokens)
+        if not hops:
+            continue
+        better = better_neighbours(results, hops)
+        worse = [h for h in better if h.delta_ce > delta(results.control(h, results.full)) + 2 * h.error]
+        beats_equal = [h for h in better if h.delta_ce < delta(results.control(h, results.equal))]
+        rows.append(
+            {
+                "tokens": tokens,
+                "seeds": sorted({h.seed for h in hops}),
+                "forward": geometric_mean(results.ratio(h) for h in hops if not h.is_backward),
+                "backward": geometric_mean(results.ratio(h) for h in hops if h.is_backward),
+                "better": geometric_mean(results.ratio(h) for h in better),
+                "worst": max(results.ratio(h) for h in better),
+                "n": len(better),
+                "worse_by_two_errors": len(worse),
+                "better_than_equal_tokens": len(beats_equal),
+            }
+        )
+    return rows
+
+
+def budget_table(results: Results) -> str:
+    """The same for people, with training from scratch on as many tokens as the usual hop looks at."""
+    rows = []
+    for row in budget_rows(results):
+        share = row["tokens"] / results.full
+        name = "no training" if not row["tokens"] else f"+ {format_count(row['tokens'])} (1/{round(1 / share)})"
+        numbers = [f"{row[key]:.2f}" for key in ("forward", "backward", "better", "worst")]
+        counts = [f"{row[key]} of {row['n']}" for key in ("worse_by_two_errors", "better_than_equal_tokens")]
+        rows.append([name, str(len(row["seeds"])), *numbers, *counts])
+    equal = [
+        delta(leg) / delta(results.scratch[seed, layer, results.full])
+        for (seed, layer, tokens), leg in results.scratch.items()
+        if tokens == results.equal
+    ]
+    name = f"from scratch, {format_count(results.equal)}"
+    rows.append(
+        [name, str(len(results.seeds)), "-", "-", f"{geometric_mean(equal):.2f}", f"{max(equal):.2f}", "-", "-"]
+    )
+    columns = ["", "seeds", "forward", "backward", "better neighbour", "its worst layer"]
+    columns += ["worse by two errors", "better than scratch with equal tokens"]
+    return table(columns, rows)
+
+
+def suite_rows(results: Results) -> list[dict[str, Any]]:
+    """What whole suites took, and how good they are, beside every layer from scratch at seed 0."""
+    controls = {
+        layer: leg for (seed, layer, tokens), leg in results.scratch.items() if (seed, tokens) == (0, results.full)
+    }
+    rows = []
+    for name in SUITES:
+        if name not in results.suites:
+            continue
+        summary = results.suites[name]
+        ratios = [delta(leg) / delta(controls[leg.layer]) for leg in summary.suite]
+        worse = 0
+        for leg in summary.suite:
+            allowed = max(1.05 * delta(controls[leg.layer]), delta(controls[leg.layer]) + (leg.delta_ce_se or 0.0))
+            worse += delta(leg) > allowed
+        cost, survey, scratch = summary.cost, summary.cost.survey, summary.cost.from_scratch
+        samples = cost.sae_samples + (survey.sae_samples if survey else 0)
+        rows.append(
+            {
+                "suite": name,
+                "samples": samples,
+                "samples_share": samples / scratch.sae_samples,
+                "lm_tokens": cost.lm_tokens + (survey.lm_tokens if survey else 0),
+                "flops": cost.flops + (survey.flops if survey else 0.0),
+                "ratio": geometric_mean(ratios),
+                "worst": max(ratios),
+                "worse": worse,
+                "n": len(ratios),
+            }
+        )
+    return rows
+
+
+def suite_table(results: Results) -> str:
+    """The same for people."""
+    rows = []
+    for row in suite_rows(results):
+        rows.append(
+            [
+                row["suite"],
+                f"{format_count(row['samples'])} ({row['samples_share']:.2f})",
+                format_count(row["lm_tokens"]),
+                flops(row["flops"]),
+                f"{row['ratio']:.2f}",
+                f"{row['worst']:.2f}",
+                f"{row['worse']} of {row['n']}",
+            ]
+        )
+    columns = ["suite", "samples (share of scratch)", "LM tokens", "operations", "ΔCE ratio", "worst layer"]
+    return table([*columns, "worse by more than 5% and an error"], rows)
+
+
+def correlations(results: Results) -> dict[int, dict[str, float]]:
+    """Rank correlation of cheap measures with ΔCE over all SAEs of a layer."""
+    found = {}
+    for layer in sorted({leg.layer for leg in results.legs}):
+        legs = [leg for leg in results.legs if leg.layer == layer]
+        if len(legs) >= 8:
+            deltas = [delta(leg) for leg in legs]
+            names = ("balanced_fvu", "fvu")
+            found[layer] = {name: float(spearmanr([getattr(leg, name) for leg in legs], deltas)[0]) for name in names}
+            found[layer]["n"] = len(legs)
+    return found
+
+
+def correlation_table(results: Results) -> str:
+    """The same for people."""
+    found = correlations(results)
+    rows = [
+        ["SAEs", *(str(int(row["n"])) for row in found.values())],
+        ["balanced FVU", *(f"{row['balanced_fvu']:.2f}" for row in found.values())],
+        ["FVU", *(f"{row['fvu']:.2f}" for row in found.values())],
+    ]
+    return table(["layer", *map(str, found)], rows)
+
+
+def report(out: Path, docs: Path) -> None:
+    """Write the numbers and the tables."""
+    results = read(out)
+    numbers = {
+        "full": results.full,
+        "equal": results.equal,
+        "seeds": results.seeds,
+        "hops": [vars(hop) for hop in results.hops],
+        "scratch": [
+            {"seed": seed, "layer": layer, "tokens": tokens, "delta_ce": delta(leg), "balanced_fvu": leg.balanced_fvu}
+            for (seed, layer, tokens), leg in sorted(results.scratch.items())
+        ],
+        "random": results.random,
+        "budgets": budget_rows(results),
+        "choice_over_best": choice_regret(results),
+        "suites": suite_rows(results),
+        "rank_correlations": correlations(results),
+    }
+    write_json(docs / "transfer-real.json", numbers)
+    page = docs / "transfer.md"
+    text = page.read_text(encoding="utf-8")
+    tables = {
+        "real-zero-shot": zero_shot_table(results),
+        "real-budgets": budget_table(results),
+        "real-suites": suite_table(results),
+        "real-correlations": correlation_table(results),
+    }
+    for name, made in tables.items():
+        pattern = rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)"
+        text = re.sub(pattern, lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text, flags=re.DOTALL)
+    write_text(page, text)
