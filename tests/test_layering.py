@@ -11,7 +11,7 @@ import saerelay
 
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-GROUND = ("errors", "site", "spec", "files", "document", "hub", "module_names", "rank", "demo")
+GROUND = ("errors", "site", "spec", "files", "document", "hub", "module_names", "rank", "team", "demo")
 """Modules that everything stands on; they are not listed in ARROWS as targets."""
 
 ARROWS = {
@@ -36,8 +36,7 @@ ORDER = {
     "lm": "source tokens identity graph trial probe readout ports inputs facts model attach",
     "data": "text sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
-    "training": "adam schedule state device engine cohort progress trackers saving team team_stream run_state inherit "
-    "train",
+    "training": "adam schedule state device engine cohort progress trackers saving team_stream run_state inherit train",
     "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "
     "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",

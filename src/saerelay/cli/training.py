@@ -166,8 +166,7 @@ def train(
     if rank() == 0:
         mend_recipe(out)
     suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
-    if rank() == 0:
-        say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
+    say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
 
 
 def hop(

@@ -22,12 +22,12 @@ from saerelay.runs.documents.training import HopFacts
 from saerelay.runs.state import append_metrics, commit_state, load_part, prefixed, state_facts, under
 from saerelay.sae.moments import Moments
 from saerelay.site import Site
+from saerelay.team import Team
 from saerelay.training.cohort import Cohort
 from saerelay.training.engine import Progress, Trainee
 from saerelay.training.progress import Watcher
 from saerelay.training.saving import StateWriter
 from saerelay.training.state import TraineeState
-from saerelay.training.team import Team
 
 
 def _no_seconds() -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from saerelay.data.stream import Block, LiveStream, finite_positions, kept_positions
 from saerelay.planning.ranks import deal, needed_sites, owners, prober
 from saerelay.site import Site
-from saerelay.training.team import Team
+from saerelay.team import Team
 
 MAX_OUTBOX_BYTES = 2**31 - 2**24
 """Most that a rank sends at once: a larger share of a block goes in several rounds."""

@@ -25,6 +25,7 @@ from saerelay.sae.quality import fvu, mean_l0
 from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import L0_ROWS
 from saerelay.site import Site
+from saerelay.team import Team
 from saerelay.training.engine import Trainee
 from saerelay.training.inherit import Parent, gather_moments, inherit, parent_of, parents_from_elsewhere
 from saerelay.training.progress import Watcher
@@ -32,7 +33,6 @@ from saerelay.training.run_state import Journal, Line, Training, stop_requests, 
 from saerelay.training.saving import SavingTimes
 from saerelay.training.schedule import goal_is_due
 from saerelay.training.state import balance_of, first_state, units_of
-from saerelay.training.team import Team
 
 FIRST_ROWS = 32_768
 """Rows that a leg looks at when it begins, for its units and its initialisation."""

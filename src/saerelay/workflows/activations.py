@@ -17,7 +17,7 @@ from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
 from saerelay.spec import format_count
-from saerelay.training.team import Team
+from saerelay.team import Team
 from saerelay.training.team_stream import TeamStream
 from saerelay.training.train import HELD_OUT_ROWS
 

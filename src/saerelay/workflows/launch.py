@@ -21,9 +21,9 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, sole_writer
+from saerelay.team import Team, restarts_will_fail
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import machine
-from saerelay.training.team import Team, restarts_will_fail
 from saerelay.training.trackers import Several, check_installed
 from saerelay.training.train import train_plan
 from saerelay.workflows.activations import joined_stream, open_stream, open_validation, tokenise
@@ -92,7 +92,6 @@ def train_run(
         finally:
             if console and stream.outlier_note():
                 console.print(f"note: {stream.outlier_note()}", markup=False)
-    team.leave()
     return load(paths.root)
 
 

@@ -8,9 +8,10 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from saerelay.errors import RunDirectoryError, SaeRelayError, TeamError
 from saerelay.files import write_text
-from saerelay.rank import n_ranks
+from saerelay.rank import in_team, n_ranks
 
 T = TypeVar("T")
 
@@ -58,9 +59,10 @@ class Team:
         return cls()
 
     @classmethod
+    @cache
     def joined(cls) -> "Team":
         """The team that torchrun, or whatever set the same variables, started this process for; alone without one."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ and n_ranks() == 1:
+        if not in_team():
             return cls.alone()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         team = cls(int(os.environ["RANK"]), n_ranks(), local_rank)
@@ -89,9 +91,14 @@ class Team:
             self.seconds_per_batch = sum(measured) / len(measured)
 
     def leave(self) -> None:
-        """Part from the others, at the end."""
+        """Part from the others, at the end of the program."""
         if self.control is not None:
             dist.destroy_process_group()
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """The part of some work, cut into stretches of the same length, that falls to this rank."""
+        start, stop = (len(work) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return list(work[start:stop])
 
     # --- small things: what is agreed ---
 
