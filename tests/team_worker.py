@@ -5,10 +5,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -16,8 +15,8 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def train(rank: int, size: int, store: str, log: str, words: Sequence[str], patches: dict[str, Any]) -> None:
-    """`saerelay train` in this process; what it prints goes to a file. `patches` are {"module:name": value}."""
+def run(rank: int, size: int, store: str, log: str, words: Sequence[str], prepare: Callable[[int], object]) -> None:
+    """A command of `saerelay` in this process, once `prepare(rank)` was called; what it prints goes to a file."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -39,23 +38,27 @@ def train(rank: int, size: int, store: str, log: str, words: Sequence[str], patc
         }
         os.environ |= {"TORCHELASTIC_RUN_ID": "test"}
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    for place, value in patches.items():
-        module, name = place.split(":")
-        setattr(sys.modules[module], name, value)
+    prepare(rank)
     sys.argv = ["saerelay", *words]
     main()
+
+
+def nothing(rank: int) -> None:
+    """Change nothing before the command is run."""
 
 
 class Ranks:
     """Some ranks at work, or one process on its own (`size` 0)."""
 
-    def __init__(self, size: int, folder: Path, words: Sequence[object], patches: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, size: int, folder: Path, words: Sequence[object], prepare: Callable[[int], object] = nothing
+    ) -> None:
         self.logs = Path(tempfile.mkdtemp(dir=folder, prefix=f"ranks-{size}-"))
         self.processes: list[BaseProcess] = []
         for rank in range(max(1, size)):
             options = [str(word) for word in words]
-            arguments = (rank, size, str(self.logs / "store"), str(self.logs / f"{rank}.log"), options, patches or {})
-            process = CONTEXT.Process(target=train, args=arguments, daemon=True)
+            arguments = (rank, size, str(self.logs / "store"), str(self.logs / f"{rank}.log"), options, prepare)
+            process = CONTEXT.Process(target=run, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
 

@@ -179,16 +179,6 @@ class Team:
         self.bytes_sent += sum(sent)
         return inbox.to(outbox.device)
 
-    def spread(self, x: Tensor, source: int) -> Tensor:
-        """A tensor as it is on one rank, on all of them; shapes and dtypes are the same everywhere."""
-        if self.control is None:
-            return x
-        through_host = x.is_cuda and dist.get_backend(self.data) == "gloo"
-        shared = x.cpu() if through_host else x.contiguous()
-        with stopping_together():
-            dist.broadcast(shared, src=source, group=self.data)
-        return shared.to(x.device)
-
     # --- the common directory ---
 
     def check_shared(self, root: Path) -> None:

@@ -50,9 +50,11 @@ class TeamStream(LiveStream):
         if self.plan.probe_site is None:
             return finite_positions(self.plan, tokens, self.buffers, order)
         source = prober(self.needs, self.plan.probe_site)
-        of_block = kept_positions if source == self.team.rank else finite_positions
-        keep = of_block(self.plan, tokens, self.buffers, order)
-        return self.team.spread(keep.to(torch.uint8), source).bool()
+        looks = self.team.rank == source
+        keep = (kept_positions if looks else finite_positions)(self.plan, tokens, self.buffers, order)
+        found = self.team.gather(keep.cpu() if looks else None)[source]
+        assert found is not None
+        return found.to(self.device)
 
     def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
         """Run the model over this rank's share of tokens (S, C), and exchange activations with the others.
