@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 bench/scale.py run.toml --out runs/scale
 
-trains the recipe and prints one JSON document on rank 0. Bytes are predicted by `saerelay plan --ranks`, seconds from the
-bytes and from the speed of one exchange of 32 MB before the run. While it measures, ranks wait for one another before
-every exchange, so that its seconds are those of moving bytes, and not of waiting for a rank that is still at work.
+trains the recipe and prints one JSON document on rank 0. Bytes are predicted as `saerelay plan --ranks` does, seconds
+from the bytes and the speed of one exchange of 32 MB before the run. While it measures, ranks wait for one another
+before every exchange, so that its seconds are those of moving bytes, not of waiting for a rank that is still at work.
 """
 
 import argparse

@@ -12,7 +12,8 @@ from saerelay.planning.facts import ModelFacts, TokenFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.ranks import Speeds, deal, needed_sites, owners, prober, spread
 from saerelay.planning.recipe import Recipe
-from saerelay.team import Team, restarts_will_fail
+from saerelay.rank import restarts_will_fail
+from saerelay.team import Team
 
 PAPER = ModelFacts(
     name="paper-model",

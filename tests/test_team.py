@@ -247,8 +247,8 @@ def look_elsewhere(rank: int) -> None:
     from saerelay import team
 
     team.SECONDS_TO_SEE_A_FILE = 1.0
-    appears = team._appears
-    team._appears = lambda path: appears(path.with_name("elsewhere") if rank else path)
+    appears = team.appears
+    team.appears = lambda path, seconds: appears(path.with_name("elsewhere") if rank else path, seconds)
 
 
 def test_a_rank_that_does_not_see_the_directory_is_named(recipe: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saerelay.errors import RunDirectoryError, SaeRelayError, TeamError
-from saerelay.files import write_text
-from saerelay.rank import in_team, n_ranks
+from saerelay.files import appears, write_text
+from saerelay.rank import in_team, n_ranks, n_ranks_here
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Team:
             return cls.alone()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         team = cls(int(os.environ["RANK"]), n_ranks(), local_rank)
-        gpu_each = torch.cuda.is_available() and torch.cuda.device_count() >= _ranks_here()
+        gpu_each = torch.cuda.is_available() and torch.cuda.device_count() >= n_ranks_here()
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         with stopping_together():
@@ -187,7 +187,7 @@ class Team:
             return
         name = self.once(lambda: self._leave_mark(root))
         path = root / name
-        seen = _appears(path)
+        seen = appears(path, SECONDS_TO_SEE_A_FILE)
         blind = [
             word for word in self.gather(None if seen else f"rank {self.rank} on host {socket.gethostname()}") if word
         ]
@@ -202,30 +202,6 @@ class Team:
         name = f".team-{uuid.uuid4().hex}.tmp"
         write_text(root / name, "")
         return name
-
-
-def _appears(path: Path) -> bool:
-    """Whether a file that another machine wrote is seen here, at last: a network file system may take a while."""
-    deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE
-    while not path.is_file():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-        if path.parent.is_dir():
-            list(path.parent.iterdir())  # has the directory read again
-    return True
-
-
-def _ranks_here() -> int:
-    """How many ranks there are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-
-
-def restarts_will_fail() -> bool:
-    """Whether torchrun was asked to restart what fails, and lacks the setting without which that fails (torch 2.13)."""
-    asked = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return asked and shares_store and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
 
 
 @contextmanager

@@ -56,6 +56,11 @@ def save_state(directory: Path, parts: Mapping[str, Tensors], facts: Mapping[str
 def state_facts(directory: Path) -> dict[str, Any] | None:
     """What the last saved state says about itself (`ResumeFacts`), without its tensors; None if there is no state."""
     path = directory / FACTS_FILE
+    older = directory / "state.safetensors"
+    if not path.is_file() and older.is_file():
+        raise RunDirectoryError(
+            f"{older} was saved by an older version; finish the run with that version, or delete it to start over"
+        )
     if not path.is_file():
         return None
     with damage_named(path, _REMEDY):

@@ -179,7 +179,7 @@ class Training:
         self.writer.write(paths.state / str(self.serial), parts)
         self.uncommitted = {
             "cursor": self.cursor,
-            "failures": self.failures,
+            "failures": self.failures.copy(),
             "hops": {leg_id: hop.model_dump(mode="json") for leg_id, hop in self.hops.items()},
             "seconds": slowest([word.seconds for word in words]),
             "positions": self.positions.copy(),

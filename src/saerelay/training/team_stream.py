@@ -69,16 +69,11 @@ class TeamStream(LiveStream):
         batches = self._batches(tokens, needed)
         shares = deal(len(batches), self.team.busy, self.team.seconds_per_batch)
 
-        per_round = self._batches_per_round(tokens, wanted)
-        n_rounds = max(math.ceil(len(share) / per_round) for share in shares)
-        for i in range(n_rounds):
-            dealt = [batches[share.start : share.stop][i * per_round : (i + 1) * per_round] for share in shares]
-            self._round(tokens, rows, wanted, dealt)
-
-    def _batches_per_round(self, tokens: Tensor, wanted: Sequence[Sequence[Site]]) -> int:
-        """How many micro-batches a rank may forward before it sends what it has; the same on every rank."""
         batch_bytes = sum(self._bytes(self.plan.lm_batch_tokens, sites) for sites in wanted)
-        return max(1, MAX_OUTBOX_BYTES // max(1, batch_bytes))
+        per_round = max(1, MAX_OUTBOX_BYTES // max(1, batch_bytes))
+        for start in range(0, max(len(share) for share in shares), per_round):
+            dealt = [batches[share.start : share.stop][start : start + per_round] for share in shares]
+            self._round(tokens, rows, wanted, dealt)
 
     def _round(
         self, tokens: Tensor, rows: Tensor, wanted: Sequence[Sequence[Site]], dealt: Sequence[Sequence[slice]]
@@ -99,8 +94,6 @@ class TeamStream(LiveStream):
         outbox = torch.empty(sum(sent), dtype=torch.uint8, device=self.device)
         parcels = [self._cut(part, n_tokens[me], for_others[rank]) for rank, part in enumerate(outbox.split(sent))]
         self._forward(tokens, rows, dealt[me], wanted[me], parcels)
-        if self.team.control is None:
-            return
 
         received = [self._bytes(n_tokens[rank], for_me[rank]) for rank in ranks]
         inbox = self.team.exchange(outbox, sent, received)
@@ -131,7 +124,7 @@ class TeamStream(LiveStream):
                 visitors[site] = partial(self._hand_out, site, rows[batch] if site in mine else None, copies)
             self.model.visit(tokens[batch], visitors)
             start = stop
-        if batches and self.team.control is not None:
+        if batches:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.team.own_seconds_per_batch = (time.perf_counter() - began) / len(batches)

@@ -29,7 +29,7 @@ from saerelay.team import Team
 from saerelay.training.engine import Trainee
 from saerelay.training.inherit import Parent, gather_moments, inherit, parent_of, parents_from_elsewhere
 from saerelay.training.progress import Watcher
-from saerelay.training.run_state import Journal, Line, Training, stop_requests, timed
+from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests, timed
 from saerelay.training.saving import SavingTimes
 from saerelay.training.schedule import goal_is_due
 from saerelay.training.state import balance_of, first_state, units_of
@@ -84,12 +84,15 @@ def train_plan(
                 if now.cursor == end_of_block or team.size == 1:  # ranks agree on what follows once a block
                     save_if_due(now, block, paths, journal, saving, stop)
         now.commit(paths)
-        now.save(paths, now.meet(journal))
+        words = now.meet(journal)
+        now.save(paths, words)
         now.commit(paths)
     if team.leads:
-        RunCost(seconds=PhaseSeconds(**now.seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
+        seconds = slowest([word.seconds for word in words])
+        RunCost(seconds=PhaseSeconds(**seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
     complain_of_failures(now, paths)
-    complain_of_missing(plan, paths)
+    if team.leads:
+        complain_of_missing(plan, paths)
 
 
 def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:

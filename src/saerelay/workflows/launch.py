@@ -20,8 +20,9 @@ from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
+from saerelay.rank import restarts_will_fail
 from saerelay.runs.directory import RunDirectory, sole_writer
-from saerelay.team import Team, restarts_will_fail
+from saerelay.team import Team
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import machine
 from saerelay.training.trackers import Several, check_installed
