@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,64 @@ def test_torchrun_restarts_a_team_that_lost_a_rank(recipe: Path, alone: Path, tm
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert digests(tmp_path / "run") == digests(alone)
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces with a cable between them: the name of each, its address, and its end of the cable."""
+    machines = [("saerelay-a", "10.77.0.1", "sr-veth-a"), ("saerelay-b", "10.77.0.2", "sr-veth-b")]
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root, and the command ip")
+
+    def ip(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    try:
+        for name, _, _ in machines:
+            made = ip("netns", "add", name)
+            if made.returncode:
+                pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+        made = ip("link", "add", machines[0][2], "type", "veth", "peer", "name", machines[1][2])
+        if made.returncode:
+            pytest.skip(f"no virtual cables here: {made.stderr.strip()}")
+        for name, address, cable in machines:
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield machines
+    finally:
+        for name, _, _ in machines:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_machines_give_the_bits_of_one(
+    recipe: Path, tmp_path: Path, two_machines: list[tuple[str, str, str]]
+) -> None:
+    common = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    common += ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", f"{two_machines[0][1]}:29500"]
+    command = ["-m", "saerelay", "train", str(recipe), "--out", str(tmp_path / "run")]
+    processes = []
+    for i, (name, address, cable) in enumerate(two_machines):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": cable}
+        environment |= {"RES_OPTIONS": "timeout:1 attempts:1"}  # there is no name server
+        own = ["--local-addr", address, "--rdzv-conf", f"is_host={int(i == 0)}"]
+        words = ["ip", "netns", "exec", name, *common, *own, *command]
+        processes.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, stderr = process.communicate(timeout=400)
+        assert process.returncode == 0, stderr[-3000:]
+    alone = Ranks(0, tmp_path, ["train", recipe, "--out", tmp_path / "alone"], usual_batches)
+    assert alone.wait() == [0], alone.said()
+    assert digests(tmp_path / "run") == digests(tmp_path / "alone")
+
+
+def usual_batches(rank: int) -> None:
+    """Undo what `team_worker` makes of the language model's batches."""
+    from saerelay.planning import placing
+
+    placing.LM_BATCH_TOKENS = 4096
 
 
 def wait_for(path: Path, seconds: float = 120) -> None:

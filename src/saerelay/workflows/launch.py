@@ -13,7 +13,7 @@ from saerelay.analysis.evaluate import wants_ce
 from saerelay.analysis.suite import Suite, load
 from saerelay.data.corpus import Corpus
 from saerelay.data.stream import LiveStream
-from saerelay.errors import RunDirectoryError, SaeRelayError
+from saerelay.errors import RecipeError, RunDirectoryError, SaeRelayError
 from saerelay.files import reason, write_text
 from saerelay.lm.identity import check_same_model
 from saerelay.planning.choose import written_out
@@ -71,6 +71,11 @@ def train_run(
         def lead() -> Plan:
             """What rank 0 does before the others know what to do."""
             nonlocal start
+            if team.size > 1 and ":" in recipe.model.device:
+                raise RecipeError(
+                    f'model.device is "{recipe.model.device}", and each of {team.size} ranks takes a GPU of its own; '
+                    'write "cuda" or "auto"'
+                )
             goes_on = resume or extend or (team.control is not None and paths.plan.is_file())
             fresh = not paths.root.exists()
             check_directory(paths, resume=goes_on)
