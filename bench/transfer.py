@@ -127,7 +127,8 @@ def open_study(model: str, text: Path | None, out: Path, scale: float) -> Study:
     """The study of a model; splits the text into documents first."""
     if model == "demo":
         scratch, hops = (125_000, 250_000, 500_000, 1_000_000, 2_000_000), (31_000, 62_000, 125_000, 250_000, 500_000)
-        study = Study("demo", DEMO, 0, scratch, hops, (62_000, 125_000), 250_000, 2e-3)
+        run = DEMO.changed(evaluate=EvaluateSpec(tokens=65_536))
+        study = Study("demo", run, 0, scratch, hops, (62_000, 125_000), 250_000, 2e-3)
     else:
         directory = model
         if model == "minilm":

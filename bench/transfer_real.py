@@ -9,8 +9,9 @@ Every job is an ordinary run of this tool in a directory of its own, <out>/<job>
 
 - rates-bB: learning rates from scratch at two layers, batches of B tokens.
 - scratch-sS: every layer from scratch with the full budget, and with as many tokens as an eighth's hop looks at.
-- hops-sS: every pair of neighbours in both directions. Seed 0: each method without training, and `auto` after 1/32 to
-  1/4 of the full budget; other seeds: `auto` without training and after 1/8.
+- hops-sS: every pair of neighbours in both directions, with `auto` and an eighth of the full budget; a snapshot at age
+  0 is the hop without training. Seed 0 also has each method without training.
+- budgets-s0: the methods that `auto` chose there, trained for less and for longer.
 - random-s0: a random dictionary at every layer, with the decoder refitted as after a hop.
 - suite-NAME: whole suites, each from one command.
 """
@@ -18,7 +19,7 @@ Every job is an ordinary run of this tool in a directory of its own, <out>/<job>
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,7 @@ from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import auto_lr
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, Recipe, SitesSpec, TrainSpec
+from saerelay.runs.dictionaries import read_info
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.architectures import TopK
 from saerelay.sae.initialise import INITIAL_ROWS, initialise
@@ -51,9 +53,9 @@ MAP_TOKENS = 131_072
 """Tokens that a map is fitted on."""
 REFIT_TOKENS = 65_536
 """Tokens of those that a decoder is refitted on."""
-SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Shares of the full budget that a hop is trained with; the third is repeated with other seeds."""
 USUAL = 1 / 8
+"""Share of the full budget that a hop is trained with."""
+OTHER_SHARES = (1 / 32, 1 / 4)
 RATES = (0.5, 1.0, 2.0)
 """Learning rates of the sweep, over the one that `auto` gives."""
 BATCHES = (512, 4096)
@@ -102,14 +104,17 @@ def open_study(model: str, text: Path, layers: Sequence[int], full: int, eval_to
 # --- the jobs -------------------------------------------------------------------------------------------------------
 
 
-def all_jobs(study: Study, seeds: int) -> list[Job]:
-    """What is to be done, the most important first."""
-    jobs = [rates(study, batch) for batch in BATCHES]
+def all_jobs(study: Study, seeds: int) -> Iterator[Job]:
+    """What is to be done, the most important first; a job may depend on what those before it found."""
     for seed in range(seeds):
-        jobs += [scratch(study, seed), hops(study, seed)]
+        yield scratch(study, seed)
+        yield hops(study, seed)
         if seed == 0:
-            jobs += [random_dictionaries(study), *suites(study)]
-    return jobs
+            yield random_dictionaries(study)
+            yield from suites(study)
+            yield from budgets(study)
+    for batch in BATCHES:
+        yield rates(study, batch)
 
 
 def with_legs(study: Study, seed: int, legs: Sequence[LegSpec], batch: int = 512) -> Recipe:
@@ -146,16 +151,34 @@ def hops(study: Study, seed: int) -> Job:
     legs = []
     for source, target in study.neighbours:
         directory = RunDirectory(study.out / f"scratch-s{seed}").leg(root(source, study.full).id)
-        variants: list[tuple[str, int]] = [("auto", study.tokens(share)) for share in SHARES]
+        variants = [("auto", study.tokens(USUAL))]
         if seed == 0:
             variants += [(method, 0) for method in get_args(Method)]
-        else:
-            variants = [("auto", 0), ("auto", study.tokens(USUAL))]
-        for method, budget in variants:
-            leg_id = f"L{source}-L{target}-{method}-{format_count(budget)}"
-            more: dict[str, Any] = {"method": method, "refit": True}
-            legs.append(LegSpec(id=leg_id, layer=target, parent=str(directory), tokens=budget, **more))
-    return Job(f"hops-s{seed}", with_legs(study, seed, legs))
+        legs += [hop(source, target, directory, method, tokens) for method, tokens in variants]
+    run = with_legs(study, seed, legs)
+    return Job(f"hops-s{seed}", run.changed(train=run.train.changed(snapshots=[0])))
+
+
+def hop(source: int, target: int, parent: Path, method: str, tokens: int) -> LegSpec:
+    """A leg from a neighbour."""
+    keys: dict[str, Any] = {"method": method, "refit": True}
+    leg_id = f"L{source}-L{target}-{method}-{format_count(tokens)}"
+    return LegSpec(id=leg_id, layer=target, parent=str(parent), tokens=tokens, **keys)
+
+
+def budgets(study: Study) -> Iterator[Job]:
+    """The methods that were chosen at seed 0, at other budgets; nothing until the choice is made."""
+    run = RunDirectory(study.out / "hops-s0")
+    if not run.summary.is_file():
+        return
+    legs = []
+    for source, target in study.neighbours:
+        leg_id = f"L{source}-L{target}-auto-{format_count(study.tokens(USUAL))}"
+        facts = read_info(run.leg(leg_id)).hop
+        if facts and facts.method in get_args(Method):
+            parent = RunDirectory(study.out / "scratch-s0").leg(root(source, study.full).id)
+            legs += [hop(source, target, parent, facts.method, study.tokens(share)) for share in OTHER_SHARES]
+    yield Job("budgets-s0", with_legs(study, 0, legs))
 
 
 def random_dictionaries(study: Study) -> Job:
@@ -220,13 +243,13 @@ def shared_corpus(study: Study) -> Path:
     return folder
 
 
-def do_all(study: Study, jobs: Sequence[Job], console: Console) -> None:
+def do_all(study: Study, jobs: Iterable[Job], console: Console) -> None:
     """Do what is not done yet."""
-    for number, job in enumerate(jobs, 1):
+    for job in jobs:
         if (study.out / job.name / "summary.json").is_file():
             continue
         began = time.perf_counter()
-        console.print(f"[{number}/{len(jobs)}] {job.name}: {job.samples:,} samples", markup=False)
+        console.print(f"{job.name}: {job.samples:,} samples", markup=False)
         settle(job, shared_corpus(study), study.out)
         (job.do or train_and_evaluate)(job, study.out)
         console.print(f"  {time.perf_counter() - began:.0f} s")
@@ -270,7 +293,8 @@ def main() -> None:
     if args.text is None:
         raise SystemExit("--text DIR: which text should the model read?")
     study = open_study(args.model, args.text, args.layers, args.full, args.eval_tokens, out)
-    jobs = [job for job in all_jobs(study, args.seeds) if job.name.startswith(tuple(args.only.split(",")))]
+    wanted = tuple(args.only.split(","))
+    jobs = (job for job in all_jobs(study, args.seeds) if job.name.startswith(wanted))
     if args.list:
         for job in jobs:
             console.print(f"{job.name:<18}{len(job.run.plan.legs):>5} legs {job.samples:>12,} samples")

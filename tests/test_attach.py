@@ -31,10 +31,12 @@ PROMPT = torch.tensor([[BOS, 5, 9, 17], [BOS, 44, 8, 3]])
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 HOOKS: dict[str, dict[str, tuple[str, str]]] = {  # module and side, by hand
     "llama": {"resid_post": ("model.layers.1", "output"), "resid_pre": ("model.layers.1", "input"),
-              "mlp_out": ("model.layers.1.mlp", "output"), "attn_out": ("model.layers.1.self_attn.o_proj", "output"),
+              "mlp_in": ("model.layers.1.mlp", "input"), "mlp_out": ("model.layers.1.mlp", "output"),
+              "attn_out": ("model.layers.1.self_attn.o_proj", "output"),
               "attn_z": ("model.layers.1.self_attn.o_proj", "input")},
     "gpt2": {"resid_post": ("transformer.h.1", "output"), "resid_pre": ("transformer.h.1", "input"),
-             "mlp_out": ("transformer.h.1.mlp", "output"), "attn_out": ("transformer.h.1.attn.c_proj", "output"),
+             "mlp_in": ("transformer.h.1.mlp", "input"), "mlp_out": ("transformer.h.1.mlp", "output"),
+             "attn_out": ("transformer.h.1.attn.c_proj", "output"),
              "attn_z": ("transformer.h.1.attn.c_proj", "input")},
 }  # fmt: skip
 

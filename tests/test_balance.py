@@ -19,6 +19,7 @@ from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu
 from saerelay.sae.refit import refit
 from saerelay.sae.spec import DictionarySpec
+from saerelay.sae.transfer import Retraining
 from saerelay.sae.trials import REGRESSION_HANDICAP, SCRATCH, try_methods
 from saerelay.sae.units import Units, balance_factors
 from saerelay.training.engine import Trainee
@@ -171,7 +172,7 @@ def trials_on(target: Tensor, source: Tensor) -> dict[str, float]:
     parent = trained(source, balance=0.75).canonical()
     units = Units.fitted_to(target, 0.75)
     spec = DictionarySpec.parse({"n_latents": F, "k": K}).sized(D)
-    return try_methods(parent, moments_of(source, target), target, units, spec, balance=0.75)
+    return try_methods(parent, moments_of(source, target), Retraining(target, seed=0), units, spec, balance=0.75)
 
 
 def test_a_copy_is_tried_and_wins_where_nothing_changed() -> None:
@@ -197,7 +198,7 @@ def test_a_random_dictionary_wins_over_a_parent_that_tells_nothing_apart() -> No
     inside = random_dictionary("topk")
     same = units.to_canonical(replace(inside, W_enc=inside.W_enc[:1].expand(F, D).clone()))
     spec = DictionarySpec.parse({"n_latents": F, "k": K}).sized(D)
-    trials = try_methods(same, moments_of(x, x), x, units, spec, balance=0.75)
+    trials = try_methods(same, moments_of(x, x), Retraining(x, seed=0), units, spec, balance=0.75)
     assert next(iter(trials)) == SCRATCH
 
 
@@ -208,7 +209,8 @@ def test_activations_that_are_not_finite_are_named() -> None:
     spec = DictionarySpec.parse({"n_latents": F, "k": K}).sized(D)
     units = Units.fitted_to(source, 0.75)
     with pytest.raises(TransferError, match="not all finite"):
-        try_methods(random_dictionary("topk"), moments_of(source, source), target, units, spec, balance=0.75)
+        on = Retraining(target, seed=0)
+        try_methods(random_dictionary("topk"), moments_of(source, source), on, units, spec, balance=0.75)
 
 
 def test_a_refit_in_units_keeps_their_norms() -> None:

@@ -132,9 +132,10 @@ def test_gemma_scope_2_is_of_gemma_3(tmp_path: Path, folder: str, config: dict |
     assert (origin.model, origin.site) == (model, site)
 
 
-@pytest.mark.parametrize("case", ["skip", "config", "folder", "clt"])
-def test_transcoders_of_gemma_scope_are_refused(tmp_path: Path, case: str) -> None:
-    path, arrays = tmp_path / "transcoder" if case == "folder" else tmp_path, gemma_arrays(numbers())
+@pytest.mark.parametrize("case", ["skip", "config", "first", "clt"])
+def test_transcoders_of_gemma_scope_from_unknown_sites_are_refused(tmp_path: Path, case: str) -> None:
+    folder = "gemma-scope-2b-pt-transcoders" if case == "first" else "somewhere"
+    path, arrays = tmp_path / folder, gemma_arrays(numbers())
     path /= "layer_3_width_16k"
     path.mkdir(parents=True)
     config = {"hf_hook_point_in": "model.layers.3.a.output"}

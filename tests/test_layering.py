@@ -32,7 +32,7 @@ ARROWS = {
 ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
-    "planning": "facts leg_spec recipe toml plan cost ranks presets legs placing compile survey curves choose",
+    "planning": "facts left_out leg_spec recipe toml plan cost ranks presets legs placing compile survey curves choose",
     "lm": "source tokens identity graph trial probe readout ports inputs facts model attach",
     "data": "text sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",

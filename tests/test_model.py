@@ -203,12 +203,14 @@ def test_resuming_in_the_middle_is_splicing(family: str, model: LanguageModel, a
     assert torch.equal(model.logits(TOKENS), clean.logits)
 
 
-def test_a_model_that_cannot_resume_runs_whole(family_directory: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("share", [1.0, 1e-4])
+def test_a_model_that_cannot_resume_runs_whole(family_directory: Callable[[str], Path], share: float) -> None:
     model = LanguageModel.load(spec_of(family_directory("llama")))
     first, last = model._layers[0], model._layers[2]
     run, memory = last.forward, {}
     first.mlp.register_forward_hook(lambda _, __, output: memory.update(x=output))
-    last.forward = lambda x, **options: run(x + memory.pop("x"), **options)  # what later layers of Gemma 3n do
+    # what later layers of Gemma 3n do
+    last.forward = lambda x, **options: run(x + share * memory.pop("x", 0), **options)
     clean = model.forward(TOKENS, [Site(1)])
     x = torch.randn(clean.activations[Site(1)].shape, generator=torch.Generator().manual_seed(1))
     with model.splice(Site(1), lambda _: x):
@@ -261,7 +263,7 @@ def test_blocks_that_are_rescaled_are_refused(tmp_path: Path, name: str, changes
     model = LanguageModel.load(spec_of(tmp_path))
     model.check_site(Site(0, "attn_z"))
     for kind in ("attn_out", "mlp_out"):
-        with pytest.raises(ModelError, match="cannot be read: .* Layer 0 has resid_post, resid_pre, attn_z"):
+        with pytest.raises(ModelError, match="cannot be read: .* Layer 0 has resid_post, resid_pre, mlp_in, attn_z"):
             model.check_site(Site(0, kind))
 
 

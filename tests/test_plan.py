@@ -95,6 +95,15 @@ def test_controls_have_equal_tokens_and_the_full_budget(facts: ModelFacts) -> No
         compiled(facts, plan={"controls": [3]})
 
 
+def test_a_random_control_is_only_refitted(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"controls": [1], "control_kinds": ["random"], "refit": True})
+    random = plan.leg("L1-random")
+    assert (random.role, random.control_of, random.control_kind) == ("control", "L1-from-L3", "random")
+    assert (random.budget_tokens, random.moment_tokens) == (0, 0)
+    assert random.refit_tokens == plan.leg("L1-from-L3").refit_tokens > 0
+    assert [leg.id for leg in plan.legs if leg.control] == ["L1-random"]
+
+
 def test_children_may_fork_inside_the_roots_pass(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"fork_at": 0.5})
     child = plan.leg("L2-from-L3")
@@ -131,6 +140,14 @@ def test_sites_are_open_for_training_and_for_coming_hops(facts: ModelFacts) -> N
     assert plan.open_sites(plan.n_tokens, plan.n_tokens + 256) == []
     probed = compiled(facts)
     assert probed.probe_site == Site(3) and Site(3) in probed.open_sites(4096, 4352)
+
+
+def test_outliers_are_looked_for_in_the_middle_of_the_model_whichever_layers_are_read(facts: ModelFacts) -> None:
+    assert [compiled(facts, sites={"layers": layers}).probe for layers in ([0, 1], [5], "all")] == [3, 3, 3]
+    assert compiled(facts, data={"outlier_norm": 0}).probe is None
+    refusals = {f"L{layer}": "no reason" for layer in (1, 2, 3)}
+    lacking = facts.changed(sites=facts.sites.changed(refusals=refusals))
+    assert compiled(lacking, sites={"layers": [0]}).probe == 4
 
 
 def test_cohorts_that_do_not_fit_are_split(facts: ModelFacts) -> None:

@@ -22,6 +22,7 @@ from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.ports import anatomy_of, other_module, port_of
 from saerelay.lm.probe import probe
+from saerelay.lm.trial import with_constants
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
@@ -108,8 +109,33 @@ def test_a_residual_multiplier_is_told_with_weights_and_without(tmp_path: Path, 
         return
     for site in sites:
         for ask in (facts.check_site, model.check_site):
-            with pytest.raises(ModelError, match=r"Layer 1 has resid_post, resid_pre, attn_z\.$"):
+            with pytest.raises(ModelError, match=r"Layer 1 has resid_post, resid_pre, mlp_in, attn_z\.$"):
                 ask(site)
+
+
+def test_a_factor_among_the_weights_is_refused_by_a_plan(tmp_path: Path) -> None:
+    directory = saved(tmp_path, "gemma4_text", head_dim=8, hidden_size_per_layer_input=0, num_kv_shared_layers=0)
+    with pytest.raises(ModelError, match=r"scales or mixes the two\. Layer 1 has resid_post, resid_pre, attn_z\.$"):
+        read_facts(spec_of(directory)).check_site(Site(1, "mlp_out"))
+
+
+# --- without weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, changes", [("jetmoe", {"kv_channels": 8, "num_local_experts": 4}), ("llama", {})])
+def test_a_plan_is_told_of_the_same_sites_as_training(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    directory = saved(tmp_path, family, **changes)  # JetMoe asks for the values of tensors
+    facts = read_facts(spec_of(directory))
+    x = LanguageModel.load(spec_of(directory)).harvest(TOKENS, [Site(1), Site(1, "mlp_out")])
+    for site, activations in x.items():
+        facts.check_site(site)
+        assert facts.width(site) == activations.shape[-1]
+
+
+def test_weights_that_are_all_one_number_take_no_memory() -> None:
+    model = with_constants(llama())
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == 4 and parameter.device.type == "cpu"
 
 
 # --- which modules are the layers --------------------------------------------------------------

@@ -50,6 +50,16 @@ def test_the_plain_log_is_one_line_at_a_time(plan: Plan) -> None:
     assert len(out.getvalue().splitlines()) == 2
 
 
+def test_no_speed_is_told_before_a_block_is_done(plan: Plan) -> None:
+    """The language model reads a whole block before the first batch is trained on."""
+    out = io.StringIO()
+    log = PlainLog(plan, cursor=2048, every_seconds=0.0, out=out)
+    for cursor in (2048 + 64, 2048 + 1024, 2048 + 1088):
+        log.tick(cursor)
+    first, second, third = out.getvalue().splitlines()
+    assert "measuring the speed" in first and "tokens/s" in second and "tokens/s" in third
+
+
 def summary() -> Summary:
     """A root, a child with a hostile name, and its control; a run whose time is not known."""
     root = leg("L1", "root", 1, None)

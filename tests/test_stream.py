@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saerelay.data.stream import LM_BATCH_TOKENS, Block, LiveStream, TensorStream, kept_positions, shuffled
+from saerelay.data.stream import (
+    LM_BATCH_TOKENS,
+    Block,
+    LiveStream,
+    OutlierCount,
+    TensorStream,
+    kept_positions,
+    shuffled,
+)
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
@@ -19,11 +27,24 @@ from saerelay.site import Site
 torch.set_num_threads(1)
 
 
-def make_plan(block_tokens: int = 128, context: int = 16, dtype: str = "float32", bos: bool = True) -> Plan:
+def make_plan(
+    block_tokens: int = 128,
+    context: int = 16,
+    dtype: str = "float32",
+    bos: bool = True,
+    layers: tuple[int, ...] = (1, 3),
+    outlier_norm: float = 10.0,
+) -> Plan:
     sections = {
         "model": {"dtype": dtype, "device": "cpu"},
-        "sites": {"layers": [1, 3]},
-        "data": {"context": context, "block_tokens": block_tokens, "epochs": 3, "prepend_bos": bos},
+        "sites": {"layers": list(layers)},
+        "data": {
+            "context": context,
+            "block_tokens": block_tokens,
+            "epochs": 3,
+            "prepend_bos": bos,
+            "outlier_norm": outlier_norm,
+        },
         "dictionary": {"n_latents": 64, "k": 8},
         "train": {"batch_tokens": 32},
     }
@@ -63,7 +84,7 @@ def test_rows_do_not_shift_when_sites_come_and_go(setting) -> None:
 def test_batches_are_the_kept_rows_in_shuffled_order(dtype: str) -> None:
     """The definition: harvest in corpus order, whole, and take the rows by the order and the mask."""
     plan = make_plan(block_tokens=2 * LM_BATCH_TOKENS, context=64, dtype=dtype)
-    stream, sites = make_stream(plan, 200), [Site(1), Site(3), Site(2, "mlp_out")]
+    stream, sites = make_stream(plan, 200), plan.with_probe([Site(1), Site(3), Site(2, "mlp_out")])
     index = stream.sequences_of(1)
     tokens = torch.from_numpy(stream.sequences[index].astype(np.int64))
     parts = [stream.model.harvest(part, sites) for part in tokens.split(LM_BATCH_TOKENS // 64)]
@@ -125,12 +146,12 @@ class Large(TorchDispatchMode):
 def test_a_block_is_one_buffer_per_site_and_batches_are_views_of_it() -> None:
     """Nothing else as large as a buffer is ever made, neither in filling nor in reading it."""
     plan = make_plan(block_tokens=6 * LM_BATCH_TOKENS, context=64, bos=False)
-    stream, sites = make_stream(plan, 400), [Site(1), Site(3)]
+    stream, sites = make_stream(plan, 400), plan.with_probe([Site(1), Site(3)])
     size = plan.block_tokens * plan.facts.d_model * 4
     with Large(size) as large:
         block = stream.block(0, sites)
         buffers = {block.activations[site].data_ptr() for site in sites}
-        assert set(large.found) == buffers and len(buffers) == 2
+        assert set(large.found) == buffers and len(buffers) == 3
         for i in range(block.n_batches):
             block.batch(i)
         assert sum(len(rows[Site(1)]) for rows in block.chunks(sites)) == int(block.keep.sum())
@@ -142,7 +163,7 @@ def test_a_block_is_one_buffer_per_site_and_batches_are_views_of_it() -> None:
     assert block.batch(whole)[Site(1)].untyped_storage().data_ptr() == block.activations[Site(1)].data_ptr()
     closed = weakref.ref(block.activations[Site(1)])
     large.found.clear()
-    assert list(stream.block(2, [Site(3)]).activations) == [Site(3)] and closed() is None
+    assert list(stream.block(2, [Site(3)]).activations) == plan.with_probe([Site(3)]) and closed() is None
 
 
 def test_what_a_block_gives_may_meet_autograd() -> None:
@@ -197,16 +218,29 @@ def test_activations_that_are_not_finite_are_no_outliers(setting, dtype: torch.d
 
 def test_tokens_that_are_left_out_for_their_norm_are_counted_and_named(setting) -> None:
     plan, stream = setting
-    stream = LiveStream(stream.model, stream.sequences, plan)
-    stream.block(0, plan.with_probe([]))
-    assert stream.outlier_note() == "" or stream.outliers
+    count = OutlierCount(plan)
+    assert count.left_out().note == ""
     tokens = torch.full((2, 16), 9)
     tokens[:, 3] = 50
-    keep = tokens.flatten() != 50
-    keep[0] = keep[16] = False
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    stream.outliers.clear()
-    stream.n_read = 0
-    stream._count(tokens, keep[order], order)
-    assert stream.outliers == {50: 2} and stream.n_read == 32
-    assert "6.2% of the positions read (2; the most frequent is token 50: 2)" in stream.outlier_note()
+    keep = tokens != 50
+    keep[:, 0] = False
+    count.add(tokens, keep)
+    assert (
+        "6.2% of the positions read (2; the most frequent is token 50: 2), by their norm at L4" in count.left_out().note
+    )
+    stream = LiveStream(stream.model, stream.sequences, plan)
+    for number in range(2):
+        kept = int(stream.block(number, [Site(1)]).keep.sum())
+    left_out = stream.outliers.left_out()
+    assert left_out.n_read == 2 * plan.block_tokens and kept < plan.block_tokens
+    assert left_out.n <= left_out.n_read - 2 * kept
+
+
+def test_which_positions_are_left_out_does_not_depend_on_the_layers_chosen() -> None:
+    keeps = []
+    for layers in ((0,), (1, 7)):
+        plan = make_plan(layers=layers, outlier_norm=1.2)
+        block = make_stream(plan).block(0, [Site(layers[0])])
+        assert set(block.activations) == {Site(layers[0]), Site(4)}
+        keeps.append(block.keep.clone())
+    assert torch.equal(*keeps) and 0.05 < float(keeps[0].float().mean()) < 0.95

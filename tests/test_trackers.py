@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import saerelay as sr
+from saerelay.errors import RecipeError
 from saerelay.training.trackers import SHOWN
 
 pytestmark = pytest.mark.slow
@@ -124,6 +125,31 @@ def test_after_a_kill_wandb_gets_no_point_twice_and_none_is_missing(
     assert [run.n_finished for run in wandb.runs] == [1, 1]
     assert len(wandb.runs[0].logged) == 3
     assert sent(wandb.runs) == list(training_log(tmp_path / "run"))
+
+
+def test_a_logger_that_fails_does_not_end_the_run(recipe: sr.Recipe, wandb: FakeWandb, tmp_path: Path) -> None:
+    def fail(_: FakeRun, *__: object) -> None:
+        raise ConnectionError("no network")
+
+    plain = sr.train_run(recipe.changed(train=recipe.train.changed(loggers=[])), tmp_path / "plain")
+    for name in ("log", "finish"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeRun, name, fail)
+            with pytest.warns(UserWarning, match="WandB failed .ConnectionError: no network"):
+                suite = sr.train_run(recipe, tmp_path / name)
+        assert training_log(tmp_path / name) == training_log(tmp_path / "plain")
+        assert suite["L1-from-L0"].W_enc.equal(plain["L1-from-L0"].W_enc)
+
+
+def test_a_logger_that_cannot_be_opened_is_one_message(
+    recipe: sr.Recipe, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("no api key")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.raises(RecipeError, match=r"wandb cannot be opened \(RuntimeError: no api key\)"):
+        sr.train_run(recipe, tmp_path / "run")
 
 
 def test_tensorboard_gets_every_point_and_changes_no_weight(recipe: sr.Recipe, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.state import state_facts
+from saerelay.sae.quality import fvu
 from saerelay.site import Site
 from saerelay.training.engine import Progress, Trainee
 from saerelay.training.train import train_plan
@@ -376,9 +377,9 @@ def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFac
     seen: dict[str, list[torch.Tensor]] = {}
     step = Trainee.step
 
-    def watched(self: Trainee, x: torch.Tensor) -> None:
+    def watched(self: Trainee, x: torch.Tensor, target: torch.Tensor | None) -> None:
         seen.setdefault(self.leg.id, []).append(x)
-        step(self, x)
+        step(self, x, target)
 
     monkeypatch.setattr(Trainee, "step", watched)
     run(plan, tmp_path / "whole", facts)
@@ -403,3 +404,15 @@ def test_a_repeated_block_resumes_to_the_same_bits(tmp_path: Path, facts: ModelF
         run(plan, tmp_path / "killed", facts, Watch(ask_at=killed_at))
     run(plan, tmp_path / "killed", facts)
     assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_random_control_is_worse_than_what_it_controls(facts: ModelFacts, tmp_path: Path) -> None:
+    plan = make_plan(facts, controls=[0], control_kinds=["random"], preset="hub", roots=[1], method="affine")
+    run(plan, tmp_path, facts)
+    suite = load(tmp_path)
+    random, carried = suite.leg("L0-random"), suite.leg("L0-from-L1")
+    info = suite.info(random)
+    assert info.tokens == 0 and info.hop and info.hop.method == "random"
+    assert suite.made(random) == "random dictionary, refitted" and suite.scratch_counterparts(carried) == []
+    x = make_stream(facts).block(0, [Site(0)]).rows(Site(0), 512).float()
+    assert fvu(suite.dictionary(carried), x) < 0.9 * fvu(suite.dictionary(random), x) < 0.5

@@ -26,3 +26,10 @@ MLPS = (
     "ffn.down_proj",  # MPT
 )
 """The module whose output the MLP adds to the residual stream, within a layer."""
+
+MLP_INPUTS = (
+    "mlp",  # most
+    "ffn",  # DistilBERT and MPT
+    "intermediate",  # BERT
+)
+"""The module whose input is what the MLP reads, behind the norm, within a layer."""

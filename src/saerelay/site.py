@@ -9,7 +9,7 @@ from typing import Literal, Self, get_args
 
 from saerelay.errors import PlanError
 
-ModuleKind = Literal["resid_post", "resid_pre", "mlp_out", "attn_out", "attn_z"]
+ModuleKind = Literal["resid_post", "resid_pre", "mlp_in", "mlp_out", "attn_out", "attn_z"]
 MODULE_KINDS: tuple[ModuleKind, ...] = get_args(ModuleKind)
 
 
@@ -22,8 +22,8 @@ class Site:
 
     `resid_pre` and `resid_post` are the residual stream before and after the layer (after the last
     layer: before the final norm); `attn_out` and `mlp_out` are what attention and MLP add to it;
-    `attn_z` is the input of attention's output projection. Raises PlanError for an unknown module
-    or a negative layer.
+    `attn_z` is the input of attention's output projection, `mlp_in` that of the MLP, behind the norm.
+    Raises PlanError for an unknown module or a negative layer.
     """
 
     layer: int

@@ -47,8 +47,10 @@ class Injector:
         if fault.what == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault.what == "after":
-            function(*args, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                function(*args, **options)
+            finally:  # the call may fail by itself: a directory that is there already, a file that is not
+                os.kill(os.getpid(), signal.SIGKILL)
         number = getattr(errno, fault.what)
         place = args[0] if args and isinstance(args[0], str | os.PathLike) else None
         raise OSError(number, os.strerror(number), place)

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from errno import EACCES, ENOSPC, EROFS
@@ -17,8 +20,10 @@ import saerelay as sr
 from saerelay.errors import LegFailed, ModelError, RunDirectoryError
 from saerelay.planning.plan import Plan
 from saerelay.planning.toml import annotated_toml
+from saerelay.runs.dictionaries import publish, read_dictionary
 from saerelay.runs.directory import one_at_a_time
 from saerelay.runs.state import load_part, save_state, state_facts, truncate_metrics
+from saerelay.sae.dictionary import Dictionary
 from saerelay.views.report import MARK, check_replaceable
 from saerelay.workflows.demo import clear_demo
 from saerelay.workflows.settle import mend_recipe
@@ -87,6 +92,20 @@ def test_a_published_dictionary_with_a_flipped_bit_is_refused(run: Path) -> None
     path.write_bytes(content)
     with pytest.raises(RunDirectoryError, match=r"dictionary.safetensors: damaged \(tensor \w+ is not the one"):
         sr.load(run)["L0"]
+
+
+def test_what_was_measured_of_other_weights_is_measured_again(run: Path, call: Call) -> None:
+    assert call("eval", run)[0] == 0
+    before = json.loads((run / "eval/L0.json").read_text())["metrics"]
+    dictionary, info = read_dictionary(run / "legs/L0")
+    tensors = dictionary.tensors()
+    for k, changed in ((1, tensors), (1, tensors | {"W_dec": -dictionary.W_dec})):
+        other = Dictionary(architecture=dictionary.architecture, k=k, **changed)
+        publish(run / "legs/L0", other, info.to_data())
+        assert call("eval", run)[0] == 0
+        after = json.loads((run / "eval/L0.json").read_text())["metrics"]
+        assert after["fvu"] > before["fvu"]
+        before = after
 
 
 def test_another_model_in_the_place_of_the_runs_own_is_refused(world: Path, tmp_path: Path, call: Call) -> None:
@@ -203,6 +222,65 @@ def test_commands_that_measure_a_run_wait_for_one_another(tmp_path: Path) -> Non
         assert not done.wait(0.3)
     thread.join()
     assert done.is_set()
+
+
+FAKE_WANDB = """
+import json, os, signal
+from pathlib import Path
+
+class Run:
+    def __init__(self):
+        self.n = 0
+
+    def log(self, values):
+        with Path(os.environ["SENT"]).open("a") as file:
+            file.write(json.dumps(values) + "\\n")
+        self.n += 1
+        if str(self.n) == os.environ["KILLED_AFTER"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def finish(self):
+        pass
+
+def init(**_):
+    cut = os.truncate
+
+    def cut_and_die(*arguments):
+        cut(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["KILLED_AFTER"] == "the log is cut back":
+        os.truncate = cut_and_die
+    return Run()
+"""
+
+
+def test_after_kills_the_log_and_a_tracker_have_what_an_uninterrupted_run_gives_them(
+    world: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/__init__.py").write_text(FAKE_WANDB)
+    recipe = tmp_path / "r.toml"
+    text = (world / "r.toml").read_text().replace("[train]", '[train]\nloggers = ["wandb"]')
+    recipe.write_text(text.replace("checkpoint_every = 256", "checkpoint_every = 1024"))
+    logs = {}
+    points = {}
+    for name, kills in (("whole", [""]), ("killed", ["3", "the log is cut back", "1", ""])):
+        sent = tmp_path / f"{name}.jsonl"
+        for killed_after in kills:
+            environment = {"SENT": str(sent), "KILLED_AFTER": killed_after}
+            places = [str(tmp_path), *sys.path]
+            environment |= os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+            words = ["train", str(recipe), "--out", str(tmp_path / name), "--resume"]
+            command = [sys.executable, "-W", "ignore", "-m", "saerelay", *words]
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert ended.returncode == (-signal.SIGKILL if killed_after else 0), ended.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        logs[name] = [{key: line[key] for key in line if key != "seconds"} for line in lines]
+        points[name] = [json.loads(line) for line in sent.read_text().splitlines()]
+    assert len(logs["whole"]) > 5
+    assert logs["killed"] == logs["whole"]
+    assert points["killed"] == points["whole"]
 
 
 # --- errors of the operating system -----------------------------------------------------------------------------------

@@ -56,6 +56,12 @@ def circuits(
     """
     suite = session.suite
     chosen = chosen_legs(suite, legs)
+    transcoders = [leg.id for leg in chosen if leg.is_transcoder]
+    if transcoders:
+        raise RecipeError(
+            f"circuits are found in SAEs, and {transcoders[0]} is a transcoder; name other legs with --leg, or write "
+            "it for circuit-tracer: `saerelay export --format circuit-tracer`"
+        )
     check_asked(chosen, k, method)
     prompts = task_prompts(task, session.plan, n_prompts, seed)
     asked = question(task, prompts, k, method, seed)

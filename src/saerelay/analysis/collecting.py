@@ -24,6 +24,7 @@ from saerelay.runs.features import Features
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, add_at, encode_sparse, join_codes
 from saerelay.sae.threads import side_by_side
+from saerelay.site import Site
 
 EXAMPLES = 10
 """Examples kept of each latent."""
@@ -56,20 +57,20 @@ def encode_batches(
     plan: Plan,
     model: LanguageModel,
     sequences: np.ndarray,
-    dictionaries: Mapping[str, Placed],
+    dictionaries: Mapping[str, Placed | tuple[Site, Dictionary]],
     *,
     track: Track = untracked,
 ) -> Iterator[CodedBatch]:
     """Encode held-out sequences (N, context) with all dictionaries, batch by batch; one forward pass for each batch."""
-    on_device = {key: (site, dictionary.to(model.device)) for key, (site, dictionary) in dictionaries.items()}
-    sites = plan.with_probe(site for site, _ in on_device.values())
+    on_device = {key: Placed.of(placed).on(model.device) for key, placed in dictionaries.items()}
+    sites = plan.with_probe(placed.site for placed in on_device.values())
     first = 0
     for tokens in track(list(batches(plan, sequences, False)), "reading latents"):
         tokens = tokens.to(model.device)
         activations = model.harvest(tokens, sites)
         spots = trained_on(plan, tokens, activations).flatten().nonzero()[:, 0]
         rows = {site: x.flatten(0, 1)[spots].float() for site, x in activations.items()}
-        pairs = [(dictionary, rows[site]) for site, dictionary in on_device.values()]
+        pairs = [(placed.dictionary, rows[placed.site]) for placed in on_device.values()]
         codes = side_by_side(lambda pair: _encode(*pair), pairs, model.device)
         yield CodedBatch(first, len(tokens), spots, dict(zip(on_device, codes, strict=True)))
         first += len(tokens)
@@ -85,7 +86,7 @@ def collect(
     plan: Plan,
     model: LanguageModel,
     sequences: np.ndarray,
-    dictionaries: Mapping[str, Placed],
+    dictionaries: Mapping[str, Placed | tuple[Site, Dictionary]],
     *,
     examples: int = EXAMPLES,
     window: tuple[int, int] = WINDOW,
@@ -97,7 +98,7 @@ def collect(
     after an example's strongest one. One pass; see `Features`.
     """
     collectors = {}
-    for key, (_, dictionary) in dictionaries.items():
+    for key, (_, dictionary, *_) in dictionaries.items():
         collectors[key] = Collector(dictionary.n_latents, sequences.shape, model.device, examples, window)
     for batch in encode_batches(plan, model, sequences, dictionaries, track=track):
         for key, collector in collectors.items():

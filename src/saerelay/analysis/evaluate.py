@@ -72,14 +72,15 @@ def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
         tokens=min(wanted, int(session.corpus.test.size)),
         ce=wants_ce(session.plan),
         ages=session.suite.directory.ages(leg),
+        dictionaries=session.suite.digest([leg], snapshots=True),
     )
 
 
 def versions(suite: PublishedSuite, leg: Leg) -> dict[str, Placed]:
     """A leg's dictionary under its id, and those of its snapshots under id@age, each with its site."""
-    dictionaries = {leg.id: (leg.site, suite.dictionary(leg))}
+    dictionaries = {leg.id: Placed.at_home(leg, suite.dictionary(leg))}
     for age in suite.directory.ages(leg):
-        dictionaries[f"{leg.id}@{age}"] = (leg.site, suite.snapshot(leg, age))
+        dictionaries[f"{leg.id}@{age}"] = Placed.at_home(leg, suite.snapshot(leg, age))
     return dictionaries
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from torch import Tensor
 
 from saerelay.analysis.collecting import DENSE, EXAMPLES, WINDOW, collect
+from saerelay.analysis.metrics import Placed
 from saerelay.analysis.session import Session
-from saerelay.analysis.site_maps import SitePair
+from saerelay.analysis.site_maps import SitePair, map_of_legs, sites_between
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Leg
 from saerelay.runs.documents.latents import FeatureQuestion
@@ -24,6 +25,8 @@ from saerelay.team import Team
 
 TOKENS = 10
 """Tokens that a latent promotes most, and as many that it suppresses."""
+OFF_THE_STREAM = ("attn_z", "mlp_in")
+"""Kinds of sites at which what is written is no direction of the residual stream."""
 NEIGHBOURS = 3
 """Similar latents of a neighbouring layer."""
 
@@ -37,7 +40,7 @@ def make_features(session: Session, *, tokens: int = 0) -> None:
     missing = session.team.once(lambda: legs_without_features(session, tokens))
     legs = session.team.share(missing)
     if legs:
-        dictionaries = {leg.id: (leg.site, session.suite.dictionary(leg)) for leg in legs}
+        dictionaries = {leg.id: Placed.at_home(leg, session.suite.dictionary(leg)) for leg in legs}
         sequences = session.held_out(tokens)
         features = collect(session.plan, session.model, sequences, dictionaries, track=session.display.track)
         maps = session.maps.between(neighbour_pairs(session.suite, legs))
@@ -68,6 +71,7 @@ def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:
         window_after=WINDOW[1],
         above=above.id if above else None,
         below=below.id if below else None,
+        dictionaries=session.suite.digest([other for other in (leg, above, below) if other]),
     )
 
 
@@ -87,7 +91,7 @@ def neighbour_pairs(suite: PublishedSuite, legs: list[Leg]) -> list[SitePair]:
     for leg in legs:
         for other in (suite.neighbour_above(leg), suite.neighbour_below(leg)):
             if other:
-                pairs.append((leg.site, other.site))
+                pairs += sites_between(leg, other)
     return pairs
 
 
@@ -104,11 +108,11 @@ def write_features(
         leg = suite.plan.leg(leg_id)
         dictionary = suite.dictionary(leg).to(session.model.device)
         further: dict[str, Any] = {}
-        if W_U is not None and leg.module != "attn_z":  # what is written there is no direction of the residual stream
+        if W_U is not None and leg.site_out.module not in OFF_THE_STREAM:
             further |= logit_effects(dictionary.W_dec, W_U)
         for side, other in (("above", suite.neighbour_above(leg)), ("below", suite.neighbour_below(leg))):
             if other:
-                folded = fold(dictionary, maps[leg.site, other.site])
+                folded = fold(dictionary, map_of_legs(maps, leg, other))
                 others = suite.dictionary(other).to(session.model.device)
                 latents, cosines = most_similar(folded.W_dec, others.W_dec)
                 further[f"{side}_latents"] = latents.int().cpu()

@@ -63,7 +63,7 @@ def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -
     dictionary, or if there is nothing to judge.
     """
     root = suite.directory.root
-    legs = [leg for leg in suite.legs if suite.continuation_of(leg) is None]
+    legs = [leg for leg in suite.legs if leg.control_kind != "random" and suite.continuation_of(leg) is None]
     legs.sort(key=lambda leg: (_PREFERENCE.index(leg.control_kind), leg.seed, leg.id))
     available = sorted({leg.layer for leg in legs})
     missing = sorted(set(layers or ()) - set(available))

@@ -15,8 +15,9 @@ from rich.console import Console
 from saerelay.analysis.collecting import DENSE, Collector, encode_batches
 from saerelay.analysis.features import legs_without_features, neighbour_pairs, write_features
 from saerelay.analysis.links import ALIVE_ABOVE, KEPT_ABOVE, REPLACED_BELOW, Comparison, Firing, Kind, LegPair, Link
+from saerelay.analysis.metrics import Placed
 from saerelay.analysis.session import Session
-from saerelay.analysis.site_maps import SitePair
+from saerelay.analysis.site_maps import SitePair, map_of_legs, sites_between
 from saerelay.errors import RunDirectoryError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Leg, Plan
@@ -31,7 +32,6 @@ from saerelay.runs.documents.latents import (
     Relative,
 )
 from saerelay.runs.suite import PublishedSuite
-from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.maps import AffineMap
 from saerelay.sae.transfer import fold
 
@@ -167,18 +167,18 @@ def make_lineage(session: Session, *, tokens: int = 0, features: bool = False) -
 
     pairs = leg_pairs(suite) if current is None else []
     legs = suite.legs if current is None else without_features
-    dictionaries = {leg.id: (leg.site, suite.dictionary(leg).to(session.model.device)) for leg in legs}
-    compared_sites = [(pair.source.site, pair.target.site) for pair in pairs]
+    dictionaries = {leg.id: Placed.at_home(leg, suite.dictionary(leg)).on(session.model.device) for leg in legs}
+    compared_sites = [sites for pair in pairs for sites in sites_between(pair.source, pair.target)]
     maps = session.maps.between(neighbour_pairs(suite, without_features) + compared_sites)
     comparisons = [compare(session.plan, pair, dictionaries, maps) for pair in pairs]
 
     sequences = session.held_out(tokens)
     device = session.model.device
-    firing = {key: Firing(dictionary.n_latents, device) for key, (_, dictionary) in dictionaries.items()}
+    firing = {key: Firing(placed.dictionary.n_latents, device) for key, placed in dictionaries.items()}
     collectors = {}
     for leg in without_features:
         collectors[leg.id] = Collector(leg.dictionary.n_latents, sequences.shape, device)
-    widest = max(dictionary.n_latents for _, dictionary in dictionaries.values())
+    widest = max(placed.dictionary.n_latents for placed in dictionaries.values())
     scratch = torch.zeros(max(DENSE, widest), device=device)
     n_tokens = 0
     batches = encode_batches(session.plan, session.model, sequences, dictionaries, track=session.display.track)
@@ -231,6 +231,7 @@ def question(session: Session, tokens: int) -> LineageQuestion:
         kept_above=KEPT_ABOVE,
         replaced_below=REPLACED_BELOW,
         alive_above=ALIVE_ABOVE,
+        dictionaries=session.suite.digest(session.suite.legs),
         legs=legs,
     )
 
@@ -255,15 +256,13 @@ def leg_pairs(suite: PublishedSuite) -> list[LegPair]:
 def compare(
     plan: Plan,
     pair: LegPair,
-    dictionaries: Mapping[str, tuple[Any, Dictionary]],
+    dictionaries: Mapping[str, Placed],
     maps: Mapping[SitePair, AffineMap],
 ) -> Comparison:
     """The comparison of a pair, before any tokens are read."""
-    _, source = dictionaries[pair.source.id]
-    _, target = dictionaries[pair.target.id]
-    folded = fold(source, maps[pair.source.site, pair.target.site])
+    folded = fold(dictionaries[pair.source.id].dictionary, map_of_legs(maps, pair.source, pair.target))
     by_index = ancestor(plan, pair.source) == ancestor(plan, pair.target)
-    return Comparison(pair, folded, target, by_index)
+    return Comparison(pair, folded, dictionaries[pair.target.id].dictionary, by_index)
 
 
 def ancestor(plan: Plan, leg: Leg) -> str:

@@ -5,13 +5,12 @@ with the dictionary, and starts the language model at the patched layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast, get_args
-
-from torch import Tensor
 
 from saerelay.analysis.metrics import Placed, measure, wants_ce
 from saerelay.analysis.session import Session
+from saerelay.analysis.site_maps import SitePair
 from saerelay.analysis.summary import shown_metrics
 from saerelay.data.stream import gather_rows
 from saerelay.errors import RecipeError
@@ -22,12 +21,11 @@ from saerelay.runs.documents.quality import EvaluationMetrics
 from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.maps import map_between
-from saerelay.sae.moments import Moments
+from saerelay.sae.maps import AnyMoments, PairedMoments, map_between
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import carry, refit_in
+from saerelay.sae.transfer import Retraining, carry, refit_in
 from saerelay.sae.units import Balance, Units
-from saerelay.site import Site
+from saerelay.site import ModuleKind, Site
 
 METHODS: tuple[str, ...] = (*get_args(Method), "affine+refit")
 """Ways to carry a dictionary to another layer without training it there."""
@@ -50,6 +48,18 @@ class Cell:
     source: Site
     target: Site
     method: str
+    module_out: ModuleKind | None = None
+    """What a transcoder reconstructs."""
+
+    @property
+    def source_out(self) -> Site:
+        """What it reconstructs at home."""
+        return Site(self.source.layer, self.module_out or self.source.module)
+
+    @property
+    def target_out(self) -> Site:
+        """What it reconstructs where it is carried to."""
+        return Site(self.target.layer, self.module_out or self.target.module)
 
     @property
     def version(self) -> tuple[str, int, bool]:
@@ -130,6 +140,7 @@ def question(session: Session, methods: Sequence[str], tokens: int, snapshots: b
         tokens=min(wanted, int(session.corpus.test.size)),
         methods=sorted(methods),
         ce=wants_ce(session.plan),
+        dictionaries=suite.digest(suite.final_legs, snapshots=snapshots),
         layers=[site.layer for site in suite.sites],
         legs=ages,
     )
@@ -142,9 +153,11 @@ def cells_of(suite: PublishedSuite, method: str, snapshots: bool) -> Iterator[Ce
         for target in suite.sites:
             if target == leg.site and method != "identity":
                 continue
-            yield Cell(leg.id, age, False, leg.site, target, method)
+            if leg.is_transcoder and target.module != leg.module:
+                continue
+            yield Cell(leg.id, age, False, leg.site, target, method, leg.module_out)
             for snapshot_age in suite.directory.ages(leg) if snapshots else ():
-                yield Cell(leg.id, snapshot_age, True, leg.site, target, method)
+                yield Cell(leg.id, snapshot_age, True, leg.site, target, method, leg.module_out)
 
 
 def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion) -> dict[Cell, EvaluationMetrics]:
@@ -160,16 +173,23 @@ def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion
 
     measured: dict[Cell, EvaluationMetrics] = {}
     for part in parts(cells, plan):
-        moved = {(cell.source, cell.target) for cell in part if cell.method != "identity"}
+        moved: set[SitePair] = set()
+        for cell in part:
+            if cell.method != "identity":
+                moved |= {(cell.source, cell.target), (cell.source_out, cell.target_out)}
         moments = dict(session.maps.moments(sorted(moved)))
         versions = {cell.version: load_version(session.suite, cell) for cell in part}
         dictionaries: dict[str, Placed] = {}
         for i, cell in enumerate(part):
             dictionary, info = versions[cell.version]
             if cell.method != "identity":
-                pair = moments[cell.source, cell.target]
-                dictionary = carried_to(cell, dictionary, info.l0, pair, rows[cell.target], balance)
-            dictionaries[str(i)] = (cell.target, dictionary)
+                pair: AnyMoments = moments[cell.source, cell.target]
+                on = Retraining(rows[cell.target], seed=0)
+                if cell.target_out != cell.target:
+                    pair = PairedMoments(pair, moments[cell.source_out, cell.target_out])
+                    on = Retraining(rows[cell.target], seed=0, target=rows[cell.target_out])
+                dictionary = carried_to(cell, dictionary, info.l0, pair, on, balance)
+            dictionaries[str(i)] = Placed(cell.target, dictionary, cell.target_out)
         metrics = measure(plan, session.model, sequences, dictionaries, ce=asked.ce, track=session.display.track)
         measured |= {cell: metrics[str(i)] for i, cell in enumerate(part)}
     return measured
@@ -196,17 +216,19 @@ def load_version(suite: PublishedSuite, cell: Cell) -> tuple[Dictionary, Diction
 
 
 def carried_to(
-    cell: Cell, dictionary: Dictionary, l0: float | None, moments: Moments, rows: Tensor, balance: Balance
+    cell: Cell, dictionary: Dictionary, l0: float | None, moments: AnyMoments, on: Retraining, balance: Balance
 ) -> Dictionary:
     """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked.
 
-    `rows` (B, D) are activations of the target.
+    `on` are activations of the target.
     """
     method, _, refitted = cell.method.partition("+")
     between = map_between(cast(Method, method), dictionary.d_model, moments, balance)
-    units = Units.fitted_to(rows, balance)
-    carried = carry(dictionary, between, rows, units, l0=l0).dictionary
-    return refit_in(units, carried, rows) if refitted else carried
+    units = Units.fitted_to(on.rows, balance)
+    if on.target is not None:
+        units = replace(units, target=Units.fitted_to(on.target, balance))
+    carried = carry(dictionary, between, on.rows, units, l0=l0).dictionary
+    return refit_in(units, carried, on.rows, on.target) if refitted else carried
 
 
 def matrix_cell(cell: Cell, metrics: EvaluationMetrics) -> MatrixCell:

@@ -14,7 +14,7 @@ from torch import Tensor
 from saerelay.analysis.attribution import OWN_TASK, direct_logit_attribution, last_activations, own_prompts
 from saerelay.analysis.features import make_features
 from saerelay.analysis.matrix import matrix_again
-from saerelay.analysis.metrics import measure
+from saerelay.analysis.metrics import Placed, measure
 from saerelay.analysis.prompts import Prompt, digest, read_prompts
 from saerelay.analysis.session import Session
 from saerelay.analysis.similarity import feature_transferability, mean_max_cosine, transfer_score, values_by_offset
@@ -109,6 +109,7 @@ def question(
         tokens=min(wanted, int(session.corpus.test.size)),
         prompts=digest(prompts) if prompts is not None else None,
         matrix=matrix.asked if matrix else None,
+        dictionaries=suite.digest(suite.legs, snapshots=True),
         legs={leg.id: [suite.info(leg).tokens, *suite.directory.ages(leg)] for leg in suite.legs},
     )
 
@@ -130,10 +131,10 @@ class Comparison:
 def similarities(session: Session, versions: Sequence[LegVersion]) -> list[Similarity]:
     """The source's latents among the target's, raw, and carried by x_target ≈ A x_source, for all comparisons."""
     comparisons = comparisons_of(session.suite, versions)
-    maps = session.maps.between(sorted({(c.source.leg.site, c.target.leg.site) for c in comparisons}))
+    maps = session.maps.between(sorted({(c.source.leg.site_out, c.target.leg.site_out) for c in comparisons}))
     rows = []
     for c in comparisons:
-        A = maps[c.source.leg.site, c.target.leg.site].A
+        A = maps[c.source.leg.site_out, c.target.leg.site_out].A
         rows.append(similarity(c, A, session.model.device))
     return rows
 
@@ -143,7 +144,7 @@ def comparisons_of(suite: PublishedSuite, versions: Sequence[LegVersion]) -> lis
     legs = finished(versions)
     comparisons = []
     for a, b in permutations(suite.one_per_site, 2):
-        if a.module == b.module:
+        if (a.module, a.module_out) == (b.module, b.module_out):
             comparisons.append(Comparison("suite", legs[a.id], legs[b.id], about=legs[b.id]))
     for version in versions:
         others: list[tuple[Literal["hop", "scratch"], LegVersion]] = []
@@ -255,7 +256,7 @@ def metrics_at_home(session: Session, matrix: Matrix, versions: Sequence[LegVers
             home[key] = cell
     missing = {version.key: version for version in versions if version.key not in home}
     if missing:
-        dictionaries = {key: (version.leg.site, version.dictionary) for key, version in missing.items()}
+        dictionaries = {key: Placed.at_home(version.leg, version.dictionary) for key, version in missing.items()}
         sequences = session.held_out(matrix.asked.tokens)
         measured = measure(session.plan, session.model, sequences, dictionaries, ce=matrix.asked.ce)
         home |= {key: Metrics(**shown_metrics(metrics)) for key, metrics in measured.items()}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from saerelay.analysis.logits import CleanLogits, same_everywhere
 from saerelay.analysis.progress import Track, untracked
-from saerelay.data.stream import kept_positions
+from saerelay.data.stream import OutlierCount, kept_positions
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Plan
+from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.quality import Density, EvaluationMetrics
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import reconstruct
@@ -37,8 +37,35 @@ LOGIT_BYTES = 2**29
 """Logits of one batch stay below this."""
 ON_GPU = 8
 """How many times as much a batch holds on a GPU, which smaller ones do not keep busy."""
-Placed = tuple[Site, Dictionary]
-"""A dictionary, and the site it is put at."""
+
+
+class Placed(NamedTuple):
+    """A dictionary, and the site it is put at."""
+
+    site: Site
+    """What it reads."""
+    dictionary: Dictionary
+    target: Site | None = None
+    """What it reconstructs, if it is a transcoder."""
+
+    @classmethod
+    def of(cls, placed: "Placed | tuple[Site, Dictionary]") -> "Placed":
+        """The same, if only a site and a dictionary are given."""
+        return placed if isinstance(placed, Placed) else cls(*placed)
+
+    @classmethod
+    def at_home(cls, leg: Leg, dictionary: Dictionary) -> "Placed":
+        """A leg's dictionary where it was trained."""
+        return cls(leg.site, dictionary, leg.site_out)
+
+    @property
+    def site_out(self) -> Site:
+        """What its reconstruction takes the place of."""
+        return self.target or self.site
+
+    def on(self, device: torch.device) -> "Placed":
+        """The same on another device."""
+        return self._replace(dictionary=self.dictionary.to(device))
 
 
 @torch.no_grad()
@@ -46,20 +73,23 @@ def measure(
     plan: Plan,
     model: LanguageModel,
     sequences: np.ndarray,
-    dictionaries: Mapping[str, Placed],
+    dictionaries: Mapping[str, Placed | tuple[Site, Dictionary]],
     *,
     ce: bool,
     track: Track = untracked,
 ) -> dict[str, EvaluationMetrics]:
     """The metrics of dictionaries, by key, on sequences (N, context) of held-out token ids.
 
+    Those of transcoders are about what they reconstruct, such as an MLP's output.
+
     With `ce` also cross-entropy and KL, which take a forward pass for each dictionary.
     """
-    on_device = {key: (site, dictionary.to(model.device)) for key, (site, dictionary) in dictionaries.items()}
+    on_device = {key: Placed.of(placed).on(model.device) for key, placed in dictionaries.items()}
     sums = {key: MetricSums() for key in on_device}
-    sites = sorted({site for site, _ in on_device.values()})
+    sites = sorted({placed.site_out for placed in on_device.values()})
     ablations = {site: AblationSums() for site in sites}
-    open_sites = plan.with_probe(sites)
+    open_sites = plan.with_probe([*sites, *(placed.site for placed in on_device.values())])
+    outliers = OutlierCount(plan)
 
     for tokens in track(list(batches(plan, sequences, ce)), "evaluating"):
         tokens = tokens.to(model.device)
@@ -67,20 +97,25 @@ def measure(
         activations = forward.activations if forward else model.harvest(tokens, open_sites)
         flat = {site: x.flatten(0, 1) for site, x in activations.items()}
         keep = kept_positions(plan, tokens, flat)
+        outliers.add(tokens, keep.view_as(tokens))
         clean = CleanLogits(forward.logits, tokens, keep) if forward else None
         for site in sites:
-            at_site = []
-            for key, (dictionary_site, dictionary) in on_device.items():
-                if dictionary_site == site:
-                    at_site.append((sums[key], dictionary))
+            at_site = [(sums[key], placed) for key, placed in on_device.items() if placed.site_out == site]
+            read = {site, *(placed.site for _, placed in at_site)}
+            rows = {one: flat[one][keep].float() for one in read}
             with model.resuming(forward, site) if forward else nullcontext() as logits_with:
-                batch = SiteBatch(activations[site], keep, flat[site][keep].float(), clean, logits_with)
+                batch = SiteBatch(site, activations[site], keep, rows, clean, logits_with)
                 jobs = [partial(batch.add_dictionary, *pair) for pair in at_site]
                 if clean:
                     jobs.insert(0, partial(batch.add_ablation, ablations[site]))
                 side_by_side(lambda job: job(), jobs, model.device)
 
-    return {key: sums[key].metrics(ablations[site] if ce else None) for key, (site, _) in on_device.items()}
+    left_out = outliers.left_out()
+    found = {}
+    for key, placed in on_device.items():
+        ablated = ablations[placed.site_out] if ce else None
+        found[key] = sums[key].metrics(ablated).changed(left_out=left_out)
+    return found
 
 
 def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
@@ -154,9 +189,9 @@ class MetricSums:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
 
-    def add_reconstruction(self, dictionary: Dictionary, x: Tensor) -> Tensor:
-        """Take in kept activations x (n, D), float32; returns their reconstructions."""
-        codes, x_hat = reconstruct(dictionary, x)
+    def add_reconstruction(self, dictionary: Dictionary, read: Tensor, x: Tensor) -> Tensor:
+        """Take in kept activations (n, D) that are read, and x (n, Dy) to be reconstructed; returns x_hat; float32."""
+        codes, x_hat = reconstruct(dictionary, read)
         active = codes.values != 0
         norm = x.norm(dim=1)
         self.add(
@@ -244,12 +279,13 @@ def density(frequency: Tensor) -> Density:
 class SiteBatch:
     """One batch at one site, on which many dictionaries are measured side by side."""
 
+    site: Site
     whole: Tensor
     """Activations (B, C, D), as the model has them."""
     keep: Tensor
     """bool (B·C): kept positions."""
-    x: Tensor
-    """Kept activations (n, D), float32."""
+    rows: Mapping[Site, Tensor]
+    """Kept activations (n, D), float32, of the site and of those that transcoders to it read."""
     clean: "CleanLogits | None"
     logits_with: Callable[[Tensor], Tensor] | None
     """The model's logits with other activations in place of `whole`."""
@@ -269,9 +305,9 @@ class SiteBatch:
             sums.same_row = same_everywhere(logits)
         sums.add(self.clean, *self.clean.compare(logits))
 
-    def add_dictionary(self, sums: MetricSums, dictionary: Dictionary) -> None:
+    def add_dictionary(self, sums: MetricSums, placed: Placed) -> None:
         """Add a dictionary's reconstructions, and a forward pass with them in place."""
-        x_hat = sums.add_reconstruction(dictionary, self.x)
+        x_hat = sums.add_reconstruction(placed.dictionary, self.rows[placed.site], self.rows[self.site])
         if self.clean and self.logits_with:
             spliced = self.whole.clone()
             spliced.view(-1, spliced.shape[-1])[self.keep] = x_hat.to(spliced.dtype)

@@ -4,7 +4,7 @@ The raw spaces of two layers are not comparable; a dictionary folded through the
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, combinations
 from typing import final
@@ -15,8 +15,8 @@ import torch
 from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import AbstractStream, LiveStream
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Plan
-from saerelay.sae.maps import AffineMap, identity, map_between
+from saerelay.planning.plan import Leg, Plan
+from saerelay.sae.maps import AffineMap, crossed, identity, map_between
 from saerelay.sae.moments import Moments
 from saerelay.site import Site
 
@@ -27,6 +27,19 @@ MOMENT_BYTES = 2 * 2**30
 
 SitePair = tuple[Site, Site]
 """Source and target."""
+
+
+def sites_between(source: Leg, target: Leg) -> list[SitePair]:
+    """The pairs of sites that a dictionary is carried between: what is read, and what transcoders reconstruct."""
+    return list(dict.fromkeys([(source.site, target.site), (source.site_out, target.site_out)]))
+
+
+def map_of_legs(maps: Mapping[SitePair, AffineMap], source: Leg, target: Leg) -> AffineMap:
+    """The map that the source's dictionary is folded through to be compared with the target's."""
+    inputs = maps[source.site, target.site]
+    if not source.is_transcoder:
+        return inputs
+    return crossed(inputs, maps[source.site_out, target.site_out])
 
 
 def enough_tokens(plan: Plan, available: int) -> int:

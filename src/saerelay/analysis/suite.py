@@ -128,6 +128,12 @@ class Suite(PublishedSuite):
             legs = self.one_per_site
         else:
             legs = [self.leg_at(Site(layer, module)) for layer in layers]
+        transcoders = [leg.id for leg in legs if leg.is_transcoder]
+        if transcoders:
+            raise ModelError(
+                f"{self.directory.root}: {transcoders[0]} is a transcoder, and attach puts SAEs to work; "
+                "`saerelay export --format circuit-tracer` writes it for circuit-tracer, which intervenes on them"
+            )
         if leave_alone is None:
             bos = self.plan.facts.tokens.bos_token_id
             leave_alone = [bos] if self.plan.recipe.data.prepend_bos and bos is not None else []

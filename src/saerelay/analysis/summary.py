@@ -30,6 +30,7 @@ def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
         revision=facts.revision,
         data=corpus.facts.source,
         legs=[leg_summary(suite, leg, in_suite=leg.id in in_suite) for leg in suite.legs],
+        left_out=Evaluation.load(suite.directory.evaluation(suite.legs[0].id)).metrics.left_out,
         cost=suite_cost(suite, corpus),
     )
 
@@ -49,6 +50,7 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
         control_kind=leg.control_kind,
         layer=leg.layer,
         module=leg.module,
+        module_out=leg.module_out,
         architecture=leg.dictionary.architecture,
         method=suite.method(leg),
         parent=leg.parent or None,

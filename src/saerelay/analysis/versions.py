@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saerelay.analysis.collecting import collect
-from saerelay.analysis.features import logit_effects
+from saerelay.analysis.features import OFF_THE_STREAM, logit_effects
 from saerelay.analysis.session import Session
 from saerelay.analysis.similarity import TokenAssociations
 from saerelay.planning.plan import Leg
@@ -81,7 +81,7 @@ def leg_version(
 ) -> LegVersion:
     """One version, with the tokens that its latents stand for."""
     associations = None
-    if W_U is not None and leg.module != "attn_z":
+    if W_U is not None and leg.site_out.module not in OFF_THE_STREAM:
         effects = features.tensors()
         if "top_logits" not in effects:  # snapshots have none yet
             effects = logit_effects(dictionary.W_dec.to(W_U.device), W_U)

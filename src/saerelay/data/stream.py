@@ -24,13 +24,11 @@ from torch import Tensor
 from saerelay.data.cache import ActivationCache, sequence_ids
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
+from saerelay.planning.left_out import LeftOut
 from saerelay.planning.plan import LM_BATCH_TOKENS as LM_BATCH_TOKENS
-from saerelay.planning.plan import Plan
+from saerelay.planning.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.spec import seed_from
-
-SHARE_WORTH_SAYING = 0.01
-"""Share of positions from which on it is said that they are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +80,10 @@ class Block:
         for start in range(0, self.keep.shape[0], n):
             rows = self._kept(sites, start, start + n)
             yield {site: x.float() for site, x in rows.items()}
+
+    def target(self, leg: Leg, n: int = 32_768) -> Tensor | None:
+        """The same rows of what a leg reconstructs, if it is a transcoder."""
+        return self.rows(leg.site_out, n) if leg.is_transcoder else None
 
     def rows(self, site: Site, n: int = 32_768) -> Tensor:
         """The first n kept rows (at most n, D) of a site, float32, in shuffled order."""
@@ -170,9 +172,7 @@ class LiveStream(AbstractStream):
         self.cache = cache
         self.ids = sequence_ids(sequences) if cache else np.empty(0, dtype=np.int64)
         self.buffers: dict[Site, Tensor] = {}
-        self.n_read = 0
-        self.outliers: Counter[int] = Counter()
-        """Positions left out for their norm so far, by token id."""
+        self.outliers = OutlierCount(plan)
         self._epoch = -1
         self._epoch_order = np.empty(0, dtype=np.int64)
 
@@ -182,7 +182,8 @@ class LiveStream(AbstractStream):
         return self.model.device if self.model else torch.device(self.plan.facts.device)
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
-        """See `AbstractStream.block`."""
+        """See `AbstractStream.block`; the plan's probe site is open in every block."""
+        sites = self._sites(number, sites)
         index = self.sequences_of(number)
         tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
         if self.device.type == "cuda":  # one transfer per block, which no forward waits for
@@ -199,37 +200,22 @@ class LiveStream(AbstractStream):
         else:
             self._compute(tokens, rows, sites)
         keep = self._keep(tokens, order)
-        self._count(tokens, keep, order)
+        in_order = torch.empty_like(keep)
+        in_order[order] = keep
+        self.outliers.add(tokens, in_order.view_as(tokens))
         return Block(
             activations=self.buffers,
             keep=keep,
             batch_tokens=self.plan.recipe.train.batch_tokens,
         )
 
+    def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:
+        """The sites that are read of a block, where some are open: those, and the plan's probe site."""
+        return self.plan.with_probe(sites)
+
     def _keep(self, tokens: Tensor, order: Tensor) -> Tensor:
         """Bool (P): which rows of the block are trained on."""
         return kept_positions(self.plan, tokens, self.buffers, order)
-
-    def _count(self, tokens: Tensor, keep: Tensor, order: Tensor) -> None:
-        """Count which tokens (S, C) of a block are left out for their norm."""
-        self.n_read += keep.numel()
-        left_out = torch.empty_like(keep)
-        left_out[order] = ~keep
-        left_out = left_out.view(tokens.shape)
-        if self.plan.recipe.data.prepend_bos:
-            left_out[:, 0] = False
-        self.outliers.update(tokens[left_out].tolist())
-
-    def outlier_note(self) -> str:
-        """What was left out for its norm, if it is more than a hundredth of the positions; else ""."""
-        n = self.outliers.total()
-        if n <= SHARE_WORTH_SAYING * self.n_read:
-            return ""
-        token, most = self.outliers.most_common(1)[0]
-        return (
-            f"left out as outliers of norm: {n / self.n_read:.1%} of the positions read ({n:,}; the most frequent is "
-            f"token {token}: {most:,}), by their norm at {self.plan.probe_site}; data.outlier_norm = 0 keeps them all"
-        )
 
     def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
         """Run the model over tokens (S, C); each position has its row of the block in `rows`.
@@ -364,6 +350,34 @@ def finite_positions(
     for site, x in activations.items():
         check_finite(site, x, keep)
     return keep
+
+
+class OutlierCount:
+    """Counts the positions that are left out for their norm, by token."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.n_read = 0
+        self.tokens: Counter[int] = Counter()
+
+    def add(self, tokens: Tensor, keep: Tensor) -> None:
+        """Count in tokens (S, C), of which those are kept that bool (S, C) says; BOS is not left out for its norm."""
+        left_out = ~keep
+        if self.plan.recipe.data.prepend_bos:
+            left_out[:, 0] = False
+        self.n_read += keep.numel()
+        self.tokens.update(tokens[left_out].tolist())
+
+    def left_out(self) -> LeftOut:
+        """What was left out so far."""
+        token, n_of_token = next(iter(self.tokens.most_common(1)), (None, 0))
+        return LeftOut(
+            site=str(self.plan.probe_site) if self.plan.probe_site else None,
+            n=self.tokens.total(),
+            n_read=self.n_read,
+            token=token,
+            n_of_token=n_of_token,
+        )
 
 
 def check_finite(site: Site, x: Tensor, keep: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Reads dictionaries of other tools, and writes ours for them: one file per format.
 
-    own  saelens  gemma_scope  sparsify  dictionary_learning  llamascopium  openai
+    own  saelens  gemma_scope  sparsify  dictionary_learning  llamascopium  openai  circuit_tracer
 
 To add a format, write a module as `Format` describes it, and list it in FORMATS. May import the
 ground, `sae` and `runs`.
@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Protocol
 
 from saerelay.errors import FormatError
-from saerelay.interop import dictionary_learning, gemma_scope, hub, llamascopium, openai, own, saelens, sparsify
+from saerelay.interop import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    hub,
+    llamascopium,
+    openai,
+    own,
+    saelens,
+    sparsify,
+)
 from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
@@ -43,10 +53,20 @@ class WritableFormat(Format, Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (own, saelens, gemma_scope, sparsify, dictionary_learning, llamascopium, openai)
+FORMATS: tuple[Format, ...] = (
+    own,
+    saelens,
+    gemma_scope,
+    sparsify,
+    dictionary_learning,
+    llamascopium,
+    openai,
+    circuit_tracer,
+)
 """All that are read, in the order in which they are tried."""
 
-_WRITABLE: tuple[WritableFormat, ...] = (own, saelens, sparsify, dictionary_learning)
+_WRITABLE: tuple[WritableFormat, ...] = (own, saelens, sparsify, dictionary_learning, circuit_tracer)
+_OF_TRANSCODERS = (own.NAME, circuit_tracer.NAME)
 
 WRITTEN = tuple(format.NAME for format in _WRITABLE)
 """Names of the formats that are written as well."""
@@ -152,6 +172,11 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
     """
     for writable in _WRITABLE:
         if writable.NAME == format:
+            if origin.site_out and format not in _OF_TRANSCODERS:
+                raise FormatError(
+                    f"{format} is written for SAEs, and this is a transcoder; formats of transcoders: "
+                    f"{', '.join(_OF_TRANSCODERS)}"
+                )
             writable.write(Path(path), dictionary, origin)
             return
     format_named(format)  # an error if it is unknown

@@ -22,7 +22,7 @@ from saerelay.site import ModuleKind, Site
 NAME = "gemma_scope"
 _FILES = ("params.npz", "params.safetensors")
 _SHAPES = {"w_enc": "DF", "b_enc": "F", "w_dec": "FD", "b_dec": "D", "threshold": "F"}
-_TRANSCODERS = ("transcoder", "transcoders", "clt")
+_SKIP = "affine_skip_connection"
 
 _MODULES: dict[str, ModuleKind] = {
     # at the end of a repository's name
@@ -33,6 +33,7 @@ _MODULES: dict[str, ModuleKind] = {
     "resid_post": "resid_post",
     "mlp_out": "mlp_out",
     "attn_out": "attn_z",
+    "transcoder": "mlp_in",
 }
 
 
@@ -45,17 +46,21 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     """The SAE of a directory such as gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71.
 
     Those in `embedding` read embeddings before Gemma multiplies them by √D; here they read the
-    residual stream before layer 0, which comes after that (so b_dec is multiplied as well). Raises
-    FormatError for transcoders, which read one place and write another.
+    residual stream before layer 0, which comes after that (so b_dec is multiplied as well). Those
+    in the folders `transcoder` and `transcoder_all` of Gemma Scope 2 are transcoders from an MLP's
+    input to its output, some with an affine skip connection. Raises FormatError for the first Gemma
+    Scope's transcoders, which read what no site gives, and for cross-layer transcoders.
     """
     file = _weights_file(path)
     config_file = file.with_name("config.json")
     config = read_config(config_file) if config_file.is_file() else {}
     kind = _kind(file)
     tensors = read_tensors(file)
-    _check_is_sae(file, kind, config, set(tensors))
+    origin = _origin(file, kind, config)
+    _check_is_readable(file, kind, config, origin, set(tensors))
 
-    w_enc, b_enc, w_dec, b_dec, threshold = take(file, tensors, _SHAPES)
+    shapes = _SHAPES | ({_SKIP: "DD"} if _SKIP in tensors else {})
+    w_enc, b_enc, w_dec, b_dec, threshold, *skip = take(file, tensors, shapes)
     dictionary = Dictionary(
         architecture="jumprelu",
         W_enc=w_enc.T,
@@ -63,9 +68,10 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
         W_dec=w_dec,
         b_dec=b_dec,
         threshold=threshold,
+        W_skip=skip[0].T.contiguous() if skip else None,
     )
     scale = 1 / math.sqrt(len(b_dec)) if "embedding" in file.parts else 1.0
-    return canonical(dictionary, scale=scale), _origin(file, kind, config)
+    return canonical(dictionary, scale=scale), origin
 
 
 def _weights_file(path: Path) -> Path:
@@ -78,18 +84,22 @@ def _weights_file(path: Path) -> Path:
     return path / "params.safetensors"
 
 
-def _check_is_sae(file: Path, kind: str, config: dict[str, Any], tensor_names: set[str]) -> None:
-    """Raise FormatError for transcoders and other relatives of SAEs."""
+def _check_is_readable(file: Path, kind: str, config: dict[str, Any], origin: Origin, tensor_names: set[str]) -> None:
+    """Raise FormatError for relatives of SAEs and transcoders, and for those between sites that are not known."""
     reads = config.get("hf_hook_point_in")
     writes = config.get("hf_hook_point_out")
-    unknown = sorted(tensor_names - _SHAPES.keys())
+    unknown = sorted(tensor_names - _SHAPES.keys() - {_SKIP})
     if unknown:
         reason = f"it has a tensor {unknown[0]}"
-    elif kind in _TRANSCODERS or (writes and writes != reads):
-        reason = f"it reads {reads or 'one place'} and writes {writes or kind}"
-    else:
+    elif kind == "transcoders":
+        reason = "it reads the MLP's input before the gains of its norm, and no site gives that"
+    elif kind == "clt":
+        reason = "it writes to several layers"
+    elif origin.site_out or not (kind == "transcoder" or _SKIP in tensor_names or (writes and writes != reads)):
         return
-    raise FormatError(f"{file}: is a transcoder or another relative of SAEs ({reason}); saerelay reads SAEs")
+    else:
+        reason = f"it reads {reads or 'one place'} and writes {writes or kind or 'another'}"
+    raise FormatError(f"{file}: is a transcoder or another relative of SAEs that saerelay cannot read ({reason})")
 
 
 def _kind(file: Path) -> str:
@@ -121,6 +131,7 @@ def _origin(file: Path, kind: str, config: dict[str, Any]) -> Origin:
     return Origin(
         model=_model(path, config),
         site=_site(file, kind, config),
+        site_out=_site_out(file, kind, config),
         context=1024,
         prepend_bos=True,
         l0=float(l0[1]) if l0 else None,
@@ -137,6 +148,15 @@ def _site(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
     if layer and kind in _MODULES:
         return Site(int(layer[1]), _MODULES[kind])
     return None
+
+
+def _site_out(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
+    """What a transcoder reconstructs; None for an SAE."""
+    site = _site(file, kind, config)
+    if kind == "transcoder" and site and site.module == "mlp_in":
+        return Site(site.layer, "mlp_out")
+    out = site_named(str(config.get("hf_hook_point_out", "")))
+    return out if out and out != site else None
 
 
 def _model(path: str, config: dict[str, Any]) -> str:

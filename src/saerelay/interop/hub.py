@@ -13,7 +13,7 @@ from saerelay.errors import FormatError, HubError
 from saerelay.hub import explain_hub
 
 _WEIGHTS = (".safetensors", ".npz", ".pt")
-_FETCHED = (*_WEIGHTS, ".json", ".md")
+_FETCHED = (*_WEIGHTS, ".json", ".yaml", ".md")
 """Endings of the files that are fetched: never code."""
 _TRAINING_STATE = re.compile(r"(optimizer|lr_scheduler|state|rank_\d+_state).*\.pt")
 

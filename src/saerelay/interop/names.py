@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
-from saerelay.module_names import MLPS, PROJECTIONS
+from saerelay.module_names import MLP_INPUTS, MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _HOOKS: dict[ModuleKind, str] = {
     "resid_post": "hook_resid_post",
     "resid_pre": "hook_resid_pre",
+    "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
     "attn_out": "hook_attn_out",
     "attn_z": "attn.hook_z",
@@ -18,6 +19,7 @@ _HOOKS: dict[ModuleKind, str] = {
 _MODULES: dict[ModuleKind, tuple[str, ...]] = {
     "resid_post": ("",),
     "resid_pre": ("input",),
+    "mlp_in": (*(f"{path}.input" for path in MLP_INPUTS), "pre_feedforward_layernorm"),
     "mlp_out": (*MLPS, "ffn", "feed_forward", "post_feedforward_layernorm"),
     "attn_out": (*PROJECTIONS, "attn", "self_attn", "attention", "self_attention"),
     "attn_z": tuple(f"{path}.input" for path in PROJECTIONS),

@@ -13,6 +13,8 @@ class Origin:
     model: str = ""
     """Hub id or name of the language model."""
     site: Site | None = None
+    site_out: Site | None = None
+    """What it reconstructs, if it is a transcoder."""
     module_path: str = ""
     """Path of the module whose output it reads, in the Hugging Face model: "gpt_neox.layers.3"."""
     context: int | None = None

@@ -11,7 +11,7 @@ from saerelay.site import Site
 NAME = "saerelay"
 
 _STATED = {"model", "layer", "module", "module_path", "context", "prepend_bos", "dataset", "l0"}
-_STATED |= {"schema", "architecture", "k", "d_model", "n_latents", "digests"}
+_STATED |= {"module_out", "d_out", "skip_connection", "schema", "architecture", "k", "d_model", "n_latents", "digests"}
 """Keys of dictionary.json that `Origin` and `Dictionary` hold; all others are provenance."""
 
 
@@ -26,6 +26,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     origin = Origin(
         model=info.model,
         site=Site(info.layer, info.module) if info.layer is not None else None,  # type: ignore[arg-type]
+        site_out=Site(info.layer, info.module_out) if info.layer is not None and info.module_out else None,
         module_path=info.module_path,
         context=info.context,
         prepend_bos=info.prepend_bos,
@@ -48,6 +49,7 @@ def as_info(origin: Origin) -> dict[str, Any]:
         **origin.provenance,
         "layer": site.layer if site else None,
         "module": site.module if site else None,
+        "module_out": origin.site_out.module if origin.site_out else None,
         "model": origin.model,
         "module_path": origin.module_path,
         "context": origin.context,

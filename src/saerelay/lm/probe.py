@@ -10,6 +10,7 @@ In shapes: B sequences, C positions, D width of the activations at a site.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,8 @@ from torch import nn
 
 from saerelay.errors import ModelError
 from saerelay.lm.graph import Place, Sum, ancestors
-from saerelay.lm.trial import TRIAL_SHAPE, Call, Record, trial
-from saerelay.module_names import MLPS, PROJECTIONS
+from saerelay.lm.trial import TRIAL_SHAPE, Call, Record, trial, with_constants
+from saerelay.module_names import MLP_INPUTS, MLPS, PROJECTIONS
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 Side = Literal["input", "output"]
@@ -71,13 +72,15 @@ def probe(model: Any, name: str) -> Anatomy:
 def probe_skeleton(model: Any, name: str) -> Anatomy:
     """`probe` of a model whose parameters are on the meta device; their dtype may change.
 
-    Some kernels want bfloat16, others float32. Raises what `probe` raises.
+    Some kernels want bfloat16, others float32. What does not run on the meta device, because it
+    asks for the values of tensors, runs on the CPU with one number for all weights. Raises what
+    `probe` raises.
     """
     model.eval()
-    try:
-        return probe(model.to(torch.bfloat16), name)
-    except ModelError:
-        return probe(model.float(), name)
+    for variant in (lambda: model.to(torch.bfloat16), lambda: model.float()):
+        with suppress(ModelError):
+            return probe(variant(), name)
+    return probe(with_constants(model), name)
 
 
 # --- which modules are the layers ----------------------------------------------------------------
@@ -128,12 +131,17 @@ def _n_links(record: Record, path: str, n: int) -> int | None:
     numbers = [call.number for call in calls]
     if not calls or numbers != sorted(numbers):
         return None
-    if any(call.made is None or len(call.made_shape) < 3 or call.made_shape[:2] != TRIAL_SHAPE for call in calls):
+    if any(call.made is None or not _is_of_tokens(call.made_shape) for call in calls):
         return None
     links = sum(1 for before, call in zip(calls, calls[1:], strict=False) if call.read == before.made)
     if links < len(calls) - 1:
         return None
     return links + 1
+
+
+def _is_of_tokens(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has one vector, or several, for each token: (B,C,D), (B,C,n,D) or (n,B,C,D)."""
+    return len(shape) in (3, 4) and TRIAL_SHAPE in (shape[:2], shape[-3:-1])
 
 
 # --- what can be read in a layer -----------------------------------------------------------------
@@ -194,7 +202,8 @@ def _stream_ports(call: Call) -> dict[ModuleKind, PortPlace | str]:
     )
     for kind, side, shape in sides:
         if len(shape) == 4:
-            found[kind] = f"{shape[2]} residual streams pass between the layers, not one vector for each token"
+            n = shape[2] if shape[:2] == TRIAL_SHAPE else shape[0]
+            found[kind] = f"{n} residual streams pass between the layers, not one vector for each token"
         elif shape[:-1] != TRIAL_SHAPE:
             found[kind] = "what passes between the layers is not one vector for each token"
         else:
@@ -207,7 +216,7 @@ def _inner_ports(record: Record, call: Call) -> dict[ModuleKind, PortPlace | str
     projection = _named(record, call.path, PROJECTIONS)
     mlps = [_named(record, call.path, [path]) for path in MLPS]
     added = _added(record, call, projection, [mlp for mlp in mlps if mlp])
-    return {"attn_z": _z_port(projection), **added}
+    return {"attn_z": _z_port(projection), "mlp_in": _mlp_port(_named(record, call.path, MLP_INPUTS)), **added}
 
 
 def _named(record: Record, layer: str, paths: Iterable[str]) -> Call | None:
@@ -224,6 +233,14 @@ def _z_port(projection: Call | None) -> PortPlace | str:
     if projection.read_shape[:-1] != TRIAL_SHAPE:
         return "attention's output projection does not read one vector for each token"
     return PortPlace(projection.path, "input", projection.read_shape[-1])
+
+
+def _mlp_port(mlp: Call | None) -> PortPlace | str:
+    if mlp is None:
+        return "the layer has no module that is known to be an MLP"
+    if mlp.read_shape[:-1] != TRIAL_SHAPE:
+        return "the MLP does not read one vector for each token"
+    return PortPlace(mlp.path, "input", mlp.read_shape[-1])
 
 
 def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]) -> dict[ModuleKind, PortPlace | str]:

@@ -5,7 +5,7 @@ On torch's meta device there are shapes, and the graph that autograd records, bu
 In shapes: B sequences, C positions, D width of the activations at a site.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -21,6 +21,9 @@ from saerelay.lm.graph import Place, place_of
 
 TRIAL_SHAPE = (2, 7)
 """B and C of the tokens that are tried: two numbers that differ, and that no width is likely to be."""
+
+_CONSTANT = 0.02
+"""Every weight of a model that stands for one whose weights are not at hand."""
 
 
 @dataclass(eq=False)
@@ -176,12 +179,34 @@ class _PlausibleValues(TorchDispatchMode):
 
 def without_weights(model: Any) -> Any:
     """A copy of a model on the meta device, which costs no memory and has none of its hooks."""
+    return _with_tensors(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def with_constants(model: Any) -> Any:
+    """A copy of a model on the CPU that costs next to no memory: every weight is the same number.
+
+    For models that do not run on the meta device: those that ask for the values of tensors, to
+    divide tokens among experts, say.
+    """
+
+    def constant(tensor: Tensor) -> Tensor:
+        value = _CONSTANT if tensor.is_floating_point() else 0
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        if isinstance(tensor, nn.Parameter):
+            return torch.full((), value, dtype=dtype).expand(tensor.shape)
+        return torch.full(tensor.shape, value, dtype=dtype)  # some models write into their buffers
+
+    return _with_tensors(model, constant)
+
+
+def _with_tensors(model: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a model with other parameters and buffers, and without its hooks."""
     stand_ins: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        stand_in = torch.empty_like(tensor, device="meta")
+        other = stand_in(tensor)
         if isinstance(tensor, nn.Parameter):
-            stand_in = nn.Parameter(stand_in, requires_grad=tensor.is_floating_point())
-        stand_ins[id(tensor)] = stand_in
+            other = nn.Parameter(other, requires_grad=tensor.is_floating_point())
+        stand_ins[id(tensor)] = other
     copy = deepcopy(model, stand_ins)
     for module in copy.modules():
         module._forward_hooks.clear()

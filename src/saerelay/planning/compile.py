@@ -7,12 +7,12 @@ from typing import Any
 from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
-from saerelay.planning.legs import Setting, settled_leg
+from saerelay.planning.legs import Setting, module_out_of, settled_leg, site_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import preset_legs
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import MethodOrAuto
+from saerelay.sae.spec import LegMethod
 from saerelay.site import Site
 from saerelay.spec import format_count
 
@@ -44,7 +44,9 @@ def compile_plan(
             "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
         )
     for spec in specs:
-        facts.check_site(Site(spec.layer, spec.module or recipe.sites.module))
+        site = site_of(spec, recipe)
+        facts.check_site(site)
+        facts.check_site(Site(site.layer, module_out_of(spec, recipe) or site.module))
     setting = Setting(
         recipe=recipe,
         facts=facts,
@@ -71,7 +73,7 @@ def compile_plan(
         lm_batch_tokens=finished.lm_batch_tokens if finished else lm_batch(facts),
         legs=legs,
         externals=externals or {},
-        probe=finished.probe if finished else _probe_layer(recipe, legs),
+        probe=finished.probe if finished else _probe_layer(recipe, facts),
     )
     _check_length(plan)
     _check_widths(plan)
@@ -114,12 +116,21 @@ def _with_roots_of(recipe: Recipe, finished: Plan) -> Recipe:
     return recipe.changed(plan=plan)
 
 
-def _probe_layer(recipe: Recipe, legs: Sequence[Leg]) -> int | None:
-    """The middle one of the layers that are read."""
+def _probe_layer(recipe: Recipe, facts: ModelFacts) -> int | None:
+    """The layer in the middle of the model: the same positions are left out whichever layers are read.
+
+    Where that one cannot be read, the nearest one that can.
+    """
     if not recipe.data.outlier_norm:
         return None
-    sites = sorted({leg.site for leg in legs})
-    return sites[len(sites) // 2].layer
+    module = recipe.sites.module
+    readable = [layer for layer in range(facts.n_layers) if str(Site(layer, module)) not in facts.sites.refusals]
+    if not readable:
+        raise PlanError(
+            f"no layer of {facts.name} has {module} (sites.module), at which outliers of norm are looked for; set "
+            "sites.module to what the model has, or data.outlier_norm = 0"
+        )
+    return min(readable, key=lambda layer: abs(layer - facts.n_layers // 2))
 
 
 def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
@@ -196,7 +207,7 @@ def _check_widths(plan: Plan) -> None:
             _check_width(plan, leg, leg.hop.method)
 
 
-def _check_width(plan: Plan, leg: Leg, method: MethodOrAuto) -> None:
+def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
     width = plan.facts.width(leg.site)
     external = plan.externals.get(leg.parent)
     source_width = external.d_model if external else plan.facts.width(plan.parent_site(leg))
@@ -210,7 +221,7 @@ def _check_width(plan: Plan, leg: Leg, method: MethodOrAuto) -> None:
             f"leg {leg.id}: its parent {leg.parent} is of layer {external.layer}, and {plan.facts.name} has layers "
             f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
         )
-    if method != "identity" and leg.moment_tokens <= 2 * width:
+    if method not in ("identity", "random") and leg.moment_tokens <= 2 * width:
         raise PlanError(
             f"leg {leg.id}: method {method} fits a {width}-dimensional map on {leg.moment_tokens} tokens; "
             f"raise plan.moment_tokens above {2 * width}"

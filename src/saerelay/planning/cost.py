@@ -60,7 +60,9 @@ def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
 def parameters(leg: Leg, facts: ModelFacts) -> int:
     """Parameters of a leg's dictionary."""
     width = facts.width(leg.site)
-    return leg.dictionary.n_latents * (2 * width + 1) + width
+    width_out = facts.width(leg.site_out)
+    skip = width * width_out if leg.dictionary.skip_connection else 0
+    return leg.dictionary.n_latents * (width + width_out + 1) + width_out + skip
 
 
 def state_bytes(leg: Leg, facts: ModelFacts) -> float:

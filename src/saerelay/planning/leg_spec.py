@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from saerelay.sae.architectures import architecture_named
-from saerelay.sae.spec import MethodOrAuto
+from saerelay.sae.spec import LegMethod
 from saerelay.site import ModuleKind
 from saerelay.spec import Count, OrAuto, Spec, parse_count
 
@@ -21,7 +21,8 @@ ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]
 LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
 """The id of a leg: safe as the name of a directory."""
 Rate = Annotated[float, Field(gt=0, lt=1)]
-ControlKind = Literal["equal_tokens", "full"]
+ControlKind = Literal["equal_tokens", "full", "random"]
+"""From scratch with as many tokens, from scratch with the full budget, or random and refitted like a hop's."""
 
 
 def tokens_of(value: float, budget: int) -> int:
@@ -43,7 +44,7 @@ class LegHop(Spec):
     tool's files) or `hf://user/repo[@revision][/path]`."""
     fork_at: ShareOrCount = 1.0
     """The parent's age at which this leg starts from it: a share of its tokens or a count."""
-    method: MethodOrAuto | None = None
+    method: LegMethod | None = None
     refit: bool | None = None
 
 
@@ -99,6 +100,8 @@ class LegSpec(Spec):
     id: LegId
     layer: int
     module: ModuleKind | None = None
+    module_out: ModuleKind | Literal[""] | None = None
+    """What a transcoder reconstructs. A leg that names neither this nor its module has both from the recipe."""
     tokens: Count = Field(ge=0)
     """Training tokens; 0 leaves a transfer untrained (but refitted, if it is to be)."""
     seed: int | None = Field(default=None, ge=0)

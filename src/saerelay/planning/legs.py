@@ -10,7 +10,7 @@ from saerelay.planning.leg_spec import LegSpec, tokens_of
 from saerelay.planning.plan import COPY_RATE, Control, External, Goal, Hop, Leg, Role, Schedule
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import SizedDictionarySpec
-from saerelay.site import Site
+from saerelay.site import ModuleKind, Site
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Setting:
 def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     """A leg with all its choices made, but not yet placed on the axis; `legs` are those compiled before it."""
     recipe = setting.recipe
-    site = Site(spec.layer, spec.module or recipe.sites.module)
+    site = site_of(spec, recipe)
+    module_out = module_out_of(spec, recipe)
     by_id = {leg.id: leg for leg in legs}
     parent = by_id.get(spec.parent)
     external = setting.externals.get(spec.parent)
@@ -37,20 +38,51 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     budget = _settled_budget(spec, setting, by_id)
     if not budget and not hop:
         raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
-    parent_site = parent.site if parent else external.site if external else None
+    source = parent or external
+    if source and source.module_out != module_out:
+        raise PlanError(
+            f"leg {spec.id} {_what(site.module, module_out)}, and its parent {spec.parent} "
+            f"{_what(source.module, source.module_out)}; set module and module_out to those of the parent"
+        )
+    dictionary = _settled_dictionary(spec, setting, parent, external)
+    if dictionary.skip_connection and not module_out:
+        raise PlanError(
+            f"leg {spec.id}: dictionary.skip_connection belongs to transcoders, and this SAE reconstructs what it "
+            'reads; set sites.module = "mlp_in" and sites.module_out = "mlp_out", or leave it out'
+        )
+    parent_site = source.site if source else None
     role: Role = "transfer" if hop else "root"
     return Leg(
         id=spec.id,
         role="control" if spec.control else role,
         layer=site.layer,
         module=site.module,
-        dictionary=_settled_dictionary(spec, setting, parent, external),
+        module_out=module_out,
+        dictionary=dictionary,
         seed=recipe.train.seed if spec.seed is None else spec.seed,
         schedule=_settled_schedule(spec, setting, hop, budget, at_home=site == parent_site),
         hop=hop,
         control=Control.model_validate(spec.control.model_dump()) if spec.control else None,
         goal=Goal.model_validate(spec.goal.model_dump()),
     )
+
+
+def site_of(spec: LegSpec, recipe: Recipe) -> Site:
+    """Where a leg reads."""
+    return Site(spec.layer, spec.module or recipe.sites.module)
+
+
+def module_out_of(spec: LegSpec, recipe: Recipe) -> ModuleKind | None:
+    """What a leg reconstructs, if it is a transcoder: what it says itself, or, if it names no module, the recipe."""
+    module_out = spec.module_out
+    if module_out is None and spec.module is None:
+        module_out = recipe.sites.module_out
+    site = site_of(spec, recipe)
+    return module_out if module_out and module_out != site.module else None
+
+
+def _what(module: ModuleKind, module_out: ModuleKind | None) -> str:
+    return f"is a transcoder from {module} to {module_out}" if module_out else f"is an SAE of {module}"
 
 
 def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
@@ -62,7 +94,9 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
     return Hop(
         parent=spec.hop.parent,
         method=method,
-        moment_tokens=0 if method == "identity" else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
+        moment_tokens=0
+        if method in ("identity", "random")
+        else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
         refit_tokens=min(defaults.refit_tokens, setting.block_tokens) if refit else 0,
     )
 
@@ -71,7 +105,7 @@ def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -
     """Training tokens, in whole batches; an equal-tokens control gets all tokens that its transfer looks at."""
     batch = _batch_tokens(spec, setting.recipe)
     tokens = spec.tokens
-    if spec.control and not tokens:
+    if spec.control and not spec.hop and not tokens:
         transfer = by_id[spec.control.control_of]
         tokens = transfer.moment_tokens + transfer.budget_tokens
     return batch * math.ceil(tokens / batch)
@@ -97,7 +131,7 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
 
     # After a hop the map says how much there is to learn, and at home the check of the refit does. A plain copy to
     # another site has neither: it gets a fixed share of the rate from scratch.
-    width = setting.facts.width(Site(spec.layer, spec.module or recipe.sites.module))
+    width = setting.facts.width(site_of(spec, recipe))
     by_map = hop is not None and given == "auto" and (hop.method != "identity" or at_home)
     if given == "auto":
         lr = auto_lr(width, budget, batch)
@@ -124,7 +158,7 @@ def _settled_dictionary(
     spec: LegSpec, setting: Setting, parent: Leg | None, external: External | None
 ) -> SizedDictionarySpec:
     """What a leg's dictionary looks like: as its parent's, or the recipe's, but for what it asks to be changed."""
-    width = setting.facts.width(Site(spec.layer, spec.module or setting.recipe.sites.module))
+    width = setting.facts.width(site_of(spec, setting.recipe))
     inherited = parent.dictionary if parent else setting.recipe.dictionary.sized(width)
     n_latents = inherited.n_latents
     architecture = inherited.architecture
@@ -133,6 +167,7 @@ def _settled_dictionary(
         n_latents = external.n_latents
         architecture = external.architecture
         l0 = external.k or external.l0 or l0
+        inherited = inherited.changed(skip_connection=external.skip_connection)
 
     changes = spec.dictionary
     dictionary = inherited.with_architecture(changes.architecture or architecture)

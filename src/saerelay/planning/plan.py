@@ -22,7 +22,7 @@ from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import ControlKind, LegId
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import MethodOrAuto, SizedDictionarySpec
+from saerelay.sae.spec import LegMethod, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import Spec
 
@@ -40,10 +40,13 @@ class External(Spec):
 
     layer: int
     module: ModuleKind
+    module_out: ModuleKind | None = None
+    """What it reconstructs, if it is a transcoder."""
     architecture: str
     n_latents: int
     d_model: int
     k: int | None
+    skip_connection: bool = False
     l0: float | None = None
     """Mean number of active latents, where its files say."""
     model: str = ""
@@ -56,13 +59,18 @@ class External(Spec):
         """Where it reads."""
         return Site(self.layer, self.module)
 
+    @property
+    def site_out(self) -> Site:
+        """What it reconstructs."""
+        return Site(self.layer, self.module_out or self.module)
+
 
 class Hop(Spec):
     """How a leg begins from its parent."""
 
     parent: str
     """Id of a leg of this plan, or a dictionary outside it, as the recipe names it."""
-    method: MethodOrAuto
+    method: LegMethod
     """With "auto" several are tried when the hop is due, and the best on held-out rows is taken."""
     fork_at_tokens: int = 0
     """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
@@ -119,6 +127,8 @@ class Leg(Spec):
     """A leg that continues another has that one's role, though it has a parent."""
     layer: int
     module: ModuleKind
+    module_out: ModuleKind | None = Field(default=None, exclude_if=lambda given: given is None)
+    """What it reconstructs, if it is a transcoder."""
     dictionary: SizedDictionarySpec
     seed: int
     schedule: Schedule
@@ -134,12 +144,26 @@ class Leg(Spec):
         return Site(self.layer, self.module)
 
     @property
+    def site_out(self) -> Site:
+        """What it reconstructs: what it reads, unless it is a transcoder."""
+        return self.out_at(self.site)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reconstructs something else than it reads."""
+        return self.module_out is not None
+
+    def out_at(self, site: Site) -> Site:
+        """What its dictionary would reconstruct if it read at a site."""
+        return Site(site.layer, self.module_out) if self.module_out else site
+
+    @property
     def parent(self) -> str:
         """What it is transferred from; "" for a leg from scratch."""
         return self.hop.parent if self.hop else ""
 
     @property
-    def method(self) -> MethodOrAuto | None:
+    def method(self) -> LegMethod | None:
         """How; None for a leg from scratch."""
         return self.hop.method if self.hop else None
 
@@ -196,7 +220,7 @@ class Plan(Document):
     externals: dict[str, External] = {}
     """Parents outside this plan, by the name that the recipe gives them."""
     probe: int | None
-    """Layer at which outlier norms are looked for, whichever sites are open; None if they are kept."""
+    """Layer at which outlier norms are looked for, whichever sites are open; None if none are left out."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Plan":
@@ -224,23 +248,26 @@ class Plan(Document):
 
     @property
     def sites(self) -> list[Site]:
-        """All sites, in order."""
-        return sorted({leg.site for leg in self.legs})
+        """All sites, in order: what is read, and what transcoders reconstruct."""
+        return sorted({site for leg in self.legs for site in (leg.site, leg.site_out)})
 
     @property
     def probe_site(self) -> Site | None:
-        """Where outlier norms are looked for."""
-        return None if self.probe is None else Site(self.probe, self.recipe.sites.module)
+        """Where outlier norms are looked for: for transcoders in what they reconstruct, which no norm evens out."""
+        return None if self.probe is None else Site(self.probe, self.recipe.sites.written)
 
     def open_sites(self, start: int, stop: int, ended: Container[str] = ()) -> list[Site]:
         """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop.
 
         Legs that `ended` before their budget was spent need nothing.
         """
-        sites = {leg.site for leg in self.legs if leg.start < stop and start < leg.end and leg.id not in ended}
+        sites: set[Site] = set()
         for leg in self.legs:
+            if leg.start < stop and start < leg.end and leg.id not in ended:
+                sites |= {leg.site, leg.site_out}
             if leg.moment_tokens and leg.start < stop and start < leg.fold_at:
-                sites.add(self.parent_site(leg))
+                source = self.parent_site(leg)
+                sites |= {source, leg.out_at(source)}
         return self.with_probe(sites) if sites else []
 
     def stretches(self) -> Iterator[tuple[int, list[Site]]]:

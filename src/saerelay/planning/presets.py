@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from saerelay.errors import PlanError
-from saerelay.planning.leg_spec import LegControl, LegHop, LegSpec
+from saerelay.planning.leg_spec import ControlKind, LegControl, LegHop, LegSpec
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 
@@ -44,30 +44,39 @@ def preset_legs(recipe: Recipe, layers: Sequence[int]) -> list[LegSpec]:
     return legs
 
 
+_CONTROL_NAMES: dict[ControlKind, str] = {"equal_tokens": "scratch-equal", "full": "scratch-full", "random": "random"}
+
+
 def _name(recipe: Recipe, layer: int) -> str:
-    return str(Site(layer, recipe.sites.module))
+    sites = recipe.sites
+    if (sites.module, sites.module_out) == ("mlp_in", "mlp_out"):
+        return f"L{layer}.transcoder"
+    site = str(Site(layer, sites.module))
+    return f"{site}-to-{sites.module_out}" if sites.module_out not in ("", sites.module) else site
 
 
 def control_legs(recipe: Recipe, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
-    """The from-scratch controls of a layer that is reached by transfers: with equal tokens, and the full budget."""
+    """The controls of a layer that is reached by transfers, of the kinds that the plan asks for."""
     if not transfers:
         raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")
-    name = _name(recipe, layer)
-    transfer = transfers[0].id
-    return [
-        LegSpec(
-            id=f"{name}-scratch-equal",
-            layer=layer,
-            tokens=0,  # settled when the plan is compiled
-            control=LegControl(control_of=transfer, control_kind="equal_tokens"),
-        ),
-        LegSpec(
-            id=f"{name}-scratch-full",
-            layer=layer,
-            tokens=recipe.plan.root_tokens,
-            control=LegControl(control_of=transfer, control_kind="full"),
-        ),
-    ]
+    transfer = transfers[0]
+    legs = []
+    for kind in recipe.plan.control_kinds:
+        tokens = recipe.plan.root_tokens if kind == "full" else 0  # equal tokens are settled when it is compiled
+        hop = None
+        if kind == "random":
+            assert transfer.hop
+            hop = transfer.hop.changed(method="random", refit=True)
+        legs.append(
+            LegSpec(
+                id=f"{_name(recipe, layer)}-{_CONTROL_NAMES[kind]}",
+                layer=layer,
+                tokens=tokens,
+                hop=hop,
+                control=LegControl(control_of=transfer.id, control_kind=kind),
+            )
+        )
+    return legs
 
 
 # --- who is transferred from whom ---------------------------------------------------------------------------------

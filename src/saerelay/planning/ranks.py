@@ -54,9 +54,10 @@ def needed_sites(
     needed: list[set[Site]] = [set() for _ in range(n_ranks)]
     for leg in plan.legs:
         if leg.start < stop and first < leg.end:
-            needed[owner[leg.id]].add(leg.site)
+            needed[owner[leg.id]] |= {leg.site, leg.site_out}
             if leg.moment_tokens and first < leg.fold_at:
-                needed[owner[leg.id]].add(plan.parent_site(leg))
+                source = plan.parent_site(leg)
+                needed[owner[leg.id]] |= {source, leg.out_at(source)}
     if plan.probe_site:
         needed[prober(needed, plan.probe_site)].add(plan.probe_site)
     return [sorted(sites & set(open_sites)) for sites in needed]
@@ -168,7 +169,7 @@ def _work(
     plan: Plan, owner: Mapping[str, int], n_ranks: int, speeds: Speeds, cursor: int, sites: Sequence[Site]
 ) -> tuple[float, list[float]]:
     """Seconds per token at a place of the axis: of the language model, and of each rank's legs."""
-    lm = speeds.lm * (sites[-1].layer + 1) / (plan.sites[-1].layer + 1)
+    lm = speeds.lm * (sites[-1].layer + 1) / (plan.with_probe(plan.sites)[-1].layer + 1)
     busy = [0.0] * n_ranks
     for leg in plan.legs:
         if leg.fold_at <= cursor < leg.end:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from saerelay.planning.leg_spec import LegSpec, Rate, ShareOrCount
+from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import ModuleKind
 from saerelay.spec import Auto, Count, OrAuto, Spec, parse_count
@@ -56,7 +56,18 @@ class SitesSpec(Spec):
     """Which activations get an SAE."""
 
     layers: Literal["all"] | list[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
-    module: ModuleKind = Field(default="resid_post", description="resid_post, resid_pre, mlp_out, attn_out or attn_z")
+    module: ModuleKind = Field(
+        default="resid_post", description="resid_post, resid_pre, mlp_in, mlp_out, attn_out or attn_z"
+    )
+    module_out: ModuleKind | Literal[""] = Field(
+        default="",
+        description='what is reconstructed, if not what is read: "mlp_out", with module = "mlp_in", makes transcoders',
+    )
+
+    @property
+    def written(self) -> ModuleKind:
+        """What is reconstructed."""
+        return self.module_out or self.module
 
 
 class DatasetSpec(Spec):
@@ -85,7 +96,8 @@ class DataSpec(Spec):
     outlier_norm: float = Field(
         default=10.0,
         ge=0,
-        description="leave out positions whose norm exceeds this multiple of the median; 0 keeps all",
+        description="leave out positions whose norm at the model's middle layer exceeds this multiple of the median; "
+        "0 keeps all",
     )
     cache: str = Field(
         default="",
@@ -174,7 +186,11 @@ class PlanSpec(Spec):
     transfer_tokens: Count = Field(default=250_000, ge=0, description="training tokens of a transfer; 0 is zero-shot")
     hop: HopSpec = HopSpec()
     controls: list[int] = Field(
-        default=[], description="layers that also get from-scratch controls (equal tokens, and full)"
+        default=[], description="layers that also get controls: from scratch (equal tokens, and full), for comparison"
+    )
+    control_kinds: list[ControlKind] = Field(
+        default=["equal_tokens", "full"],
+        description="which controls: equal_tokens, full, random (a random dictionary, refitted as after a hop)",
     )
     legs: list[LegSpec] = Field(
         default=[], description="[[plan.legs]]: a plan written leg by leg, instead of a preset; see docs/plans.md"

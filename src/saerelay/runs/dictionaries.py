@@ -29,6 +29,10 @@ def publish(directory: Path, dictionary: Dictionary, info: Mapping[str, Any]) ->
         "n_latents": dictionary.n_latents,
         "digests": digests(tensors),
     }
+    if dictionary.d_out != dictionary.d_model:
+        shape["d_out"] = dictionary.d_out
+    if dictionary.W_skip is not None:
+        shape["skip_connection"] = True
     document = DictionaryInfo.from_data({**info, **shape}, source=str(directory))
     document.save(directory / "dictionary.json")
 
@@ -65,11 +69,14 @@ def _check_header(info: DictionaryInfo, path: Path) -> None:
     """Refuse what is no dictionary of ours before any tensor is read: kind, k, names, dtypes, shapes."""
     F = info.n_latents
     D = info.d_model
+    D_out = info.d_out or D
     with damage_named(path.parent / "dictionary.json", _REMEDY):
         kind = architecture_named(info.architecture)
     if kind.l0_key == "k" and info.k is None or info.k is not None and not 1 <= info.k <= F:
         raise RunDirectoryError(f"{path.parent}: k is {info.k}, expected a whole number from 1 to {F}")
-    expected = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
+    expected = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, D_out), "b_dec": (D_out,), "threshold": (F,)}
+    if info.skip_connection:
+        expected["W_skip"] = (D_out, D)
     found = read_shapes(path, _REMEDY)
     unknown = sorted(found.keys() - expected.keys())
     if unknown:

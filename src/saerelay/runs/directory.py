@@ -65,6 +65,11 @@ class RunDirectory:
         return self.state / "model.json"
 
     @property
+    def told(self) -> Path:
+        """What loggers were told of, so that nothing is told twice after a kill."""
+        return self.state / "told.jsonl"
+
+    @property
     def resume_command(self) -> str:
         """The command that continues the run, to be pasted into a shell."""
         return f"saerelay train {quote(str(self.recipe))} --out {quote(str(self.root))} --resume"
@@ -79,7 +84,11 @@ class RunDirectory:
 
     def ages(self, leg: Leg) -> list[int]:
         """Ages of a leg's published snapshots."""
-        return [age for age in leg.schedule.snapshots if self.snapshot(leg.id, age).is_dir()]
+        published = []
+        for age in leg.schedule.snapshots:
+            if (self.snapshot(leg.id, age) / "dictionary.json").is_file():
+                published.append(age)
+        return published
 
     def evaluation(self, leg_id: str) -> Path:
         """The quality of a leg."""

@@ -1,6 +1,7 @@
 """A finished run: its published dictionaries, and the one answer to how its legs relate to one another."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from saerelay.errors import RunDirectoryError
@@ -62,6 +63,8 @@ class PublishedSuite:
         method = self.method(leg)
         if not leg.parent:
             return "from scratch"
+        if method == "random":
+            return "random dictionary, refitted"
         if method == "scratch":
             return f"from scratch: no map from {leg.parent} helped"
         return f"{method_of(leg, method)} from {leg.parent}"
@@ -82,7 +85,8 @@ class PublishedSuite:
         counterparts = []
         for other in self.legs:
             is_root = other.role == "root" and not other.parent and other.site == leg.site
-            if other.control_of == leg.id or is_root:
+            is_control = other.control_of == leg.id and other.control_kind != "random"
+            if is_control or is_root:
                 counterparts.append(other)
         return counterparts
 
@@ -101,7 +105,8 @@ class PublishedSuite:
         return max(lower, key=lambda other: other.layer, default=None)
 
     def _same_module(self, leg: Leg) -> list[Leg]:
-        return [other for other in self.one_per_site if other.module == leg.module]
+        kind = (leg.module, leg.module_out)
+        return [other for other in self.one_per_site if (other.module, other.module_out) == kind]
 
     # --- one of them ------------------------------------------------------------------------------------------------
 
@@ -127,6 +132,23 @@ class PublishedSuite:
             return self.leg_at(Site(int(name), self.plan.recipe.sites.module))
         names = ", ".join(published) or "none"
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; the published legs are: {names}')
+
+    def digest(self, legs: Iterable[Leg], *, snapshots: bool = False) -> str:
+        """A digest of some legs' dictionaries, and of their snapshots; "" if their files are old and have no digests.
+
+        What was measured of other dictionaries is out of date.
+        """
+        found: list[object] = []
+        for leg in legs:
+            places = [self.directory.leg(leg.id)]
+            if snapshots:
+                places += [self.directory.snapshot(leg.id, age) for age in self.directory.ages(leg)]
+            for place in places:
+                info = read_info(place)
+                if info.digests:
+                    name = str(place.relative_to(self.directory.root))
+                    found.append((name, info.architecture, info.k, sorted(info.digests.items())))
+        return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest() if found else ""
 
     def info(self, leg: Leg) -> DictionaryInfo:
         """What is known about a leg's dictionary: tokens, time, L0."""

@@ -4,6 +4,10 @@ Shapes: B tokens, D model width, F latents. One row per latent: W_enc (F, D), b_
 threshold (F). Canonical form acts on raw activations, with no normalisation factor and no pre-encoder bias:
 
     pre = x W_encᵀ + b_enc        z = activation(pre)        x_hat = z W_dec + b_dec
+
+A transcoder (Dunefsky et al. 2024) is the same object: it reads x and reconstructs y, what the model makes of x
+elsewhere, such as an MLP's output from its input. Then rows of W_dec and b_dec have y's width, and there may be a skip
+connection W_skip (Dy, D), an affine path beside the latents (Paulo et al. 2025): y_hat = z W_dec + b_dec + x W_skipᵀ.
 """
 
 from dataclasses import dataclass, replace
@@ -12,14 +16,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from saerelay.errors import TransferError
 from saerelay.sae.architectures import Architecture, architecture_named
 
-PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+LATENT_PARAMETERS = ("W_enc", "b_enc", "W_dec", "threshold")
+"""Parameters with an entry for each latent."""
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Dictionary:
-    """A sparse autoencoder in canonical form.
+    """A sparse autoencoder, or a transcoder, in canonical form.
 
     >>> sae = Dictionary(architecture="topk", k=2, W_enc=torch.eye(4), b_enc=torch.zeros(4),
     ...                  W_dec=torch.eye(4), b_dec=torch.zeros(4))
@@ -38,6 +45,8 @@ class Dictionary:
     b_dec: Tensor
     threshold: Tensor | None = None
     k: int | None = None
+    W_skip: Tensor | None = None
+    """(Dy, D): the skip connection of a transcoder."""
 
     @cached_property
     def activation(self) -> Architecture:
@@ -51,8 +60,13 @@ class Dictionary:
 
     @property
     def d_model(self) -> int:
-        """Width D of the activations."""
+        """Width D of the activations that it reads."""
         return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it reconstructs: for an SAE that of what it reads."""
+        return self.W_dec.shape[1]
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Pre-activations (..., F) of activations x (..., D)."""
@@ -62,13 +76,18 @@ class Dictionary:
         """Codes z (..., F) of activations x (..., D): non-negative, mostly zero."""
         return self.activation.activate(self.pre_activations(x), self.threshold)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Reconstruction x_hat (..., D) of codes z (..., F)."""
-        return z @ self.W_dec + self.b_dec
+    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reconstruction (..., Dy) of codes z (..., F); a skip connection also needs the activations x (..., D)."""
+        x_hat = z @ self.W_dec + self.b_dec
+        if self.W_skip is None:
+            return x_hat
+        if x is None:
+            raise TransferError("this transcoder has a skip connection: decode(z, x) also needs what it read")
+        return x_hat + x @ self.W_skip.T
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Reconstruct activations x (..., D)."""
-        return self.decode(self.encode(x))
+        """Reconstruct activations x (..., D), or what a transcoder makes of them (..., Dy)."""
+        return self.decode(self.encode(x), x)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name."""

@@ -1,10 +1,13 @@
 """A fresh dictionary, to be trained from scratch."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from saerelay.sae.architectures.architecture import with_common_threshold
 from saerelay.sae.dictionary import Dictionary, scale_latents
+from saerelay.sae.refit import affine_part
 from saerelay.sae.spec import SizedDictionarySpec
 
 INITIAL_ROWS = 1_024
@@ -12,12 +15,55 @@ INITIAL_ROWS = 1_024
 
 
 @torch.no_grad()
-def initialise(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator) -> Dictionary:
+def initialise(
+    spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator, target: Tensor | None = None
+) -> Dictionary:
     """A fresh dictionary in training units: random unit decoder rows, encoder tied to them at the best common scale.
 
-    `x` (B, D) are activations in training units; the scale α minimises ‖x − α x_hat‖² in closed form, and thresholds
-    start where L0 is what is asked for.
+    `x` (B, D) are activations in training units, of which the first INITIAL_ROWS are looked at; the scale α minimises
+    ‖x − α x_hat‖² in closed form, and thresholds start where L0 is what is asked for. A transcoder, which reconstructs
+    `target` (B, Dy), has no encoder to tie: see `_aimed`.
     """
+    if target is not None:
+        return _aimed(spec, x, generator, target)
+    x = x[:INITIAL_ROWS]
+    dictionary = _untrained(spec, x, generator)
+    x_hat = dictionary(x)
+    scale = ((x * x_hat).sum() / (x_hat * x_hat).sum()).clamp(min=1e-3)
+    return scale_latents(dictionary, scale.expand(spec.n_latents))
+
+
+def _aimed(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator, target: Tensor) -> Dictionary:
+    """A fresh transcoder: random encoder rows, and as each decoder row what the target is like where they fire.
+
+    A skip connection is the ridge regression of the target on x, on all rows given, and rows aim at what it leaves.
+    """
+    W_skip = None
+    b_dec = torch.zeros_like(target[0])
+    if spec.skip_connection:
+        W_skip, b_dec = affine_part(x, target)
+    x = x[:INITIAL_ROWS]
+    residual = target[:INITIAL_ROWS] - b_dec
+    if W_skip is not None:
+        residual = residual - x @ W_skip.T
+    dictionary = _untrained(spec, x, generator)
+    z = dictionary.encode(x)
+
+    # A latent that fires on none of these rows gets the residual of one of them.
+    rows = z.T @ residual
+    silent = rows.norm(dim=1) == 0
+    drawn = torch.randint(len(x), (spec.n_latents,), generator=generator).to(x.device)
+    rows = torch.where(silent[:, None], residual[drawn], rows)
+    W_dec = torch.nn.functional.normalize(rows, dim=1)
+
+    r_hat = z @ W_dec
+    scale = ((residual * r_hat).sum() / (r_hat * r_hat).sum()).clamp(min=1e-3)
+    aimed = replace(dictionary, W_dec=W_dec, b_dec=b_dec, W_skip=W_skip)
+    return scale_latents(aimed, scale.expand(spec.n_latents))
+
+
+def _untrained(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator) -> Dictionary:
+    """Random unit rows as encoder and decoder, at the L0 that is asked for on x (B, D)."""
     activation = spec.activation
     rows = torch.randn(spec.n_latents, x.shape[1], generator=generator, dtype=torch.float32).to(x)
     W_dec = torch.nn.functional.normalize(rows, dim=1)
@@ -32,6 +78,4 @@ def initialise(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator)
     if activation.has_threshold:
         assert activation.l0 is not None
         dictionary = with_common_threshold(dictionary, x, activation.l0)
-    x_hat = dictionary(x)
-    scale = ((x * x_hat).sum() / (x_hat * x_hat).sum()).clamp(min=1e-3)
-    return scale_latents(dictionary, scale.expand(spec.n_latents))
+    return dictionary

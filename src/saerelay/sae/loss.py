@@ -29,7 +29,10 @@ class Loss(NamedTuple):
 
 
 def error_divisor(spec: AnyDictionarySpec, x: Tensor) -> float:
-    """What Σ‖x − x_hat‖² is divided by in the loss: B·D in normalised units (so that it is close to FVU), else B."""
+    """What Σ‖x − x_hat‖² is divided by in the loss: B·D in normalised units (so that it is close to FVU), else B.
+
+    `x` is what is reconstructed.
+    """
     return float(x.numel() if spec.normalise else x.shape[0])
 
 
@@ -38,19 +41,22 @@ def training_loss(
     dictionary: Dictionary,
     x: Tensor,
     *,
+    target: Tensor | None = None,
     dead: Tensor | None = None,
     warmth: float | Tensor = 1.0,
 ) -> Loss:
     """The training loss on x (B, D) in training units, differentiable by autograd.
 
+    `target` (B, Dy) is what a transcoder reconstructs, if that is not x.
     The squared error, plus the architecture's penalty at a share `warmth` in [0, 1] of its weight (its warm-up), plus
     AuxK on the latents marked in `dead` (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
     """
     activation = spec.activation
-    divisor = error_divisor(spec, x)
+    y = x if target is None else target
+    divisor = error_divisor(spec, y)
     pre = dictionary.pre_activations(x)
     z = activation.training_codes(pre, dictionary.threshold)
-    residual = x - dictionary.decode(z)
+    residual = y - dictionary.decode(z, x)
     error = residual.square().sum()
     total = error / divisor
     penalty = activation.training_penalty(pre, z, dictionary.threshold, divisor)

@@ -47,6 +47,27 @@ class AffineMap:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class PairedMoments:
+    """What a transcoder's two maps are fitted on: the moments of what it reads, and of what it reconstructs."""
+
+    inputs: Moments
+    outputs: Moments
+
+    @property
+    def n_source(self) -> int:
+        """Width of what it reads at the source."""
+        return self.inputs.n_source
+
+
+AnyMoments = Moments | PairedMoments
+
+
+def crossed(inputs: AffineMap, outputs: AffineMap) -> AffineMap:
+    """The map that a transcoder is folded through: B and b of what it reads, A and c of what it reconstructs."""
+    return AffineMap(outputs.A, outputs.c, inputs.B, inputs.b)
+
+
 def identity(width: int) -> AffineMap:
     """The plain copy of Ghilardi et al. 2024: A = B = I, c = b = 0."""
     eye = torch.eye(width, dtype=torch.float64)
@@ -82,8 +103,13 @@ def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
     return _through_means(moments, A, B)
 
 
-def unexplained(moments: Moments, ridge: float = RIDGE, balance: Balance = "auto") -> float:
-    """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1, balanced."""
+def unexplained(moments: AnyMoments, ridge: float = RIDGE, balance: Balance = "auto") -> float:
+    """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1, balanced.
+
+    Of a transcoder's two maps, the larger share.
+    """
+    if isinstance(moments, PairedMoments):
+        return max(unexplained(part, ridge, balance) for part in (moments.inputs, moments.outputs))
     moments = balanced(moments, balance)
     A = regress(moments.cov_source, moments.cross.T, ridge).T
     variance = moments.cov_target.trace()
@@ -91,7 +117,7 @@ def unexplained(moments: Moments, ridge: float = RIDGE, balance: Balance = "auto
     return float((residual / variance).clamp(0, 1))
 
 
-def rate_share(moments: Moments, newness: float = 0.0, balance: Balance = "auto") -> float:
+def rate_share(moments: AnyMoments, newness: float = 0.0, balance: Balance = "auto") -> float:
     """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
 
     2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or 0.75·`newness`, if that is more, where `newness` is the share of
@@ -123,13 +149,16 @@ def balanced(moments: Moments, balance: Balance) -> Moments:
     return moments.scaled(source, target)
 
 
-def map_between(method: Method, width: int, moments: Moments | None, balance: Balance = "auto") -> AffineMap:
+def map_between(method: Method, width: int, moments: AnyMoments | None, balance: Balance = "auto") -> AffineMap:
     """The map of a method, between raw activations; all but identity need moments.
 
     It is fitted where dimensions are balanced by the power `balance` (see `Units`), so that no few large ones decide.
     Raises TransferError where the two widths differ and the method cannot bridge them, where the moments are of too few
-    tokens, and where they are not finite.
+    tokens, and where they are not finite. Of paired moments the two maps are crossed.
     """
+    if isinstance(moments, PairedMoments):
+        inputs = map_between(method, moments.inputs.n_source, moments.inputs, balance)
+        return crossed(inputs, map_between(method, moments.outputs.n_source, moments.outputs, balance))
     if moments and method in ("identity", "rescale") and moments.n_source != len(moments.mean_target):
         raise TransferError(
             f"method {method} needs a source and a target of the same width; these are {moments.n_source} and "

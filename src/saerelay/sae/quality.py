@@ -12,7 +12,7 @@ MEASURE_BALANCE = 1.0
 
 
 @torch.no_grad()
-def fvu(dictionary: Dictionary, x: Tensor, balance: Balance = 0.0) -> float:
+def fvu(dictionary: Dictionary, x: Tensor, balance: Balance = 0.0, *, target: Tensor | None = None) -> float:
     """Fraction of the variance of activations x (B, D) that a canonical dictionary leaves unexplained.
 
     >>> nothing = Dictionary(architecture="relu", W_enc=torch.zeros(1, 2), b_enc=torch.zeros(1),
@@ -23,12 +23,14 @@ def fvu(dictionary: Dictionary, x: Tensor, balance: Balance = 0.0) -> float:
     FVU = Σ‖x − x_hat‖² / Σ‖x − mean of x‖². 0 is perfect, 1 no better than always predicting the mean, above 1 worse.
     With `balance` each dimension is divided by its standard deviation to that power first: where a few dimensions are
     a hundred times as large as the others, FVU is about these alone, and what a model loses is not (decision 031).
+    Of a transcoder it is the fraction of the variance of `target` (B, Dy) that is left.
     """
-    errors = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for part in x.split(4096):
-        _, x_hat = reconstruct(dictionary, part)
-        errors += (part - x_hat).square().sum(dim=0, dtype=torch.float64)
-    return balanced_ratio(errors, (x - x.mean(dim=0)).square().sum(dim=0, dtype=torch.float64), balance)
+    y = x if target is None else target
+    errors = torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
+    for part, goal in zip(x.split(4096), y.split(4096), strict=True):
+        _, y_hat = reconstruct(dictionary, part)
+        errors += (goal - y_hat).square().sum(dim=0, dtype=torch.float64)
+    return balanced_ratio(errors, (y - y.mean(dim=0)).square().sum(dim=0, dtype=torch.float64), balance)
 
 
 def balanced_ratio(errors: Tensor, variances: Tensor, balance: Balance) -> float:

@@ -12,6 +12,8 @@ from torch import Tensor
 from saerelay.errors import TransferError
 from saerelay.sae.dictionary import Dictionary, unit_decoder
 from saerelay.sae.kernels import Codes, join_codes, latent_sums, products, reconstruct
+from saerelay.sae.maps import affine
+from saerelay.sae.moments import Moments
 
 DIRECT_LATENTS = 16_384
 """Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
@@ -61,6 +63,7 @@ def refit(
     x: Iterable[Tensor],
     ridge: float = 0.1,
     *,
+    target: Iterable[Tensor] | None = None,
     direct: bool | None = None,
     tolerance: float = 1e-3,
     max_iterations: int = 200,
@@ -70,7 +73,8 @@ def refit(
     Minimises Σ‖x − b_dec − W_decᵀ z‖² + λ Σ_j g_j ‖w_j − w_j⁰‖² over W_dec and b_dec, with codes z fixed, g_j = Σ z_j²
     plus its mean (so that a rare latent moves little and one that never fires not at all) and λ = `ridge`. Codes are
     kept, sparse; activations are not. `direct` factors the (F, F) matrix, the default up to 16384 latents; above,
-    conjugate gradients never form it. Rows of the new decoder have unit norm: their norms go into the encoder.
+    conjugate gradients never form it. Rows of the new decoder have unit norm: their norms go into the encoder. A
+    transcoder reconstructs `target`, batches (B, Dy) of the same tokens; its skip connection stays (see `refit_skip`).
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
     ...                  b_dec=torch.zeros(2))
@@ -82,13 +86,14 @@ def refit(
     Raises TransferError if activations are not finite.
     """
     ops = products(dictionary.W_dec.device)
-    target = torch.zeros_like(dictionary.W_dec)
+    products_sum = torch.zeros_like(dictionary.W_dec)
     residual_sum = torch.zeros_like(dictionary.b_dec)
     batches: list[Codes] = []
-    for batch in x:
-        codes, x_hat = reconstruct(dictionary, batch)
-        residual = batch - x_hat
-        target += ops.decode(codes.transposed()[0], residual)
+    pairs = ((batch, batch) for batch in x) if target is None else zip(x, target, strict=True)
+    for batch, y in pairs:
+        codes, y_hat = reconstruct(dictionary, batch)
+        residual = y - y_hat
+        products_sum += ops.decode(codes.transposed()[0], residual)
         residual_sum += residual.sum(dim=0)
         batches.append(codes)
     if not batches:
@@ -96,7 +101,7 @@ def refit(
     if not bool(torch.isfinite(residual_sum).all()):
         raise TransferError("the decoder refit met activations that are not finite")
 
-    equations = _normal_equations(join_codes(batches), target, residual_sum, ridge)
+    equations = _normal_equations(join_codes(batches), products_sum, residual_sum, ridge)
     if direct is None:
         direct = dictionary.n_latents <= DIRECT_LATENTS
     change = equations.solve_directly() if direct else equations.solve_iteratively(tolerance, max_iterations)
@@ -108,12 +113,35 @@ def refit(
     return unit_decoder(changed)
 
 
-def _normal_equations(codes: Codes, target: Tensor, residual_sum: Tensor, ridge: float) -> NormalEquations:
+@torch.no_grad()
+def refit_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
+    """A transcoder with the best skip connection and b_dec for the codes that it has on activations x (B, D).
+
+    W_skip takes what is linear in x of what is left of `target` (B, Dy): a ridge regression. One without a skip
+    connection comes back as it is.
+    """
+    if dictionary.W_skip is None:
+        return dictionary
+    pairs = zip(x.split(4096), target.split(4096), strict=True)
+    residuals = [y - reconstruct(dictionary, part)[1] for part, y in pairs]
+    A, c = affine_part(x, torch.cat(residuals))
+    return replace(dictionary, W_skip=dictionary.W_skip + A, b_dec=dictionary.b_dec + c)
+
+
+def affine_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """A (Dy, D) and c (Dy) of the ridge regression y ≈ A x + c, of activations (B, D) and (B, Dy)."""
+    moments = Moments.empty(x.shape[1], y.shape[1], x.device)
+    moments.add(x, y)
+    regression = affine(moments)
+    return regression.A.to(x), regression.c.to(x)
+
+
+def _normal_equations(codes: Codes, products_sum: Tensor, residual_sum: Tensor, ridge: float) -> NormalEquations:
     """Those of a refit, from codes of all tokens, Zᵀ(residuals) (F, D) and Σ residuals (D)."""
     squares = latent_sums(codes.with_values(codes.values.square()))
     mean = latent_sums(codes) / codes.n_rows
     damping = (ridge * (squares + squares.mean())).clamp(min=1e-12)
-    goal = target - torch.outer(mean, residual_sum)
+    goal = products_sum - torch.outer(mean, residual_sum)
     return NormalEquations(codes=codes, mean=mean, squares=squares, damping=damping, goal=goal)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saerelay.sae.architectures import architecture_named
-from saerelay.sae.dictionary import Dictionary, match_l0
+from saerelay.sae.dictionary import LATENT_PARAMETERS, Dictionary, match_l0
 from saerelay.sae.kernels import encode_sparse, join_codes, latent_sums, reconstruct
 from saerelay.sae.maps import RIDGE, regress
 
@@ -35,14 +35,24 @@ class Shape:
 
 
 @torch.no_grad()
-def revive(dictionary: Dictionary, x: Tensor, seed: int = 0, frequency: float = REVIVED_FREQUENCY) -> Dictionary:
+def revive(
+    dictionary: Dictionary,
+    x: Tensor,
+    seed: int = 0,
+    frequency: float = REVIVED_FREQUENCY,
+    *,
+    target: Tensor | None = None,
+) -> Dictionary:
     """Give latents that are silent on activations x (B, D) something of x to stand for; others stay as they are.
 
     Each takes up the residual r of a token drawn with probability ∝ ‖r‖², as in Bricken et al. 2023, but its encoder is
     the matched filter for r in what x is otherwise, C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon 1969), and its bias
     lets it fire `frequency` times as often as the mean latent. The decoder is best refitted after this.
+
+    A transcoder's latent takes up what is left of the token's `target` (B, Dy), and its encoder is the matched filter
+    for what the transcoder read there.
     """
-    counts, residual = _firing_and_residual(dictionary, x)
+    counts, residual = _firing_and_residual(dictionary, x, x if target is None else target)
     silent = (counts < SILENT_BELOW * len(x)).nonzero()[:, 0]
     if not len(silent):
         return dictionary
@@ -52,10 +62,14 @@ def revive(dictionary: Dictionary, x: Tensor, seed: int = 0, frequency: float = 
 
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.multinomial(chances, len(silent), replacement=True, generator=generator)
-    directions = torch.nn.functional.normalize(residual[drawn.to(x.device)], dim=1)
+    drawn = drawn.to(x.device)
+    directions = torch.nn.functional.normalize(residual[drawn], dim=1)
 
     mean = x.mean(dim=0)
-    filters = _matched_filters(x - mean, directions).to(x)
+    sought = directions
+    if target is not None:
+        sought = torch.nn.functional.normalize(x[drawn] - mean, dim=1)
+    filters = _matched_filters(x - mean, sought).to(x)
 
     # A filter answers (x − mean)·filter. It fires on the `n_firing` tokens of the sample that it answers to most if its
     # bias puts the answer to the last of these at the level that it takes to fire.
@@ -73,15 +87,15 @@ def revive(dictionary: Dictionary, x: Tensor, seed: int = 0, frequency: float = 
     )
 
 
-def _firing_and_residual(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
-    """On how many tokens each latent fires (F), and what is left of activations x (B, D)."""
+def _firing_and_residual(dictionary: Dictionary, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """On how many tokens x (B, D) each latent fires (F), and what is left of what is reconstructed, y (B, Dy)."""
     counts = torch.zeros_like(dictionary.b_enc)
     residuals = []
-    for part in x.split(4096):
-        codes, x_hat = reconstruct(dictionary, part)
+    for part, goal in zip(x.split(4096), y.split(4096), strict=True):
+        codes, y_hat = reconstruct(dictionary, part)
         active = codes.columns[codes.values > 0].long()
         counts += torch.bincount(active, minlength=dictionary.n_latents)
-        residuals.append(part - x_hat)
+        residuals.append(goal - y_hat)
     return counts, torch.cat(residuals)
 
 
@@ -93,11 +107,12 @@ def _matched_filters(centred: Tensor, directions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reshape(dictionary: Dictionary, x: Tensor, shape: Shape) -> Dictionary:
+def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor | None = None) -> Dictionary:
     """Give a dictionary another architecture, number of latents, or mean L0 on activations x (B, D).
 
     With fewer latents those stay, in their order, that put most into reconstructions, by Σ z²‖w‖²; new ones are added
     behind the others and revived (see `revive`). Other weights stay; `shape.l0` sets k, thresholds or (ReLU) biases.
+    `target` (B, Dy) is what a transcoder reconstructs.
 
     >>> sae = Dictionary(architecture="topk", k=1, W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -115,7 +130,7 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape) -> Dictionary:
         dictionary = match_l0(dictionary, sample, shape.l0)
     if shape.n_latents > n_before:
         grown = _with_empty_latents(dictionary, shape.n_latents - n_before)
-        dictionary = revive(grown, x, shape.seed, ADDED_FREQUENCY)
+        dictionary = revive(grown, x, shape.seed, ADDED_FREQUENCY, target=target)
         if shape.l0:
             dictionary = match_l0(dictionary, sample, shape.l0)
     return dictionary
@@ -127,7 +142,7 @@ def _pruned(dictionary: Dictionary, x: Tensor, n_latents: int) -> Dictionary:
     squares = latent_sums(codes.with_values(codes.values.square()))
     contribution = squares * dictionary.W_dec.square().sum(dim=1)
     best = contribution.topk(n_latents).indices.sort().values
-    rows = {name: tensor[best] for name, tensor in dictionary.tensors().items() if name != "b_dec"}
+    rows = {name: tensor[best] for name, tensor in dictionary.tensors().items() if name in LATENT_PARAMETERS}
     return dictionary.with_tensors(rows)
 
 
@@ -149,7 +164,7 @@ def _with_empty_latents(dictionary: Dictionary, n_added: int) -> Dictionary:
     """More latents, which never fire."""
     wider: dict[str, Tensor] = {}
     for name, tensor in dictionary.tensors().items():
-        if name == "b_dec":
+        if name not in LATENT_PARAMETERS:
             continue
         added = tensor.new_zeros(n_added, *tensor.shape[1:])
         if name == "threshold":

@@ -12,6 +12,9 @@ from saerelay.spec import Count, Described, OrAuto, Spec
 Method = Literal["identity", "rescale", "procrustes", "affine"]
 """How a dictionary is carried to another site."""
 MethodOrAuto = Method | Literal["auto"]
+"""`auto`: the map that measures best."""
+LegMethod = MethodOrAuto | Literal["random"]
+"""`random`: no map, but a random dictionary in the place of the parent's; for controls."""
 
 
 class AnyDictionarySpec(Spec):
@@ -23,6 +26,11 @@ class AnyDictionarySpec(Spec):
 
     normalise: bool = Field(
         default=True, description="train on centred, rescaled activations; false reproduces the paper"
+    )
+    skip_connection: bool = Field(
+        default=False,
+        description="transcoders (sites.module_out): an affine path beside the latents, in closed form",
+        exclude_if=lambda given: not given,
     )
     activation: SerializeAsAny[Architecture] = TopK()
     """The architecture, with its own keys."""
@@ -102,6 +110,7 @@ class DictionarySpec(AnyDictionarySpec):
         """The same with its number of latents settled, on activations of a width."""
         return SizedDictionarySpec(
             normalise=self.normalise,
+            skip_connection=self.skip_connection,
             activation=self.activation,
             n_latents=round(self.expansion * width) if self.n_latents == "auto" else self.n_latents,
         )

@@ -27,7 +27,7 @@ from saerelay.errors import TransferError
 from saerelay.sae.dictionary import Dictionary, match_l0, unit_decoder
 from saerelay.sae.maps import AffineMap
 from saerelay.sae.quality import fvu
-from saerelay.sae.refit import refit
+from saerelay.sae.refit import refit, refit_skip
 from saerelay.sae.reshape import Shape, reshape, revive
 from saerelay.sae.units import Units
 
@@ -45,24 +45,33 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
     b_enc' = n∘(b_enc + W_enc b), θ' = n∘θ. Exact for ReLU and JumpReLU under an invertible map with B = A⁻¹; TopK
     re-ranks its latents by n; BatchTopK's one threshold has to be calibrated again (`match_l0`).
 
+    A transcoder needs two maps in one (`crossed`): its encoder goes by B and b, between what it reads here and there,
+    its decoder by A and c, between what it reconstructs, and W_skip' = A W_skip B, b_dec' = A (b_dec + W_skip b) + c.
+
     Raises TransferError if the map does not start at the dictionary's width.
     """
-    if dictionary.d_model != between.A.shape[1]:
+    if (dictionary.d_model, dictionary.d_out) != (between.B.shape[0], between.A.shape[1]):
         raise TransferError(
             f"the dictionary reads activations of width {dictionary.d_model}, the map starts from width "
             f"{between.A.shape[1]}; a transfer needs a source and a target of the same width"
         )
     W_enc = dictionary.W_enc.double()
     W_dec = dictionary.W_dec.double()
+    b_dec = dictionary.b_dec.double()
     threshold = dictionary.threshold
+    W_skip = dictionary.W_skip
     A, B, c, b = (t.to(W_enc) for t in (between.A, between.B, between.c, between.b))
+    if W_skip is not None:
+        b_dec = b_dec + W_skip.double() @ b
+        W_skip = A @ W_skip.double() @ B
     carried = replace(
         dictionary,
         W_enc=W_enc @ B,
         b_enc=dictionary.b_enc.double() + W_enc @ b,
         W_dec=W_dec @ A.T,
-        b_dec=A @ dictionary.b_dec.double() + c,
+        b_dec=A @ b_dec + c,
         threshold=None if threshold is None else threshold.double(),
+        W_skip=W_skip,
     )
     return unit_decoder(carried).to(dictionary.W_enc.dtype)
 
@@ -74,8 +83,14 @@ class Retraining:
     rows: Tensor
     """Raw activations of the target (B, D)."""
     seed: int
+    target: Tensor | None = None
+    """What a transcoder is to reconstruct there (B, Dy)."""
     checked: bool = False
     """Refit only if that gains REFIT_GAIN on rows it has not seen: for a dictionary that stays at its site."""
+
+    def normalised(self, units: Units) -> "Retraining":
+        """The same rows in training units."""
+        return replace(self, rows=units.normalise(self.rows), target=_normalised(units, self.target))
 
 
 class Carried(NamedTuple):
@@ -109,10 +124,13 @@ def carry(
     in_units = unit_decoder(units.from_canonical(folded))
     if shape:
         sample = rows if retraining is None else retraining.rows
-        in_units = reshape(in_units, units.normalise(sample), shape)
+        target = None if retraining is None else retraining.target
+        if units.target and target is None and shape.n_latents > in_units.n_latents:
+            raise TransferError("a transcoder that gets more latents has to be refitted; set refit = true")
+        in_units = reshape(in_units, units.normalise(sample), shape, target=_normalised(units, target))
     refitted = None
     if retraining:
-        refitted = revive_and_refit(in_units, units.normalise(retraining.rows), retraining)
+        refitted = revive_and_refit(in_units, retraining.normalised(units))
 
     # What is neither mapped nor changed keeps the norms that its decoder rows have.
     if refitted is not None:
@@ -126,22 +144,39 @@ def carry(
     return Carried(result, refitted is not None)
 
 
-def refit_in(units: Units, dictionary: Dictionary, rows: Tensor) -> Dictionary:
-    """A canonical dictionary with its decoder refitted on raw activations (B, D), of unit norm in training units."""
+def _normalised(units: Units, target: Tensor | None) -> Tensor | None:
+    return None if target is None else units.out.normalise(target)
+
+
+def refit_in(units: Units, dictionary: Dictionary, rows: Tensor, target: Tensor | None = None) -> Dictionary:
+    """A canonical dictionary with its decoder refitted on raw activations (B, D), of unit norm in training units.
+
+    `target` (B, Dy) is what a transcoder reconstructs.
+    """
     in_units = unit_decoder(units.from_canonical(dictionary))
-    return units.to_canonical(refit(in_units, units.normalise(rows).split(4096)))
+    return units.to_canonical(refit_on(in_units, units.normalise(rows), _normalised(units, target)))
 
 
-def revive_and_refit(dictionary: Dictionary, rows: Tensor, on: Retraining) -> Dictionary | None:
+def refit_on(dictionary: Dictionary, x: Tensor, target: Tensor | None) -> Dictionary:
+    """A dictionary with its decoder refitted on x (B, D); of a transcoder, the skip connection first."""
+    if target is None:
+        return refit(dictionary, x.split(4096))
+    with_skip = refit_skip(dictionary, x, target)
+    return refit(with_skip, x.split(4096), target=target.split(4096))
+
+
+def revive_and_refit(dictionary: Dictionary, on: Retraining) -> Dictionary | None:
     """A dictionary with silent latents revived and its decoder refitted, or None where the check holds it back.
 
-    All is in training units, `rows` (B, D) too. The check holds back a quarter of the rows.
+    All is in training units, the rows too. The check holds back a quarter of the rows.
     """
-    n_fitted = 3 * len(rows) // 4 if on.checked else len(rows)
-    fitted = rows[:n_fitted]
-    better = refit(revive(dictionary, fitted, on.seed), fitted.split(4096))
+    n_fitted = 3 * len(on.rows) // 4 if on.checked else len(on.rows)
+    fitted = on.rows[:n_fitted]
+    target = None if on.target is None else on.target[:n_fitted]
+    better = refit_on(revive(dictionary, fitted, on.seed, target=target), fitted, target)
     if on.checked:
-        unseen = rows[n_fitted:]
-        if fvu(better, unseen) > (1 - REFIT_GAIN) * fvu(dictionary, unseen):
+        unseen = on.rows[n_fitted:]
+        goal = None if on.target is None else on.target[n_fitted:]
+        if fvu(better, unseen, target=goal) > (1 - REFIT_GAIN) * fvu(dictionary, unseen, target=goal):
             return None
     return better

@@ -38,6 +38,8 @@ class Units:
     """(D)."""
     scale: Tensor
     """Scalar, or (D) where dimensions are balanced."""
+    target: "Units | None" = None
+    """Those of what a transcoder reconstructs; None if that is what it reads."""
 
     @classmethod
     def fitted_to(cls, x: Tensor, balance: Balance = 0.0) -> Self:
@@ -64,6 +66,11 @@ class Units:
         return cls(torch.zeros_like(x[0]), torch.ones_like(x[0, 0]))
 
     @property
+    def out(self) -> "Units":
+        """Those of what is reconstructed."""
+        return self.target or self
+
+    @property
     def size(self) -> Tensor:
         """The scale of a typical dimension: the geometric mean. Codes are multiplied by it when published."""
         return self.scale.log().mean().exp() if self.scale.dim() else self.scale
@@ -75,16 +82,22 @@ class Units:
         return torch.sub(x, self.mean, out=out).div_(self.scale)
 
     def from_canonical(self, dictionary: Dictionary) -> Dictionary:
-        """Rewrite a dictionary of raw x as one of (x − mean) / scale, exactly; codes are divided by `size`."""
+        """Rewrite a dictionary of raw x as one of (x − mean) / scale, exactly; codes are divided by `out.size`."""
         threshold = dictionary.threshold
-        relative = self.scale / self.size
+        out = self.out
+        b_dec = dictionary.b_dec
+        W_skip = dictionary.W_skip
+        if W_skip is not None:
+            b_dec = b_dec + W_skip @ self.mean
+            W_skip = W_skip * self.scale / out.scale.view(-1, 1)
         return replace(
             dictionary,
-            W_enc=dictionary.W_enc * relative,
-            b_enc=(dictionary.b_enc + dictionary.W_enc @ self.mean) / self.size,
-            W_dec=dictionary.W_dec / relative,
-            b_dec=(dictionary.b_dec - self.mean) / self.scale,
-            threshold=None if threshold is None else threshold / self.size,
+            W_enc=dictionary.W_enc * (self.scale / out.size),
+            b_enc=(dictionary.b_enc + dictionary.W_enc @ self.mean) / out.size,
+            W_dec=dictionary.W_dec / (out.scale / out.size),
+            b_dec=(b_dec - out.mean) / out.scale,
+            threshold=None if threshold is None else threshold / out.size,
+            W_skip=W_skip,
         )
 
     def to_canonical(self, dictionary: Dictionary) -> Dictionary:
@@ -94,15 +107,21 @@ class Units:
         TopK would rank its latents differently.
         """
         threshold = dictionary.threshold
-        relative = self.scale / self.size
-        W_enc = dictionary.W_enc / relative
+        out = self.out
+        W_enc = dictionary.W_enc / (self.scale / out.size)
+        b_dec = dictionary.b_dec * out.scale + out.mean
+        W_skip = dictionary.W_skip
+        if W_skip is not None:
+            W_skip = W_skip * out.scale.view(-1, 1) / self.scale
+            b_dec = b_dec - W_skip @ self.mean
         return replace(
             dictionary,
             W_enc=W_enc,
-            b_enc=dictionary.b_enc * self.size - W_enc @ self.mean,
-            W_dec=dictionary.W_dec * relative,
-            b_dec=dictionary.b_dec * self.scale + self.mean,
-            threshold=None if threshold is None else threshold * self.size,
+            b_enc=dictionary.b_enc * out.size - W_enc @ self.mean,
+            W_dec=dictionary.W_dec * (out.scale / out.size),
+            b_dec=b_dec,
+            threshold=None if threshold is None else threshold * out.size,
+            W_skip=W_skip,
         )
 
 

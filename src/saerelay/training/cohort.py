@@ -71,19 +71,25 @@ class Cohort:
         side_by_side = on_cpu[: len(on_cpu) // n_threads * n_threads]
         for trainee in live:
             if trainee not in side_by_side:
-                self._step(trainee, activations[trainee.leg.site])
+                self._step(trainee, activations)
         with _shared_wall_clock(side_by_side), alone():
-            in_parallel(lambda trainee: self._step(trainee, activations[trainee.leg.site]), side_by_side)
+            in_parallel(lambda trainee: self._step(trainee, activations), side_by_side)
 
     def settle(self) -> None:
         """Wait for the steps that were launched on a GPU: see `Trainee.settle`."""
         for trainee in self.trainees.values():
             trainee.settle()
 
-    def _step(self, trainee: Trainee, rows: Tensor) -> None:
-        for x in rows.tensor_split(self.batch_tokens // trainee.leg.schedule.batch_tokens):
+    def _step(self, trainee: Trainee, activations: Mapping[Site, Tensor]) -> None:
+        leg = trainee.leg
+        n_parts = self.batch_tokens // leg.schedule.batch_tokens
+        batches = activations[leg.site].tensor_split(n_parts)
+        targets: Sequence[Tensor | None] = [None] * n_parts
+        if leg.is_transcoder:
+            targets = activations[leg.site_out].tensor_split(n_parts)
+        for x, target in zip(batches, targets, strict=True):
             if not trainee.done:
-                trainee.step(x)
+                trainee.step(x, target)
 
 
 @contextmanager

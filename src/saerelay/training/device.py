@@ -138,43 +138,47 @@ class Stopwatch:
 
 class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    x: Tensor
+    given: tuple[Tensor | None, ...]
     """What it reads."""
 
 
 class Replayed:
-    """A function of a batch x (B, D) that is recorded as a CUDA graph for each shape of x, and then replayed.
+    """A function of a batch, one or two tensors, that is recorded as a CUDA graph for each shape, and then replayed.
 
     It must run the same operations on the same memory each time, must not wait for the device, and returns nothing.
     Where recording fails, the function is called as it is from then on, and a warning says so.
     """
 
-    def __init__(self, function: Callable[[Tensor], None]) -> None:
+    def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
-        self.recordings: dict[tuple[torch.Size, torch.dtype], _Recording] = {}
+        self.recordings: dict[tuple, _Recording] = {}
         self.n_calls = 0
         self.can_record = True
 
-    def __call__(self, x: Tensor) -> None:
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> None:
         """Call the function, or replay what it did."""
-        recording = self.recordings.get((x.shape, x.dtype))
+        given = (x, target)
+        recording = self.recordings.get(_shapes(given))
         if recording is None and self.can_record and self.n_calls >= STEPS_BEFORE_RECORDING:
-            recording = self._record(x)
+            recording = self._record(given)
         if recording is None:
             self.n_calls += 1
-            self.function(x)
+            self.function(x, target)
             return
-        recording.x.copy_(x)
+        for kept, tensor in zip(recording.given, given, strict=True):
+            if kept is not None and tensor is not None:
+                kept.copy_(tensor)
         recording.graph.replay()
 
-    def _record(self, x: Tensor) -> _Recording | None:
-        """The graph for a shape of x; recording computes nothing."""
-        recording = _Recording(torch.cuda.CUDAGraph(), x.clone())
-        graphs = _graphs.setdefault(x.device, WeakSet())
+    def _record(self, given: tuple[Tensor, Tensor | None]) -> _Recording | None:
+        """The graph for the shapes of what is given; recording computes nothing."""
+        copies = tuple(None if tensor is None else tensor.clone() for tensor in given)
+        recording = _Recording(torch.cuda.CUDAGraph(), copies)
+        graphs = _graphs.setdefault(given[0].device, WeakSet())
         pool = next((graph.pool() for graph in graphs), None)
         try:
             with torch.cuda.graph(recording.graph, pool=pool):
-                self.function(recording.x)
+                self.function(*recording.given)
         except RuntimeError as error:
             self.can_record = False
             warnings.warn(
@@ -185,8 +189,12 @@ class Replayed:
             )
             return None
         graphs.add(recording.graph)
-        self.recordings[x.shape, x.dtype] = recording
+        self.recordings[_shapes(given)] = recording
         return recording
+
+
+def _shapes(given: tuple[Tensor | None, ...]) -> tuple:
+    return tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in given)
 
 
 _graphs: dict[torch.device, WeakSet[torch.cuda.CUDAGraph]] = {}

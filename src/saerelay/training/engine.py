@@ -96,7 +96,7 @@ class _Launched:
         self.stopwatch = Stopwatch()
         self.gradients: dict[str, Tensor] = {}
         """Where a recorded step writes them, so that the memory stays claimed."""
-        self.step: Callable[[Tensor], None] = trainee._launched_step
+        self.step: Callable[[Tensor, Tensor | None], None] = trainee._launched_step
         if trainee.leg.dictionary.activation.selects_fixed_number and not trainee.dense:
             self.step = Replayed(trainee._launched_step)
 
@@ -163,14 +163,15 @@ class Trainee:
             dictionary = with_common_threshold(dictionary, x[:CALIBRATION_ROWS].float(), activation.l0)
         return dictionary
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor, target: Tensor | None = None) -> None:
         """Begin the decay now if, after it, FVU on held-out activations x (B, D) will meet the leg's goal.
 
         The budget becomes that of which the tokens trained on so far are the share before the decay.
         """
         goal = self.leg.goal
         assert goal.goal_fvu
-        if fvu(self.canonical(x), x, balance_of(self.leg, self.spec)) * goal.decay_gain <= goal.goal_fvu:
+        left = fvu(self.canonical(x), x, balance_of(self.leg, self.spec), target=target)
+        if left * goal.decay_gain <= goal.goal_fvu:
             batch = self.leg.schedule.batch_tokens
             share_before_decay = 1 - self.spec.optimizer.decay
             self.state.budget_tokens = batch * math.ceil(self.state.age / share_before_decay / batch)
@@ -179,27 +180,27 @@ class Trainee:
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
-    def step(self, x: Tensor) -> None:
-        """Take one gradient step on a batch of raw activations (B, D)."""
+    def step(self, x: Tensor, target: Tensor | None = None) -> None:
+        """Take one gradient step on a batch of raw activations (B, D); a transcoder reconstructs `target` (B, Dy)."""
         if self._launched:
-            self._launch(self._launched, x)
+            self._launch(self._launched, x, target)
             return
         began = time.perf_counter()
         if x.shape[0]:
             with alone():
-                self._train(x, self._now(self.state.age))
+                self._train(x, target, self._now(self.state.age))
         if not self.state.failure:
             self.state.age += self.leg.schedule.batch_tokens
         self.state.seconds += time.perf_counter() - began
 
-    def _launch(self, launched: _Launched, x: Tensor) -> None:
+    def _launch(self, launched: _Launched, x: Tensor, target: Tensor | None) -> None:
         """Let the device take a step when it has done those before."""
         batch = self.leg.schedule.batch_tokens
         if x.shape[0]:
             if not launched.clock.n_left:
                 launched.clock.set([self._now(self.state.age + i * batch) for i in range(STEPS_AHEAD)])
             launched.stopwatch.start()
-            launched.step(x)
+            launched.step(x, target)
             launched.stopwatch.stop()
             launched.clock.n_left -= 1
             self._sums.n_batches += 1
@@ -208,11 +209,11 @@ class Trainee:
             launched.clock.n_left = 0  # it did not tick
         self.state.age += batch
 
-    def _launched_step(self, x: Tensor) -> None:
+    def _launched_step(self, x: Tensor, target: Tensor | None) -> None:
         """What the device does in a step; nothing here depends on the host but the shape of x."""
         assert self._launched
         clock = self._launched.clock
-        self._train(x, clock.now())
+        self._train(x, target, clock.now())
         clock.tick()
 
     def settle(self) -> None:
@@ -240,12 +241,13 @@ class Trainee:
         optimizer = self.spec.optimizer
         return Now(age, self.learning_rate(age), penalty_warmth(optimizer, self.state.budget_tokens, age))
 
-    def _train(self, x: Tensor, now: Now) -> None:
+    def _train(self, x: Tensor, target: Tensor | None, now: Now) -> None:
         """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
         state = self.state
         age_after = now.age + self.leg.schedule.batch_tokens
         dead = self.dead(now.age) if self.leg.dictionary.activation.weight_of_aux else None
-        step = self._dense_step(x, dead, now) if self.dense else self._sparse_step(x, dead, now)
+        forward = self._dense_step if self.dense else self._sparse_step
+        step = forward(x, target, dead, now)
         failed = None
         if self._launched:
             assert isinstance(age_after, Tensor)
@@ -294,23 +296,26 @@ class Trainee:
             return None
         return shrink
 
-    def _sparse_step(self, x: Tensor, dead: Tensor | None, now: Now) -> Step:
+    def _sparse_step(self, x: Tensor, target: Tensor | None, dead: Tensor | None, now: Now) -> Step:
         state = self.state
-        reading = Reading(units=state.units, encoder=self._encoder(x), whitening=state.whitening)
+        reading = Reading(state.units, self._encoder(x), state.whitening, target)
         return sparse_step(self.leg.dictionary, state.dictionary, x, reading=reading, dead=dead, warmth=now.warmth)
 
-    def _dense_step(self, x: Tensor, dead: Tensor | None, now: Now) -> AutogradStep:
+    def _dense_step(self, x: Tensor, target: Tensor | None, dead: Tensor | None, now: Now) -> AutogradStep:
         state = self.state
         x = state.units.normalise(x.float())
+        if target is not None:
+            target = state.units.out.normalise(target.float())
         parameters = {name: t.detach().requires_grad_() for name, t in state.dictionary.tensors().items()}
         with torch.enable_grad():
             dictionary = state.dictionary.with_tensors(parameters)
             if state.whitening is not None:
                 dictionary = replace(dictionary, W_enc=dictionary.W_enc @ state.whitening)
-            loss = training_loss(self.leg.dictionary, dictionary, x, dead=dead, warmth=now.warmth)
+            loss = training_loss(self.leg.dictionary, dictionary, x, target=target, dead=dead, warmth=now.warmth)
             loss.total.backward()
         gradients = {name: t.grad for name, t in parameters.items() if t.grad is not None}
-        return AutogradStep(loss, (x - x.mean(dim=0)).square().sum(), gradients)
+        y = x if target is None else target
+        return AutogradStep(loss, (y - y.mean(dim=0)).square().sum(), gradients)
 
     def _encoder(self, x: Tensor) -> Tensor:
         """W_enc in the dtype that the product with it runs in; `LatentPart.update` keeps the copy up to date."""

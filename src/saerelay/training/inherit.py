@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
+import torch
+
 from saerelay.data.stream import Block
 from saerelay.errors import TransferError
 from saerelay.planning.plan import COPY_RATE, Leg
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.maps import LEAST_RATE_SHARE, map_between, rate_share
+from saerelay.sae.initialise import INITIAL_ROWS, initialise
+from saerelay.sae.maps import LEAST_RATE_SHARE, AffineMap, AnyMoments, PairedMoments, crossed, map_between, rate_share
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
@@ -19,6 +22,7 @@ from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import SCRATCH, try_methods
 from saerelay.sae.units import Units
+from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.training.run_state import Training
 from saerelay.training.state import balance_of
@@ -29,10 +33,28 @@ def gather_moments(now: Training, block: Block) -> None:
     for leg in now.plan.legs:
         if now.trains(leg) and leg.start <= now.cursor < leg.fold_at:
             source = now.plan.parent_site(leg)
-            width = now.plan.facts.width(leg.site)
-            moments = now.moments.setdefault(leg.id, Moments.empty(width, width, block.keep.device))
-            for rows in block.chunks([source, leg.site]):
-                moments.add(rows[source], rows[leg.site])
+            _add_moments(now, leg.id, block, source, leg.site)
+            if leg.is_transcoder:
+                _add_moments(now, f"{leg.id}{OUTPUTS}", block, leg.out_at(source), leg.site_out)
+
+
+def _add_moments(now: Training, key: str, block: Block, source: Site, target: Site) -> None:
+    """Take a block's activations at a pair of sites into the moments under a key."""
+    width = now.plan.facts.width(target)
+    moments = now.moments.setdefault(key, Moments.empty(width, width, block.keep.device))
+    for rows in block.chunks([source, target]):
+        moments.add(rows[source], rows[target])
+
+
+def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:
+    """The moments that were gathered for a leg's hop, and forget them; a transcoder's are paired."""
+    inputs = now.moments.pop(leg.id, None)
+    outputs = now.moments.pop(f"{leg.id}{OUTPUTS}", None)
+    return PairedMoments(inputs, outputs) if inputs and outputs else inputs
+
+
+OUTPUTS = "@out"
+"""After a leg's id: the moments of what it reconstructs, if that is not what it reads."""
 
 
 class Parent(NamedTuple):
@@ -67,7 +89,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     """
     assert leg.hop
     parent, parent_l0 = source
-    moments = now.moments.pop(leg.id, None)
+    moments = _take_moments(now, leg)
     rows = block.rows(leg.site, L0_ROWS)
     l0 = leg.dictionary.l0 or parent_l0
     seed = seed_from("revive", leg.seed, leg.id)
@@ -75,10 +97,13 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     reshaped = now.plan.reshapes(leg)
 
     method = leg.hop.method
+    if method == "random":
+        return Inherited(_random_dictionary(leg, block, units), 1.0, method, {})
     trials: dict[str, float | None] = {}
     if method == "auto":
         assert moments
-        sample = block.rows(leg.site, max(L0_ROWS, leg.refit_tokens))
+        n = max(L0_ROWS, leg.refit_tokens)
+        sample = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
         # Only a leg that is trained, and from the start, can do without its parent.
         fresh = leg.dictionary if leg.budget_tokens and not reshaped else None
         trials.update(try_methods(parent, moments, sample, units, fresh, balance=balance, l0=parent_l0))
@@ -91,14 +116,15 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     # What is copied and not trained is only looked at: its decoder keeps its norms, by which TopK does not rank.
     between = None
     if not copied or leg.budget_tokens:
-        between = map_between(method, now.plan.facts.width(leg.site), moments, balance)
+        between = _map(now, leg, method, moments)
     shape = None
     if reshaped:
         shape = Shape(leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     retraining = None
     if leg.refit_tokens:
         at_home = now.plan.parent_site(leg) == leg.site
-        retraining = Retraining(block.rows(leg.site, leg.refit_tokens), seed, checked=at_home)
+        target = block.target(leg, leg.refit_tokens)
+        retraining = Retraining(block.rows(leg.site, leg.refit_tokens), seed, target, checked=at_home)
     if copied and not parent.activation.threshold_is_calibrated:
         l0 = None  # the paper's copy: its L0 is what it is
 
@@ -111,6 +137,29 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         at_rest = copied and retraining is not None and not carried.refitted
         lr_share = LEAST_RATE_SHARE if at_rest else COPY_RATE
     return Inherited(carried.dictionary, lr_share, method, trials)
+
+
+def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
+    """A random dictionary, revived and refitted on the rows that a parent's would be: what training has to beat.
+
+    See Korznikov et al. 2026, arXiv 2602.14111.
+    """
+    seed = seed_from("random", leg.seed, leg.id)
+    generator = torch.Generator().manual_seed(seed)
+    n = max(INITIAL_ROWS, leg.refit_tokens)
+    on = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
+    in_units = on.normalised(units)
+    fresh = units.to_canonical(initialise(leg.dictionary, in_units.rows, generator, in_units.target))
+    return carry(fresh, None, on.rows, units, l0=leg.dictionary.l0, retraining=on).dictionary
+
+
+def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) -> AffineMap:
+    """The map that a leg's parent is folded through."""
+    balance = balance_of(leg, now.plan.recipe.train)
+    between = map_between(method, now.plan.facts.width(leg.site), moments, balance)
+    if leg.is_transcoder and moments is None:
+        return crossed(between, map_between(method, now.plan.facts.width(leg.site_out), None, balance))
+    return between
 
 
 def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Parent:

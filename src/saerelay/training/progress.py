@@ -6,7 +6,7 @@ from typing import IO, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from saerelay.planning.plan import Plan
@@ -24,27 +24,50 @@ class Watcher(Protocol):
         """A leg's averages since it was last heard of."""
 
 
+class Speed:
+    """Tokens per second so far, known once a whole block is done: at its start the language model reads all of it."""
+
+    def __init__(self, plan: Plan, cursor: int) -> None:
+        self.plan = plan
+        self.first = cursor
+        self.began = time.monotonic()
+        self.rate: float | None = None
+
+    def tick(self, cursor: int) -> None:
+        """The stream has come to `cursor`."""
+        ends_block = cursor % self.plan.block_tokens == 0
+        if ends_block and cursor - self.first >= self.plan.block_tokens:
+            self.rate = (cursor - self.first) / max(time.monotonic() - self.began, 1e-9)
+
+    def said(self, cursor: int) -> str:
+        """The rate, and the time left from `cursor`."""
+        if self.rate is None:
+            return "measuring the speed"
+        left = (self.plan.n_tokens - cursor) / self.rate
+        return f"{format_count(round(self.rate))} tokens/s  {left:.0f} s left"
+
+
 class PlainLog:
     """A line every few seconds, for logs and pipes."""
 
     def __init__(self, plan: Plan, cursor: int = 0, *, every_seconds: float = 10.0, out: IO[str] = sys.stderr) -> None:
-        self.plan, self.first, self.every, self.out = plan, cursor, every_seconds, out
-        self.began = self.told = time.monotonic()
+        self.plan, self.every, self.out = plan, every_seconds, out
+        self.speed = Speed(plan, cursor)
+        self.told = time.monotonic()
         self.legs: dict[str, engine.Progress] = {}
 
     def tick(self, cursor: int) -> None:
         """See `Watcher`."""
+        self.speed.tick(cursor)
         now = time.monotonic()
         if now - self.told < self.every and cursor < self.plan.n_tokens:
             return
         self.told = now
-        rate = (cursor - self.first) / max(now - self.began, 1e-9)
-        left = (self.plan.n_tokens - cursor) / max(rate, 1e-9)
         legs = "  ".join(f"{leg_id} {p.fvu:.4f}/{p.l0:.1f}" for leg_id, p in list(self.legs.items())[:6])
         more = f" (+{len(self.legs) - 6})" if len(self.legs) > 6 else ""
         done = f"{format_count(cursor):>6} of {format_count(self.plan.n_tokens)} tokens"
         print(
-            f"{done}  {format_count(int(rate))} tokens/s  {left:.0f} s left  FVU/L0: {legs or '-'}{more}",
+            f"{done}  {self.speed.said(cursor)}  FVU/L0: {legs or '-'}{more}",
             file=self.out,
             flush=True,
         )
@@ -59,17 +82,21 @@ class LiveTable:
     """A progress bar and a table of legs that renews itself; use as a context manager."""
 
     def __init__(self, plan: Plan, console: Console, cursor: int = 0) -> None:
-        self.plan, self.first, self.cursor = plan, cursor, cursor
-        self.began = time.monotonic()
+        self.plan, self.cursor = plan, cursor
+        self.speed = Speed(plan, cursor)
         self.legs: dict[str, engine.Progress] = {}
         self.bar = Progress(
             TextColumn("{task.fields[done]} of {task.fields[all]} tokens"),
             BarColumn(),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[speed]}"),
         )
         self.task = self.bar.add_task(
-            "", total=plan.n_tokens, completed=cursor, done="0", all=format_count(plan.n_tokens), rate="-"
+            "",
+            total=plan.n_tokens,
+            completed=cursor,
+            done="0",
+            all=format_count(plan.n_tokens),
+            speed=self.speed.said(0),
         )
         self.live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
 
@@ -83,8 +110,8 @@ class LiveTable:
     def tick(self, cursor: int) -> None:
         """See `Watcher`."""
         self.cursor = cursor
-        rate = int((cursor - self.first) / max(time.monotonic() - self.began, 1e-9))
-        self.bar.update(self.task, completed=cursor, done=format_count(cursor), rate=format_count(rate))
+        self.speed.tick(cursor)
+        self.bar.update(self.task, completed=cursor, done=format_count(cursor), speed=self.speed.said(cursor))
 
     def leg(self, leg_id: str, progress: engine.Progress) -> None:
         """See `Watcher`."""

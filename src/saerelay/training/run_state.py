@@ -125,6 +125,10 @@ class Training:
         """Whether a leg is this rank's."""
         return self.owner[leg.id] == self.team.rank
 
+    def held_out_target(self, leg: Leg) -> Tensor | None:
+        """The held-out rows of what a leg reconstructs, if it is a transcoder."""
+        return self.held_out.get(leg.site_out) if leg.is_transcoder else None
+
     @property
     def n_repetitions(self) -> int:
         """How many times some live leg trains on a block."""
@@ -233,7 +237,7 @@ class Training:
                 trainee.take_up(under("log", tensors))
                 training.cohort.add(trainee)
         for leg_id in facts["moments"]:
-            if training.trains(plan.leg(leg_id)):
+            if training.trains(plan.leg(leg_id.partition("@")[0])):  # a transcoder's outputs have their own
                 tensors = load_part(paths.state, f"moments-{leg_id}", facts)
                 own = {name: tensor.to(device) for name, tensor in tensors.items()}
                 training.moments[leg_id] = Moments.restore(own)

@@ -9,7 +9,7 @@ from torch import Tensor
 from saerelay.planning.plan import Leg
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.initialise import INITIAL_ROWS, initialise
+from saerelay.sae.initialise import initialise
 from saerelay.sae.threads import alone
 from saerelay.sae.units import Balance, Units
 from saerelay.spec import seed_from
@@ -52,7 +52,7 @@ class TraineeState:
     ) -> "TraineeState":
         """At age 0, with parameters of its own and a fresh optimizer."""
         own = {name: tensor.detach().clone() for name, tensor in dictionary.tensors().items()}
-        trained = dict(own)
+        trained = {name: tensor for name, tensor in own.items() if name != "W_skip"}  # which is set in closed form
         if dictionary.activation.threshold_is_calibrated:
             del trained["threshold"]
         device = dictionary.W_enc.device
@@ -80,6 +80,9 @@ class TraineeState:
         tensors["adam.step"] = self.n_steps
         tensors["mean"] = self.units.mean
         tensors["scale"] = self.units.scale
+        if self.units.target:
+            tensors["target_mean"] = self.units.target.mean
+            tensors["target_scale"] = self.units.target.scale
         tensors["last_fired"] = self.last_fired
         tensors["age"] = torch.tensor(self.age)
         tensors["budget"] = torch.tensor(self.budget_tokens)
@@ -95,9 +98,10 @@ class TraineeState:
             return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
         activation = leg.dictionary.activation
+        target = Units(tensors["target_mean"], tensors["target_scale"]) if "target_mean" in tensors else None
         return cls(
             dictionary=Dictionary(architecture=activation.name, k=activation.published_k, **under("parameter.")),
-            units=Units(tensors["mean"], tensors["scale"]),
+            units=Units(tensors["mean"], tensors["scale"], target),
             whitening=tensors.get("whitening"),
             gradient_means=under("adam.exp_avg."),
             gradient_squares=under("adam.exp_avg_sq."),
@@ -115,28 +119,40 @@ def balance_of(leg: Leg, spec: TrainSpec) -> Balance:
     return spec.optimizer.balance if leg.dictionary.normalise else 0.0
 
 
-def units_of(leg: Leg, spec: TrainSpec, first: Tensor) -> Units:
-    """The units that a leg trains in, fixed by the first raw activations (B, D) of its site."""
+def units_of(leg: Leg, spec: TrainSpec, first: Tensor, target: Tensor | None = None) -> Units:
+    """The units that a leg trains in, fixed by the first raw activations (B, D) of its site.
+
+    `target` (B, Dy) are those of what a transcoder reconstructs.
+    """
+    if target is not None:
+        return replace(units_of(leg, spec, first), target=units_of(leg, spec, target))
     if not leg.dictionary.normalise:
         return Units.raw(first.float())
     return Units.fitted_to(first.float(), balance_of(leg, spec))
 
 
 def first_state(
-    leg: Leg, spec: TrainSpec, first: Tensor, inherited: Dictionary | None = None, *, lr_share: float = 1.0
+    leg: Leg,
+    spec: TrainSpec,
+    first: Tensor,
+    inherited: Dictionary | None = None,
+    *,
+    target: Tensor | None = None,
+    lr_share: float = 1.0,
 ) -> TraineeState:
     """The state at age 0.
 
-    `first` are raw activations (B, D) of the leg's site that fix its units; `inherited` is the folded parent, in
-    canonical form, or None to start from scratch.
+    `first` are raw activations (B, D) of the leg's site that fix its units, and `target` (B, Dy) those of what a
+    transcoder reconstructs; `inherited` is the folded parent, in canonical form, or None to start from scratch.
     """
     first = first.float()
     with alone():
-        units = units_of(leg, spec, first)
+        units = units_of(leg, spec, first, target)
         normalised = units.normalise(first)
         if inherited is None:
             generator = torch.Generator().manual_seed(seed_from("init", leg.seed, str(leg.site)))
-            dictionary = initialise(leg.dictionary, normalised[:INITIAL_ROWS], generator)
+            goal = None if target is None else units.out.normalise(target.float())
+            dictionary = initialise(leg.dictionary, normalised, generator, goal)
         else:
             dictionary = units.from_canonical(inherited.to(first.device))
         whitening = None

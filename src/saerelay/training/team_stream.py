@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saerelay.data.stream import Block, LiveStream, finite_positions, kept_positions
+from saerelay.data.stream import LiveStream, finite_positions, kept_positions
 from saerelay.planning.ranks import deal, needed_sites, owners, prober
 from saerelay.site import Site
 from saerelay.team import Team
@@ -25,7 +25,7 @@ ALIGNMENT = 16
 
 
 class TeamStream(LiveStream):
-    """A `LiveStream` whose forward passes are spread over a team; `block` gives the sites that this rank needs."""
+    """A `LiveStream` whose forward passes are spread over a team, whose ranks all ask for the same blocks."""
 
     def __init__(self, stream: LiveStream, team: Team) -> None:
         plan = stream.plan
@@ -40,10 +40,10 @@ class TeamStream(LiveStream):
             found = self.model.harvest(torch.zeros(1, 2, dtype=torch.long), sites)
             self._dtypes = {site: x.dtype for site, x in found.items()}
 
-    def block(self, number: int, sites: Sequence[Site]) -> Block:
-        """Those of the open `sites` that this rank needs; every rank makes this call."""
+    def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:
+        """Those of the open sites that this rank needs."""
         self.needs = needed_sites(self.plan, self.owner, self.team.size, number, sites)
-        return super().block(number, self.needs[self.team.rank])
+        return self.needs[self.team.rank]
 
     def _keep(self, tokens: Tensor, order: Tensor) -> Tensor:
         """One rank looks for outlier norms, and tells the others."""

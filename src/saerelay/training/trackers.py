@@ -1,12 +1,18 @@
-"""TensorBoard and Weights & Biases, where they are installed and a recipe asks for them (train.loggers)."""
+"""TensorBoard and Weights & Biases, where they are installed and a recipe asks for them (train.loggers).
 
+A logger that fails on the way, because the network is down, say, is left out from then on: the run goes on.
+"""
+
+import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from saerelay.errors import RecipeError
+from saerelay.files import write_text
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.state import last_ages
@@ -38,7 +44,7 @@ class Loggers:
     """Tells loggers every point of the training log once, also where a resumed run comes by the same points again."""
 
     def __init__(self, loggers: Sequence["TensorBoard | WandB"], logged_ages: Mapping[str, int]) -> None:
-        self.loggers = loggers
+        self.loggers = list(loggers)
         self.logged_ages = logged_ages
 
     def tick(self, cursor: int) -> None:
@@ -48,8 +54,20 @@ class Loggers:
         """See `Watcher`."""
         if progress.age <= self.logged_ages.get(leg_id, 0):
             return
-        for logger in self.loggers:
-            logger.log(leg_id, progress)
+        for logger in tuple(self.loggers):
+            try:
+                logger.log(leg_id, progress)
+            except Exception as error:  # of another library, for any reason
+                _warn_of(logger, error)
+                self.loggers.remove(logger)
+
+
+def _warn_of(logger: "TensorBoard | WandB", error: Exception) -> None:
+    name = type(logger).__name__
+    warnings.warn(
+        f"{name} failed ({type(error).__name__}: {error}) and is left out from here on; metrics.jsonl has every point",
+        stacklevel=3,
+    )
 
 
 class TensorBoard:
@@ -108,10 +126,43 @@ def check_installed(plan: Plan) -> None:
 @contextmanager
 def loggers_of(plan: Plan, paths: RunDirectory) -> Iterator[Watcher]:
     """The loggers that a recipe names; open them before training cuts the log back to the saved state."""
-    logged_ages = last_ages(paths.metrics)
-    with ExitStack() as open_loggers:
-        loggers = []
+    logged_ages = _ages_told(paths) if plan.recipe.train.loggers else {}
+    loggers: list[TensorBoard | WandB] = []
+    try:
         for name in plan.recipe.train.loggers:
-            logger = TensorBoard(paths.root) if name == "tensorboard" else WandB(plan, paths.root)
-            loggers.append(open_loggers.enter_context(closing(logger)))
+            loggers.append(_opened(name, plan, paths))
         yield Loggers(loggers, logged_ages)
+    finally:
+        for logger in loggers:
+            try:
+                logger.close()
+            except Exception as error:
+                _warn_of(logger, error)
+
+
+def _ages_told(paths: RunDirectory) -> dict[str, int]:
+    """Each leg's last age that loggers were told of, which is kept.
+
+    How to see this: training cuts the log back to what was saved, and logs the same points again. If
+    it is killed before it comes to where it was the first time, the log says less than was told.
+    """
+    told = last_ages(paths.metrics)
+    if paths.metrics.is_file():
+        for leg_id, age in last_ages(paths.told).items():
+            told[leg_id] = max(age, told.get(leg_id, 0))
+    lines = [json.dumps({"leg": leg_id, "age": age}) + "\n" for leg_id, age in told.items()]
+    write_text(paths.told, "".join(lines))
+    return told
+
+
+def _opened(name: str, plan: Plan, paths: RunDirectory) -> "TensorBoard | WandB":
+    """A logger; RecipeError if it cannot be opened."""
+    try:
+        return TensorBoard(paths.root) if name == "tensorboard" else WandB(plan, paths.root)
+    except OSError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"train.loggers: {name} cannot be opened ({type(error).__name__}: {error}); set it up, or take it out "
+            "(metrics.jsonl is always written)"
+        ) from error

@@ -194,32 +194,38 @@ def begin(
         return f"its parent {leg.parent} stopped"
     spec = now.plan.recipe.train
     rows = block.rows(leg.site, FIRST_ROWS)
-    if not bool(torch.isfinite(rows).all()):
-        return f"{leg.site}: activations are not all finite; run the model in float32 or bfloat16, not float16"
-    if not _vary(rows):
-        what = "all zero" if not rows.any() else "the same at every token"
-        return f"{leg.site}: activations do not vary ({what}); there is nothing to learn"
+    target = block.target(leg, FIRST_ROWS)
+    reason = _why_not(leg.site, rows) or (_why_not(leg.site_out, target) if target is not None else "")
+    if reason:
+        return reason
     if not leg.hop:
-        return Trainee(leg, spec, first_state(leg, spec, rows))
+        return Trainee(leg, spec, first_state(leg, spec, rows, target=target))
     try:
         parent = remote or parent_of(now, leg, block, paths)
-        inherited = inherit(now, leg, block, parent, units_of(leg, spec, rows))
+        inherited = inherit(now, leg, block, parent, units_of(leg, spec, rows, target))
     except TransferError as error:
         return str(error)
     now.hops[leg.id] = HopFacts(method=inherited.method, trials=inherited.trials)
-    return Trainee(leg, spec, first_state(leg, spec, rows, inherited.dictionary, lr_share=inherited.lr_share))
+    state = first_state(leg, spec, rows, inherited.dictionary, target=target, lr_share=inherited.lr_share)
+    return Trainee(leg, spec, state)
 
 
-def _vary(x: Tensor) -> bool:
-    """Whether rows (B, D) differ from each other by more than rounding."""
-    return bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max())
+def _why_not(site: Site, x: Tensor) -> str:
+    """Why nothing can be learned from rows (B, D) of a site; "" if something can."""
+    if not bool(torch.isfinite(x).all()):
+        return f"{site}: activations are not all finite; run the model in float32 or bfloat16, not float16"
+    if bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max()):
+        return ""
+    what = "all zero" if not x.any() else "the same at every token"
+    return f"{site}: activations do not vary ({what}); there is nothing to learn"
 
 
 def read_held_out(now: Training, validation: AbstractStream | None) -> None:
     """Read the rows that goals are measured on, if there is anything left to train."""
     if validation and now.cursor < now.plan.n_tokens:
         rows, n_read = hold_out(now.plan, validation)
-        now.held_out = {leg.site: rows[leg.site] for leg in now.plan.legs if now.trains(leg)}
+        own = [leg for leg in now.plan.legs if now.trains(leg)]
+        now.held_out = {site: rows[site] for leg in own for site in (leg.site, leg.site_out)}
         now.positions["held_out"] = n_read
 
 
@@ -240,7 +246,7 @@ def check_goals(now: Training, repetition: int) -> None:
             continue
         if goal_is_due(trainee.leg, train.optimizer, train.batch_tokens, trainee.state.age):
             with timed(now.seconds, "goals"):
-                trainee.check(now.held_out[trainee.leg.site])
+                trainee.check(now.held_out[trainee.leg.site], now.held_out_target(trainee.leg))
 
 
 def end_legs(now: Training, block: Block, paths: RunDirectory, repetition: int) -> None:
@@ -282,6 +288,7 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
         "leg": leg.model_dump(mode="json"),
         "layer": leg.layer,
         "module": leg.module,
+        "module_out": leg.module_out,
         "model": now.plan.facts.name,
         "revision": now.plan.facts.revision,
         "tokens": state.age,
@@ -296,7 +303,9 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
     if leg.id in now.hops:
         info["hop"] = now.hops[leg.id].model_dump(mode="json")
     if leg.site in now.held_out:
-        info["validation_fvu"] = fvu(dictionary, now.held_out[leg.site], balance_of(leg, trainee.spec))
+        balance = balance_of(leg, trainee.spec)
+        target = now.held_out_target(leg)
+        info["validation_fvu"] = fvu(dictionary, now.held_out[leg.site], balance, target=target)
     directory = paths.leg(leg.id) if finished else paths.snapshot(leg.id, state.age)
     publish(directory, dictionary, info)
 

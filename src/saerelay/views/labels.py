@@ -55,6 +55,7 @@ ROLES = {
     "transfer": "transferred",
     "equal_tokens": "control: from scratch, equal tokens",
     "full": "control: from scratch, full budget",
+    "random": "control: random dictionary, refitted",
 }
 """What a leg is for; of controls, their kind."""
 

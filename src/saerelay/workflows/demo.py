@@ -22,9 +22,9 @@ MARK = ".saerelay-demo"
 DEMO = Recipe(
     data=DataSpec(epochs=2),  # only needed where the standard library comes without its tests (Debian's)
     dictionary=DictionarySpec(expansion=16, activation=TopK(k=24)),
-    plan=PlanSpec(preset="hub", root_tokens=2_000_000, transfer_tokens=250_000, controls=[2, 6]),
+    plan=PlanSpec(preset="hub", root_tokens=1_000_000, transfer_tokens=125_000, controls=[2, 6]),
     train=TrainSpec(batch_tokens=512),
-    evaluate=EvaluateSpec(tokens=65_536),
+    evaluate=EvaluateSpec(tokens=32_768),
 )
 """One root, transferred to all other layers, and from-scratch controls for two of them."""
 

@@ -33,7 +33,7 @@ from saerelay.sae.maps import map_between, rate_share, unexplained
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.spec import Method, MethodOrAuto
-from saerelay.sae.transfer import L0_ROWS, carry
+from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import SCRATCH, TRIAL_ROWS, try_methods
 from saerelay.sae.units import Units
 from saerelay.site import Site
@@ -72,6 +72,8 @@ def hop_run(
     if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
         note = f"note: {source} was trained on {origin.model}; it is taken to read {recipe.model.name} as well"
         console.print(Text(printable(note)))
+    if origin.site_out and model:
+        raise TransferError(f"{source}: is a transcoder; those are not carried between two models yet")
     leg = _asked_leg(source, origin.site, target, recipe, leg_keys)
     assert leg.hop
     if origin.site == target and not model:
@@ -86,7 +88,9 @@ def hop_run(
         check_directory(paths, resume=True)
         parent = paths.root / "parent"
         if model:
-            method = (leg.hop and leg.hop.method) or recipe.plan.hop.method
+            method = recipe.plan.hop.method
+            if leg.hop and leg.hop.method and leg.hop.method != "random":
+                method = leg.hop.method
             moved = carry_from_model(dictionary, origin, recipe, target, model, method, console)
             dictionary = moved.dictionary
             origin = moved.origin
@@ -181,7 +185,8 @@ def carry_from_model(
     spec = recipe.dictionary.sized(plan.facts.width(target)).changed(n_latents=dictionary.n_latents)
     trials: dict[str, float] = {}
     if method == "auto":
-        trials = try_methods(dictionary, moments, torch.cat(rows), units, spec, balance=balance)
+        on = Retraining(torch.cat(rows), seed=0)
+        trials = try_methods(dictionary, moments, on, units, spec, balance=balance)
         method = _best(trials, name, site, target)
     between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments, balance)
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())

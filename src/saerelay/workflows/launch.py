@@ -96,8 +96,9 @@ def train_run(
         except OSError as error:
             raise RunDirectoryError(f"{reason(error)}. This continues the run: {paths.resume_command}") from None
         finally:
-            if console and stream.outlier_note():
-                console.print(f"note: {stream.outlier_note()}", markup=False)
+            note = stream.outliers.left_out().note
+            if console and note:
+                console.print(f"note: {note}", markup=False)
     return load(paths.root)
 
 

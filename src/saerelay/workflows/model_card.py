@@ -34,6 +34,12 @@ from huggingface_hub import snapshot_download
 path = snapshot_download("{repo}", allow_patterns="{folder}/*")
 sae, config = load_dictionary(f"{{path}}/{folder}", device="cpu")
 """,
+    "circuit-tracer": """
+from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
+
+transcoders, config = load_transcoder_from_hub("{repo}", lazy_decoder=False)
+y_hat = transcoders[0](x)        # x: what the MLP of layer 0 reads
+""",
 }
 """How each format is loaded by the tool it belongs to."""
 
@@ -144,7 +150,7 @@ def _quality(saes: Sequence[ExportedSAE]) -> str:
         rows.append(
             [
                 sae.folder,
-                _reads(sae.origin.site),
+                _reads(sae.origin.site, sae.origin.site_out),
                 sae.description,
                 _number(sae.origin.l0, ".1f"),
                 *_metrics(sae.metrics),
@@ -205,7 +211,7 @@ def _lineage(saes: Sequence[ExportedSAE], plan: Plan) -> str:
         rows.append(
             [
                 leg.id,
-                _reads(leg.site),
+                _reads(leg.site, leg.site_out),
                 parent or "-",
                 method_of(leg, hops.get(leg.id, {}).get("method")) or "from scratch",
                 format_count(leg.moment_tokens) if leg.moment_tokens else "-",
@@ -232,8 +238,11 @@ def _recipe(plan: Plan) -> str:
 # --- markdown ----------------------------------------------------------------------------------
 
 
-def _reads(site: Site | None) -> str:
-    return f"{site.module}, layer {site.layer}" if site else "not stated"
+def _reads(site: Site | None, site_out: Site | None) -> str:
+    if site is None:
+        return "not stated"
+    arrow = f" → {site_out.module}" if site_out and site_out != site else ""
+    return f"{site.module}{arrow}, layer {site.layer}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -99,10 +99,12 @@ def describe_external(reference: str, recipe: Recipe) -> External:
     return External(
         layer=origin.site.layer,
         module=origin.site.module,
+        module_out=origin.site_out.module if origin.site_out else None,
         architecture=dictionary.architecture,
         n_latents=dictionary.n_latents,
         d_model=dictionary.d_model,
         k=dictionary.k,
+        skip_connection=dictionary.W_skip is not None,
         l0=origin.l0,
         model=origin.model,
         path=str(local(reference).resolve()),

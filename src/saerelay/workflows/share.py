@@ -13,7 +13,7 @@ from typing import Any
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import reason, remove_directory, write_text
-from saerelay.interop import find_saes, hub, load_dictionary, own, read_any, write_dictionary
+from saerelay.interop import circuit_tracer, find_saes, hub, load_dictionary, own, read_any, write_dictionary
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
@@ -53,7 +53,8 @@ def describe(dictionary: Dictionary) -> str:
     'topk, k 2, 4 latents, width 4'
     """
     k = f", k {dictionary.k}" if dictionary.k else ""
-    return f"{dictionary.architecture}{k}, {dictionary.n_latents} latents, width {dictionary.d_model}"
+    skip = ", skip connection" if dictionary.W_skip is not None else ""
+    return f"{dictionary.architecture}{k}, {dictionary.n_latents} latents, width {dictionary.d_model}{skip}"
 
 
 # --- out ---------------------------------------------------------------------------------------
@@ -76,6 +77,8 @@ def export_run(
         else:
             saes = [_export_one(source, directory, format)]
             plan = None
+        if format == circuit_tracer.NAME:
+            circuit_tracer.check_set(directory)
         card = model_card(saes, format, licence=licence, repo=repo, plan=plan)
         write_text(directory / "README.md", card)
     return saes
@@ -121,7 +124,7 @@ def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
         provenance=without_paths(origin.provenance),
     )
     folder = _folder(origin, format, has_prefix=True) if origin.site else "sae"
-    write_dictionary(directory / folder, dictionary, origin, format)
+    write_dictionary(_place(directory, folder, format), dictionary, origin, format)
     return ExportedSAE(folder, describe(dictionary), origin, leg=None, metrics={})
 
 
@@ -140,9 +143,9 @@ def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) ->
         metrics = _metrics(suite, leg)
         origin = _published_origin(origin, suite.plan, metrics, module_path=paths.get(leg.site, ""))
         folder = _folder(origin, format, has_prefix=suite.plan.facts.has_lm_head)
-        if sites.count(leg.site) > 1:
+        if sites.count(leg.site) > 1 and format != circuit_tracer.NAME:
             folder = f"{folder}-{leg.id}"
-        write_dictionary(directory / folder, dictionary, origin, format)
+        write_dictionary(_place(directory, folder, format), dictionary, origin, format)
         saes.append(ExportedSAE(folder, describe(dictionary), origin, leg=leg, metrics=metrics))
     return saes
 
@@ -178,6 +181,10 @@ def _folder(origin: Origin, format: str, *, has_prefix: bool) -> str:
     site = origin.site
     assert site
     is_residual = site.module == "resid_post"
+    if format == circuit_tracer.NAME:
+        return f"layer_{site.layer}.safetensors"
+    if origin.site_out:
+        return f"layer_{site.layer}.transcoder"
     if format != "sparsify":
         return f"layer_{site.layer}" if is_residual else f"layer_{site.layer}.{site.module}"
 
@@ -193,6 +200,11 @@ def _folder(origin: Origin, format: str, *, has_prefix: bool) -> str:
             f'and "{path}" is not one. Choose another --format'
         )
     return path
+
+
+def _place(directory: Path, folder: str, format: str) -> Path:
+    """Where an SAE is written: in a folder of its own, or into the set that a directory is."""
+    return directory if format == circuit_tracer.NAME else directory / folder
 
 
 # --- from the hub ------------------------------------------------------------------------------

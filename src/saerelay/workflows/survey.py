@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from saerelay.errors import Interrupted
+from saerelay.errors import Interrupted, PlanError
 from saerelay.files import remove_directory, write_text
 from saerelay.lm.facts import read_facts
 from saerelay.lm.identity import check_same_model
@@ -28,6 +28,10 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
 
     It lives in `survey/` of the run directory until it is done, and is resumed there after an interruption.
     """
+    if recipe.sites.module_out not in ("", recipe.sites.module):
+        raise PlanError(
+            'preset = "auto" surveys SAEs, and sites.module_out asks for transcoders; choose another one, such as "hub"'
+        )
     facts = read_facts(recipe.model)
     memory = memory_allowed(recipe, facts)
     inner = RunDirectory(paths.root / "survey")

@@ -37,6 +37,8 @@ class MatrixQuestion(Record):
     """Whether cross-entropy and KL are measured."""
     layers: list[int]
     """Layers measured on."""
+    dictionaries: str = ""
+    """A digest of the weights of the legs and their snapshots; "" where dictionary.json has none."""
     legs: dict[str, list[int]]
     """Ages measured of each leg of the suite, in tokens: that of its end, and those of its snapshots if asked for."""
 
@@ -95,6 +97,8 @@ class MeasuresQuestion(Record):
     """Digest of the prompts given; null for the model's own task."""
     matrix: MatrixQuestion | None
     """What the matrix was asked for that scores and offsets come from; null without one."""
+    dictionaries: str = ""
+    """A digest of the weights of the legs and their snapshots; "" where dictionary.json has none."""
     legs: dict[str, list[int]]
     """Ages measured of each leg, in tokens."""
 

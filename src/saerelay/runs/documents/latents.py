@@ -25,6 +25,8 @@ class FeatureQuestion(Record):
     """Number of positions kept after it."""
     above: str | None
     """Id of the leg at the next layer, among whose latents similar ones were looked for."""
+    dictionaries: str = ""
+    """A digest of the weights of the leg and of its neighbours; "" where dictionary.json has none."""
     below: str | None
     """Id of the leg at the previous layer."""
 
@@ -55,6 +57,8 @@ class FeatureFacts(Document):
     """Lowest edge of the histograms, log2 of the activation; bins are half octaves."""
     above: str | None = None
     """Id of the leg at the next layer, among whose latents similar ones were looked for."""
+    dictionaries: str = ""
+    """A digest of the weights of the leg and of its neighbours; "" where dictionary.json has none."""
     below: str | None = None
     """Id of the leg at the previous layer."""
 
@@ -84,6 +88,8 @@ class LineageQuestion(Record):
     """Decoder cosine below which a latent counts as replaced."""
     alive_above: int
     """Number of firings above which a latent counts as alive."""
+    dictionaries: str = ""
+    """A digest of the weights of the legs; "" where dictionary.json has none."""
     legs: dict[str, LineageLeg]
     """The run's legs, by id."""
 

@@ -3,10 +3,11 @@
 from typing import ClassVar, Literal
 
 from saerelay.document import Document, Measured, Record
+from saerelay.planning.left_out import LeftOut
 from saerelay.planning.survey import SurveyCost
 
 Role = Literal["root", "transfer", "control"]
-ControlKind = Literal["equal_tokens", "full"]
+ControlKind = Literal["equal_tokens", "full", "random"]
 Origin = Literal["scratch", "from below", "from above", "same layer"]
 
 
@@ -82,6 +83,8 @@ class EvaluationMetrics(Metrics):
 
     n_tokens: int
     """Number of kept positions measured on (BOS and outlier norms are left out)."""
+    left_out: LeftOut | None = None
+    """What was left out for its norm; null in files of old versions."""
     density: Density
     """How often latents fire."""
     sequence_delta_ce: list[float] | None = None
@@ -97,6 +100,8 @@ class EvaluationQuestion(Record):
     """Whether cross-entropy and KL are measured."""
     ages: list[int]
     """Ages of the leg's snapshots, in tokens."""
+    dictionaries: str = ""
+    """A digest of the weights of the leg and its snapshots; "" where dictionary.json has none."""
 
 
 class Evaluation(Document):
@@ -132,11 +137,13 @@ class LegFacts(Record):
     control_of: str | None = None
     """Id of the leg that a control is compared with."""
     control_kind: ControlKind | None = None
-    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget."""
+    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget; `random`: not trained."""
     layer: int
     """Layer it reads."""
     module: str
     """Kind of module it reads."""
+    module_out: str | None = None
+    """Kind of module that a transcoder reconstructs, which its quality is about; null for an SAE."""
     architecture: str
     """Architecture of its dictionary."""
     method: str | None = None
@@ -271,6 +278,8 @@ class Summary(Document):
     """Where the text comes from."""
     legs: list[LegSummary]
     """All published legs, in the order of the plan."""
+    left_out: LeftOut | None = None
+    """Positions that were not measured on because of their norm; null in files of old versions."""
     cost: SuiteCost
     """What the suite took."""
 

@@ -17,6 +17,10 @@ class DictionaryShape(Record):
     """Number of active latents per token; null for architectures without one."""
     d_model: int = Field(gt=0, strict=True)
     """Width D of the activations it reads."""
+    d_out: int | None = Field(default=None, gt=0, strict=True)
+    """Width of what it reconstructs, if that is another."""
+    skip_connection: bool = False
+    """Whether a transcoder has an affine path beside its latents."""
     n_latents: int = Field(gt=0, strict=True)
     """Number of latents F."""
     digests: dict[str, str] = {}
@@ -30,6 +34,8 @@ class DictionarySite(Record):
     """Layer it reads; null if an imported file did not say."""
     module: ModuleKind | None = None
     """Kind of module it reads, such as `resid_post`; null if, and only if, the layer is."""
+    module_out: ModuleKind | None = None
+    """Kind of module that a transcoder reconstructs, such as `mlp_out`; null for an SAE."""
     model: str = ""
     """Name of the language model."""
     revision: str = ""

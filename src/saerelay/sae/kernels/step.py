@@ -51,7 +51,10 @@ def encode_sparse(dictionary: Dictionary, x: Tensor) -> Codes:
 def reconstruct(dictionary: Dictionary, x: Tensor) -> tuple[Codes, Tensor]:
     """Sparse codes and reconstruction (B, D) of activations x (B, D): `dictionary(x)` without a dense code."""
     codes = encode_sparse(dictionary, x)
-    return codes, products(x.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+    x_hat = products(x.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+    if dictionary.W_skip is not None:
+        x_hat = x_hat + x @ dictionary.W_skip.T
+    return codes, x_hat
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ class Step:
     x: Tensor
     """What the encoder read (B, D)."""
     residuals: Tensor
-    """x − x_hat (B, D), in training units."""
+    """What is reconstructed less its reconstruction (B, Dy), in training units."""
     to_x_hat: float
     """∂loss/∂x_hat as a multiple of the residuals."""
     codes: Codes
@@ -97,9 +100,9 @@ class Step:
     to_threshold: Tensor | None
     """∂loss/∂threshold at the codes' positions (n_active), where thresholds are trained."""
     variance: Tensor
-    """Σ‖x − mean of the batch‖²."""
+    """Σ‖x − mean of the batch‖², of what is reconstructed."""
     b_dec: Tensor
-    """∂loss/∂b_dec (D)."""
+    """∂loss/∂b_dec (Dy)."""
     aux: Aux | None
 
     def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
@@ -126,9 +129,9 @@ class Part(NamedTuple):
     numbers: Tensor
     """(4): Σ error², number active, Σ x², Σ z."""
     x_sum: Tensor
-    """(D): Σ x."""
+    """(Dy): Σ of what is reconstructed."""
     residual_sum: Tensor
-    """(D)."""
+    """(Dy)."""
     aux: AuxPart | None
 
 
@@ -145,6 +148,8 @@ class Reading:
     """A copy of W_enc (F, D) in the dtype that the product with it runs in."""
     whitening: Tensor | None = None
     """(D, D): what activations are multiplied by before the encoder."""
+    target: Tensor | None = None
+    """(B, Dy): what a transcoder reconstructs, in the batch's units; None if that is the batch."""
 
 
 class Forward:
@@ -169,7 +174,7 @@ class Forward:
         self.x = x
         self.reading = reading
         self.ops = ops
-        self.divisor = error_divisor(spec, x)
+        self.divisor = error_divisor(spec, x if reading.target is None else reading.target)
         self.to_x_hat = -2 / self.divisor
         self.encoder = dictionary.W_enc if reading.encoder is None else reading.encoder
         self.shift = self.activation.shift(dictionary.threshold)
@@ -178,7 +183,10 @@ class Forward:
 
         # Buffers of the batch, which pieces write their rows of.
         self.inputs = x.new_empty(x.shape, dtype=dictionary.W_dec.dtype)
-        self.residuals = torch.empty_like(self.inputs)
+        self.targets = self.inputs
+        if reading.target is not None:
+            self.targets = x.new_empty(reading.target.shape, dtype=dictionary.W_dec.dtype)
+        self.residuals = torch.empty_like(self.targets)
         self.encoded = self.inputs if reading.whitening is None else torch.empty_like(self.inputs)
 
         self.dead: DeadLatents | None = None
@@ -189,10 +197,10 @@ class Forward:
     def pre_activations(self, rows: slice) -> Tensor:
         """Pre-activations (rows, F), less the architecture's shift."""
         inputs = self.inputs[rows]
-        if self.reading.units is None:
-            inputs.copy_(self.x[rows])
-        else:
-            self.reading.units.normalise(self.x[rows].to(inputs.dtype), out=inputs)
+        _put(self.x[rows], self.reading.units, inputs)
+        if self.reading.target is not None:
+            units = self.reading.units
+            _put(self.reading.target[rows], units and units.out, self.targets[rows])
         read = inputs.to(self.encoder.dtype)
         if self.reading.whitening is not None:
             read = read @ self.reading.whitening.to(self.encoder.dtype)
@@ -209,19 +217,21 @@ class Forward:
         window = None
         if self.shift is not None:
             codes, window = self.activation.unshift(codes, self.shift)
-        inputs = self.inputs[rows]
-        residual = torch.sub(inputs, self.dictionary.b_dec, out=self.residuals[rows])
+        targets = self.targets[rows]
+        residual = torch.sub(targets, self.dictionary.b_dec, out=self.residuals[rows])
+        if self.dictionary.W_skip is not None:
+            residual.addmm_(self.inputs[rows], self.dictionary.W_skip.T, alpha=-1)
         self.ops.subtract_decoded(residual, codes, self.dictionary.W_dec)
         to_z = self.ops.sampled(codes, residual, self.dictionary.W_dec).mul_(self.to_x_hat)
         error = torch.linalg.vector_norm(residual).square()
         n_active = (codes.values > 0).sum().to(error)
-        square = torch.linalg.vector_norm(inputs).square()
+        square = torch.linalg.vector_norm(targets).square()
         return Part(
             codes=codes,
             to_z=to_z,
             window=window,
             numbers=torch.stack([error, n_active, square, codes.values.sum()]),
-            x_sum=inputs.sum(dim=0),
+            x_sum=targets.sum(dim=0),
             residual_sum=residual.sum(dim=0),
             aux=self._aux(rows, pre, residual),
         )
@@ -292,6 +302,14 @@ class Forward:
         """Bool (F): latents active on some token."""
         largest = self.dictionary.b_enc.new_zeros(self.dictionary.n_latents)
         return largest.scatter_reduce_(0, codes.columns.long(), codes.values, "amax") > 0
+
+
+def _put(x: Tensor, units: Units | None, out: Tensor) -> None:
+    """Write activations (rows, D) into `out`, in units if they are not in these already."""
+    if units is None:
+        out.copy_(x)
+    else:
+        units.normalise(x.to(out.dtype), out=out)
 
 
 @torch.no_grad()

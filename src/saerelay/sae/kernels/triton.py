@@ -194,6 +194,10 @@ def decode_pair(
     codes: Codes, first: Tensor, x: Tensor, second: Tensor, g: Tensor, first_out: Tensor, second_out: Tensor
 ) -> None:
     """Zᵀx and Zᵀg of codes (F, B), with `first` and `second` (n_active) as values, into two (F, D); x, g (B, D)."""
+    if x.shape[1] != g.shape[1]:  # a transcoder between two widths
+        decode(codes.with_values(first), x, out=first_out)
+        decode(codes.with_values(second), g, out=second_out)
+        return
     F, D, device = codes.n_rows, x.shape[1], codes.columns.device
     n_extra = codes.columns.shape[0] // PIECE  # no more pieces beyond the latents' first ones
     pieces_before = torch.zeros(F + 1, dtype=torch.int32, device=device)

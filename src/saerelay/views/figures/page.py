@@ -35,6 +35,7 @@ COLOURS = {
         "above": "#e0a400",
         "equal_tokens": "#8b979e",
         "full": "#5fa8d3",
+        "random": "#c9ced2",
     },
     "dark": {
         "ink": "#e8ecee",
@@ -45,6 +46,7 @@ COLOURS = {
         "above": "#f5cc5c",
         "equal_tokens": "#9aa5ab",
         "full": "#4f9bd0",
+        "random": "#5c666d",
     },
 }
 """Of text and lines, and of the kinds of legs."""
@@ -65,6 +67,7 @@ KINDS = {
     "above": LegKind("<", f"transferred {ORIGINS['from above']}"),
     "equal_tokens": LegKind("v", ROLES["equal_tokens"]),
     "full": LegKind("^", ROLES["full"]),
+    "random": LegKind("x", ROLES["random"]),
 }
 _KIND_OF_ORIGIN = {"scratch": "root", "from below": "below", "from above": "above", "same layer": "transfer"}
 

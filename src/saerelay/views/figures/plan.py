@@ -51,7 +51,7 @@ def _kind(leg: Leg) -> str:
 def _draw_bars(axis: "Axes", plan: Plan, x: dict[str, float], theme: Theme) -> None:
     """The time in training of each leg, kind by kind."""
     nearest = min((b - a for a, b in pairwise(sorted(set(x.values())))), default=0.7)
-    for kind in ("root", "transfer", "equal_tokens", "full"):
+    for kind in ("root", "transfer", "equal_tokens", "full", "random"):
         legs = [leg for leg in plan.legs if _kind(leg) == kind]
         if legs:
             axis.bar(

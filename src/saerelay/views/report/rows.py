@@ -68,7 +68,7 @@ def _tile(name: str, counted: str, ours: float, theirs: float, *, write: Callabl
 class Mark:
     """A leg's value on a scale from 0 to 100, with its error bar."""
 
-    kind: Literal["root", "transfer", "equal_tokens", "full"]
+    kind: Literal["root", "transfer"] | ControlKind
     x: float
     low: float
     high: float
@@ -98,9 +98,11 @@ class ControlRow:
 
 def quality_rows(summary: Summary) -> list[QualityRow]:
     """A row for each final leg, with its marks and those of its controls."""
-    fvus = [leg.balanced_fvu for leg in summary.legs if is_number(leg.balanced_fvu)]
+    # A random dictionary is so much worse that it would squeeze all others: it has a row, but no mark.
+    drawn = [leg for leg in summary.legs if leg.control_kind != "random"]
+    fvus = [leg.balanced_fvu for leg in drawn if is_number(leg.balanced_fvu)]
     metric = leading_metric(summary)
-    delta_ces = [leg.delta_ce + (leg.delta_ce_se or 0) for leg in summary.legs if is_number(leg.delta_ce)]
+    delta_ces = [leg.delta_ce + (leg.delta_ce_se or 0) for leg in drawn if is_number(leg.delta_ce)]
     fvu_scale = 1.05 * max(fvus, default=1.0)
     delta_ce_scale = 1.05 * max(delta_ces, default=1.0)
 
@@ -109,6 +111,7 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
         full = summary.control(leg, "full")
         equal = summary.control(leg, "equal_tokens")
         controls = [control for control in (equal, full) if control]
+        listed = [*controls, *(control for control in [summary.control(leg, "random")] if control)]
         rows.append(
             QualityRow(
                 leg=leg,
@@ -124,7 +127,7 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
                     for row in (leg, *controls)
                     if is_number(row.delta_ce)
                 ],
-                controls=[ControlRow(control, format_count(control.tokens)) for control in controls],
+                controls=[ControlRow(control, format_count(control.tokens)) for control in listed],
             )
         )
     return rows

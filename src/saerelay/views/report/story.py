@@ -53,7 +53,7 @@ def caption(summary: Summary) -> str:
     """What every figure says below it: model, data, tokens, dictionaries, L0, seed."""
     legs = summary.final_legs
     kinds = ", ".join(sorted({f"{_name(leg)}, {leg.n_latents} latents" for leg in legs}))
-    modules = ", ".join(sorted({leg.module for leg in legs}))
+    modules = ", ".join(sorted({f"{leg.module} → {leg.module_out}" if leg.module_out else leg.module for leg in legs}))
     l0 = sum(leg.l0 or 0 for leg in legs) / len(legs)
     seeds = ", ".join(str(seed) for seed in sorted({leg.seed for leg in legs}))
     return (
@@ -89,6 +89,8 @@ def trained(plan: Plan, summary: Summary) -> str:
         parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {tokens} tokens each.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Measured on {first.n_eval_tokens:,} tokens of documents that training never saw.")
+    if summary.left_out and summary.left_out.note:
+        parts.append(f"Note: {summary.left_out.note}.")
     return " ".join(parts)
 
 

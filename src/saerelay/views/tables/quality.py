@@ -64,6 +64,8 @@ def notes(summary: Summary) -> list[Text]:
         )
     if cost.controls.seconds:
         lines.append(f"Controls took another {duration(cost.controls.seconds)}, not counted above; nor is evaluation.")
+    if summary.left_out and summary.left_out.note:
+        lines.append(f"Note: {summary.left_out.note}.")
     misleading = misleading_fvu(summary)
     if misleading:
         lines.append(misleading)

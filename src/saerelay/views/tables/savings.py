@@ -64,7 +64,7 @@ def summary_prices(summary: Summary) -> list[Price]:
 def _prices(pairs: Sequence[tuple[str, float, float]]) -> list[Price]:
     prices = []
     for name, ours, theirs in pairs:
-        write = format_count
+        write = _count
         if name.startswith("operations"):
             write = flops
         elif name == "time":
@@ -72,6 +72,10 @@ def _prices(pairs: Sequence[tuple[str, float, float]]) -> list[Price]:
         if ours > 0 and theirs > 0:
             prices.append(Price(name, ours, theirs, (write(ours), write(theirs))))
     return prices
+
+
+def _count(n: float) -> str:
+    return format_count(round(n))
 
 
 def savings_table(prices: Sequence[Price], tokens: int) -> Table:
@@ -99,6 +103,6 @@ def verdict(prices: Sequence[Price], tokens: int) -> Text:
     operations = next(price for price in prices if price.name == "operations")
     affordable = tokens * operations.ours / operations.theirs
     return Text(
-        f"{sentence}. For the same operations every layer can be trained from scratch on {format_count(affordable)} "
+        f"{sentence}. For the same operations every layer can be trained from scratch on {_count(affordable)} "
         "tokens: that is what it has to beat."
     )
