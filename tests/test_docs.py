@@ -20,6 +20,7 @@ import saerelay as sr
 from saerelay import cli
 from saerelay.document import Document
 from saerelay.interop import FORMATS, WRITTEN
+from saerelay.planning.toml import annotated_toml
 from saerelay.runs import documents
 from saerelay.runs.documents.latents import LineageFacts
 
@@ -97,6 +98,7 @@ def test_python_examples(place: Path) -> None:
     layer4 = torch.randn(2048, 32)
     names = {"model": model, "inputs": {"input_ids": torch.tensor([[1, 3, 5]])}, "x": torch.randn(10, 32), "sr": sr}
     names |= {"x_layer4": layer4, "x_layer5": layer4 + 0.1 * torch.randn(2048, 32)}
+    names["tokens"] = np.load("tokens.npy")
     recipe = sr.Recipe.from_toml("run.toml")
     sr.train_run(recipe, "runs/a")
     for page in (DOCS.parent / "README.md", DOCS / "python.md"):
@@ -111,6 +113,33 @@ def test_python_examples(place: Path) -> None:
             )
             exec(smaller, names)
     assert names["hopped"].d_model == 32 and len(names["suite"]) == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_page_on_transcoders(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipe, the code and the commands below it, in order."""
+    ((_, keys),) = fences("transcoders.md", "transcoders.toml")
+    recipe = tomllib.loads(RECIPE)
+    for section, values in tomllib.loads(keys).items():
+        recipe[section] = recipe[section] | values
+    recipe["sites"]["layers"] = [0, 1]
+    recipe["plan"]["roots"] = [1]
+    recipe["dictionary"]["k"] = 4
+    Path("transcoders.toml").write_text(annotated_toml(sr.Recipe.parse(recipe)))
+    sr.train_run(sr.Recipe.from_toml("transcoders.toml"), "runs/transcoders")
+    page = (DOCS / "transcoders.md").read_text(encoding="utf-8")
+    names = {"sr": sr, "x": torch.randn(10, 32)}
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    exec(block, names)
+    assert torch.equal(names["y_hat"], names["transcoder"](names["x"]))  # type: ignore[operator]
+    commands = [line for name, line in commands_shown() if name == "transcoders.md"]
+    assert len(commands) == 3
+    for command in commands:
+        code, _, errors = call(*shlex.split(command)[1:], capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0, errors
+    assert Path("transcoder-set/config.yaml").is_file() and Path("imported/dictionary.json").is_file()
 
 
 def commands_shown() -> Iterator[tuple[str, str]]:

@@ -40,8 +40,8 @@ ORDER = {
     "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "
     "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",
-    "workflows": "placeless settle activations watching pilots survey launch timing hop model_card share report judge "
-    "interpret demo",
+    "workflows": "placeless settle activations watching pilots survey launch keys timing hop tensors suites "
+    "model_card share report judge interpret demo",
     "cli": "options training measuring judging sharing",
 }
 """Inside a wing a module imports only from those before it."""
@@ -132,10 +132,12 @@ def test_public_names_are_these_and_all_import() -> None:
         "Site",
         "Suite",
         "attach",
+        "evaluate",
         "evaluate_run",
         "features_run",
         "fold",
         "fvu",
+        "hop",
         "hop_run",
         "lineage_run",
         "load",
@@ -144,10 +146,14 @@ def test_public_names_are_these_and_all_import() -> None:
         "load_layer_normed",
         "map_between",
         "match_l0",
+        "plan",
         "plan_run",
+        "recipe",
         "refit",
         "revive",
+        "train",
         "train_run",
+        "train_suite",
     ]
     for name in saerelay.__all__:
         assert getattr(saerelay, name) is not None

@@ -92,7 +92,14 @@ def test_a_matrix_of_another_schema_is_measured_again(suite: sr.Suite, monkeypat
 def test_what_is_asked_names_legs_ages_layers_and_methods(suite: sr.Suite) -> None:
     asked = suite.matrix(methods=["identity", "affine"], snapshots=True).asked
     legs = {leg.id: [suite.info(leg).tokens, 1024] for leg in suite.final_legs}
-    assert asked == MatrixQuestion(tokens=1000, methods=["affine", "identity"], ce=True, layers=[0, 1, 2], legs=legs)
+    assert asked == MatrixQuestion(
+        tokens=1000,
+        methods=["affine", "identity"],
+        ce=True,
+        layers=[0, 1, 2],
+        legs=legs,
+        dictionaries=suite.digest(suite.final_legs, snapshots=True),
+    )
 
 
 def test_snapshots_have_cells_of_their_own(suite: sr.Suite) -> None:

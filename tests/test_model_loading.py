@@ -1,6 +1,7 @@
 """What is known of a model before its weights are loaded, how they are loaded, and errors with their remedies."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from logging import Handler, getLogger
@@ -28,6 +29,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def test_a_configuration_that_asks_for_millions_of_layers_is_refused_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**8}))
+    with pytest.raises(ModelError, match=r"num_hidden_layers = 1e\+08, and the most is 4,096"):
+        read_facts(ModelSpec(name=str(copy)))
+
+
+def test_a_pipe_among_the_files_of_a_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    os.mkfifo(copy / "model.safetensors")
+    with pytest.raises(ModelError, match="model.safetensors: not a regular file"):
+        LanguageModel.load(ModelSpec(name=str(copy)))
 
 
 def test_facts_are_those_of_the_loaded_model(family: str, family_directory: Callable[[str], Path]) -> None:

@@ -27,5 +27,11 @@ from .site import Site as Site
 from .workflows.hop import hop_run as hop_run
 from .workflows.launch import train_run as train_run
 from .workflows.settle import plan_run as plan_run
+from .workflows.suites import plan as plan
+from .workflows.suites import recipe as recipe
+from .workflows.suites import train_suite as train_suite
+from .workflows.tensors import evaluate as evaluate
+from .workflows.tensors import hop as hop
+from .workflows.tensors import train as train
 
 __version__: str

@@ -113,6 +113,21 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def odd_file(directory: Path, *, deep: bool = False) -> Path | None:
+    """A pipe, device or socket among the files of a directory, which could be read forever; None if there is none.
+
+    With `deep`, in the directories below it as well; links to directories are not followed.
+    """
+    for folder, folders, names in os.walk(directory):
+        if not deep:
+            folders.clear()
+        for name in names:
+            path = Path(folder, name)
+            if path.exists() and not path.is_file() and not path.is_dir():
+                return path
+    return None
+
+
 def read_json(path: Path) -> Any:
     """The JSON in a file; ValueError if it is damaged, OSError if it cannot be read."""
     return parse_json(read_text(path))

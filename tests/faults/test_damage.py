@@ -254,3 +254,28 @@ def test_what_a_file_says_is_shown_and_not_obeyed(world: Path, tmp_path: Path, c
         assert name.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e") in " ".join(said.split())
         code, said = call("import", source, "--out", f"{out}-i")
         assert code == 0 and "\x1b" not in said and "\u202e" not in said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokens/test.npy", "legs/L0/dictionary.safetensors", "state/x"])
+def test_a_pipe_among_the_files_of_a_run_is_refused_and_not_waited_for(
+    world: Path, run: Path, call: Call, name: str
+) -> None:
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    for words in (("eval", run), ("train", world / "r.toml", "--out", run, "--resume")):
+        code, said = call(*words)
+        assert code == 2 and f"{name}: not a regular file" in said
+
+
+def test_a_pipe_among_the_files_of_an_sae_is_refused(run: Path, tmp_path: Path, call: Call) -> None:
+    place = run / "legs/L0"
+    (place / "dictionary.safetensors").unlink()
+    os.mkfifo(place / "dictionary.safetensors")
+    code, said = call("import", place, "--out", tmp_path / "out")
+    assert code == 2 and "dictionary.safetensors: not a regular file" in said
+
+
+def test_nesting_without_end_in_what_is_known_of_the_model_is_one_message(run: Path, call: Call) -> None:
+    (run / "state/model.json").write_text("[" * 200_000)
+    code, said = call("eval", run)
+    assert code == 2 and "Traceback" not in said and "model.json: damaged" in said

@@ -26,6 +26,7 @@ SAMPLE = (
     "report:write:30:ENOSPC",
     "export:rename:1:before",
     "export:mkdir:2:EACCES",
+    "import:rename:1:after",
 )
 """Faults that once left no way on, a traceback, or another result, and a few others."""
 

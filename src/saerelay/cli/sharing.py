@@ -33,7 +33,9 @@ def import_sae(
 
 def export(
     source: Source,
-    format: Annotated[str, typer.Option("--format", help="saelens, sparsify, dictionary_learning or saerelay.")],
+    format: Annotated[
+        str, typer.Option("--format", help="saelens, sparsify, dictionary_learning, circuit-tracer or saerelay.")
+    ],
     out: OutDir,
     leg: OneLegPerLayer = [],  # noqa: B006
     licence: Licence = "",
@@ -48,7 +50,9 @@ def export(
 def push(
     source: Source,
     repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub, user/name; created if missing.")],
-    format: Annotated[str, typer.Option(help="saelens, sparsify, dictionary_learning or saerelay.")] = "saelens",
+    format: Annotated[
+        str, typer.Option(help="saelens, sparsify, dictionary_learning, circuit-tracer or saerelay.")
+    ] = "saelens",
     leg: OneLegPerLayer = [],  # noqa: B006
     licence: Licence = "",
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,

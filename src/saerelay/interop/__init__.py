@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from saerelay.errors import FormatError
+from saerelay.files import odd_file
 from saerelay.interop import (
     circuit_tracer,
     dictionary_learning,
@@ -115,6 +116,9 @@ def read_any(
 ) -> tuple[Dictionary | LayerNormed, Origin]:
     """Read a trained SAE with or without a layer norm; otherwise as `load_dictionary`."""
     path = hub.local(reference)
+    odd = odd_file(path)
+    if odd:
+        raise FormatError(f"{odd}: not a regular file; put a copy of what it gives in its place")
     chosen = format_named(format) if format else format_of(path)
     dictionary, origin = chosen.read(path)
     if site and origin.site and site != origin.site:

@@ -1,11 +1,10 @@
 """Whether a language model is still the one that a run was begun with."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from saerelay.errors import ModelError
-from saerelay.files import write_json
+from saerelay.files import read_json, write_json
 from saerelay.lm.source import locate
 from saerelay.planning.recipe import ModelSpec
 
@@ -62,6 +61,6 @@ def check_same_model(spec: ModelSpec, path: Path, *, begin: bool = False) -> Non
 
 def _read(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
+        return str(read_json(path)["digest"])
     except (ValueError, KeyError, TypeError):
         raise ModelError(f"{path}: damaged; delete it if the model is the one that the run was begun with") from None

@@ -1,7 +1,6 @@
 """Where a language model comes from: a directory or the hub, and errors with their remedy."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,16 @@ import torch
 
 from saerelay.demo import MODEL_DIR
 from saerelay.errors import ModelError
+from saerelay.files import odd_file, read_json
 from saerelay.hub import explain_hub
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import ModelSpec
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Endings of the names of classes that predict the next token."""
+
+_MOST = {"layer": 4_096, "block": 4_096, "expert": 65_536, "head": 65_536}
+"""Most modules that a configuration may ask for under a key with such a word; no model comes near."""
 
 TOKENIZER_REMEDY = "Put a tokenizer.json beside its config.json, or give token ids (data.tokens) instead of text."
 
@@ -40,6 +43,7 @@ def locate(spec: ModelSpec) -> Location:
     options = {"trust_remote_code": spec.trust_remote_code}
     path = MODEL_DIR if spec.name == "demo" else Path(spec.name).expanduser()
     if path.is_dir():
+        _refuse_pipes(path)
         _refuse_adapter(path / "adapter_config.json")
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -87,12 +91,19 @@ def resolved_revision(spec: ModelSpec) -> str:
     return commit
 
 
+def _refuse_pipes(directory: Path) -> None:
+    """Raise ModelError for a directory with a pipe or a device among its files, which could be read forever."""
+    odd = odd_file(directory)
+    if odd:
+        raise ModelError(f"{odd}: not a regular file; put a copy of what it gives in its place")
+
+
 def _refuse_adapter(path: Path) -> None:
     """Raise ModelError for an adapter, which is applied to the weights or not, by what is installed."""
     if not path.is_file():
         return
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
     except ValueError:
         about = {}
     base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
@@ -108,7 +119,24 @@ def read_config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     location = locate(spec)
-    return AutoConfig.from_pretrained(location.name_or_path, **location.options)
+    config = AutoConfig.from_pretrained(location.name_or_path, **location.options)
+    _check_counts(spec, config.to_dict())
+    return config
+
+
+def _check_counts(spec: ModelSpec, keys: dict[Any, Any]) -> None:
+    """Raise ModelError for more layers, experts or heads than can be meant: it would take days to make them."""
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            _check_counts(spec, value)
+        if not isinstance(value, int) or re.search("dim|size|width", str(key)):
+            continue
+        for word, most in _MOST.items():
+            if word in str(key) and value > most:
+                raise ModelError(
+                    f'"{spec.name}": its configuration says {key} = {value:.3g}, and the most is {most:,}. Check its '
+                    "config.json."
+                )
 
 
 def model_class(config: Any) -> Any:

@@ -123,7 +123,7 @@ def _probe_layer(recipe: Recipe, facts: ModelFacts) -> int | None:
     """
     if not recipe.data.outlier_norm:
         return None
-    module = recipe.sites.module
+    module = recipe.sites.written
     readable = [layer for layer in range(facts.n_layers) if str(Site(layer, module)) not in facts.sites.refusals]
     if not readable:
         raise PlanError(

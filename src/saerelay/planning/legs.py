@@ -142,7 +142,7 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
 
     dead_after = recipe.train.dead_after
     if dead_after == "auto":
-        dead_after = max(batch, min(10_000_000, budget // 50))
+        dead_after = auto_dead_after(budget, batch)
     return Schedule(
         budget_tokens=budget,
         batch_tokens=batch,
@@ -193,6 +193,11 @@ def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
 
 LARGEST_SWEPT_BATCH = 4096
 """Beyond batches of this many tokens the bound on the learning rate does not rise: nothing larger was tried."""
+
+
+def auto_dead_after(budget_tokens: int, batch_tokens: int) -> int:
+    """Tokens without firing after which a latent is dead, by default: a fiftieth of the budget, at most 10M."""
+    return max(batch_tokens, min(10_000_000, budget_tokens // 50))
 
 
 def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:

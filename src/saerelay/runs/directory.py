@@ -14,7 +14,7 @@ from shlex import quote
 import filelock
 
 from saerelay.errors import RunDirectoryError
-from saerelay.files import reason
+from saerelay.files import odd_file, reason
 from saerelay.planning.plan import Leg, Plan
 
 
@@ -176,8 +176,11 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 
 
 def read_plan(directory: Path) -> Plan:
-    """The plan of a run directory."""
+    """The plan of a run directory; RunDirectoryError if there is none, or if a pipe lies among its files."""
     paths = RunDirectory(directory)
+    odd = odd_file(directory, deep=True)
+    if odd:
+        raise RunDirectoryError(f"{odd}: not a regular file; remove it")
     if not paths.plan.is_file():
         raise RunDirectoryError(
             f"{directory}: no run here (plan.json is missing); `saerelay train --out {directory}` makes one"

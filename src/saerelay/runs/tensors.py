@@ -66,6 +66,8 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
 
     A file that the operating system does not give out may be whole: nothing is said of deleting it.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RunDirectoryError(f"{path}: not a regular file; {remedy}")
     try:
         with path.open("rb"):
             pass

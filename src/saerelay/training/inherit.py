@@ -139,6 +139,15 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     return Inherited(carried.dictionary, lr_share, method, trials)
 
 
+def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) -> AffineMap:
+    """The map that a leg's parent is folded through."""
+    balance = balance_of(leg, now.plan.recipe.train)
+    between = map_between(method, now.plan.facts.width(leg.site), moments, balance)
+    if leg.is_transcoder and moments is None:
+        return crossed(between, map_between(method, now.plan.facts.width(leg.site_out), None, balance))
+    return between
+
+
 def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
     """A random dictionary, revived and refitted on the rows that a parent's would be: what training has to beat.
 
@@ -148,18 +157,9 @@ def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
     generator = torch.Generator().manual_seed(seed)
     n = max(INITIAL_ROWS, leg.refit_tokens)
     on = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
-    in_units = on.normalised(units)
-    fresh = units.to_canonical(initialise(leg.dictionary, in_units.rows, generator, in_units.target))
+    inside = on.normalised(units)
+    fresh = units.to_canonical(initialise(leg.dictionary, inside.rows, generator, inside.target))
     return carry(fresh, None, on.rows, units, l0=leg.dictionary.l0, retraining=on).dictionary
-
-
-def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) -> AffineMap:
-    """The map that a leg's parent is folded through."""
-    balance = balance_of(leg, now.plan.recipe.train)
-    between = map_between(method, now.plan.facts.width(leg.site), moments, balance)
-    if leg.is_transcoder and moments is None:
-        return crossed(between, map_between(method, now.plan.facts.width(leg.site_out), None, balance))
-    return between
 
 
 def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Parent:

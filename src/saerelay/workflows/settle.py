@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from saerelay.errors import FormatError, RunDirectoryError
-from saerelay.files import write_text
+from saerelay.files import odd_file, write_text
 from saerelay.interop import load_dictionary, own, write_dictionary
 from saerelay.interop.hub import local
 from saerelay.interop.names import site_named
@@ -48,6 +48,7 @@ LEFT_BY_A_FAILED_START = {
     ".survey.json.tmp",
     "parent",
     "parents",
+    "model",
 }
 
 
@@ -174,6 +175,9 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
         return
     if not paths.root.is_dir():
         raise RunDirectoryError(f"{paths.root} is a file; choose another --out")
+    odd = odd_file(paths.root, deep=True)
+    if odd:
+        raise RunDirectoryError(f"{odd}: not a regular file; remove it")
     if paths.plan.is_file():
         if not resume:
             raise RunDirectoryError(

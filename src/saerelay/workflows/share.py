@@ -240,9 +240,10 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises RunDirectoryError if `out` exists or cannot be made.
     """
-    if out.exists():
-        raise RunDirectoryError(f"{out} exists; choose another --out")
     temporary = out.with_name(f".{out.name}.partial")
+    if out.exists():
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed at the very end
+        raise RunDirectoryError(f"{out} exists; choose another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_directory(temporary)  # of a process that was killed
