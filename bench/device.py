@@ -341,21 +341,26 @@ def seconds_of_a_hop(shape: Shape, args: Namespace) -> dict[str, float]:
 
 def states(args: Namespace) -> Rows:
     """Seconds that saving the state of 12 legs takes, and its size."""
-    from saerelay.runs.state import prefixed, save_state
+    from saerelay.runs.state import save_part
 
     rows: Rows = []
     for name, shape in shapes(args, "main").items():
         x = torch.randn(2048, shape.d_model, device=args.device)
         spec = TrainSpec()
-        tensors: dict[str, Tensor] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for layer in range(2 if args.quick else 12):
             leg = a_leg(shape, layer)
-            tensors |= prefixed(leg.id, first_state(leg, spec, x).tensors())
+            parts[leg.id] = first_state(leg, spec, x).tensors()
         with tempfile.TemporaryDirectory() as folder:
-            took = milliseconds(lambda tensors=tensors, folder=folder: save_state(Path(folder), tensors, {}), args, 2)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+            def save(parts: dict[str, dict[str, Tensor]] = parts, folder: str = folder) -> None:
+                for name, tensors in parts.items():
+                    save_part(Path(folder), name, tensors)
+
+            took = milliseconds(save, args, 2)
+        size = sum(tensor.numel() * tensor.element_size() for tensors in parts.values() for tensor in tensors.values())
         rows.append({"shape": name, "legs": 12, "seconds": round(took / 1e3, 2), "MB": round(size / 1e6)})
-        del tensors
+        del parts
         free(args)
     return rows
 

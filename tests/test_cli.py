@@ -365,7 +365,7 @@ def test_what_a_killed_start_leaves_does_not_leak_into_the_next(place: Path, tmp
     for name in ("plan.json", "run.toml", "metrics.jsonl", "cost.json"):
         (tmp_path / "r" / name).unlink()
     shutil.rmtree(tmp_path / "r/legs")
-    (tmp_path / "r/state/state.safetensors").unlink()
+    (tmp_path / "r/state/state.json").unlink()
     suite = sr.train_run(sr.Recipe.from_toml(place / "run.toml"), tmp_path / "r", resume=True)
     assert torch.equal(suite["L1"].W_enc, sr.load(place / "run")["L1"].W_enc)
 
@@ -441,7 +441,7 @@ def test_killed_from_outside_and_resumed_gives_the_same_bits(place: Path, tmp_pa
     whole = sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "whole")
     process = start(recipe, tmp_path / "killed")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "killed/state/state.safetensors").is_file() and time.monotonic() < deadline:
+    while not (tmp_path / "killed/state/state.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
@@ -508,7 +508,7 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
     whole = sr.train_run(sr.Recipe.from_toml(recipe), tmp_path / "whole")
     process = start(recipe, out)
     deadline = time.monotonic() + 60
-    while not (out / "survey/state/state.safetensors").is_file() and time.monotonic() < deadline:
+    while not (out / "survey/state/state.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

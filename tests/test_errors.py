@@ -13,8 +13,8 @@ def test_the_tree_lists_every_error() -> None:
     assert sorted(listed) == sorted(CLASSES)
 
 
-def test_what_a_user_can_cause_exits_with_2_and_a_failed_leg_with_1() -> None:
+def test_what_a_user_can_cause_exits_with_2_and_a_failed_leg_or_a_lost_process_with_1() -> None:
     for name, kind in CLASSES.items():
         if issubclass(kind, errors.SaeRelayError):
-            assert kind.exit_code == (1 if name == "LegFailed" else 2)
+            assert kind.exit_code == (1 if name in ("LegFailed", "TeamError") else 2)
     assert not issubclass(errors.Interrupted, errors.SaeRelayError)

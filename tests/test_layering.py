@@ -11,7 +11,7 @@ import saerelay
 
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-GROUND = ("errors", "site", "spec", "files", "document", "hub", "module_names", "demo")
+GROUND = ("errors", "site", "spec", "files", "document", "hub", "module_names", "rank", "team", "demo")
 """Modules that everything stands on; they are not listed in ARROWS as targets."""
 
 ARROWS = {
@@ -32,11 +32,11 @@ ARROWS = {
 ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
-    "planning": "facts left_out leg_spec recipe toml plan cost presets legs placing compile survey curves choose",
+    "planning": "facts left_out leg_spec recipe toml plan cost ranks presets legs placing compile survey curves choose",
     "lm": "source tokens identity graph trial probe readout ports inputs facts model attach",
     "data": "text sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
-    "training": "adam schedule state device engine cohort progress trackers saving run_state inherit train",
+    "training": "adam schedule state device engine cohort progress trackers saving team_stream run_state inherit train",
     "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "
     "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",

@@ -7,7 +7,7 @@ import torch
 from fake_cuda import fake_cuda
 
 from saerelay.planning.recipe import TrainSpec
-from saerelay.runs.state import load_state
+from saerelay.runs.state import commit_state, load_part, state_facts
 from saerelay.training import saving
 from saerelay.training.saving import SavingTimes, StateWriter
 
@@ -22,6 +22,7 @@ FACTS = {
     "machine": {},
     "log_bytes": 0,
     "legs": {},
+    "serial": 1,
 }
 
 
@@ -43,15 +44,15 @@ def test_what_a_gpu_changes_after_the_call_is_not_written(tmp_path: Path) -> Non
     with fake_cuda():
         x = torch.arange(4.0).to("cuda")
         writer = StateWriter()
-        writer.write(tmp_path, {"x": x, "age": torch.tensor(3)}, FACTS)
-        x.fill_(9.0)
-        writer.wait()
-        found = load_state(tmp_path)
-        assert found and found[0]["x"].tolist() == [0, 1, 2, 3] and found[1]["cursor"] == 1
-        writer.write(tmp_path, {"x": x, "age": torch.tensor(4)}, FACTS | {"cursor": 2})
-        writer.wait()
-        again = load_state(tmp_path)
-        assert again and again[0]["x"].tolist() == [9.0] * 4 and int(again[0]["age"]) == 4
+        for serial, expected in ((1, [0, 1, 2, 3]), (2, [9, 9, 9, 9])):
+            writer.write(tmp_path / str(serial), {"leg-a": {"x": x, "age": torch.tensor(serial)}})
+            x.fill_(9.0)
+            commit_state(tmp_path, FACTS | {"serial": serial, "digests": writer.wait()})
+            facts = state_facts(tmp_path)
+            assert facts and facts["serial"] == serial
+            found = load_part(tmp_path, "leg-a", facts)
+            assert found["x"].tolist() == expected and int(found["age"]) == serial
+        assert not (tmp_path / "1").exists()
 
 
 def test_a_state_that_cannot_be_written_is_told_at_the_next_call(
@@ -62,8 +63,8 @@ def test_a_state_that_cannot_be_written_is_told_at_the_next_call(
 
     with fake_cuda():
         writer = StateWriter()
-        monkeypatch.setattr(saving, "save_state", full)
-        writer.write(tmp_path, {"x": torch.zeros(1, device="cuda")}, {})
+        monkeypatch.setattr(saving, "save_part", full)
+        writer.write(tmp_path, {"leg-a": {"x": torch.zeros(1, device="cuda")}})
         with pytest.raises(OSError, match="no space left"):
             writer.wait()
         writer.wait()

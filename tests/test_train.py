@@ -20,7 +20,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.state import load_state
+from saerelay.runs.state import state_facts
 from saerelay.sae.quality import fvu
 from saerelay.site import Site
 from saerelay.training.engine import Progress, Trainee
@@ -153,8 +153,8 @@ def test_ctrl_c_saves_between_any_two_batches(
     run(plan, tmp_path / "a", facts)
     with pytest.raises(Interrupted):
         run(plan, tmp_path / "b", facts, Watch(ask_at=asked_at))
-    saved = load_state(tmp_path / "b/state")
-    assert saved is not None and asked_at <= saved[1]["cursor"] <= asked_at + 64
+    saved = state_facts(tmp_path / "b/state")
+    assert saved is not None and asked_at <= saved["cursor"] <= asked_at + 64
     run(plan, tmp_path / "b", facts)
     assert_same(tmp_path / "a", tmp_path / "b")
 

@@ -10,7 +10,8 @@
     ├── HubError              the Hugging Face hub lacks it, denies access, or cannot be reached
     ├── EndpointError         a language model elsewhere cannot be asked, refuses, or keeps failing
     ├── RunDirectoryError     the output directory is taken, locked, unreadable, or another run's
-    └── LegFailed             training of a leg stopped (non-finite loss); the CLI exits with 1
+    ├── LegFailed             training of a leg stopped (non-finite loss); the CLI exits with 1
+    └── TeamError             another process that trains the same run is gone; the CLI exits with 1
     Interrupted               Ctrl-C: not an error; the state was saved; the CLI exits with 130
 
 A message says what is wrong, where, what was expected, what was found, and what to do about it.
@@ -86,5 +87,11 @@ class Interrupted(Exception):
 
 class LegFailed(SaeRelayError):
     """At least one leg stopped early; the others are complete."""
+
+    exit_code = 1
+
+
+class TeamError(SaeRelayError):
+    """Another of the processes that train a run together stopped, so this one does."""
 
     exit_code = 1

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,18 @@ def remove_directory(folder: Path) -> None:
     """Remove a directory with all that is in it, if there is one; OSError if it cannot be removed."""
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def appears(path: Path, seconds: float) -> bool:
+    """Whether a file that another machine wrote is seen here in time: a network file system may take a while."""
+    deadline = time.monotonic() + seconds
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+        if path.parent.is_dir():
+            list(path.parent.iterdir())  # has the directory read again
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -221,7 +221,7 @@ class Fuzz:
     def state(self, rng: random.Random) -> tuple[list[str], int, str, str]:
         """A finished run with a damaged state, resumed."""
         run = shutil.copytree(self.place / "good", self.place / "fed")
-        self._change(run / "state/state.safetensors", some(change_bytes, change_safetensors), rng)
+        self._change(run / "state/state.json", some(change_json, change_bytes), rng)
         words = ["train", f"{self.place}/r.toml", "--out", str(run), "--resume"]
         code, said = call(words)
         changed = ""

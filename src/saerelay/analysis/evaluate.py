@@ -1,5 +1,6 @@
 """The held-out quality of a run's legs and snapshots: `eval/<id>.json`, and `summary.json` of them all."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Leg
 from saerelay.runs.documents.quality import Evaluation, EvaluationMetrics, EvaluationQuestion, Summary
 from saerelay.runs.suite import PublishedSuite
+from saerelay.team import Team
 
 
 def evaluate(session: Session, *, tokens: int = 0) -> Summary:
@@ -20,26 +22,37 @@ def evaluate(session: Session, *, tokens: int = 0) -> Summary:
     """
     suite = session.suite
     questions = {leg.id: question(session, leg, tokens) for leg in suite.legs}
+    missing = session.team.once(lambda: legs_to_measure(suite, questions))
+    mine = session.team.share(missing)
+    if mine:
+        ce = wants_ce(session.plan)
+        dictionaries: dict[str, Placed] = {}
+        for leg in mine:
+            dictionaries |= versions(suite, leg)
+        sequences = session.held_out(tokens)
+        metrics = measure(session.plan, session.model, sequences, dictionaries, ce=ce, track=session.display.track)
+        for leg in mine:
+            evaluation = evaluation_of(leg, questions[leg.id], metrics)
+            evaluation.save(suite.directory.evaluation(leg.id))
+
+    session.team.gather(None)  # all evaluations are there
+
+    def summary() -> Summary:
+        document = summarise(suite, session.corpus)
+        document.save(suite.directory.summary)
+        return document
+
+    return session.team.once(summary)
+
+
+def legs_to_measure(suite: PublishedSuite, questions: Mapping[str, EvaluationQuestion]) -> list[Leg]:
+    """The legs whose evaluations are missing, or answer other questions."""
     missing = []
     for leg in suite.legs:
         path = suite.directory.evaluation(leg.id)
         if Evaluation.load_current(path, questions[leg.id]) is None:
             missing.append(leg)
-
-    if missing:
-        ce = wants_ce(session.plan)
-        dictionaries: dict[str, Placed] = {}
-        for leg in missing:
-            dictionaries |= versions(suite, leg)
-        sequences = session.held_out(tokens)
-        metrics = measure(session.plan, session.model, sequences, dictionaries, ce=ce, track=session.display.track)
-        for leg in missing:
-            evaluation = evaluation_of(leg, questions[leg.id], metrics)
-            evaluation.save(suite.directory.evaluation(leg.id))
-
-    summary = summarise(suite, session.corpus)
-    summary.save(suite.directory.summary)
-    return summary
+    return missing
 
 
 def evaluate_run(
@@ -49,7 +62,7 @@ def evaluate_run(
 
     `model` is the run's language model, if it is at hand.
     """
-    return evaluate(Session(suite, model=model, console=console), tokens=tokens).to_data()
+    return evaluate(Session(suite, model=model, console=console, team=Team.joined()), tokens=tokens).to_data()
 
 
 def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:

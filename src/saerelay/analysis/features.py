@@ -21,6 +21,7 @@ from saerelay.runs.features import Features, load_facts
 from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.maps import AffineMap
 from saerelay.sae.transfer import fold
+from saerelay.team import Team
 
 TOKENS = 10
 """Tokens that a latent promotes most, and as many that it suppresses."""
@@ -36,14 +37,15 @@ def make_features(session: Session, *, tokens: int = 0) -> None:
     Files that answer the same question are left as they are: whoever needs features asks for them here. `tokens` are
     `evaluate.tokens` if 0.
     """
-    legs = legs_without_features(session, tokens)
-    if not legs:
-        return
-    dictionaries = {leg.id: Placed.at_home(leg, session.suite.dictionary(leg)) for leg in legs}
-    sequences = session.held_out(tokens)
-    features = collect(session.plan, session.model, sequences, dictionaries, track=session.display.track)
-    maps = session.maps.between(neighbour_pairs(session.suite, legs))
-    write_features(session, features, maps, tokens)
+    missing = session.team.once(lambda: legs_without_features(session, tokens))
+    legs = session.team.share(missing)
+    if legs:
+        dictionaries = {leg.id: Placed.at_home(leg, session.suite.dictionary(leg)) for leg in legs}
+        sequences = session.held_out(tokens)
+        features = collect(session.plan, session.model, sequences, dictionaries, track=session.display.track)
+        maps = session.maps.between(neighbour_pairs(session.suite, legs))
+        write_features(session, features, maps, tokens)
+    session.team.gather(None)  # all files are there
 
 
 def features_run(
@@ -53,7 +55,7 @@ def features_run(
 
     `model` is the run's language model, if it is at hand.
     """
-    make_features(Session(suite, model=model, console=console), tokens=tokens)
+    make_features(Session(suite, model=model, console=console, team=Team.joined()), tokens=tokens)
 
 
 def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:

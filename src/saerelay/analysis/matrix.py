@@ -4,7 +4,7 @@ A cell is a dictionary at a site, measured like any other: `metrics.measure` sha
 with the dictionary, and starts the language model at the patched layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
@@ -80,14 +80,25 @@ def matrix(
             raise RecipeError(f'unknown method "{method}"; expected one of: {", ".join(METHODS)}')
     asked = question(session, methods, tokens, snapshots)
     path = session.suite.directory.matrix
-    current = Matrix.load_current(path, asked)
+    current = session.team.once(lambda: Matrix.load_current(path, asked))
     if current is not None:
         return current
 
     cells = [cell for method in methods for cell in cells_of(session.suite, method, snapshots)]
-    metrics = measure_cells(session, cells, asked)
+    ordered = [cell for part in parts(cells, session.plan) for cell in part]
+    measured: dict[Cell, EvaluationMetrics] = {}
+    for of_rank in session.team.gather(measure_cells(session, session.team.share(ordered), asked)):
+        measured |= of_rank
+    document = document_of(session, asked, {cell: measured[cell] for cell in ordered})
+    if session.team.leads:
+        document.save(path)
+    return document
+
+
+def document_of(session: Session, asked: MatrixQuestion, metrics: Mapping[Cell, EvaluationMetrics]) -> Matrix:
+    """The matrix as matrix.json has it."""
     facts = session.plan.facts
-    document = Matrix(
+    return Matrix(
         model=facts.name,
         revision=facts.revision,
         module=session.plan.recipe.sites.module,
@@ -97,8 +108,6 @@ def matrix(
         layers=asked.layers,
         cells=[matrix_cell(cell, measured) for cell, measured in metrics.items()],
     )
-    document.save(path)
-    return document
 
 
 def matrix_again(session: Session) -> Matrix | None:
@@ -152,7 +161,9 @@ def cells_of(suite: PublishedSuite, method: str, snapshots: bool) -> Iterator[Ce
 
 
 def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion) -> dict[Cell, EvaluationMetrics]:
-    """The metrics of all cells, part by part, so that the folded dictionaries of each part fit in memory."""
+    """The metrics of some cells, part by part, so that the folded dictionaries of each part fit in memory."""
+    if not cells:
+        return {}
     plan = session.plan
     sequences = session.held_out(asked.tokens)
     balance = plan.recipe.train.optimizer.balance

@@ -18,23 +18,31 @@ from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer, token_text
 from saerelay.planning.plan import Plan
 from saerelay.runs.suite import PublishedSuite
+from saerelay.team import Team
 
 
 class Session:
     """A suite under analysis. Whatever is expensive is loaded when it is first used, and kept.
 
     The first argument of every analysis. `model` is the suite's language model, if it is at hand. Progress is shown on
-    `console`, if that is a terminal. Raises RunDirectoryError if the run has no finished leg.
+    `console`, if that is a terminal. Evaluation, matrix and features are dealt to the ranks of a `team`. Raises
+    RunDirectoryError if the run has no finished leg.
     """
 
     def __init__(
-        self, suite: PublishedSuite, *, model: LanguageModel | None = None, console: Console | None = None
+        self,
+        suite: PublishedSuite,
+        *,
+        model: LanguageModel | None = None,
+        console: Console | None = None,
+        team: Team | None = None,
     ) -> None:
         if not suite.legs:
             raise RunDirectoryError(
                 f"{suite.directory.root}: no SAE is finished yet; finish the run with `saerelay train --resume`"
             )
         self.suite = suite
+        self.team = team or Team.alone()
         self.display = ProgressDisplay(console)
         if model is not None:
             self.model = model

@@ -12,8 +12,9 @@ import typer
 
 from saerelay import __version__
 from saerelay.cli import judging, measuring, sharing, training
-from saerelay.errors import Interrupted, SaeRelayError, printable
+from saerelay.errors import Interrupted, LegFailed, SaeRelayError, printable
 from saerelay.files import reason
+from saerelay.rank import in_team, n_ranks, rank
 
 HELP = "Sparse autoencoders for every layer of a language model: train one, relay it to the others."
 EPILOG = (
@@ -33,8 +34,20 @@ for module in (training, measuring, judging, sharing):
     module.add_commands(app)
 
 
+TEAM_COMMANDS = ("train", "eval", "matrix")
+"""What several processes do together."""
+
+
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if n_ranks() > 1 and context.invoked_subcommand not in TEAM_COMMANDS:
+        raise SaeRelayError(
+            f"saerelay {context.invoked_subcommand} is the work of one process; start it without torchrun "
+            f"(which is for {', '.join(TEAM_COMMANDS)})"
+        )
     if version:
         print(__version__)
         raise typer.Exit
@@ -46,11 +59,11 @@ def main() -> None:
     try:
         app()
     except SaeRelayError as error:
-        _leave(str(error), error.exit_code)
+        _leave(str(error), error.exit_code, said_by_all=isinstance(error, LegFailed))
     except Interrupted as command:
-        print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
-        sys.exit(130)
+        _leave_stopped(str(command))
     except SystemExit as leaving:
+        _leave_team(leaving.code)
         if leaving.code == 130:  # what typer makes of Ctrl-C
             print("stopped.", file=sys.stderr)
         raise
@@ -63,6 +76,19 @@ def main() -> None:
             raise
         detail = " ".join(str(error).split())[:200] or "MemoryError"
         _leave(f"not enough memory ({detail}); free some, or ask for fewer latents, layers or tokens", 2)
+
+
+def _leave_stopped(command: str) -> NoReturn:
+    if rank() == 0:  # of several ranks, which stop at the same place, one says so
+        print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
+    sys.exit(130)
+
+
+def _leave_team(code: str | int | None) -> None:
+    if in_team() and not code:
+        from saerelay.team import Team
+
+        Team.joined().leave()
 
 
 def _show_anything() -> None:
@@ -78,6 +104,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    print(f"saerelay: {printable(message)}", file=sys.stderr)
+def _leave(message: str, code: int, *, said_by_all: bool = False) -> NoReturn:
+    if said_by_all and rank():
+        sys.exit(code)
+    who = f"saerelay (rank {rank()})" if n_ranks() > 1 else "saerelay"
+    print(f"{who}: {printable(message)}", file=sys.stderr)
     sys.exit(code)

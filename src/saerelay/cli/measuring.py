@@ -62,8 +62,9 @@ def evaluate(
     from saerelay.analysis.evaluate import evaluate as measure_quality
     from saerelay.analysis.session import Session
     from saerelay.analysis.suite import load
+    from saerelay.team import Team
 
-    summary = measure_quality(Session(load(run), console=progress()), tokens=tokens)
+    summary = measure_quality(Session(load(run), console=progress(), team=Team.joined()), tokens=tokens)
     if as_json:
         print_json(summary.to_data())
     else:
@@ -81,9 +82,10 @@ def matrix(
     from saerelay.analysis.matrix import matrix as measure_matrix
     from saerelay.analysis.session import Session
     from saerelay.analysis.suite import load
+    from saerelay.team import Team
     from saerelay.views.tables.across_layers import matrix_tables
 
-    session = Session(load(run), console=progress())
+    session = Session(load(run), console=progress(), team=Team.joined())
     document = measure_matrix(session, methods=split_list([methods]), tokens=tokens, snapshots=snapshots)
     if as_json:
         print_json(document.to_data())

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from saerelay.errors import printable
+from saerelay.rank import rank
 from saerelay.spec import parse_count
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def one_at_a_time(command: Callable[..., None]) -> Callable[..., None]:
     def alone(**options: Any) -> None:
         from saerelay.runs.directory import one_at_a_time as waiting_for_others
 
-        with waiting_for_others(options["run"]):
+        with waiting_for_others(options["run"]) if rank() == 0 else nullcontext():
             command(**options)
 
     return alone
@@ -112,17 +114,18 @@ class SafeConsole(Console):
 
 def progress() -> Console:
     """Where progress is shown: on stderr, so that stdout holds results only."""
-    return SafeConsole(stderr=True)
+    return SafeConsole(stderr=True, quiet=rank() > 0)
 
 
 def output() -> Console:
     """Where tables are printed; 120 columns wide if stdout is not a terminal."""
-    return SafeConsole(width=None if sys.stdout.isatty() else 120)
+    return SafeConsole(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
 
 
 def say(text: str) -> None:
-    """Print a text, safe for a terminal."""
-    print(printable(text))
+    """Print a text, safe for a terminal; of several ranks, the first one speaks."""
+    if rank() == 0:
+        print(printable(text))
 
 
 def print_all(items: Iterable[RenderableType]) -> None:
@@ -133,8 +136,9 @@ def print_all(items: Iterable[RenderableType]) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON document."""
-    print(json.dumps(data))
+    """Print one JSON document; of several ranks, the first one does."""
+    if rank() == 0:
+        print(json.dumps(data))
 
 
 def print_summary(summary: "Summary") -> None:

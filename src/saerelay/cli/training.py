@@ -18,9 +18,11 @@ from saerelay.cli.options import (
     say,
     site_of,
 )
+from saerelay.rank import rank
 
 if TYPE_CHECKING:
     from saerelay.planning.plan import Plan
+    from saerelay.planning.ranks import Speeds
     from saerelay.planning.recipe import Recipe
 
 
@@ -47,17 +49,22 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help='With preset = "auto": write a recipe that spells out the chosen legs.')
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Show how this many processes would share the work: see docs/scale-out.md.")
+    ] = 1,
 ) -> None:
     """Show the plan: each SAE, its parent, and the estimated cost. With preset = "auto", survey the layers first."""
     from saerelay.planning.cost import plan_cost
+    from saerelay.planning.ranks import spread
     from saerelay.planning.recipe import Recipe
-    from saerelay.views.tables.plan import plan_facts, plan_table
+    from saerelay.views.tables.plan import plan_facts, plan_table, spread_table
     from saerelay.views.tables.savings import plan_prices, savings_table, verdict
     from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.timing import plan_seconds
 
     run = Recipe.from_toml(recipe)
     if run.plan.surveyed:
-        plan_auto(run, as_json, write)
+        plan_auto(run, as_json, write, ranks)
         return
     if write:
         raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
@@ -66,16 +73,20 @@ def plan(
     suite = compiled.without_controls()
     from_scratch = compiled.all_from_scratch()
     cost = plan_cost(compiled)
-    seconds = timed_plans([compiled, suite, from_scratch]) if timing else None
+    plans = [compiled, suite, from_scratch]
+    speeds = timed_plans(plans) if timing else []
+    seconds = [plan_seconds(*pair) for pair in zip(plans, speeds, strict=False)]  # none without timing
+    shares = spread(compiled, ranks, speeds[0] if speeds else None)
     if as_json:
-        print_json(
-            {
-                "plan": compiled.to_data(),
-                "cost": cost.model_dump(),
-                "from_scratch": plan_cost(from_scratch).model_dump(),
-                "seconds": seconds[0] if seconds else None,
-            }
-        )
+        data = {
+            "plan": compiled.to_data(),
+            "cost": cost.model_dump(),
+            "from_scratch": plan_cost(from_scratch).model_dump(),
+            "seconds": seconds[0] if seconds else None,
+        }
+        if ranks > 1:
+            data["ranks"] = shares.model_dump()
+        print_json(data)
         return
 
     totals = (seconds[1]["total"], seconds[2]["total"]) if seconds else None
@@ -83,24 +94,27 @@ def plan(
     tokens = run.plan.root_tokens
     facts = plan_facts(compiled, cost, seconds[0] if seconds else None)
     print_all([plan_table(compiled), "", facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
+    if ranks > 1:
+        print_all(["", spread_table(compiled, shares)])
 
 
-def timed_plans(plans: "Sequence[Plan]") -> list[dict[str, float]]:
-    """How long plans for one model should take here; says so while it measures."""
+def timed_plans(plans: "Sequence[Plan]") -> "list[Speeds]":
+    """How fast this machine is at plans for one model; says so while it measures."""
     from saerelay.lm.model import LanguageModel
-    from saerelay.workflows.timing import time_plans
+    from saerelay.workflows.timing import measured_speeds
 
     with progress().status("loading the model and timing a few steps"):
-        return time_plans(plans, LanguageModel.load(plans[0].recipe.model))
+        return measured_speeds(plans, LanguageModel.load(plans[0].recipe.model))
 
 
-def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
+def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> None:
     """Survey the layers, and show or write the legs chosen by it."""
     from saerelay.files import write_text
     from saerelay.planning.choose import written_out
     from saerelay.planning.cost import plan_cost
+    from saerelay.planning.ranks import spread
     from saerelay.planning.toml import annotated_toml
-    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, spread_table, survey_table
     from saerelay.views.tables.savings import plan_prices, savings_table, verdict
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.survey import survey_once
@@ -134,6 +148,8 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None) -> None:
     tokens = run.plan.root_tokens
     facts = plan_facts(compiled, choice.cost, seconds)
     print_all([*tables, facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
+    if ranks > 1:
+        print_all(["", spread_table(compiled, spread(compiled, ranks))])
 
 
 def train(
@@ -147,7 +163,8 @@ def train(
     from saerelay.workflows.launch import train_run
     from saerelay.workflows.settle import mend_recipe
 
-    mend_recipe(out)
+    if rank() == 0:
+        mend_recipe(out)
     suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
     say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
 

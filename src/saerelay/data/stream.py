@@ -183,7 +183,7 @@ class LiveStream(AbstractStream):
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
         """See `AbstractStream.block`; the plan's probe site is open in every block."""
-        sites = self.plan.with_probe(sites)
+        sites = self._sites(number, sites)
         index = self.sequences_of(number)
         tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
         if self.device.type == "cuda":  # one transfer per block, which no forward waits for
@@ -199,7 +199,7 @@ class LiveStream(AbstractStream):
             self._read_or_compute(self.cache, self.ids[index], tokens, rows, sites)
         else:
             self._compute(tokens, rows, sites)
-        keep = kept_positions(self.plan, tokens, self.buffers, order)
+        keep = self._keep(tokens, order)
         in_order = torch.empty_like(keep)
         in_order[order] = keep
         self.outliers.add(tokens, in_order.view_as(tokens))
@@ -209,19 +209,31 @@ class LiveStream(AbstractStream):
             batch_tokens=self.plan.recipe.train.batch_tokens,
         )
 
+    def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:
+        """The sites that are read of a block, where some are open: those, and the plan's probe site."""
+        return self.plan.with_probe(sites)
+
+    def _keep(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """Bool (P): which rows of the block are trained on."""
+        return kept_positions(self.plan, tokens, self.buffers, order)
+
     def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
         """Run the model over tokens (S, C); each position has its row of the block in `rows`.
 
         Batches without a sequence that is `needed`, bool (S), are skipped.
         """
-        sequences_per_batch = max(1, self.plan.lm_batch_tokens // self.plan.recipe.data.context)
-        for start in range(0, tokens.shape[0], sequences_per_batch):
-            batch = slice(start, start + sequences_per_batch)
-            if needed is not None and not needed[batch].any():
-                continue
+        for batch in self._batches(tokens, needed):
             assert self.model, "everything was in the cache when the run began"
             visitors = {site: partial(self._put, site, rows[batch]) for site in sites}
             self.model.visit(tokens[batch], visitors)
+
+    def _batches(self, tokens: Tensor, needed: np.ndarray | None) -> list[slice]:
+        """The batches of tokens (S, C) that the model is run over, as sequences."""
+        size = max(1, self.plan.lm_batch_tokens // self.plan.recipe.data.context)
+        batches = [slice(start, start + size) for start in range(0, tokens.shape[0], size)]
+        if needed is None:
+            return batches
+        return [batch for batch in batches if needed[batch].any()]
 
     def _put(self, site: Site, rows: Tensor, x: Tensor) -> None:
         """Copy activations (..., D) to their rows (...) of a site's buffer."""
@@ -251,9 +263,10 @@ class LiveStream(AbstractStream):
         """
         missing = {site: cache.missing(site, ids) for site in sites}
         to_compute = [site for site in sites if missing[site].any()]
-        if to_compute:
-            missing_somewhere = np.any([missing[site] for site in to_compute], axis=0)
-            self._compute(tokens, rows, to_compute, needed=missing_somewhere)
+        missing_somewhere = np.zeros(len(ids), dtype=bool)
+        for site in to_compute:
+            missing_somewhere |= missing[site]
+        self._compute(tokens, rows, to_compute, needed=missing_somewhere)
 
         for site in sites:
             # What is in the cache takes the place of what the model has just computed along with
@@ -315,6 +328,19 @@ def kept_positions(
     tokens: (P / C, C); activations: (P, D), with those of the probe site. `order` (P) is the order
     of their rows, if it is not that of the tokens; the result has the same order.
     """
+    keep = finite_positions(plan, tokens, activations, order)
+    if plan.probe_site:
+        x = activations[plan.probe_site]
+        norms = torch.cat([rows.float().norm(dim=1) for rows in x.split(4096)])
+        median = norms[keep].nanmedian()
+        keep &= norms <= plan.recipe.data.outlier_norm * median
+    return keep
+
+
+def finite_positions(
+    plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor], order: Tensor | None = None
+) -> Tensor:
+    """Bool (P): not the BOS in front. Raises ModelError if activations there are not all numbers."""
     keep = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     if plan.recipe.data.prepend_bos:
         keep[:, 0] = False
@@ -323,11 +349,6 @@ def kept_positions(
         keep = keep[order]
     for site, x in activations.items():
         check_finite(site, x, keep)
-    if plan.probe_site:
-        x = activations[plan.probe_site]
-        norms = torch.cat([rows.float().norm(dim=1) for rows in x.split(4096)])
-        median = norms[keep].nanmedian()
-        keep &= norms <= plan.recipe.data.outlier_norm * median
     return keep
 
 

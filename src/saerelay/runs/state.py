@@ -1,4 +1,11 @@
-"""The resume state of a run, which carries digests of all that is in it, and the training log that goes with it."""
+"""The resume state of a run, and the training log that goes with it.
+
+    state/state.json              what is in the state (`ResumeFacts`), with digests of all of it
+    state/<n>/leg-<id>.safetensors, moments-<id>.safetensors
+
+Each leg's part is a file of its own, so that each rank of a team writes and reads only those of its own legs. Nothing
+in a state depends on how many ranks there are. The n-th state of a run is written beside the one before it.
+"""
 
 import hashlib
 import json
@@ -10,44 +17,75 @@ from typing import IO, Any
 from torch import Tensor
 
 from saerelay.errors import RunDirectoryError
-from saerelay.files import finite
+from saerelay.files import finite, read_json, remove_directory, write_json
 from saerelay.runs.documents.training import ResumeFacts
-from saerelay.runs.tensors import changed_tensor, damage_named, digests, read_metadata, read_tensors, write_tensors
+from saerelay.runs.tensors import changed_tensor, damage_named, digests, read_tensors, write_tensors
 
-STATE_FILE = "state.safetensors"
+FACTS_FILE = "state.json"
+"""What is in the saved state, and where: to write it is to make a state the one that is resumed from."""
 _REMEDY = "delete it to start the run over"
 
+Tensors = Mapping[str, Tensor]
 
-def save_state(directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write the whole resume state as one file, so that it is there whole or not at all."""
-    text = json.dumps({**facts, "digests": digests(tensors)})
-    write_tensors(directory / STATE_FILE, tensors, {"facts": text, "digest": _digest(text)})
+
+def save_part(directory: Path, name: str, tensors: Tensors) -> dict[str, str]:
+    """Write one leg's part of a state that is not committed yet; returns the digests of its tensors."""
+    write_tensors(directory / f"{name}.safetensors", tensors)
+    return digests(tensors)
+
+
+def commit_state(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Make a state whose parts are all written the one to resume from, and remove the one before.
+
+    Killed at any instant, the old state or the new one is there whole.
+    """
+    checked = ResumeFacts.model_validate(facts)
+    text = checked.model_dump_json()
+    write_json(directory / FACTS_FILE, {"digest": _digest(text), "facts": text}, indent=None)
+    for folder in directory.iterdir():
+        if folder.name.isdecimal() and folder.name != str(checked.serial):
+            remove_directory(folder)
+
+
+def save_state(directory: Path, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
+    """Write a whole resume state: its parts, and then the facts that name them."""
+    found = {name: save_part(directory / str(facts["serial"]), name, tensors) for name, tensors in parts.items()}
+    commit_state(directory, {**facts, "digests": found})
 
 
 def state_facts(directory: Path) -> dict[str, Any] | None:
     """What the last saved state says about itself (`ResumeFacts`), without its tensors; None if there is no state."""
-    path = directory / STATE_FILE
+    path = directory / FACTS_FILE
+    older = directory / "state.safetensors"
+    if not path.is_file() and older.is_file():
+        raise RunDirectoryError(
+            f"{older} was saved by an older version; finish the run with that version, or delete it to start over"
+        )
     if not path.is_file():
         return None
-    metadata = read_metadata(path, _REMEDY)
-    text = metadata.get("facts", "")
     with damage_named(path, _REMEDY):
-        if metadata.get("digest") != _digest(text):
+        content = read_json(path)
+        if not isinstance(content, dict) or _digest(str(content["facts"])) != content["digest"]:
             raise ValueError("its facts are not those that were saved, or an older version saved them")
-        return ResumeFacts.model_validate_json(text).model_dump()
+        return ResumeFacts.model_validate_json(content["facts"]).model_dump()
 
 
-def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The last saved state; None if there is none."""
-    facts = state_facts(directory)
-    if facts is None:
-        return None
-    path = directory / STATE_FILE
-    tensors = read_tensors(path, _REMEDY)
-    changed = changed_tensor(tensors, facts["digests"])
+def load_part(directory: Path, name: str, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One part of the state that has these facts."""
+    path = directory / str(facts["serial"]) / f"{name}.safetensors"
+    tensors = read_tensors(path, f"delete {directory / FACTS_FILE} to start the run over")
+    changed = changed_tensor(tensors, facts["digests"][name])
     if changed:
-        raise RunDirectoryError(f"{path}: damaged (tensor {changed} is not the one that was saved); {_REMEDY}")
-    return tensors, facts
+        raise RunDirectoryError(
+            f"{path}: damaged (tensor {changed} is not the one that was saved); delete {directory / FACTS_FILE} to "
+            "start the run over"
+        )
+    return tensors
+
+
+def clear_state(directory: Path) -> None:
+    """Remove the saved state, if there is one."""
+    (directory / FACTS_FILE).unlink(missing_ok=True)
 
 
 def _digest(text: str) -> str:

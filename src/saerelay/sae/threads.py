@@ -78,10 +78,14 @@ def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> list[R]:
     return results
 
 
-def side_by_side(function: Callable[[A], R], items: Iterable[A], device: torch.device) -> list[R]:
-    """`[function(item) for item in items]`, on one core each if that keeps all cores of a processor busy."""
+def side_by_side(function: Callable[[A], R], items: Iterable[A], device: torch.device, *, n_in_all: int = 0) -> list[R]:
+    """`[function(item) for item in items]`, on one core each if that keeps all cores of a processor busy.
+
+    `n_in_all` counts the items where this process has but some of them: how each is computed, on which its bits may
+    depend, does not follow from who computes it.
+    """
     work = list(items)
-    enough = device.type == "cpu" and len(work) >= torch.get_num_threads()
+    enough = device.type == "cpu" and max(len(work), n_in_all) >= torch.get_num_threads()
     with alone() if enough else nullcontext():
         return in_parallel(function, work)
 

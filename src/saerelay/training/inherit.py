@@ -1,10 +1,13 @@
 """How a leg begins from its parent: the parent carried to the leg's site, and the learning rate that this calls for."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 
 from saerelay.data.stream import Block
+from saerelay.errors import TransferError
 from saerelay.planning.plan import COPY_RATE, Leg
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
@@ -15,6 +18,7 @@ from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
 from saerelay.sae.spec import Method
+from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import SCRATCH, try_methods
 from saerelay.sae.units import Units
@@ -27,7 +31,7 @@ from saerelay.training.state import balance_of
 def gather_moments(now: Training, block: Block) -> None:
     """Feed the moments of the hops that are coming."""
     for leg in now.plan.legs:
-        if leg.start <= now.cursor < leg.fold_at:
+        if now.trains(leg) and leg.start <= now.cursor < leg.fold_at:
             source = now.plan.parent_site(leg)
             _add_moments(now, leg.id, block, source, leg.site)
             if leg.is_transcoder:
@@ -49,8 +53,17 @@ def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:
     return PairedMoments(inputs, outputs) if inputs and outputs else inputs
 
 
-OUTPUTS = ":out"
+OUTPUTS = "@out"
 """After a leg's id: the moments of what it reconstructs, if that is not what it reads."""
+
+
+class Parent(NamedTuple):
+    """What a leg is transferred from."""
+
+    dictionary: Dictionary
+    """Canonical."""
+    l0: float | None
+    """Its mean L0 at its own site, where that is needed and known."""
 
 
 class Inherited(NamedTuple):
@@ -65,8 +78,8 @@ class Inherited(NamedTuple):
     """FVU in training units of each method tried, on rows not seen; empty if the method was given."""
 
 
-def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: Units) -> Inherited:
-    """The parent folded to the leg's site, revived, refitted, at the L0 that is asked for (or that it had).
+def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units) -> Inherited:
+    """The parent `source` folded to the leg's site, revived, refitted, at the L0 that is asked for (or that it had).
 
     `units` are those that it is to be trained in. Raises TransferError if the hop cannot be made.
 
@@ -75,7 +88,7 @@ def inherit(now: Training, leg: Leg, block: Block, paths: RunDirectory, units: U
     (match the sparsity). The learning rate then follows from what is known of how much is left to learn.
     """
     assert leg.hop
-    parent, parent_l0 = parent_of(now, leg, block, paths)
+    parent, parent_l0 = source
     moments = _take_moments(now, leg)
     rows = block.rows(leg.site, L0_ROWS)
     l0 = leg.dictionary.l0 or parent_l0
@@ -149,16 +162,54 @@ def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
     return carry(fresh, None, on.rows, units, l0=leg.dictionary.l0, retraining=on).dictionary
 
 
-def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> tuple[Dictionary, float | None]:
-    """A leg's parent as it is now, and its mean L0 at its own site, where that is needed and known."""
+def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Parent:
+    """A leg's parent as it is now, on the rank that trains it, or trained it.
+
+    Raises TransferError if it had to stop.
+    """
+    if leg.parent in now.failures:
+        raise TransferError(f"its parent {leg.parent} stopped")
     if leg.parent in now.cohort:
         dictionary = now.cohort[leg.parent].canonical()
         l0 = None
         if leg.dictionary.l0 is None:
             l0 = mean_l0(dictionary, block.rows(now.plan.parent_site(leg), L0_ROWS))
-        return dictionary, l0
+        return Parent(dictionary, l0)
     directory = paths.leg(leg.parent)
     if not now.plan.has(leg.parent):
         directory = paths.root / now.plan.externals[leg.parent].path
     dictionary, info = read_dictionary(directory)
-    return dictionary, info.l0
+    return Parent(dictionary, info.l0)
+
+
+def parents_from_elsewhere(
+    now: Training, legs: Sequence[Leg], block: Block, paths: RunDirectory
+) -> dict[str, Parent | str]:
+    """The parents of this rank's legs among `legs` that another rank trains, or trained, or why there is none; by leg.
+
+    Every rank makes this call with the same legs: whoever has a parent sends it, in the order of the legs.
+    """
+    parents: dict[str, Parent | str] = {}
+    device = block.keep.device
+    for leg in legs:
+        source = now.owner.get(leg.parent, now.owner[leg.id])  # what is outside the plan is read by whoever needs it
+        if source == now.owner[leg.id]:
+            continue
+        if source == now.team.rank:
+            found = side_by_side(partial(_parent_or_reason, now, block, paths), [leg], device, n_in_all=len(legs))
+            now.team.send(found[0], now.owner[leg.id])
+        elif now.trains(leg):
+            received = now.team.receive(source)
+            if isinstance(received, Parent):
+                received = Parent(received.dictionary.to(device), received.l0)
+            parents[leg.id] = received
+    return parents
+
+
+def _parent_or_reason(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Parent | str:
+    """A leg's parent in the processor's memory, or why there is none."""
+    try:
+        parent = parent_of(now, leg, block, paths)
+    except TransferError as error:
+        return str(error)
+    return Parent(parent.dictionary.to("cpu"), parent.l0)

@@ -4,11 +4,11 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -16,32 +16,86 @@ from torch import Tensor
 from saerelay.data.stream import Block
 from saerelay.errors import RunDirectoryError
 from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.ranks import owners
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import HopFacts
-from saerelay.runs.state import load_state, prefixed, save_state, under
+from saerelay.runs.state import append_metrics, commit_state, load_part, prefixed, state_facts, under
 from saerelay.sae.moments import Moments
 from saerelay.site import Site
+from saerelay.team import Team
 from saerelay.training.cohort import Cohort
-from saerelay.training.engine import Trainee
+from saerelay.training.engine import Progress, Trainee
+from saerelay.training.progress import Watcher
 from saerelay.training.saving import StateWriter
 from saerelay.training.state import TraineeState
 
 
 def _no_seconds() -> dict[str, float]:
-    return {"total": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0}
+    return {"total": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0, "exchange": 0.0}
 
 
 def _no_positions() -> dict[str, int]:
     return {"read": 0, "left_out": 0, "held_out": 0}
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of the training log that is still to be written."""
+
+    cursor: int
+    leg: str
+    progress: Progress
+
+
+class Journal:
+    """Where lines of the training log go: to a file and to whoever watches, or nowhere."""
+
+    def __init__(self, log: IO[str] | None, watcher: Watcher) -> None:
+        self.log = log
+        self.watcher = watcher
+
+    def write(self, lines: Iterable[Line]) -> None:
+        """Write some lines, in the order in which they came about."""
+        if self.log is None:
+            return
+        for line in sorted(lines, key=lambda line: line.cursor):
+            append_metrics(self.log, line.cursor, line.leg, line.progress._asdict())
+            self.watcher.leg(line.leg, line.progress)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What a rank tells the others when they meet: all that they must know of its legs."""
+
+    live: list[str]
+    """Its legs in training."""
+    failures: dict[str, str]
+    hops: dict[str, HopFacts]
+    lines: list[Line]
+    seconds: dict[str, float]
+    moments: list[str]
+    busy: float
+    """Seconds that it spent on its legs since its last block came."""
+    seconds_per_batch: float
+    """Of the language model, or 0 where it forwarded nothing."""
+
+
 @dataclass
 class Training:
-    """A plan under way; `save` and `restore` are all of resume."""
+    """A plan under way; `save` and `restore` are all of resume.
+
+    A rank of a team trains its own legs only, and has the state of these. What it knows of the others' was said when
+    they last met: `ended`, `failures` and `hops`. These are the same on all ranks.
+    """
 
     plan: Plan
     cohort: Cohort
+    team: Team = field(default_factory=Team.alone)
+    owner: dict[str, int] = field(default_factory=dict)
+    """The rank that trains each leg."""
     cursor: int = 0
+    ended: set[str] = field(default_factory=set)
+    """Legs whose time has come and that do not live any more (or never did), on whichever rank."""
     moments: dict[str, Moments] = field(default_factory=dict)
     """Of the hops that are coming, by leg."""
     failures: dict[str, str] = field(default_factory=dict)
@@ -51,19 +105,29 @@ class Training:
     seconds: dict[str, float] = field(default_factory=_no_seconds)
     positions: dict[str, int] = field(default_factory=_no_positions)
     """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
+    lines: list[Line] = field(default_factory=list)
+    """Of the training log, not yet written."""
     log_bytes: int = 0
     """Length of the training log when the state was saved."""
     held_out: dict[Site, Tensor] = field(default_factory=dict)
-    """Validation activations of all sites, if legs have goals."""
+    """Validation activations of the sites of own legs, if there are goals."""
+    serial: int = 0
+    """Number of the state that was saved last."""
+    uncommitted: dict[str, Any] | None = None
+    """Facts of a state whose tensors are being written."""
+    writer: StateWriter = field(default_factory=StateWriter)
+    began: float = field(default_factory=time.perf_counter)
+    """When the run began, by `time.perf_counter`, if it had never been interrupted."""
+    block_came: float = 0.0
+    """When the last block was there, by `time.perf_counter`."""
+
+    def trains(self, leg: Leg) -> bool:
+        """Whether a leg is this rank's."""
+        return self.owner[leg.id] == self.team.rank
 
     def held_out_target(self, leg: Leg) -> Tensor | None:
         """The held-out rows of what a leg reconstructs, if it is a transcoder."""
         return self.held_out.get(leg.site_out) if leg.is_transcoder else None
-
-    @property
-    def ended(self) -> set[str]:
-        """Legs whose time has come and that do not live any more (or never did)."""
-        return {leg.id for leg in self.plan.legs if leg.fold_at < self.cursor and leg.id not in self.cohort}
 
     @property
     def n_repetitions(self) -> int:
@@ -75,57 +139,114 @@ class Training:
         self.positions["read"] += block.keep.numel()
         self.positions["left_out"] += int((~block.keep).sum())
 
-    def save(self, paths: RunDirectory, writer: StateWriter | None = None) -> None:
-        """Write the resume state, or leave it to a writer; what was written to the training log must be on file."""
-        tensors: dict[str, Tensor] = {}
+    def meet(self, journal: Journal) -> list[Word]:
+        """Tell the others what became of this rank's legs, and learn it of theirs; rank 0 writes the training log.
+
+        This is the only source of what decides which sites are read, so that all ranks read the same.
+        """
+        self.seconds["total"] = time.perf_counter() - self.began
+        self.seconds["exchange"] += self.team.seconds_exchanging
+        self.team.seconds_exchanging = 0.0
+        mine = Word(
+            live=list(self.cohort.trainees),
+            failures=self.failures,
+            hops=self.hops,
+            lines=self.lines,
+            seconds=self.seconds,
+            moments=list(self.moments),
+            busy=time.perf_counter() - self.block_came,
+            seconds_per_batch=self.team.own_seconds_per_batch,
+        )
+        words = self.team.gather(mine)
+        for word in words:
+            self.failures |= word.failures
+            self.hops |= word.hops
+        live = {leg_id for word in words for leg_id in word.live}
+        self.ended = {leg.id for leg in self.plan.legs if leg.fold_at < self.cursor and leg.id not in live}
+        self.team.balance([word.busy for word in words], [word.seconds_per_batch for word in words])
+        journal.write(line for word in words for line in word.lines)
+        self.lines = []
+        return words
+
+    def save(self, paths: RunDirectory, words: Sequence[Word]) -> None:
+        """Let the state be written, each rank's part by itself; `commit` makes it the one to resume from.
+
+        `words` are those of a meeting at this cursor, after which what was reported is in the training log.
+        """
+        parts: dict[str, dict[str, Tensor]] = {}
         for leg_id, trainee in self.cohort.trainees.items():
-            tensors.update(prefixed(f"leg/{leg_id}", trainee.state.tensors()))
-            tensors.update(prefixed(f"log/{leg_id}", trainee.unreported()))
+            tensors = prefixed("leg", trainee.state.tensors())
+            parts[f"leg-{leg_id}"] = tensors | prefixed("log", trainee.unreported())
         for leg_id, moments in self.moments.items():
-            tensors.update(prefixed(f"moments/{leg_id}", moments.state()))
-        facts = {
+            parts[f"moments-{leg_id}"] = moments.state()
+        self.serial += 1
+        self.writer.write(paths.state / str(self.serial), parts)
+        self.uncommitted = {
             "cursor": self.cursor,
-            "failures": self.failures,
+            "failures": self.failures.copy(),
             "hops": {leg_id: hop.model_dump(mode="json") for leg_id, hop in self.hops.items()},
-            "seconds": self.seconds,
-            "positions": self.positions,
-            "live": list(self.cohort.trainees),
-            "moments": list(self.moments),
+            "seconds": slowest([word.seconds for word in words]),
+            "positions": self.positions.copy(),
+            "live": [leg_id for word in words for leg_id in word.live],
+            "moments": [leg_id for word in words for leg_id in word.moments],
             "machine": machine(torch.device(self.plan.facts.device)),
             "log_bytes": paths.metrics.stat().st_size if paths.metrics.is_file() else 0,
             "legs": {leg.id: leg_digest(leg) for leg in self.plan.legs},
+            "serial": self.serial,
         }
-        write = writer.write if writer else save_state
-        write(paths.state, tensors, facts)
+
+    def commit(self, paths: RunDirectory) -> None:
+        """Make the state that was saved the one to resume from, once all ranks have written their parts of it."""
+        if self.uncommitted is None:
+            return
+        digests: dict[str, dict[str, str]] = {}
+        for part in self.team.gather(self.writer.wait()):
+            digests |= part
+        if self.team.leads:
+            commit_state(paths.state, {**self.uncommitted, "digests": digests})
+        self.uncommitted = None
+        self.team.gather(None)  # nobody leaves before it is there
 
     @classmethod
-    def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device) -> "Training":
-        """Take up the saved state, or start at zero where there is none.
+    def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device, team: Team) -> "Training":
+        """Take up the saved state, of this rank's legs, or start at zero where there is none.
 
         Raises RunDirectoryError if it is damaged, or if it is the state of another plan.
         """
-        training = cls(plan, Cohort(plan.recipe.train.batch_tokens))
-        saved = load_state(paths.state)
-        if saved is None:
+        training = cls(plan, Cohort(plan.recipe.train.batch_tokens), team, owners(plan, team.size))
+        facts = team.once(lambda: state_facts(paths.state))
+        if facts is None:
             return training
-        tensors, facts = saved
         check_plan(plan, facts["legs"], paths)
         training.log_bytes = facts["log_bytes"]
         training.cursor = facts["cursor"]
         training.failures = facts["failures"]
         training.hops = {leg_id: HopFacts.model_validate(hop) for leg_id, hop in facts["hops"].items()}
-        training.seconds = facts["seconds"]
+        training.seconds |= facts["seconds"]
+        training.began -= training.seconds["total"]
         training.positions = facts["positions"]
+        training.serial = facts["serial"]
+        over = {leg.id for leg in plan.legs if leg.fold_at < training.cursor}
+        training.ended = over - set(facts["live"])
         for leg_id in facts["live"]:
-            own = {name: tensor.to(device) for name, tensor in under(f"leg/{leg_id}", tensors).items()}
             leg = plan.leg(leg_id)
-            trainee = Trainee(leg, plan.recipe.train, TraineeState.restore(leg, own))
-            trainee.take_up(under(f"log/{leg_id}", tensors))
-            training.cohort.add(trainee)
+            if training.trains(leg):
+                tensors = load_part(paths.state, f"leg-{leg_id}", facts)
+                own = {name: tensor.to(device) for name, tensor in under("leg", tensors).items()}
+                trainee = Trainee(leg, plan.recipe.train, TraineeState.restore(leg, own))
+                trainee.take_up(under("log", tensors))
+                training.cohort.add(trainee)
         for leg_id in facts["moments"]:
-            own = {name: tensor.to(device) for name, tensor in under(f"moments/{leg_id}", tensors).items()}
-            training.moments[leg_id] = Moments.restore(own)
+            if training.trains(plan.leg(leg_id.partition("@")[0])):  # a transcoder's outputs have their own
+                tensors = load_part(paths.state, f"moments-{leg_id}", facts)
+                own = {name: tensor.to(device) for name, tensor in tensors.items()}
+                training.moments[leg_id] = Moments.restore(own)
         return training
+
+
+def slowest(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The most that any rank spent in each phase."""
+    return {name: max(of_rank[name] for of_rank in seconds) for name in seconds[0]}
 
 
 def check_plan(plan: Plan, expected: dict[str, str], paths: RunDirectory) -> None:

@@ -4,13 +4,12 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from saerelay.planning.recipe import TrainSpec
-from saerelay.runs.state import save_state
+from saerelay.runs.state import Tensors, save_part
 
 SECONDS_BETWEEN_STATES = 300.0
 """Unless the recipe counts tokens instead."""
@@ -36,7 +35,7 @@ class SavingTimes:
 
 
 class StateWriter:
-    """Writes resume states, one after the other; what goes wrong is raised at the next call.
+    """Writes the parts of resume states, one state after the other; what goes wrong is raised by `wait`.
 
     Tensors of a GPU are copied to pinned memory, which takes milliseconds, and written from there by a thread; those
     of a processor, which training goes on to change, are written at once.
@@ -45,21 +44,29 @@ class StateWriter:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._pinned: dict[str, Tensor] = {}
+        self._digests: dict[str, dict[str, str]] = {}
+        self._pinned: dict[tuple[str, str], Tensor] = {}
 
-    def write(self, directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a state, once the one before it is on disk."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether all parts are on disk."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def write(self, directory: Path, parts: Mapping[str, Tensors]) -> None:
+        """Write some parts of a state, once those of the one before are on disk."""
         self.wait()
-        if not any(tensor.is_cuda for tensor in tensors.values()):
-            save_state(directory, tensors, facts)
+        if not any(tensor.is_cuda for tensors in parts.values() for tensor in tensors.values()):
+            self._save(directory, parts)
             return
-        copies = {name: self._copied(name, tensor) for name, tensor in tensors.items()}
+        copies = {}
+        for part, tensors in parts.items():
+            copies[part] = {name: self._copied(part, name, tensor) for name, tensor in tensors.items()}
         torch.cuda.synchronize()
-        self._thread = threading.Thread(target=self._save, args=(directory, copies, facts), name="saerelay-state")
+        self._thread = threading.Thread(target=self._save, args=(directory, copies), name="saerelay-state")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until all that was written is on disk."""
+    def wait(self) -> dict[str, dict[str, str]]:
+        """Wait until all that was written is on disk; digests of its tensors, by part."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -67,16 +74,18 @@ class StateWriter:
             error = self._error
             self._error = None
             raise error
+        return self._digests
 
-    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+    def _copied(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """A copy in pinned memory, which is kept for the next state: to claim it takes longer than to fill it."""
-        old = self._pinned.get(name)
+        old = self._pinned.get((part, name))
         if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-            self._pinned[name] = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
-        return self._pinned[name].copy_(tensor, non_blocking=True)
+            old = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+            self._pinned[part, name] = old
+        return old.copy_(tensor, non_blocking=True)
 
-    def _save(self, directory: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def _save(self, directory: Path, parts: Mapping[str, Tensors]) -> None:
         try:
-            save_state(directory, tensors, facts)
+            self._digests = {name: save_part(directory, name, tensors) for name, tensors in parts.items()}
         except BaseException as error:
             self._error = error

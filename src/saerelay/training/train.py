@@ -5,8 +5,11 @@ them; every live leg steps in lockstep; legs that have spent their budget are pu
 two batches, and a run that was killed continues from there to the same bits.
 """
 
+import threading
 import time
-from typing import IO
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,16 +20,17 @@ from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import HopFacts, PhaseSeconds, ReadPositions, RunCost
-from saerelay.runs.state import append_metrics, truncate_metrics
+from saerelay.runs.state import truncate_metrics
 from saerelay.sae.quality import fvu, mean_l0
 from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import L0_ROWS
 from saerelay.site import Site
+from saerelay.team import Team
 from saerelay.training.engine import Trainee
-from saerelay.training.inherit import gather_moments, inherit
+from saerelay.training.inherit import Parent, gather_moments, inherit, parent_of, parents_from_elsewhere
 from saerelay.training.progress import Watcher
-from saerelay.training.run_state import Training, stop_requests, timed
-from saerelay.training.saving import SavingTimes, StateWriter
+from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests, timed
+from saerelay.training.saving import SavingTimes
 from saerelay.training.schedule import goal_is_due
 from saerelay.training.state import balance_of, first_state, units_of
 
@@ -43,20 +47,19 @@ def train_plan(
     watcher: Watcher,
     device: torch.device,
     validation: AbstractStream | None = None,
+    team: Team | None = None,
 ) -> None:
     """Run a plan to its end, from the saved state if there is one; `validation` is for legs with a goal.
 
+    Each rank of a `team` calls it, with a stream that gives the sites of its own legs (`TeamStream`).
+
     Raises Interrupted after a signal (state saved) and LegFailed at the end if a leg had to stop.
     """
-    now = Training.restore(plan, paths, device)
-    truncate_metrics(paths.metrics, now.log_bytes)
+    team = team or Team.alone()
+    now = Training.restore(plan, paths, device, team)
     saving = SavingTimes(plan.recipe.train, now.cursor)
-    writer = StateWriter()
-    began = time.perf_counter() - now.seconds["total"]
     read_held_out(now, validation)
-    with stop_requests() as stop, paths.metrics.open("a", encoding="utf-8") as log:
-        if now.cursor % plan.block_tokens == 0:  # the state was saved just before its block was reported
-            report(now, now.cohort.live, log, watcher)
+    with stop_requests() as stop, journal_of(now, paths, watcher) as journal:
         while now.cursor < plan.n_tokens:
             number, offset = divmod(now.cursor, plan.block_tokens)
             end_of_block = (number + 1) * plan.block_tokens
@@ -66,6 +69,7 @@ def train_plan(
                 continue
             with timed(now.seconds, "lm"):
                 block = stream.block(number, sites)
+            now.block_came = time.perf_counter()
             if offset == 0:
                 begin_block(now, block, paths)
             for index in range(offset // block.batch_tokens, block.n_batches):
@@ -73,28 +77,22 @@ def train_plan(
                 for repetition in range(now.n_repetitions):
                     now.cohort.step(block.repeated(index, repetition), repetition)
                     check_goals(now, repetition)
-                    end_legs(now, block, paths, log, watcher, repetition)
-                if now.cursor == end_of_block:
-                    drop_failed(now, block, paths, log, watcher)
-                    with timed(now.seconds, "fits"):
-                        begin_legs(now, block, paths, hops=True)
+                    end_legs(now, block, paths, repetition)
                 watcher.tick(now.cursor)
-                stopping = stop.is_set()
-                if stopping or saving.due(now.cursor):
-                    drop_failed(now, block, paths, log, watcher)
-                    now.seconds["total"] = time.perf_counter() - began
-                    now.save(paths, writer)
-                    saving.saved(now.cursor)
-                if stopping:
-                    writer.wait()
-                    raise Interrupted(paths.resume_command)
-            report(now, now.cohort.live, log, watcher)
-    now.seconds["total"] = time.perf_counter() - began
-    writer.wait()
-    now.save(paths)
-    RunCost(seconds=PhaseSeconds(**now.seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
+                if now.cursor == end_of_block:
+                    end_block(now, block, paths, journal)
+                if now.cursor == end_of_block or team.size == 1:  # ranks agree on what follows once a block
+                    save_if_due(now, block, paths, journal, saving, stop)
+        now.commit(paths)
+        words = now.meet(journal)
+        now.save(paths, words)
+        now.commit(paths)
+    if team.leads:
+        seconds = slowest([word.seconds for word in words])
+        RunCost(seconds=PhaseSeconds(**seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
     complain_of_failures(now, paths)
-    complain_of_missing(plan, paths)
+    if team.leads:
+        complain_of_missing(plan, paths)
 
 
 def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:
@@ -103,6 +101,42 @@ def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:
         begin_legs(now, block, paths, hops=False)
         gather_moments(now, block)
     now.count(block)
+
+
+def end_block(now: Training, block: Block, paths: RunDirectory, journal: Journal) -> None:
+    """What is due after a block's last batch: all ranks meet, then hops are made from what they now know is there."""
+    drop_failed(now, block, paths)
+    report(now, now.cohort.live)
+    now.meet(journal)
+    with timed(now.seconds, "fits"):
+        begin_legs(now, block, paths, hops=True)
+
+
+def save_if_due(
+    now: Training, block: Block, paths: RunDirectory, journal: Journal, saving: SavingTimes, stop: threading.Event
+) -> None:
+    """Save the state if it is time to, or if one rank was asked to stop; raises Interrupted then, on all of them."""
+    stopping, due = now.team.any(stop.is_set(), saving.due(now.cursor))
+    if stopping or due:
+        now.commit(paths)
+        drop_failed(now, block, paths)
+        now.save(paths, now.meet(journal))
+        saving.saved(now.cursor)
+    if now.uncommitted and (stopping or not any(now.team.any(not now.writer.is_idle))):
+        now.commit(paths)
+    if stopping:
+        raise Interrupted(paths.resume_command)
+
+
+@contextmanager
+def journal_of(now: Training, paths: RunDirectory, watcher: Watcher) -> Iterator[Journal]:
+    """The training log, cut back to the saved state, and whoever watches; on rank 0, which writes for all."""
+    if not now.team.leads:
+        yield Journal(None, watcher)
+        return
+    truncate_metrics(paths.metrics, now.log_bytes)
+    with paths.metrics.open("a", encoding="utf-8") as log:
+        yield Journal(log, watcher)
 
 
 def complain_of_failures(now: Training, paths: RunDirectory) -> None:
@@ -134,8 +168,10 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) 
         waiting = {leg.id for leg in due}
         ready = [leg for leg in due if leg.parent not in waiting]
         due = [leg for leg in due if leg.parent in waiting]
-        begun = side_by_side(lambda leg: begin(now, leg, block, paths), ready, block.keep.device)
-        for leg, trainee in zip(ready, begun, strict=True):
+        begin_one = partial(begin, now, block, paths, parents_from_elsewhere(now, ready, block, paths))
+        mine = [leg for leg in ready if now.trains(leg)]
+        begun = side_by_side(begin_one, mine, block.keep.device, n_in_all=len(ready))
+        for leg, trainee in zip(mine, begun, strict=True):
             if isinstance(trainee, str):
                 now.failures[leg.id] = trainee
                 continue
@@ -144,8 +180,16 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) 
                 publish_leg(now, trainee, block, paths)
 
 
-def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee | str:
-    """A leg at age 0, from scratch or from its parent, or the reason why it cannot start."""
+def begin(
+    now: Training, block: Block, paths: RunDirectory, sent: Mapping[str, Parent | str], leg: Leg
+) -> Trainee | str:
+    """A leg at age 0, from scratch or from its parent, or the reason why it cannot start.
+
+    `sent` are the parents that other ranks have, or why there is none, by leg.
+    """
+    remote = sent.get(leg.id)
+    if isinstance(remote, str):
+        return remote
     if leg.parent in now.failures:
         return f"its parent {leg.parent} stopped"
     spec = now.plan.recipe.train
@@ -157,7 +201,8 @@ def begin(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Trainee
     if not leg.hop:
         return Trainee(leg, spec, first_state(leg, spec, rows, target=target))
     try:
-        inherited = inherit(now, leg, block, paths, units_of(leg, spec, rows, target))
+        parent = remote or parent_of(now, leg, block, paths)
+        inherited = inherit(now, leg, block, parent, units_of(leg, spec, rows, target))
     except TransferError as error:
         return str(error)
     now.hops[leg.id] = HopFacts(method=inherited.method, trials=inherited.trials)
@@ -178,7 +223,9 @@ def _why_not(site: Site, x: Tensor) -> str:
 def read_held_out(now: Training, validation: AbstractStream | None) -> None:
     """Read the rows that goals are measured on, if there is anything left to train."""
     if validation and now.cursor < now.plan.n_tokens:
-        now.held_out, n_read = hold_out(now.plan, validation)
+        rows, n_read = hold_out(now.plan, validation)
+        own = [leg for leg in now.plan.legs if now.trains(leg)]
+        now.held_out = {site: rows[site] for leg in own for site in (leg.site, leg.site_out)}
         now.positions["held_out"] = n_read
 
 
@@ -202,30 +249,30 @@ def check_goals(now: Training, repetition: int) -> None:
                 trainee.check(now.held_out[trainee.leg.site], now.held_out_target(trainee.leg))
 
 
-def end_legs(now: Training, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher, repetition: int) -> None:
+def end_legs(now: Training, block: Block, paths: RunDirectory, repetition: int) -> None:
     """Publish snapshots that are due, and legs that are done."""
     stepped = [t for t in now.cohort.trainees.values() if t.leg.schedule.reuse > repetition]
     for trainee in stepped:
         if trainee.done:
-            retire(now, trainee, block, paths, log, watcher)
+            retire(now, trainee, block, paths)
         elif trainee.state.age in trainee.leg.schedule.snapshots:
             publish_leg(now, trainee, block, paths)
 
 
-def drop_failed(now: Training, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher) -> None:
+def drop_failed(now: Training, block: Block, paths: RunDirectory) -> None:
     """Find out which legs failed on a device that was not waited for, and retire them."""
     now.cohort.settle()
     for trainee in list(now.cohort.trainees.values()):
         if trainee.state.failure:
-            retire(now, trainee, block, paths, log, watcher)
+            retire(now, trainee, block, paths)
 
 
-def retire(now: Training, trainee: Trainee, block: Block, paths: RunDirectory, log: IO[str], watcher: Watcher) -> None:
+def retire(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -> None:
     """Publish a leg that is done, or what was good of one that failed, and forget it."""
     publish_leg(now, trainee, block, paths)
     if trainee.state.failure:
         now.failures[trainee.leg.id] = trainee.state.failure
-    report(now, [trainee], log, watcher)
+    report(now, [trainee])
     now.cohort.remove(trainee.leg.id)
 
 
@@ -263,11 +310,9 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
     publish(directory, dictionary, info)
 
 
-def report(now: Training, trainees: list[Trainee], log: IO[str], watcher: Watcher) -> None:
-    """One line per leg to metrics.jsonl, and to whoever watches."""
+def report(now: Training, trainees: list[Trainee]) -> None:
+    """One line per leg for the training log, and for whoever watches."""
     for trainee in trainees:
         progress = trainee.look()
-        if progress is None:
-            continue
-        append_metrics(log, now.cursor, trainee.leg.id, progress._asdict())
-        watcher.leg(trainee.leg.id, progress)
+        if progress is not None:
+            now.lines.append(Line(now.cursor, trainee.leg.id, progress))

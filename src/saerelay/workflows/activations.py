@@ -17,6 +17,8 @@ from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
 from saerelay.spec import format_count
+from saerelay.team import Team
+from saerelay.training.team_stream import TeamStream
 from saerelay.training.train import HELD_OUT_ROWS
 
 
@@ -97,6 +99,20 @@ def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
     if needed:
         stream.model = load_model(plan)
     return stream
+
+
+def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, team: Team) -> TeamStream:
+    """The activations that each rank of a team needs, computed by all.
+
+    `stream` is rank 0's, which has a model if anything is to be computed; None on the others. One rank of
+    each machine loads the model first, so that it is downloaded once.
+    """
+    needs_model = team.once(lambda: stream is not None and stream.model is not None)
+    model = stream.model if stream else None
+    if needs_model:
+        model = team.in_turn(lambda: model or load_model(plan))
+    cache = ActivationCache(plan) if plan.recipe.data.cache else None
+    return TeamStream(LiveStream(model, sequences, plan, cache), team)
 
 
 def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:

@@ -10,7 +10,7 @@ from saerelay.files import write_text
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Recipe, TrainSpec
 from saerelay.runs.directory import RunDirectory, sole_writer
 from saerelay.runs.documents.quality import Summary
-from saerelay.runs.state import STATE_FILE
+from saerelay.runs.state import clear_state
 from saerelay.sae.architectures import TopK
 from saerelay.sae.spec import DictionarySpec
 from saerelay.workflows.launch import train_run
@@ -60,4 +60,4 @@ def clear_demo(out: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-        (out / "state" / STATE_FILE).unlink(missing_ok=True)
+        clear_state(out / "state")

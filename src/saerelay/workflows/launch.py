@@ -2,24 +2,32 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from rich.console import Console
 
 from saerelay.analysis.evaluate import wants_ce
 from saerelay.analysis.suite import Suite, load
-from saerelay.errors import RunDirectoryError, SaeRelayError
+from saerelay.data.corpus import Corpus
+from saerelay.data.stream import LiveStream
+from saerelay.errors import RecipeError, RunDirectoryError, SaeRelayError
 from saerelay.files import reason, write_text
 from saerelay.lm.identity import check_same_model
 from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
+from saerelay.rank import restarts_will_fail
 from saerelay.runs.directory import RunDirectory, sole_writer
-from saerelay.training.trackers import check_installed
+from saerelay.team import Team
+from saerelay.training.progress import Watcher
+from saerelay.training.run_state import machine
+from saerelay.training.trackers import Several, check_installed
 from saerelay.training.train import train_plan
-from saerelay.workflows.activations import open_stream, open_validation, tokenise
+from saerelay.workflows.activations import joined_stream, open_stream, open_validation, tokenise
 from saerelay.workflows.settle import (
     check_directory,
     check_disk,
@@ -33,38 +41,58 @@ from saerelay.workflows.survey import survey_run
 from saerelay.workflows.watching import watching
 
 
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    plan: Plan
+    corpus: Corpus
+    stream: LiveStream
+
+
 def train_run(
     recipe: Recipe, out: str | Path, *, resume: bool = False, extend: bool = False, console: Console | None = None
 ) -> Suite:
     """Train everything a recipe asks for into a new directory; returns its suite.
 
     `resume` continues a run that was interrupted (and starts over where there is no state yet); `extend` adds legs, or
-    tokens to finished legs, to a run, and continues an extension that was interrupted. Raises RunDirectoryError if
-    `out` holds something else or cannot be written to, DataError if the corpus is too short, LegFailed if a leg had to
-    stop, Interrupted after Ctrl-C.
+    tokens to finished legs, to a run, and continues an extension that was interrupted. In each of several processes
+    started by torchrun, this trains a share of the legs; a run that is there is then resumed without being asked.
+
+    Raises RunDirectoryError if `out` holds something else or cannot be written to, DataError if the corpus is too
+    short, LegFailed if a leg had to stop, Interrupted after Ctrl-C, TeamError if another process is gone.
     """
     paths = RunDirectory(Path(out))
-    fresh = not paths.root.exists()
-    check_directory(paths, resume=resume or extend)
-    with sole_writer(paths.root):
-        with _nothing_left_on_error(paths.root, fresh):
-            plan = _settled_plan(recipe, paths, extend=extend, console=console)
-            check_same_model(plan.recipe.model, paths.model_digest, begin=True)
-            check_installed(plan)
-            wants_ce(plan)
-            check_disk(plan, paths)
-            corpus = tokenise(plan, paths, console)
-            stream = open_stream(plan, corpus.train)
-            if extend:
-                paths.cost.unlink(missing_ok=True)  # which says that the run has ended
-            plan.save(paths.plan)
-            write_text(paths.recipe, annotated_toml(plan.recipe))  # see `mend_recipe`
-        validation = None
-        if any(leg.goal.predicted_fvu for leg in plan.legs):
-            validation = open_validation(plan, stream, corpus)
+    team = Team.joined()
+    if not team.leads:
+        console = None
+    start: Start | None = None
+    with ExitStack() as held:
+
+        def lead() -> Plan:
+            """What rank 0 does before the others know what to do."""
+            nonlocal start
+            if team.size > 1 and ":" in recipe.model.device:
+                raise RecipeError(
+                    f'model.device is "{recipe.model.device}", and each of {team.size} ranks takes a GPU of its own; '
+                    'write "cuda" or "auto"'
+                )
+            goes_on = resume or extend or (team.control is not None and paths.plan.is_file())
+            fresh = not paths.root.exists()
+            check_directory(paths, resume=goes_on)
+            held.enter_context(sole_writer(paths.root))
+            with _nothing_left_on_error(paths.root, fresh):
+                start = _begun(recipe, paths, extend=extend, console=console)
+            return start.plan
+
+        plan = team.once(lead)
+        team.check_shared(paths.root)
+        stream, validation = _streams(plan, paths, start, team)
+        watcher: Watcher = Several([])
+        if team.leads:
+            watcher = held.enter_context(watching(plan, paths, console))
+        _say_what_differs(team, plan, console)
         try:
-            with watching(plan, paths, console) as watcher:
-                train_plan(plan, paths, stream, watcher, stream.device, validation)
+            train_plan(plan, paths, stream, watcher, stream.device, validation, team)
         except OSError as error:
             raise RunDirectoryError(f"{reason(error)}. This continues the run: {paths.resume_command}") from None
         finally:
@@ -72,6 +100,56 @@ def train_run(
             if console and note:
                 console.print(f"note: {note}", markup=False)
     return load(paths.root)
+
+
+def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Start:
+    """A run's plan, tokens and language model; when all are there, the plan is written."""
+    plan = _settled_plan(recipe, paths, extend=extend, console=console)
+    check_same_model(plan.recipe.model, paths.model_digest, begin=True)
+    check_installed(plan)
+    wants_ce(plan)
+    check_disk(plan, paths)
+    corpus = tokenise(plan, paths, console)
+    stream = open_stream(plan, corpus.train)
+    if extend:
+        paths.cost.unlink(missing_ok=True)  # which says that the run has ended
+    plan.save(paths.plan)
+    write_text(paths.recipe, annotated_toml(plan.recipe))  # see `mend_recipe`
+    return Start(plan, corpus, stream)
+
+
+def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -> tuple[LiveStream, LiveStream | None]:
+    """The activations that this rank trains on, and those that its goals are measured on, if the plan has goals."""
+    corpus = start.corpus if start else Corpus.open(paths.tokens)
+    if team.control is None:
+        assert start
+        stream = start.stream
+    else:
+        stream = joined_stream(plan, corpus.train, start.stream if start else None, team)
+    if not any(leg.goal.predicted_fvu for leg in plan.legs):
+        return stream, None
+    return stream, open_validation(plan, stream, corpus)
+
+
+def _say_what_differs(team: Team, plan: Plan, console: Console | None) -> None:
+    """Tell what a team should know about its machines: where they differ, and what torchrun lacks to restart."""
+    machines = team.gather(machine(torch.device(plan.facts.device)))
+    for rank, other in enumerate(machines):
+        different = [
+            f"{key}: {machines[0][key]} and {other.get(key)}"
+            for key in machines[0]
+            if machines[0][key] != other.get(key)
+        ]
+        if different and console:
+            console.print(
+                f"note: rank 0 and rank {rank} differ ({'; '.join(different)}): the bits of a leg depend on its rank",
+                markup=False,
+            )
+    if console and restarts_will_fail():
+        console.print(
+            "note: torchrun was started with --max-restarts, and its restarts fail unless its environment has "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
 
 
 def _settled_plan(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Plan:

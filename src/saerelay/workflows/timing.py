@@ -7,6 +7,7 @@ import torch
 
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.ranks import Speeds
 from saerelay.training.device import STEPS_BEFORE_RECORDING
 from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
@@ -14,36 +15,45 @@ from saerelay.training.state import first_state
 REPEATS = 5
 
 
-def time_plans(plans: Sequence[Plan], model: LanguageModel) -> list[dict[str, float]]:
-    """Seconds that plans for one model should take: of the language model, of training steps, and in total."""
+def measured_speeds(plans: Sequence[Plan], model: LanguageModel) -> list[Speeds]:
+    """How fast this machine is at plans for one model."""
     seconds_by_shape: dict[tuple, float] = {}
-    times = []
+    speeds = []
     for plan in plans:
-        lm = _forward_seconds(plan, model)
-        steps = 0.0
+        steps = {}
         for leg in plan.legs:
             width = plan.facts.width(leg.site)
             shape = (width, leg.schedule.batch_tokens, leg.dictionary)
             if shape not in seconds_by_shape:
                 seconds_by_shape[shape] = _step_seconds(plan, leg, width, model.device)
-            steps += leg.budget_tokens * seconds_by_shape[shape]
-        times.append({"lm": lm, "steps": steps, "total": lm + steps})
-    return times
+            steps[leg.id] = seconds_by_shape[shape]
+        speeds.append(Speeds(lm=_forward_seconds(plan, model), steps=steps))
+    return speeds
 
 
-def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
-    """Seconds of the language model, which stops at the deepest open site of each block."""
-    context = plan.recipe.data.context
-    shape = (max(1, plan.lm_batch_tokens // context), context)
-    tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
+def plan_seconds(plan: Plan, speeds: Speeds) -> dict[str, float]:
+    """Seconds that a plan should take: of the language model, of training steps, and in total.
+
+    The language model stops at the deepest open site of each block.
+    """
+    lm = 0.0
     deepest = plan.with_probe(plan.sites)[-1]
-    per_token = _median_seconds(lambda: model.harvest(tokens, [deepest]), model.device) / tokens.numel()
-    seconds = 0.0
     for n_blocks, sites in plan.stretches():
         if sites:
             depth = (sites[-1].layer + 1) / (deepest.layer + 1)
-            seconds += n_blocks * plan.block_tokens * per_token * depth
-    return seconds
+            lm += n_blocks * plan.block_tokens * speeds.lm * depth
+    steps = sum(leg.budget_tokens * speeds.steps[leg.id] for leg in plan.legs)
+    return {"lm": lm, "steps": steps, "total": lm + steps}
+
+
+def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
+    """Seconds per token of the language model, up to the plan's deepest site."""
+    context = plan.recipe.data.context
+    shape = (max(1, plan.lm_batch_tokens // context), context)
+    tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
+    return (
+        _median_seconds(lambda: model.harvest(tokens, [plan.with_probe(plan.sites)[-1]]), model.device) / tokens.numel()
+    )
 
 
 def _step_seconds(plan: Plan, leg: Leg, width: int, device: torch.device) -> float:

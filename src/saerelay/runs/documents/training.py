@@ -129,7 +129,7 @@ class TrainingLine(Record):
 
 
 class PhaseSeconds(Record):
-    """Wall-clock time of a run, in seconds."""
+    """Wall-clock time of a run, in seconds: of several ranks, that of the one which took longest in each phase."""
 
     total: float
     """From the start to the end, without pauses between resumptions."""
@@ -139,6 +139,8 @@ class PhaseSeconds(Record):
     """Maps between layers, folds and decoder refits."""
     goals: float = 0.0
     """Measuring goals on validation rows."""
+    exchange: float = 0.0
+    """Sending activations between ranks, of `lm`; 0 for a process on its own."""
 
 
 class ReadPositions(Record):
@@ -187,5 +189,7 @@ class ResumeFacts(Record):
     """Length of metrics.jsonl, to which it is cut back on resume."""
     legs: dict[str, str]
     """A digest of each leg of the plan that the state belongs to."""
-    digests: dict[str, str]
-    """A digest of each tensor."""
+    serial: int
+    """Name of the directory that its tensors are in: the number of states saved before it, plus one."""
+    digests: dict[str, dict[str, str]]
+    """A digest of each tensor, by file."""

@@ -1,5 +1,6 @@
 """A plan before it runs: its legs, what it takes, and what a survey found."""
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -7,6 +8,7 @@ from rich.text import Text
 from saerelay.planning.choose import Choice
 from saerelay.planning.cost import Cost
 from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.ranks import Spread
 from saerelay.planning.survey import Survey, SurveyedHop
 from saerelay.runs.suite import method_of
 from saerelay.spec import format_count
@@ -115,3 +117,23 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
             "(less what is cached already, and what is read again)",
         )
     return table
+
+
+def spread_table(plan: Plan, spread: Spread) -> Group:
+    """Which rank trains what, what that takes, and what several ranks gain."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("memory", justify="right")
+    table.add_column("trains")
+    for rank, share in enumerate(spread.ranks):
+        legs = ", ".join(share.legs) or "nothing (it only runs the language model)"
+        table.add_row(str(rank), f"{share.memory_bytes / 2**30:.2f} GiB", legs)
+    per_token = spread.exchange_bytes / plan.n_tokens
+    lines = [f"All ranks run the language model; they exchange {per_token / 1e3:.1f} kB of activations per token."]
+    if spread.seconds and spread.seconds_of_one:
+        lines.append(
+            f"If each rank is as fast as this machine: {duration(spread.seconds)} "
+            f"({format_count(int(plan.n_tokens / spread.seconds))} tokens/s), against "
+            f"{duration(spread.seconds_of_one)} for one, without the exchange"
+        )
+    return Group(table, *lines)

@@ -1,0 +1,177 @@
+"""Which rank trains which leg, which sites it needs, and how much of the language model's work it does.
+
+None of this is part of a plan: it is worked out anew at every start, from the plan and the number of ranks, and no bit
+of a result depends on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from saerelay.planning.cost import peak_state_bytes, step_flops
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import Leg, Plan
+from saerelay.site import Site
+from saerelay.spec import Spec
+
+
+def owners(plan: Plan, n_ranks: int) -> dict[str, int]:
+    """The rank that trains each leg, by leg.
+
+    How to see this: the most expensive leg is placed first, and each goes to the rank that has the least to do while
+    that leg is in training. Legs that live at different times may share a rank.
+    """
+    costs = {leg.id: leg_flops(leg, plan.facts) for leg in plan.legs}
+    by_rank: list[list[Leg]] = [[] for _ in range(n_ranks)]
+    for leg in sorted(plan.legs, key=lambda leg: -costs[leg.id]):  # equals stay in the plan's order
+        loads = [sum(costs[other.id] * _overlap(leg, other) for other in legs) for legs in by_rank]
+        elsewhere = [all(other.site != leg.site for other in legs) for legs in by_rank]
+        best = min(range(n_ranks), key=lambda rank: (loads[rank], elsewhere[rank], rank))
+        by_rank[best].append(leg)
+    return {leg.id: rank for rank, legs in enumerate(by_rank) for leg in legs}
+
+
+def leg_flops(leg: Leg, facts: ModelFacts) -> float:
+    """Operations of a leg's training steps, for its whole budget."""
+    executed, _ = step_flops(leg.dictionary, facts, facts.width(leg.site))
+    return max(1, leg.budget_tokens) * executed
+
+
+def _overlap(leg: Leg, other: Leg) -> float:
+    """Share of another leg's training that falls into the time of this one."""
+    common = min(leg.end, other.end) - max(leg.fold_at, other.fold_at)
+    return max(0, common) / (other.end - other.fold_at)
+
+
+def needed_sites(
+    plan: Plan, owner: Mapping[str, int], n_ranks: int, number: int, open_sites: Sequence[Site]
+) -> list[list[Site]]:
+    """The sites of block `number` that each rank needs: those of its legs, and those that its hops will come from.
+
+    The first rank that needs the probe site looks for outlier norms there, or rank 0 if none does: see `prober`.
+    """
+    first = number * plan.block_tokens
+    stop = first + plan.block_tokens
+    needed: list[set[Site]] = [set() for _ in range(n_ranks)]
+    for leg in plan.legs:
+        if leg.start < stop and first < leg.end:
+            needed[owner[leg.id]] |= {leg.site, leg.site_out}
+            if leg.moment_tokens and first < leg.fold_at:
+                source = plan.parent_site(leg)
+                needed[owner[leg.id]] |= {source, leg.out_at(source)}
+    if plan.probe_site:
+        needed[prober(needed, plan.probe_site)].add(plan.probe_site)
+    return [sorted(sites & set(open_sites)) for sites in needed]
+
+
+def prober(needed: Sequence[set[Site]] | Sequence[list[Site]], probe_site: Site) -> int:
+    """The rank that looks for outlier norms in a block."""
+    ranks = [rank for rank, sites in enumerate(needed) if probe_site in sites]
+    return ranks[0] if ranks else 0
+
+
+def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float) -> list[range]:
+    """Which of the `n_parts` micro-batches of a block each rank forwards, so that all ranks are done at the same time.
+
+    `busy` are the seconds that each rank spends on its legs per block.
+
+    >>> deal(8, [0.0, 0.0, 4.0], seconds_per_part=1.0)
+    [range(0, 4), range(4, 8), range(8, 8)]
+    """
+    counts = [0] * len(busy)
+    for _ in range(n_parts):
+        finished = [seconds + n * seconds_per_part for seconds, n in zip(busy, counts, strict=True)]
+        least = min(range(len(busy)), key=lambda rank: (finished[rank], counts[rank], rank))
+        counts[least] += 1
+    stops = list(accumulate(counts))
+    return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+
+
+# --- what to expect of a number of ranks ---------------------------------------------------------------------------
+
+
+class Speeds(Spec):
+    """What was measured on one machine, in seconds per token."""
+
+    lm: float
+    """Of the language model, up to the deepest site of the plan."""
+    steps: dict[str, float]
+    """Of a training step, by leg."""
+
+
+class RankShare(Spec):
+    """What falls to one rank."""
+
+    legs: list[str]
+    memory_bytes: float
+    """The model, training state of live legs, a block's activations at their sites, and what is sent and received."""
+
+
+class Spread(Spec):
+    """A plan on several ranks."""
+
+    ranks: list[RankShare]
+    exchange_bytes: float
+    """Activations that ranks send to one another, for the whole plan."""
+    seconds: float | None
+    """Of the language model and the training steps, at given speeds; the exchange is not in it."""
+    seconds_of_one: float | None
+    """The same for a process on its own."""
+
+
+def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
+    """Predict what falls to each rank, and how long a plan takes on all of them.
+
+    How to see this: in each stretch of blocks with the same sites open, the language model's work goes to whoever has
+    the least to do (`deal`). So a block takes what all work comes to, divided by the number of ranks, but not less than
+    the rank whose legs take longest.
+    """
+    facts = plan.facts
+    owner = owners(plan, n_ranks)
+    exchanged = 0.0
+    seconds = 0.0
+    of_one = 0.0
+    most_rows = [0.0] * n_ranks
+    number = 0
+    for n_blocks, sites in plan.stretches():
+        if sites:
+            needed = needed_sites(plan, owner, n_ranks, number, sites)
+            bytes_per_token = [float(_bytes_per_token(facts, own)) for own in needed]
+            most_rows = [max(pair) for pair in zip(most_rows, bytes_per_token, strict=True)]
+            n_tokens = n_blocks * plan.block_tokens
+            exchanged += n_tokens * sum(bytes_per_token) * (n_ranks - 1) / n_ranks
+            if speeds:
+                lm, busy = _work(plan, owner, n_ranks, speeds, number * plan.block_tokens, sites)
+                seconds += n_tokens * max(max(busy), (lm + sum(busy)) / n_ranks)
+                of_one += n_tokens * (lm + sum(busy))
+        number += n_blocks
+
+    shares = []
+    model_bytes = float(facts.bytes_per_value * facts.model_params)
+    for rank in range(n_ranks):
+        legs = [leg for leg in plan.legs if owner[leg.id] == rank]
+        state = peak_state_bytes(legs, facts) if legs else 0.0
+        boxes = sum(most_rows) / n_ranks if n_ranks > 1 else 0.0
+        activations = plan.block_tokens * (most_rows[rank] + 2 * boxes)
+        shares.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=state + activations + model_bytes))
+    return Spread(
+        ranks=shares,
+        exchange_bytes=exchanged,
+        seconds=seconds if speeds else None,
+        seconds_of_one=of_one if speeds else None,
+    )
+
+
+def _bytes_per_token(facts: ModelFacts, sites: Sequence[Site]) -> int:
+    return facts.bytes_per_value * sum(facts.width(site) for site in sites)
+
+
+def _work(
+    plan: Plan, owner: Mapping[str, int], n_ranks: int, speeds: Speeds, cursor: int, sites: Sequence[Site]
+) -> tuple[float, list[float]]:
+    """Seconds per token at a place of the axis: of the language model, and of each rank's legs."""
+    lm = speeds.lm * (sites[-1].layer + 1) / (plan.with_probe(plan.sites)[-1].layer + 1)
+    busy = [0.0] * n_ranks
+    for leg in plan.legs:
+        if leg.fold_at <= cursor < leg.end:
+            busy[owner[leg.id]] += leg.schedule.reuse * speeds.steps[leg.id]
+    return lm, busy

@@ -1,0 +1,216 @@
+"""The processes that train one run together, started by torchrun: who is there, and what they tell one another.
+
+One process is a team of one (`Team.alone`), for which everything here is free. All ranks make the same calls in the
+same order; what one rank raises ends that process, and torchrun ends the others.
+"""
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saerelay.errors import RunDirectoryError, SaeRelayError, TeamError
+from saerelay.files import appears, write_text
+from saerelay.rank import in_team, n_ranks, n_ranks_here
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=24)
+"""How long ranks wait for one that tokenises, downloads or fits a map; one that died is noticed at once."""
+DATA_PATIENCE = timedelta(minutes=30)
+"""How long a GPU waits for another in an exchange."""
+SECONDS_TO_SEE_A_FILE = 60.0
+"""After which a file that another rank wrote counts as not being there."""
+
+
+class Team:
+    """The ranks of one run; small things go over a gloo group, activations over NCCL where each rank has a GPU."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.control: Any = None
+        """The process group for all but activations; None for a process on its own."""
+        self.data: Any = None
+        self.busy = [0.0] * size
+        """Seconds that each rank spent on its legs in the last block, as agreed."""
+        self.seconds_per_batch = 1.0
+        """Seconds that a micro-batch takes in the language model, as agreed."""
+        self.own_seconds_per_batch = 0.0
+        """The same as this rank measured it; 0 where it forwarded nothing."""
+        self.seconds_exchanging = 0.0
+        """Spent in `exchange`, waiting for others included, since `meet` last asked."""
+        self.bytes_sent = 0
+
+    @classmethod
+    def alone(cls) -> "Team":
+        """A process on its own."""
+        return cls()
+
+    @classmethod
+    @cache
+    def joined(cls) -> "Team":
+        """The team that torchrun, or whatever set the same variables, started this process for; alone without one."""
+        if not in_team():
+            return cls.alone()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        team = cls(int(os.environ["RANK"]), n_ranks(), local_rank)
+        gpu_each = torch.cuda.is_available() and torch.cuda.device_count() >= n_ranks_here()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        with stopping_together():
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=PATIENCE)
+            team.control = dist.group.WORLD
+            team.data = team.control
+            if all(team.gather(gpu_each)):
+                team.data = dist.new_group(backend="nccl", timeout=DATA_PATIENCE)
+        return team
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone writes logs, shows progress, and holds the lock."""
+        return self.rank == 0
+
+    def balance(self, busy: list[float], seconds_per_batch: list[float]) -> None:
+        """Take note of what every rank measured in a block, which the next one is dealt out by."""
+        self.busy = busy
+        measured = [seconds for seconds in seconds_per_batch if seconds]
+        if measured:
+            self.seconds_per_batch = sum(measured) / len(measured)
+
+    def leave(self) -> None:
+        """Part from the others, at the end of the program."""
+        if self.control is not None:
+            dist.destroy_process_group()
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """The part of some work, cut into stretches of the same length, that falls to this rank."""
+        start, stop = (len(work) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return list(work[start:stop])
+
+    # --- small things: what is agreed ---
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank says, by rank; also the way to wait for all."""
+        if self.control is None:
+            return [mine]
+        words: list[Any] = [None] * self.size
+        with stopping_together():
+            dist.all_gather_object(words, mine, group=self.control)
+        return words
+
+    def any(self, *mine: bool) -> list[bool]:
+        """Which of some statements hold on at least one rank."""
+        if self.control is None:
+            return list(mine)
+        flags = torch.tensor(mine, dtype=torch.uint8)
+        with stopping_together():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in flags]
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What a function returns on rank 0, which alone calls it; TeamError on the others if it fails there."""
+        if self.control is None:
+            return function()
+        result: list[Any] = [None, None]
+        if not self.leads:
+            with stopping_together():
+                dist.broadcast_object_list(result, src=0, group=self.control)
+            if result[1] is not None:
+                raise TeamError(result[1])
+            return result[0]
+        try:
+            result[0] = function()
+        except BaseException as error:
+            result[1] = f"rank 0 stopped: {type(error).__name__}"
+            raise
+        finally:
+            with stopping_together():
+                dist.broadcast_object_list(result, src=0, group=self.control)
+        return result[0]
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """What a function returns, called by one rank of each machine first: it may fill a cache for the others."""
+        if self.local_rank == 0:
+            result = function()
+            self.gather(None)
+            return result
+        self.gather(None)
+        return function()
+
+    def send(self, thing: Any, to: int) -> None:
+        """Send something small, or a dictionary, to another rank, which must `receive` it."""
+        with stopping_together():
+            dist.send_object_list([thing], dst=to, group=self.control)
+
+    def receive(self, source: int) -> Any:
+        """What another rank sends."""
+        things: list[Any] = [None]
+        with stopping_together():
+            dist.recv_object_list(things, src=source, group=self.control)
+        return things[0]
+
+    # --- activations ---
+
+    def exchange(self, outbox: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send bytes to every rank, and return what every rank sends to this one, both in order of ranks.
+
+        outbox: uint8 (Σ sent); the result is uint8 (Σ received). Sizes may be 0, also towards oneself.
+        """
+        through_host = outbox.is_cuda and dist.get_backend(self.data) == "gloo"
+        began = time.perf_counter()
+        source = outbox.cpu() if through_host else outbox
+        inbox = source.new_empty(sum(received))
+        with stopping_together():
+            dist.all_to_all_single(inbox, source, received, sent, group=self.data)
+        self.seconds_exchanging += time.perf_counter() - began
+        self.bytes_sent += sum(sent)
+        return inbox.to(outbox.device)
+
+    # --- the common directory ---
+
+    def check_shared(self, root: Path) -> None:
+        """Raise RunDirectoryError unless every rank sees the same directory."""
+        if self.control is None:
+            return
+        name = self.once(lambda: self._leave_mark(root))
+        path = root / name
+        seen = appears(path, SECONDS_TO_SEE_A_FILE)
+        blind = [
+            word for word in self.gather(None if seen else f"rank {self.rank} on host {socket.gethostname()}") if word
+        ]
+        if self.leads:
+            path.unlink()
+        if blind:
+            raise RunDirectoryError(
+                f"{blind[0]} does not see {root} of rank 0; --out must be on a file system that all machines share"
+            )
+
+    def _leave_mark(self, root: Path) -> str:
+        name = f".team-{uuid.uuid4().hex}.tmp"
+        write_text(root / name, "")
+        return name
+
+
+@contextmanager
+def stopping_together() -> Iterator[None]:
+    """Turn what torch raises where another rank is gone into one line."""
+    try:
+        yield
+    except SaeRelayError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TeamError(f"stopped, since another rank did ({first_line[:200]})") from None

@@ -1,0 +1,156 @@
+"""One block of activations by all ranks: each forwards some micro-batches, and gets the sites of its own legs from all.
+
+Whole micro-batches are dealt out, so what the model computes does not depend on who computes it; rows go to the same
+shuffled places as ever. So every rank has, at its sites, the bits that a process on its own would have.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saerelay.data.stream import LiveStream, finite_positions, kept_positions
+from saerelay.planning.ranks import deal, needed_sites, owners, prober
+from saerelay.site import Site
+from saerelay.team import Team
+
+MAX_OUTBOX_BYTES = 2**31 - 2**24
+"""Most that a rank sends at once: a larger share of a block goes in several rounds."""
+ALIGNMENT = 16
+"""Bytes that each site's rows are aligned to, so that they may be viewed in any dtype, and copied in words."""
+
+
+class TeamStream(LiveStream):
+    """A `LiveStream` whose forward passes are spread over a team, whose ranks all ask for the same blocks."""
+
+    def __init__(self, stream: LiveStream, team: Team) -> None:
+        plan = stream.plan
+        super().__init__(stream.model, stream.sequences, plan, stream.cache)
+        self.team = team
+        self.owner = owners(plan, team.size)
+        self.needs: list[list[Site]] = []
+        """Of the block at hand, by rank."""
+        sites = plan.with_probe(plan.sites)
+        self._dtypes = dict.fromkeys(sites, torch.bfloat16)
+        if self.model and not self.cache:
+            found = self.model.harvest(torch.zeros(1, 2, dtype=torch.long), sites)
+            self._dtypes = {site: x.dtype for site, x in found.items()}
+
+    def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:
+        """Those of the open sites that this rank needs."""
+        self.needs = needed_sites(self.plan, self.owner, self.team.size, number, sites)
+        return self.needs[self.team.rank]
+
+    def _keep(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """One rank looks for outlier norms, and tells the others."""
+        if self.plan.probe_site is None:
+            return finite_positions(self.plan, tokens, self.buffers, order)
+        source = prober(self.needs, self.plan.probe_site)
+        looks = self.team.rank == source
+        keep = (kept_positions if looks else finite_positions)(self.plan, tokens, self.buffers, order)
+        found = self.team.gather(keep.cpu() if looks else None)[source]
+        assert found is not None
+        return found.to(self.device)
+
+    def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
+        """Run the model over this rank's share of tokens (S, C), and exchange activations with the others.
+
+        What the cache lacks is decided together: a sequence that one rank needs is forwarded, by whoever it falls to.
+        """
+        wanted = self.needs
+        if needed is not None:
+            words = self.team.gather((list(sites), needed))
+            wanted = [lacking for lacking, _ in words]
+            needed = np.logical_or.reduce([mask for _, mask in words])
+        batches = self._batches(tokens, needed)
+        shares = deal(len(batches), self.team.busy, self.team.seconds_per_batch)
+
+        batch_bytes = sum(self._bytes(self.plan.lm_batch_tokens, sites) for sites in wanted)
+        per_round = max(1, MAX_OUTBOX_BYTES // max(1, batch_bytes))
+        for start in range(0, max(len(share) for share in shares), per_round):
+            dealt = [batches[share.start : share.stop][start : start + per_round] for share in shares]
+            self._round(tokens, rows, wanted, dealt)
+
+    def _round(
+        self, tokens: Tensor, rows: Tensor, wanted: Sequence[Sequence[Site]], dealt: Sequence[Sequence[slice]]
+    ) -> None:
+        """Forward the micro-batches `dealt` to this rank; send each rank the sites it wants, and place what comes.
+
+        How to see this: the outbox is one piece of memory, cut by rank, then by site; the inbox likewise. Both ends
+        know all sizes, so nothing but activations is sent. What this rank forwards for itself goes straight to its
+        place.
+        """
+        me = self.team.rank
+        ranks = range(self.team.size)
+        n_tokens = [sum(rows[batch].numel() for batch in batches) for batches in dealt]
+        for_others = [[] if rank == me else list(wanted[rank]) for rank in ranks]
+        for_me = [[] if rank == me else list(wanted[me]) for rank in ranks]
+
+        sent = [self._bytes(n_tokens[me], for_others[rank]) for rank in ranks]
+        outbox = torch.empty(sum(sent), dtype=torch.uint8, device=self.device)
+        parcels = [self._cut(part, n_tokens[me], for_others[rank]) for rank, part in enumerate(outbox.split(sent))]
+        self._forward(tokens, rows, dealt[me], wanted[me], parcels)
+
+        received = [self._bytes(n_tokens[rank], for_me[rank]) for rank in ranks]
+        inbox = self.team.exchange(outbox, sent, received)
+        for rank, part in enumerate(inbox.split(received)):
+            if len(part):
+                places = torch.cat([rows[batch].flatten() for batch in dealt[rank]])
+                for site, x in self._cut(part, n_tokens[rank], for_me[rank]).items():
+                    self._put(site, places, x)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        batches: Sequence[slice],
+        mine: Sequence[Site],
+        parcels: Sequence[Mapping[Site, Tensor]],
+    ) -> None:
+        """Run the model over some micro-batches: activations go to their rows of a block, and into parcels."""
+        sites = sorted({*mine, *(site for parcel in parcels for site in parcel)})
+        began = time.perf_counter()
+        start = 0
+        for batch in batches:
+            assert self.model, "everything was in the cache when the run began"
+            stop = start + rows[batch].numel()
+            visitors = {}
+            for site in sites:
+                copies = [parcel[site][start:stop] for parcel in parcels if site in parcel]
+                visitors[site] = partial(self._hand_out, site, rows[batch] if site in mine else None, copies)
+            self.model.visit(tokens[batch], visitors)
+            start = stop
+        if batches:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.team.own_seconds_per_batch = (time.perf_counter() - began) / len(batches)
+
+    def _hand_out(self, site: Site, rows: Tensor | None, copies: Sequence[Tensor], x: Tensor) -> None:
+        """Put activations (..., D) into their rows of the block, if this rank needs them, and into copies (n, D)."""
+        if rows is not None:
+            self._put(site, rows, x)
+        for copy in copies:
+            copy.copy_(x.flatten(0, -2))
+
+    def _bytes(self, n_tokens: int, sites: Sequence[Site]) -> int:
+        """Bytes that some sites' activations take in a box."""
+        return sum(self._site_bytes(n_tokens, site) for site in sites)
+
+    def _site_bytes(self, n_tokens: int, site: Site) -> int:
+        n_bytes = n_tokens * self.plan.facts.width(site) * self._dtypes[site].itemsize
+        return ALIGNMENT * math.ceil(n_bytes / ALIGNMENT)
+
+    def _cut(self, box: Tensor, n_tokens: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The activations (n_tokens, D) of some sites that lie one after the other in a box, uint8."""
+        views = {}
+        start = 0
+        for site in sites:
+            width = self.plan.facts.width(site)
+            n_bytes = n_tokens * width * self._dtypes[site].itemsize
+            views[site] = box[start : start + n_bytes].view(self._dtypes[site]).view(n_tokens, width)
+            start += self._site_bytes(n_tokens, site)
+        return views
