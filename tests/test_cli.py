@@ -548,7 +548,7 @@ def test_commands_and_options_are_these() -> None:
     options = {name: options_of(command, hidden=False) for name, command in commands.items()}
     assert options == {
         "init": set(),
-        "plan": {"--json", "--timing", "--write"},
+        "plan": {"--json", "--timing", "--write", "--ranks"},
         "train": {"--out", "--resume", "--extend"},
         "eval": {"--json", "--tokens"},
         "matrix": {"--json", "--tokens", "--methods", "--snapshots"},

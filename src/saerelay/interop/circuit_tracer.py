@@ -53,7 +53,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     if unknown:
         raise FormatError(f"{path}: has a tensor {unknown[0]}, which circuit-tracer does not read")
 
-    found = dict(zip(shapes, take(path, tensors, shapes), strict=True))
+    found: dict[str, Any] = dict(zip(shapes, take(path, tensors, shapes), strict=True))
     threshold = found.pop(_THRESHOLD, None)
     if threshold is not None and bool((threshold < 0).any()):
         raise FormatError(f"{path}: has thresholds below zero; codes of saerelay are not negative")

@@ -32,8 +32,8 @@ class AnyDictionarySpec(Spec):
         description="transcoders (sites.module_out): an affine path beside the latents, in closed form",
         exclude_if=lambda given: not given,
     )
-    matryoshka: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        default=[],
+    matryoshka: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(),
         description="shares of the latents, from the first, that learn to reconstruct by themselves, such as "
         "[0.0625, 0.25]; [] for none",
         exclude_if=lambda given: not given,
@@ -54,7 +54,7 @@ class AnyDictionarySpec(Spec):
     def prefixes(self, n_latents: int) -> list[int]:
         """How many of its latents each of the nested dictionaries has; the last has all.
 
-        >>> AnyDictionarySpec(matryoshka=[0.25]).prefixes(64)
+        >>> AnyDictionarySpec(matryoshka=(0.25,)).prefixes(64)
         [16, 64]
         """
         nested = {max(1, round(share * n_latents)) for share in self.matryoshka}
