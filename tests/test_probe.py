@@ -115,7 +115,9 @@ def test_a_residual_multiplier_is_told_with_weights_and_without(tmp_path: Path, 
 
 def test_a_factor_among_the_weights_is_refused_by_a_plan(tmp_path: Path) -> None:
     directory = saved(tmp_path, "gemma4_text", head_dim=8, hidden_size_per_layer_input=0, num_kv_shared_layers=0)
-    with pytest.raises(ModelError, match=r"scales or mixes the two\. Layer 1 has resid_post, resid_pre, mlp_in, attn_z\.$"):
+    with pytest.raises(
+        ModelError, match=r"scales or mixes the two\. Layer 1 has resid_post, resid_pre, mlp_in, attn_z\.$"
+    ):
         read_facts(spec_of(directory)).check_site(Site(1, "mlp_out"))
 
 
