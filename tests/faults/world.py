@@ -64,6 +64,7 @@ COMMANDS = (
     Command("matrix", "matrix RUN --tokens 256", base="trained"),
     Command("measures", "measures RUN --tokens 256", base="trained"),
     Command("show", "show RUN 1 3", base="trained"),
+    Command("circuits", "circuits RUN --task PLACE/p.jsonl --n-prompts 8 --k 2", base="trained"),
     Command("judge", "judge RUN --n 2", base="trained"),
     Command("report", "report RUN --quick", base="reported"),
     Command("export", "export PLACE/trained --format saelens --out RUN"),
@@ -91,6 +92,8 @@ def build(place: Path) -> None:
     GPTNeoXForCausalLM(config).save_pretrained(place / "model")
     steps = np.random.default_rng(0).integers(1, 4, size=60_000).cumsum() % 100 + 1
     np.save(place / "tokens.npy", steps.astype(np.uint16))
+    prompt = json.dumps({"prompt": [1, 2, 3], "right": [4], "wrong": [5]})
+    (place / "p.jsonl").write_text("\n".join([prompt] * 8))
     recipe = RECIPE.format(place=place, root_tokens=1024, auto="")
     (place / "r.toml").write_text(recipe)
     (place / "more.toml").write_text(RECIPE.format(place=place, root_tokens=1536, auto=""))
