@@ -19,7 +19,7 @@ KEYS = {
     "sites": "layers module module_out",
     "data": "dataset subset split column revision text tokens context prepend_bos epochs outlier_norm "
     "cache block_tokens",
-    "dictionary": "architecture normalise skip_connection expansion n_latents k aux_weight target_l0 l0_weight "
+    "dictionary": "architecture normalise skip_connection matryoshka expansion n_latents k aux_weight target_l0 l0_weight "
     "bandwidth l1",
     "plan": "preset budget fvu_ratio survey_tokens stop roots direction root_tokens transfer_tokens "
     "method refit moment_tokens refit_tokens fork_at reuse controls control_kinds",

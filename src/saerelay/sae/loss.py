@@ -48,8 +48,9 @@ def training_loss(
     """The training loss on x (B, D) in training units, differentiable by autograd.
 
     `target` (B, Dy) is what a transcoder reconstructs, if that is not x.
-    The squared error, plus the architecture's penalty at a share `warmth` in [0, 1] of its weight (its warm-up), plus
-    AuxK on the latents marked in `dead` (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
+    The squared error (of nested dictionaries the mean of theirs: Matryoshka, Bussmann et al. 2025), plus the
+    architecture's penalty at a share `warmth` in [0, 1] of its weight (its warm-up), plus AuxK on the latents marked in
+    `dead` (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
     """
     activation = spec.activation
     y = x if target is None else target
@@ -58,7 +59,10 @@ def training_loss(
     z = activation.training_codes(pre, dictionary.threshold)
     residual = y - dictionary.decode(z, x)
     error = residual.square().sum()
-    total = error / divisor
+    errors = [error]
+    for end in spec.prefixes(dictionary.n_latents)[:-1]:
+        errors.append((residual + z[:, end:] @ dictionary.W_dec[end:]).square().sum())
+    total = torch.stack(errors).mean() / divisor
     penalty = activation.training_penalty(pre, z, dictionary.threshold, divisor)
     if penalty is not None:
         total = total + warmth * penalty

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -32,6 +32,12 @@ class AnyDictionarySpec(Spec):
         description="transcoders (sites.module_out): an affine path beside the latents, in closed form",
         exclude_if=lambda given: not given,
     )
+    matryoshka: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[],
+        description="shares of the latents, from the first, that learn to reconstruct by themselves, such as "
+        "[0.0625, 0.25]; [] for none",
+        exclude_if=lambda given: not given,
+    )
     activation: SerializeAsAny[Architecture] = TopK()
     """The architecture, with its own keys."""
 
@@ -44,6 +50,15 @@ class AnyDictionarySpec(Spec):
     def l0(self) -> float | None:
         """Active latents per token that are asked for; None if they follow from a penalty."""
         return self.activation.l0
+
+    def prefixes(self, n_latents: int) -> list[int]:
+        """How many of its latents each of the nested dictionaries has; the last has all.
+
+        >>> AnyDictionarySpec(matryoshka=[0.25]).prefixes(64)
+        [16, 64]
+        """
+        nested = {max(1, round(share * n_latents)) for share in self.matryoshka}
+        return sorted(nested | {n_latents})
 
     def changed(self, **changes: Any) -> Self:
         """See `Spec.changed`: keys of the architecture among them."""
@@ -111,6 +126,7 @@ class DictionarySpec(AnyDictionarySpec):
         return SizedDictionarySpec(
             normalise=self.normalise,
             skip_connection=self.skip_connection,
+            matryoshka=self.matryoshka,
             activation=self.activation,
             n_latents=round(self.expansion * width) if self.n_latents == "auto" else self.n_latents,
         )

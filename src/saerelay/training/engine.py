@@ -97,7 +97,8 @@ class _Launched:
         self.gradients: dict[str, Tensor] = {}
         """Where a recorded step writes them, so that the memory stays claimed."""
         self.step: Callable[[Tensor, Tensor | None], None] = trainee._launched_step
-        if trainee.leg.dictionary.activation.selects_fixed_number and not trainee.dense:
+        spec = trainee.leg.dictionary
+        if spec.activation.selects_fixed_number and not spec.matryoshka and not trainee.dense:
             self.step = Replayed(trainee._launched_step)
 
 

@@ -55,6 +55,13 @@ class Codes:
             starts, rows, order = starts[latents.start : latents.stop + 1] - low, rows[low:high], order[low:high]
         return Codes(starts, rows, self.values.index_select(0, order), self.n_rows), order
 
+    def between(self, first: int, last: int) -> tuple["Codes", Tensor]:
+        """The codes of latents first ≤ j < last, at their own columns, and where their values stand among ours."""
+        places = ((self.columns >= first) & (self.columns < last)).nonzero().squeeze(1)
+        rows = torch.arange(self.n_rows + 1, device=self.columns.device)
+        starts = torch.searchsorted(self.rows()[places], rows, out_int32=True)
+        return Codes(starts, self.columns[places], self.values[places], self.n_latents), places
+
     def gram(self) -> Tensor:
         """ZᵀZ (F, F), dense; made from the pairs that are active together, so K² operations a token (on a CPU)."""
         total = self.values.new_zeros(self.n_latents, self.n_latents)

@@ -90,8 +90,11 @@ class Step:
     loss: Loss
     x: Tensor
     """What the encoder read (B, D)."""
-    residuals: Tensor
-    """What is reconstructed less its reconstruction (B, Dy), in training units."""
+    prefixes: list[int]
+    """How many latents each of the nested dictionaries has; a dictionary that is not nested is one prefix."""
+    residuals: list[Tensor]
+    """For each prefix, what its own latents are to reduce (B, Dy), in training units: what is reconstructed less its
+    reconstruction, as the mean over this prefix and all longer ones."""
     to_x_hat: float
     """∂loss/∂x_hat as a multiple of the residuals."""
     codes: Codes
@@ -107,15 +110,28 @@ class Step:
 
     def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
         """Write the gradients of some latents, by parameter name, into the tensors given."""
+        if len(self.prefixes) == 1:
+            self._gradients_of(latents, self.residuals[0], into)
+        else:
+            first = 0
+            for end, residuals in zip(self.prefixes, self.residuals, strict=True):
+                own = slice(max(first, latents.start), min(end, latents.stop))
+                if own.start < own.stop:
+                    places = slice(own.start - latents.start, own.stop - latents.start)
+                    self._gradients_of(own, residuals, {name: tensor[places] for name, tensor in into.items()})
+                first = end
+        if self.aux is not None:
+            self.aux.add(latents, self.x, into)
+
+    def _gradients_of(self, latents: slice, residuals: Tensor, into: dict[str, Tensor]) -> None:
+        """The same for latents that have the same residuals, without AuxK."""
         z, order = self.codes.transposed(latents)
         to_pre = self.to_pre.index_select(0, order)
         to_row = z.values * self.to_x_hat
-        self.ops.decode_pair(z, to_pre, self.x, to_row, self.residuals, into["W_enc"], into["W_dec"])
+        self.ops.decode_pair(z, to_pre, self.x, to_row, residuals, into["W_enc"], into["W_dec"])
         into["b_enc"].copy_(row_sums(z.with_values(to_pre)))
         if self.to_threshold is not None:
             into["threshold"].copy_(row_sums(z.with_values(self.to_threshold[order])))
-        if self.aux is not None:
-            self.aux.add(latents, self.x, into)
 
 
 class Part(NamedTuple):
@@ -127,7 +143,7 @@ class Part(NamedTuple):
     window: Tensor | None
     """Which positions are in the straight-through window of their threshold, for architectures that have one."""
     numbers: Tensor
-    """(4): Σ error², number active, Σ x², Σ z."""
+    """(5): Σ error², number active, Σ x², Σ z, Σ error² as it counts in the loss: the mean over nested dictionaries."""
     x_sum: Tensor
     """(Dy): Σ of what is reconstructed."""
     residual_sum: Tensor
@@ -186,7 +202,8 @@ class Forward:
         self.targets = self.inputs
         if reading.target is not None:
             self.targets = x.new_empty(reading.target.shape, dtype=dictionary.W_dec.dtype)
-        self.residuals = torch.empty_like(self.targets)
+        self.prefixes = spec.prefixes(dictionary.n_latents)
+        self.residuals = [torch.empty_like(self.targets) for _ in self.prefixes]
         self.encoded = self.inputs if reading.whitening is None else torch.empty_like(self.inputs)
 
         self.dead: DeadLatents | None = None
@@ -218,23 +235,56 @@ class Forward:
         if self.shift is not None:
             codes, window = self.activation.unshift(codes, self.shift)
         targets = self.targets[rows]
-        residual = torch.sub(targets, self.dictionary.b_dec, out=self.residuals[rows])
+        residual = torch.sub(targets, self.dictionary.b_dec, out=self.residuals[-1][rows])
         if self.dictionary.W_skip is not None:
             residual.addmm_(self.inputs[rows], self.dictionary.W_skip.T, alpha=-1)
-        self.ops.subtract_decoded(residual, codes, self.dictionary.W_dec)
-        to_z = self.ops.sampled(codes, residual, self.dictionary.W_dec).mul_(self.to_x_hat)
-        error = torch.linalg.vector_norm(residual).square()
+        if len(self.prefixes) == 1:
+            self.ops.subtract_decoded(residual, codes, self.dictionary.W_dec)
+            to_z = self.ops.sampled(codes, residual, self.dictionary.W_dec)
+            error = mean_error = torch.linalg.vector_norm(residual).square()
+        else:
+            to_z, residual, mean_error = self._nested(rows, codes)
+            error = torch.linalg.vector_norm(residual).square()
         n_active = (codes.values > 0).sum().to(error)
         square = torch.linalg.vector_norm(targets).square()
         return Part(
             codes=codes,
-            to_z=to_z,
+            to_z=to_z.mul_(self.to_x_hat),
             window=window,
-            numbers=torch.stack([error, n_active, square, codes.values.sum()]),
+            numbers=torch.stack([error, n_active, square, codes.values.sum(), mean_error]),
             x_sum=targets.sum(dim=0),
-            residual_sum=residual.sum(dim=0),
+            residual_sum=self.residuals[0][rows].sum(dim=0),
             aux=self._aux(rows, pre, residual),
         )
+
+    def _nested(self, rows: slice, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
+        """What codes are to reduce where dictionaries are nested, the residual of all latents, and the mean error.
+
+        How to see this: a latent is in its own prefix and in all longer ones, and what it is to reduce is the mean of
+        their residuals. So first the residual of each prefix, from the shortest to the longest; then, from the longest
+        to the shortest, their running sum.
+        """
+        W_dec = self.dictionary.W_dec
+        n = len(self.prefixes)
+        residual = self.residuals[-1][rows].clone()
+        error = residual.new_zeros(())
+        groups: list[tuple[Codes, Tensor]] = []
+        first = 0
+        for end, kept in zip(self.prefixes, self.residuals, strict=True):
+            group, places = codes.between(first, end)
+            self.ops.subtract_decoded(residual, group, W_dec)
+            kept[rows] = residual
+            error = error + torch.linalg.vector_norm(residual).square()
+            groups.append((group, places))
+            first = end
+
+        to_z = torch.empty_like(codes.values)
+        running = torch.zeros_like(residual)
+        for (group, places), kept in zip(reversed(groups), reversed(self.residuals), strict=True):
+            running += kept[rows] / n
+            kept[rows] = running
+            to_z[places] = self.ops.sampled(group, running, W_dec)
+        return to_z, residual, error / n
 
     def _aux(self, rows: slice, pre: Tensor, residual: Tensor) -> AuxPart | None:
         """AuxK on every 16th token of the batch that lies in a piece."""
@@ -258,12 +308,12 @@ class Forward:
         """The whole batch, with what the architecture and AuxK add to loss and gradients."""
         codes = join_codes([part.codes for part in parts])
         to_z = torch.cat([part.to_z for part in parts])
-        error, n_active, square, total_code = torch.stack([part.numbers for part in parts]).sum(dim=0)
+        error, n_active, square, total_code, mean_error = torch.stack([part.numbers for part in parts]).sum(dim=0)
         x_sum = torch.stack([part.x_sum for part in parts]).sum(dim=0)
         residual_sum = torch.stack([part.residual_sum for part in parts]).sum(dim=0)
         n_rows = self.x.shape[0]
 
-        loss = error / self.divisor
+        loss = mean_error / self.divisor
         penalty = self.activation.penalty(BatchSums(n_rows, n_active, total_code, self.divisor), warmth)
         if penalty is not None:
             loss = loss + penalty.loss
@@ -279,6 +329,7 @@ class Forward:
             ops=self.ops,
             loss=Loss(loss, error, n_active.long(), self._fired(codes)),
             x=self.encoded,
+            prefixes=self.prefixes,
             residuals=self.residuals,
             to_x_hat=self.to_x_hat,
             codes=codes,
