@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from saerelay.errors import RunDirectoryError, SaeRelayError, TeamError
+from saerelay.errors import RunDirectoryError, TeamError
 from saerelay.files import appears, write_text
 from saerelay.rank import in_team, n_ranks, n_ranks_here
 
@@ -51,7 +51,6 @@ class Team:
         """The same as this rank measured it; 0 where it forwarded nothing."""
         self.seconds_exchanging = 0.0
         """Spent in `exchange`, waiting for others included, since `meet` last asked."""
-        self.bytes_sent = 0
 
     @classmethod
     def alone(cls) -> "Team":
@@ -124,22 +123,18 @@ class Team:
         """What a function returns on rank 0, which alone calls it; TeamError on the others if it fails there."""
         if self.control is None:
             return function()
-        result: list[Any] = [None, None]
         if not self.leads:
-            with stopping_together():
-                dist.broadcast_object_list(result, src=0, group=self.control)
-            if result[1] is not None:
-                raise TeamError(result[1])
-            return result[0]
+            result, failure = cast(Any, self.gather(None)[0])
+            if failure:
+                raise TeamError(failure)
+            return result
         try:
-            result[0] = function()
+            result = function()
         except BaseException as error:
-            result[1] = f"rank 0 stopped: {type(error).__name__}"
+            self.gather((None, f"rank 0 stopped: {type(error).__name__}"))
             raise
-        finally:
-            with stopping_together():
-                dist.broadcast_object_list(result, src=0, group=self.control)
-        return result[0]
+        self.gather((result, ""))
+        return result
 
     def in_turn(self, function: Callable[[], T]) -> T:
         """What a function returns, called by one rank of each machine first: it may fill a cache for the others."""
@@ -176,7 +171,6 @@ class Team:
         with stopping_together():
             dist.all_to_all_single(inbox, source, received, sent, group=self.data)
         self.seconds_exchanging += time.perf_counter() - began
-        self.bytes_sent += sum(sent)
         return inbox.to(outbox.device)
 
     # --- the common directory ---
@@ -209,8 +203,6 @@ def stopping_together() -> Iterator[None]:
     """Turn what torch raises where another rank is gone into one line."""
     try:
         yield
-    except SaeRelayError:
-        raise
     except (RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = str(error).strip().partition("\n")[0]
         raise TeamError(f"stopped, since another rank did ({first_line[:200]})") from None
