@@ -113,6 +113,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
         lm_flops=without_controls.lm_flops,
         flops_dense_equivalent=without_controls.flops_dense_equivalent,
         seconds=total - control_seconds,
+        processor_seconds=seconds.processor if seconds else None,
         seconds_lm=lm,
         from_scratch=ScratchCost(
             tokens=root_tokens,

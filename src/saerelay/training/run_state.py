@@ -31,7 +31,7 @@ from saerelay.training.state import TraineeState
 
 
 def _no_seconds() -> dict[str, float]:
-    return {"total": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0, "exchange": 0.0}
+    return {"total": 0.0, "processor": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0, "exchange": 0.0}
 
 
 def _no_positions() -> dict[str, int]:
@@ -118,6 +118,8 @@ class Training:
     writer: StateWriter = field(default_factory=StateWriter)
     began: float = field(default_factory=time.perf_counter)
     """When the run began, by `time.perf_counter`, if it had never been interrupted."""
+    began_processor: float = field(default_factory=time.process_time)
+    """The same by `time.process_time`."""
     block_came: float = 0.0
     """When the last block was there, by `time.perf_counter`."""
 
@@ -145,6 +147,7 @@ class Training:
         This is the only source of what decides which sites are read, so that all ranks read the same.
         """
         self.seconds["total"] = time.perf_counter() - self.began
+        self.seconds["processor"] = time.process_time() - self.began_processor
         self.seconds["exchange"] += self.team.seconds_exchanging
         self.team.seconds_exchanging = 0.0
         mine = Word(
@@ -224,6 +227,7 @@ class Training:
         training.hops = {leg_id: HopFacts.model_validate(hop) for leg_id, hop in facts["hops"].items()}
         training.seconds |= facts["seconds"]
         training.began -= training.seconds["total"]
+        training.began_processor -= training.seconds["processor"]
         training.positions = facts["positions"]
         training.serial = facts["serial"]
         over = {leg.id for leg in plan.legs if leg.fold_at < training.cursor}

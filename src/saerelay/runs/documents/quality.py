@@ -256,6 +256,8 @@ class SuiteCost(Record):
     """Floating-point operations with dense SAE steps, 12·D·F per token."""
     seconds: Measured
     """Wall-clock time, in seconds."""
+    processor_seconds: Measured = None
+    """Processor time of the whole run, controls included, in seconds; what other programs took is not in it."""
     seconds_lm: Measured
     """Wall-clock time of the language model's forward passes, in seconds."""
     from_scratch: ScratchCost

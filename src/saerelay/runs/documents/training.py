@@ -133,6 +133,8 @@ class PhaseSeconds(Record):
 
     total: float
     """From the start to the end, without pauses between resumptions."""
+    processor: float | None = None
+    """Processor time, of all threads, in seconds: it does not count what other programs took."""
     lm: float
     """Forward passes of the language model."""
     fits: float = 0.0

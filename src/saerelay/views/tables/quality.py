@@ -62,6 +62,8 @@ def notes(summary: Summary) -> list[Text]:
             "Time is wall-clock time on this machine; from scratch it is extrapolated from the legs that were trained "
             "from scratch. Where other programs run, trust samples and operations instead."
         )
+    if is_number(cost.processor_seconds):
+        lines.append(f"Processor time of the whole run, controls included: {duration(cost.processor_seconds)}.")
     if cost.controls.seconds:
         lines.append(f"Controls took another {duration(cost.controls.seconds)}, not counted above; nor is evaluation.")
     if summary.left_out and summary.left_out.note:
