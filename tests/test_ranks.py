@@ -15,19 +15,21 @@ from saerelay.planning.recipe import Recipe
 from saerelay.rank import restarts_will_fail
 from saerelay.team import Team
 
-PAPER = ModelFacts(
-    name="paper-model",
-    revision="",
-    family="gpt_neox",
-    dtype="float32",
-    device="cpu",
-    n_layers=6,
-    d_model=16,
-    d_attn_z=24,
-    tokens=TokenFacts(vocab_size=101, max_context=64, bos_token_id=0, eos_token_id=0),
-    has_lm_head=True,
-    layer_params=3000,
-    model_params=25000,
+PAPER = ModelFacts.model_validate(
+    {
+        "name": "paper-model",
+        "revision": "",
+        "family": "gpt_neox",
+        "dtype": "float32",
+        "device": "cpu",
+        "n_layers": 6,
+        "d_model": 16,
+        "d_attn_z": 24,
+        "tokens": TokenFacts(vocab_size=101, max_context=64, bos_token_id=0, eos_token_id=0),
+        "has_lm_head": True,
+        "layer_params": 3000,
+        "model_params": 25000,
+    }
 )
 
 

@@ -151,10 +151,10 @@ def poison(rank: int) -> None:
 
     step = Trainee.step
 
-    def poisoned(trainee: Trainee, x: Any, target: Any = None) -> None:
-        if trainee.leg.id == "L1-scratch-full" and trainee.state.age >= 3072:
+    def poisoned(self: Trainee, x: Any, target: Any = None) -> None:
+        if self.leg.id == "L1-scratch-full" and self.state.age >= 3072:
             x = x * math.nan
-        step(trainee, x, target)
+        step(self, x, target)
 
     Trainee.step = poisoned
 
