@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
@@ -102,28 +102,37 @@ def read(out: Path) -> Results:
         seed = int(job.rpartition("-s")[2]) if re.search(r"-s\d$", job) else 0
         if job.startswith("scratch"):
             scratch |= {(seed, leg.layer, leg.tokens): leg for leg in summary.legs}
-        elif job.startswith("hops"):
-            hops += [read_hop(RunDirectory(path.parent), seed, leg) for leg in summary.legs]
+        elif job.startswith(("hops", "budgets")):
+            for leg in summary.legs:
+                hops += read_hops(RunDirectory(path.parent), seed, leg)
         elif job.startswith("suite"):
             suites[job.removeprefix("suite-")] = summary
     hops = [hop for hop in hops if hop.seed in {seed for seed, _, _ in scratch}]
     return Results(scratch, hops, random, suites, legs)
 
 
-def read_hop(run: RunDirectory, seed: int, leg: LegSummary) -> Hop:
-    """A leg of a job of hops; its id is L5-L6-METHOD-TOKENS."""
+def read_hops(run: RunDirectory, seed: int, leg: LegSummary) -> Iterator[Hop]:
+    """A leg from a neighbour, and its snapshots; its id is L5-L6-METHOD-TOKENS.
+
+    What `budgets` trains by the method that was chosen counts as `auto`.
+    """
     source, target, method, _ = leg.id.split("-")
     info = json.loads((run.leg(leg.id) / "dictionary.json").read_text(encoding="utf-8"))
-    return Hop(
-        seed=seed,
-        source=int(source[1:]),
-        target=int(target[1:]),
-        method=method,
-        tokens=leg.tokens,
-        delta_ce=delta(leg),
-        error=leg.delta_ce_se or math.nan,
-        chosen=(info.get("hop") or {}).get("method", method),
-    )
+    chosen = (info.get("hop") or {}).get("method", method)
+    if run.root.name.startswith("budgets"):
+        method = "auto"
+    for version in (leg, *leg.snapshots):
+        assert version.delta_ce is not None
+        yield Hop(
+            seed=seed,
+            source=int(source[1:]),
+            target=int(target[1:]),
+            method=method,
+            tokens=version.tokens,
+            delta_ce=version.delta_ce,
+            error=version.delta_ce_se or math.nan,
+            chosen=chosen,
+        )
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -168,14 +177,8 @@ def choice_regret(results: Results) -> dict[str, float]:
 
 
 def usual_hops(results: Results, tokens: int) -> list[Hop]:
-    """What `auto` gave after some tokens; without training at seed 0, what it would have given."""
-    chosen = {(h.source, h.target): h.chosen for h in results.hops if h.seed == 0 and h.method == "auto"}
-    found = []
-    for h in results.hops:
-        by_auto = h.method == "auto" or (h.seed == 0 and not tokens and h.method == chosen.get((h.source, h.target)))
-        if by_auto and h.tokens == tokens:
-            found.append(h)
-    return found
+    """What `auto` gave after some tokens."""
+    return [hop for hop in results.hops if hop.method == "auto" and hop.tokens == tokens]
 
 
 def better_neighbours(results: Results, hops: Sequence[Hop]) -> list[Hop]:
