@@ -263,7 +263,9 @@ def suite_rows(results: Results) -> list[dict[str, Any]]:
                 "samples": samples,
                 "samples_share": samples / scratch.sae_samples,
                 "lm_tokens": cost.lm_tokens + (survey.lm_tokens if survey else 0),
+                "lm_tokens_share": (cost.lm_tokens + (survey.lm_tokens if survey else 0)) / scratch.lm_tokens,
                 "flops": cost.flops + (survey.flops if survey else 0.0),
+                "flops_share": (cost.flops + (survey.flops if survey else 0.0)) / scratch.flops,
                 "ratio": geometric_mean(ratios),
                 "worst": max(ratios),
                 "worse": worse,
@@ -281,14 +283,14 @@ def suite_table(results: Results) -> str:
             [
                 row["suite"],
                 f"{format_count(row['samples'])} ({row['samples_share']:.2f})",
-                format_count(row["lm_tokens"]),
-                flops(row["flops"]),
+                f"{format_count(row['lm_tokens'])} ({row['lm_tokens_share']:.2f})",
+                f"{flops(row['flops'])} ({row['flops_share']:.2f})",
                 f"{row['ratio']:.2f}",
                 f"{row['worst']:.2f}",
                 f"{row['worse']} of {row['n']}",
             ]
         )
-    columns = ["suite", "samples (share of scratch)", "LM tokens", "operations", "ΔCE ratio", "worst layer"]
+    columns = ["suite", "samples (÷ scratch)", "LM tokens", "operations", "ΔCE ratio", "worst layer"]
     return table([*columns, "worse by more than 5% and an error"], rows)
 
 
