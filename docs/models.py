@@ -109,10 +109,6 @@ NOT_TRIED = {
 """Families of which no small model can be made, and why."""
 
 
-KINDS = [kind for kind in MODULE_KINDS if kind != "mlp_in"]
-"""Those in the table; an MLP's input can be read in every layer that has a module of one of three names."""
-
-
 def main(names: list[str]) -> None:
     """Print or write the page, or print some rows of its table."""
     warnings.filterwarnings("ignore")
@@ -159,7 +155,7 @@ def row(name: str) -> str:
 
     readable = []
     refused = []
-    for kind in KINDS:
+    for kind in MODULE_KINDS:
         layers = [site.layer for site in anatomy.ports if site.module == kind]
         if layers:
             readable.append(kind + ("" if len(layers) == anatomy.n_layers else f" of {of_layers(len(layers))}"))

@@ -24,7 +24,7 @@ from saerelay.errors import Interrupted
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.training.cohort import Cohort
-from saerelay.training.run_state import Training
+from saerelay.training.run_state import Journal, Training
 from saerelay.training.trackers import Several
 from saerelay.training.train import train_plan
 from saerelay.workflows.settle import plan_run
@@ -202,7 +202,9 @@ def test_a_run_that_goes_on_on_another_gpu_says_so(
 ) -> None:
     plan = plan_run(Recipe.from_toml(recipe(folder)))
     paths = RunDirectory(tmp_path)
-    Training(plan, Cohort(128)).save(paths)
+    training = Training(plan, Cohort(128))
+    training.save(paths, training.meet(Journal(None, None)))  # type: ignore[arg-type]
+    training.commit(paths)
     shown = io.StringIO()
     with watching(plan, paths, Console(file=shown)):
         assert shown.getvalue() == ""
