@@ -69,11 +69,13 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
     transcoders that are in the set.
     """
     if not origin.site or not origin.site_out:
-        raise FormatError(f"{path}: circuit-tracer takes transcoders, and this is an SAE; export it as saelens")
+        raise FormatError(
+            f"the SAE at {origin.site} is not a transcoder, which circuit-tracer takes; export it as saelens"
+        )
     if dictionary.architecture == "topk":
         raise FormatError(
-            f"{path}: circuit-tracer loads ReLU and JumpReLU transcoders, which BatchTopK is at inference, and this "
-            'one is topk; train with architecture = "batchtopk" or "jumprelu", or convert it: '
+            "circuit-tracer loads ReLU and JumpReLU transcoders, which BatchTopK is at inference, and the one at "
+            f'{origin.site} is topk; train with architecture = "batchtopk" or "jumprelu", or convert it: '
             "saerelay hop --architecture batchtopk --tokens 0"
         )
     _add_to_config(path / CONFIG, dictionary, origin)
@@ -113,7 +115,7 @@ def _add_to_config(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         different = sorted(key for key, value in config.items() if before.get(key) != value)
         if different:
             raise FormatError(
-                f"{path}: the transcoders of a set are alike, and the one at {origin.site} has {different[0]} "
+                f"the transcoders of a set are alike, and the one at {origin.site} has {different[0]} "
                 f"{config[different[0]]!r} where others have {before.get(different[0])!r}; choose legs with --leg"
             )
         return
