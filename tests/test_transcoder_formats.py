@@ -80,7 +80,7 @@ def test_what_is_written_is_its_formula(tmp_path: Path, architecture: str, skip:
 def test_topk_and_saes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"L3.mlp_in is topk; .*--architecture batchtopk --tokens 0"):
         write_dictionary(tmp_path, random_transcoder("topk"), Origin(**AT_3), "circuit-tracer")
-    with pytest.raises(FormatError, match="this is an SAE; export it as saelens"):
+    with pytest.raises(FormatError, match="L3 is not a transcoder, which circuit-tracer takes; export it as saelens"):
         write_dictionary(tmp_path, random_transcoder(skip=False), Origin(site=Site(3)), "circuit-tracer")
     with pytest.raises(FormatError, match="formats of transcoders: saerelay, circuit-tracer"):
         write_dictionary(tmp_path, random_transcoder(), Origin(**AT_3), "saelens")
