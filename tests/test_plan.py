@@ -333,3 +333,21 @@ def test_on_a_gpu_forward_passes_and_blocks_are_larger(facts: ModelFacts, tmp_pa
     assert on_gpu.lm_batch_tokens == 32_768 and on_gpu.block_tokens >= 32_768
     on_gpu.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").lm_batch_tokens == 32_768
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [(("facts", "dtype"), "/etc/passwd"), (("legs", 0, "reuse"), 0), (("legs", 0, "batch_tokens"), 0)],
+)
+def test_a_plan_with_nonsense_in_it_is_refused(facts: ModelFacts, where: tuple, value: object) -> None:
+    """Found by the fuzz harness: numbers to divide by, and a name that was looked up in torch."""
+    import json
+
+    data = json.loads(compiled(facts).to_json())
+    place = data
+    for key in where[:-1]:
+        place = place[key]
+    assert where[-1] in place
+    place[where[-1]] = value
+    with pytest.raises(Exception, match=str(where[-1])):
+        Plan.from_data(data, source="plan.json")

@@ -70,6 +70,11 @@ MAX_COUNT = 10**15
 Count = Annotated[int, BeforeValidator(parse_count), Field(le=MAX_COUNT)]
 """A number of tokens (or of anything), possibly written "50M"."""
 
+Whole = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+"""A number of things in a document: what is read from a file may be damaged, or made to do harm."""
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+"""The same where there is at least one."""
+
 Auto = Literal["auto"]
 """The value of a key that leaves a number to the program."""
 

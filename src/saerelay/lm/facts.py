@@ -1,6 +1,6 @@
 """Reads what a plan must know of a model from its configuration and tokenizer, without weights."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -9,7 +9,7 @@ from saerelay.lm.ports import n_parameters
 from saerelay.lm.probe import Anatomy, probe_skeleton
 from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config, resolved_revision
 from saerelay.lm.tokens import first_id, load_tokenizer
-from saerelay.planning.facts import ModelFacts, SiteFacts, TokenFacts
+from saerelay.planning.facts import ModelFacts, Precision, SiteFacts, TokenFacts
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
@@ -128,7 +128,7 @@ def _resolve_device(asked: str) -> torch.device:
     return device
 
 
-def _resolve_dtype(asked: str, device: torch.device) -> str:
+def _resolve_dtype(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
     """The dtype of `model.dtype`; "auto" is bfloat16 where the hardware is fast at it."""
     if asked != "auto":
         return asked

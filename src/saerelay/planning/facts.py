@@ -1,10 +1,14 @@
 """What a plan must know of a language model."""
 
 from collections.abc import Collection
+from typing import Literal
 
 from saerelay.errors import ModelError
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
-from saerelay.spec import Spec
+from saerelay.spec import Positive, Spec, Whole
+
+Precision = Literal["float32", "bfloat16", "float16"]
+"""What a language model runs in."""
 
 
 class TokenFacts(Spec):
@@ -42,16 +46,16 @@ class ModelFacts(Spec):
     """Resolved revision where the hub gives one (commit hash), else what the recipe says."""
     family: str
     """`model_type` of the Hugging Face configuration."""
-    dtype: str
+    dtype: Precision
     device: str
-    n_layers: int
-    d_model: int
+    n_layers: Positive
+    d_model: Positive
     sites: SiteFacts
     tokens: TokenFacts
     has_lm_head: bool
-    layer_params: int
+    layer_params: Whole
     """Parameters of one layer (mean over layers)."""
-    model_params: int
+    model_params: Whole
     """All parameters."""
 
     @property

@@ -24,7 +24,7 @@ from saerelay.planning.leg_spec import ControlKind, LegId
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import LegMethod, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
-from saerelay.spec import Spec
+from saerelay.spec import Positive, Spec, Whole
 
 COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
@@ -72,30 +72,30 @@ class Hop(Spec):
     """Id of a leg of this plan, or a dictionary outside it, as the recipe names it."""
     method: LegMethod
     """With "auto" several are tried when the hop is due, and the best on held-out rows is taken."""
-    fork_at_tokens: int = 0
+    fork_at_tokens: Whole = 0
     """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
-    moment_tokens: int = 0
+    moment_tokens: Whole = 0
     """Tokens that the map is fitted on."""
-    refit_tokens: int = 0
+    refit_tokens: Whole = 0
     """Tokens that the decoder is refitted on: of the last block of the moments, or, without moments, of its first."""
 
 
 class Schedule(Spec):
     """How long a leg is trained, on what, and how fast."""
 
-    budget_tokens: int
+    budget_tokens: Whole
     """Tokens trained on, repetitions counted."""
-    batch_tokens: int
+    batch_tokens: Positive
     lr: float
     """Largest learning rate; if `lr_by_map`, times `maps.rate_share` of the map it hops by and of the plan's `newness`,
     or, of a copy onto its parent's own site, by whether there is something to learn."""
-    dead_after_tokens: int
+    dead_after_tokens: Positive
     """Tokens without firing after which a latent is dead."""
-    reuse: int = 1
+    reuse: Positive = 1
     """How many times each of its blocks is trained on; its age counts repetitions, so it is that multiple of the
     cursor's."""
     lr_by_map: bool = False
-    snapshots: list[int] = []
+    snapshots: list[Whole] = []
     """Ages published in addition to the end."""
 
 
@@ -132,7 +132,7 @@ class Leg(Spec):
     dictionary: SizedDictionarySpec
     seed: int
     schedule: Schedule
-    start: int = 0
+    start: Whole = 0
     hop: Hop | None = None
     """None for a leg from scratch."""
     control: Control | None = None
