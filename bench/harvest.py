@@ -22,10 +22,11 @@ from report import memory
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from saerelay.data.cache import ActivationCache
-from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.data.stream import LiveStream
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
+from saerelay.planning.plan import LM_BATCH_TOKENS
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 

@@ -19,10 +19,10 @@ import torch
 
 from saerelay.analysis.metrics import MetricSums
 from saerelay.data.corpus import prepare
-from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.data.stream import LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.tokens import load_tokenizer
-from saerelay.planning.plan import Leg, Schedule
+from saerelay.planning.plan import LM_BATCH_TOKENS, Leg, Schedule
 from saerelay.planning.recipe import Recipe, TrainSpec
 from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments

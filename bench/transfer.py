@@ -323,21 +323,25 @@ def suites(study: Study) -> list[Job]:
 
 def do_all(study: Study, jobs: Sequence[Job], out: Path, console: Console) -> None:
     """Do what is not done yet."""
-    for number, job in enumerate(jobs, 1):
-        done = out / job.name / "summary.json"
-        if done.is_file():
-            continue
-        began = time.perf_counter()
-        console.print(f"[{number}/{len(jobs)}] {study.name} {job.name}: {job.samples:,} samples", markup=False)
-        settle(job, shared_corpus(study, out), out)
-        (job.do or train_and_evaluate)(job, out)
-        console.print(f"  {time.perf_counter() - began:.0f} s")
-
-
-def shared_corpus(study: Study, out: Path) -> Path:
-    """The tokens of all runs: a full budget's and a map's, or all there are."""
-    folder, run = out / "tokens", study.run
     tokens = study.scaled(study.full) + 2 * study.block
+    for number, job in enumerate(jobs, 1):
+        do(job, study.run, tokens, out, console, label=f"[{number}/{len(jobs)}] {study.name} {job.name}")
+
+
+def do(job: Job, run: Recipe, tokens: int, out: Path, console: Console, *, label: str) -> None:
+    """Do a job, unless its summary is there, on the tokens that all jobs of a study share: those of its recipe."""
+    if (out / job.name / "summary.json").is_file():
+        return
+    began = time.perf_counter()
+    console.print(f"{label}: {job.samples:,} samples", markup=False)
+    settle(job, shared_corpus(run, tokens, out), out)
+    (job.do or train_and_evaluate)(job, out)
+    console.print(f"  {time.perf_counter() - began:.0f} s")
+
+
+def shared_corpus(run: Recipe, tokens: int, out: Path) -> Path:
+    """The tokens of all runs, prepared once: as many as asked for, or all there are."""
+    folder = out / "tokens"
     prepare(
         run,
         read_facts(run.model),

@@ -18,36 +18,24 @@ Every job is an ordinary run of this tool in a directory of its own, <out>/<job>
 
 import argparse
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.console import Console
-from transfer import Job, settle, train_and_evaluate
+from transfer import Job, do
 
-from saerelay.analysis.metrics import held_out, measure
-from saerelay.data.corpus import Corpus, prepare
 from saerelay.errors import Interrupted
-from saerelay.files import write_json
 from saerelay.lm.facts import read_facts
-from saerelay.lm.model import load_model
-from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import auto_lr
 from saerelay.planning.recipe import DataSpec, EvaluateSpec, ModelSpec, PlanSpec, Recipe, SitesSpec, TrainSpec
 from saerelay.runs.dictionaries import read_info
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.architectures import TopK
-from saerelay.sae.initialise import INITIAL_ROWS, initialise
 from saerelay.sae.spec import DictionarySpec, Method
-from saerelay.sae.transfer import refit_in
 from saerelay.spec import format_count
-from saerelay.training.state import units_of
-from saerelay.workflows.activations import open_stream
-from saerelay.workflows.settle import plan_run
 
 MAP_TOKENS = 131_072
 """Tokens that a map is fitted on."""
@@ -182,31 +170,15 @@ def budgets(study: Study) -> Iterator[Job]:
 
 
 def random_dictionaries(study: Study) -> Job:
-    """A random dictionary at every layer (see `measure_random`)."""
-    legs = [root(layer, study.full) for layer in study.layers]
-    return Job("random-s0", with_legs(study, 0, legs), do=measure_random)
+    """A random dictionary at every layer, in the place of the parent's: what training must be better than.
 
-
-@torch.no_grad()
-def measure_random(job: Job, out: Path) -> None:
-    """Random dictionaries with the decoder refitted as after a hop; summary.json holds their metrics by layer.
-
-    What training finds must be better than this: Korznikov et al. 2026, arXiv 2602.14111.
+    See Korznikov et al. 2026, arXiv 2602.14111.
     """
-    paths = RunDirectory(out / job.name)
-    plan = plan_run(job.run)
-    corpus = Corpus.open(paths.tokens)
-    block = open_stream(plan, corpus.train).block(0, plan.sites)
-    dictionaries = {}
-    for leg in plan.legs:
-        rows = block.rows(leg.site, REFIT_TOKENS)
-        units = units_of(leg, plan.recipe.train, rows)
-        generator = torch.Generator().manual_seed(0)
-        start = initialise(leg.dictionary, units.normalise(rows[:INITIAL_ROWS]), generator)
-        dictionaries[str(leg.layer)] = (leg.site, refit_in(units, units.to_canonical(start), rows))
-    tokens = held_out(plan, corpus.test, plan.recipe.evaluate.tokens)
-    metrics = measure(plan, load_model(plan), tokens, dictionaries, ce=True)
-    write_json(paths.summary, {layer: measured.model_dump(mode="json") for layer, measured in metrics.items()})
+    legs = []
+    for layer in study.layers:
+        parent = RunDirectory(study.out / "scratch-s0").leg(root(layer, study.full).id)
+        legs.append(hop(layer, layer, parent, "random", 0))
+    return Job("random-s0", with_legs(study, 0, legs))
 
 
 def suites(study: Study) -> list[Job]:
@@ -228,31 +200,11 @@ def suites(study: Study) -> list[Job]:
 # --- doing them -----------------------------------------------------------------------------------------------------
 
 
-def shared_corpus(study: Study) -> Path:
-    """The tokens of all runs: a full budget's, a map's, and some that filters may take."""
-    folder = study.out / "tokens"
-    context = study.run.data.context
-    prepare(
-        study.run,
-        read_facts(study.run.model),
-        load_tokenizer(study.run.model),
-        folder,
-        train_sequences=math.ceil(1.1 * (study.full + 2 * MAP_TOKENS) / context),
-        eval_sequences=math.ceil(study.run.evaluate.tokens / context),
-    )
-    return folder
-
-
 def do_all(study: Study, jobs: Iterable[Job], console: Console) -> None:
-    """Do what is not done yet."""
+    """Do what is not done yet; the tokens are a full budget's, a map's, and some that filters may take."""
+    tokens = math.ceil(1.1 * (study.full + 2 * MAP_TOKENS))
     for job in jobs:
-        if (study.out / job.name / "summary.json").is_file():
-            continue
-        began = time.perf_counter()
-        console.print(f"{job.name}: {job.samples:,} samples", markup=False)
-        settle(job, shared_corpus(study), study.out)
-        (job.do or train_and_evaluate)(job, study.out)
-        console.print(f"  {time.perf_counter() - began:.0f} s")
+        do(job, study.run, tokens, study.out, console, label=job.name)
 
 
 def layers_of(text: str) -> list[int]:

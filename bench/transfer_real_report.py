@@ -1,6 +1,5 @@
 """What `transfer_real.py` measured, as docs/transfer-real.json and as tables in docs/transfer.md."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,8 @@ from typing import Any, get_args
 
 from scipy.stats import spearmanr
 
-from saerelay.files import read_json, write_json, write_text
+from saerelay.files import write_json, write_text
+from saerelay.runs.dictionaries import read_info
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.sae.spec import Method
@@ -53,7 +53,7 @@ class Results:
     """ΔCE of a random dictionary, refitted, by layer."""
     suites: dict[str, Summary]
     legs: list[LegSummary]
-    """Every SAE that was measured, whatever its job."""
+    """Every SAE that was measured, whatever its job; no random dictionaries."""
 
     @property
     def full(self) -> int:
@@ -94,10 +94,10 @@ def read(out: Path) -> Results:
     random: dict[int, float] = {}
     for path in sorted(out.glob("*/summary.json")):
         job = path.parent.name
-        if job == "random-s0":
-            random = {int(layer): metrics["delta_ce"] for layer, metrics in read_json(path).items()}
-            continue
         summary = Summary.load(path)
+        if job.startswith("random"):
+            random = {leg.layer: delta(leg) for leg in summary.legs}
+            continue
         legs += summary.legs
         seed = int(job.rpartition("-s")[2]) if re.search(r"-s\d$", job) else 0
         if job.startswith("scratch"):
@@ -117,8 +117,8 @@ def read_hops(run: RunDirectory, seed: int, leg: LegSummary) -> Iterator[Hop]:
     What `budgets` trains by the method that was chosen counts as `auto`.
     """
     source, target, method, _ = leg.id.split("-")
-    info = json.loads((run.leg(leg.id) / "dictionary.json").read_text(encoding="utf-8"))
-    chosen = (info.get("hop") or {}).get("method", method)
+    facts = read_info(run.leg(leg.id)).hop
+    chosen = facts.method if facts else method
     if run.root.name.startswith("budgets"):
         method = "auto"
     for version in (leg, *leg.snapshots):
