@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import saerelay as sr
 from saerelay.data.cache import ActivationCache, sequence_ids
-from saerelay.data.stream import LM_BATCH_TOKENS, LiveStream
+from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.cost import plan_cost
-from saerelay.planning.plan import Plan
+from saerelay.planning.plan import LM_BATCH_TOKENS, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 from saerelay.views.tables.plan import plan_facts

@@ -13,6 +13,8 @@ from matplotlib.text import Text
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg_spec import ControlKind
+from saerelay.planning.plan import Role
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.documents.across_layers import (
     Attribution,
@@ -29,7 +31,7 @@ from saerelay.runs.documents.across_layers import (
 )
 from saerelay.runs.documents.circuits import Circuit, CircuitLeg, CircuitQuestion, Circuits
 from saerelay.runs.documents.latents import LineageDocument, LineageLink
-from saerelay.runs.documents.quality import ControlCost, ControlKind, LegSummary, Role, ScratchCost, SuiteCost, Summary
+from saerelay.runs.documents.quality import ControlCost, LegSummary, ScratchCost, SuiteCost, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
 from saerelay.views.figures.page import kind_of

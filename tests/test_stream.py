@@ -8,7 +8,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saerelay.data.stream import (
-    LM_BATCH_TOKENS,
     Block,
     LiveStream,
     OutlierCount,
@@ -20,7 +19,7 @@ from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan
-from saerelay.planning.plan import Plan
+from saerelay.planning.plan import LM_BATCH_TOKENS, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
 

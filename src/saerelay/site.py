@@ -40,6 +40,14 @@ class Site:
             return f"L{self.layer}"
         return f"L{self.layer}.{self.module}"
 
+    def at(self, module: ModuleKind | None) -> "Site":
+        """The same layer at another kind of module; itself for None.
+
+        >>> str(Site(3, "mlp_in").at("mlp_out")), str(Site(3).at(None))
+        ('L3.mlp_out', 'L3')
+        """
+        return self if module is None else Site(self.layer, module)
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read the text form back; PlanError if it is not a site.

@@ -54,12 +54,12 @@ class Cell:
     @property
     def source_out(self) -> Site:
         """What it reconstructs at home."""
-        return Site(self.source.layer, self.module_out or self.source.module)
+        return self.source.at(self.module_out)
 
     @property
     def target_out(self) -> Site:
         """What it reconstructs where it is carried to."""
-        return Site(self.target.layer, self.module_out or self.target.module)
+        return self.target.at(self.module_out)
 
     @property
     def version(self) -> tuple[str, int, bool]:

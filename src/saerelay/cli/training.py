@@ -22,8 +22,9 @@ from saerelay.rank import rank
 
 if TYPE_CHECKING:
     from saerelay.planning.plan import Plan
-    from saerelay.planning.ranks import Speeds
+    from saerelay.planning.ranks import Speeds, Spread
     from saerelay.planning.recipe import Recipe
+    from saerelay.views.tables.savings import Price
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -57,8 +58,8 @@ def plan(
     from saerelay.planning.cost import plan_cost
     from saerelay.planning.ranks import spread
     from saerelay.planning.recipe import Recipe
-    from saerelay.views.tables.plan import plan_facts, plan_table, spread_table
-    from saerelay.views.tables.savings import plan_prices, savings_table, verdict
+    from saerelay.views.tables.plan import plan_facts, plan_table
+    from saerelay.views.tables.savings import plan_prices
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.timing import plan_seconds
 
@@ -91,11 +92,9 @@ def plan(
 
     totals = (seconds[1]["total"], seconds[2]["total"]) if seconds else None
     prices = plan_prices(plan_cost(suite), plan_cost(from_scratch), totals)
-    tokens = run.plan.root_tokens
     facts = plan_facts(compiled, cost, seconds[0] if seconds else None)
-    print_all([plan_table(compiled), "", facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
-    if ranks > 1:
-        print_all(["", spread_table(compiled, shares)])
+    print_all([plan_table(compiled), "", facts])
+    print_savings(compiled, prices, shares)
 
 
 def timed_plans(plans: "Sequence[Plan]") -> "list[Speeds]":
@@ -114,8 +113,8 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
     from saerelay.planning.cost import plan_cost
     from saerelay.planning.ranks import spread
     from saerelay.planning.toml import annotated_toml
-    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, spread_table, survey_table
-    from saerelay.views.tables.savings import plan_prices, savings_table, verdict
+    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.views.tables.savings import plan_prices
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.survey import survey_once
 
@@ -145,11 +144,19 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
     prices = plan_prices(plan_cost(compiled.without_controls()), from_scratch, None)
-    tokens = run.plan.root_tokens
-    facts = plan_facts(compiled, choice.cost, seconds)
-    print_all([*tables, facts, "", savings_table(prices, tokens), verdict(prices, tokens)])
-    if ranks > 1:
-        print_all(["", spread_table(compiled, spread(compiled, ranks))])
+    print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
+    print_savings(compiled, prices, spread(compiled, ranks))
+
+
+def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> None:
+    """What a plan saves against training every layer from scratch, and which rank does what where there are several."""
+    from saerelay.views.tables.plan import spread_table
+    from saerelay.views.tables.savings import savings_table, verdict
+
+    tokens = plan.recipe.plan.root_tokens
+    print_all(["", savings_table(prices, tokens), verdict(prices, tokens)])
+    if len(shares.ranks) > 1:
+        print_all(["", spread_table(plan, shares)])
 
 
 def train(

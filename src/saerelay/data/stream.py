@@ -25,7 +25,6 @@ from saerelay.data.cache import ActivationCache, sequence_ids
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.left_out import LeftOut
-from saerelay.planning.plan import LM_BATCH_TOKENS as LM_BATCH_TOKENS
 from saerelay.planning.plan import Leg, Plan
 from saerelay.site import Site
 from saerelay.spec import seed_from

@@ -290,8 +290,10 @@ class LanguageModel:
                 logits = self._logits(clean.tokens)
         except Exception:  # without what earlier layers pass on, a model may fail in any way
             return False
-        difference = _largest_difference(logits, clean.logits)
-        return difference == 0 or difference <= 2 * _largest_difference(self._logits(clean.tokens), clean.logits)
+        if torch.equal(logits, clean.logits):
+            return True
+        again = self._logits(clean.tokens)
+        return _largest_difference(logits, clean.logits) <= 2 * _largest_difference(again, clean.logits)
 
     @contextmanager
     def _skipping(self, clean: Forward, n: int, stream: Callable[[], Tensor]) -> Iterator[None]:

@@ -216,7 +216,17 @@ def _inner_ports(record: Record, call: Call) -> dict[ModuleKind, PortPlace | str
     projection = _named(record, call.path, PROJECTIONS)
     mlps = [_named(record, call.path, [path]) for path in MLPS]
     added = _added(record, call, projection, [mlp for mlp in mlps if mlp])
-    return {"attn_z": _z_port(projection), "mlp_in": _mlp_port(_named(record, call.path, MLP_INPUTS)), **added}
+    attn_z = _input_port(
+        projection,
+        lacking="the layer has no attention with an output projection that is known",
+        uneven="attention's output projection does not read one vector for each token",
+    )
+    mlp_in = _input_port(
+        _named(record, call.path, MLP_INPUTS),
+        lacking="the layer has no module that is known to be an MLP",
+        uneven="the MLP does not read one vector for each token",
+    )
+    return {"attn_z": attn_z, "mlp_in": mlp_in, **added}
 
 
 def _named(record: Record, layer: str, paths: Iterable[str]) -> Call | None:
@@ -227,20 +237,13 @@ def _named(record: Record, layer: str, paths: Iterable[str]) -> Call | None:
     return None
 
 
-def _z_port(projection: Call | None) -> PortPlace | str:
-    if projection is None:
-        return "the layer has no attention with an output projection that is known"
-    if projection.read_shape[:-1] != TRIAL_SHAPE:
-        return "attention's output projection does not read one vector for each token"
-    return PortPlace(projection.path, "input", projection.read_shape[-1])
-
-
-def _mlp_port(mlp: Call | None) -> PortPlace | str:
-    if mlp is None:
-        return "the layer has no module that is known to be an MLP"
-    if mlp.read_shape[:-1] != TRIAL_SHAPE:
-        return "the MLP does not read one vector for each token"
-    return PortPlace(mlp.path, "input", mlp.read_shape[-1])
+def _input_port(call: Call | None, *, lacking: str, uneven: str) -> PortPlace | str:
+    """What a module reads, or why it cannot be read: there is no such module, or it reads no vector for each token."""
+    if call is None:
+        return lacking
+    if call.read_shape[:-1] != TRIAL_SHAPE:
+        return uneven
+    return PortPlace(call.path, "input", call.read_shape[-1])
 
 
 def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]) -> dict[ModuleKind, PortPlace | str]:

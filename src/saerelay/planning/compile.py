@@ -12,7 +12,7 @@ from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import preset_legs
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import LegMethod
+from saerelay.sae.spec import WITHOUT_MAP, LegMethod
 from saerelay.site import Site
 from saerelay.spec import format_count
 
@@ -46,7 +46,7 @@ def compile_plan(
     for spec in specs:
         site = site_of(spec, recipe)
         facts.check_site(site)
-        facts.check_site(Site(site.layer, module_out_of(spec, recipe) or site.module))
+        facts.check_site(site.at(module_out_of(spec, recipe)))
     setting = Setting(
         recipe=recipe,
         facts=facts,
@@ -221,7 +221,7 @@ def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
             f"leg {leg.id}: its parent {leg.parent} is of layer {external.layer}, and {plan.facts.name} has layers "
             f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
         )
-    if method not in ("identity", "random") and leg.moment_tokens <= 2 * width:
+    if method not in WITHOUT_MAP and leg.moment_tokens <= 2 * width:
         raise PlanError(
             f"leg {leg.id}: method {method} fits a {width}-dimensional map on {leg.moment_tokens} tokens; "
             f"raise plan.moment_tokens above {2 * width}"

@@ -106,7 +106,7 @@ def plan_cost(plan: Plan) -> Cost:
 
     weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.schedule.snapshots)) for leg in plan.legs)
     live = peak_state_bytes(plan.legs, facts)
-    value_bytes = 4.0 if facts.dtype == "float32" else 2.0
+    value_bytes = float(facts.bytes_per_value)
     buffer_bytes = 2.0 if recipe.data.cache else value_bytes
     cached = sum(width * n for width, n in tokens_by_width.items()) if recipe.data.cache else 0
     return Cost(

@@ -9,7 +9,7 @@ from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec, tokens_of
 from saerelay.planning.plan import COPY_RATE, Control, External, Goal, Hop, Leg, Role, Schedule
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import SizedDictionarySpec
+from saerelay.sae.spec import WITHOUT_MAP, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
 
 
@@ -94,9 +94,7 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
     return Hop(
         parent=spec.hop.parent,
         method=method,
-        moment_tokens=0
-        if method in ("identity", "random")
-        else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
+        moment_tokens=0 if method in WITHOUT_MAP else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
         refit_tokens=min(defaults.refit_tokens, setting.block_tokens) if refit else 0,
     )
 

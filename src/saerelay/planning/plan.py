@@ -12,7 +12,7 @@ parent reaches the age it forks at, so that both share the language model's forw
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
@@ -62,7 +62,7 @@ class External(Spec):
     @property
     def site_out(self) -> Site:
         """What it reconstructs."""
-        return Site(self.layer, self.module_out or self.module)
+        return self.site.at(self.module_out)
 
 
 class Hop(Spec):
@@ -155,7 +155,7 @@ class Leg(Spec):
 
     def out_at(self, site: Site) -> Site:
         """What its dictionary would reconstruct if it read at a site."""
-        return Site(site.layer, self.module_out) if self.module_out else site
+        return site.at(self.module_out)
 
     @property
     def parent(self) -> str:
@@ -282,6 +282,15 @@ class Plan(Document):
                 borders |= {position // block, math.ceil(position / block)}
         for first, last in pairwise(sorted(borders)):
             yield last - first, self.open_sites(first * block, (first + 1) * block)
+
+    def share_of_depth(self, sites: Sequence[Site]) -> float:
+        """How much of the language model's work up to `deepest` the deepest of some sites takes, by layers."""
+        return (sites[-1].layer + 1) / (self.deepest.layer + 1)
+
+    @property
+    def deepest(self) -> Site:
+        """Where the language model stops at the latest: the last of all sites and the probe's."""
+        return self.with_probe(self.sites)[-1]
 
     def with_probe(self, sites: Iterable[Site]) -> list[Site]:
         """Sites in order, and the one where outlier norms are looked for."""

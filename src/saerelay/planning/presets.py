@@ -52,7 +52,7 @@ def _name(recipe: Recipe, layer: int) -> str:
     if (sites.module, sites.module_out) == ("mlp_in", "mlp_out"):
         return f"L{layer}.transcoder"
     site = str(Site(layer, sites.module))
-    return f"{site}-to-{sites.module_out}" if sites.module_out not in ("", sites.module) else site
+    return f"{site}-to-{sites.written}" if sites.are_of_transcoders else site
 
 
 def control_legs(recipe: Recipe, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:

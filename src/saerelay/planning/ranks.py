@@ -169,7 +169,7 @@ def _work(
     plan: Plan, owner: Mapping[str, int], n_ranks: int, speeds: Speeds, cursor: int, sites: Sequence[Site]
 ) -> tuple[float, list[float]]:
     """Seconds per token at a place of the axis: of the language model, and of each rank's legs."""
-    lm = speeds.lm * (sites[-1].layer + 1) / (plan.with_probe(plan.sites)[-1].layer + 1)
+    lm = speeds.lm * plan.share_of_depth(sites)
     busy = [0.0] * n_ranks
     for leg in plan.legs:
         if leg.fold_at <= cursor < leg.end:

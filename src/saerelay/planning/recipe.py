@@ -69,6 +69,11 @@ class SitesSpec(Spec):
         """What is reconstructed."""
         return self.module_out or self.module
 
+    @property
+    def are_of_transcoders(self) -> bool:
+        """Whether something else is reconstructed than is read."""
+        return self.written != self.module
+
 
 class DatasetSpec(Spec):
     """A Hugging Face dataset."""

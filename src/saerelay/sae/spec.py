@@ -15,6 +15,8 @@ MethodOrAuto = Method | Literal["auto"]
 """`auto`: the map that measures best."""
 LegMethod = MethodOrAuto | Literal["random"]
 """`random`: no map, but a random dictionary in the place of the parent's; for controls."""
+WITHOUT_MAP: tuple[LegMethod, ...] = ("identity", "random")
+"""Methods that no map has to be fitted for."""
 
 
 class AnyDictionarySpec(Spec):

@@ -19,7 +19,7 @@ Shapes: S source width, T target width, F latents, B tokens.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -92,6 +92,11 @@ class Retraining:
         """The same rows in training units."""
         return replace(self, rows=units.normalise(self.rows), target=_normalised(units, self.target))
 
+    def at(self, rows: slice) -> "Retraining":
+        """Some of the rows."""
+        target = None if self.target is None else self.target[rows]
+        return replace(self, rows=self.rows[rows], target=target)
+
 
 class Carried(NamedTuple):
     """A dictionary at another site."""
@@ -157,12 +162,15 @@ def refit_in(units: Units, dictionary: Dictionary, rows: Tensor, target: Tensor 
     return units.to_canonical(refit_on(in_units, units.normalise(rows), _normalised(units, target)))
 
 
-def refit_on(dictionary: Dictionary, x: Tensor, target: Tensor | None) -> Dictionary:
-    """A dictionary with its decoder refitted on x (B, D); of a transcoder, the skip connection first."""
+def refit_on(dictionary: Dictionary, x: Tensor, target: Tensor | None, **how: Any) -> Dictionary:
+    """A dictionary with its decoder refitted on x (B, D); of a transcoder, the skip connection first.
+
+    `how` are keywords of `refit`.
+    """
     if target is None:
-        return refit(dictionary, x.split(4096))
+        return refit(dictionary, x.split(4096), **how)
     with_skip = refit_skip(dictionary, x, target)
-    return refit(with_skip, x.split(4096), target=target.split(4096))
+    return refit(with_skip, x.split(4096), target=target.split(4096), **how)
 
 
 def revive_and_refit(dictionary: Dictionary, on: Retraining) -> Dictionary | None:
@@ -171,12 +179,12 @@ def revive_and_refit(dictionary: Dictionary, on: Retraining) -> Dictionary | Non
     All is in training units, the rows too. The check holds back a quarter of the rows.
     """
     n_fitted = 3 * len(on.rows) // 4 if on.checked else len(on.rows)
-    fitted = on.rows[:n_fitted]
-    target = None if on.target is None else on.target[:n_fitted]
-    better = refit_on(revive(dictionary, fitted, on.seed, target=target), fitted, target)
+    fitted = on.at(slice(0, n_fitted))
+    revived = revive(dictionary, fitted.rows, on.seed, target=fitted.target)
+    better = refit_on(revived, fitted.rows, fitted.target)
     if on.checked:
-        unseen = on.rows[n_fitted:]
-        goal = None if on.target is None else on.target[n_fitted:]
-        if fvu(better, unseen, target=goal) > (1 - REFIT_GAIN) * fvu(dictionary, unseen, target=goal):
+        unseen = on.at(slice(n_fitted, None))
+        before = fvu(dictionary, unseen.rows, target=unseen.target)
+        if fvu(better, unseen.rows, target=unseen.target) > (1 - REFIT_GAIN) * before:
             return None
     return better

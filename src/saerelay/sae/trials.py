@@ -13,9 +13,8 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import initialise
 from saerelay.sae.maps import AnyMoments, map_between
 from saerelay.sae.quality import fvu
-from saerelay.sae.refit import refit, refit_skip
 from saerelay.sae.spec import Method, SizedDictionarySpec
-from saerelay.sae.transfer import Retraining, carry
+from saerelay.sae.transfer import Retraining, carry, refit_on
 from saerelay.sae.units import Balance, Units
 
 SCRATCH = "scratch"
@@ -48,24 +47,20 @@ def try_methods(
     of that size, refitted on the same rows (`SCRATCH`): a hop that is no better has nothing to offer. Raises
     TransferError for activations that are not finite.
     """
-    rows = on.rows[:TRIAL_ROWS]
+    on = on.at(slice(0, TRIAL_ROWS))
+    rows = on.rows
     if not bool(torch.isfinite(rows).all()):
         raise TransferError("the activations on which maps were to be tried are not all finite")
     n_fitted = 3 * len(rows) // 4
-    fitted, unseen = units.normalise(rows).tensor_split([n_fitted])
-    target = goal = None
-    if on.target is not None:
-        target, goal = units.out.normalise(on.target[:TRIAL_ROWS]).tensor_split([n_fitted])
-
+    in_units = on.normalised(units)
+    fitted = in_units.at(slice(0, n_fitted))
+    unseen = in_units.at(slice(n_fitted, None))
     direct = dictionary.n_latents <= DIRECT_LATENTS
 
     def fvu_once_refitted(candidate: Dictionary) -> float:
-        goals = None
-        if target is not None:
-            candidate = refit_skip(candidate, fitted, target)
-            goals = target.split(4096)
-        refitted = refit(candidate, fitted.split(4096), target=goals, direct=direct, tolerance=0.05, max_iterations=20)
-        return fvu(refitted, unseen, target=goal)
+        how = {"direct": direct, "tolerance": 0.05, "max_iterations": 20}
+        refitted = refit_on(candidate, fitted.rows, fitted.target, **how)
+        return fvu(refitted, unseen.rows, target=unseen.target)
 
     trials: dict[str, float] = {}
     same_width = moments.n_source == rows.shape[1]
@@ -76,5 +71,5 @@ def try_methods(
     trials["affine"] *= REGRESSION_HANDICAP
     if fresh:
         generator = torch.Generator().manual_seed(0)
-        trials[SCRATCH] = fvu_once_refitted(initialise(fresh, fitted, generator, target))
+        trials[SCRATCH] = fvu_once_refitted(initialise(fresh, fitted.rows, generator, fitted.target))
     return dict(sorted(trials.items(), key=lambda trial: trial[1]))

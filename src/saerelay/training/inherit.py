@@ -7,7 +7,6 @@ from typing import NamedTuple, cast
 import torch
 
 from saerelay.data.stream import Block
-from saerelay.errors import TransferError
 from saerelay.planning.plan import COPY_RATE, Leg
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
@@ -24,7 +23,7 @@ from saerelay.sae.trials import SCRATCH, try_methods
 from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.spec import seed_from
-from saerelay.training.run_state import Training
+from saerelay.training.run_state import OUTPUTS, Training
 from saerelay.training.state import balance_of
 
 
@@ -51,10 +50,6 @@ def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:
     inputs = now.moments.pop(leg.id, None)
     outputs = now.moments.pop(f"{leg.id}{OUTPUTS}", None)
     return PairedMoments(inputs, outputs) if inputs and outputs else inputs
-
-
-OUTPUTS = "@out"
-"""After a leg's id: the moments of what it reconstructs, if that is not what it reads."""
 
 
 class Parent(NamedTuple):
@@ -162,13 +157,10 @@ def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
     return carry(fresh, None, on.rows, units, l0=leg.dictionary.l0, retraining=on).dictionary
 
 
-def parent_of(now: Training, leg: Leg, block: Block, paths: RunDirectory) -> Parent:
-    """A leg's parent as it is now, on the rank that trains it, or trained it.
-
-    Raises TransferError if it had to stop.
-    """
+def parent_of(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Parent | str:
+    """A leg's parent as it is now, on the rank that trains it, or trained it; or why there is none."""
     if leg.parent in now.failures:
-        raise TransferError(f"its parent {leg.parent} stopped")
+        return f"its parent {leg.parent} stopped"
     if leg.parent in now.cohort:
         dictionary = now.cohort[leg.parent].canonical()
         l0 = None
@@ -196,20 +188,15 @@ def parents_from_elsewhere(
         if source == now.owner[leg.id]:
             continue
         if source == now.team.rank:
-            found = side_by_side(partial(_parent_or_reason, now, block, paths), [leg], device, n_in_all=len(legs))
-            now.team.send(found[0], now.owner[leg.id])
+            (found,) = side_by_side(partial(parent_of, now, block, paths), [leg], device, n_in_all=len(legs))
+            now.team.send(_on(torch.device("cpu"), found), now.owner[leg.id])
         elif now.trains(leg):
-            received = now.team.receive(source)
-            if isinstance(received, Parent):
-                received = Parent(received.dictionary.to(device), received.l0)
-            parents[leg.id] = received
+            parents[leg.id] = _on(device, now.team.receive(source))
     return parents
 
 
-def _parent_or_reason(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Parent | str:
-    """A leg's parent in the processor's memory, or why there is none."""
-    try:
-        parent = parent_of(now, leg, block, paths)
-    except TransferError as error:
-        return str(error)
-    return Parent(parent.dictionary.to("cpu"), parent.l0)
+def _on(device: torch.device, parent: Parent | str) -> Parent | str:
+    """A parent, if there is one, in the memory of a device."""
+    if isinstance(parent, str):
+        return parent
+    return Parent(parent.dictionary.to(device), parent.l0)

@@ -29,6 +29,9 @@ from saerelay.training.progress import Watcher
 from saerelay.training.saving import StateWriter
 from saerelay.training.state import TraineeState
 
+OUTPUTS = "@out"
+"""After a leg's id: the moments of what it reconstructs, if that is not what it reads."""
+
 
 def _no_seconds() -> dict[str, float]:
     return {"total": 0.0, "processor": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0, "exchange": 0.0}
@@ -97,7 +100,7 @@ class Training:
     ended: set[str] = field(default_factory=set)
     """Legs whose time has come and that do not live any more (or never did), on whichever rank."""
     moments: dict[str, Moments] = field(default_factory=dict)
-    """Of the hops that are coming, by leg."""
+    """Of the hops that are coming, by leg; those of a transcoder's outputs with `OUTPUTS` after its id."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why legs had to stop."""
     hops: dict[str, HopFacts] = field(default_factory=dict)
@@ -240,11 +243,11 @@ class Training:
                 trainee = Trainee(leg, plan.recipe.train, TraineeState.restore(leg, own))
                 trainee.take_up(under("log", tensors))
                 training.cohort.add(trainee)
-        for leg_id in facts["moments"]:
-            if training.trains(plan.leg(leg_id.partition("@")[0])):  # a transcoder's outputs have their own
-                tensors = load_part(paths.state, f"moments-{leg_id}", facts)
+        for key in facts["moments"]:
+            if training.trains(plan.leg(key.removesuffix(OUTPUTS))):
+                tensors = load_part(paths.state, f"moments-{key}", facts)
                 own = {name: tensor.to(device) for name, tensor in tensors.items()}
-                training.moments[leg_id] = Moments.restore(own)
+                training.moments[key] = Moments.restore(own)
         return training
 
 

@@ -187,21 +187,20 @@ def begin(
 
     `sent` are the parents that other ranks have, or why there is none, by leg.
     """
-    remote = sent.get(leg.id)
-    if isinstance(remote, str):
-        return remote
-    if leg.parent in now.failures:
-        return f"its parent {leg.parent} stopped"
+    parent = None
+    if leg.hop:
+        parent = sent.get(leg.id) or parent_of(now, block, paths, leg)
+    if isinstance(parent, str):
+        return parent
     spec = now.plan.recipe.train
     rows = block.rows(leg.site, FIRST_ROWS)
     target = block.target(leg, FIRST_ROWS)
     reason = _why_not(leg.site, rows) or (_why_not(leg.site_out, target) if target is not None else "")
     if reason:
         return reason
-    if not leg.hop:
+    if parent is None:
         return Trainee(leg, spec, first_state(leg, spec, rows, target=target))
     try:
-        parent = remote or parent_of(now, leg, block, paths)
         inherited = inherit(now, leg, block, parent, units_of(leg, spec, rows, target))
     except TransferError as error:
         return str(error)

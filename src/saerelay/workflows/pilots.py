@@ -213,8 +213,7 @@ def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds
     cost = plan_cost(plan)
     seconds = RunCost.load(suite.directory.cost).seconds
     steps = sum(suite.info(leg).seconds for leg in suite.legs)
-    deepest = plan.with_probe(plan.sites)[-1]
-    forward = forward_flops(plan.facts, deepest.layer + 1, plan.recipe.data.context)
+    forward = forward_flops(plan.facts, plan.deepest.layer + 1, plan.recipe.data.context)
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,
         sae_samples=cost.sae_samples,

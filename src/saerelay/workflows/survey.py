@@ -28,7 +28,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
 
     It lives in `survey/` of the run directory until it is done, and is resumed there after an interruption.
     """
-    if recipe.sites.module_out not in ("", recipe.sites.module):
+    if recipe.sites.are_of_transcoders:
         raise PlanError(
             'preset = "auto" surveys SAEs, and sites.module_out asks for transcoders; choose another one, such as "hub"'
         )

@@ -30,12 +30,11 @@ from saerelay.sae.trials import SCRATCH, try_methods
 from saerelay.site import Site
 from saerelay.training.engine import Trainee
 from saerelay.training.state import balance_of, first_state, units_of
+from saerelay.training.train import FIRST_ROWS
 from saerelay.workflows.keys import sectioned
 
 BUFFER_ROWS = 65_536
 """Rows of an iterator that are shuffled together."""
-FIRST_ROWS = 32_768
-"""Rows that units and initialisation follow from."""
 
 Activations = Tensor | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]] | AbstractStream
 
@@ -106,9 +105,10 @@ def hop(
     leg = _leg(spec, recipe, x_target.shape[1], len(x_target) if tokens is None else tokens, transcoder=bool(target))
     source_y, y = target or (None, None)
 
-    moments = _moments(x_source, x_target)
+    inputs = _moments(x_source, x_target)
+    moments: AnyMoments = inputs
     if source_y is not None and y is not None:
-        moments = PairedMoments(cast(Moments, moments), cast(Moments, _moments(source_y, y)))
+        moments = PairedMoments(inputs, _moments(source_y, y))
     first = _Pair(x_target, y).first(FIRST_ROWS)
     units = units_of(leg, recipe.train, first.x, first.target)
     balance = balance_of(leg, recipe.train)
@@ -323,7 +323,7 @@ def _spec_after(sae: Dictionary, recipe: Recipe, keys: dict[str, Any], x: Tensor
     return spec.changed(skip_connection=sae.W_skip is not None)
 
 
-def _moments(source: Tensor, target: Tensor) -> AnyMoments:
+def _moments(source: Tensor, target: Tensor) -> Moments:
     moments = Moments.empty(source.shape[1], target.shape[1], target.device)
     moments.add(source, target)
     return moments

@@ -37,11 +37,9 @@ def plan_seconds(plan: Plan, speeds: Speeds) -> dict[str, float]:
     The language model stops at the deepest open site of each block.
     """
     lm = 0.0
-    deepest = plan.with_probe(plan.sites)[-1]
     for n_blocks, sites in plan.stretches():
         if sites:
-            depth = (sites[-1].layer + 1) / (deepest.layer + 1)
-            lm += n_blocks * plan.block_tokens * speeds.lm * depth
+            lm += n_blocks * plan.block_tokens * speeds.lm * plan.share_of_depth(sites)
     steps = sum(leg.budget_tokens * speeds.steps[leg.id] for leg in plan.legs)
     return {"lm": lm, "steps": steps, "total": lm + steps}
 
@@ -51,9 +49,8 @@ def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
     context = plan.recipe.data.context
     shape = (max(1, plan.lm_batch_tokens // context), context)
     tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
-    return (
-        _median_seconds(lambda: model.harvest(tokens, [plan.with_probe(plan.sites)[-1]]), model.device) / tokens.numel()
-    )
+    seconds = _median_seconds(lambda: model.harvest(tokens, [plan.deepest]), model.device)
+    return seconds / tokens.numel()
 
 
 def _step_seconds(plan: Plan, leg: Leg, width: int, device: torch.device) -> float:

@@ -3,7 +3,8 @@
 from typing import ClassVar
 
 from saerelay.document import Document, Measured, Record
-from saerelay.runs.documents.quality import ControlKind, Role
+from saerelay.planning.leg_spec import ControlKind
+from saerelay.planning.plan import Role
 
 
 class CircuitQuestion(Record):

@@ -4,10 +4,10 @@ from typing import ClassVar, Literal
 
 from saerelay.document import Document, Measured, Record
 from saerelay.planning.left_out import LeftOut
+from saerelay.planning.leg_spec import ControlKind
+from saerelay.planning.plan import Role
 from saerelay.planning.survey import SurveyCost
 
-Role = Literal["root", "transfer", "control"]
-ControlKind = Literal["equal_tokens", "full", "random"]
 Origin = Literal["scratch", "from below", "from above", "same layer"]
 
 
@@ -265,6 +265,20 @@ class SuiteCost(Record):
     controls: ControlCost
     """What the controls took."""
 
+    @property
+    def with_survey(self) -> "SuiteCost":
+        """The same, with what the survey took of samples, tokens, operations and time."""
+        survey = self.survey
+        if survey is None:
+            return self
+        return self.changed(
+            sae_samples=self.sae_samples + survey.sae_samples,
+            lm_tokens=self.lm_tokens + survey.lm_tokens,
+            flops=self.flops + survey.flops,
+            seconds=None if self.seconds is None else self.seconds + survey.seconds,
+            survey=None,
+        )
+
 
 class Summary(Document):
     """`summary.json`, and `saerelay eval --json`: the quality of every leg, and the cost of the suite."""
@@ -300,6 +314,11 @@ class Summary(Document):
         """All legs that are neither controls nor continued by another, by layer; several per site if seeds differ."""
         legs = [leg for leg in self.legs if leg.role != "control" and not leg.continued_by]
         return sorted(legs, key=lambda leg: (leg.layer, leg.module, leg.id))
+
+    @property
+    def drawn_legs(self) -> list[LegSummary]:
+        """The legs that figures show: a random dictionary is so much worse that it would squeeze all others."""
+        return [leg for leg in self.legs if leg.control_kind != "random"]
 
     def controls_of(self, leg: LegSummary) -> list[LegSummary]:
         """The controls of a leg."""

@@ -31,21 +31,17 @@ class Tile:
 
 def tiles(summary: Summary) -> list[Tile]:
     """The prices of the suite: samples, tokens and compute, which are the same anywhere, and time."""
-    cost = summary.cost
-    survey = cost.survey
+    cost = summary.cost.with_survey
     scratch = cost.from_scratch
-    samples = cost.sae_samples + (survey.sae_samples if survey else 0)
-    tokens = cost.lm_tokens + (survey.lm_tokens if survey else 0)
-    operations = cost.flops + (survey.flops if survey else 0.0)
 
     tiles = [
-        _tile("Samples", "activations seen by SAEs", samples, scratch.sae_samples, write=format_count),
-        _tile("Tokens", "read by the language model", tokens, scratch.lm_tokens, write=format_count),
-        _tile("Compute", "operations executed", operations, scratch.flops, write=flops),
+        _tile("Samples", "activations seen by SAEs", cost.sae_samples, scratch.sae_samples, write=format_count),
+        _tile("Tokens", "read by the language model", cost.lm_tokens, scratch.lm_tokens, write=format_count),
+        _tile("Compute", "operations executed", cost.flops, scratch.flops, write=flops),
     ]
     if is_number(cost.seconds) and is_number(scratch.seconds_estimate):
-        seconds = cost.seconds + (survey.seconds if survey else 0.0)
-        tiles.append(_tile("Time", "wall-clock, on this machine", seconds, scratch.seconds_estimate, write=duration))
+        seconds = (cost.seconds, scratch.seconds_estimate)
+        tiles.append(_tile("Time", "wall-clock, on this machine", *seconds, write=duration))
     return tiles
 
 
@@ -98,8 +94,7 @@ class ControlRow:
 
 def quality_rows(summary: Summary) -> list[QualityRow]:
     """A row for each final leg, with its marks and those of its controls."""
-    # A random dictionary is so much worse that it would squeeze all others: it has a row, but no mark.
-    drawn = [leg for leg in summary.legs if leg.control_kind != "random"]
+    drawn = summary.drawn_legs
     fvus = [leg.balanced_fvu for leg in drawn if is_number(leg.balanced_fvu)]
     metric = leading_metric(summary)
     delta_ces = [leg.delta_ce + (leg.delta_ce_se or 0) for leg in drawn if is_number(leg.delta_ce)]
@@ -110,8 +105,9 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
     for leg in summary.final_legs:
         full = summary.control(leg, "full")
         equal = summary.control(leg, "equal_tokens")
+        random = summary.control(leg, "random")
         controls = [control for control in (equal, full) if control]
-        listed = [*controls, *(control for control in [summary.control(leg, "random")] if control)]
+        listed = [*controls, random] if random else controls
         rows.append(
             QualityRow(
                 leg=leg,

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from saerelay.planning.leg_spec import ControlKind
 from saerelay.planning.plan import Plan
 from saerelay.runs.documents.across_layers import Measures
-from saerelay.runs.documents.quality import ControlKind, LegSummary, Summary
+from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.spec import format_count
 from saerelay.views.labels import ARCHITECTURES, leading_metric, metric_name, misleading_fvu
 from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
@@ -134,9 +135,9 @@ def saved(summary: Summary) -> str:
     """What the suite took, beside all layers from scratch; what is counted and what is not."""
     cost = summary.cost
     sentences = []
-    if is_number(cost.seconds) and is_number(cost.from_scratch.seconds_estimate):
-        ours = cost.seconds + (cost.survey.seconds if cost.survey else 0)
-        theirs = cost.from_scratch.seconds_estimate
+    ours = cost.with_survey.seconds
+    theirs = cost.from_scratch.seconds_estimate
+    if is_number(ours) and is_number(theirs):
         verdict = f", {theirs / ours:.1f} times as long" if theirs > ours else ": nothing was saved"
         sentences.append(
             f"The suite took {duration(ours)}; all its layers from scratch, each at the full budget, would have taken "

@@ -1,18 +1,20 @@
 """Cheaper in what? What a suite takes of samples, tokens, operations and time, beside the same layers from scratch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 from rich.text import Text
 
 from saerelay.planning.cost import Cost
-from saerelay.runs.documents.quality import Summary
+from saerelay.runs.documents.quality import ScratchCost, SuiteCost, Summary
 from saerelay.spec import format_count
 from saerelay.views.text import duration, flops, is_number, listed
 
 EQUAL = 1.05
 """Costs that differ by less than this factor count as the same."""
+OPERATIONS = "operations"
+"""The price by which training from scratch is made comparable."""
 
 
 @dataclass(frozen=True)
@@ -34,44 +36,33 @@ class Price:
 
 def plan_prices(ours: Cost, theirs: Cost, seconds: tuple[float, float] | None) -> list[Price]:
     """What a plan takes without its controls, beside all of its layers from scratch."""
-    pairs = [
-        ("SAE samples", ours.sae_samples, theirs.sae_samples),
-        ("tokens of the language model", ours.lm_tokens, theirs.lm_tokens),
-        ("operations", ours.flops, theirs.flops),
-        ("operations of the language model", ours.lm_flops, theirs.lm_flops),
-    ]
-    if seconds:
-        pairs.append(("time", *seconds))
-    return _prices(pairs)
+    return _prices(ours, theirs, seconds)
 
 
 def summary_prices(summary: Summary) -> list[Price]:
     """What a suite took, its survey included, beside all of its layers from scratch."""
-    cost = summary.cost
-    survey = cost.survey
-    theirs = cost.from_scratch
-    pairs = [
-        ("SAE samples", cost.sae_samples + (survey.sae_samples if survey else 0), theirs.sae_samples),
-        ("tokens of the language model", cost.lm_tokens + (survey.lm_tokens if survey else 0), theirs.lm_tokens),
-        ("operations", cost.flops + (survey.flops if survey else 0.0), theirs.flops),
-        ("operations of the language model", cost.lm_flops, theirs.lm_flops),
+    ours = summary.cost.with_survey
+    theirs = ours.from_scratch
+    seconds = None
+    if is_number(ours.seconds) and is_number(theirs.seconds_estimate):
+        seconds = (ours.seconds, theirs.seconds_estimate)
+    return _prices(ours, theirs, seconds)
+
+
+def _prices(ours: Cost | SuiteCost, theirs: Cost | ScratchCost, seconds: tuple[float, float] | None) -> list[Price]:
+    prices = [
+        _price("SAE samples", ours.sae_samples, theirs.sae_samples, _count),
+        _price("tokens of the language model", ours.lm_tokens, theirs.lm_tokens, _count),
+        _price(OPERATIONS, ours.flops, theirs.flops, flops),
+        _price("operations of the language model", ours.lm_flops, theirs.lm_flops, flops),
     ]
-    if is_number(cost.seconds) and is_number(theirs.seconds_estimate):
-        pairs.append(("time", cost.seconds + (survey.seconds if survey else 0.0), theirs.seconds_estimate))
-    return _prices(pairs)
+    if seconds:
+        prices.append(_price("time", *seconds, duration))
+    return [price for price in prices if price.ours > 0 and price.theirs > 0]
 
 
-def _prices(pairs: Sequence[tuple[str, float, float]]) -> list[Price]:
-    prices = []
-    for name, ours, theirs in pairs:
-        write = _count
-        if name.startswith("operations"):
-            write = flops
-        elif name == "time":
-            write = duration
-        if ours > 0 and theirs > 0:
-            prices.append(Price(name, ours, theirs, (write(ours), write(theirs))))
-    return prices
+def _price(name: str, ours: float, theirs: float, write: Callable[[float], str]) -> Price:
+    return Price(name, ours, theirs, (write(ours), write(theirs)))
 
 
 def _count(n: float) -> str:
@@ -100,7 +91,7 @@ def verdict(prices: Sequence[Price], tokens: int) -> Text:
     else:
         sentence = "The suite saves nothing"
 
-    operations = next(price for price in prices if price.name == "operations")
+    operations = next(price for price in prices if price.name == OPERATIONS)
     affordable = tokens * operations.ours / operations.theirs
     return Text(
         f"{sentence}. For the same operations every layer can be trained from scratch on {_count(affordable)} "
