@@ -189,7 +189,7 @@ def hop(
     ] = "",
     refit: Annotated[bool | None, typer.Option(help="Refit the decoder in closed form. Default: the recipe's.")] = None,
     architecture: Annotated[
-        str, typer.Option(help="Target architecture: topk, batchtopk, jumprelu, relu. Default: unchanged.")
+        str, typer.Option(help="Target architecture: topk, batchtopk, jumprelu, gated, relu. Default: unchanged.")
     ] = "",
     n_latents: Annotated[str, typer.Option(help="Target number of latents. Default: unchanged.")] = "",
     k: Annotated[int | None, typer.Option(help="Active latents per token. Default: unchanged.")] = None,

@@ -74,7 +74,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         )
     if dictionary.architecture == "topk":
         raise FormatError(
-            "circuit-tracer loads ReLU and JumpReLU transcoders, which BatchTopK is at inference, and the one at "
+            "circuit-tracer loads ReLU and JumpReLU transcoders, which BatchTopK and Gated are at inference, and the one at "
             f'{origin.site} is topk; train with architecture = "batchtopk" or "jumprelu", or convert it: '
             "saerelay hop --architecture batchtopk --tokens 0"
         )

@@ -62,7 +62,7 @@ ROLES = {
 SCRATCH_KINDS = {"root": "a root's tokens", "equal_tokens": "equal tokens", "full": "the full budget"}
 """What a leg from scratch, that a transferred one is compared with, was trained on."""
 
-ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
+ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "gated": "Gated", "relu": "ReLU"}
 
 TITLES = {"hop": "from parent to child", "depth": "from layer to layer", "control": "beside from-scratch controls"}
 """Kinds of links of a lineage."""
