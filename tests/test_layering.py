@@ -39,7 +39,7 @@ ORDER = {
     "training": "adam schedule state device engine cohort progress trackers saving team_stream run_state inherit train",
     "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "
     "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
-    "views": "labels text tables figures report judge",
+    "views": "text labels tables figures report judge",
     "workflows": "placeless settle activations watching pilots survey launch keys timing hop tensors suites "
     "model_card share report judge interpret demo",
     "cli": "options training measuring judging sharing",

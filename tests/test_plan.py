@@ -91,7 +91,7 @@ def test_controls_have_equal_tokens_and_the_full_budget(facts: ModelFacts) -> No
     assert equal.control_of == full.control_of == transfer.id and (equal.parent, full.parent) == ("", "")
     assert equal.budget_tokens == transfer.budget_tokens + transfer.moment_tokens
     assert full.budget_tokens == plan.leg("L3").budget_tokens and full.start == 0
-    with pytest.raises(PlanError, match="layer 3, which is not reached by a transfer"):
+    with pytest.raises(PlanError, match="L3, which is not reached by a transfer"):
         compiled(facts, plan={"controls": [3]})
 
 

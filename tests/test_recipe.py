@@ -22,7 +22,7 @@ KEYS = {
     "dictionary": "architecture normalise skip_connection matryoshka expansion n_latents k aux_weight target_l0 "
     "l0_weight bandwidth l1",
     "plan": "preset budget fvu_ratio survey_tokens stop roots direction root_tokens transfer_tokens "
-    "method refit moment_tokens refit_tokens fork_at reuse controls control_kinds",
+    "method refit moment_tokens refit_tokens fork_at parents reuse controls control_kinds tiers tier_tokens",
     "train": "batch_tokens precision lr transfer_lr encoder_lr bias_lr betas balance whitening warmup "
     "sparsity_warmup decay clip dead_after seed checkpoint_every snapshots memory_gib loggers",
     "evaluate": "tokens ce",

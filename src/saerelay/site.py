@@ -11,6 +11,8 @@ from saerelay.errors import PlanError
 
 ModuleKind = Literal["resid_post", "resid_pre", "mlp_in", "mlp_out", "attn_out", "attn_z"]
 MODULE_KINDS: tuple[ModuleKind, ...] = get_args(ModuleKind)
+KindName = Literal[ModuleKind, "transcoder"]
+"""A kind of site as a recipe names it: `transcoder` reads mlp_in and reconstructs mlp_out."""
 
 
 @dataclass(frozen=True, order=True)
@@ -60,3 +62,48 @@ class Site:
         if match is None or kind not in MODULE_KINDS:
             raise PlanError(f'invalid site "{text}"; write it like "L3" or "L3.mlp_out"')
         return cls(layer=int(match[1]), module=kind)
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """What the SAEs of one kind read and reconstruct, at whichever layer.
+
+    >>> str(SiteKind("mlp_out")), str(SiteKind("mlp_in", "mlp_out")), str(SiteKind("attn_z", "attn_out"))
+    ('mlp_out', 'transcoder', 'attn_z to attn_out')
+    """
+
+    module: ModuleKind = "resid_post"
+    module_out: ModuleKind | None = None
+    """What a transcoder reconstructs; None for what reconstructs what it reads."""
+
+    @classmethod
+    def named(cls, name: KindName) -> "SiteKind":
+        """The kind that a recipe means by a name.
+
+        >>> SiteKind.named("transcoder")
+        SiteKind(module='mlp_in', module_out='mlp_out')
+        """
+        return cls("mlp_in", "mlp_out") if name == "transcoder" else cls(name)
+
+    def __str__(self) -> str:
+        if self.module_out is None:
+            return self.module
+        if (self.module, self.module_out) == ("mlp_in", "mlp_out"):
+            return "transcoder"
+        return f"{self.module} to {self.module_out}"
+
+    @property
+    def written(self) -> ModuleKind:
+        """What is reconstructed."""
+        return self.module_out or self.module
+
+    def leg_name(self, layer: int) -> str:
+        """How legs at a layer are named, before what tells several of them apart.
+
+        >>> SiteKind().leg_name(5), SiteKind("mlp_out").leg_name(5), SiteKind("mlp_in", "mlp_out").leg_name(5)
+        ('L5', 'L5.mlp_out', 'L5.transcoder')
+        """
+        if str(self) == "transcoder":
+            return f"L{layer}.transcoder"
+        site = str(Site(layer, self.module))
+        return f"{site}-to-{self.module_out}" if self.module_out else site

@@ -49,7 +49,7 @@ def circuits(
 ) -> Circuits:
     """Find and judge the circuits of a task in a run's legs; writes circuits/<task>.json.
 
-    `task` is one of `prompts.TASKS` or a JSONL file; without `legs`, all final legs and their controls. What an earlier
+    `task` is one of `prompts.TASKS` or a JSONL file; without `legs`, the suite's SAEs and all controls. What an earlier
     call with the same question measured is kept, site by site. Raises RecipeError for an unknown task, leg or method or
     a circuit larger than a dictionary, DataError for bad prompts, and ModelError if the model cannot do the task: fewer
     than `ACCURACY` of the prompts right, or m not above 0 by `CLEAR` standard errors.
@@ -108,11 +108,12 @@ def question(task: str, prompts: Sequence[Prompt], k: Sequence[int], method: str
 
 
 def chosen_legs(suite: PublishedSuite, names: Sequence[str]) -> list[Leg]:
-    """The legs named, by id or layer; without names, the final legs and all controls."""
+    """The legs named, by id or layer; without names, the SAEs of the suite and all controls."""
     if names:
         return [suite.leg(name) for name in names]
-    final = {leg.id for leg in suite.final_legs}
-    return [leg for leg in suite.legs if leg.id in final or leg.role == "control"]
+    of_suite = {leg.id for leg in suite.suite_legs}
+    legs = [leg for leg in suite.legs if leg.id in of_suite or leg.role == "control"]
+    return [leg for leg in legs if not leg.is_transcoder] or legs
 
 
 def check_asked(legs: Sequence[Leg], k: Sequence[int], method: str) -> None:

@@ -63,7 +63,8 @@ def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -
     dictionary, or if there is nothing to judge.
     """
     root = suite.directory.root
-    legs = [leg for leg in suite.legs if leg.control_kind != "random" and suite.continuation_of(leg) is None]
+    of_suite = {leg.id for leg in suite.suite_legs}
+    legs = [leg for leg in suite.legs if leg.id in of_suite or leg.control_kind in ("equal_tokens", "full")]
     legs.sort(key=lambda leg: (_PREFERENCE.index(leg.control_kind), leg.seed, leg.id))
     available = sorted({leg.layer for leg in legs})
     missing = sorted(set(layers or ()) - set(available))

@@ -101,7 +101,7 @@ def document_of(session: Session, asked: MatrixQuestion, metrics: Mapping[Cell, 
     return Matrix(
         model=facts.name,
         revision=facts.revision,
-        module=session.plan.recipe.sites.module,
+        module=session.suite.modules,
         n_tokens=next(iter(metrics.values())).n_tokens,
         map_tokens=session.maps.tokens,
         asked=asked,
@@ -132,7 +132,7 @@ def question(session: Session, methods: Sequence[str], tokens: int, snapshots: b
     suite = session.suite
     wanted = tokens or min(session.plan.recipe.evaluate.tokens, MATRIX_TOKENS)
     ages = {}
-    for leg in suite.final_legs:
+    for leg in suite.suite_legs:
         ages[leg.id] = [suite.info(leg).tokens]
         if snapshots:
             ages[leg.id] += suite.directory.ages(leg)
@@ -140,20 +140,22 @@ def question(session: Session, methods: Sequence[str], tokens: int, snapshots: b
         tokens=min(wanted, int(session.corpus.test.size)),
         methods=sorted(methods),
         ce=wants_ce(session.plan),
-        dictionaries=suite.digest(suite.final_legs, snapshots=snapshots),
-        layers=[site.layer for site in suite.sites],
+        dictionaries=suite.digest(suite.suite_legs, snapshots=snapshots),
+        layers=sorted({leg.layer for leg in suite.legs}),
         legs=ages,
     )
 
 
 def cells_of(suite: PublishedSuite, method: str, snapshots: bool) -> Iterator[Cell]:
-    """All cells of a method; at home, where there is nothing to carry it over, a leg counts as the identity's."""
-    for leg in suite.final_legs:
+    """All cells of a method: every leg of the suite at the sites of its own kind.
+
+    At home, where there is nothing to carry it over, a leg counts as the identity's.
+    """
+    for leg in suite.suite_legs:
         age = suite.info(leg).tokens
-        for target in suite.sites:
+        targets = sorted({other.site for other in suite.legs if other.kind == leg.kind})
+        for target in targets:
             if target == leg.site and method != "identity":
-                continue
-            if leg.is_transcoder and target.module != leg.module:
                 continue
             yield Cell(leg.id, age, False, leg.site, target, method, leg.module_out)
             for snapshot_age in suite.directory.ages(leg) if snapshots else ():

@@ -64,7 +64,7 @@ def measures(session: Session, *, prompts: Path | None = None, tokens: int = 0) 
     document = Measures(
         model=facts.name,
         revision=facts.revision,
-        module=session.plan.recipe.sites.module,
+        module=session.suite.modules,
         n_tokens=load_features(session.suite.directory, session.suite.legs[0].id).facts.n_tokens,
         map_tokens=session.maps.tokens,
         asked=asked,
@@ -144,7 +144,7 @@ def comparisons_of(suite: PublishedSuite, versions: Sequence[LegVersion]) -> lis
     legs = finished(versions)
     comparisons = []
     for a, b in permutations(suite.one_per_site, 2):
-        if (a.module, a.module_out) == (b.module, b.module_out):
+        if a.kind == b.kind:
             comparisons.append(Comparison("suite", legs[a.id], legs[b.id], about=legs[b.id]))
     for version in versions:
         others: list[tuple[Literal["hop", "scratch"], LegVersion]] = []
@@ -276,21 +276,28 @@ def score_of(metric: str, transferred: float | None, zero_shot: float | None, sc
 
 
 def offsets(suite: PublishedSuite, matrix: Matrix) -> list[OffsetMean]:
-    """Means by layer offset of metrics and methods of matrix.json: of finished legs, then of snapshots by age."""
-    legs = {leg.id for leg in suite.one_per_site}
-    cells = [cell for cell in matrix.cells if cell.leg in legs]
-    ages = sorted({cell.tokens for cell in cells if cell.snapshot})
+    """Means by layer offset of metrics and methods of matrix.json, by kind: of finished legs, then of snapshots."""
     rows = []
-    for age in (None, *ages):
-        of_age = [cell for cell in cells if (cell.tokens if cell.snapshot else None) == age]
-        methods = dict.fromkeys(cell.method for cell in of_age)
-        for metric in OFFSET_METRICS:
-            for method in methods:
-                for offset, values in values_by_offset(of_age, metric, method).items():
-                    mean = sum(values) / len(values)
-                    rows.append(
-                        OffsetMean(metric=metric, method=method, tokens=age, offset=offset, mean=mean, n=len(values))
-                    )
+    for kind in suite.kinds:
+        legs = {leg.id for leg in suite.one_per_site if leg.kind == kind}
+        cells = [cell for cell in matrix.cells if cell.leg in legs]
+        ages = sorted({cell.tokens for cell in cells if cell.snapshot})
+        for age in (None, *ages):
+            of_age = [cell for cell in cells if (cell.tokens if cell.snapshot else None) == age]
+            for metric in OFFSET_METRICS:
+                for method in dict.fromkeys(cell.method for cell in of_age):
+                    for offset, values in values_by_offset(of_age, metric, method).items():
+                        rows.append(
+                            OffsetMean(
+                                kind=str(kind),
+                                metric=metric,
+                                method=method,
+                                tokens=age,
+                                offset=offset,
+                                mean=sum(values) / len(values),
+                                n=len(values),
+                            )
+                        )
     return rows
 
 

@@ -104,7 +104,7 @@ class SiteMaps:
 
     def moments(self, pairs: Iterable[SitePair]) -> Iterator[tuple[SitePair, Moments]]:
         """The moments of each pair of the plan's sites, one pair after the other."""
-        wanted = list(dict.fromkeys(pairs))
+        wanted = sorted(dict.fromkeys(pairs), key=lambda pair: (pair[0].module, pair[1].module))
         at_once = passes(self.plan, combinations(self.plan.sites, 2))
         if wanted and self.everything is None and len(at_once) == 1:
             self.everything = self._gather(at_once[0])

@@ -34,8 +34,9 @@ from saerelay.site import Site
 class Suite(PublishedSuite):
     """The published dictionaries of a run, by site or by leg id, and everything that can be done with them.
 
-    A site with several legs gives the one that stands for it: neither a control nor continued by another leg. If seeds
-    leave more than one, the error lists them.
+    A site with several legs gives the one that stands for it: neither a control nor continued by another leg, and of
+    several tiers the one with the recipe's own L0; `suite[site, k]` is another tier. If seeds leave more than one, the
+    error lists them.
 
     Every analysis writes a file of the run directory and returns it as a type; what is on file for the same question is
     read, not measured again. The language model is loaded when it is first needed, and kept.
@@ -115,7 +116,8 @@ class Suite(PublishedSuite):
                 model.generate(**inputs)
             z = attached[3].latents()                    # (B, C, F), prompt and generated tokens
 
-        See `saerelay.attach`; `leave_alone` is by default the BOS that the run put in front of its sequences. `model`
+        Of a suite with several kinds of sites it takes the first. See `saerelay.attach`, which takes any SAEs by site;
+        `leave_alone` is by default the BOS that the run put in front of its sequences. `model`
         is the one that the suite was trained on, or another with as many layers of that width, such as one fine-tuned
         from it. Raises ModelError for any other, and RunDirectoryError for a layer without an SAE.
         """
@@ -123,11 +125,11 @@ class Suite(PublishedSuite):
             model = model.hf_model
         self._check_shape(model)
 
-        module = self.plan.recipe.sites.module
+        kind = self.plan.recipe.sites.first_kind
         if layers is None:
-            legs = self.one_per_site
+            legs = [leg for leg in self.one_per_site if leg.kind == kind] or self.one_per_site
         else:
-            legs = [self.leg_at(Site(layer, module)) for layer in layers]
+            legs = [self.leg_at(Site(layer, kind.module), kind=kind) for layer in layers]
         transcoders = [leg.id for leg in legs if leg.is_transcoder]
         if transcoders:
             raise ModelError(

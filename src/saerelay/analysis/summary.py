@@ -55,6 +55,7 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
         method=suite.method(leg),
         parent=leg.parent or None,
         n_latents=leg.dictionary.n_latents,
+        target_l0=leg.dictionary.l0,
         lr=leg.schedule.lr if info.lr is None else info.lr,
         seed=leg.seed,
         origin=suite.origin(leg),
@@ -90,7 +91,8 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     root_tokens = plan.recipe.plan.root_tokens
     without_controls = plan_cost(plan.without_controls())
     everything = plan_cost(plan)
-    from_scratch = plan_cost(plan.all_from_scratch())
+    all_from_scratch = plan.all_from_scratch()
+    from_scratch = plan_cost(all_from_scratch)
 
     run_cost = RunCost.load_if_any(suite.directory.cost)
     seconds = run_cost.seconds if run_cost else None
@@ -121,7 +123,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
             sae_samples=from_scratch.sae_samples,
             flops=from_scratch.flops,
             lm_flops=from_scratch.lm_flops,
-            seconds_estimate=seconds_per_layer * len({leg.site for leg in plan.legs}) + lm_share * lm,
+            seconds_estimate=seconds_per_layer * len(all_from_scratch.legs) + lm_share * lm,
         ),
         controls=ControlCost(
             sae_samples=everything.sae_samples - without_controls.sae_samples,

@@ -289,7 +289,7 @@ def charges_of(question: Question, share: float) -> Charges:
     recipe = question.recipe
     facts = question.facts
     survey = question.survey
-    width = facts.width(Site(0, recipe.sites.module))
+    width = facts.width(Site(0, recipe.sites.first_kind.module))
     flops_per_step, _ = step_flops(recipe.dictionary.sized(width), facts, width)
     prices = {  # of a training sample, and of an operation of the language model
         "tokens": (1.0, 0.0),
@@ -314,7 +314,7 @@ def tree_legs(tree: Tree, recipe: Recipe, survey: Survey) -> list[LegSpec]:
     batch = recipe.train.batch_tokens
     ids = {}
     for layer, parent in tree.parents.items():
-        name = str(Site(layer, recipe.sites.module))
+        name = recipe.sites.first_kind.leg_name(layer)
         ids[layer] = name if parent is None else f"{name}-from-L{parent}"
     legs = []
     for layer, parent in sorted(tree.parents.items()):
@@ -364,5 +364,5 @@ def written_out(recipe: Recipe, survey: Survey, choice: Choice) -> Recipe:
     for layer in recipe.plan.controls:
         transfers = [leg for leg in legs if leg.layer == layer and leg.hop]
         if transfers:
-            legs += control_legs(recipe, layer, transfers)
+            legs += control_legs(recipe, recipe.sites.first_kind.leg_name(layer), transfers)
     return with_legs(recipe, survey, legs)

@@ -1,7 +1,7 @@
 """From a recipe to a plan: every leg settled (`legs.py`), then placed on the axis of token positions (`placing.py`)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saerelay.errors import PlanError
@@ -10,7 +10,7 @@ from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import Setting, module_out_of, settled_leg, site_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
-from saerelay.planning.presets import preset_legs
+from saerelay.planning.presets import Place, preset_legs
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import WITHOUT_MAP, LegMethod
 from saerelay.site import Site
@@ -25,24 +25,24 @@ def compile_plan(
     facts: ModelFacts,
     *,
     externals: dict[str, External] | None = None,
+    parents: Mapping[Place, str] | None = None,
     memory_bytes: float = math.inf,
     finished: Plan | None = None,
 ) -> Plan:
     """Turn a recipe into a plan; raises PlanError if it cannot be run.
 
-    `externals` describes the parents outside the plan. Legs are started as early as their parents and `memory_bytes`
-    (training state of all live legs) allow. With a `finished` plan, its legs stay as they are and what the recipe adds
-    starts where it ended: new legs, and for a leg that got a larger budget one that continues it (its rate warms up and
-    decays again, so the result is not that of a longer first run).
+    `externals` describes the parents outside the plan, and `parents` names those that `plan.parents` asks for. Legs are
+    started as early as their parents and `memory_bytes` (training state of all live legs) allow. With a `finished`
+    plan, its legs stay as they are and what the recipe adds starts where it ended: new legs, and for a leg that got a
+    larger budget one that continues it (its rate warms up and decays again, so the result is not that of a longer first
+    run).
     """
     layers = _check_layers(recipe, facts)
     if finished and not recipe.plan.roots:
         recipe = _with_roots_of(recipe, finished)
-    specs = recipe.plan.legs or preset_legs(recipe, layers)
-    if recipe.plan.legs and recipe.plan.controls:
-        raise PlanError(
-            "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
-        )
+    specs = recipe.plan.legs or preset_legs(recipe, layers, parents)
+    if recipe.plan.legs:
+        _check_nothing_else(recipe)
     for spec in specs:
         site = site_of(spec, recipe)
         facts.check_site(site)
@@ -78,6 +78,21 @@ def compile_plan(
     _check_length(plan)
     _check_widths(plan)
     return plan
+
+
+def _check_nothing_else(recipe: Recipe) -> None:
+    """Raise PlanError where something is asked for that only presets have, beside a plan written leg by leg."""
+    plan = recipe.plan
+    if plan.controls:
+        raise PlanError(
+            "plan.controls belongs to the presets; with [[plan.legs]], write controls as legs with control_of"
+        )
+    if plan.tier.tiers:
+        raise PlanError(
+            "plan.tiers belongs to the presets; with [[plan.legs]], write tiers as legs with a parent and their own k"
+        )
+    if plan.hop.parents:
+        raise PlanError("plan.parents belongs to the presets; with [[plan.legs]], each leg names its own parent")
 
 
 def _check_length(plan: Plan) -> None:
@@ -123,7 +138,7 @@ def _probe_layer(recipe: Recipe, facts: ModelFacts) -> int | None:
     """
     if not recipe.data.outlier_norm:
         return None
-    module = recipe.sites.written
+    module = recipe.sites.first_kind.written
     readable = [layer for layer in range(facts.n_layers) if str(Site(layer, module)) not in facts.sites.refusals]
     if not readable:
         raise PlanError(

@@ -46,10 +46,12 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
         )
     dictionary = _settled_dictionary(spec, setting, parent, external)
     if dictionary.skip_connection and not module_out:
-        raise PlanError(
-            f"leg {spec.id}: dictionary.skip_connection belongs to transcoders, and this SAE reconstructs what it "
-            'reads; set sites.module = "mlp_in" and sites.module_out = "mlp_out", or leave it out'
-        )
+        if not any(kind.module_out for kind in recipe.sites.kinds):
+            raise PlanError(
+                f"leg {spec.id}: dictionary.skip_connection belongs to transcoders, and this SAE reconstructs what it "
+                'reads; set sites.module = "mlp_in" and sites.module_out = "mlp_out", or leave it out'
+            )
+        dictionary = dictionary.changed(skip_connection=False)
     parent_site = source.site if source else None
     role: Role = "transfer" if hop else "root"
     return Leg(
@@ -69,14 +71,14 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
 
 def site_of(spec: LegSpec, recipe: Recipe) -> Site:
     """Where a leg reads."""
-    return Site(spec.layer, spec.module or recipe.sites.module)
+    return Site(spec.layer, spec.module or recipe.sites.first_kind.module)
 
 
 def module_out_of(spec: LegSpec, recipe: Recipe) -> ModuleKind | None:
     """What a leg reconstructs, if it is a transcoder: what it says itself, or, if it names no module, the recipe."""
     module_out = spec.module_out
     if module_out is None and spec.module is None:
-        module_out = recipe.sites.module_out
+        module_out = recipe.sites.first_kind.module_out
     site = site_of(spec, recipe)
     return module_out if module_out and module_out != site.module else None
 

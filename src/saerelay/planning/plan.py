@@ -23,7 +23,7 @@ from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import ControlKind, LegId
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import LegMethod, SizedDictionarySpec
-from saerelay.site import ModuleKind, Site
+from saerelay.site import ModuleKind, Site, SiteKind
 from saerelay.spec import Positive, Spec, Whole
 
 COPY_RATE = 1 / 8
@@ -149,6 +149,11 @@ class Leg(Spec):
         return self.out_at(self.site)
 
     @property
+    def kind(self) -> SiteKind:
+        """What it reads and reconstructs, at whichever layer."""
+        return SiteKind(self.module, self.module_out)
+
+    @property
     def is_transcoder(self) -> bool:
         """Whether it reconstructs something else than it reads."""
         return self.module_out is not None
@@ -254,7 +259,7 @@ class Plan(Document):
     @property
     def probe_site(self) -> Site | None:
         """Where outlier norms are looked for: for transcoders in what they reconstruct, which no norm evens out."""
-        return None if self.probe is None else Site(self.probe, self.recipe.sites.written)
+        return None if self.probe is None else Site(self.probe, self.recipe.sites.first_kind.written)
 
     def open_sites(self, start: int, stop: int, ended: Container[str] = ()) -> list[Site]:
         """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop.
@@ -306,11 +311,11 @@ class Plan(Document):
     def all_from_scratch(self) -> Self:
         """What a plan is compared with: each of its sites from scratch, at the same time, with `plan.root_tokens`.
 
-        Every site has the dictionary that the plan ends with there. Controls do not count.
+        Every site has the dictionary that the plan ends with there, for each kind and each L0. Controls do not count.
         """
-        last_at_site = {leg.site: leg for leg in self.legs if not leg.control}
+        last_of_place = {(leg.site, leg.kind, leg.dictionary.l0): leg for leg in self.legs if not leg.control}
         legs = []
-        for leg in last_at_site.values():
+        for leg in last_of_place.values():
             batch = leg.schedule.batch_tokens
             budget = batch * math.ceil(self.recipe.plan.root_tokens / batch)
             schedule = Schedule(
@@ -346,6 +351,14 @@ class Plan(Document):
                 l0 = now.l0  # where one of them is not known, they count as equal
         shape = (before.architecture, before.n_latents, l0)
         return shape != (now.architecture, now.n_latents, now.l0)
+
+    def tier_of(self, leg: Leg) -> str:
+        """The leg of its own site that a leg is a copy of at another L0; "" if it is none."""
+        if not self.has(leg.parent):
+            return ""
+        parent = self.leg(leg.parent)
+        same_place = (parent.site, parent.module_out) == (leg.site, leg.module_out)
+        return parent.id if same_place and parent.dictionary.l0 != leg.dictionary.l0 else ""
 
     def origin(self, leg: Leg) -> Literal["scratch", "from below", "from above", "same layer"]:
         """Where a leg's latents come from; one that continues another leg of its layer has that one's origin."""

@@ -1,11 +1,11 @@
 """Presets: the legs that one word means, as if they had been written out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from saerelay.errors import PlanError
-from saerelay.planning.leg_spec import ControlKind, LegControl, LegHop, LegSpec
+from saerelay.planning.leg_spec import ControlKind, LegControl, LegDictionary, LegHop, LegSpec
 from saerelay.planning.recipe import Recipe
-from saerelay.site import Site
+from saerelay.site import SiteKind
 
 
 def hub_of(layers: Sequence[int]) -> int:
@@ -13,52 +13,118 @@ def hub_of(layers: Sequence[int]) -> int:
     return layers[5 * len(layers) // 8]
 
 
-def preset_legs(recipe: Recipe, layers: Sequence[int]) -> list[LegSpec]:
-    """The legs that the recipe's preset means.
+Place = tuple[SiteKind, int, float | None]
+"""A kind of site, a layer, and the L0 that is asked for there."""
 
+
+def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, str] | None = None) -> list[LegSpec]:
+    """The legs that the recipe's preset means: for each kind of site, with its tiers and then its controls.
+
+    With `parents`, the directories of another run's SAEs, each layer continues the one that it has there instead.
     Raises PlanError where a root is not among the layers, or a control has nothing to be compared with.
     """
     plan = recipe.plan
     strangers = sorted(set(plan.roots) - set(layers))
     if strangers:
         raise PlanError(f"plan.roots names layer {strangers[0]}, which is not among sites.layers ({layers})")
+    legs = []
+    for kind in recipe.sites.kinds:
+        if parents is None:
+            suite = _suite_legs(recipe, kind, layers)
+        else:
+            suite = _continuing_legs(recipe, kind, layers, parents)
+        legs += suite
+        legs += _tier_legs(recipe, kind, suite, parents or {})
+        for layer in plan.controls:
+            transfers = [leg for leg in suite if leg.layer == layer and leg.hop]
+            legs += control_legs(recipe, kind.leg_name(layer), transfers)
+    return legs
+
+
+def _suite_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[LegSpec]:
+    """The roots and the transfers of one kind of site."""
+    plan = recipe.plan
     parents = preset_parents(recipe, layers)
     roots = [layer for layer in sorted(layers) if layer not in parents or plan.preset == "paper"]
-    legs = [LegSpec(id=_name(recipe, layer), layer=layer, tokens=plan.root_tokens) for layer in roots]
+    legs = [_leg(kind, layer, kind.leg_name(layer), plan.root_tokens) for layer in roots]
     for layer, sources in sorted(parents.items()):
         for source in sources:
-            parent = _name(recipe, source)
+            parent = kind.leg_name(source)
             if source not in roots:
                 parent += f"-from-L{parents[source][0]}"
-            legs.append(
-                LegSpec(
-                    id=f"{_name(recipe, layer)}-from-L{source}",
-                    layer=layer,
-                    tokens=plan.transfer_tokens,
-                    hop=LegHop(parent=parent, fork_at=plan.hop.fork_at),
-                )
+            hop = LegHop(parent=parent, fork_at=plan.hop.fork_at)
+            legs.append(_leg(kind, layer, f"{kind.leg_name(layer)}-from-L{source}", plan.transfer_tokens, hop))
+    return legs
+
+
+def _leg(kind: SiteKind, layer: int, name: str, tokens: int, hop: LegHop | None = None) -> LegSpec:
+    return LegSpec(
+        id=name,
+        layer=layer,
+        module=kind.module,
+        module_out=kind.module_out or "",
+        tokens=tokens,
+        hop=hop,
+    )
+
+
+def _continuing_legs(
+    recipe: Recipe, kind: SiteKind, layers: Sequence[int], parents: Mapping[Place, str]
+) -> list[LegSpec]:
+    """A copy of each layer's SAE of another run, that is trained on here: such as for an instruction-tuned model."""
+    own = recipe.dictionary.l0
+    legs = []
+    for layer in layers:
+        if (kind, layer, own) not in parents:
+            others = [f"{l0:g}" for of_kind, at, l0 in parents if (of_kind, at) == (kind, layer) and l0]
+            at_l0 = f" of L0 {own:g}, only of {', '.join(others)}" if own and others else ""
+            raise PlanError(
+                f"plan.parents: {recipe.plan.hop.parents} has no SAE at {kind.leg_name(layer)}{at_l0}; set sites and "
+                "the k of dictionary to what that run has"
             )
-    for layer in plan.controls:
-        transfers = [leg for leg in legs if leg.layer == layer and leg.hop]
-        legs += control_legs(recipe, layer, transfers)
+        hop = LegHop(parent=parents[kind, layer, own], method="identity")
+        legs.append(_leg(kind, layer, kind.leg_name(layer), recipe.plan.transfer_tokens, hop))
+    return legs
+
+
+# --- tiers and controls -------------------------------------------------------------------------------------------
+
+
+def _tier_legs(recipe: Recipe, kind: SiteKind, suite: Sequence[LegSpec], parents: Mapping[Place, str]) -> list[LegSpec]:
+    """For each leg its copies at the other L0 of `plan.tiers`: of the parent that has it, or else of the leg itself.
+
+    Raises PlanError for an architecture whose L0 follows from a penalty.
+    """
+    own = recipe.dictionary.l0
+    tiers = recipe.plan.tier.tiers
+    if tiers and own is None:
+        raise PlanError(
+            f"plan.tiers asks for L0 {tiers}, and that of {recipe.dictionary.architecture} follows from a penalty; "
+            "choose another architecture, or leave plan.tiers out"
+        )
+    tokens = recipe.plan.tier.tier_tokens
+    if tokens == "auto":
+        tokens = recipe.plan.transfer_tokens
+    legs = []
+    for leg in suite:
+        for k in sorted(set(tiers)):
+            if k == own:
+                continue
+            hop = LegHop(parent=parents.get((kind, leg.layer, k), leg.id), method="identity")
+            legs.append(leg.changed(id=f"{leg.id}-k{k}", tokens=tokens, hop=hop, dictionary=LegDictionary(k=k)))
     return legs
 
 
 _CONTROL_NAMES: dict[ControlKind, str] = {"equal_tokens": "scratch-equal", "full": "scratch-full", "random": "random"}
 
 
-def _name(recipe: Recipe, layer: int) -> str:
-    sites = recipe.sites
-    if (sites.module, sites.module_out) == ("mlp_in", "mlp_out"):
-        return f"L{layer}.transcoder"
-    site = str(Site(layer, sites.module))
-    return f"{site}-to-{sites.written}" if sites.are_of_transcoders else site
+def control_legs(recipe: Recipe, name: str, transfers: Sequence[LegSpec]) -> list[LegSpec]:
+    """The controls of the transfers to a site, of the kinds that the plan asks for; `name` is how its legs begin.
 
-
-def control_legs(recipe: Recipe, layer: int, transfers: list[LegSpec]) -> list[LegSpec]:
-    """The controls of a layer that is reached by transfers, of the kinds that the plan asks for."""
+    Raises PlanError where there is no transfer.
+    """
     if not transfers:
-        raise PlanError(f"plan.controls names layer {layer}, which is not reached by a transfer in this plan")
+        raise PlanError(f"plan.controls names {name}, which is not reached by a transfer in this plan")
     transfer = transfers[0]
     legs = []
     for kind in recipe.plan.control_kinds:
@@ -69,8 +135,10 @@ def control_legs(recipe: Recipe, layer: int, transfers: list[LegSpec]) -> list[L
             hop = transfer.hop.changed(method="random", refit=True)
         legs.append(
             LegSpec(
-                id=f"{_name(recipe, layer)}-{_CONTROL_NAMES[kind]}",
-                layer=layer,
+                id=f"{name}-{_CONTROL_NAMES[kind]}",
+                layer=transfer.layer,
+                module=transfer.module,
+                module_out=transfer.module_out,
                 tokens=tokens,
                 hop=hop,
                 control=LegControl(control_of=transfer.id, control_kind=kind),

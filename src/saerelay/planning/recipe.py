@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, MethodOrAuto
-from saerelay.site import ModuleKind
+from saerelay.site import KindName, ModuleKind, SiteKind
 from saerelay.spec import Auto, Count, OrAuto, Spec, parse_count
 
 Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "paper", "auto"]
@@ -56,23 +56,43 @@ class SitesSpec(Spec):
     """Which activations get an SAE."""
 
     layers: Literal["all"] | list[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
-    module: ModuleKind = Field(
-        default="resid_post", description="resid_post, resid_pre, mlp_in, mlp_out, attn_out or attn_z"
+    module: KindName | list[KindName] = Field(
+        default="resid_post",
+        description="resid_post, resid_pre, mlp_in, mlp_out, attn_out, attn_z or transcoder (the MLP's); or a list of "
+        "them, for all of which the plan is repeated in one pass of the language model",
     )
     module_out: ModuleKind | Literal[""] = Field(
         default="",
         description='what is reconstructed, if not what is read: "mlp_out", with module = "mlp_in", makes transcoders',
     )
 
-    @property
-    def written(self) -> ModuleKind:
-        """What is reconstructed."""
-        return self.module_out or self.module
+    @model_validator(mode="after")
+    def _kinds_are_clear(self) -> "SitesSpec":
+        if not self.module:
+            raise ValueError('module is an empty list; write "resid_post", or a list of kinds of sites')
+        if self.module_out and (isinstance(self.module, list) or self.module == "transcoder"):
+            raise ValueError(
+                f'module_out = "{self.module_out}" goes with one module; leave it out, and name MLP transcoders '
+                '"transcoder" in module'
+            )
+        if isinstance(self.module, list) and len(set(self.module)) < len(self.module):
+            raise ValueError(f"module names a kind twice: {', '.join(self.module)}")
+        return self
 
     @property
-    def are_of_transcoders(self) -> bool:
-        """Whether something else is reconstructed than is read."""
-        return self.written != self.module
+    def kinds(self) -> list[SiteKind]:
+        """What is read and reconstructed, a kind for each suite of SAEs."""
+        if isinstance(self.module, list):
+            return [SiteKind.named(name) for name in self.module]
+        kind = SiteKind.named(self.module)
+        if self.module_out and self.module_out != kind.module:
+            kind = SiteKind(kind.module, self.module_out)
+        return [kind]
+
+    @property
+    def first_kind(self) -> SiteKind:
+        """The kind that is meant where a layer is named and nothing else."""
+        return self.kinds[0]
 
 
 class DatasetSpec(Spec):
@@ -137,10 +157,28 @@ class HopSpec(Spec):
     fork_at: ShareOrCount = Field(
         default=1.0, description="when transfers branch off their parent: a share of its tokens, or a count"
     )
+    parents: str = Field(
+        default="",
+        description="another run's directory: its SAEs are continued here, layer by layer, instead of a preset's legs; "
+        'such as for an instruction-tuned model; "" for none',
+    )
     reuse: int = Field(
         default=1,
         ge=1,
         description="how many times a transfer trains on each block: more samples from fewer tokens",
+    )
+
+
+class TierSpec(Spec):
+    """At which other L0 the suite is published."""
+
+    tiers: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[],
+        description="other numbers of active latents, such as [16, 64]: each SAE also as a copy that is trained on at "
+        "that k",
+    )
+    tier_tokens: OrAuto[Count] = Field(
+        default="auto", description='training tokens of such a copy; "auto": as many as a transfer'
     )
 
 
@@ -175,7 +213,7 @@ class AutoSpec(Spec):
 class PlanSpec(Spec):
     """Which layers are trained from scratch, which are transferred from which, and on how many tokens."""
 
-    inline = ("auto", "hop")
+    inline = ("auto", "hop", "tier")
 
     preset: Preset = Field(default="hub", description="scratch, forward, backward, alternate, hub, paper or auto")
     auto: AutoSpec = AutoSpec()
@@ -197,6 +235,7 @@ class PlanSpec(Spec):
         default=["equal_tokens", "full"],
         description="which controls: equal_tokens, full, random (a random dictionary, refitted as after a hop)",
     )
+    tier: TierSpec = TierSpec()
     legs: list[LegSpec] = Field(
         default=[], description="[[plan.legs]]: a plan written leg by leg, instead of a preset; see docs/plans.md"
     )

@@ -135,7 +135,7 @@ def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.in
 def pilot_tokens(recipe: Recipe, facts: ModelFacts) -> int:
     """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
     root_tokens = recipe.plan.root_tokens
-    width = facts.width(Site(0, recipe.sites.module))
+    width = facts.width(Site(0, recipe.sites.first_kind.module))
     n_latents = recipe.dictionary.sized(width).n_latents
     return max(root_tokens // 10, min(root_tokens // 4, TOKENS_PER_LATENT * n_latents))
 

@@ -11,14 +11,15 @@ from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Origin
 from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.sae.dictionary import Dictionary
-from saerelay.site import Site
+from saerelay.site import Site, SiteKind
 
 
 class PublishedSuite:
     """The published dictionaries of a run, by site or by leg id.
 
-    A site with several legs gives the one that stands for it: neither a control nor continued by another leg. If seeds
-    leave more than one, the error lists them.
+    A site with several legs gives the one that stands for it: neither a control nor continued by another leg, and of
+    several tiers the one with the recipe's own L0; `suite[site, k]` is another tier. If seeds leave more than one, the
+    error lists them.
     """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
@@ -34,19 +35,44 @@ class PublishedSuite:
 
     @property
     def final_legs(self) -> list[Leg]:
-        """The legs that are neither controls nor continued by another, by site; several per site if seeds differ."""
-        legs = self.legs
-        continued = {(leg.parent, leg.site) for leg in legs}
-        final = [leg for leg in legs if leg.role != "control" and (leg.id, leg.site) not in continued]
-        return sorted(final, key=lambda leg: leg.site)
+        """The legs that are neither controls nor continued by another, kind by kind and layer by layer.
+
+        There are several per site if seeds differ, or if the suite has tiers.
+        """
+        final = [leg for leg in self.legs if leg.role != "control" and not self.continuation_of(leg)]
+        kinds = self.kinds
+        return sorted(final, key=lambda leg: (kinds.index(leg.kind), leg.site))
+
+    @property
+    def suite_legs(self) -> list[Leg]:
+        """The final legs of the suite's own tier, which analyses compare across layers; several if seeds differ."""
+        by_place: dict[tuple[Site, SiteKind], list[Leg]] = {}
+        for leg in self.final_legs:
+            by_place.setdefault((leg.site, leg.kind), []).append(leg)
+        return [leg for legs in by_place.values() for leg in self._of_own_l0(legs)]
 
     @property
     def one_per_site(self) -> list[Leg]:
-        """The leg that stands for each site: the first in the plan of `final_legs`."""
-        first: dict[Site, Leg] = {}
-        for leg in self.final_legs:
-            first.setdefault(leg.site, leg)
+        """The leg that stands for each site and kind: the first in the plan of `suite_legs`."""
+        first: dict[tuple[Site, SiteKind], Leg] = {}
+        for leg in self.suite_legs:
+            first.setdefault((leg.site, leg.kind), leg)
         return list(first.values())
+
+    def _of_own_l0(self, legs: list[Leg]) -> list[Leg]:
+        """Those of some legs that have the L0 of the recipe; all, if none has."""
+        own = self.plan.recipe.dictionary.l0
+        return [leg for leg in legs if leg.dictionary.l0 == own] or legs
+
+    @property
+    def kinds(self) -> list[SiteKind]:
+        """The kinds of sites with a published leg, in the order of the plan."""
+        return list(dict.fromkeys(leg.kind for leg in self.legs))
+
+    @property
+    def modules(self) -> str:
+        """What is read, in words: "resid_post", or "resid_post, mlp_out, mlp_in"."""
+        return ", ".join(dict.fromkeys(kind.module for kind in self.kinds))
 
     @property
     def sites(self) -> list[Site]:
@@ -67,12 +93,17 @@ class PublishedSuite:
             return "random dictionary, refitted"
         if method == "scratch":
             return f"from scratch: no map from {leg.parent} helped"
+        if self.plan.tier_of(leg):
+            return f"{leg.parent} at L0 {leg.dictionary.l0:g}"
         return f"{method_of(leg, method)} from {leg.parent}"
 
     def continuation_of(self, leg: Leg) -> Leg | None:
-        """The leg that continues another one at the same site, as `saerelay train --extend` makes them."""
+        """The leg that continues another one at the same site, as `saerelay train --extend` makes them.
+
+        A copy at another L0 is no continuation, but another tier.
+        """
         for other in self.legs:
-            if other.parent == leg.id and other.site == leg.site:
+            if other.parent == leg.id and other.site == leg.site and not self.plan.tier_of(other):
                 return other
         return None
 
@@ -81,10 +112,12 @@ class PublishedSuite:
         return [other for other in self.legs if other.control_of == leg.id]
 
     def scratch_counterparts(self, leg: Leg) -> list[Leg]:
-        """The legs from scratch that a transferred one is compared with: its controls, and roots at its site."""
+        """The legs from scratch that a transferred one is compared with: its controls, and roots in its place."""
         counterparts = []
+        place = (leg.site, leg.kind, leg.dictionary.l0)
         for other in self.legs:
-            is_root = other.role == "root" and not other.parent and other.site == leg.site
+            is_root = other.role == "root" and not other.parent
+            is_root = is_root and (other.site, other.kind, other.dictionary.l0) == place
             is_control = other.control_of == leg.id and other.control_kind != "random"
             if is_control or is_root:
                 counterparts.append(other)
@@ -105,15 +138,18 @@ class PublishedSuite:
         return max(lower, key=lambda other: other.layer, default=None)
 
     def _same_module(self, leg: Leg) -> list[Leg]:
-        kind = (leg.module, leg.module_out)
-        return [other for other in self.one_per_site if (other.module, other.module_out) == kind]
+        return [other for other in self.one_per_site if other.kind == leg.kind]
 
     # --- one of them ------------------------------------------------------------------------------------------------
 
-    def leg_at(self, site: Site) -> Leg:
-        """The leg that stands for a site."""
+    def leg_at(self, site: Site, k: float | None = None, kind: SiteKind | None = None) -> Leg:
+        """The leg that stands for a site; or its tier of L0 `k`, or the leg of one `kind` where several read there."""
         at_site = [leg for leg in self.legs if leg.site == site]
-        final = [leg for leg in self.final_legs if leg.site == site]
+        final = [leg for leg in self.final_legs if leg.site == site and kind in (None, leg.kind)]
+        if k is None:
+            final = self._of_own_l0(final)
+        else:
+            final = [leg for leg in final if leg.dictionary.l0 == k]
         if len(final) == 1:
             return final[0]
         root = self.directory.root
@@ -121,7 +157,8 @@ class PublishedSuite:
             sites = ", ".join(str(each) for each in self.sites) or "none"
             raise RunDirectoryError(f"{root}: no dictionary at {site}; the run has dictionaries at: {sites}")
         names = ", ".join(leg.id for leg in at_site)
-        raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}: {names}; ask for one by its id")
+        of_tier = "" if k is None else f", and {len(final) or 'none'} of L0 {k:g}"
+        raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}{of_tier}: {names}; ask for one by its id")
 
     def leg(self, name: str) -> Leg:
         """The leg with an id, or, for a number, the one that stands for that layer."""
@@ -129,7 +166,8 @@ class PublishedSuite:
         if name in published:
             return published[name]
         if name.isdecimal():
-            return self.leg_at(Site(int(name), self.plan.recipe.sites.module))
+            kind = self.plan.recipe.sites.first_kind
+            return self.leg_at(Site(int(name), kind.module), kind=kind)
         names = ", ".join(published) or "none"
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; the published legs are: {names}')
 
@@ -162,9 +200,11 @@ class PublishedSuite:
         """A leg's dictionary at an earlier age, in tokens."""
         return read_dictionary(self.directory.snapshot(leg.id, age))[0]
 
-    def __getitem__(self, key: Site | str) -> Dictionary:
-        leg = self.leg_at(key) if isinstance(key, Site) else self.leg(key)
-        return self.dictionary(leg)
+    def __getitem__(self, key: Site | str | tuple[Site, float]) -> Dictionary:
+        if isinstance(key, str):
+            return self.dictionary(self.leg(key))
+        site, k = key if isinstance(key, tuple) else (key, None)
+        return self.dictionary(self.leg_at(site, k))
 
     def __iter__(self) -> Iterator[str]:
         return (leg.id for leg in self.legs)

@@ -6,7 +6,8 @@ Tables, figures, the report and the model card use these; the report's data file
 from typing import Any
 
 from saerelay.runs.documents.latents import STATUSES
-from saerelay.runs.documents.quality import Summary
+from saerelay.runs.documents.quality import LegSummary, Summary
+from saerelay.views.text import listed
 
 _FVU = "E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not broken between lines
 
@@ -99,16 +100,41 @@ def leading_metric(summary: Summary) -> str:
 
 def misleading_fvu(summary: Summary) -> str:
     """A sentence on the layers where FVU is mostly about one dimension; "" if there are none."""
-    layers = []
-    for leg in summary.suite:
-        if leg.largest_dimension is not None and leg.largest_dimension > LARGE_DIMENSION:
-            layers.append(f"{leg.layer} ({100 * leg.largest_dimension:.0f} %)")
-    if not layers:
+    places = []
+    for kind in summary.kinds:
+        layers = []
+        for leg in summary.of_kind(kind).suite:
+            if leg.largest_dimension is not None and leg.largest_dimension > LARGE_DIMENSION:
+                layers.append(f"{leg.layer} ({100 * leg.largest_dimension:.0f} %)")
+        if layers:
+            of_kind = f" of {kind}" if len(summary.kinds) > 1 else ""
+            places.append(f"layers {', '.join(layers)}{of_kind}")
+    if not places:
         return ""
     return (
-        f"FVU says little where one dimension holds much of the variance, as at layers {', '.join(layers)}: compare "
+        f"FVU says little where one dimension holds much of the variance, as at {'; '.join(places)}: compare "
         "SAEs of a layer by ΔCE, or by balanced FVU, which weighs all dimensions alike."
     )
+
+
+def place_name(summary: Summary, leg: LegSummary) -> str:
+    """Where a leg stands, in words: "layer 4", and its kind and its L0 where the run has several."""
+    name = f"layer {leg.layer}"
+    if len(summary.kinds) > 1:
+        name += f", {leg.kind}"
+    if summary.is_other_tier(leg):
+        name += f", L0 {leg.target_l0:g}"
+    return name
+
+
+def mean_l0(summary: Summary) -> str:
+    """The mean L0 of a run's SAEs, tier by tier: "16", or "8, 16 and 32"."""
+    of_tier: dict[float | None, list[float]] = {}
+    for leg in summary.final_legs:
+        tier = leg.target_l0 if summary.is_other_tier(leg) else None
+        if leg.l0 is not None:
+            of_tier.setdefault(tier, []).append(leg.l0)
+    return listed([f"{mean:.3g}" for mean in sorted(sum(l0) / len(l0) for l0 in of_tier.values())])
 
 
 def carried(method: str) -> str:

@@ -65,7 +65,7 @@ def hop_run(
     source that cannot be read.
     """
     paths = RunDirectory(Path(out))
-    target = Site(layer, recipe.sites.module)
+    target = Site(layer, recipe.sites.first_kind.module)
     dictionary, origin = read_any(source, format=format, site=site)
     if not origin.site:
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")

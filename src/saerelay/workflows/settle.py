@@ -21,10 +21,12 @@ from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import External, Plan
+from saerelay.planning.presets import Place
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.runs.state import state_facts
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 
 FREE_TO_CHANGE = {
@@ -58,14 +60,17 @@ def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
     With a `finished` plan, what the recipe adds to it is placed after its end.
     """
     facts = read_facts(recipe.model)
-    externals = {}
-    for leg in recipe.plan.legs:
-        if "/" in leg.parent:
-            externals[leg.parent] = describe_external(leg.parent, recipe)
+    named = [leg.parent for leg in recipe.plan.legs if "/" in leg.parent]
+    parents = None
+    if recipe.plan.hop.parents:
+        parents = parents_in(Path(recipe.plan.hop.parents), recipe)
+        named += parents.values()
+    externals = {reference: describe_external(reference, recipe) for reference in named}
     return compile_plan(
         recipe,
         facts,
         externals=externals,
+        parents=parents,
         memory_bytes=memory_allowed(recipe, facts),
         finished=finished,
     )
@@ -82,6 +87,24 @@ def device_memory(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def parents_in(directory: Path, recipe: Recipe) -> dict[Place, str]:
+    """Which SAE of a finished run stands for each place that a recipe asks for, as a directory.
+
+    Raises RunDirectoryError if there is no run.
+    """
+    suite = PublishedSuite(directory, read_plan(directory))
+    sites = recipe.sites
+    wanted = {recipe.dictionary.l0, *recipe.plan.tier.tiers}
+    parents: dict[Place, str] = {}
+    for leg in suite.final_legs:
+        asked_for = leg.kind in sites.kinds and (sites.layers == "all" or leg.layer in sites.layers)
+        if asked_for and leg.dictionary.l0 in wanted:
+            name = str(suite.directory.leg(leg.id))
+            reference = name if "/" in name else f"./{name}"
+            parents.setdefault((leg.kind, leg.layer, leg.dictionary.l0), reference)
+    return parents
 
 
 # --- parents outside the plan ------------------------------------------------------------------------------------

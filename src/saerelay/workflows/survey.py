@@ -28,9 +28,16 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
 
     It lives in `survey/` of the run directory until it is done, and is resumed there after an interruption.
     """
-    if recipe.sites.are_of_transcoders:
+    kinds = recipe.sites.kinds
+    if len(kinds) > 1 or kinds[0].module_out:
         raise PlanError(
-            'preset = "auto" surveys SAEs, and sites.module_out asks for transcoders; choose another one, such as "hub"'
+            'preset = "auto" surveys SAEs of one kind of site, and sites.module and sites.module_out ask for '
+            f'{", ".join(f"{kind}" for kind in kinds)}; choose another one, such as "hub"'
+        )
+    if recipe.plan.tier.tiers or recipe.plan.hop.parents:
+        raise PlanError(
+            'plan.tiers and plan.parents do not go with preset = "auto"; leave them out, or choose another preset, '
+            'such as "hub"'
         )
     facts = read_facts(recipe.model)
     memory = memory_allowed(recipe, facts)

@@ -189,6 +189,8 @@ class TransferScore(Version):
 class OffsetMean(Record):
     """The mean of matrix cells with the same distance between the layer used on and the layer trained at."""
 
+    kind: str = ""
+    """What the SAEs read and reconstruct: a kind of module, or `transcoder`; "" in files of old versions."""
     metric: str
     """Name of the metric."""
     method: str

@@ -1,12 +1,14 @@
 """Held-out quality: of one leg (`eval/<id>.json`), and of the whole suite with its cost (`summary.json`)."""
 
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from typing import ClassVar, Literal, Self
 
 from saerelay.document import Document, Measured, Record
 from saerelay.planning.left_out import LeftOut
 from saerelay.planning.leg_spec import ControlKind
 from saerelay.planning.plan import Role
 from saerelay.planning.survey import SurveyCost
+from saerelay.site import SiteKind
 
 Origin = Literal["scratch", "from below", "from above", "same layer"]
 
@@ -152,6 +154,8 @@ class LegFacts(Record):
     """Id or directory of the dictionary it started from."""
     n_latents: int
     """Number of latents."""
+    target_l0: Measured = None
+    """Number of active latents per token that was asked for; null where it follows from a penalty, and in old files."""
     lr: Measured
     """The highest learning rate it was trained with."""
     seed: int
@@ -204,6 +208,16 @@ class LegSummary(Metrics, LegTokens, LegStanding, LegFacts):
 
     snapshots: list[SnapshotSummary]
     """Its snapshots, by age."""
+
+    @property
+    def kind(self) -> str:
+        """What it reads and reconstructs, in a word: "mlp_out", or "transcoder"."""
+        return str(SiteKind(self.module, self.module_out))  # type: ignore[arg-type]
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Where it reads, and what kind it is."""
+        return self.layer, self.kind
 
 
 class ControlCost(Record):
@@ -305,15 +319,46 @@ class Summary(Document):
 
     @property
     def suite(self) -> list[LegSummary]:
-        """The one leg that stands for each site, by layer."""
-        legs = [leg for leg in self.legs if leg.in_suite]
-        return sorted(legs, key=lambda leg: (leg.layer, leg.module))
+        """The one leg that stands for each site, kind by kind and layer by layer."""
+        return self.in_order(leg for leg in self.legs if leg.in_suite)
 
     @property
     def final_legs(self) -> list[LegSummary]:
-        """All legs that are neither controls nor continued by another, by layer; several per site if seeds differ."""
-        legs = [leg for leg in self.legs if leg.role != "control" and not leg.continued_by]
-        return sorted(legs, key=lambda leg: (leg.layer, leg.module, leg.id))
+        """All legs that are neither controls nor continued by another, in order.
+
+        There are several per site if seeds differ, or if the suite has tiers.
+        """
+        return self.in_order(leg for leg in self.legs if leg.role != "control" and not leg.continued_by)
+
+    def in_order(self, legs: Iterable[LegSummary]) -> list[LegSummary]:
+        """Legs kind by kind, as the plan has them, and layer by layer; at each site the suite's own tier first."""
+        kinds = self.kinds
+        return sorted(
+            legs,
+            key=lambda leg: (kinds.index(leg.kind), leg.layer, self.is_other_tier(leg), leg.target_l0 or 0, leg.id),
+        )
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of sites of the run, in the order of the plan."""
+        return list(dict.fromkeys(leg.kind for leg in self.legs))
+
+    def is_other_tier(self, leg: LegSummary) -> bool:
+        """Whether a leg has another L0 than the one that stands for its site; a control counts with its leg."""
+        if leg.control_of and any(other.id == leg.control_of for other in self.legs):
+            leg = self.leg(leg.control_of)
+        own = [other.target_l0 for other in self.legs if other.in_suite and other.place == leg.place]
+        return bool(own) and leg.target_l0 not in own
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether some site has SAEs of several L0."""
+        return any(self.is_other_tier(leg) for leg in self.final_legs)
+
+    def of_kind(self, kind: str = "") -> Self:
+        """The suite of one kind of site, with its controls and without other tiers; by default of the first kind."""
+        kind = kind or self.kinds[0]
+        return self.changed(legs=[leg for leg in self.legs if leg.kind == kind and not self.is_other_tier(leg)])
 
     @property
     def drawn_legs(self) -> list[LegSummary]:

@@ -5,7 +5,8 @@
 
 Every function takes documents (see docs/run-directory.md) and returns a Figure, whose title says what is seen, and
 whose small print says of which SAEs, on which tokens, and what was measured. Nothing is below 7 points in print.
-`theme` is "light", for paper, or "dark", with no background, for a page that is dark itself.
+Of a run with several kinds of sites, the first is shown, or the one of `summary.of_kind("mlp_out")`; of several tiers,
+the suite's own. `theme` is "light", for paper, or "dark", with no background, for a page that is dark itself.
 """
 
 from saerelay.views.figures.across_layers import matrix_figure, offsets_figure, similarity_figure

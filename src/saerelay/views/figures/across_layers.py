@@ -23,6 +23,7 @@ def matrix_figure(
     summary: Summary, matrix: Matrix, metric: str = "fvu", method: str = "affine", *, theme: Theme = "light"
 ) -> "Figure":
     """Heat map of one metric: the SAE that stands for each layer, on every layer's activations, carried by `method`."""
+    summary = summary.of_kind()
     legs = {leg.id for leg in summary.suite}
     cells: Cells = {}
     for cell in matrix.cells:
@@ -37,9 +38,11 @@ def matrix_figure(
 
 def similarity_figure(summary: Summary, measures: Measures, *, folded: bool = True, theme: Theme = "light") -> "Figure":
     """Heat map of mean max cosine similarity of the legs that stand for the layers: folded, or raw as in the paper."""
+    summary = summary.of_kind()
     cells: Cells = {(leg.layer, leg.layer): None for leg in summary.suite}
+    legs = {leg.id for leg in summary.suite}
     for row in measures.similarity:
-        if row.kind == "suite" and not row.snapshot:
+        if row.kind == "suite" and not row.snapshot and row.target in legs:
             cells[row.source_layer, row.target_layer] = row.mmcs_folded if folded else row.mmcs
     small = "MMCS: mean over a SAE's alive latents of the largest cosine with a decoder row of the other's. "
     if folded:
@@ -118,9 +121,11 @@ def short(value: float, digits: int = 2) -> str:
 
 def offsets_figure(summary: Summary, measures: Measures, metric: str = "fvu", *, theme: Theme = "light") -> "Figure":
     """A metric of matrix.json by distance from home, averaged over layers: one line per method."""
+    summary = summary.of_kind()
     import matplotlib as mpl
 
-    rows = [row for row in measures.offsets or () if row.metric == metric and row.tokens is None]
+    kinds = ("", summary.kinds[0])
+    rows = [row for row in measures.offsets or () if (row.metric, row.tokens) == (metric, None) and row.kind in kinds]
     name, definition = METRICS[metric]
     small = (
         f"{definition}. Mean over pairs of layers; untrained; offset is the layer used on minus the layer trained at."

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 def circuits_figure(summary: Summary, circuits: Circuits, k: int | None = None, *, theme: Theme = "light") -> "Figure":
     """Faithfulness and completeness of circuits of k latents by layer; without k, of the smallest."""
+    summary = summary.of_kind()
     asked = circuits.asked
     k = k or min(asked.k)
-    x = side_by_side([(row.leg, row.layer) for row in circuits.legs])
+    legs = {leg.id for leg in summary.legs}
+    rows = [row for row in circuits.legs if row.leg in legs]
+    x = side_by_side([(row.leg, row.layer) for row in rows])
     small = (
         f"Circuit: the {k} latents with the largest indirect effect ({asked.method}), found on "
         f"{circuits.n_found_on} prompts, judged on {circuits.n_judged_on} others, ± standard error. Share of the "
@@ -38,7 +41,7 @@ def circuits_figure(summary: Summary, circuits: Circuits, k: int | None = None, 
         axes = figure.subplots(2, 1, sharex=True)
         for axis, name, ideal in zip(axes, ("faithfulness", "completeness"), (1, 0), strict=True):
             points = []
-            for row in circuits.legs:
+            for row in rows:
                 for circuit in row.circuits:
                     value = getattr(circuit, name)
                     if circuit.k == k and value is not None:

@@ -21,7 +21,9 @@ def lineage_figure(
     summary: Summary, lineage: LineageDocument, kind: str = "hop", *, theme: Theme = "light"
 ) -> "Figure":
     """What became of latents over each link of a kind ("hop", "depth", "control"): shares of each status."""
-    links = [link for link in lineage.links if link.kind == kind]
+    summary = summary.of_kind()
+    legs = {leg.id for leg in summary.legs}
+    links = [link for link in lineage.links if link.kind == kind and link.target in legs]
     links.sort(key=lambda link: (link.target_layer, link.source_layer))
     ways = sorted({"by index" if link.by == "index" else "by optimal assignment" for link in links})
     small = (

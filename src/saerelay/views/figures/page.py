@@ -104,7 +104,9 @@ def facts_of(summary: Summary, tokens: int | None = None, split: str = "") -> st
     l0 = [leg.l0 for leg in legs if is_number(leg.l0)]
     mean_l0 = f"mean L0 {sum(l0) / len(l0):.3g}" if l0 else "L0 unknown"
     seed_list = ", ".join(str(seed) for seed in seeds)
-    return f"{summary.model}; {data}; {', '.join(kinds)}, {mean_l0}; seed {seed_list}."
+    kind = summary.kinds[0]
+    model = summary.model if kind == "resid_post" else f"{summary.model}, {kind}"
+    return f"{model}; {data}; {', '.join(kinds)}, {mean_l0}; seed {seed_list}."
 
 
 @contextmanager

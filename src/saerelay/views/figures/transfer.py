@@ -1,8 +1,9 @@
 """What a transfer keeps and brings: transferability, transfer scores, direct logit attribution."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from saerelay.runs.documents.across_layers import Measures, Transferability, TransferScore
+from saerelay.runs.documents.across_layers import Measures, Transferability, TransferScore, Version
 from saerelay.runs.documents.quality import Summary
 from saerelay.views.figures.page import (
     COLOURS,
@@ -25,14 +26,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+Row = TypeVar("Row", bound=Version)
+
+
 def _direction(row: Transferability | TransferScore) -> str:
     """Whether a leg was transferred from "below" or "above"."""
     return "below" if row.parent_layer < row.layer else "above"
 
 
+def _of(summary: Summary, rows: Sequence[Row] | None) -> list[Row]:
+    """The rows of measures.json about finished legs of a summary."""
+    legs = {leg.id for leg in summary.legs}
+    return [row for row in rows or () if row.leg in legs and not row.snapshot]
+
+
 def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme = "light") -> "Figure":
     """Feature transferability of each transferred leg by layer, beside the means that the paper reports."""
-    rows = [row for row in measures.transferability or () if not row.snapshot and row.transferability is not None]
+    summary = summary.of_kind()
+    rows = [row for row in _of(summary, measures.transferability) if row.transferability is not None]
     several_per_layer = len(rows) > len({row.layer for row in rows})
     width = 0.36 if several_per_layer else 0.7
     x = side_by_side([(row.leg, row.layer) for row in rows], 0.38)
@@ -63,9 +74,10 @@ def transfer_score_figure(
     summary: Summary, measures: Measures, metric: str = "fvu", method: str = "identity", *, theme: Theme = "light"
 ) -> "Figure":
     """Normalised transfer score of each transferred leg by layer, against each leg from scratch at its site."""
+    summary = summary.of_kind()
     rows = []
-    for row in measures.transfer_scores or ():
-        if not row.snapshot and row.method == method and getattr(row, metric) is not None:
+    for row in _of(summary, measures.transfer_scores):
+        if row.method == method and getattr(row, metric) is not None:
             rows.append(row)
     x = side_by_side([(f"{row.leg} {row.scratch}", row.layer) for row in rows])
     name, definition = METRICS[metric]
@@ -98,8 +110,9 @@ def transfer_score_figure(
 
 def attribution_figure(summary: Summary, measures: Measures, *, theme: Theme = "light") -> "Figure":
     """Direct logit attribution by layer: mean over prompts of the largest effect of a latent."""
+    summary = summary.of_kind()
     dla = measures.dla
-    rows = [row for row in dla.legs if not row.snapshot and row.mean is not None] if dla else []
+    rows = [row for row in _of(summary, dla.legs if dla else None) if row.mean is not None]
     x = side_by_side([(row.leg, row.layer) for row in rows])
     points = [Point(kind_of(summary.leg(row.leg)), x[row.leg], row.mean or 0, row.standard_error) for row in rows]
     n_prompts = dla.n_prompts if dla else 0

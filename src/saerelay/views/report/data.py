@@ -24,10 +24,10 @@ from torch import Tensor
 
 from saerelay.runs.documents.interpretation import Interpretation, summarise
 from saerelay.runs.documents.latents import STATUSES, LineageLink
-from saerelay.runs.documents.quality import LegSummary
+from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.runs.features import Features
-from saerelay.views.labels import METRICS, for_js
+from saerelay.views.labels import METRICS, for_js, place_name
 from saerelay.views.report.sources import ReportSources
 
 CHUNK = 512
@@ -66,7 +66,7 @@ def write_data(sources: ReportSources, caption: str, folder: Path) -> None:
         features = sources.features(leg.id)
         n_sequences = max(n_sequences, int(features.example_sequence.max()) + 1)
         named |= write_features(leg.id, features, sources.test, folder)
-        legs.append(leg_facts(leg, features))
+        legs.append(leg_facts(sources.summary, leg, features))
 
     rows = np.asarray(sources.test[:n_sequences])
     occurring = sorted(named | set(np.unique(rows).tolist()))
@@ -96,6 +96,7 @@ def run_facts(
         "chunk": CHUNK,
         "levels": LEVELS,
         "legs": legs,
+        "kinds": sources.summary.kinds,
         "standing": [leg.id for leg in sources.summary.suite],
         "links": links,
         "lineage": {
@@ -113,11 +114,13 @@ def run_facts(
     }
 
 
-def leg_facts(leg: LegSummary, features: Features) -> dict[str, Any]:
+def leg_facts(summary: Summary, leg: LegSummary, features: Features) -> dict[str, Any]:
     """What the page needs to know of a leg at once."""
     return {
         "id": leg.id,
         "layer": leg.layer,
+        "kind": leg.kind,
+        "place": place_name(summary, leg),
         "role": leg.role,
         "control_of": leg.control_of,
         "control_kind": leg.control_kind,

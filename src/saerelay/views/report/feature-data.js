@@ -11,7 +11,7 @@ const findLeg = (run, legId) => run.legs.find((leg) => leg.id === legId);
  * @param {Run} run
  * @param {string} legId of a leg that the run has
  */
-const layerName = (run, legId) => `layer ${findLeg(run, legId)?.layer}`;
+const layerName = (run, legId) => findLeg(run, legId)?.place ?? legId;
 
 /**
  * What a feature's page shows.
@@ -141,7 +141,7 @@ async function followLinkBack(number, latent) {
  */
 async function followThroughLayers(legId, latent) {
   const run = await saerelay.load("run");
-  const legs = run.standing;
+  const legs = standingOf(run, findLeg(run, legId)?.kind ?? "");
   const start = legs.indexOf(legId);
   if (start < 0) return [];
 

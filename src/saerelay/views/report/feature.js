@@ -9,7 +9,7 @@ saerelay.views.feature = async function drawFeature(body, [legId, latentText]) {
   const stops = await followThroughLayers(legId, latent);
   appendChildren(body, [
     featureCrumbs(feature, stops.length > 1),
-    element("h1", `Feature ${latent} of layer ${feature.leg.layer}`),
+    element("h1", `Feature ${latent} of ${feature.leg.place}`),
     featureFacts(feature),
     await explanationLine(run, legId, latent),
     stops.length > 1 ? await otherLayers(run, stops, legId) : null,
@@ -40,7 +40,7 @@ function featureCrumbs({ leg, latent }, hasOtherLayers) {
     element(
       "span",
       element("a", { href: listAddress(leg.id) }, "Features"),
-      ` / layer ${leg.layer} / ${leg.id}`,
+      ` / ${leg.place} / ${leg.id}`,
     ),
     element(
       "span.pager",

@@ -253,7 +253,7 @@ function resultList(features, matches, choice, search, vocabulary) {
  */
 function featureRow(feature, withLayer, search, vocabulary) {
   const { leg, latent, fate } = feature;
-  const layer = withLayer ? element("small", `layer ${leg.layer}`) : null;
+  const layer = withLayer ? element("small", leg.place) : null;
   const row = element(
     "a.row",
     { href: featureAddress(leg.id, latent) },

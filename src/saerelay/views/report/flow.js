@@ -16,12 +16,13 @@ const NO_COUNTS = { k: 0, d: 0, r: 0, x: 0, b: 0, "-": 0 };
 
 /**
  * @param {Run} run
+ * @param {string[]} legs one per layer
  * @param {number[]} links their numbers, one between each two neighbours; -1 where there is none
  * @param {(column: number, fate: Fate) => void} onBand
  * @returns {Flow}
  */
-function drawFlow(run, links, onBand) {
-  const layout = flowLayout(run, links);
+function drawFlow(run, legs, links, onBand) {
+  const layout = flowLayout(run, legs, links);
   const viewBox = `0 0 ${layout.width} ${layout.height}`;
   const svg = svgElement("svg.chart.flow", {
     viewBox,
@@ -71,11 +72,11 @@ function onPress(button, action) {
 
 /**
  * @param {Run} run
+ * @param {string[]} legs
  * @param {number[]} links
  * @returns {FlowLayout}
  */
-function flowLayout(run, links) {
-  const legs = run.standing;
+function flowLayout(run, legs, links) {
   const counts = links.map((number) => (number < 0 ? NO_COUNTS : run.links[number].counts));
   const alive = legs.map((_, column) => aliveIn(counts, column));
   const afterwards = counts.map((n) => n.k + n.d + n.r + n.b);

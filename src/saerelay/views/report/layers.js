@@ -1,7 +1,10 @@
 // Across layers: every SAE on every layer's activations.
 "use strict";
 
-/** @typedef {{ metric: string, method: string, age: string }} LayersChoice age "": at its end */
+/**
+ * @typedef {{ kind: string, metric: string, method: string, age: string }} LayersChoice
+ *   age "": at its end
+ */
 
 saerelay.views.layers = async function drawLayers(body) {
   const run = await saerelay.load("run");
@@ -19,7 +22,7 @@ saerelay.views.layers = async function drawLayers(body) {
   const ages = unique(snapshots.map((cell) => cell.tokens)).sort((a, b) => a - b);
 
   /** @type {LayersChoice} */
-  const choice = { metric: metrics[0], method: methods[0], age: "" };
+  const choice = { kind: run.kinds[0], metric: metrics[0], method: methods[0], age: "" };
   const picture = element("div");
 
   /** @param {Partial<LayersChoice>} change */
@@ -35,6 +38,7 @@ saerelay.views.layers = async function drawLayers(body) {
     ),
     element(
       "div.controls",
+      kindMenu(run, (kind) => choose({ kind })),
       menu(
         "Metric",
         metrics.map((name) => [name, run.metrics[name][0]]),
@@ -115,14 +119,16 @@ function matrixPicture(run, matrix, choice) {
  * @param {LayersChoice} choice
  * @returns {Map<string, MatrixCell>}
  */
-function chosenCells(run, matrix, { method, age }) {
+function chosenCells(run, matrix, { kind, method, age }) {
   const cells = new Map();
+  const standing = standingOf(run, kind);
   for (const cell of matrix.cells) {
+    const ofKind = findLeg(run, cell.leg)?.kind === kind;
     const ofAge = age
       ? cell.snapshot && String(cell.tokens) === age
-      : !cell.snapshot && run.standing.includes(cell.leg);
+      : !cell.snapshot && standing.includes(cell.leg);
     const ofMethod = cell.method === method || cell.source === cell.target;
-    if (ofAge && ofMethod) cells.set(`${cell.source},${cell.target}`, cell);
+    if (ofKind && ofAge && ofMethod) cells.set(`${cell.source},${cell.target}`, cell);
   }
   return cells;
 }

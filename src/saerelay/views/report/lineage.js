@@ -5,33 +5,48 @@ const BAND_ROWS = { first: 15, more: 60 };
 
 saerelay.views.lineage = async function drawLineage(body) {
   const run = await saerelay.load("run");
-  const legs = run.standing;
+  const picture = element("div");
+
+  /** @param {string} kind */
+  const draw = (kind) => picture.replaceChildren(...lineageOfKind(run, standingOf(run, kind)));
+  const kinds = kindMenu(run, draw);
+  if (kinds) body.append(element("div.controls", kinds));
+  body.append(picture);
+  draw(run.kinds[0]);
+};
+
+/**
+ * What became of features along the legs of one kind, layer by layer.
+ *
+ * @param {Run} run
+ * @param {string[]} legs
+ */
+function lineageOfKind(run, legs) {
   const links = legs.slice(0, -1).map((leg, i) => findLink(run, "depth", leg, legs[i + 1]));
   if (links.every((number) => number < 0)) {
     const sentence = "This run has only one layer, so there is nothing to compare.";
-    body.append(element("p.note", sentence));
-    return;
+    return [element("p.note", sentence)];
   }
   const list = element("div", { "aria-live": "polite" });
-  const flow = drawFlow(run, links, async (column, fate) => {
+  const flow = drawFlow(run, legs, links, async (column, fate) => {
     const onTrace = (/** @type {Stop[]} */ stops) => flow.trace(stops);
     list.replaceChildren(...(await bandList(run, links[column], fate, onTrace)));
   });
   const key = BAND_FATES.map((fate) => element(`span.key.${fate}`, labels.fates[fate]));
-  body.append(
+  flow.chooseFirstChange?.();
+  return [
     element(
       "p.lead",
       "What happened to each feature from one layer to the next. Select a band to list its " +
         "features; select a feature to trace it through all layers.",
     ),
-    inheritanceNote(run, links),
+    inheritanceNote(run, legs, links),
     element("div.scroll", flow.svg),
     element("p.legend", key),
     captionOf(run, lineageDefinitions(run.lineage)),
     list,
-  );
-  flow.chooseFirstChange?.();
-};
+  ];
+}
 
 /** @param {Run["lineage"]} lineage */
 function lineageDefinitions({ kept_above, replaced_below, alive_above, n_tokens, map_tokens }) {
@@ -52,9 +67,10 @@ function lineageDefinitions({ kept_above, replaced_below, alive_above, n_tokens,
  * did not undo a feature; controls say how much independent training would also find.
  *
  * @param {Run} run
+ * @param {string[]} legs
  * @param {number[]} links
  */
-function inheritanceNote(run, links) {
+function inheritanceNote(run, legs, links) {
   const inherited = links.some((number) => number >= 0 && run.links[number].by === "index");
   if (!inherited) {
     return element(
@@ -63,7 +79,9 @@ function inheritanceNote(run, links) {
         "the sum of decoder cosines is largest.",
     );
   }
-  const controls = run.links.filter((link) => link.kind === "control").map(keptShare);
+  const controls = run.links
+    .filter((link) => link.kind === "control" && legs.includes(link.source))
+    .map(keptShare);
   return element(
     "p.wide",
     "A transferred SAE starts from its parent, and each feature keeps its number: “kept” means " +

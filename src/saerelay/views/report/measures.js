@@ -45,12 +45,15 @@ function similaritySection(run, measures) {
   if (!pairs.length) return [];
   const layerOf = Object.fromEntries(run.legs.map((leg) => [leg.id, leg.layer]));
   const picture = element("div");
+  const choice = { kind: run.kinds[0], name: "mmcs_folded" };
 
-  /** @param {string} name */
-  function draw(name) {
+  /** @param {Partial<typeof choice>} change */
+  function draw(change) {
+    const { kind, name } = Object.assign(choice, change);
+    const standing = standingOf(run, kind);
     const map = heatMap({
-      rows: run.standing,
-      columns: run.standing,
+      rows: standing,
+      columns: standing,
       corner: "from ↓ to →",
       digits: 2,
       rowName: (leg) => `layer ${layerOf[leg]}`,
@@ -64,7 +67,7 @@ function similaritySection(run, measures) {
     });
     picture.replaceChildren(map);
   }
-  draw("mmcs_folded");
+  draw({});
   /** @type {[string, string][]} */
   const options = [
     ["mmcs_folded", "folded through the affine map"],
@@ -72,7 +75,11 @@ function similaritySection(run, measures) {
   ];
   return [
     element("h2", "Mean maximum cosine similarity"),
-    element("div.controls", menu("Decoder rows", options, "mmcs_folded", draw)),
+    element(
+      "div.controls",
+      kindMenu(run, (kind) => draw({ kind })),
+      menu("Decoder rows", options, choice.name, (name) => draw({ name })),
+    ),
     picture,
     captionOf(
       run,
@@ -151,19 +158,29 @@ function offsetSection(run, measures) {
   const picture = element("div");
   /** @param {string} metric */
   const nameOf = (metric) => run.metrics[metric]?.[0] ?? metric;
-  /** @param {string} metric */
-  const draw = (metric) => {
+  const choice = { kind: run.kinds[0], metric: metrics[0] };
+  /** @param {Partial<typeof choice>} change */
+  const draw = (change) => {
+    const { kind, metric } = Object.assign(choice, change);
     const rows = offsets.filter(
-      (row) => row.metric === metric && !row.tokens && isNumber(row.mean),
+      (row) =>
+        row.metric === metric &&
+        (row.kind === kind || !row.kind) &&
+        !row.tokens &&
+        isNumber(row.mean),
     );
     picture.replaceChildren(lineChart(offsetChart(rows, metric, nameOf(metric))));
   };
-  draw(metrics[0]);
+  draw({});
   /** @type {[string, string][]} */
   const options = metrics.map((metric) => [metric, nameOf(metric)]);
   return [
     element("h2", "By layer offset"),
-    element("div.controls", menu("Metric", options, metrics[0], draw)),
+    element(
+      "div.controls",
+      kindMenu(run, (kind) => draw({ kind })),
+      menu("Metric", options, choice.metric, (metric) => draw({ metric })),
+    ),
     picture,
     captionOf(
       run,

@@ -40,6 +40,27 @@ function inLayerOrder(legs) {
 }
 
 /**
+ * The legs that stand for the sites of one kind, layer by layer.
+ *
+ * @param {Run} run
+ * @param {string} kind
+ */
+const standingOf = (run, kind) =>
+  run.standing.filter((id) => run.legs.some((leg) => leg.id === id && leg.kind === kind));
+
+/**
+ * A menu of the run's kinds of sites; nothing where it has one.
+ *
+ * @param {Run} run
+ * @param {(kind: string) => void} onChange
+ */
+function kindMenu(run, onChange) {
+  /** @type {[string, string][]} */
+  const options = run.kinds.map((kind) => [kind, kind]);
+  return run.kinds.length > 1 ? menu("SAEs of", options, run.kinds[0], onChange) : null;
+}
+
+/**
  * A menu with a label.
  *
  * @param {string} label

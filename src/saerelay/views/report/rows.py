@@ -76,6 +76,8 @@ class QualityRow:
     """A leg of the suite, with its controls below it."""
 
     leg: LegSummary
+    kind: str
+    """What it is one of, above the first row of each kind where a run has several; else ""."""
     tokens: str
     ratio: float | None
     """Its leading metric over that of its control with the full budget."""
@@ -102,7 +104,10 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
     delta_ce_scale = 1.05 * max(delta_ces, default=1.0)
 
     rows = []
+    kind = "" if len(summary.kinds) > 1 else summary.kinds[0]
     for leg in summary.final_legs:
+        begins = leg.kind != kind
+        kind = leg.kind
         full = summary.control(leg, "full")
         equal = summary.control(leg, "equal_tokens")
         random = summary.control(leg, "random")
@@ -111,6 +116,7 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
         rows.append(
             QualityRow(
                 leg=leg,
+                kind=kind if begins else "",
                 tokens=format_count(leg.tokens),
                 ratio=quality_ratio(leg, full, metric),
                 balanced_fvu_marks=[
@@ -180,7 +186,8 @@ def plan_rows(plan: Plan) -> list[PlanRow]:
     """The legs as a tree, parents first."""
     ids = {leg.id for leg in plan.legs}
     tops = [leg for leg in plan.legs if leg.parent not in ids]
-    tops.sort(key=lambda leg: (leg.role == "control", leg.layer))
+    kinds = list(dict.fromkeys(leg.kind for leg in plan.legs))
+    tops.sort(key=lambda leg: (kinds.index(leg.kind), leg.role == "control", leg.layer))
     rows = []
     for leg in tops:
         rows += _branch(plan, leg, depth=0)
@@ -197,6 +204,9 @@ def _branch(plan: Plan, leg: Leg, depth: int) -> list[PlanRow]:
 
 
 def _plan_row(plan: Plan, leg: Leg, depth: int) -> PlanRow:
+    how = method_of(leg) or "from scratch"
+    if plan.tier_of(leg):
+        how = f"copy at L0 {leg.dictionary.l0:g}"
     return PlanRow(
         id=leg.id,
         depth=depth,
@@ -204,7 +214,7 @@ def _plan_row(plan: Plan, leg: Leg, depth: int) -> PlanRow:
         role=leg.role,
         control_kind=leg.control_kind,
         parent="" if plan.has(leg.parent) else leg.parent,
-        how=method_of(leg) or "from scratch",
+        how=how,
         tokens=format_count(leg.budget_tokens),
         moments=format_count(leg.moment_tokens) if leg.moment_tokens else "",
         lr=f"{leg.schedule.lr:.1e}",

@@ -1,7 +1,7 @@
 """What the report's first page says, computed from the run's documents: what was trained, saved and lost, and where."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from saerelay.planning.leg_spec import ControlKind
@@ -9,7 +9,7 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.across_layers import Measures
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.labels import ARCHITECTURES, leading_metric, metric_name, misleading_fvu
+from saerelay.views.labels import ARCHITECTURES, leading_metric, mean_l0, metric_name, misleading_fvu
 from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
 from saerelay.views.text import duration, is_number, listed
 
@@ -22,10 +22,10 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
         "caption": caption(summary),
         "trained": trained(plan, summary),
         "tiles": tiles(summary),
-        "price": price(summary),
+        "price": by_kind(summary, lambda part: [price(part)]),
         "saved": saved(summary),
-        "lost": lost(summary),
-        "badly": transfers_badly(summary) + other_signs(measures),
+        "lost": by_kind(summary, lost),
+        "badly": by_kind(summary, lambda part: transfers_badly(part) + other_signs(part, measures)),
         "surveyed": any(leg.predicted_fvu is not None for leg in summary.legs),
         "leading": metric_name(leading_metric(summary)),
         "misleading": misleading_fvu(summary),
@@ -33,6 +33,15 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
         "plan_rows": plan_rows(plan),
         "plan_tokens": format_count(plan.n_tokens),
     }
+
+
+def by_kind(summary: Summary, answer: Callable[[Summary], list[str]]) -> list[str]:
+    """What there is to say of each kind of site, said of its own suite, and named where there are several."""
+    sentences = []
+    for kind in summary.kinds:
+        name = f"{kind}: " if len(summary.kinds) > 1 else ""
+        sentences += [f"{name}{sentence}" for sentence in answer(summary.of_kind(kind)) if sentence]
+    return sentences
 
 
 def _layers(plan: Plan, summary: Summary) -> str:
@@ -54,12 +63,13 @@ def caption(summary: Summary) -> str:
     """What every figure says below it: model, data, tokens, dictionaries, L0, seed."""
     legs = summary.final_legs
     kinds = ", ".join(sorted({f"{_name(leg)}, {leg.n_latents} latents" for leg in legs}))
-    modules = ", ".join(sorted({f"{leg.module} → {leg.module_out}" if leg.module_out else leg.module for leg in legs}))
-    l0 = sum(leg.l0 or 0 for leg in legs) / len(legs)
+    modules = ", ".join(
+        dict.fromkeys(f"{leg.module} → {leg.module_out}" if leg.module_out else leg.module for leg in legs)
+    )
     seeds = ", ".join(str(seed) for seed in sorted({leg.seed for leg in legs}))
     return (
         f"{summary.model} ({modules}); {summary.data or 'its data'}, test split, {legs[0].n_eval_tokens:,} tokens; "
-        f"{kinds}, mean L0 {l0:.3g}; seed {seeds}."
+        f"{kinds}, mean L0 {mean_l0(summary)}; seed {seeds}."
     )
 
 
@@ -70,13 +80,16 @@ def trained(plan: Plan, summary: Summary) -> str:
     """Which dictionaries were made, how, from what."""
     first = summary.final_legs[0]
     facts = plan.facts
+    of_kinds = f", at each of {listed(summary.kinds)}," if len(summary.kinds) > 1 else ""
     parts = [
-        f"A {_name(first)} sparse autoencoder with {first.n_latents:,} latents for each layer of {summary.model} "
-        f"({facts.family}, {facts.n_layers} layers, {facts.d_model} wide, {format_count(facts.model_params)} "
-        "parameters)."
+        f"A {_name(first)} sparse autoencoder with {first.n_latents:,} latents for each layer{of_kinds} of "
+        f"{summary.model} ({facts.family}, {facts.n_layers} layers, {facts.d_model} wide, "
+        f"{format_count(facts.model_params)} parameters)."
     ]
-    roots = [leg for leg in summary.final_legs if not leg.parent]
-    children = _transferred(summary)
+    tiers = [leg for leg in summary.final_legs if summary.is_other_tier(leg)]
+    own = [leg for leg in summary.final_legs if leg not in tiers]
+    roots = [leg for leg in own if not leg.parent]
+    children = [leg for leg in own if leg.parent]
     if roots:
         tokens = format_count(max(leg.tokens for leg in roots))
         parts.append(f"{_at_layers(roots)} trained from scratch on {tokens} tokens.")
@@ -88,6 +101,10 @@ def trained(plan: Plan, summary: Summary) -> str:
         tokens = format_count(max(leg.tokens for leg in children))
         how = ", ".join(sorted(methods))
         parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {tokens} tokens each.")
+    if tiers:
+        l0 = listed([f"{tier:g}" for tier in sorted({leg.target_l0 or 0 for leg in tiers})])
+        tokens = format_count(max(leg.tokens for leg in tiers))
+        parts.append(f"Each also as a copy with {l0} active latents, trained there on {tokens} tokens.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Measured on {first.n_eval_tokens:,} tokens of documents that training never saw.")
     if summary.left_out and summary.left_out.note:
@@ -283,11 +300,12 @@ def _without_control(legs: Sequence[LegSummary]) -> str:
     return f"{text}."
 
 
-def other_signs(measures: Measures | None) -> list[str]:
+def other_signs(summary: Summary, measures: Measures | None) -> list[str]:
     """What else tells of a hard transfer: where features share fewest tokens with those that they started as."""
     shares = []
+    legs = {leg.id for leg in summary.legs}
     for row in (measures.transferability or ()) if measures else ():
-        if not row.snapshot and is_number(row.transferability):
+        if row.leg in legs and not row.snapshot and is_number(row.transferability):
             shares.append((row.transferability, row.layer))
     if len(shares) < 3:
         return []

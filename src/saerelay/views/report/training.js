@@ -1,7 +1,10 @@
 // Training curves, from the log that training wrote.
 "use strict";
 
-/** @typedef {{ curve: CurveName, role: string }} TrainingChoice role: "all", "suite", "controls" */
+/**
+ * @typedef {{ kind: string, curve: CurveName, role: string }} TrainingChoice
+ *   role: "all", "suite", "controls"
+ */
 
 saerelay.views.training = async function drawTraining(body) {
   const [run, training] = await Promise.all([saerelay.load("run"), saerelay.load("training")]);
@@ -10,7 +13,7 @@ saerelay.views.training = async function drawTraining(body) {
   const curves = names.filter((name) => legs.some((leg) => training[leg.id][name].some(isNumber)));
 
   /** @type {TrainingChoice} */
-  const choice = { curve: curves[0], role: "all" };
+  const choice = { kind: run.kinds[0], curve: curves[0], role: "all" };
   const picture = element("div");
 
   /** @param {Partial<TrainingChoice>} change */
@@ -35,6 +38,7 @@ saerelay.views.training = async function drawTraining(body) {
     ),
     element(
       "div.controls",
+      kindMenu(run, (kind) => choose({ kind })),
       menu(
         "Curve",
         curves.map((name) => [name, labels.curves[name][0]]),
@@ -70,7 +74,7 @@ function trainingChart(legs, training, choice) {
   const [name] = labels.curves[choice.curve];
   const logarithmic = choice.curve === "fvu" || choice.curve === "loss";
   const lines = legs
-    .filter((leg) => hasRole(leg, choice.role))
+    .filter((leg) => leg.kind === choice.kind && hasRole(leg, choice.role))
     .map((leg) => ({
       id: leg.id,
       name: leg.id,

@@ -44,7 +44,9 @@ interface Run {
   /** Activations in examples are whole numbers from 0 to this, relative to the feature's largest. */
   levels: number;
   legs: Leg[];
-  /** Ids of the legs of the suite, one per layer, from the first layer to the last. */
+  /** What SAEs read and reconstruct, such as "mlp_out" or "transcoder", in the order of the plan. */
+  kinds: string[];
+  /** Ids of the legs of the suite, one per kind and layer, from the first layer to the last. */
   standing: string[];
   /** What became of features between two legs; the latents themselves are in data/links/<n>.js. */
   links: Link[];
@@ -61,6 +63,9 @@ interface Run {
 interface Leg {
   id: string;
   layer: number;
+  kind: string;
+  /** In words: its layer, and its kind and its L0 where the run has several. */
+  place: string;
   role: "root" | "transfer" | "control";
   control_of: string | null;
   control_kind: string | null;
@@ -198,6 +203,8 @@ interface TransferScoreRow extends MeasuresRow {
   ce_loss_score: number | null;
 }
 interface OffsetRow {
+  /** "" in documents of old versions. */
+  kind: string;
   metric: string;
   method: string;
   /** The snapshots' age; null for finished SAEs. */

@@ -31,12 +31,12 @@ def matrix_tables(matrix: Matrix) -> list[Text | Table]:
 
 def _matrix_table(matrix: Matrix, cells: list[MatrixCell], metric: str, method: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("SAE")
+    table.add_column("SAE", overflow="fold")
     for layer in matrix.layers:
         table.add_column(f"on {layer}", justify="right")
-    for home in cells:
-        if home.source != home.target:
-            continue
+    order = list(matrix.asked.legs)
+    homes = [cell for cell in cells if cell.source == cell.target]
+    for home in sorted(homes, key=lambda cell: order.index(cell.leg)):
         row = {}
         for cell in cells:
             if cell.leg == home.leg and cell.method == method:
@@ -57,7 +57,7 @@ def _transfer_table(measures: Measures) -> Table:
     table.title = "what transfers, and direct logit attribution"
     table.caption = "MMCS: of the parent's latents with the leg's. See docs/run-directory.md."
     for name in ("leg", "parent"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("MMCS", "folded", "transferability", "top logits", "bottom logits", "tokens", "DLA"):
         table.add_column(name, justify="right")
 
@@ -113,7 +113,13 @@ def _offset_table(measures: Measures) -> Table:
     offsets = sorted({row.offset for row in rows})
     for offset in offsets:
         table.add_column(f"{offset:+d}" if offset else "0", justify="right")
-    for method in dict.fromkeys(row.method for row in rows):
-        means = {row.offset: row.mean for row in rows if row.method == method}
-        table.add_row(METHODS.get(method, method), *(decimal(means.get(offset)) for offset in offsets))
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    for kind in kinds:
+        of_kind = [row for row in rows if row.kind == kind]
+        for method in dict.fromkeys(row.method for row in of_kind):
+            means = {row.offset: row.mean for row in of_kind if row.method == method}
+            name = METHODS.get(method, method)
+            if len(kinds) > 1:
+                name = f"{kind}: {name}"
+            table.add_row(name, *(decimal(means.get(offset)) for offset in offsets))
     return table

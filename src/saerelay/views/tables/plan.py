@@ -63,14 +63,14 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     """
     table = Table(box=None, pad_edge=False)
     for name in ("leg", "role", "from", "method"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     numbers = ("starts at", "tokens", "latents", "lr") + (("FVU", "ratio") if reference else ())
     for name in numbers:
         table.add_column(name, justify="right")
     for leg in plan.legs:
         row = [
             leg.id,
-            _role(leg),
+            _role(plan, leg),
             escape(leg.parent) or "scratch",
             method_of(leg),
             format_count(leg.fold_at),
@@ -84,7 +84,9 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     return table
 
 
-def _role(leg: Leg) -> str:
+def _role(plan: Plan, leg: Leg) -> str:
+    if plan.tier_of(leg):
+        return f"tier (L0 {leg.dictionary.l0:g})"
     if leg.control_kind is None:
         return leg.role
     return f"control ({leg.control_kind.replace('_', ' ')})"

@@ -23,8 +23,11 @@ def quality_table(summary: Summary) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
 
-    legs = [leg for leg in summary.legs if leg.role != "control"]
-    for leg in sorted(legs, key=lambda leg: (leg.layer, leg.module)):
+    kind = "" if len(summary.kinds) > 1 else summary.kinds[0]
+    for leg in summary.in_order(leg for leg in summary.legs if leg.role != "control"):
+        if leg.kind != kind:
+            kind = leg.kind
+            table.add_row("", f"[underline]{kind}[/underline]")
         table.add_row(str(leg.layer), escape(leg.made), *_metrics(leg), *_predictions(leg, predicted), style="bold")
         for control in summary.controls_of(leg):
             name = ROLES[control.control_kind or "full"]
