@@ -50,7 +50,7 @@ class Gated(Architecture):
 
     target_l0: float = Field(default=32.0, gt=0, description="active latents per token to aim for")
     gate_l1: float = Field(
-        default=50.0, ge=0, description="weight of the gate's L1 penalty, for each target_l0 by which L0 is above it"
+        default=2.5, ge=0, description="weight of the gate's L1 penalty at target_l0; it grows as (L0 / target_l0)^4"
     )
 
     def activate(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
@@ -72,7 +72,7 @@ class Gated(Architecture):
     # --- the reference --------------------------------------------------------------------------------------------
 
     def training_penalty(self, pre: Tensor, z: Tensor, threshold: Tensor | None, divisor: float) -> Tensor | None:
-        """gate_l1 · max(0, L0 / target − 1) · Σ gate, over what the squared error is divided by."""
+        """gate_l1 · (L0 / target)^4 · Σ gate, over what the squared error is divided by; the weight has no gradient."""
         return self._weight((z > 0).to(z).sum(), len(z)) * z.sum() / divisor
 
     def gate_codes(self, z: Tensor, threshold: Tensor, r_mag: Tensor) -> Tensor:
@@ -102,6 +102,8 @@ class Gated(Architecture):
         return GateGradients(z=to_z, threshold=-to_z, r_mag=-to_gate * gate)
 
     def _weight(self, n_active: Tensor, n_rows: int) -> Tensor:
-        """The L1 penalty's weight: it rises with what L0 is above its target, and holds it a little above."""
-        excess = n_active / n_rows / self.target_l0 - 1
-        return self.gate_l1 * excess.clamp(min=0)
+        """The L1 penalty's weight: steep enough that L0 is close to its target, whatever weight that takes.
+
+        A steeper one follows the noise of a batch's L0, and costs quality.
+        """
+        return self.gate_l1 * (n_active / n_rows / self.target_l0) ** 4
