@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
@@ -71,12 +72,15 @@ def state_bytes(leg: Leg, facts: ModelFacts) -> float:
 
 
 def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts) -> float:
-    """The largest training state of all legs that are live at the same time; peaks are where a leg starts."""
-    peaks = []
+    """The largest training state of all legs that are live at the same time.
+
+    How to see this: along the axis, what a leg takes is added where it starts and taken away where it ends, ends first.
+    """
+    changes = []
     for leg in legs:
-        live = [other for other in legs if other.start <= leg.start < other.end]
-        peaks.append(sum(state_bytes(other, facts) for other in live))
-    return max(peaks)
+        size = state_bytes(leg, facts)
+        changes += [(leg.start, size), (leg.end, -size)]
+    return max(accumulate(size for _, size in sorted(changes)))
 
 
 def plan_cost(plan: Plan) -> Cost:

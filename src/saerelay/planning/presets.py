@@ -24,6 +24,7 @@ def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, s
     Raises PlanError where a root is not among the layers, or a control has nothing to be compared with.
     """
     plan = recipe.plan
+    assert (parents is not None) == bool(plan.hop.parents)
     strangers = sorted(set(plan.roots) - set(layers))
     if strangers:
         raise PlanError(f"plan.roots names layer {strangers[0]}, which is not among sites.layers ({layers})")

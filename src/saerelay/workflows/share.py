@@ -131,19 +131,22 @@ def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
 def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) -> list[ExportedSAE]:
     """Write the chosen legs of a run, or its suite."""
     legs = [suite.leg(leg_id) for leg_id in ids] or suite.one_per_site
+    transcoders = [leg for leg in legs if leg.is_transcoder]
+    if format == circuit_tracer.NAME and transcoders and not ids:
+        legs = transcoders  # which is all that it takes of a suite with SAEs as well
     if not legs:
         raise RunDirectoryError(
             f"{suite.directory.root}: no SAE is published yet; finish the run with `saerelay train`"
         )
-    sites = [leg.site for leg in legs]
-    paths = module_paths(suite.plan.recipe.model, sites)
+    places = [(leg.site, leg.kind) for leg in legs]
+    paths = module_paths(suite.plan.recipe.model, [leg.site for leg in legs])
     saes = []
     for leg in legs:
         dictionary, origin = own.read(suite.directory.leg(leg.id))
         metrics = _metrics(suite, leg)
         origin = _published_origin(origin, suite.plan, metrics, module_path=paths.get(leg.site, ""))
         folder = _folder(origin, format, has_prefix=suite.plan.facts.has_lm_head)
-        if sites.count(leg.site) > 1 and format != circuit_tracer.NAME:
+        if places.count((leg.site, leg.kind)) > 1 and format != circuit_tracer.NAME:
             folder = f"{folder}-{leg.id}"
         write_dictionary(_place(directory, folder, format), dictionary, origin, format)
         saes.append(ExportedSAE(folder, describe(dictionary), origin, leg=leg, metrics=metrics))

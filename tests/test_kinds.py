@@ -1,0 +1,331 @@
+"""Suites of several kinds of sites and of several tiers of L0: plans, one run of them, and what is said of it."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_run import CONTEXT, FACTS, fake_evaluation, fake_tokens, fake_training
+from rich.console import Console
+from test_train import Watch, assert_same, run
+
+from saerelay.analysis.circuits import chosen_legs
+from saerelay.analysis.lineage import leg_pairs
+from saerelay.analysis.matrix import cells_of
+from saerelay.analysis.suite import Suite, load
+from saerelay.analysis.summary import summarise
+from saerelay.data.corpus import Corpus
+from saerelay.data.stream import TensorStream
+from saerelay.errors import PlanError, RecipeError, RunDirectoryError
+from saerelay.planning.compile import compile_plan
+from saerelay.planning.cost import peak_state_bytes, state_bytes
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import Plan
+from saerelay.planning.presets import Place
+from saerelay.planning.recipe import Recipe
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.documents.quality import Summary
+from saerelay.sae.quality import mean_l0
+from saerelay.site import Site
+from saerelay.views import labels
+from saerelay.views.figures import quality_figure
+from saerelay.views.report.story import story
+from saerelay.views.tables.quality import quality_table
+from saerelay.workflows.settle import describe_external, parents_in
+from saerelay.workflows.survey import survey_run
+
+KINDS = ["resid_post", "mlp_out", "transcoder"]
+W = 16
+
+
+def recipe(**sections: Any) -> Recipe:
+    base: dict[str, Any] = {
+        "sites": {"layers": [0, 1, 2], "module": KINDS},
+        "data": {"context": 16, "block_tokens": 512, "outlier_norm": 0},
+        "dictionary": {"n_latents": 48, "k": 8},
+        "plan": {
+            "root_tokens": 4096,
+            "transfer_tokens": 1024,
+            "moment_tokens": 1024,
+            "refit_tokens": 512,
+            "roots": [1],
+            "tiers": [4, 8, 16],
+        },
+        "train": {"batch_tokens": 64, "checkpoint_every": 640, "lr": 3e-3, "transfer_lr": 1e-3},
+    }
+    for section, keys in sections.items():
+        base[section] = base.get(section, {}) | keys
+    return Recipe.parse(base, source="test")
+
+
+def make_plan(facts: ModelFacts, parents: dict[Place, str] | None = None, **sections: Any) -> Plan:
+    asked = recipe(**sections)
+    externals = {place: describe_external(place, asked) for place in (parents or {}).values()}
+    return compile_plan(asked, facts, parents=parents, externals=externals)
+
+
+def stream() -> TensorStream:
+    tensors = {}
+    x = torch.randn(8192, W, generator=torch.Generator().manual_seed(9))
+    for layer in range(3):
+        g = torch.Generator().manual_seed(layer)
+        for module in ("resid_post", "mlp_in"):
+            tensors[Site(layer, module)] = x @ torch.randn(W, W, generator=g) / 4 + 1
+        tensors[Site(layer, "mlp_out")] = torch.tanh(tensors[Site(layer, "mlp_in")] @ torch.randn(W, W, generator=g))
+    return TensorStream(tensors, block_tokens=512, batch_tokens=64)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_several_kinds_is_the_plans_of_each(facts: ModelFacts) -> None:
+    several = make_plan(facts, plan={"controls": [2]})
+    alone: list[dict[str, Any]] = []
+    for kind in KINDS:
+        plan = make_plan(facts, sites={"module": kind}, plan={"controls": [2]})
+        alone += [leg.model_dump() for leg in plan.legs]
+    assert [leg.model_dump() for leg in several.legs] == alone
+    assert several.n_tokens == make_plan(facts, sites={"module": "mlp_out"}).n_tokens  # one pass for all
+
+
+def test_ids_of_one_kind_are_what_they_were(facts: ModelFacts) -> None:
+    plan = make_plan(facts, sites={"module": ["mlp_out"]}, plan={"tiers": [], "controls": [0]})
+    assert [leg.id for leg in plan.legs] == [
+        "L1.mlp_out",
+        "L0.mlp_out-from-L1",
+        "L2.mlp_out-from-L1",
+        "L0.mlp_out-scratch-equal",
+        "L0.mlp_out-scratch-full",
+    ]
+    assert plan.legs == make_plan(facts, sites={"module": "mlp_out"}, plan={"tiers": [], "controls": [0]}).legs
+
+
+def test_transcoder_is_a_word_for_mlp_in_to_mlp_out(facts: ModelFacts) -> None:
+    by_word = make_plan(facts, sites={"module": "transcoder"})
+    by_keys = make_plan(facts, sites={"module": "mlp_in", "module_out": "mlp_out"})
+    assert by_word.legs == by_keys.legs and by_word.legs[0].id == "L1.transcoder"
+
+
+def test_each_sae_has_a_tier_at_every_other_l0_where_it_ends(facts: ModelFacts) -> None:
+    plan = make_plan(facts, sites={"module": "mlp_out"})
+    tiers = {leg.id: (leg.parent, leg.dictionary.l0, leg.budget_tokens) for leg in plan.legs if plan.tier_of(leg)}
+    assert tiers == {
+        f"{leg_id}-k{k}": (leg_id, k, 1024)
+        for leg_id in ("L1.mlp_out", "L0.mlp_out-from-L1", "L2.mlp_out-from-L1")
+        for k in (4, 16)
+    }
+    for leg_id in tiers:
+        leg = plan.leg(leg_id)
+        assert leg.start == plan.leg(leg.parent).end and leg.moment_tokens == 0 and leg.method == "identity"
+    assert make_plan(facts, plan={"tier_tokens": 640}).leg("L1-k4").budget_tokens == 640
+
+
+def test_a_suite_is_compared_with_all_its_kinds_and_tiers_from_scratch(facts: ModelFacts) -> None:
+    plan = make_plan(facts, plan={"controls": [0]})
+    scratch = plan.all_from_scratch()
+    assert len(scratch.legs) == 3 * len(KINDS) * 3  # layers, kinds, tiers
+    assert {leg.budget_tokens for leg in scratch.legs} == {4096}
+
+
+def test_a_skip_connection_is_the_transcoders(facts: ModelFacts) -> None:
+    plan = make_plan(facts, dictionary={"skip_connection": True})
+    assert {leg.kind.module_out for leg in plan.legs if leg.dictionary.skip_connection} == {"mlp_out"}
+    assert all(leg.dictionary.skip_connection for leg in plan.legs if leg.is_transcoder)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"sites": {"module": []}}, "empty list"),
+        ({"sites": {"module": ["mlp_out", "mlp_out"]}}, "names a kind twice"),
+        ({"sites": {"module": ["mlp"]}}, "'transcoder'"),
+        ({"sites": {"module": ["mlp_in"], "module_out": "mlp_out"}}, 'name MLP transcoders "transcoder"'),
+        ({"plan": {"tiers": [0]}}, "plan.tiers"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        recipe(**sections)
+
+
+def test_tiers_and_kinds_are_refused_where_they_mean_nothing(facts: ModelFacts, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="follows from a penalty"):
+        make_plan(facts, dictionary={"architecture": "relu"})
+    leg = {"id": "a", "layer": 0, "tokens": 4096}
+    with pytest.raises(PlanError, match=r"plan\.tiers belongs to the presets"):
+        make_plan(facts, plan={"legs": [leg]})
+    with pytest.raises(PlanError, match="resid_post, mlp_out, transcoder"):
+        survey_run(recipe(plan={"preset": "auto"}), RunDirectory(tmp_path), None)
+    with pytest.raises(PlanError, match=r"plan\.tiers and plan\.parents"):
+        survey_run(recipe(sites={"module": "mlp_out"}, plan={"preset": "auto"}), RunDirectory(tmp_path), None)
+
+
+def test_peak_memory_is_that_of_the_legs_that_live_together(facts: ModelFacts) -> None:
+    plan = make_plan(facts)
+    most = 0.0
+    for leg in plan.legs:
+        live = [other for other in plan.legs if other.start <= leg.start < other.end]
+        most = max(most, sum(state_bytes(other, facts) for other in live))
+    assert peak_state_bytes(plan.legs, facts) == most
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, facts: ModelFacts) -> Path:
+    root = tmp_path_factory.mktemp("kinds") / "whole"
+    run(make_plan(facts), root, facts, stream=stream())
+    return root
+
+
+def test_one_run_trains_all_kinds_and_tiers(whole: Path) -> None:
+    suite = load(whole)
+    assert len(suite) == 3 * 3 * len(KINDS)
+    x = stream().block(0, [Site(2, "mlp_out")]).rows(Site(2, "mlp_out"), 512)
+    for k in (4, 16):
+        tier = suite[f"L2.mlp_out-from-L1-k{k}"]
+        assert tier.k == k and mean_l0(tier, x) == pytest.approx(k, rel=0.01)
+    inherited = suite["L2.mlp_out-from-L1"].W_dec, suite["L2.mlp_out-from-L1-k16"].W_dec
+    cosine = torch.nn.functional.cosine_similarity(*inherited).median()
+    assert cosine > 0.9  # the same latents under the same numbers
+
+
+def test_kinds_and_tiers_resume_to_the_same_bits(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
+    with pytest.raises(MemoryError):
+        run(make_plan(facts), tmp_path / "killed", facts, Watch(kill_at=5760), stream())
+    run(make_plan(facts), tmp_path / "killed", facts, stream=stream())
+    assert_same(whole, tmp_path / "killed")
+
+
+def test_the_recipes_own_l0_stands_for_a_site_and_others_are_named(whole: Path) -> None:
+    suite = load(whole)
+    assert suite.leg_at(Site(1)).id == "L1" and suite[Site(1)].k == 8
+    assert suite.leg_at(Site(0, "mlp_out")).id == "L0.mlp_out-from-L1"
+    assert suite[Site(1), 16].k == 16
+    assert suite.leg("2").id == "L2-from-L1"
+    assert [leg.id for leg in suite.one_per_site][:4] == ["L0-from-L1", "L1", "L2-from-L1", "L0.mlp_out-from-L1"]
+    assert suite.continuation_of(suite.leg("L1")) is None
+    with pytest.raises(RunDirectoryError, match="none of L0 5"):
+        suite[Site(1), 5]
+
+
+def test_analyses_compare_saes_of_one_kind_and_the_suites_tier(whole: Path) -> None:
+    suite = load(whole)
+    for cell in cells_of(suite, "affine", snapshots=False):
+        assert cell.source.module == cell.target.module and "-k" not in cell.leg
+    for pair in leg_pairs(suite):
+        assert pair.source.kind == pair.target.kind
+        assert pair.kind == "hop" or "-k" not in pair.source.id + pair.target.id
+    assert {leg.id for leg in chosen_legs(suite, [])} == {
+        leg.id for leg in suite.one_per_site if not leg.is_transcoder
+    }
+
+
+# --- another run's SAEs -----------------------------------------------------------------------------------------------
+
+
+def test_another_runs_saes_are_continued_tier_by_tier(whole: Path, tmp_path: Path, facts: ModelFacts) -> None:
+    asked = {"parents": str(whole), "tiers": [4, 24], "transfer_tokens": 1024, "roots": []}
+    parents = parents_in(whole, recipe(plan=asked))
+    plan = make_plan(facts, parents, plan=asked)
+    legs = {leg.id: leg.parent for leg in plan.legs if not leg.kind.module_out and leg.module == "mlp_out"}
+    assert legs == {
+        "L0.mlp_out": f"{whole}/legs/L0.mlp_out-from-L1",
+        "L1.mlp_out": f"{whole}/legs/L1.mlp_out",
+        "L2.mlp_out": f"{whole}/legs/L2.mlp_out-from-L1",
+        "L0.mlp_out-k4": f"{whole}/legs/L0.mlp_out-from-L1-k4",
+        "L1.mlp_out-k4": f"{whole}/legs/L1.mlp_out-k4",
+        "L2.mlp_out-k4": f"{whole}/legs/L2.mlp_out-from-L1-k4",
+        "L0.mlp_out-k24": "L0.mlp_out",
+        "L1.mlp_out-k24": "L1.mlp_out",
+        "L2.mlp_out-k24": "L2.mlp_out",
+    }
+    assert plan.leg("L1.mlp_out").start == plan.leg("L1.mlp_out-k4").start == 0
+    run(plan, tmp_path / "it", facts, stream=stream())
+    suite = load(tmp_path / "it")
+    assert (suite[Site(1)].k, suite[Site(1), 4].k, suite[Site(1), 24].k) == (8, 4, 24)
+    assert suite.leg_at(Site(1)).id == "L1"
+
+
+def test_a_run_that_lacks_what_is_continued_is_refused(whole: Path, facts: ModelFacts) -> None:
+    for keys, said in (
+        ({"dictionary": {"k": 5}}, "no SAE at L0 of L0 5"),
+        ({"sites": {"module": ["attn_out"]}}, r"no SAE at L0\.attn_out"),
+    ):
+        asked = {**keys, "plan": {"parents": str(whole)}}
+        with pytest.raises(PlanError, match=said):
+            make_plan(facts, parents_in(whole, recipe(**asked)), **asked)
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """A finished run of nothing, with made-up numbers."""
+    root = tmp_path_factory.mktemp("fake")
+    asked = recipe(plan={"controls": [0]}, data={"context": CONTEXT, "block_tokens": "auto"}, train={"batch_tokens": 96})
+    plan = compile_plan(asked, FACTS)
+    paths = RunDirectory(root)
+    plan.save(paths.plan)
+    test = fake_tokens(paths, np.random.default_rng(0))
+    fake_training(paths, plan)
+    for leg in plan.legs:
+        fake_evaluation(paths, leg, test)
+    return load(root)
+
+
+@pytest.fixture(scope="module")
+def summary(fake: Suite) -> Summary:
+    return summarise(fake, Corpus.open(fake.directory.tokens))
+
+
+def test_a_summary_of_one_kind_has_its_controls_and_no_other_tier(summary: Summary) -> None:
+    assert summary.kinds == KINDS and summary.has_tiers
+    part = summary.of_kind("mlp_out")
+    assert [leg.id for leg in part.suite] == ["L0.mlp_out-from-L1", "L1.mlp_out", "L2.mlp_out-from-L1"]
+    assert part.final_legs == part.suite and not part.has_tiers
+    assert {leg.id for leg in part.legs if leg.role == "control"} == {
+        "L0.mlp_out-scratch-equal",
+        "L0.mlp_out-scratch-full",
+    }
+    assert summary.of_kind() == summary.of_kind("resid_post") == summary.of_kind().of_kind()
+
+
+def test_final_legs_stand_kind_by_kind_and_the_suites_tier_first(summary: Summary) -> None:
+    assert [leg.id for leg in summary.final_legs][:4] == ["L0-from-L1", "L0-from-L1-k4", "L0-from-L1-k16", "L1"]
+    assert [leg.kind for leg in summary.final_legs] == [kind for kind in KINDS for _ in range(9)]
+    assert labels.place_name(summary, summary.leg("L1.mlp_out-k4")) == "layer 1, mlp_out, L0 4"
+    assert labels.place_name(summary.of_kind(), summary.leg("L1")) == "layer 1"
+
+
+def test_the_quality_table_has_a_heading_for_each_kind(summary: Summary) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(quality_table(summary))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert [line[0] for line in lines if len(line) == 1] == KINDS
+    assert "L1.mlp_out at L0 4" in " ".join(" ".join(line) for line in lines)
+    console.print(quality_table(summary.of_kind()))
+    assert "mlp_out" not in console.export_text()
+
+
+def test_the_story_answers_for_each_kind(fake: Suite, summary: Summary) -> None:
+    told = story(fake.plan, summary)
+    assert "at each of resid_post, mlp_out and transcoder" in told["trained"]
+    assert "as a copy with 4 and 16 active latents" in told["trained"]
+    for kind in KINDS:
+        assert any(sentence.startswith(f"{kind}: ") for sentence in told["lost"])
+    assert [row.kind for row in told["rows"] if row.kind] == KINDS
+    alone = story(fake.plan, summary.of_kind())
+    assert not any(": " in sentence.split(".")[0][:14] for sentence in alone["lost"])
+
+
+def test_a_figure_shows_one_kind_and_one_tier(summary: Summary) -> None:
+    def marks(part: Summary) -> int:
+        return sum(len(line.get_xdata()) for line in quality_figure(part).axes[0].lines)
+
+    assert marks(summary) == marks(summary.of_kind("mlp_out")) < marks(summary.of_kind()) * 2
+    assert "mlp_out" in quality_figure(summary.of_kind("mlp_out"))._supxlabel.get_text()  # type: ignore[attr-defined]
