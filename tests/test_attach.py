@@ -57,7 +57,7 @@ def random_sae(width: int = 32, architecture: Any = "topk", seed: int = 0) -> Di
         b_enc=torch.randn(F, generator=draw),
         W_dec=0.2 * torch.randn(F, width, generator=draw),
         b_dec=torch.randn(width, generator=draw),
-        threshold=torch.rand(F, generator=draw) if architecture in ("jumprelu", "batchtopk") else None,
+        threshold=torch.rand(F, generator=draw) if architecture in ("jumprelu", "gated", "batchtopk") else None,
         k=5 if architecture in ("topk", "batchtopk") else None,
     )
 
@@ -139,7 +139,7 @@ def test_recording_changes_no_bit_and_gives_the_codes(model: Any, family: str, k
     assert torch.equal(attached.tokens, PROMPT) and attached.sites == [Site(1, kind)]
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "gated", "batchtopk"])
 @pytest.mark.parametrize("kind", MODULE_KINDS)
 def test_edits_are_their_definition(model: Any, family: str, kind: Any, architecture: Any) -> None:
     sae = random_sae(width(kind, family), architecture)

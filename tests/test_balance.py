@@ -26,7 +26,7 @@ from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
 
 D, F, K = 16, 48, 4
-ARCHITECTURES = ["topk", "batchtopk", "jumprelu", "relu"]
+ARCHITECTURES = ["topk", "batchtopk", "jumprelu", "gated", "relu"]
 
 
 def activations(n: int, seed: int = 0) -> Tensor:

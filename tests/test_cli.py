@@ -389,7 +389,7 @@ def test_epochs_are_only_used_when_the_corpus_is_short(place: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "gated", "relu"])
 @pytest.mark.parametrize("module", ["attn_z", "mlp_out"])
 def test_other_modules_and_architectures_go_the_whole_way(
     place: Path, tmp_path: Path, architecture: str, module: str, capsys, monkeypatch

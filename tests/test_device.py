@@ -18,9 +18,9 @@ from saerelay.training.cohort import Cohort
 from saerelay.training.engine import Trainee
 from saerelay.training.state import TraineeState
 
-KINDS = ["topk", "batchtopk", "jumprelu", "relu"]
-WAITS_PER_STEP = {"topk": 0, "batchtopk": 0, "jumprelu": 1, "relu": 1}
-"""JumpReLU and ReLU ask how many latents are active, to make room for their codes."""
+KINDS = ["topk", "batchtopk", "jumprelu", "gated", "relu"]
+WAITS_PER_STEP = {"topk": 0, "batchtopk": 0, "jumprelu": 1, "gated": 1, "relu": 1}
+"""JumpReLU, Gated and ReLU ask how many latents are active, to make room for their codes."""
 
 
 @pytest.fixture(autouse=True)

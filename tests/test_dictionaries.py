@@ -31,7 +31,8 @@ def random_dictionary(architecture: str, seed: int = 0) -> Dictionary:
         b_enc=draw(F),
         W_dec=draw(F, D),
         b_dec=draw(D),
-        threshold=draw(F).abs() if architecture in ("jumprelu", "batchtopk") else None,
+        threshold=draw(F).abs() if architecture in ("jumprelu", "gated", "batchtopk") else None,
+        r_mag=draw(F) if architecture == "gated" else None,
         k=4 if architecture in ("topk", "batchtopk") else None,
     )
 
@@ -52,6 +53,7 @@ def test_encode_is_the_definition_entry_by_entry(architecture: str) -> None:
                 "relu": pre[j] > 0,
                 "topk": pre[j] > 0 and j in top,
                 "jumprelu": d.threshold is not None and pre[j] > d.threshold[j],
+                "gated": d.threshold is not None and pre[j] > d.threshold[j],
                 "batchtopk": d.threshold is not None and pre[j] > d.threshold[j],
             }[architecture]
             assert float(z[t, j]) == pytest.approx(pre[j] if on else 0.0, abs=1e-12)
@@ -75,7 +77,7 @@ def test_training_units_are_exact(architecture: str) -> None:
         assert torch.allclose(back.tensors()[name], tensor), name
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 def test_unit_decoder_is_the_same_function(architecture: str) -> None:
     d, x = random_dictionary(architecture), activations()
     assert torch.allclose(unit_decoder(d)(x), d(x))
@@ -159,7 +161,7 @@ def test_topk_drops_negative_values() -> None:
     assert TopK(k=2).activate(torch.tensor([[-1.0, -2.0, 3.0]]), None).tolist() == [[0.0, 0.0, 3.0]]
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "gated", "relu"])
 @pytest.mark.parametrize("l0", [2, 7.5])
 def test_matched_l0_is_the_one_asked_for(architecture: str, l0: float) -> None:
     d, x = random_dictionary(architecture), 3 * activations()  # where thresholds and biases no longer fit

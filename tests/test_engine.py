@@ -83,7 +83,7 @@ def test_sparsity_penalty_warms_up() -> None:
     assert penalty_warmth(OptimizerSpec(sparsity_warmup=0), 40 * B, 0) == 1.0
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 def test_training_learns(architecture: str) -> None:
     x = data()
     start, end = begun(leg(architecture=architecture), x), trained(leg(architecture=architecture), x)
@@ -91,16 +91,17 @@ def test_training_learns(architecture: str) -> None:
     assert torch.allclose(end.state.dictionary.W_dec.norm(dim=1), torch.ones(F))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 def test_sparse_and_dense_training_agree(architecture: str) -> None:
     x = data()
     sparse, dense = trained(leg(architecture=architecture), x), trained(leg(architecture=architecture), x, dense=True)
     assert fvu(sparse, x) == pytest.approx(fvu(dense, x), rel=0.02)
 
 
-def test_jumprelu_goes_to_its_target_l0() -> None:
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated"])
+def test_a_penalty_goes_to_its_target_l0(architecture: str) -> None:
     x = data(256 * B)
-    end = trained(leg(architecture="jumprelu", budget_tokens=256 * B), x)
+    end = trained(leg(architecture=architecture, budget_tokens=256 * B), x)
     assert bool(torch.isfinite(end.canonical()(x)).all())
     l0 = float((end.canonical().encode(x) > 0).sum(dim=1).float().mean())
     assert l0 == pytest.approx(4, rel=0.15)
@@ -162,7 +163,7 @@ def test_precision_follows_the_activations_unless_given() -> None:
         assert all(tensor.dtype != torch.bfloat16 for tensor in trainee.state.tensors().values())
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 def test_training_without_mkl_learns_the_same(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = data()
     with_mkl = trained(leg(architecture=architecture), x)
@@ -183,7 +184,7 @@ def test_two_widths_in_turn_do_not_share_room_for_gradients() -> None:
     assert same(alone, in_turn)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 @pytest.mark.parametrize("pause", [1, 3, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restored_state_continues_to_the_same_bits(architecture: str, pause: int, dtype: torch.dtype) -> None:

@@ -149,7 +149,7 @@ def test_a_graph_computes_again_what_it_captured() -> None:
 # --- commands ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 def test_training_and_evaluation_of_every_kind(folder: Path, tmp_path: Path, saerelay: Any, kind: str) -> None:
     saerelay("train", recipe(folder, 'preset = "hub"\ncontrols = [0]', kind), "--out", tmp_path / "run")
     saerelay("eval", tmp_path / "run")

@@ -45,8 +45,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def random_dictionary(architecture: str, **fields: Any) -> Dictionary:
     g = torch.Generator().manual_seed(3)
     fields = {"k": 5 if "topk" in architecture else None, "threshold": None} | fields
-    if architecture in ("batchtopk", "jumprelu") and fields["threshold"] is None:
+    if architecture in ("batchtopk", "jumprelu", "gated") and fields["threshold"] is None:
         fields["threshold"] = torch.full((F,), 0.7) if architecture == "batchtopk" else torch.rand(F, generator=g)
+    if architecture == "gated":
+        fields["r_mag"] = torch.randn(F, generator=g)
     return Dictionary(
         architecture=architecture,  # type: ignore[arg-type]
         W_enc=torch.randn(F, D, generator=g),
@@ -83,7 +85,7 @@ def test_every_architecture_of_every_tool_is_there() -> None:
     }
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_we_write_we_read(format: str, architecture: str, tmp_path: Path) -> None:
     if format == "sparsify" and architecture != "topk":
@@ -125,7 +127,7 @@ def test_batchtopk_with_several_thresholds_goes_to_dictionary_learning_as_jumpre
     same_function(written, read)
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "gated", "relu"])
 def test_sparsify_refuses_what_it_cannot_say(architecture: str, tmp_path: Path) -> None:
     with pytest.raises(
         FormatError, match=rf"only TopK, and this SAE is {architecture}; export it as saelens or dictionary_learning"

@@ -37,11 +37,10 @@ def example(
     x = torch.randn(B, D, generator=g, dtype=dtype)
     spec = DictionarySpec.parse({"architecture": architecture, "n_latents": F, "k": k, "target_l0": k}).sized(D)
     d = initialise(spec, x, g)
-    return (
-        spec,
-        replace(d, b_enc=torch.randn(F, generator=g, dtype=dtype), b_dec=torch.randn(D, generator=g, dtype=dtype)),
-        x,
-    )
+    d = replace(d, b_enc=torch.randn(F, generator=g, dtype=dtype), b_dec=torch.randn(D, generator=g, dtype=dtype))
+    if d.r_mag is not None:
+        d = replace(d, r_mag=torch.randn(F, generator=g, dtype=dtype))
+    return spec, d, x
 
 
 def stepped(
@@ -49,7 +48,9 @@ def stepped(
 ) -> tuple[Loss, dict[str, torch.Tensor]]:
     """Loss and all gradients of a sparse step, its latents in two pieces."""
     step = sparse_step(spec, d, x, **options)
-    trained = {name: t for name, t in d.tensors().items() if name != "threshold" or spec.architecture == "jumprelu"}
+    trained = d.tensors()
+    if d.activation.threshold_is_calibrated:
+        del trained["threshold"]
     gradients = {name: torch.full_like(t, torch.nan) for name, t in trained.items()}
     for latents in (slice(0, 17), slice(17, d.n_latents)):
         step.gradients(latents, {name: g[latents] for name, g in gradients.items() if name != "b_dec"})
@@ -59,7 +60,7 @@ def stepped(
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize(
     ("architecture", "n_dead"),
-    [("relu", 0), ("jumprelu", 0), *((name, n) for name in ("topk", "batchtopk") for n in (0, 1, 20, F))],
+    [("relu", 0), ("jumprelu", 0), ("gated", 0), *((name, n) for name in ("topk", "batchtopk") for n in (0, 1, 20, F))],
 )
 @pytest.mark.parametrize("normalise", [True, False])
 def test_sparse_step_equals_autograd(ops, architecture: str, n_dead: int, normalise: bool) -> None:
@@ -78,7 +79,7 @@ def test_sparse_step_equals_autograd(ops, architecture: str, n_dead: int, normal
             assert torch.allclose(gradient, parameters[name].grad, rtol=1e-10, atol=1e-14), name  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
 def test_a_batch_in_pieces_with_latents_in_groups_equals_autograd(architecture: str) -> None:
     """More tokens than one piece, and enough latents that selection goes by groups."""
     assert ROWS < 600 and 192 >= 4 * GROUP * 3
@@ -94,7 +95,7 @@ def test_a_batch_in_pieces_with_latents_in_groups_equals_autograd(architecture: 
         assert torch.allclose(gradient, parameters[name].grad, rtol=1e-10, atol=1e-14), name  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
 def test_an_encoder_that_reads_whitened_activations_equals_autograd(architecture: str) -> None:
     spec, d, x = example(architecture, 0)
     whitening = torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -124,7 +125,7 @@ def test_variance_is_about_the_mean_of_the_batch() -> None:
     assert torch.allclose(sparse_step(spec, d, x + 5).variance, (x - x.mean(dim=0)).square().sum())
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
 def test_a_bfloat16_encoder_gives_nearly_the_same_gradients(architecture: str) -> None:
     spec, d, x = example(architecture, 0, torch.float32, B=600, F=192, k=3)
     dead = torch.arange(192) % 5 == 0 if architecture.endswith("topk") else None
@@ -199,7 +200,7 @@ def test_selections_equal_their_definitions() -> None:
     )
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
 def test_encode_sparse_equals_encode(architecture: str) -> None:
     _, d, x = example(architecture, 0)
     assert torch.equal(dense_codes(encode_sparse(d, x)), d.encode(x))

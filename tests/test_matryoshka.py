@@ -28,7 +28,7 @@ def spec_of(architecture: str, matryoshka: list[float], **keys: Any) -> SizedDic
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu", "gated"])
 @pytest.mark.parametrize("n_rows", [33, 600])
 def test_the_sparse_step_equals_autograd(ops, architecture: str, n_rows: int) -> None:
     spec = spec_of(architecture, [0.1, 0.5])
@@ -45,7 +45,7 @@ def test_the_sparse_step_equals_autograd(ops, architecture: str, n_rows: int) ->
     step = sparse_step(spec, d, x, dead=dead, ops=ops)
     assert torch.allclose(step.loss.total, expected.total.detach(), rtol=1e-12)
     assert torch.allclose(step.loss.squared_error, expected.squared_error, rtol=1e-12)
-    trained = [name for name in parameters if name != "threshold" or architecture == "jumprelu"]
+    trained = [name for name in parameters if name != "threshold" or not d.activation.threshold_is_calibrated]
     gradients = {name: torch.full_like(d.tensors()[name], torch.nan) for name in trained}
     for latents in (slice(0, 17), slice(17, F)):  # which cut through a prefix
         step.gradients(latents, {name: g[latents] for name, g in gradients.items() if name != "b_dec"})

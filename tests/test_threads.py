@@ -72,7 +72,7 @@ def test_denormals_are_zero_only_inside() -> None:
     assert float((tiny * 0.5).sum()) > 0
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 def test_bits_do_not_depend_on_the_number_of_threads(architecture: str) -> None:
     """One leg by pieces, and three in lockstep of which some go to threads of their own."""
     D, F, B = 24, 1024, 600

@@ -144,7 +144,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bits(
     assert_same(whole, root)
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "gated", "relu"])
 @pytest.mark.parametrize("asked_at", [3200, 4352])
 def test_ctrl_c_saves_between_any_two_batches(
     tmp_path: Path, facts: ModelFacts, architecture: str, asked_at: int
@@ -274,7 +274,7 @@ def test_batchtopk_is_published_with_the_l0_it_was_trained_for(tmp_path: Path, f
         assert float((z > 0).sum(dim=1).float().mean()) == pytest.approx(4, rel=0.1)
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "batchtopk"])
 def test_a_hop_to_larger_activations_starts_at_the_right_l0(
     facts: ModelFacts, tmp_path: Path, architecture: str
 ) -> None:

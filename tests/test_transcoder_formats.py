@@ -28,7 +28,7 @@ def random_transcoder(architecture: str = "jumprelu", *, skip: bool = True, seed
         architecture=architecture, k=5 if "topk" in architecture else None,
         W_enc=torch.randn(F, D, generator=g), b_enc=torch.randn(F, generator=g),
         W_dec=torch.randn(F, D, generator=g), b_dec=3 + torch.randn(D, generator=g),
-        threshold=torch.rand(F, generator=g) if architecture in ("jumprelu", "batchtopk") else None,
+        threshold=torch.rand(F, generator=g) if architecture in ("jumprelu", "gated", "batchtopk") else None,
         W_skip=torch.randn(D, D, generator=g) if skip else None,
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_codes_and_outputs_are_those_of_circuit_tracer_itself(case: str) -> None
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "batchtopk"])
 def test_what_is_written_is_its_formula(tmp_path: Path, architecture: str, skip: bool) -> None:
     """W_enc (F, D), W_dec (F, D), W_skip (D, D) as x W_skipᵀ, a threshold only for JumpReLU: circuit-tracer 0.5.0."""
     written = random_transcoder(architecture, skip=skip)

@@ -30,7 +30,7 @@ from saerelay.sae.transfer import Retraining, carry, fold
 from saerelay.sae.units import Units
 from saerelay.site import Site
 
-ARCHITECTURES = ["topk", "batchtopk", "jumprelu", "relu"]
+ARCHITECTURES = ["topk", "batchtopk", "jumprelu", "gated", "relu"]
 D, DY, F, B = 12, 9, 48, 70
 SKIP = pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
 
@@ -104,11 +104,11 @@ def test_the_sparse_step_equals_autograd_in_float64(architecture: str, dead: int
     units = replace(Units.fitted_to(x), target=Units.fitted_to(y))
     marks = torch.arange(F) < dead
     step = sparse_step(spec, d, x, reading=Reading(units, target=y), dead=marks, ops=reference)
-    found = {
-        name: torch.full_like(t, torch.nan) for name, t in d.tensors().items() if name in ("W_enc", "b_enc", "W_dec")
-    }
+    found = {name: torch.full_like(t, torch.nan) for name, t in d.tensors().items() if name not in ("b_dec", "W_skip")}
+    if d.activation.threshold_is_calibrated:
+        del found["threshold"]
     for latents in (slice(0, 17), slice(17, F)):
-        step.gradients(latents, {name: g[latents] for name, g in found.items()} | threshold_room(spec, F, latents))
+        step.gradients(latents, {name: g[latents] for name, g in found.items()})
 
     trained = {name: t.clone().requires_grad_() for name, t in d.tensors().items()}
     u, v = units.normalise(x), units.out.normalise(y)
@@ -118,10 +118,6 @@ def test_the_sparse_step_equals_autograd_in_float64(architecture: str, dead: int
     for name, gradient in (found | {"b_dec": step.b_dec}).items():
         torch.testing.assert_close(gradient, trained[name].grad, msg=name)
     torch.testing.assert_close(step.variance, (v - v.mean(dim=0)).square().sum())
-
-
-def threshold_room(spec: SizedDictionarySpec, n: int, latents: slice) -> dict[str, torch.Tensor]:
-    return {"threshold": torch.zeros(n)[latents].double()} if spec.architecture == "jumprelu" else {}
 
 
 def test_a_skip_connection_starts_as_the_affine_part() -> None:
@@ -147,7 +143,7 @@ def test_a_fresh_one_is_better_than_nothing(architecture: str) -> None:
 
 
 @SKIP
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 def test_fold_is_its_definition(architecture: str, skip: bool) -> None:
     """Reads B x + b where it read x, and what it writes goes through A and c: exact in float64."""
     _, d, x, _ = example(architecture, skip)

@@ -111,7 +111,7 @@ def test_methods_fit_better_and_better() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_fold_is_exact_under_an_invertible_map(architecture: str, seed: int) -> None:

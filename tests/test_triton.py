@@ -158,7 +158,7 @@ def test_what_the_kernel_cannot_select_goes_to_torch() -> None:
     assert torch.equal(dense_codes(ops.top_codes(pre, 4)), dense_codes(select.top_codes(pre, 4)))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
 def test_a_step_equals_autograd(architecture: str) -> None:
     B, F, D = 19, 45, 37
     spec = DictionarySpec(architecture=architecture, n_latents=F, k=5, target_l0=5)  # type: ignore[arg-type]

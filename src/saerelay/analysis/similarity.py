@@ -36,6 +36,19 @@ def mean_max_cosine(P: Tensor, Q: Tensor, alive_p: Tensor | None = None, alive_q
     return float(torch.cat(best).double().mean())
 
 
+@torch.no_grad()
+def share_found_again(P: Tensor, Q: Tensor, cosine: float = 0.7) -> float:
+    """Share of the rows of P (F, D) that have a cosine above 0.7 with some row of Q (G, D).
+
+    >>> share_found_again(torch.eye(4), torch.tensor([[1.0, 0, 0, 0], [0, 3, 0, 0]]))
+    0.5
+    """
+    P = torch.nn.functional.normalize(P, dim=1)
+    Q = torch.nn.functional.normalize(Q, dim=1)
+    best = [(part @ Q.T).amax(dim=1) for part in P.split(max(1, DENSE // len(Q)))]
+    return float((torch.cat(best) > cosine).double().mean())
+
+
 class TokenAssociations(NamedTuple):
     """Ids of the tokens that each latent of a dictionary stands for, (F, 10) each; -1 where there are fewer."""
 

@@ -2,6 +2,7 @@
 
 import math
 
+from saerelay.analysis.similarity import share_found_again
 from saerelay.data.corpus import Corpus
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.plan import Leg
@@ -40,6 +41,7 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
     evaluation = Evaluation.load(suite.directory.evaluation(leg.id))
     info = suite.info(leg)
     continuation = suite.continuation_of(leg)
+    repeat_of = suite.plan.repeat_of(leg)
     snapshots = []
     for age, metrics in sorted(evaluation.snapshots.items()):
         snapshots.append(SnapshotSummary(tokens=age, **shown_metrics(metrics)))
@@ -58,6 +60,8 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
         target_l0=leg.dictionary.l0,
         lr=leg.schedule.lr if info.lr is None else info.lr,
         seed=leg.seed,
+        repeat_of=repeat_of or None,
+        found_again=_found_again(suite, leg, repeat_of),
         origin=suite.origin(leg),
         made=suite.made(leg),
         continued_by=continuation.id if continuation else None,
@@ -75,13 +79,21 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
     )
 
 
+def _found_again(suite: PublishedSuite, leg: Leg, repeat_of: str) -> float | None:
+    """Share of a repeat's latents that the leg it repeats has as well; None for other legs."""
+    if repeat_of not in set(suite):
+        return None
+    return share_found_again(suite.dictionary(leg).W_dec, suite[repeat_of].W_dec)
+
+
 def shown_metrics(metrics: EvaluationMetrics) -> dict[str, float | None]:
     """The metrics that summary.json and matrix.json show, by name."""
     return {name: getattr(metrics, name) for name in Metrics.model_fields}
 
 
 def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
-    """What the suite took, without its controls, which are counted apart, and what all layers from scratch would have.
+    """What the suite took, without its controls and repeats, which are counted apart, and what all layers from scratch
+    would have.
 
     The time of all layers from scratch is an estimate: the time per token of the legs that were trained from scratch,
     for every layer, and the language model's share of the time that a pass over a root's tokens takes.
@@ -98,7 +110,8 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     seconds = run_cost.seconds if run_cost else None
     total = seconds.total if seconds else math.nan
     lm = seconds.lm if seconds else math.nan
-    control_seconds = sum(infos[leg.id].seconds for leg in suite.legs if leg.role == "control")
+    extra = [leg for leg in suite.legs if leg.role == "control" or plan.repeat_of(leg)]
+    control_seconds = sum(infos[leg.id].seconds for leg in extra)
 
     scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
     scratch_tokens = sum(info.tokens for info in scratch)

@@ -17,6 +17,7 @@ from saerelay.rank import rank
 from saerelay.spec import parse_count
 
 if TYPE_CHECKING:
+    from saerelay.planning.recipe import Recipe
     from saerelay.runs.documents.quality import Summary
     from saerelay.site import Site
 
@@ -36,7 +37,18 @@ Licence = Annotated[str, typer.Option(help="Licence for the model card, as named
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 Source = Annotated[str, typer.Argument(help="Run directory, or one trained SAE in any format.")]
 AnySae = Annotated[str, typer.Argument(help="A trained SAE in any format: a path, or hf://user/repo/path.")]
+Seeds = Annotated[
+    int | None,
+    typer.Option(min=1, show_default="the recipe's", help="Train every leg with this many seeds, for error bars."),
+]
 InputFormat = Annotated[str, typer.Option("--format", help="Format of the SAE, if detection fails: saelens, ...")]
+
+
+def with_seeds(recipe: "Recipe", seeds: int | None) -> "Recipe":
+    """A recipe with another number of seeds, if one is given."""
+    if seeds is None:
+        return recipe
+    return recipe.changed(train=recipe.train.changed(seeds=seeds))
 
 
 def token_count(value: str | int) -> int:

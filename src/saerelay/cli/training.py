@@ -11,12 +11,14 @@ from saerelay.cli.options import (
     Json,
     OutRun,
     RecipePath,
+    Seeds,
     print_all,
     print_json,
     print_summary,
     progress,
     say,
     site_of,
+    with_seeds,
 )
 from saerelay.rank import rank
 
@@ -53,6 +55,7 @@ def plan(
     ranks: Annotated[
         int, typer.Option(min=1, help="Show how this many processes would share the work: see docs/scale-out.md.")
     ] = 1,
+    seeds: Seeds = None,
 ) -> None:
     """Show the plan: each SAE, its parent, and the estimated cost. With preset = "auto", survey the layers first."""
     from saerelay.planning.cost import plan_cost
@@ -63,7 +66,7 @@ def plan(
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.timing import plan_seconds
 
-    run = Recipe.from_toml(recipe)
+    run = with_seeds(Recipe.from_toml(recipe), seeds)
     if run.plan.surveyed:
         plan_auto(run, as_json, write, ranks)
         return
@@ -164,6 +167,7 @@ def train(
     out: OutRun,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Add legs or tokens to a finished run.")] = False,
+    seeds: Seeds = None,
 ) -> None:
     """Train every SAE of a recipe."""
     from saerelay.planning.recipe import Recipe
@@ -172,7 +176,8 @@ def train(
 
     if rank() == 0:
         mend_recipe(out)
-    suite = train_run(Recipe.from_toml(recipe), out, resume=resume, extend=extend, console=progress())
+    run = with_seeds(Recipe.from_toml(recipe), seeds)
+    suite = train_run(run, out, resume=resume, extend=extend, console=progress())
     say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
 
 
@@ -189,7 +194,7 @@ def hop(
     ] = "",
     refit: Annotated[bool | None, typer.Option(help="Refit the decoder in closed form. Default: the recipe's.")] = None,
     architecture: Annotated[
-        str, typer.Option(help="Target architecture: topk, batchtopk, jumprelu, relu. Default: unchanged.")
+        str, typer.Option(help="Target architecture: topk, batchtopk, jumprelu, gated, relu. Default: unchanged.")
     ] = "",
     n_latents: Annotated[str, typer.Option(help="Target number of latents. Default: unchanged.")] = "",
     k: Annotated[int | None, typer.Option(help="Active latents per token. Default: unchanged.")] = None,

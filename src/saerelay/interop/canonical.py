@@ -43,8 +43,8 @@ def _product(W: Tensor, b: Tensor) -> Tensor:
     return torch.cat([rows.double() @ b.double() for rows in W.split(512)])
 
 
-def gated_as_jumprelu(W: Tensor, *, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc, b_enc and threshold of the JumpReLU that a gated encoder equals.
+def from_gate(W: Tensor, *, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W_enc, b_enc and threshold of a gated encoder that is given by the weights of its gate.
 
     W (F, D), the others (F).
 
@@ -52,9 +52,24 @@ def gated_as_jumprelu(W: Tensor, *, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor
     to 8): with pre = e^r W u + b_mag, the gate is open where pre > b_mag − e^r b_gate.
 
     >>> one = torch.ones(1)
-    >>> gated_as_jumprelu(one[None], r_mag=0 * one, b_gate=-0.5 * one, b_mag=2 * one)
+    >>> from_gate(one[None], r_mag=0 * one, b_gate=-0.5 * one, b_mag=2 * one)
     (tensor([[1.]]), tensor([2.]), tensor([2.5000]))
     """
     magnitude = r_mag.exp()
     threshold = (b_mag - magnitude * b_gate).clamp(min=0)
     return W * magnitude[:, None], b_mag, threshold
+
+
+def to_gate(dictionary: Dictionary, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Undo `from_gate`: W, b_gate and r_mag of a gated dictionary's gate, for b_mag (F).
+
+    >>> one = torch.ones(1)
+    >>> sae = Dictionary(architecture="gated", W_enc=one[None], b_enc=2 * one, W_dec=one[None], b_dec=one,
+    ...                  threshold=2.5 * one, r_mag=0 * one)
+    >>> to_gate(sae, sae.b_enc)
+    (tensor([[1.]]), tensor([-0.5000]), tensor([0.]))
+    """
+    assert dictionary.threshold is not None and dictionary.r_mag is not None
+    scale = (-dictionary.r_mag).exp()
+    b_gate = (b_mag - dictionary.threshold) * scale
+    return dictionary.W_enc * scale[:, None], b_gate, dictionary.r_mag

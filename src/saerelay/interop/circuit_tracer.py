@@ -74,8 +74,8 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         )
     if dictionary.architecture == "topk":
         raise FormatError(
-            "circuit-tracer loads ReLU and JumpReLU transcoders, which BatchTopK is at inference, and the one at "
-            f'{origin.site} is topk; train with architecture = "batchtopk" or "jumprelu", or convert it: '
+            "circuit-tracer loads ReLU and JumpReLU transcoders (BatchTopK and Gated are JumpReLU at inference), and "
+            f'the one at {origin.site} is topk; train with architecture = "batchtopk" or "jumprelu", or convert it: '
             "saerelay hop --architecture batchtopk --tokens 0"
         )
     _add_to_config(path / CONFIG, dictionary, origin)

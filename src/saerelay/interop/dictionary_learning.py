@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import replacing, write_json
-from saerelay.interop.canonical import canonical, encoder_bias, gated_as_jumprelu
+from saerelay.interop.canonical import canonical, encoder_bias, from_gate, to_gate
 from saerelay.interop.files import lookup, read_config, read_count, read_number, read_pickle, take
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
@@ -46,7 +46,12 @@ SHAPES: dict[str, dict[str, str]] = {
 }
 """The tensors of each class: W_enc, b_enc, W_dec, b_dec in that order, then the others."""
 
-_WRITTEN_CLASSES = {"relu": "AutoEncoder", "topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE"}
+_WRITTEN_CLASSES = {
+    "relu": "AutoEncoder",
+    "topk": "AutoEncoderTopK",
+    "batchtopk": "BatchTopKSAE",
+    "gated": "GatedAutoEncoder",
+}
 """Those that hold our architectures; JumpReLU, and BatchTopK with many thresholds, need
 another."""
 
@@ -55,6 +60,7 @@ _TRAINERS = {
     "AutoEncoderTopK": "TopKTrainer",
     "BatchTopKSAE": "BatchTopKTrainer",
     "JumpReluAutoEncoder": "JumpReluTrainer",
+    "GatedAutoEncoder": "GatedSAETrainer",
 }
 
 
@@ -68,7 +74,7 @@ def recognises(path: Path) -> bool:
 def read(path: Path) -> tuple[Dictionary, Origin]:
     """A `trainer_i` directory, an ae.pt, or a checkpoints/ae_STEP.pt in canonical form.
 
-    Gated SAEs become the JumpReLU they equal; BatchTopK and Matryoshka act as at inference, by
+    BatchTopK and Matryoshka act as at inference, by
     threshold. A backup (a state dict saved together with its optimizer) reads activations divided
     by `norm_factor`, which is folded in.
 
@@ -138,7 +144,7 @@ def _class_for(dictionary: Dictionary) -> str:
     """Their class that computes what a dictionary of ours does."""
     kind = _WRITTEN_CLASSES.get(dictionary.architecture, "JumpReluAutoEncoder")
     threshold = dictionary.threshold
-    if threshold is not None and bool((threshold != threshold[0]).any()):
+    if kind == "BatchTopKSAE" and threshold is not None and bool((threshold != threshold[0]).any()):
         return "JumpReluAutoEncoder"
     return kind
 
@@ -153,6 +159,17 @@ def _state(kind: str, dictionary: Dictionary) -> dict[str, Tensor]:
             "W_dec": dictionary.W_dec,
             "b_dec": dictionary.b_dec,
             "threshold": dictionary.threshold,
+        }
+    if kind == "GatedAutoEncoder":
+        b_mag = encoder_bias(dictionary)
+        W, b_gate, r_mag = to_gate(dictionary, b_mag)
+        return {
+            "encoder.weight": W,
+            "gate_bias": b_gate,
+            "decoder.weight": dictionary.W_dec.T,
+            "decoder_bias": dictionary.b_dec,
+            "mag_bias": b_mag,
+            "r_mag": r_mag,
         }
     state = {
         "encoder.weight": dictionary.W_enc,
@@ -219,6 +236,7 @@ def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) 
 
     architecture: str = "relu"
     threshold = None
+    r_mag = None
     match kind:
         case "AutoEncoderTopK":
             architecture = "topk"
@@ -229,9 +247,9 @@ def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) 
             architecture = "jumprelu"
             threshold = others[0]
         case "GatedAutoEncoder":
-            architecture = "jumprelu"
+            architecture = "gated"
             b_mag, r_mag = others
-            W_enc, b_enc, threshold = gated_as_jumprelu(W_enc, r_mag=r_mag, b_gate=b_enc, b_mag=b_mag)
+            W_enc, b_enc, threshold = from_gate(W_enc, r_mag=r_mag, b_gate=b_enc, b_mag=b_mag)
 
     k = None
     if architecture in ("topk", "batchtopk"):
@@ -244,6 +262,7 @@ def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) 
         W_dec=W_dec,
         b_dec=b_dec,
         threshold=threshold,
+        r_mag=r_mag,
         k=k,
     )
     return canonical(dictionary, subtracts_b_dec=kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"))

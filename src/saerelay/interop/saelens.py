@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saerelay.errors import FormatError
 from saerelay.files import write_json
-from saerelay.interop.canonical import canonical, gated_as_jumprelu
+from saerelay.interop.canonical import canonical, from_gate, to_gate
 from saerelay.interop.files import lookup, read_config, read_count, read_number, read_tensors, take
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
@@ -37,6 +37,7 @@ _ARCHITECTURES_WRITTEN: dict[str, str] = {
     "relu": "standard",
     "topk": "topk",
     "jumprelu": "jumprelu",
+    "gated": "gated",
     "batchtopk": "jumprelu",
 }
 """What our architectures are written as; SAELens itself turns a trained BatchTopK into
@@ -77,7 +78,7 @@ def recognises(path: Path) -> bool:
 def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
     """A SAELens directory in canonical form: the same codes and reconstructions.
 
-    Gated SAEs become the JumpReLU they equal. TopK with `rescale_acts_by_decoder_norm`, and
+    TopK with `rescale_acts_by_decoder_norm`, and
     checkpoints of BatchTopK and Matryoshka, become what SAELens itself makes of them at the end of
     training: rows of W_dec have unit norm, and the running threshold is that of all latents. The
     factor of `expected_average_only_in` is folded in if the directory has it
@@ -135,7 +136,12 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         config["metadata"]["training_architecture"] = "batchtopk"
         config["metadata"]["training_architecture_details"] = {"k": dictionary.k}
 
-    tensors = {**dictionary.tensors(), "W_enc": dictionary.W_enc.T}
+    tensors = dictionary.tensors()
+    if dictionary.architecture == "gated":
+        tensors["W_enc"], tensors["b_gate"], _ = to_gate(dictionary, dictionary.b_enc)
+        tensors["b_mag"] = tensors.pop("b_enc")
+        del tensors["threshold"]
+    tensors["W_enc"] = tensors["W_enc"].T
     write_tensors(path / WEIGHTS, {name: tensor.cpu() for name, tensor in tensors.items()})
     write_json(path / CONFIG, config)
 
@@ -215,13 +221,14 @@ def _dictionary(path: Path, config: dict[str, Any], metadata: dict[str, Any]) ->
 
     kind: str = "relu"
     threshold = None
+    r_mag = None
     match architecture:
         case "topk":
             kind = "topk"
         case "gated":
-            kind = "jumprelu"
+            kind = "gated"
             b_mag, r_mag = others
-            W_enc, b_enc, threshold = gated_as_jumprelu(W_enc, r_mag=r_mag, b_gate=b_enc, b_mag=b_mag)
+            W_enc, b_enc, threshold = from_gate(W_enc, r_mag=r_mag, b_gate=b_enc, b_mag=b_mag)
         case "jumprelu":
             kind = "batchtopk" if _was_batchtopk(metadata) else "jumprelu"
             threshold = others[0].exp() if "log_threshold" in shapes else others[0]
@@ -245,7 +252,7 @@ def _dictionary(path: Path, config: dict[str, Any], metadata: dict[str, Any]) ->
         # makes them z·n / s.
         dictionary = unit_decoder(dictionary)
         threshold = None if threshold is None else threshold / scale
-    return replace(dictionary, threshold=threshold)
+    return replace(dictionary, threshold=threshold, r_mag=r_mag)
 
 
 def _shapes(architecture: object, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import Setting, module_out_of, settled_leg, site_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
-from saerelay.planning.presets import Place, preset_legs
+from saerelay.planning.presets import Place, preset_legs, with_repeats
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import WITHOUT_MAP, LegMethod
 from saerelay.site import Site
@@ -40,7 +40,7 @@ def compile_plan(
     layers = _check_layers(recipe, facts)
     if finished and not recipe.plan.roots:
         recipe = _with_roots_of(recipe, finished)
-    specs = recipe.plan.legs or preset_legs(recipe, layers, parents)
+    specs = with_repeats(recipe.plan.legs or preset_legs(recipe, layers, parents), recipe.train)
     if recipe.plan.legs:
         _check_nothing_else(recipe)
     for spec in specs:

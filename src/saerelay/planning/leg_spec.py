@@ -36,6 +36,15 @@ def tokens_of(value: float, budget: int) -> int:
     return int(value)
 
 
+def repeat_name(leg_id: str, seed: int) -> str:
+    """The id of a leg's repeat with another seed.
+
+    >>> repeat_name("L3-from-L5", 1)
+    'L3-from-L5-seed1'
+    """
+    return f"{leg_id}-seed{seed}"
+
+
 class LegHop(Spec):
     """Where a leg is transferred from, and how; None leaves it to the plan."""
 
@@ -74,7 +83,7 @@ class LegDictionary(Spec):
     n_latents: Count | None = Field(default=None, ge=1)
     """More or fewer than the parent's: new ones take up its residual, those that explain least are left behind."""
     k: int | None = Field(default=None, ge=1)
-    """Active latents per token, whatever the architecture (jumprelu: its target_l0)."""
+    """Active latents per token, whatever the architecture (jumprelu, gated: their target_l0)."""
 
     @field_validator("architecture")
     @classmethod

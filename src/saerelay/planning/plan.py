@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.leg_spec import ControlKind, LegId
+from saerelay.planning.leg_spec import ControlKind, LegId, repeat_name
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import LegMethod, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site, SiteKind
@@ -305,15 +305,16 @@ class Plan(Document):
         return sorted(probed)
 
     def without_controls(self) -> Self:
-        """The plan without its control legs."""
-        return self.changed(legs=[leg for leg in self.legs if not leg.control])
+        """The plan of the suite alone, without its control legs and without repeats with other seeds."""
+        return self.changed(legs=[leg for leg in self.legs if not leg.control and not self.repeat_of(leg)])
 
     def all_from_scratch(self) -> Self:
         """What a plan is compared with: each of its sites from scratch, at the same time, with `plan.root_tokens`.
 
-        Every site has the dictionary that the plan ends with there, for each kind and each L0. Controls do not count.
+        Every site has the dictionary that the plan ends with there, for each kind and each L0. Neither controls nor
+        repeats count.
         """
-        last_of_place = {(leg.site, leg.kind, leg.dictionary.l0): leg for leg in self.legs if not leg.control}
+        last_of_place = {(leg.site, leg.kind, leg.dictionary.l0): leg for leg in self.without_controls().legs}
         legs = []
         for leg in last_of_place.values():
             batch = leg.schedule.batch_tokens
@@ -351,6 +352,17 @@ class Plan(Document):
                 l0 = now.l0  # where one of them is not known, they count as equal
         shape = (before.architecture, before.n_latents, l0)
         return shape != (now.architecture, now.n_latents, now.l0)
+
+    def repeat_of(self, leg: Leg) -> str:
+        """The leg that a leg repeats with another seed; "" if it is none. Ids say it: L3-seed1 repeats L3.
+
+        What continues a repeat (L3-seed1+2M) repeats what continues the first (L3+2M), or else the first itself.
+        """
+        name, plus, more = leg.id.partition("+")
+        first = name.removesuffix(repeat_name("", leg.seed))
+        if first == name:
+            return ""
+        return next((other for other in (first + plus + more, first) if self.has(other)), "")
 
     def tier_of(self, leg: Leg) -> str:
         """The leg of its own site that a leg is a copy of at another L0; "" if it is none."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from saerelay.errors import PlanError
-from saerelay.planning.leg_spec import ControlKind, LegControl, LegDictionary, LegHop, LegSpec
-from saerelay.planning.recipe import Recipe
+from saerelay.planning.leg_spec import ControlKind, LegControl, LegDictionary, LegHop, LegSpec, repeat_name
+from saerelay.planning.recipe import Recipe, TrainSpec
 from saerelay.site import SiteKind
 
 
@@ -146,6 +146,38 @@ def control_legs(recipe: Recipe, name: str, transfers: Sequence[LegSpec]) -> lis
             )
         )
     return legs
+
+
+def with_repeats(specs: Sequence[LegSpec], train: TrainSpec) -> list[LegSpec]:
+    """The legs, and after them their repeats with other seeds, if `train.seeds` asks for them.
+
+    A repeat of a transfer starts from the repeat of its parent; a parent outside the plan is the same for all.
+    """
+    repeated = list(specs)
+    for i in range(1, train.seeds):
+        seeds = {}
+        names = {}
+        for spec in specs:
+            first = train.seed if spec.seed is None else spec.seed
+            seeds[spec.id] = first + i
+            names[spec.id] = repeat_name(spec.id, first + i)
+        for spec in specs:
+            hop = spec.hop
+            if hop is not None:
+                hop = hop.changed(parent=names.get(hop.parent, hop.parent))
+            control = spec.control
+            if control is not None:
+                control = control.changed(control_of=names.get(control.control_of, control.control_of))
+            repeated.append(
+                spec.changed(
+                    id=names[spec.id],
+                    seed=seeds[spec.id],
+                    after=names.get(spec.after, spec.after),
+                    hop=hop,
+                    control=control,
+                )
+            )
+    return repeated
 
 
 # --- who is transferred from whom ---------------------------------------------------------------------------------

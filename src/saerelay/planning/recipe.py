@@ -307,6 +307,9 @@ class TrainSpec(Spec):
         description='tokens without firing after which a latent is dead; "auto": min(10M, a fiftieth of the budget)',
     )
     seed: int = Field(default=0, ge=0, description="every random choice follows from it")
+    seeds: int = Field(
+        default=1, ge=1, description="train every leg with as many seeds (seed, seed + 1, ...), for error bars"
+    )
     checkpoint_every: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
         default="auto", description='tokens between two saved states; "auto": as many as take five minutes'
     )

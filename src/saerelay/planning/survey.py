@@ -123,7 +123,7 @@ def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.in
     block = choose_block(recipe, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
     surveying = recipe.changed(
         plan=plain.changed(legs=legs, roots=[]),
-        train=recipe.train.changed(snapshots=[], loggers=[]),
+        train=recipe.train.changed(snapshots=[], loggers=[], seeds=1),
         data=recipe.data.changed(cache="", block_tokens=block),
         sites=recipe.sites.changed(layers=layers),
     )

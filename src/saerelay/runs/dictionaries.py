@@ -75,6 +75,8 @@ def _check_header(info: DictionaryInfo, path: Path) -> None:
     if kind.l0_key == "k" and info.k is None or info.k is not None and not 1 <= info.k <= F:
         raise RunDirectoryError(f"{path.parent}: k is {info.k}, expected a whole number from 1 to {F}")
     expected = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, D_out), "b_dec": (D_out,), "threshold": (F,)}
+    if kind.has_gate:
+        expected["r_mag"] = (F,)
     if info.skip_connection:
         expected["W_skip"] = (D_out, D)
     found = read_shapes(path, _REMEDY)

@@ -18,8 +18,8 @@ class PublishedSuite:
     """The published dictionaries of a run, by site or by leg id.
 
     A site with several legs gives the one that stands for it: neither a control nor continued by another leg, and of
-    several tiers the one with the recipe's own L0; `suite[site, k]` is another tier. If seeds leave more than one, the
-    error lists them.
+    several tiers the one with the recipe's own L0; `suite[site, k]` is another tier. Of several seeds it is the first.
+    If a plan written leg by leg leaves more than one, the error lists them.
     """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
@@ -45,7 +45,10 @@ class PublishedSuite:
 
     @property
     def suite_legs(self) -> list[Leg]:
-        """The final legs of the suite's own tier, which analyses compare across layers; several if seeds differ."""
+        """The final legs of the suite's own tier and first seed, which analyses compare across layers.
+
+        There are several per site if a plan written leg by leg has them.
+        """
         by_place: dict[tuple[Site, SiteKind], list[Leg]] = {}
         for leg in self.final_legs:
             by_place.setdefault((leg.site, leg.kind), []).append(leg)
@@ -60,9 +63,14 @@ class PublishedSuite:
         return list(first.values())
 
     def _of_own_l0(self, legs: list[Leg]) -> list[Leg]:
-        """Those of some legs that have the L0 of the recipe; all, if none has."""
+        """Those of some legs that have the L0 of the recipe, and are no repeats; all, if none is."""
         own = self.plan.recipe.dictionary.l0
+        legs = self._first_seeds(legs)
         return [leg for leg in legs if leg.dictionary.l0 == own] or legs
+
+    def _first_seeds(self, legs: list[Leg]) -> list[Leg]:
+        """Those of some legs that repeat no other with another seed; all, if all do."""
+        return [leg for leg in legs if not self.plan.repeat_of(leg)] or legs
 
     @property
     def kinds(self) -> list[SiteKind]:
@@ -116,6 +124,9 @@ class PublishedSuite:
         counterparts = []
         place = (leg.site, leg.kind, leg.dictionary.l0)
         for other in self.legs:
+            one_repeats = self.plan.repeat_of(other) or self.plan.repeat_of(leg)
+            if one_repeats and other.seed != leg.seed:
+                continue
             is_root = other.role == "root" and not other.parent
             is_root = is_root and (other.site, other.kind, other.dictionary.l0) == place
             is_control = other.control_of == leg.id and other.control_kind != "random"
@@ -149,7 +160,7 @@ class PublishedSuite:
         if k is None:
             final = self._of_own_l0(final)
         else:
-            final = [leg for leg in final if leg.dictionary.l0 == k]
+            final = self._first_seeds([leg for leg in final if leg.dictionary.l0 == k])
         if len(final) == 1:
             return final[0]
         root = self.directory.root

@@ -1,7 +1,7 @@
 """Sparse autoencoders: the trained object.
 
 Shapes: B tokens, D model width, F latents. One row per latent: W_enc (F, D), b_enc (F), W_dec (F, D), b_dec (D),
-threshold (F). Canonical form acts on raw activations, with no normalisation factor and no pre-encoder bias:
+threshold (F), r_mag (F). Canonical form acts on raw activations, with no normalisation factor and no pre-encoder bias:
 
     pre = x W_encᵀ + b_enc        z = activation(pre)        x_hat = z W_dec + b_dec
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from saerelay.errors import TransferError
 from saerelay.sae.architectures import Architecture, architecture_named
 
-LATENT_PARAMETERS = ("W_enc", "b_enc", "W_dec", "threshold")
+LATENT_PARAMETERS = ("W_enc", "b_enc", "W_dec", "threshold", "r_mag")
 """Parameters with an entry for each latent."""
-PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "r_mag", "W_skip")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,8 +34,8 @@ class Dictionary:
     >>> z, sae.decode(z)
     (tensor([3., 0., 2., 0.]), tensor([3., 0., 2., 0.]))
 
-    `topk` keeps the k largest pre-activations of each token if positive; `relu` all positive ones; `jumprelu` and
-    `batchtopk` (at inference) those strictly above the latent's threshold and above zero.
+    `topk` keeps the k largest pre-activations of each token if positive; `relu` all positive ones; `jumprelu`, `gated`
+    and `batchtopk` (at inference) those strictly above the latent's threshold and above zero.
     """
 
     architecture: str
@@ -44,6 +44,8 @@ class Dictionary:
     W_dec: Tensor
     b_dec: Tensor
     threshold: Tensor | None = None
+    r_mag: Tensor | None = None
+    """The logarithm of what a latent's gate is multiplied by to give its magnitude; only training asks for it."""
     k: int | None = None
     W_skip: Tensor | None = None
     """(Dy, D): the skip connection of a transcoder."""
@@ -107,8 +109,9 @@ class Dictionary:
 def match_l0(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
     """Shift what decides which latents are active until mean L0 on activations x (B, D) is `l0`.
 
-    BatchTopK: its one threshold. JumpReLU: all thresholds times one factor. ReLU: one number is added to all biases.
-    TopK has no other L0 than k. A dictionary that does not reach `l0` with all its latents is left at what it reaches.
+    BatchTopK: its one threshold. JumpReLU: all thresholds times one factor. ReLU: one number is added to all biases,
+    Gated: to those of the gate. TopK has no other L0 than k. A dictionary that does not reach `l0` with all its latents
+    is left at what it reaches.
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(4), b_enc=torch.ones(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -120,7 +123,7 @@ def match_l0(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
 
 
 def unit_decoder(dictionary: Dictionary) -> Dictionary:
-    """Move the norms of decoder rows into the encoder: ReLU and JumpReLU stay the same function, TopK re-ranks."""
+    """Move the norms of decoder rows into the encoder: all but TopK, which re-ranks, stay the same function."""
     norms = dictionary.W_dec.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
     unit = replace(dictionary, W_dec=dictionary.W_dec / norms[:, None])
@@ -128,7 +131,10 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
 
 
 def scale_latents(dictionary: Dictionary, factor: Tensor) -> Dictionary:
-    """Multiply the codes of each latent by a positive factor (F): encoder rows, biases and thresholds."""
+    """Multiply the codes of each latent by a positive factor (F): encoder rows, biases and thresholds.
+
+    A gate's codes are multiplied with them, so r_mag stays.
+    """
     threshold = dictionary.threshold
     return replace(
         dictionary,

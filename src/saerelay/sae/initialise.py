@@ -78,4 +78,6 @@ def _untrained(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator)
     if activation.has_threshold:
         assert activation.l0 is not None
         dictionary = with_common_threshold(dictionary, x, activation.l0)
+    if activation.has_gate:
+        dictionary = replace(dictionary, r_mag=torch.zeros_like(dictionary.b_enc))
     return dictionary

@@ -48,9 +48,9 @@ def training_loss(
     """The training loss on x (B, D) in training units, differentiable by autograd.
 
     `target` (B, Dy) is what a transcoder reconstructs, if that is not x.
-    The squared error (of nested dictionaries the mean of theirs: Matryoshka, Bussmann et al. 2025), plus the
-    architecture's penalty at a share `warmth` in [0, 1] of its weight (its warm-up), plus AuxK on the latents marked in
-    `dead` (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
+    The squared error (of nested dictionaries the mean of theirs: Matryoshka, Bussmann et al. 2025), plus that of a gate
+    where there is one, plus the architecture's penalty at a share `warmth` in [0, 1] of its weight (its warm-up), plus
+    AuxK on the latents marked in `dead` (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
     """
     activation = spec.activation
     y = x if target is None else target
@@ -63,7 +63,12 @@ def training_loss(
     for end in spec.prefixes(dictionary.n_latents)[:-1]:
         errors.append((residual + z[:, end:] @ dictionary.W_dec[end:]).square().sum())
     total = torch.stack(errors).mean() / divisor
-    penalty = activation.training_penalty(pre, z, dictionary.threshold, divisor)
+    penalised = z
+    if dictionary.r_mag is not None and activation.has_gate:
+        assert dictionary.threshold is not None
+        penalised = activation.gate_codes(z, dictionary.threshold, dictionary.r_mag)
+        total = total + gate_error(dictionary, penalised, x, y) / divisor
+    penalty = activation.training_penalty(pre, penalised, dictionary.threshold, divisor)
     if penalty is not None:
         total = total + warmth * penalty
     if dead is not None and activation.weight_of_aux:
@@ -72,6 +77,15 @@ def training_loss(
         total = total + activation.weight_of_aux * aux
     active = z > 0
     return Loss(total, error.detach(), active.sum().detach(), active.any(dim=0).detach())
+
+
+def gate_error(dictionary: Dictionary, gate: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Σ‖y − y_hat‖² of what a gate's codes (B, F) make of y (B, Dy), through a decoder that learns nothing of it.
+
+    Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 9.
+    """
+    frozen = dictionary.with_tensors({name: tensor.detach() for name, tensor in dictionary.tensors().items()})
+    return (y - frozen.decode(gate, x)).square().sum()
 
 
 def aux_loss(dictionary: Dictionary, pre: Tensor, residual: Tensor, dead: Tensor) -> Tensor:

@@ -79,8 +79,10 @@ def revive(
     answers = [((sample - mean) @ part.T).topk(n_firing, dim=0).values[-1] for part in filters.split(1024)]
     level = dictionary.activation.firing_level(dictionary, sample, silent)
     biases = level - torch.cat(answers) - filters @ mean
+    r_mag = dictionary.r_mag
     return replace(
         dictionary,
+        r_mag=None if r_mag is None else r_mag.index_fill(0, silent, 0.0),
         W_enc=dictionary.W_enc.index_copy(0, silent, filters),
         b_enc=dictionary.b_enc.index_copy(0, silent, biases),
         W_dec=dictionary.W_dec.index_copy(0, silent, directions),
@@ -157,7 +159,13 @@ def _converted(dictionary: Dictionary, shape: Shape) -> Dictionary:
         architecture=kind.name,
         k=activation.published_k,
         threshold=dictionary.threshold if kind.has_threshold else None,
+        r_mag=_gate_scale(dictionary) if kind.has_gate else None,
     )
+
+
+def _gate_scale(dictionary: Dictionary) -> Tensor:
+    """r_mag of a dictionary: 0 where it had no gate."""
+    return torch.zeros_like(dictionary.b_enc) if dictionary.r_mag is None else dictionary.r_mag
 
 
 def _with_empty_latents(dictionary: Dictionary, n_added: int) -> Dictionary:

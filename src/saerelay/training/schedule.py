@@ -28,7 +28,7 @@ def parameter_rates(optimizer: OptimizerSpec, width: int) -> dict[str, float]:
     By default biases learn at a rate that does not fall with the width, as they should (Yang et al. 2022, table 8).
     """
     bias = math.sqrt(width) / 5 if optimizer.bias_lr == "auto" else optimizer.bias_lr
-    return {"W_enc": optimizer.encoder_lr, "b_enc": bias, "threshold": bias, "W_dec": 1.0}
+    return {"W_enc": optimizer.encoder_lr, "b_enc": bias, "threshold": bias, "r_mag": 1.0, "W_dec": 1.0}
 
 
 def penalty_warmth(optimizer: OptimizerSpec, budget: int, age: int) -> float:

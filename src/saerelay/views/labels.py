@@ -3,11 +3,13 @@
 Tables, figures, the report and the model card use these; the report's data files carry them to its scripts (`for_js`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from saerelay.runs.documents.latents import STATUSES
 from saerelay.runs.documents.quality import LegSummary, Summary
-from saerelay.views.text import listed
+from saerelay.runs.documents.seeds import found_again, spread
+from saerelay.views.text import listed, percent, with_error
 
 _FVU = "E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not broken between lines
 
@@ -63,7 +65,27 @@ ROLES = {
 SCRATCH_KINDS = {"root": "a root's tokens", "equal_tokens": "equal tokens", "full": "the full budget"}
 """What a leg from scratch, that a transferred one is compared with, was trained on."""
 
-ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "relu": "ReLU"}
+SPREAD_METRICS = {"l0": 1, "delta_ce": 4, "balanced_fvu": 4, "fvu": 4, "ce_loss_score": 4}
+"""Metrics whose spread over seeds is shown, and with how many digits."""
+
+
+def seeds_label(legs: Sequence[LegSummary]) -> str:
+    """What a row with the means over some legs' seeds is called."""
+    shared = found_again(legs)
+    label = f"mean ± SD of {len(legs)} seeds"
+    return label if shared is None else f"{label}, {shared:.0%} of latents found again"
+
+
+def spread_cells(legs: Sequence[LegSummary]) -> list[str]:
+    """The means of legs over their seeds, with standard deviations: SPREAD_METRICS, and the share that is alive."""
+    cells = []
+    for metric, digits in SPREAD_METRICS.items():
+        cells.append(with_error(*spread(legs, metric), digits))
+    cells.append(percent(spread(legs, "frac_alive").mean))
+    return cells
+
+
+ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "gated": "Gated", "relu": "ReLU"}
 
 TITLES = {"hop": "from parent to child", "depth": "from layer to layer", "control": "beside from-scratch controls"}
 """Kinds of links of a lineage."""

@@ -160,6 +160,8 @@ class LegFacts(Record):
     """The highest learning rate it was trained with."""
     seed: int
     """Seed of its initialisation."""
+    repeat_of: str | None = None
+    """Id of the leg that it repeats with another seed."""
 
 
 class LegStanding(Record):
@@ -171,6 +173,8 @@ class LegStanding(Record):
     """How it was made, in words, such as "affine + refit from L5"."""
     continued_by: str | None = None
     """Id of the leg that continues this one at the same site."""
+    found_again: Measured = None
+    """Of a repeat: share of its latents whose decoder row has a cosine above 0.7 with one of the leg it repeats."""
     in_suite: bool
     """Whether it is the one leg that stands for its site: neither control nor continued, the first of several seeds."""
 
@@ -324,11 +328,20 @@ class Summary(Document):
 
     @property
     def final_legs(self) -> list[LegSummary]:
-        """All legs that are neither controls nor continued by another, in order.
+        """All legs that are neither controls, nor repeats, nor continued by another, in order.
 
-        There are several per site if seeds differ, or if the suite has tiers.
+        There are several per site if the suite has tiers.
         """
-        return self.in_order(leg for leg in self.legs if leg.role != "control" and not leg.continued_by)
+        return self.in_order(leg for leg in self.first_seeds if leg.role != "control" and not leg.continued_by)
+
+    @property
+    def first_seeds(self) -> list[LegSummary]:
+        """All legs but those that repeat another with another seed."""
+        return [leg for leg in self.legs if not leg.repeat_of]
+
+    def over_seeds(self, leg: LegSummary) -> list[LegSummary]:
+        """A leg and its repeats with other seeds."""
+        return [leg, *(other for other in self.legs if other.repeat_of == leg.id)]
 
     def in_order(self, legs: Iterable[LegSummary]) -> list[LegSummary]:
         """Legs kind by kind, as the plan has them, and layer by layer; at each site the suite's own tier first."""
@@ -363,7 +376,7 @@ class Summary(Document):
     @property
     def drawn_legs(self) -> list[LegSummary]:
         """The legs that figures show: a random dictionary is so much worse that it would squeeze all others."""
-        return [leg for leg in self.legs if leg.control_kind != "random"]
+        return [leg for leg in self.first_seeds if leg.control_kind != "random"]
 
     def controls_of(self, leg: LegSummary) -> list[LegSummary]:
         """The controls of a leg."""

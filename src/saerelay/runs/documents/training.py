@@ -12,7 +12,7 @@ class DictionaryShape(Record):
     """The size and kind of a dictionary."""
 
     architecture: str
-    """`topk`, `batchtopk`, `jumprelu` or `relu`."""
+    """`topk`, `batchtopk`, `jumprelu`, `gated` or `relu`."""
     k: int | None = Field(strict=True)
     """Number of active latents per token; null for architectures without one."""
     d_model: int = Field(gt=0, strict=True)

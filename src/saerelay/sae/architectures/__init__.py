@@ -6,6 +6,7 @@ Nothing here loads torch: a class is also the spec that a recipe is read into, a
 
 from saerelay.sae.architectures.architecture import Architecture, Penalty
 from saerelay.sae.architectures.batchtopk import BatchTopK
+from saerelay.sae.architectures.gated import Gated
 from saerelay.sae.architectures.jumprelu import JumpReLU
 from saerelay.sae.architectures.relu import ReLU
 from saerelay.sae.architectures.topk import TopK
@@ -14,6 +15,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "BatchTopK",
+    "Gated",
     "JumpReLU",
     "Penalty",
     "ReLU",
@@ -21,7 +23,7 @@ __all__ = [
     "architecture_named",
 ]
 
-ARCHITECTURES: list[type[Architecture]] = [TopK, BatchTopK, JumpReLU, ReLU]
+ARCHITECTURES: list[type[Architecture]] = [TopK, BatchTopK, JumpReLU, Gated, ReLU]
 """All architectures, in the order in which they are listed for people."""
 
 

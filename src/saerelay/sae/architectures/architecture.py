@@ -4,7 +4,7 @@ An instance is what a recipe asks for (its fields are keys of `[dictionary]`); t
 turns pre-activations into codes, what training adds to the squared error, and how its mean L0 is set.
 
 Shapes: B tokens, F latents, n_active the non-zero codes of a batch. Thresholds (F) belong to the dictionary, and are
-None where an architecture has none.
+None where an architecture has none; so do r_mag (F), the scales of gates.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BatchSums(NamedTuple):
     n_active: Tensor
     """Non-zero codes."""
     total_code: Tensor
-    """Σ z."""
+    """Σ z; of an architecture with a gate the sum of the gate's codes."""
     divisor: float
     """What the squared error of the batch is divided by in the loss."""
 
@@ -41,9 +41,17 @@ class Penalty(NamedTuple):
 
     loss: Tensor
     to_z: float | Tensor | None = None
-    """∂loss/∂z of every active code, if it depends on codes."""
+    """∂loss/∂z of every active code, or of every code of the gate, if it depends on codes."""
     to_step: Tensor | None = None
     """∂loss/∂1[pre > threshold], if it depends on how many codes are active."""
+
+
+class GateGradients(NamedTuple):
+    """What the loss of a gate's codes gives to what they are made of."""
+
+    z: Tensor
+    threshold: Tensor
+    r_mag: Tensor
 
 
 class Architecture(Spec):
@@ -59,6 +67,8 @@ class Architecture(Spec):
     """Whether dictionaries have a threshold (F)."""
     threshold_is_calibrated: ClassVar[bool] = False
     """Whether the threshold is no parameter: it is set so that mean L0 is k on given activations."""
+    has_gate: ClassVar[bool] = False
+    """Whether training also reconstructs from a gate's codes (`gate_codes`), whose scale, r_mag, dictionaries have."""
     selects_over_batch: ClassVar[bool] = False
     """Whether training chooses active latents over a whole batch, not token by token."""
     selects_fixed_number: ClassVar[bool] = False
@@ -123,8 +133,15 @@ class Architecture(Spec):
         return self.activate(pre, threshold)
 
     def training_penalty(self, pre: Tensor, z: Tensor, threshold: Tensor | None, divisor: float) -> Tensor | None:
-        """What is added to the squared error once its warm-up is over, differentiable; None if nothing is."""
+        """What is added to the squared error once its warm-up is over, differentiable; None if nothing is.
+
+        z (B, F) are the codes, or the gate's where there is one.
+        """
         return None
+
+    def gate_codes(self, z: Tensor, threshold: Tensor, r_mag: Tensor) -> Tensor:
+        """The gate's codes, differentiable, if `has_gate`: of codes z with the threshold and r_mag of their latents."""
+        raise NotImplementedError
 
     # --- training, by the sparse step -----------------------------------------------------------------------------
 
@@ -140,8 +157,11 @@ class Architecture(Spec):
         """The same for a whole batch, given in pieces (rows, F), if `selects_over_batch`."""
         raise NotImplementedError
 
-    def unshift(self, codes: Codes, shift: Tensor) -> tuple[Codes, Tensor]:
-        """Codes with their true values from selected ones, and which are in the straight-through window (n_active)."""
+    def unshift(self, codes: Codes, shift: Tensor) -> tuple[Codes, Tensor | None]:
+        """Codes with their true values from selected ones, and which are in the straight-through window (n_active).
+
+        None if there is no such window.
+        """
         raise NotImplementedError
 
     def penalty(self, sums: BatchSums, warmth: float | Tensor) -> Penalty | None:
@@ -150,6 +170,10 @@ class Architecture(Spec):
 
     def threshold_gradient(self, to_z: Tensor, to_step: Tensor, threshold: Tensor, window: Tensor) -> Tensor:
         """∂loss/∂threshold at the codes' positions (n_active), for thresholds that are trained."""
+        raise NotImplementedError
+
+    def gate_gradients(self, to_gate: Tensor, gate: Tensor, r_mag: Tensor) -> GateGradients:
+        """What ∂loss/∂gate's codes is to what these are made of, all at the codes' positions (n_active)."""
         raise NotImplementedError
 
 

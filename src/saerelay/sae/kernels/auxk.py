@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saerelay.sae.loss import AUX_EVERY
+from saerelay.sae.loss import AUX_EVERY, k_aux
 
 LISTED_SHARE = 4
 """On a GPU AuxK looks at no more dead latents than a quarter of all."""
@@ -50,6 +50,21 @@ class AuxPart(NamedTuple):
     """Σ‖e − e_hat‖²."""
     error: Tensor
     """Σ‖e‖²."""
+
+    @classmethod
+    def of(cls, dead: DeadLatents, W_dead: Tensor, pre: Tensor, residual: Tensor) -> "AuxPart":
+        """AuxK on pre-activations (rows, F) and what is left of their tokens, e (rows, D); W_dead (N, D)."""
+        # Not in bf16: oneDNN would keep a compiled kernel for each number of dead latents.
+        pre_dead = pre[:, dead.latents].to(W_dead)
+        if dead.are_dead is not None:
+            pre_dead = pre_dead.masked_fill(~dead.are_dead, -torch.inf)
+        n_used = k_aux(residual.shape[1], len(dead.latents))
+        values, columns = pre_dead.topk(n_used, dim=1, sorted=False)
+        z = torch.zeros_like(pre_dead).scatter_(1, columns, values.relu())
+        missing = residual - z @ W_dead
+        g = -2 * missing
+        to_z = (g @ W_dead.T) * (z > 0)
+        return cls(z, to_z, g, missing.square().sum(), residual.square().sum())
 
 
 class Aux(NamedTuple):

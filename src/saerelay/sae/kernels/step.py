@@ -22,7 +22,8 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import cpu, reference
 from saerelay.sae.kernels.auxk import Aux, AuxPart, DeadLatents
 from saerelay.sae.kernels.codes import Codes, join_codes, row_sums
-from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor, k_aux
+from saerelay.sae.kernels.gate import GatePart, gradients_of_gates
+from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor
 from saerelay.sae.spec import AnyDictionarySpec, takes_sparse_step
 from saerelay.sae.threads import in_parallel
 from saerelay.sae.units import Units
@@ -100,8 +101,8 @@ class Step:
     codes: Codes
     to_pre: Tensor
     """∂loss/∂pre-activation at the codes' positions (n_active)."""
-    to_threshold: Tensor | None
-    """∂loss/∂threshold at the codes' positions (n_active), where thresholds are trained."""
+    to_numbers: dict[str, Tensor]
+    """∂loss/∂ those parameters that are one number for each latent, at the codes' positions (n_active), by name."""
     variance: Tensor
     """Σ‖x − mean of the batch‖², of what is reconstructed."""
     b_dec: Tensor
@@ -130,8 +131,8 @@ class Step:
         to_row = z.values * self.to_x_hat
         self.ops.decode_pair(z, to_pre, self.x, to_row, residuals, into["W_enc"], into["W_dec"])
         into["b_enc"].copy_(row_sums(z.with_values(to_pre)))
-        if self.to_threshold is not None:
-            into["threshold"].copy_(row_sums(z.with_values(self.to_threshold[order])))
+        for name, to_number in self.to_numbers.items():
+            into[name].copy_(row_sums(z.with_values(to_number[order])))
 
 
 class Part(NamedTuple):
@@ -143,12 +144,14 @@ class Part(NamedTuple):
     window: Tensor | None
     """Which positions are in the straight-through window of their threshold, for architectures that have one."""
     numbers: Tensor
-    """(5): Σ error², number active, Σ x², Σ z, Σ error² as it counts in the loss: the mean over nested dictionaries."""
+    """(5): Σ error², number active, Σ x², Σ of codes that a penalty is on, Σ error² as it counts in the loss: the mean
+    over nested dictionaries, and that of the gate."""
     x_sum: Tensor
     """(Dy): Σ of what is reconstructed."""
     residual_sum: Tensor
     """(Dy)."""
     aux: AuxPart | None
+    gate: GatePart | None
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
@@ -238,6 +241,9 @@ class Forward:
         residual = torch.sub(targets, self.dictionary.b_dec, out=self.residuals[-1][rows])
         if self.dictionary.W_skip is not None:
             residual.addmm_(self.inputs[rows], self.dictionary.W_skip.T, alpha=-1)
+        gate = None
+        if self.activation.has_gate:
+            gate = GatePart.of(codes, residual.clone(), self.dictionary, self.ops)
         if len(self.prefixes) == 1:
             self.ops.subtract_decoded(residual, codes, self.dictionary.W_dec)
             to_z = self.ops.sampled(codes, residual, self.dictionary.W_dec)
@@ -245,16 +251,21 @@ class Forward:
         else:
             to_z, residual, mean_error = self._nested(rows, codes)
             error = torch.linalg.vector_norm(residual).square()
+        total_code = codes.values.sum()
+        if gate is not None:
+            total_code = gate.codes.sum()
+            mean_error = mean_error + gate.error
         n_active = (codes.values > 0).sum().to(error)
         square = torch.linalg.vector_norm(targets).square()
         return Part(
             codes=codes,
             to_z=to_z.mul_(self.to_x_hat),
             window=window,
-            numbers=torch.stack([error, n_active, square, codes.values.sum(), mean_error]),
+            numbers=torch.stack([error, n_active, square, total_code, mean_error]),
             x_sum=targets.sum(dim=0),
             residual_sum=self.residuals[0][rows].sum(dim=0),
             aux=self._aux(rows, pre, residual),
+            gate=gate,
         )
 
     def _nested(self, rows: slice, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,18 +302,7 @@ class Forward:
         if self.dead is None or self.W_dead is None:
             return None
         sample = slice(-rows.start % AUX_EVERY, None, AUX_EVERY)
-        residual = residual[sample]
-        # Not in bf16: oneDNN would keep a compiled kernel for each number of dead latents.
-        pre_dead = pre[sample][:, self.dead.latents].to(self.W_dead)
-        if self.dead.are_dead is not None:
-            pre_dead = pre_dead.masked_fill(~self.dead.are_dead, -torch.inf)
-        n_used = k_aux(residual.shape[1], len(self.dead.latents))
-        values, columns = pre_dead.topk(n_used, dim=1, sorted=False)
-        z = torch.zeros_like(pre_dead).scatter_(1, columns, values.relu())
-        missing = residual - z @ self.W_dead
-        g = -2 * missing
-        to_z = (g @ self.W_dead.T) * (z > 0)
-        return AuxPart(z, to_z, g, missing.square().sum(), residual.square().sum())
+        return AuxPart.of(self.dead, self.W_dead, pre[sample], residual[sample])
 
     def joined(self, parts: list[Part], warmth: float | Tensor) -> Step:
         """The whole batch, with what the architecture and AuxK add to loss and gradients."""
@@ -317,9 +317,9 @@ class Forward:
         penalty = self.activation.penalty(BatchSums(n_rows, n_active, total_code, self.divisor), warmth)
         if penalty is not None:
             loss = loss + penalty.loss
-            if penalty.to_z is not None:
+            if penalty.to_z is not None and not self.activation.has_gate:
                 to_z = to_z + penalty.to_z
-        to_threshold = self._to_threshold(codes, to_z, penalty, parts)
+        to_pre, to_numbers = self._beside(codes, to_z, penalty, parts)
         aux = None
         aux_parts = [part.aux for part in parts if part.aux is not None]
         if aux_parts and self.dead is not None:
@@ -333,21 +333,29 @@ class Forward:
             residuals=self.residuals,
             to_x_hat=self.to_x_hat,
             codes=codes,
-            to_pre=to_z * (codes.values > 0),
-            to_threshold=to_threshold,
+            to_pre=to_pre * (codes.values > 0),
+            to_numbers=to_numbers,
             variance=square - x_sum.square().sum() / n_rows,
             b_dec=residual_sum * self.to_x_hat,
             aux=aux,
         )
 
-    def _to_threshold(self, codes: Codes, to_z: Tensor, penalty: Penalty | None, parts: list[Part]) -> Tensor | None:
-        """∂loss/∂threshold at the codes' positions, where a window gives it one."""
+    def _beside(
+        self, codes: Codes, to_z: Tensor, penalty: Penalty | None, parts: list[Part]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """∂loss/∂pre, and those of thresholds (by their window or their gate) and of r_mag, where the codes are."""
         threshold = self.dictionary.threshold
+        gates = [part.gate for part in parts if part.gate is not None]
+        if gates:
+            to = gradients_of_gates(gates, codes, self.dictionary, self.to_x_hat, penalty)
+            return to_z + to.z, {"threshold": to.threshold, "r_mag": to.r_mag}
+
         windows = [part.window for part in parts if part.window is not None]
         if threshold is None or penalty is None or penalty.to_step is None or not windows:
-            return None
+            return to_z, {}
         window = torch.cat(windows)
-        return self.activation.threshold_gradient(to_z, penalty.to_step, threshold[codes.columns], window)
+        to_threshold = self.activation.threshold_gradient(to_z, penalty.to_step, threshold[codes.columns], window)
+        return to_z, {"threshold": to_threshold}
 
     def _fired(self, codes: Codes) -> Tensor:
         """Bool (F): latents active on some token."""

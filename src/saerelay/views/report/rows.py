@@ -1,6 +1,6 @@
 """The tables of the report's first page: prices, quality by layer, and the plan as a tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +9,7 @@ from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.suite import method_of
 from saerelay.spec import format_count
-from saerelay.views.labels import leading_metric
+from saerelay.views.labels import ROLES, leading_metric, seeds_label, spread_cells
 from saerelay.views.text import duration, flops, is_number
 
 
@@ -84,6 +84,8 @@ class QualityRow:
     balanced_fvu_marks: list[Mark]
     delta_ce_marks: list[Mark]
     controls: list["ControlRow"] = field(default_factory=list)
+    spreads: list["SpreadRow"] = field(default_factory=list)
+    """Of the leg and of its controls, those that were trained with several seeds."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,27 @@ class ControlRow:
 
     leg: LegSummary
     tokens: str
+
+
+@dataclass(frozen=True)
+class SpreadRow:
+    """The means of a leg, or of a control, over its seeds."""
+
+    name: str
+    cells: list[str]
+    """As of `spread_cells`."""
+
+
+def _spreads(summary: Summary, legs: Sequence[LegSummary]) -> list[SpreadRow]:
+    rows = []
+    for leg in legs:
+        seeds = summary.over_seeds(leg)
+        if len(seeds) > 1:
+            name = seeds_label(seeds)
+            if leg.control_kind:
+                name = f"{ROLES[leg.control_kind]}: {name}"
+            rows.append(SpreadRow(name, spread_cells(seeds)))
+    return rows
 
 
 def quality_rows(summary: Summary) -> list[QualityRow]:
@@ -130,6 +153,7 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
                     if is_number(row.delta_ce)
                 ],
                 controls=[ControlRow(control, format_count(control.tokens)) for control in listed],
+                spreads=_spreads(summary, [leg, *listed]),
             )
         )
     return rows

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.labels import ROLES, misleading_fvu
+from saerelay.views.labels import ROLES, misleading_fvu, seeds_label, spread_cells
 from saerelay.views.text import decimal, duration, is_number, percent, with_error
 
 
@@ -24,18 +24,27 @@ def quality_table(summary: Summary) -> Table:
         table.add_column(name, justify="right")
 
     kind = "" if len(summary.kinds) > 1 else summary.kinds[0]
-    for leg in summary.in_order(leg for leg in summary.legs if leg.role != "control"):
+    for leg in summary.in_order(leg for leg in summary.first_seeds if leg.role != "control"):
         if leg.kind != kind:
             kind = leg.kind
             table.add_row("", f"[underline]{kind}[/underline]")
         table.add_row(str(leg.layer), escape(leg.made), *_metrics(leg), *_predictions(leg, predicted), style="bold")
+        _add_spread(table, summary, leg)
         for control in summary.controls_of(leg):
             name = ROLES[control.control_kind or "full"]
             row = ("", f"  {name}", *_metrics(control), *_predictions(control, predicted))
             table.add_row(*row, style="dim")
+            _add_spread(table, summary, control)
         for snapshot in leg.snapshots:
             table.add_row("", "  snapshot, mid-run", *_metrics(snapshot), style="dim")
     return table
+
+
+def _add_spread(table: Table, summary: Summary, leg: LegSummary) -> None:
+    """A row with a leg's mean over its seeds, if it has several."""
+    legs = summary.over_seeds(leg)
+    if len(legs) > 1:
+        table.add_row("", f"  {seeds_label(legs)}", "", *spread_cells(legs), style="dim")
 
 
 def _metrics(leg: LegSummary | SnapshotSummary) -> list[str]:
@@ -68,7 +77,8 @@ def notes(summary: Summary) -> list[Text]:
     if is_number(cost.processor_seconds):
         lines.append(f"Processor time of the whole run, controls included: {duration(cost.processor_seconds)}.")
     if cost.controls.seconds:
-        lines.append(f"Controls took another {duration(cost.controls.seconds)}, not counted above; nor is evaluation.")
+        extra = "Controls and repeats with other seeds" if summary.first_seeds != summary.legs else "Controls"
+        lines.append(f"{extra} took another {duration(cost.controls.seconds)}, not counted above; nor is evaluation.")
     if summary.left_out and summary.left_out.note:
         lines.append(f"Note: {summary.left_out.note}.")
     misleading = misleading_fvu(summary)

@@ -1,0 +1,53 @@
+"""A gate in the sparse step: its codes reconstruct as well, through the decoder, which learns nothing of it.
+
+See `loss.gate_error`. Shapes: B tokens, D model width, F latents, n_active the non-zero codes of a batch.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saerelay.sae.architectures.architecture import GateGradients, Penalty
+from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.kernels.codes import Codes
+
+
+class GatePart(NamedTuple):
+    """The gate on one piece of tokens, or on a whole batch."""
+
+    codes: Tensor
+    """(n_active): the gate's codes where codes are."""
+    to_gate: Tensor
+    """(n_active): ∂(squared error)/∂gate, up to what a residual is multiplied by."""
+    error: Tensor
+    """Σ error²."""
+
+    @classmethod
+    def of(cls, codes: Codes, goal: Tensor, dictionary: Dictionary, ops: ModuleType) -> "GatePart":
+        """The gate of codes (rows, F) that are to sum to `goal` (rows, D), which is overwritten."""
+        assert dictionary.threshold is not None and dictionary.r_mag is not None
+        columns = codes.columns
+        values = dictionary.activation.gate_codes(
+            codes.values, dictionary.threshold[columns], dictionary.r_mag[columns]
+        )
+        gate = codes.with_values(values)
+        ops.subtract_decoded(goal, gate, dictionary.W_dec)
+        to_gate = ops.sampled(gate, goal, dictionary.W_dec)
+        return cls(values, to_gate, torch.linalg.vector_norm(goal).square())
+
+
+def gradients_of_gates(
+    parts: list[GatePart], codes: Codes, dictionary: Dictionary, to_x_hat: float, penalty: Penalty | None
+) -> GateGradients:
+    """What the gate of a batch gives to what it is made of, from those of its pieces, where all codes are.
+
+    Residuals are multiplied by `to_x_hat`.
+    """
+    assert dictionary.r_mag is not None
+    gate = torch.cat([part.codes for part in parts])
+    to_gate = torch.cat([part.to_gate for part in parts]) * to_x_hat
+    if penalty is not None and penalty.to_z is not None:
+        to_gate = to_gate + penalty.to_z
+    return dictionary.activation.gate_gradients(to_gate, gate, dictionary.r_mag[codes.columns])
