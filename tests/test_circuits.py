@@ -14,11 +14,12 @@ from torch import Tensor
 
 import saerelay as sr
 from saerelay.analysis import circuits as module
-from saerelay.analysis.ablations import STEPS, circuits_at
+from saerelay.analysis.ablations import STEPS, circuits_at, readings
 from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
 from saerelay.data.stream import trained_on
 from saerelay.errors import DataError, RecipeError
 from saerelay.lm.model import LanguageModel, load_model
+from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.circuits import Circuits
@@ -111,6 +112,11 @@ def written(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def read(plan: Plan, model: LanguageModel, site: Site, *halves: list[Prompt]) -> Any:
+    """Halves of the prompts as the model reads them."""
+    return tuple(readings(plan, model, [site], half) for half in halves)
+
+
 def call(capsys: Any, monkeypatch: Any, *arguments: object) -> tuple[int, str, str]:
     return call_program("circuits", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
@@ -139,11 +145,11 @@ def test_the_known_circuit_is_found_and_is_all_there_is(run: Path, task: str, tm
 
 def test_what_else_there_is_carries_nothing(run: Path, task: str) -> None:
     plan = sr.load(run).plan
-    prompts = task_prompts(task, plan)
+    prompts, model = task_prompts(task, plan), load_model(plan)
     others = [i for i in range(16) if i not in WRITTEN]
     dictionary = replace(axes(others), b_enc=torch.zeros(14))
-    found = circuits_at(plan, load_model(plan), Site(0), {"x": dictionary}, (prompts[:32], prompts[32:]), k=[14])["x"]
-    model = load_model(plan)
+    halves = read(plan, model, Site(0), prompts[:32], prompts[32:])
+    found = circuits_at(model, Site(0), {"x": dictionary}, halves, k=[14])["x"]
     clean = [score(model.logits(torch.tensor([p.tokens])), p) for p in prompts[32:]]
     assert found.m_empty == pytest.approx(clean, rel=0.01)  # nothing is lost when all of them are ablated
     share, _ = module.recovered(found.m_kept[0], found.m_empty, clean)
@@ -153,7 +159,8 @@ def test_what_else_there_is_carries_nothing(run: Path, task: str) -> None:
 def test_effects_are_those_of_ablation_where_all_is_linear(run: Path, task: str) -> None:
     plan = sr.load(run).plan
     prompts, model, site = task_prompts(task, plan), load_model(plan), Site(0)
-    found = circuits_at(plan, model, site, {"x": axes(list(range(16)))}, (prompts[:32], prompts[32:]), k=[16])["x"]
+    halves = read(plan, model, site, prompts[:32], prompts[32:])
+    found = circuits_at(model, site, {"x": axes(list(range(16)))}, halves, k=[16])["x"]
     tokens = torch.tensor([p.tokens for p in prompts[:32]])
     x = model.harvest(tokens, [site])[site]
     before = model.logits(tokens)
@@ -196,7 +203,7 @@ def test_effects_and_answers_are_those_of_each_prompt_alone(tiny_model: Path, si
         Prompt((0, *torch.randint(1, 101, (3 + i % 3,), generator=draw).tolist()), 5 + i, 50 + i) for i in range(12)
     ]
     halves = module.halved(prompts)
-    found = circuits_at(plan, model, site, {"x": d}, halves, k=[3, 40], method=method)["x"]
+    found = circuits_at(model, site, {"x": d}, read(plan, model, site, *halves), k=[3, 40], method=method)["x"]
 
     def at(prompt: Prompt) -> tuple[Tensor, Tensor]:
         x = model.harvest(torch.tensor([prompt.tokens]), [site])[site]
@@ -266,11 +273,11 @@ def test_a_stopped_call_goes_on_and_gives_the_same(run: Path, task: str, tmp_pat
     assert sr.load(shutil.copytree(run, tmp_path / "again")).circuits(task, k=[2]) == expected
     seen, real = list[Site](), module.circuits_at
 
-    def counted(plan: Any, model: LanguageModel, site: Site, *rest: Any, **options: Any) -> Any:
+    def counted(model: LanguageModel, site: Site, *rest: Any, **options: Any) -> Any:
         seen.append(site)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return real(plan, model, site, *rest, **options)
+        return real(model, site, *rest, **options)
 
     monkeypatch.setattr(module, "circuits_at", counted)
     with pytest.raises(KeyboardInterrupt):

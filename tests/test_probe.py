@@ -183,8 +183,8 @@ def test_layers_that_do_not_run_on_text_are_left_out_and_the_others_named(tmp_pa
         compile_plan(Recipe.parse({"data": {"context": 16}}), facts)
     model = LanguageModel.load(spec_of(tmp_path))
     clean = model.forward(TOKENS, [Site(2)])
-    with model.resuming(clean, Site(2)) as logits_with:
-        assert torch.equal(logits_with(clean.activations[Site(2)]), clean.logits)
+    with model.resuming(clean, Site(2)) as states_with:
+        assert torch.equal(states_with(clean.activations[Site(2)]), clean.states)
 
 
 def test_an_image_model_does_not_read_tokens(tmp_path: Path) -> None:
