@@ -1,6 +1,7 @@
 """Circuits: on a transformer whose weights are set by hand, so that they are known, and against slow definitions."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from test_cli import call as call_program
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import saerelay as sr
 from saerelay.analysis import circuits as module
+from saerelay.analysis import prompts as prompts_module
 from saerelay.analysis.ablations import STEPS, circuits_at, readings
 from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
 from saerelay.data.stream import trained_on
@@ -384,7 +388,6 @@ class Words:
         self.known = dict[str, int]()
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        import re
 
         return [self.known.setdefault(word, len(self.known)) for word in re.findall(r" ?[A-Za-z]+| ?\d\d| ?\S| ", text)]
 
@@ -408,6 +411,47 @@ def test_english_tasks_ask_what_they_say(run: Path, task: str, group: int, monke
             if task == "sva":
                 assert (right in (" are", " were", " have")) == said.split()[1].endswith("s")
         assert sorted(p.right for p in here) == sorted(p.wrong for p in here) or group == 1
+
+
+YEARS = {
+    "two digits": (r"\d\d", 2),
+    "each digit": (r"\d", 1),
+    "three digits": (r"\d{1,3}", 1),
+}
+"""What a tokenizer makes a token of in a year, and how many digits of a year the answer is then."""
+
+
+def splitting_years(pattern: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words and of digits as a pattern splits them."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
+    split = Regex(rf"{pattern}| ?[A-Za-z]+| ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(split, behavior="isolated")  # type: ignore[assignment]
+    words = [f"The {event} lasted from the year 1 to the year" for event in prompts_module._EVENTS.split()]
+    numbers = [f"{i:0{n}}" for n in (1, 2, 3, 4) for i in range(min(10**n, 2000))]
+    tokenizer.train_from_iterator([*words, *numbers], trainers.WordLevelTrainer(special_tokens=["?"]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+@pytest.mark.parametrize("way", YEARS)
+def test_greater_than_is_asked_however_a_tokenizer_splits_years(run: Path, way: str, monkeypatch) -> None:
+    pattern, n_digits = YEARS[way]
+    tokenizer = splitting_years(pattern)
+    monkeypatch.setattr(prompts_module, "load_tokenizer", lambda _: tokenizer)
+    plan = sr.load(run).plan
+    for prompt in task_prompts("greater-than", plan, 40):
+        tokens = tokenizer.convert_ids_to_tokens(list(prompt.tokens[len(prompts_module.start_of(plan)) :]))
+        right, wrong = tokenizer.convert_ids_to_tokens([prompt.right, prompt.wrong])
+        assert "?" not in (*tokens, right, wrong)
+        began, so_far = re.findall(r"\d+", "".join(tokens))
+        assert (len(began), len(so_far), len(right), len(wrong)) == (4, 4 - n_digits, n_digits, n_digits)
+        assert int(so_far + wrong) < int(began) < int(so_far + right)
+
+
+def test_greater_than_says_why_it_cannot_be_asked(run: Path, monkeypatch) -> None:
+    tokenizer = splitting_years(r"\d+")  # a year is one token
+    monkeypatch.setattr(prompts_module, "load_tokenizer", lambda _: tokenizer)
+    with pytest.raises(DataError, match="no token of this tokenizer tells a later year from an earlier one"):
+        task_prompts("greater-than", sr.load(run).plan)
 
 
 @pytest.mark.slow

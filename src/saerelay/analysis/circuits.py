@@ -204,7 +204,9 @@ def model_ability(session: Session, task: str, halves: Halves) -> ModelAbility:
         )
     find_on, judge_on = halves
     lengths = {reading.batch.tokens.shape[1] for reading in (*find_on, *judge_on)}
-    description = (TASKS[task].__doc__ or "") if task in TASKS else f"prompts of {Path(task).name}"
+    description = f"prompts of {Path(task).name}"
+    if task in TASKS:
+        description, _, _ = (TASKS[task].__doc__ or "").partition("\n")  # its first sentence
     facts = {
         "description": description,
         "model": plan.facts.name,
