@@ -388,7 +388,6 @@ class Words:
         self.known = dict[str, int]()
 
     def encode(self, text: str, **_: Any) -> list[int]:
-
         return [self.known.setdefault(word, len(self.known)) for word in re.findall(r" ?[A-Za-z]+| ?\d\d| ?\S| ", text)]
 
 

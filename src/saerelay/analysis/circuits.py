@@ -85,7 +85,9 @@ def circuits(
             for site in sites:
                 dictionaries = {leg.id: suite.dictionary(leg) for leg in by_site[site]}
                 chosen_method = cast(Method, method)
-                scores = circuits_at(session.model, site, dictionaries, read, k=asked.k, method=chosen_method, done=done)
+                scores = circuits_at(
+                    session.model, site, dictionaries, read, k=asked.k, method=chosen_method, done=done
+                )
                 for leg in by_site[site]:
                     tokens = suite.info(leg).tokens
                     measured[leg.id] = circuit_leg(leg, tokens, scores[leg.id], ability.clean, asked.k)

@@ -164,23 +164,25 @@ class _Rows(NamedTuple):
         where = (self.following - part.start).clamp(0, v - 1)[:, None]
         is_here = (self.following >= part.start) & (self.following < part.stop)
         clean = torch.empty(n, v, device=device)  # exp(c − max c)
-        space = torch.empty(2, n if device.type != "cpu" else min(n, STRIPE), v, device=device)
+        at_once = STRIPE if device.type == "cpu" else n
+        space = torch.empty(2, min(n, at_once), v, device=device)
 
         columns = []
         for i, states in enumerate(self.states):
             logits = self.head.logits(states[None], part)[0]
-            following = logits.gather(1, where)[:, 0].double() * is_here
             stripes = []
             for rows in _cut(0, n, space.shape[1]):
-                stripes.append(_stripe(logits[rows], clean[rows], space[:, : rows.stop - rows.start], is_clean=i == 0))
-            columns.append([*torch.cat(stripes, dim=1).double(), following])
+                some = space[:, : rows.stop - rows.start]
+                stripes.append(_stripe(logits[rows], clean[rows], some, is_clean=i == 0))
+            following = logits.gather(1, where)[:, 0] * is_here
+            columns.append([*torch.cat(stripes, dim=1), following])
         for row in self.uniform:
             s = row[part]
             largest = s.max()
             exponentials = (s - largest).exp().sum()
             following = s[where[:, 0]] * is_here
-            columns.append([largest.double().expand(n), exponentials.double().expand(n), (clean @ s).double(), following.double()])
-        return _Sums(*(torch.stack(column) for column in zip(*columns, strict=True)))
+            columns.append([largest.expand(n), exponentials.expand(n), clean @ s, following])
+        return _Sums(*(torch.stack(column).double() for column in zip(*columns, strict=True)))
 
 
 def _stripe(logits: Tensor, clean: Tensor, space: Tensor, *, is_clean: bool) -> Tensor:

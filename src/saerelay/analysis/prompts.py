@@ -259,9 +259,9 @@ def _year_endings(whole: Whole) -> list[str]:
         with suppress(DataError):
             return whole(before, " ".join(endings))
     raise DataError(
-        'task "greater-than": no token of this tokenizer tells a later year from an earlier one. Of a year such as 1732, '
-        "neither the last two digits nor the last digit alone are one token after what comes before them. Give a file of "
-        "prompts instead."
+        'task "greater-than": no token of this tokenizer tells a later year from an earlier one. Of a year such as '
+        "1732, neither the last two digits nor the last digit alone are one token after what comes before them. Give "
+        "a file of prompts instead."
     )
 
 

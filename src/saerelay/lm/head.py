@@ -49,7 +49,10 @@ class Head:
         return self._shadow is not None
 
     def states(self, tokens: Tensor) -> Tensor:
-        """What the model passes to its head (B,C,D), for tokens (B,C); its logits (B,C,V) where it is not `in_parts`."""
+        """What the model passes to its head (B,C,D), for tokens (B,C).
+
+        Where the head is not `in_parts`, its logits (B,C,V).
+        """
         if self.in_parts:
             return self._model.base_model(input_ids=tokens, use_cache=False)[0]
         return self._model(input_ids=tokens, use_cache=False).logits
