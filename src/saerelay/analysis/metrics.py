@@ -339,7 +339,9 @@ class SiteBatch:
         states = self.states_with(torch.zeros_like(self.whole))
         if sums.n_kl > 0 or not same_everywhere(states):
             return Changed(sums, states)
-        sums.same_row = head.logits(states[:1, :1], slice(0, head.n_tokens))[0, 0].float()
+        # Of several rows, though all are the same: torch has no fast bfloat16 product for a single one.
+        logits = head.logits(states[:1, :16], slice(0, head.n_tokens))
+        sums.same_row = logits[0, 0].float()
         return Changed(sums, row=sums.same_row)
 
     def add_dictionary(self, sums: MetricSums, placed: Placed) -> Changed | None:
