@@ -1,6 +1,7 @@
 """Circuits: on a transformer whose weights are set by hand, so that they are known, and against slow definitions."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from test_cli import call as call_program
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import saerelay as sr
 from saerelay.analysis import circuits as module
-from saerelay.analysis.ablations import STEPS, circuits_at
+from saerelay.analysis import prompts as prompts_module
+from saerelay.analysis.ablations import STEPS, circuits_at, readings
 from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
 from saerelay.data.stream import trained_on
 from saerelay.errors import DataError, RecipeError
 from saerelay.lm.model import LanguageModel, load_model
+from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.circuits import Circuits
@@ -111,6 +116,11 @@ def written(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def read(plan: Plan, model: LanguageModel, site: Site, *halves: list[Prompt]) -> Any:
+    """Halves of the prompts as the model reads them."""
+    return tuple(readings(plan, model, [site], half) for half in halves)
+
+
 def call(capsys: Any, monkeypatch: Any, *arguments: object) -> tuple[int, str, str]:
     return call_program("circuits", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
@@ -139,11 +149,11 @@ def test_the_known_circuit_is_found_and_is_all_there_is(run: Path, task: str, tm
 
 def test_what_else_there_is_carries_nothing(run: Path, task: str) -> None:
     plan = sr.load(run).plan
-    prompts = task_prompts(task, plan)
+    prompts, model = task_prompts(task, plan), load_model(plan)
     others = [i for i in range(16) if i not in WRITTEN]
     dictionary = replace(axes(others), b_enc=torch.zeros(14))
-    found = circuits_at(plan, load_model(plan), Site(0), {"x": dictionary}, (prompts[:32], prompts[32:]), k=[14])["x"]
-    model = load_model(plan)
+    halves = read(plan, model, Site(0), prompts[:32], prompts[32:])
+    found = circuits_at(model, Site(0), {"x": dictionary}, halves, k=[14])["x"]
     clean = [score(model.logits(torch.tensor([p.tokens])), p) for p in prompts[32:]]
     assert found.m_empty == pytest.approx(clean, rel=0.01)  # nothing is lost when all of them are ablated
     share, _ = module.recovered(found.m_kept[0], found.m_empty, clean)
@@ -153,7 +163,8 @@ def test_what_else_there_is_carries_nothing(run: Path, task: str) -> None:
 def test_effects_are_those_of_ablation_where_all_is_linear(run: Path, task: str) -> None:
     plan = sr.load(run).plan
     prompts, model, site = task_prompts(task, plan), load_model(plan), Site(0)
-    found = circuits_at(plan, model, site, {"x": axes(list(range(16)))}, (prompts[:32], prompts[32:]), k=[16])["x"]
+    halves = read(plan, model, site, prompts[:32], prompts[32:])
+    found = circuits_at(model, site, {"x": axes(list(range(16)))}, halves, k=[16])["x"]
     tokens = torch.tensor([p.tokens for p in prompts[:32]])
     x = model.harvest(tokens, [site])[site]
     before = model.logits(tokens)
@@ -196,7 +207,7 @@ def test_effects_and_answers_are_those_of_each_prompt_alone(tiny_model: Path, si
         Prompt((0, *torch.randint(1, 101, (3 + i % 3,), generator=draw).tolist()), 5 + i, 50 + i) for i in range(12)
     ]
     halves = module.halved(prompts)
-    found = circuits_at(plan, model, site, {"x": d}, halves, k=[3, 40], method=method)["x"]
+    found = circuits_at(model, site, {"x": d}, read(plan, model, site, *halves), k=[3, 40], method=method)["x"]
 
     def at(prompt: Prompt) -> tuple[Tensor, Tensor]:
         x = model.harvest(torch.tensor([prompt.tokens]), [site])[site]
@@ -266,11 +277,11 @@ def test_a_stopped_call_goes_on_and_gives_the_same(run: Path, task: str, tmp_pat
     assert sr.load(shutil.copytree(run, tmp_path / "again")).circuits(task, k=[2]) == expected
     seen, real = list[Site](), module.circuits_at
 
-    def counted(plan: Any, model: LanguageModel, site: Site, *rest: Any, **options: Any) -> Any:
+    def counted(model: LanguageModel, site: Site, *rest: Any, **options: Any) -> Any:
         seen.append(site)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return real(plan, model, site, *rest, **options)
+        return real(model, site, *rest, **options)
 
     monkeypatch.setattr(module, "circuits_at", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -377,8 +388,6 @@ class Words:
         self.known = dict[str, int]()
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        import re
-
         return [self.known.setdefault(word, len(self.known)) for word in re.findall(r" ?[A-Za-z]+| ?\d\d| ?\S| ", text)]
 
 
@@ -401,6 +410,47 @@ def test_english_tasks_ask_what_they_say(run: Path, task: str, group: int, monke
             if task == "sva":
                 assert (right in (" are", " were", " have")) == said.split()[1].endswith("s")
         assert sorted(p.right for p in here) == sorted(p.wrong for p in here) or group == 1
+
+
+YEARS = {
+    "two digits": (r"\d\d", 2),
+    "each digit": (r"\d", 1),
+    "three digits": (r"\d{1,3}", 1),
+}
+"""What a tokenizer makes a token of in a year, and how many digits of a year the answer is then."""
+
+
+def splitting_years(pattern: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words and of digits as a pattern splits them."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
+    split = Regex(rf"{pattern}| ?[A-Za-z]+| ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(split, behavior="isolated")  # type: ignore[assignment]
+    words = [f"The {event} lasted from the year 1 to the year" for event in prompts_module._EVENTS.split()]
+    numbers = [f"{i:0{n}}" for n in (1, 2, 3, 4) for i in range(min(10**n, 2000))]
+    tokenizer.train_from_iterator([*words, *numbers], trainers.WordLevelTrainer(special_tokens=["?"]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+@pytest.mark.parametrize("way", YEARS)
+def test_greater_than_is_asked_however_a_tokenizer_splits_years(run: Path, way: str, monkeypatch) -> None:
+    pattern, n_digits = YEARS[way]
+    tokenizer = splitting_years(pattern)
+    monkeypatch.setattr(prompts_module, "load_tokenizer", lambda _: tokenizer)
+    plan = sr.load(run).plan
+    for prompt in task_prompts("greater-than", plan, 40):
+        tokens = tokenizer.convert_ids_to_tokens(list(prompt.tokens[len(prompts_module.start_of(plan)) :]))
+        right, wrong = tokenizer.convert_ids_to_tokens([prompt.right, prompt.wrong])
+        assert "?" not in (*tokens, right, wrong)
+        began, so_far = re.findall(r"\d+", "".join(tokens))
+        assert (len(began), len(so_far), len(right), len(wrong)) == (4, 4 - n_digits, n_digits, n_digits)
+        assert int(so_far + wrong) < int(began) < int(so_far + right)
+
+
+def test_greater_than_says_why_it_cannot_be_asked(run: Path, monkeypatch) -> None:
+    tokenizer = splitting_years(r"\d+")  # a year is one token
+    monkeypatch.setattr(prompts_module, "load_tokenizer", lambda _: tokenizer)
+    with pytest.raises(DataError, match="no token of this tokenizer tells a later year from an earlier one"):
+        task_prompts("greater-than", sr.load(run).plan)
 
 
 @pytest.mark.slow

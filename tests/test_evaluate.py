@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from saerelay.analysis.logits import CleanStates
 from saerelay.analysis.metrics import density, measure
 from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.lm.facts import read_facts
@@ -113,6 +114,57 @@ def test_sharing_forwards_changes_nothing(setting) -> None:
             assert alone.pop(name) == shared.pop(name)
         assert alone.pop("sequence_delta_ce") == pytest.approx(shared.pop("sequence_delta_ce"))
         assert alone == pytest.approx(shared)
+
+
+def test_where_vocabulary_and_rows_are_cut_changes_nothing(setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, model, sequences, dictionaries = setting
+    whole = measure(plan, model, sequences, dictionaries, ce=True)
+    monkeypatch.setattr("saerelay.analysis.logits.ROWS", 50)
+    monkeypatch.setattr("saerelay.analysis.logits.PART", 300)
+    monkeypatch.setattr("saerelay.analysis.logits.PARTS", 3)
+    monkeypatch.setattr("saerelay.analysis.logits.STRIPE", 16)
+    monkeypatch.setattr("saerelay.analysis.metrics.STATES_BYTES", 1)  # one dictionary at a time
+    cut = measure(plan, model, sequences, dictionaries, ce=True)
+    for key, metrics in whole.items():
+        for name in ("ce_loss_with_sae", "ce_loss_with_ablation", "kl_div_with_sae", "kl_div_with_ablation"):
+            assert getattr(cut[key], name) == pytest.approx(getattr(metrics, name), rel=1e-6), (key, name)
+
+
+def test_logits_of_any_size_have_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of the vocabulary whose largest logits lie further apart than exp can hold."""
+    monkeypatch.setattr("saerelay.analysis.logits.PART", 1)
+    states = torch.tensor([[[-200.0, 900.0, 3.0], [950.0, -400.0, 940.0]]])
+    changed = torch.tensor([[[0.0, 850.0, 847.0], [948.0, 949.0, 0.0]]])
+    tokens = torch.tensor([[0, 1]])
+    clean = CleanStates(EveryLogit(), states, tokens, keep=torch.ones(1, 2, dtype=torch.bool))  # type: ignore[arg-type]
+    row = torch.tensor([5.0, 7.0, 6.0])
+    p = states.double().log_softmax(-1)
+    for loss, logits in zip(clean.losses([changed], [row]), (states, changed, row.expand(1, 2, 3)), strict=True):
+        q = logits.double().log_softmax(-1)
+        assert loss.ce.tolist() == [pytest.approx([-float(q[0, 0, 1])], abs=1e-6)]
+        assert loss.kl[0].tolist() == pytest.approx((p.exp() * (p - q)).sum(-1)[0].tolist(), abs=1e-3)
+
+
+class EveryLogit:
+    """A head whose states are logits; as a vocabulary of three, cut into parts of one."""
+
+    n_tokens = 3
+
+    @staticmethod
+    def logits(states: torch.Tensor, tokens: slice) -> torch.Tensor:
+        return states[..., tokens]
+
+
+def test_a_head_that_gives_no_part_of_its_logits_is_measured_whole(setting) -> None:
+    plan, model, sequences, dictionaries = setting
+    expected = measure(plan, model, sequences, dictionaries, ce=True)
+    whole = LanguageModel(model.hf_model, model.facts)
+    whole.head._shadow = None
+    found = measure(plan, whole, sequences, dictionaries, ce=True)
+    for key, metrics in expected.items():
+        assert found[key].model_dump(exclude={"density", "left_out", "sequence_delta_ce"}) == pytest.approx(
+            metrics.model_dump(exclude={"density", "left_out", "sequence_delta_ce"}), rel=1e-5
+        )
 
 
 def test_a_perfect_reconstruction_costs_nothing(setting) -> None:

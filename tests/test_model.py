@@ -178,29 +178,34 @@ def test_a_spliced_forward_goes_on_with_what_was_spliced_in(
     assert torch.equal(model.logits(TOKENS), logits)
 
 
+def logits_of(model: LanguageModel, states: Tensor) -> Tensor:
+    """The logits of all tokens, from last hidden states."""
+    return model.head.logits(states, slice(0, model.head.n_tokens))
+
+
 def test_resuming_in_the_middle_is_splicing(family: str, model: LanguageModel, activations: dict[Site, Tensor]) -> None:
     if family == "bert":
         with pytest.raises(ModelError, match=NO_HEAD):
             model.forward(TOKENS, ALL_SITES)
         return
     clean, calls = model.forward(TOKENS, ALL_SITES), []
-    assert torch.equal(clean.logits, model.logits(TOKENS))
+    assert model.head.in_parts and torch.equal(logits_of(model, clean.states), model.logits(TOKENS))
     for site in ALL_SITES:
         assert torch.equal(clean.activations[site], activations[site]), site
         x = torch.randn(activations[site].shape, generator=torch.Generator().manual_seed(1))
         with model.splice(site, lambda _, x=x: x.clone()):
             expected = model.logits(TOKENS)
-        with model.resuming(clean, site) as logits_with:  # tries whether the model can
+        with model.resuming(clean, site) as states_with:  # tries whether the model can
             counter = register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
-            assert torch.equal(logits_with(x), expected), site
+            assert torch.equal(logits_of(model, states_with(x)), expected), site
             counter.remove()
             with alone():
-                own, others = in_parallel(logits_with, [activations[site], x])
-        assert torch.equal(own, clean.logits) and torch.equal(others, expected), site
+                own, others = in_parallel(states_with, [activations[site], x])
+        assert torch.equal(own, clean.states) and torch.equal(logits_of(model, others), expected), site
         n_mlps = sum(name.endswith("MLP") for name in calls)
         assert n_mlps == 3 - site.layer - (site.module == "resid_post"), (site, calls)
         calls.clear()
-    assert torch.equal(model.logits(TOKENS), clean.logits)
+    assert torch.equal(model.logits(TOKENS), logits_of(model, clean.states))
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-4])
@@ -215,8 +220,8 @@ def test_a_model_that_cannot_resume_runs_whole(family_directory: Callable[[str],
     x = torch.randn(clean.activations[Site(1)].shape, generator=torch.Generator().manual_seed(1))
     with model.splice(Site(1), lambda _: x):
         expected = model.logits(TOKENS)
-    with model.resuming(clean, Site(1)) as logits_with:
-        assert torch.equal(logits_with(x), expected) and model._can_skip == {2: False}
+    with model.resuming(clean, Site(1)) as states_with:
+        assert torch.equal(logits_of(model, states_with(x)), expected) and model._can_skip == {2: False}
 
 
 def test_splice_goes_when_its_block_fails(llama: LanguageModel) -> None:

@@ -183,8 +183,8 @@ def test_layers_that_do_not_run_on_text_are_left_out_and_the_others_named(tmp_pa
         compile_plan(Recipe.parse({"data": {"context": 16}}), facts)
     model = LanguageModel.load(spec_of(tmp_path))
     clean = model.forward(TOKENS, [Site(2)])
-    with model.resuming(clean, Site(2)) as logits_with:
-        assert torch.equal(logits_with(clean.activations[Site(2)]), clean.logits)
+    with model.resuming(clean, Site(2)) as states_with:
+        assert torch.equal(states_with(clean.activations[Site(2)]), clean.states)
 
 
 def test_an_image_model_does_not_read_tokens(tmp_path: Path) -> None:
@@ -263,6 +263,51 @@ def test_a_module_path_is_compared_with_what_the_site_reads(tmp_path: Path) -> N
     assert not other_module(spec, site, "layers.1.post_feedforward_layernorm")
     assert not other_module(spec, site, "transformer.h.1.mlp")  # no such module: nothing can be said
     assert not other_module(spec, Site(1), "model.layers.1")
+
+
+# --- the head ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.01}),
+        ("cohere", {"logit_scale": 5.0}),
+        ("granite", {"logits_scaling": 3.0}),
+    ],
+)
+def test_a_head_gives_logits_of_some_tokens_as_the_model_makes_them(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    model = LanguageModel.load(spec_of(saved(tmp_path, family, **changes)))
+    logits = model.logits(TOKENS)
+    head = model.head
+    states = head.states(TOKENS)
+    assert head.in_parts and head.n_tokens == logits.shape[-1] and states.shape == (*TOKENS.shape, 32)
+    for part in (slice(10, 30), torch.tensor([3, 90, 4])):
+        assert torch.allclose(head.logits(states, part), logits[..., part], rtol=1e-5, atol=1e-7)
+    assert torch.equal(model.logits(TOKENS), logits)  # the model itself is as it was
+
+
+@pytest.mark.parametrize("change", ["a head of its own", "every logit depends on all"])
+def test_a_head_that_is_not_known_gives_all_logits(tmp_path: Path, change: str) -> None:
+    model = LanguageModel.load(spec_of(saved(tmp_path, "llama")))
+    hf_model = model.hf_model
+    if change == "a head of its own":
+        hf_model.lm_head = Changed(hf_model.lm_head, torch.tanh)
+    else:
+
+        class Centred(type(hf_model)):  # type: ignore[misc]
+            def forward(self, **options: Any) -> Any:
+                output = super().forward(**options)
+                output.logits = output.logits - output.logits.mean(dim=-1, keepdim=True)
+                return output
+
+        hf_model.__class__ = Centred
+    logits = model.logits(TOKENS)
+    states = model.head.states(TOKENS)
+    assert not model.head.in_parts and torch.equal(states, logits)
+    assert torch.equal(model.head.logits(states, slice(2, 5)), logits[..., 2:5])
 
 
 # --- the unembedding -----------------------------------------------------------------------------

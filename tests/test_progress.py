@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from test_figures import COST, leg
 
+from saerelay.analysis.progress import ProgressDisplay
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import External, Plan
@@ -121,3 +122,16 @@ def saes_of_another_run(recipe: Recipe) -> dict[str, External]:
             path="/",
         )
     return found
+
+
+def test_steps_are_counted_with_the_time_left() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    display = ProgressDisplay(console)
+    with display.counting(3, "circuits") as done:
+        done()
+        for item in display.track([1, 2], "inside"):  # shows nothing: one bar at a time
+            assert item
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "circuits" in shown and "1/3" in shown and "inside" not in shown and ":" in shown
+    assert list(display.track([1, 2], "again")) == [1, 2]
+    assert "again" in console.file.getvalue() and "2/2" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ Shapes: B prompts of a batch, N of all, C positions, D width, F latents, V vocab
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from saerelay.analysis.metrics import LOGIT_BYTES
+from saerelay.analysis.progress import Done, uncounted
 from saerelay.analysis.prompts import Prompt
 from saerelay.data.stream import trained_on
-from saerelay.lm.model import LanguageModel
+from saerelay.lm.head import Head
+from saerelay.lm.model import Forward, LanguageModel
 from saerelay.planning.plan import Plan
 from saerelay.runs.documents.circuits import CircuitScores
 from saerelay.sae.dictionary import Dictionary
@@ -35,8 +38,8 @@ STEPS = 10
 CODES = 2**24
 """Numbers in the codes of a batch: 64 MiB."""
 
-LogitsWith = Callable[[Tensor], Tensor]
-"""The model's logits (B, C, V) with other activations (B, C, D) at a site, as from `model.resuming`."""
+AnswersWith = Callable[[Tensor], Tensor]
+"""m (B) of each prompt with other activations (B, C, D) at a site."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,25 +70,29 @@ def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device |
             )
 
 
-def logit_difference(logits: Tensor, batch: PromptBatch) -> Tensor:
-    """m (B): the right token's logit minus the wrong one's at the last position of logits (B, C, V).
+def answers(head: Head, states: Tensor, batch: PromptBatch) -> Tensor:
+    """m (B): the right token's logit minus the wrong one's, at the last position of hidden states (B, C, D).
 
-    >>> batch = PromptBatch(torch.tensor([[5, 6]]), torch.tensor([2]), torch.tensor([0]))
-    >>> logit_difference(torch.tensor([[[9.0, 9.0, 9.0], [1.0, 2.0, 4.0]]]), batch)
-    tensor([3.])
+        >>> from saerelay.lm.head import Head
+    from saerelay.lm.model import Forward, LanguageModel
+        >>> from saerelay.planning.recipe import ModelSpec
+        >>> model = LanguageModel.load(ModelSpec(device="cpu"))
+        >>> batch = PromptBatch(torch.tensor([[5, 6]]), right=torch.tensor([7]), wrong=torch.tensor([7]))
+        >>> answers(model.head, model.head.states(batch.tokens), batch)
+        tensor([0.])
     """
-    last = logits[:, -1].float()
-    right = last.gather(1, batch.right[:, None].to(last.device))[:, 0]
-    wrong = last.gather(1, batch.wrong[:, None].to(last.device))[:, 0]
+    both = torch.stack([batch.right, batch.wrong], dim=1).to(states.device)
+    tokens, columns = both.unique(return_inverse=True)
+    logits = head.logits(states[:, -1:], tokens)[:, 0].float()
+    right, wrong = logits.gather(1, columns).unbind(dim=1)
     return right - wrong
 
 
-def gradient(logits_with: LogitsWith, x: Tensor, batch: PromptBatch) -> Tensor:
+def gradient(answers_with: AnswersWith, x: Tensor) -> Tensor:
     """∂m/∂x (B, C, D) of each prompt at activations x (B, C, D), float32."""
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
-        total = logit_difference(logits_with(leaf), batch).sum()
-        return torch.autograd.grad(total, leaf)[0]
+        return torch.autograd.grad(answers_with(leaf).sum(), leaf)[0]
 
 
 def indirect_effects(dictionary: Dictionary, to_mean: Tensor, slope: Tensor) -> Tensor:
@@ -106,43 +113,85 @@ def indirect_effects(dictionary: Dictionary, to_mean: Tensor, slope: Tensor) -> 
 # --- all dictionaries of a site -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A batch of prompts as the model reads it, with nothing ablated."""
+
+    batch: PromptBatch
+    clean: Forward
+    keep: Tensor
+    """bool (B, C): positions that latents are ablated at."""
+
+    def x(self, site: Site) -> Tensor:
+        """Activations (B, C, D), float32."""
+        return self.clean.activations[site].float()
+
+    @contextmanager
+    def answering(self, model: LanguageModel, site: Site) -> Iterator[AnswersWith]:
+        """A function from activations at a site to m (B)."""
+        with model.resuming(self.clean, site) as states_with:
+            yield lambda x: answers(model.head, states_with(x), self.batch)
+
+
+Halves = tuple[Sequence[Reading], Sequence[Reading]]
+"""Prompts to find circuits on, and prompts to judge them on."""
+
+
+@torch.no_grad()
+def readings(plan: Plan, model: LanguageModel, sites: Sequence[Site], prompts: Sequence[Prompt]) -> list[Reading]:
+    """All batches of prompts, read at some sites."""
+    found = []
+    for batch in prompt_batches(plan, prompts, model.device):
+        clean = model.forward(batch.tokens, plan.with_probe(sites))
+        keep = trained_on(plan, batch.tokens, clean.activations)
+        found.append(Reading(batch, clean, keep))
+    return found
+
+
 @torch.no_grad()
 def circuits_at(
-    plan: Plan,
     model: LanguageModel,
     site: Site,
     dictionaries: Mapping[str, Dictionary],
-    halves: tuple[Sequence[Prompt], Sequence[Prompt]],
+    halves: Halves,
     *,
     k: Sequence[int],
     method: Method = "attribution",
+    done: Done = uncounted,
 ) -> dict[str, CircuitScores]:
     """What circuits of k latents of each dictionary at a site do, by key, as circuits/<task>.json has it.
 
-    Latents are ranked by their effects on the first half of the prompts; m is measured on the second, prompt by prompt.
-    Both come in the order of `prompt_batches`.
+    Latents are ranked by their effects on the first half of the prompts, which were read at the site; m is measured on
+    the second, prompt by prompt. `done` counts the steps of `n_steps`.
     """
     find_on, judge_on = halves
     per_position = one_length([*find_on, *judge_on])
     on_device = {key: dictionary.to(model.device) for key, dictionary in dictionaries.items()}
-    means = mean_codes(plan, model, site, on_device, find_on, per_position=per_position)
+    means = mean_codes(site, on_device, find_on, per_position=per_position)
     ablations = {key: MeanAblation(dictionary, means[key]) for key, dictionary in on_device.items()}
 
+    n_found_on = sum(len(reading.batch.tokens) for reading in find_on)
     effects = {key: torch.zeros(d.n_latents, device=model.device) for key, d in on_device.items()}
-    for reading in readings(plan, model, site, find_on):
-        slope_at_x = gradient(reading.logits_with, reading.x, reading.batch)
-        for key, ablation in ablations.items():
-            change = ablation.change(reading)
-            slope = slope_at_x
-            if method == "integrated-gradients":
-                slope = ablation.mean_slope(reading, change)
-            effects[key] += indirect_effects(ablation.dictionary, change, slope) / len(find_on)
+    for reading in find_on:
+        x = reading.x(site)
+        with reading.answering(model, site) as answers_with:
+            slope_at_x = gradient(answers_with, x)
+            for key, ablation in ablations.items():
+                change = ablation.change(x, reading.keep)
+                slope = slope_at_x
+                if method == "integrated-gradients":
+                    slope = ablation.mean_slope(answers_with, x, change)
+                effects[key] += indirect_effects(ablation.dictionary, change, slope) / n_found_on
+        done()
 
     ranked = {key: effect.sort(descending=True, stable=True) for key, effect in effects.items()}
     scores: dict[str, list[Tensor]] = {key: [] for key in on_device}
-    for reading in readings(plan, model, site, judge_on):
-        for key, ablation in ablations.items():
-            scores[key].append(ablation.answers(reading, ranked[key].indices, k))
+    for reading in judge_on:
+        with reading.answering(model, site) as answers_with:
+            for key, ablation in ablations.items():
+                change = ablation.change(reading.x(site), reading.keep)
+                scores[key].append(ablation.answers(answers_with, reading.x(site), change, ranked[key].indices, k))
+                done()
 
     results = {}
     for key, parts in scores.items():
@@ -159,86 +208,62 @@ def circuits_at(
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """A batch of prompts as the model reads it at a site."""
-
-    batch: PromptBatch
-    x: Tensor
-    """Activations (B, C, D), float32."""
-    keep: Tensor
-    """bool (B, C): positions that latents are ablated at."""
-    logits_with: LogitsWith
-
-
-def readings(plan: Plan, model: LanguageModel, site: Site, prompts: Sequence[Prompt]) -> Iterator[Reading]:
-    """All batches of prompts, each while the model can go on from the site."""
-    sites = plan.with_probe([site])
-    for batch in prompt_batches(plan, prompts, model.device):
-        clean = model.forward(batch.tokens, sites)
-        x = clean.activations[site].float()
-        keep = trained_on(plan, batch.tokens, clean.activations)
-        with model.resuming(clean, site) as logits_with:
-            yield Reading(batch, x, keep, logits_with)
-
-
-@dataclass(frozen=True, eq=False)
 class MeanAblation:
     """A dictionary whose latents are ablated to their means: (C, F) of each position, or (F)."""
 
     dictionary: Dictionary
     means: Tensor
 
-    def change(self, reading: Reading) -> Tensor:
-        """z̄ − z (B, C, F), zero at positions that are left alone."""
-        return (self.means - self.dictionary.encode(reading.x)) * reading.keep[..., None]
+    def change(self, x: Tensor, keep: Tensor) -> Tensor:
+        """z̄ − z (B, C, F), zero at positions (B, C) that are left alone."""
+        return (self.means - self.dictionary.encode(x)) * keep[..., None]
 
-    def mean_slope(self, reading: Reading, change: Tensor) -> Tensor:
+    def mean_slope(self, answers_with: AnswersWith, x: Tensor, change: Tensor) -> Tensor:
         """∂m/∂x (B, C, D), averaged on the way from nothing ablated to all."""
         s = change @ self.dictionary.W_dec
         slopes = []
         for i in range(STEPS):
             part = (i + 0.5) / STEPS
-            slopes.append(gradient(reading.logits_with, reading.x + part * s, reading.batch))
+            slopes.append(gradient(answers_with, x + part * s))
         return torch.stack(slopes).mean(dim=0)
 
-    def answers(self, reading: Reading, ranking: Tensor, k: Sequence[int]) -> Tensor:
+    def answers(
+        self, answers_with: AnswersWith, x: Tensor, change: Tensor, ranking: Tensor, k: Sequence[int]
+    ) -> Tensor:
         """m (1 + 2 · len(k), B): all ablated; then for each size, the circuit kept, and the circuit ablated."""
-        change = self.change(reading)
         everything = change @ self.dictionary.W_dec
         changes = [everything]
         for size in k:
             circuit = ranking[:size]
             by_circuit = change[..., circuit] @ self.dictionary.W_dec[circuit]
             changes += [everything - by_circuit, by_circuit]
-        answers = [logit_difference(reading.logits_with(reading.x + s), reading.batch) for s in changes]
-        return torch.stack(answers).cpu()
+        return torch.stack([answers_with(x + s) for s in changes]).cpu()
+
+
+def n_steps(n_dictionaries: int, halves: Halves) -> int:
+    """How many steps the circuits of so many dictionaries at a site take."""
+    find_on, judge_on = halves
+    return len(find_on) + n_dictionaries * len(judge_on)
 
 
 def mean_codes(
-    plan: Plan,
-    model: LanguageModel,
-    site: Site,
-    dictionaries: Mapping[str, Dictionary],
-    prompts: Sequence[Prompt],
-    *,
-    per_position: bool,
+    site: Site, dictionaries: Mapping[str, Dictionary], readings: Sequence[Reading], *, per_position: bool
 ) -> dict[str, Tensor]:
     """z̄ of each dictionary, by key, over positions that are trained on: (C, F), or (F) unless `per_position`."""
     totals: dict[str, Tensor] = {}
     n = torch.zeros(())
-    for batch in prompt_batches(plan, prompts):
-        activations = model.harvest(batch.tokens, plan.with_probe([site]))
-        keep = trained_on(plan, batch.tokens.to(model.device), activations).float()[..., None]
+    for reading in readings:
+        keep = reading.keep.float()[..., None]
         n = n + (keep.sum(dim=0) if per_position else keep.sum())
         for key, dictionary in dictionaries.items():
-            z = (dictionary.encode(activations[site].float()) * keep).sum(dim=0)
+            z = (dictionary.encode(reading.x(site)) * keep).sum(dim=0)
             totals[key] = totals.get(key, 0) + (z if per_position else z.sum(dim=0))
     return {key: total / n.clamp(min=1) for key, total in totals.items()}
 
 
-def one_length(prompts: Sequence[Prompt]) -> bool:
+def one_length(readings: Sequence[Reading]) -> bool:
     """Whether all prompts have the same number of tokens."""
-    return len({len(prompt.tokens) for prompt in prompts}) == 1
+    return len({reading.batch.tokens.shape[1] for reading in readings}) == 1
 
 
 def rounded(values: Tensor) -> list[float]:

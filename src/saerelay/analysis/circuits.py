@@ -4,7 +4,7 @@ See `ablations` for what is computed of one dictionary. Shapes: N prompts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -14,11 +14,11 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from saerelay.analysis.ablations import Method, circuits_at, logit_difference, one_length, prompt_batches, rounded
+from saerelay.analysis.ablations import Halves, Method, answers, circuits_at, n_steps, one_length, readings, rounded
 from saerelay.analysis.prompts import TASKS, Prompt, digest, task_prompts
 from saerelay.analysis.session import Session
 from saerelay.errors import ModelError, RecipeError
-from saerelay.planning.plan import Leg
+from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.circuits import (
     Circuit,
     CircuitDifference,
@@ -28,9 +28,12 @@ from saerelay.runs.documents.circuits import (
     CircuitScores,
 )
 from saerelay.runs.suite import PublishedSuite
+from saerelay.site import Site
 
 K = (4, 36, 68, 100)
 """Sizes of circuits where none are given; those of Ghilardi et al. 2024."""
+CLEAN_BYTES = 2**30
+"""Activations of all prompts at all sites that are kept at once, at most."""
 ACCURACY = 0.7
 """The smallest share of prompts with m > 0 of a model that can do a task."""
 CLEAR = 2.0
@@ -72,27 +75,40 @@ def circuits(
     if document is not None and not missing:
         return document
 
-    halves = halved(prompts)
-    ability = model_ability(session, task, halves)
-    by_site = [(site, list(group)) for site, group in groupby(missing, key=attrgetter("site"))]
-    for site, site_legs in session.display.track(by_site, f"circuits: {asked.task}"):
-        dictionaries = {leg.id: suite.dictionary(leg) for leg in site_legs}
-        scores = circuits_at(
-            session.plan, session.model, site, dictionaries, halves, k=asked.k, method=cast(Method, method)
-        )
-        for leg in site_legs:
-            measured[leg.id] = circuit_leg(leg, suite.info(leg).tokens, scores[leg.id], ability.clean, asked.k)
-        rows = [measured[leg.id] for leg in suite.legs if leg.id in measured]
-        document = Circuits(
-            **ability.facts,
-            asked=asked,
-            clean=ability.clean,
-            legs=rows,
-            differences=differences(suite, ability.clean, rows, asked.k),
-        )
-        document.save(path)
+    by_site = {site: list(group) for site, group in groupby(missing, key=attrgetter("site"))}
+    ability: ModelAbility | None = None
+    for sites in fitting(list(by_site), session.plan, prompts):
+        read = read_halves(session, prompts, sites)
+        ability = ability or model_ability(session, task, read)
+        steps = sum(n_steps(len(by_site[site]), read) for site in sites)
+        with session.display.counting(steps, f"circuits: {asked.task}") as done:
+            for site in sites:
+                dictionaries = {leg.id: suite.dictionary(leg) for leg in by_site[site]}
+                chosen_method = cast(Method, method)
+                scores = circuits_at(
+                    session.model, site, dictionaries, read, k=asked.k, method=chosen_method, done=done
+                )
+                for leg in by_site[site]:
+                    tokens = suite.info(leg).tokens
+                    measured[leg.id] = circuit_leg(leg, tokens, scores[leg.id], ability.clean, asked.k)
+                document = document_of(suite, asked, ability, measured)
+                document.save(path)
     assert document is not None
     return document
+
+
+def document_of(
+    suite: PublishedSuite, asked: CircuitQuestion, ability: "ModelAbility", measured: Mapping[str, CircuitLeg]
+) -> Circuits:
+    """What is known so far, as circuits/<task>.json has it."""
+    rows = [measured[leg.id] for leg in suite.legs if leg.id in measured]
+    return Circuits(
+        **ability.facts,
+        asked=asked,
+        clean=ability.clean,
+        legs=rows,
+        differences=differences(suite, ability.clean, rows, asked.k),
+    )
 
 
 def question(task: str, prompts: Sequence[Prompt], k: Sequence[int], method: str, seed: int) -> CircuitQuestion:
@@ -145,6 +161,23 @@ def halved(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return find_on, judge_on
 
 
+def fitting(sites: Sequence[Site], plan: Plan, prompts: Sequence[Prompt]) -> Iterator[Sequence[Site]]:
+    """The sites, as many together as the prompts' activations may take `CLEAN_BYTES` at."""
+    n_tokens = sum(len(prompt.tokens) for prompt in prompts)
+    widest = max(plan.facts.width(site) for site in sites)
+    at_once = max(1, CLEAN_BYTES // (n_tokens * widest * plan.facts.bytes_per_value))
+    for start in range(0, len(sites), at_once):
+        yield sites[start : start + at_once]
+
+
+def read_halves(session: Session, prompts: Sequence[Prompt], sites: Sequence[Site]) -> Halves:
+    """Both halves of the prompts, read at some sites."""
+    model = session.model  # loaded under a message of its own
+    find_on, judge_on = halved(prompts)
+    with session.display.status("reading the prompts"):
+        return readings(session.plan, model, sites, find_on), readings(session.plan, model, sites, judge_on)
+
+
 @dataclass(frozen=True)
 class ModelAbility:
     """How well the model does a task."""
@@ -155,12 +188,12 @@ class ModelAbility:
     """m of the prompts judged on."""
 
 
-def model_ability(session: Session, task: str, halves: tuple[list[Prompt], list[Prompt]]) -> ModelAbility:
+def model_ability(session: Session, task: str, halves: Halves) -> ModelAbility:
     """How well the model does a task; ModelError if it cannot."""
     plan = session.plan
     by_half = []
     for half in halves:
-        scores = [logit_difference(session.model.logits(batch.tokens), batch) for batch in prompt_batches(plan, half)]
+        scores = [answers(session.model.head, reading.clean.states, reading.batch) for reading in half]
         by_half.append(torch.cat(scores).double().cpu())
     m = torch.cat(by_half)
     accuracy = float((m > 0).double().mean())
@@ -173,15 +206,17 @@ def model_ability(session: Session, task: str, halves: tuple[list[Prompt], list[
             "standard errors). A circuit of this task would mean nothing; choose another, or give a file of prompts."
         )
     find_on, judge_on = halves
-    lengths = {len(prompt.tokens) for prompt in (*find_on, *judge_on)}
-    description = (TASKS[task].__doc__ or "") if task in TASKS else f"prompts of {Path(task).name}"
+    lengths = {reading.batch.tokens.shape[1] for reading in (*find_on, *judge_on)}
+    description = f"prompts of {Path(task).name}"
+    if task in TASKS:
+        description, _, _ = (TASKS[task].__doc__ or "").partition("\n")  # its first sentence
     facts = {
         "description": description,
         "model": plan.facts.name,
         "revision": plan.facts.revision,
         "dtype": plan.facts.dtype,
-        "n_found_on": len(find_on),
-        "n_judged_on": len(judge_on),
+        "n_found_on": len(by_half[0]),
+        "n_judged_on": len(by_half[1]),
         "n_tokens": [min(lengths), max(lengths)],
         "means": "of each position" if one_length([*find_on, *judge_on]) else "over all positions",
         "accuracy": accuracy,

@@ -1,106 +1,200 @@
-"""The clean logits of a batch, and what changed ones lose against them: cross-entropy and KL divergence.
+"""What changed hidden states of a language model lose against its clean ones: cross-entropy and KL divergence.
 
-Shapes: B sequences of C positions, V vocabulary.
+Of logits s only log Σ exp s, Σ p s with the clean probabilities p, and s of the next token are needed:
+CE = log Σ exp s − s_next, KL(clean ‖ changed) = Σ p log p − Σ p s + log Σ exp s.
+
+How to see this: the logits of all tokens are never there at once. The vocabulary is cut into parts. Of each part the
+clean logits are made, and beside them those of all changed states, which are summed up while they are in the
+processor's cache; then the sums of all parts are joined. Rows are cut, too. Cuts follow from shapes alone, so that the
+bits of a result depend neither on the number of threads nor on what else is measured.
+
+Shapes: B sequences of C positions, D width, V vocabulary; n rows (positions of all sequences), v tokens of a part,
+L kinds of logits, the clean ones first.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ROWS_BYTES = 2**20
-"""Size of the parts in which logits are compared on a CPU, so that they stay in its cache."""
+from saerelay.lm.head import Head
+from saerelay.sae.threads import side_by_side
+
+ROWS = 512
+"""Rows whose logits are made at once."""
+PART = 2048
+"""Tokens of a part of the vocabulary."""
+STRIPE = 64
+"""Rows that are summed at once on a CPU."""
+PARTS = 16
+"""Parts that a thread goes through, one after the other."""
+ON_GPU = 8
+"""How many times as many rows and tokens are taken at once on a GPU, which smaller ones do not keep busy."""
 ROUNDING = 4
-"""Logits that differ by as many roundings of the largest one count as the same."""
+"""States that differ by as many roundings of the largest one count as the same."""
 
 
-class CleanLogits:
-    """The clean logits of one batch, and comparisons with changed ones; (B, C, V) for tokens (B, C).
+class Loss(NamedTuple):
+    """What states cost, in nats, float64; 0 where a position is not kept."""
 
-    >>> tokens = torch.tensor([[0, 1, 2]])
-    >>> logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0))
-    >>> clean = CleanLogits(logits, tokens, keep=torch.ones(1, 3, dtype=torch.bool))
-    >>> ce, kl = clean.compare(logits)
-    >>> bool((ce == clean.ce).all()), bool((kl.abs() < 1e-6).all())
+    ce: Tensor
+    """Cross-entropy of each next token (B, C − 1)."""
+    kl: Tensor
+    """KL divergence from the clean states' logits (B, C)."""
+
+
+@dataclass(frozen=True, eq=False)
+class CleanStates:
+    """The clean last hidden states of a batch, to be compared with changed ones.
+
+    >>> from saerelay.lm.model import LanguageModel
+    >>> from saerelay.planning.recipe import ModelSpec
+    >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
+    >>> states = model.head.states(tokens)
+    >>> clean = CleanStates(model.head, states, tokens, keep=torch.ones(1, 3, dtype=torch.bool))
+    >>> own, other = clean.losses([2 * states])
+    >>> bool((own.kl == 0).all()), bool((other.kl > 0).all())
     (True, True)
-
-    Of changed logits s only log Σ exp s, Σ p s with the clean probabilities p, and s of the next token are needed:
-    CE = log Σ exp s − s_next, KL(clean ‖ changed) = Σ p log p − Σ p s + log Σ exp s.
     """
 
-    def __init__(self, logits: Tensor, tokens: Tensor, keep: Tensor) -> None:
-        self.keep = keep.view_as(tokens)
-        self._next = tokens[:, 1:, None]
-        self._p = torch.empty(logits.flatten(0, 1).shape, device=logits.device)
-        total, product = self._sums(logits, are_clean=True)
-        self._negative_entropy = product - total
-        self.ce = self._ce(logits, total)
+    head: Head
+    states: Tensor
+    """(B, C, D), as from `head.states`."""
+    tokens: Tensor
+    """(B, C)."""
+    keep: Tensor
+    """bool (B, C)."""
 
-    def compare(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """CE (B, C − 1) of each next token and KL from the clean logits (B, C); zero where a position is not kept."""
-        total, product = self._sums(logits)
-        return self._ce(logits, total), self._kl(total, product)
+    @torch.no_grad()
+    def losses(self, changed: Sequence[Tensor], uniform: Sequence[Tensor] = ()) -> list[Loss]:
+        """What the clean states cost, then what each of the changed states (B, C, D) does, then each of `uniform`.
 
-    def compare_same(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """`compare` for logits (V), float32, that are the same at every position."""
-        total = row.logsumexp(dim=-1).expand_as(self.keep)
-        product = (self._p @ row).view_as(self.keep)
-        ce = total[:, :-1] - row[self._next.squeeze(-1)]
-        return ce * self.keep[:, :-1], self._kl(total, product)
-
-    def delta_ce(self, ce: Tensor) -> Tensor:
-        """By how much CE (B, C − 1) rose, as the mean of each sequence that has positions to count: float64."""
-        n_kept = self.keep[:, :-1].sum(dim=1)
-        delta_ce = (ce - self.ce).sum(dim=1) / n_kept.clamp(min=1)
-        return delta_ce[n_kept > 0].double().cpu()
-
-    def _ce(self, logits: Tensor, total: Tensor) -> Tensor:
-        next_logit = logits[:, :-1].gather(-1, self._next).squeeze(-1)
-        return (total[:, :-1] - next_logit) * self.keep[:, :-1]
-
-    def _kl(self, total: Tensor, product: Tensor) -> Tensor:
-        return (self._negative_entropy - product + total) * self.keep
-
-    def _sums(self, logits: Tensor, *, are_clean: bool = False) -> tuple[Tensor, Tensor]:
-        """log Σ exp s and Σ p s, (B, C) each; of the clean logits, after setting p.
-
-        How to see this: a pass over the whole vocabulary costs more than the language model's layers, so each part
-        stays in the processor's cache from the first to the last operation, in the same two buffers.
+        Those are logits (V), float32, that are the same at every position.
         """
-        rows = logits.flatten(0, 1)
-        n_rows, n_tokens = rows.shape
-        step = n_rows
-        if rows.device.type == "cpu":
-            step = max(1, min(n_rows, ROWS_BYTES // (4 * n_tokens)))
-        values = torch.empty(step, n_tokens, device=rows.device)
-        scratch = torch.empty_like(values)
-        total = torch.empty(n_rows, device=rows.device)
-        product = torch.empty_like(total)
+        following = torch.zeros_like(self.tokens)
+        following[:, :-1] = self.tokens[:, 1:]  # what follows the last position is not asked below
+        states = [one.flatten(0, 1) for one in (self.states, *changed)]
+        sums = self._all_sums(states, uniform, following.flatten())
 
-        for start in range(0, n_rows, step):
-            part = slice(start, min(start + step, n_rows))
-            s = values[: part.stop - start].copy_(rows[part])
-            work = scratch[: part.stop - start]
+        log_sum = sums.largest + sums.exponentials.log()
+        mean = sums.products / sums.exponentials[0]
+        negative_entropy = mean[0] - log_sum[0]
+        ce = (log_sum - sums.following).view(-1, *self.tokens.shape)[..., :-1] * self.keep[:, :-1]
+        kl = (negative_entropy - mean + log_sum).view(-1, *self.tokens.shape) * self.keep
+        return [Loss(*of_one) for of_one in zip(ce, kl, strict=True)]
 
-            largest = s.amax(dim=1, keepdim=True)
-            exponentials = torch.sub(s, largest, out=work).exp_()
-            denominator = exponentials.sum(dim=1, keepdim=True)
-            total[part] = (largest + denominator.log()).squeeze(1)
-            if are_clean:
-                torch.div(exponentials, denominator, out=self._p[part])
-            product[part] = torch.mul(self._p[part], s, out=work).sum(dim=1)
+    def _all_sums(self, states: Sequence[Tensor], uniform: Sequence[Tensor], following: Tensor) -> "_Sums":
+        """The sums over the whole vocabulary, for all rows."""
+        times = 1 if following.device.type == "cpu" else ON_GPU
+        row_ranges = _cut(0, len(following), times * ROWS)
+        pieces = _cut(0, self.head.n_tokens, times * PARTS * PART)
+        jobs = []
+        for rows in row_ranges:
+            batch = _Rows(self.head, [one[rows] for one in states], uniform, following[rows])
+            jobs += [(batch, piece) for piece in pieces]
 
-        return total.view_as(self.keep), product.view_as(self.keep)
+        def of_piece(job: tuple[_Rows, slice]) -> _Sums:
+            batch, piece = job
+            return reduce(_joined, map(batch.sums, _cut(piece.start, piece.stop, times * PART)))
+
+        found = side_by_side(of_piece, jobs, following.device)
+        by_rows = [reduce(_joined, found[i : i + len(pieces)]) for i in range(0, len(found), len(pieces))]
+        return _Sums(*(torch.cat(columns, dim=1) for columns in zip(*by_rows, strict=True)))
 
 
-def same_everywhere(logits: Tensor) -> Tensor | None:
-    """The one row (V), float32, that logits (B, C, V) are at every position but for rounding, or None.
+def same_everywhere(states: Tensor) -> bool:
+    """Whether states (B, C, D) are the same at every position but for rounding.
 
-    >>> same_everywhere(torch.ones(1, 2, 3))
-    tensor([1., 1., 1.])
-    >>> same_everywhere(torch.arange(6.0).view(1, 2, 3)) is None
-    True
+    >>> same_everywhere(torch.ones(1, 2, 3)), same_everywhere(torch.arange(6.0).view(1, 2, 3))
+    (True, False)
     """
-    row = logits[0, 0]
-    tolerance = ROUNDING * torch.finfo(logits.dtype).eps * float(row.abs().max())
-    if float((logits - row).abs().max()) <= tolerance:
-        return row.float()
-    return None
+    first = states[0, 0]
+    tolerance = ROUNDING * torch.finfo(states.dtype).eps * float(first.abs().max())
+    return float((states - first).abs().max()) <= tolerance
+
+
+# --- sums over the vocabulary -----------------------------------------------------------------------------------------
+
+
+class _Sums(NamedTuple):
+    """Sums over some tokens, (L, n) each, float64."""
+
+    largest: Tensor
+    """max s."""
+    exponentials: Tensor
+    """Σ exp(s − max s)."""
+    products: Tensor
+    """Σ exp(c − max c) s, with the clean logits c."""
+    following: Tensor
+    """s of the next token; 0 if it is not one of them."""
+
+
+def _joined(a: _Sums, b: _Sums) -> _Sums:
+    """The sums over the tokens of both."""
+    largest = torch.maximum(a.largest, b.largest)
+    times_a = (a.largest - largest).exp()
+    times_b = (b.largest - largest).exp()
+    return _Sums(
+        largest=largest,
+        exponentials=a.exponentials * times_a + b.exponentials * times_b,
+        products=a.products * times_a[0] + b.products * times_b[0],
+        following=a.following + b.following,
+    )
+
+
+class _Rows(NamedTuple):
+    """Some rows of a batch."""
+
+    head: Head
+    states: list[Tensor]
+    """(n, D) each, the clean ones first."""
+    uniform: Sequence[Tensor]
+    """Logits (V) of all rows."""
+    following: Tensor
+    """The next token of each row (n)."""
+
+    def sums(self, part: slice) -> _Sums:
+        """The sums over part of the vocabulary."""
+        n = len(self.following)
+        device = self.following.device
+        v = part.stop - part.start
+        where = (self.following - part.start).clamp(0, v - 1)[:, None]
+        is_here = (self.following >= part.start) & (self.following < part.stop)
+        clean = torch.empty(n, v, device=device)  # exp(c − max c)
+        at_once = STRIPE if device.type == "cpu" else n
+        space = torch.empty(2, min(n, at_once), v, device=device)
+
+        columns = []
+        for i, states in enumerate(self.states):
+            logits = self.head.logits(states[None], part)[0]
+            stripes = []
+            for rows in _cut(0, n, space.shape[1]):
+                some = space[:, : rows.stop - rows.start]
+                stripes.append(_stripe(logits[rows], clean[rows], some, is_clean=i == 0))
+            following = logits.gather(1, where)[:, 0] * is_here
+            columns.append([*torch.cat(stripes, dim=1), following])
+        for row in self.uniform:
+            s = row[part]
+            largest = s.max()
+            exponentials = (s - largest).exp().sum()
+            following = s[where[:, 0]] * is_here
+            columns.append([largest.expand(n), exponentials.expand(n), clean @ s, following])
+        return _Sums(*(torch.stack(column).double() for column in zip(*columns, strict=True)))
+
+
+def _stripe(logits: Tensor, clean: Tensor, space: Tensor, *, is_clean: bool) -> Tensor:
+    """Largest logits, Σ exp(s − largest) and Σ s · clean of some rows: (3, n); sets `clean` first if these are they."""
+    s, work = space
+    s.copy_(logits)
+    largest = s.amax(dim=1)
+    exponentials = torch.sub(s, largest[:, None], out=clean if is_clean else work).exp_().sum(dim=1)
+    products = torch.mul(s, clean, out=work).sum(dim=1)
+    return torch.stack([largest, exponentials, products])
+
+
+def _cut(start: int, stop: int, size: int) -> list[slice]:
+    """A range in parts of one size, but for the last."""
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]

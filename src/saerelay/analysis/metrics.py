@@ -8,7 +8,7 @@ Shapes: B sequences of a batch, C positions, D width, F latents, V vocabulary, n
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saerelay.analysis.logits import CleanLogits, same_everywhere
+from saerelay.analysis.logits import CleanStates, Loss, same_everywhere
 from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import OutlierCount, kept_positions
 from saerelay.errors import ModelError
+from saerelay.lm.head import Head
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.quality import Density, EvaluationMetrics
@@ -35,6 +36,8 @@ BATCH_TOKENS = 4096
 """Token positions in one batch, at most."""
 LOGIT_BYTES = 2**29
 """Logits of one batch stay below this."""
+STATES_BYTES = 2**28
+"""Last hidden states that wait to be compared, at most: all of a batch together need the clean logits only once."""
 ON_GPU = 8
 """How many times as much a batch holds on a GPU, which smaller ones do not keep busy."""
 
@@ -98,17 +101,26 @@ def measure(
         flat = {site: x.flatten(0, 1) for site, x in activations.items()}
         keep = kept_positions(plan, tokens, flat)
         outliers.add(tokens, keep.view_as(tokens))
-        clean = CleanLogits(forward.logits, tokens, keep) if forward else None
+        clean = CleanStates(model.head, forward.states, tokens, keep.view_as(tokens)) if forward else None
+        at_once = max(1, STATES_BYTES // forward.states.nbytes) if forward else len(on_device)
+        waiting: list[Changed] = []
         for site in sites:
             at_site = [(sums[key], placed) for key, placed in on_device.items() if placed.site_out == site]
             read = {site, *(placed.site for _, placed in at_site)}
             rows = {one: flat[one][keep].float() for one in read}
-            with model.resuming(forward, site) if forward else nullcontext() as logits_with:
-                batch = SiteBatch(site, activations[site], keep, rows, clean, logits_with)
-                jobs = [partial(batch.add_dictionary, *pair) for pair in at_site]
+            with model.resuming(forward, site) if forward else nullcontext() as states_with:
+                batch = SiteBatch(site, activations[site], keep, rows, states_with)
+                jobs: list[Callable[[], Changed | None]] = [partial(batch.add_dictionary, *pair) for pair in at_site]
                 if clean:
-                    jobs.insert(0, partial(batch.add_ablation, ablations[site]))
-                side_by_side(lambda job: job(), jobs, model.device)
+                    jobs.insert(0, partial(batch.add_ablation, ablations[site], model.head))
+                for start in range(0, len(jobs), at_once):
+                    changed = side_by_side(lambda job: job(), jobs[start : start + at_once], model.device)
+                    waiting += [one for one in changed if one is not None]
+                    if clean and len(waiting) >= at_once:
+                        add_losses(clean, waiting)
+                        waiting = []
+        if clean:
+            add_losses(clean, waiting)
 
     left_out = outliers.left_out()
     found = {}
@@ -163,13 +175,13 @@ class AblationSums:
     same_row: Tensor | None = None
     """The logits (V) of every position, where zeroing the site leaves nothing to tell positions apart."""
 
-    def add(self, clean: CleanLogits, ce: Tensor, kl: Tensor) -> None:
-        """Add a batch's CE (B, C − 1) and KL (B, C) with the site zeroed."""
-        self.n_ce += int(clean.keep[:, :-1].sum())
-        self.n_kl += int(clean.keep.sum())
-        self.ce_clean += float(clean.ce.sum(dtype=torch.float64))
-        self.ce += float(ce.sum(dtype=torch.float64))
-        self.kl += float(kl.sum(dtype=torch.float64))
+    def add_loss(self, clean: Loss, loss: Loss, keep: Tensor) -> None:
+        """Add what a batch's kept positions (B, C) lose with the site zeroed."""
+        self.n_ce += int(keep[:, :-1].sum())
+        self.n_kl += int(keep.sum())
+        self.ce_clean += float(clean.ce.sum())
+        self.ce += float(loss.ce.sum())
+        self.kl += float(loss.kl.sum())
 
 
 @dataclass
@@ -207,6 +219,13 @@ class MetricSums:
         self.n_fired = n_fired if self.n_fired is None else self.n_fired + n_fired
         self.n_tokens += x.shape[0]
         return x_hat
+
+    def add_loss(self, clean: Loss, loss: Loss, keep: Tensor) -> None:
+        """Add what a batch's kept positions (B, C) lose with the reconstructions in place."""
+        self.add(ce=loss.ce, kl=loss.kl)
+        n_kept = keep[:, :-1].sum(dim=1)
+        delta_ce = (loss.ce - clean.ce).sum(dim=1) / n_kept.clamp(min=1)
+        self.sequence_delta_ce.append(delta_ce[n_kept > 0].cpu())
 
     def metrics(self, ablated: AblationSums | None) -> EvaluationMetrics:
         """The metrics; those of cross-entropy and KL only with the sums of an ablation."""
@@ -275,6 +294,25 @@ def density(frequency: Tensor) -> Density:
 # --- one batch ------------------------------------------------------------------------------------------------------
 
 
+class Changed(NamedTuple):
+    """What the head reads with a site changed, and the sums that take in what that costs."""
+
+    sums: MetricSums | AblationSums
+    states: Tensor | None = None
+    """Last hidden states (B, C, D) ..."""
+    row: Tensor | None = None
+    """... or the logits (V), float32, of every position."""
+
+
+def add_losses(clean: CleanStates, changed: Sequence[Changed]) -> None:
+    """Add to all sums what a batch loses."""
+    moved = [(one.sums, one.states) for one in changed if one.states is not None]
+    uniform = [(one.sums, one.row) for one in changed if one.row is not None]
+    own, *losses = clean.losses([states for _, states in moved], [row for _, row in uniform])
+    for (sums, _), loss in zip([*moved, *uniform], losses, strict=True):
+        sums.add_loss(own, loss, clean.keep)
+
+
 @dataclass(frozen=True, eq=False)
 class SiteBatch:
     """One batch at one site, on which many dictionaries are measured side by side."""
@@ -286,31 +324,31 @@ class SiteBatch:
     """bool (B·C): kept positions."""
     rows: Mapping[Site, Tensor]
     """Kept activations (n, D), float32, of the site and of those that transcoders to it read."""
-    clean: "CleanLogits | None"
-    logits_with: Callable[[Tensor], Tensor] | None
-    """The model's logits with other activations in place of `whole`."""
+    states_with: Callable[[Tensor], Tensor] | None
+    """The last hidden states with other activations in place of `whole`; None if nobody asks what they cost."""
 
-    def add_ablation(self, sums: AblationSums) -> None:
-        """Add a forward pass with the site zeroed.
+    def add_ablation(self, sums: AblationSums, head: Head) -> Changed:
+        """Run the layers above with the site zeroed.
 
-        Without the residual stream, the layers above see the same at every position of every sequence. Whether that is
-        so is measured on the first batch; the others then need no forward.
+        Without the residual stream, they see the same at every position of every sequence. Whether that is so is
+        measured on the first batch; the others then need no forward.
         """
-        assert self.clean and self.logits_with
+        assert self.states_with
         if sums.same_row is not None:
-            sums.add(self.clean, *self.clean.compare_same(sums.same_row))
-            return
-        logits = self.logits_with(torch.zeros_like(self.whole))
-        if sums.n_kl == 0:
-            sums.same_row = same_everywhere(logits)
-        sums.add(self.clean, *self.clean.compare(logits))
+            return Changed(sums, row=sums.same_row)
+        states = self.states_with(torch.zeros_like(self.whole))
+        if sums.n_kl > 0 or not same_everywhere(states):
+            return Changed(sums, states)
+        # Of several rows, though all are the same: torch has no fast bfloat16 product for a single one.
+        logits = head.logits(states[:1, :16], slice(0, head.n_tokens))
+        sums.same_row = logits[0, 0].float()
+        return Changed(sums, row=sums.same_row)
 
-    def add_dictionary(self, sums: MetricSums, placed: Placed) -> None:
-        """Add a dictionary's reconstructions, and a forward pass with them in place."""
+    def add_dictionary(self, sums: MetricSums, placed: Placed) -> Changed | None:
+        """Add a dictionary's reconstructions, and run the layers above with them in place."""
         x_hat = sums.add_reconstruction(placed.dictionary, self.rows[placed.site], self.rows[self.site])
-        if self.clean and self.logits_with:
-            spliced = self.whole.clone()
-            spliced.view(-1, spliced.shape[-1])[self.keep] = x_hat.to(spliced.dtype)
-            ce, kl = self.clean.compare(self.logits_with(spliced))
-            sums.add(ce=ce, kl=kl)
-            sums.sequence_delta_ce.append(self.clean.delta_ce(ce))
+        if not self.states_with:
+            return None
+        spliced = self.whole.clone()
+        spliced.view(-1, spliced.shape[-1])[self.keep] = x_hat.to(spliced.dtype)
+        return Changed(sums, self.states_with(spliced))

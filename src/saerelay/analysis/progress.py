@@ -1,7 +1,8 @@
 """Progress of an analysis on a terminal: a bar with the rate and the time left; nothing elsewhere."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -22,6 +23,14 @@ def untracked(items: Sequence[T], label: str) -> Iterable[T]:
     return items
 
 
+Done = Callable[[], object]
+"""Is called after each step of some work."""
+
+
+def uncounted() -> None:
+    """Counts nothing."""
+
+
 class RateColumn(ProgressColumn):
     """Items per second."""
 
@@ -40,15 +49,24 @@ class ProgressDisplay:
 
     def track(self, items: Sequence[T], label: str) -> Iterator[T]:
         """The items one by one, under a bar with the rate and the time left."""
+        with self.counting(len(items), label) as done:
+            for item in items:
+                yield item
+                done()
+
+    @contextmanager
+    def counting(self, n_steps: int, label: str) -> Iterator[Done]:
+        """A bar with the rate and the time left, for work that says when each of its steps is done."""
         if self.console is None or self.showing:
-            yield from items
+            yield uncounted
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
         bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+        task = bar.add_task(label, total=n_steps)
         self.showing = True
         try:
             with bar:
-                yield from bar.track(items, description=label)
+                yield partial(bar.advance, task)
         finally:
             self.showing = False
 

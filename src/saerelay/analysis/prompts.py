@@ -10,6 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -234,14 +235,34 @@ def ioi(whole: Whole, draw: Random) -> Iterator[list[Example]]:
 
 
 def greater_than(whole: Whole, draw: Random) -> Iterator[list[Example]]:
-    """Greater-than (Hanna et al. 2023): it began in 1732, so it ended in 17.. what? A later year."""
+    """Greater-than (Hanna et al. 2023): it began in 1732, so it ended in 17.. what? A later year.
+
+    In the paper a year's last two digits are one token, and the probabilities of all later and all earlier ones are
+    compared; here one later year is compared with one earlier year. Many tokenizers make digits or three digits a
+    token. For those the prompt goes on to the decade, 1732 to 173.., and the last digit decides, so that all years of a
+    prompt are of one decade.
+    """
     events = whole("The ", _EVENTS)
-    years = whole("year 17", " ".join(f"{year:02}" for year in range(2, 99)))
+    endings = _year_endings(whole)
     while True:
-        century = draw.randrange(11, 18)
-        earlier, start, later = sorted(draw.sample(years, 3))
+        began = f"{draw.randrange(11, 18)}"
+        if len(endings[0]) == 1:
+            began += f"{draw.randrange(10)}"
+        earlier, start, later = sorted(draw.sample(endings, 3))
         event = draw.choice(events)
-        yield [(f"The {event} lasted from the year {century}{start} to the year {century}", later, earlier)]
+        yield [(f"The {event} lasted from the year {began}{start} to the year {began}", later, earlier)]
+
+
+def _year_endings(whole: Whole) -> list[str]:
+    """What years end in, one token each: two digits, or only the last one."""
+    for before, endings in (("year 17", [f"{i:02}" for i in range(2, 99)]), ("year 173", list("0123456789"))):
+        with suppress(DataError):
+            return whole(before, " ".join(endings))
+    raise DataError(
+        'task "greater-than": no token of this tokenizer tells a later year from an earlier one. Of a year such as '
+        "1732, neither the last two digits nor the last digit alone are one token after what comes before them. Give "
+        "a file of prompts instead."
+    )
 
 
 def sva(whole: Whole, draw: Random) -> Iterator[list[Example]]:

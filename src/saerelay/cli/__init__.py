@@ -12,6 +12,7 @@ import typer
 
 from saerelay import __version__
 from saerelay.cli import judging, measuring, sharing, training
+from saerelay.cli.options import progress
 from saerelay.errors import Interrupted, LegFailed, SaeRelayError, printable
 from saerelay.files import reason
 from saerelay.rank import in_team, n_ranks, rank
@@ -36,6 +37,8 @@ for module in (training, measuring, judging, sharing):
 
 TEAM_COMMANDS = ("train", "eval", "matrix")
 """What several processes do together."""
+AT_ONCE = (None, "init")
+"""What needs no torch."""
 
 
 @app.callback(invoke_without_command=True)
@@ -51,6 +54,9 @@ def _version(
     if version:
         print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand not in AT_ONCE and "--help" not in sys.argv:
+        with progress().status("starting"):
+            import torch  # noqa: F401  # takes seconds, which are better seen to pass
 
 
 def main() -> None:

@@ -73,7 +73,8 @@ def plan(
     if write:
         raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
 
-    compiled = plan_run(run)
+    with progress().status("planning"):
+        compiled = plan_run(run)
     suite = compiled.without_controls()
     from_scratch = compiled.all_from_scratch()
     cost = plan_cost(compiled)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
+from saerelay.lm.head import Head
 from saerelay.lm.ports import Port, intercept, place_in
 from saerelay.lm.probe import probe
 from saerelay.lm.readout import linear_readout
@@ -38,8 +39,8 @@ class Forward:
 
     tokens: Tensor
     """(B,C)."""
-    logits: Tensor
-    """(B,C,V), in the model's dtype."""
+    states: Tensor
+    """Last hidden states (B,C,D), as from `Head.states`."""
     activations: dict[Site, Tensor]
     """(B,C,D) at each site asked for."""
     layer_extras: list[tuple | None]
@@ -176,11 +177,14 @@ class LanguageModel:
 
         Raises ModelError if the model has no language-model head.
         """
-        return self._logits(tokens).float()
-
-    def _logits(self, tokens: Tensor) -> Tensor:
         self._check_lm_head()
-        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+
+    @cached_property
+    def head(self) -> Head:
+        """What makes logits of last hidden states; ModelError if the model has no language-model head."""
+        self._check_lm_head()
+        return Head(self._model)
 
     def _check_lm_head(self) -> None:
         if not self.facts.has_lm_head:
@@ -193,17 +197,22 @@ class LanguageModel:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, sites: Iterable[Site]) -> Forward:
-        """Run a whole forward over tokens (B,C), to be continued from its middle (`resuming`).
+        """Run all layers over tokens (B,C), to be continued from their middle (`resuming`).
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> clean = model.forward(tokens, [Site(3)])
-        >>> with model.resuming(clean, Site(3)) as logits_with:
-        ...     changed = logits_with(2 * clean.activations[Site(3)])
-        >>> changed.shape == clean.logits.shape, bool((changed == clean.logits).all())
+        >>> with model.resuming(clean, Site(3)) as states_with:
+        ...     changed = states_with(2 * clean.activations[Site(3)])
+        >>> changed.shape == clean.states.shape, bool((changed == clean.states).all())
         (True, False)
+        >>> logits = model.head.logits(changed, torch.tensor([5, 7]))  # of two tokens
+        >>> logits.shape
+        torch.Size([1, 3, 2])
 
         Raises what `check_site` raises, and ModelError without a language-model head.
         """
+        head = self.head  # made before there are hooks, since it tries the model
+        tokens = tokens.to(self.device)
         # From a site inside a layer, `resuming` starts with the stream before that layer.
         wanted: dict[Site, None] = {}
         for site in sites:
@@ -226,22 +235,22 @@ class LanguageModel:
             for i, layer in enumerate(self._layers):
                 hook = layer.register_forward_hook(partial(keep_output, i))
                 stack.callback(hook.remove)
-            logits = self._logits(tokens)
+            states = head.states(tokens)
 
         layer_extras = []
         for i in range(len(self._layers)):
             output = outputs.get(i)  # a layer that does not run returns nothing
             returns_more = isinstance(output, tuple | list)
             layer_extras.append(tuple(output[1:]) if returns_more else None)
-        return Forward(tokens, logits, activations, layer_extras)
+        return Forward(tokens, states, activations, layer_extras)
 
     @contextmanager
     def resuming(self, clean: Forward, site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from other activations (B,C,D) at a site to the logits (B,C,V) they give.
+        """A function from other activations (B,C,D) at a site to the last hidden states they give, for `head.logits`.
 
         Gradients flow to an x that asks for them. Layers before the site do not run. Some models
         pass more than the residual stream from layer to layer, so that starting in the middle does
-        not reproduce their own logits (this is tried once per layer): of those, everything runs.
+        not reproduce their own last states (this is tried once per layer): of those, everything runs.
         Threads may call the function at the same time; apart from that, the model must not be used
         inside the `with` block.
         """
@@ -252,17 +261,17 @@ class LanguageModel:
         if site.module == "resid_post":
             n_skipped += 1
         if n_skipped not in self._can_skip:
-            self._can_skip[n_skipped] = self._reproduces_logits(clean, n_skipped, site)
+            self._can_skip[n_skipped] = self._reproduces_states(clean, n_skipped, site)
         can_skip = self._can_skip[n_skipped]
         is_between_layers = site.module in _RESIDUAL_STREAM
 
         given = threading.local()  # every thread has its own x
 
-        def logits(x: Tensor) -> Tensor:
+        def states(x: Tensor) -> Tensor:
             with torch.set_grad_enabled(x.requires_grad):
                 # Copied, because some models add to the stream in place.
                 given.x = x.to(clean.activations[site].dtype, copy=True)
-                return self._logits(clean.tokens)
+                return self.head.states(clean.tokens)
 
         def stream() -> Tensor:
             if is_between_layers:
@@ -275,11 +284,11 @@ class LanguageModel:
             is_returned_by_a_layer = can_skip and is_between_layers and n_skipped > 0
             if not is_returned_by_a_layer:
                 stack.enter_context(self.splice(site, lambda _: given.x))
-            yield logits
+            yield states
 
     @torch.no_grad()
-    def _reproduces_logits(self, clean: Forward, n_skipped: int, site: Site) -> bool:
-        """Whether the model reproduces its own logits, to the bit, if it starts after the first layers.
+    def _reproduces_states(self, clean: Forward, n_skipped: int, site: Site) -> bool:
+        """Whether the model reproduces its own last states, to the bit, if it starts after the first layers.
 
         Where it does not give the same bits twice anyway (some operations on a GPU), whether it
         comes as close as it does when it runs again.
@@ -287,13 +296,13 @@ class LanguageModel:
         stream = clean.activations[_stream_at(site)]
         try:
             with self._skipping(clean, n_skipped, stream.clone):
-                logits = self._logits(clean.tokens)
+                states = self.head.states(clean.tokens)
         except Exception:  # without what earlier layers pass on, a model may fail in any way
             return False
-        if torch.equal(logits, clean.logits):
+        if torch.equal(states, clean.states):
             return True
-        again = self._logits(clean.tokens)
-        return _largest_difference(logits, clean.logits) <= 2 * _largest_difference(again, clean.logits)
+        again = self.head.states(clean.tokens)
+        return _largest_difference(states, clean.states) <= 2 * _largest_difference(again, clean.states)
 
     @contextmanager
     def _skipping(self, clean: Forward, n: int, stream: Callable[[], Tensor]) -> Iterator[None]:
@@ -328,8 +337,8 @@ class LanguageModel:
         return linear_readout(self._model, self._model.get_submodule(self._anatomy.last_layer), self.facts.name)
 
 
-def _largest_difference(logits: Tensor, others: Tensor) -> float:
-    return float((logits.float() - others.float()).abs().max())
+def _largest_difference(states: Tensor, others: Tensor) -> float:
+    return float((states.float() - others.float()).abs().max())
 
 
 def _stream_at(site: Site) -> Site:

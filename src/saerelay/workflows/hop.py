@@ -169,8 +169,9 @@ def carry_from_model(
     assert site
     plan = moments_plan(recipe, target)
     other_spec = recipe.model.changed(name=name, revision="")
-    check_tokens(recipe, other_spec)
-    other = LanguageModel.load(other_spec)
+    with console.status(Text(printable(f"loading {name}"))) if console else nullcontext():
+        check_tokens(recipe, other_spec)
+        other = LanguageModel.load(other_spec)
     other.check_site(site)
     moments = Moments.empty(other.facts.width(site), plan.facts.width(target), plan.facts.device)
     x_source: Tensor | None = None

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +110,8 @@ def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Consol
     wants_ce(plan)
     check_disk(plan, paths)
     corpus = tokenise(plan, paths, console)
-    stream = open_stream(plan, corpus.train)
+    with console.status("loading the language model") if console else nullcontext():
+        stream = open_stream(plan, corpus.train)
     if extend:
         paths.cost.unlink(missing_ok=True)  # which says that the run has ended
     plan.save(paths.plan)
@@ -154,15 +155,17 @@ def _say_what_differs(team: Team, plan: Plan, console: Console | None) -> None:
 
 def _settled_plan(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Plan:
     """The plan of a new run, the old plan of one that is resumed, or the old one with what an extension adds."""
-    if not paths.plan.is_file():
-        if recipe.plan.surveyed:
-            survey, choice = survey_run(recipe, paths, console)
-            chosen = plan_run(written_out(recipe, survey, choice))
-            return chosen.changed(recipe=recipe)
-        return with_canonical_parents(new_plan(recipe, paths), paths)
-    if extend:
-        return with_canonical_parents(extended_plan(recipe, paths), paths)
-    return resumed_plan(recipe, paths)
+    is_new = not paths.plan.is_file()
+    if is_new and recipe.plan.surveyed:
+        survey, choice = survey_run(recipe, paths, console)
+        chosen = plan_run(written_out(recipe, survey, choice))
+        return chosen.changed(recipe=recipe)
+    with console.status("planning") if console else nullcontext():
+        if is_new:
+            return with_canonical_parents(new_plan(recipe, paths), paths)
+        if extend:
+            return with_canonical_parents(extended_plan(recipe, paths), paths)
+        return resumed_plan(recipe, paths)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The survey behind `preset = "auto"`, made where there is none yet, and the legs chosen by it."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -56,13 +57,15 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
         plan.save(inner.plan)
     check_same_model(recipe.model, paths.model_digest, begin=True)
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
-    stream = open_stream(plan, corpus.train)
+    with console.status("loading the language model") if console else nullcontext():
+        stream = open_stream(plan, corpus.train)
     if console:
         console.print("surveying the layers")
     try:
         with watching(plan, inner, console) as watcher:
             train_plan(plan, inner, stream, watcher, stream.device)
-        survey = measure_survey(recipe, plan, inner, stream, open_validation(plan, stream, corpus))
+        with console.status("carrying the pilots to other layers") if console else nullcontext():
+            survey = measure_survey(recipe, plan, inner, stream, open_validation(plan, stream, corpus))
     except (Interrupted, KeyboardInterrupt):
         command = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
         raise Interrupted(command) from None
