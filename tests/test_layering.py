@@ -41,7 +41,7 @@ ORDER = {
     "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "labels text tables figures report judge",
     "workflows": "placeless settle activations watching pilots survey launch keys timing hop tensors suites "
-    "model_card share report judge interpret demo",
+    "model_card neuronpedia share report judge interpret demo",
     "cli": "options training measuring judging sharing",
 }
 """Inside a wing a module imports only from those before it."""
