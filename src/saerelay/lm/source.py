@@ -180,7 +180,7 @@ def read_config(spec: ModelSpec) -> Any:
     _check_counts(spec, config.to_dict())
     if location.gguf and not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         # Such a file holds a whole language model, and names no class of transformers.
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+        config.architectures = [getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")]
     return config
 
 
