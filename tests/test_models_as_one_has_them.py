@@ -16,6 +16,7 @@ from model_formats import add_quantisation, write_adapter, write_fp8, write_gguf
 
 from saerelay.analysis.suite import load
 from saerelay.errors import ModelError
+from saerelay.interop import own
 from saerelay.lm import source
 from saerelay.lm.attach import attach
 from saerelay.lm.facts import read_facts
@@ -25,13 +26,18 @@ from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.recipe import ModelSpec, Recipe
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
+from saerelay.workflows import share
 from saerelay.workflows.launch import train_run
+from saerelay.workflows.placeless import placeless_plan
 from saerelay.workflows.settle import plan_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_gguf = pytest.mark.skipif(
     source.find_spec("gguf") is None or source.find_spec("accelerate") is None,
     reason='needs gguf and accelerate: pip install -e ".[dev]"',
+)
+needs_accelerate = pytest.mark.skipif(
+    source.find_spec("accelerate") is None, reason='needs accelerate: pip install -e ".[dev]"'
 )
 needs_peft = pytest.mark.skipif(source.find_spec("peft") is None, reason='needs peft: pip install -e ".[dev]"')
 
@@ -141,6 +147,15 @@ def test_a_run_on_a_gguf_file_gives_the_bits_of_one_on_its_weights(gguf: Path, t
 
 
 @needs_gguf
+def test_a_damaged_gguf_file_is_one_message(gguf: Path) -> None:
+    content = gguf.read_bytes()
+    for damaged in (content[:5], content[:900], content[: len(content) // 2], b"PK" + content[2:]):
+        gguf.write_bytes(damaged)
+        with pytest.raises(ModelError, match="cannot be loaded. Check its files"):
+            LanguageModel.load(spec_of(gguf))
+
+
+@needs_gguf
 def test_another_gguf_file_in_its_place_is_another_model(gguf: Path) -> None:
     spec = spec_of(gguf)
     digest, identity = model_digest(spec), weights_identity(spec, read_facts(spec))
@@ -199,6 +214,12 @@ def test_another_adapter_in_its_place_is_refused_on_resume(llama: Path, tmp_path
         train_run(run, tmp_path / "run", resume=True)
     with pytest.raises(ModelError, match="not those that this run was begun with"):
         load(tmp_path / "run").evaluate()
+
+    share.export_run(str(tmp_path / "run"), tmp_path / "out", "saerelay")
+    assert own.read(tmp_path / "out" / "layer_1")[1].provenance["adapter"] == "lora"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "with the adapter lora merged into its weights" in card and str(tmp_path) not in card
+    assert str(tmp_path) not in placeless_plan(load(tmp_path / "run").plan).to_json()
 
 
 @needs_peft
@@ -269,6 +290,7 @@ def test_an_adapter_with_tensors_missing_is_refused(llama: Path, tmp_path: Path)
 # --- quantised -----------------------------------------------------------------------------------
 
 
+@needs_accelerate
 def test_a_model_in_8_bit_floats_is_read_on_a_cpu(llama: Path, tmp_path: Path) -> None:
     rounded = write_fp8(tmp_path / "fp8", llama)
     model = LanguageModel.load(spec_of(tmp_path / "fp8", dtype="auto"))

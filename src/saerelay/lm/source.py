@@ -1,6 +1,7 @@
 """Where a language model comes from: a directory or the hub, and errors with their remedy."""
 
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -273,7 +274,7 @@ def loading(spec: ModelSpec) -> Iterator[None]:
     from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: ignore  # re-exported
     from safetensors import SafetensorError
 
-    builtin_errors = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+    builtin_errors = (OSError, ValueError, LookupError, RuntimeError, ImportError, OverflowError, struct.error)
     with _only_downloads_shown():
         try:
             yield

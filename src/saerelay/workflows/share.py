@@ -27,7 +27,7 @@ from saerelay.interop import (
     saelens,
     write_dictionary,
 )
-from saerelay.interop.names import hub_id, public_name
+from saerelay.interop.names import hub_id, public_adapter, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
 from saerelay.planning.plan import Leg, Plan
@@ -222,6 +222,9 @@ def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
 
 def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, module_path: str) -> Origin:
     """What is published about a leg's dictionary: all that is known, but no local paths."""
+    provenance = {**without_paths(origin.provenance), "evaluation": metrics}
+    if plan.facts.adapter:
+        provenance["adapter"] = public_adapter(plan.facts.adapter)
     return replace(
         origin,
         model=public_name(plan.recipe.model.name),
@@ -230,7 +233,7 @@ def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, mo
         prepend_bos=plan.recipe.data.prepend_bos,
         dataset=hub_id(plan.recipe.data.hub.dataset),
         l0=metrics.get("l0", origin.l0),
-        provenance={**without_paths(origin.provenance), "evaluation": metrics},
+        provenance=provenance,
     )
 
 
