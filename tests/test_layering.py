@@ -33,7 +33,7 @@ ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
     "planning": "facts left_out leg_spec recipe toml plan cost ranks presets legs placing compile survey curves choose",
-    "lm": "source tokens identity graph trial probe readout head ports inputs facts model attach",
+    "lm": "source adapter tokens identity graph trial probe readout head ports inputs facts model attach",
     "data": "text sources corpus cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state device engine cohort progress trackers saving team_stream run_state inherit train",
@@ -41,7 +41,7 @@ ORDER = {
     "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "text labels tables figures report judge",
     "workflows": "placeless settle activations watching pilots survey launch keys timing hop tensors suites "
-    "model_card share report judge interpret demo",
+    "model_card neuronpedia share report judge interpret demo",
     "cli": "options training measuring judging sharing",
 }
 """Inside a wing a module imports only from those before it."""

@@ -258,7 +258,10 @@ def test_an_adapter_beside_the_weights_is_refused_wherever_it_comes_from(
     for directory in (beside, alone, snapshot):
         (directory / "adapter_config.json").write_text(adapter)
     for name in (str(beside), str(alone), "some/llama"):
-        with pytest.raises(ModelError, match=r"holds an adapter \(.*some/base\).*Merge it into the weights once"):
+        with pytest.raises(
+            ModelError,
+            match=r"holds an adapter \(.*some/base\).*name its base model in model.name and this in model.adapter",
+        ):
             read_facts(ModelSpec(name=name))
 
 

@@ -15,6 +15,8 @@ SAMPLE = (
     "gemma2",
     "gemma3n_text",
     "gpt2",
+    "granitemoeshared",
+    "jamba",
     "jetmoe",
     "llama",
     "mamba",

@@ -90,13 +90,27 @@ def test_a_suite_is_exported_with_one_directory_per_layer(run: Path, tmp_path: P
     legs = share.load(run).one_per_site
     name = "layers.{}" if format == "sparsify" else "layer_{}"
     assert [one.folder for one in shared] == [name.format(layer) for layer in range(3)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["README.md", *map(name.format, range(3))]
-    )
+    files = ["README.md", "pretrained_saes.yaml"] if format == "saelens" else ["README.md"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*files, *map(name.format, range(3))}
     for one, leg in zip(shared, legs, strict=True):
         found, origin = load_dictionary(tmp_path / "out" / one.folder)
         same(found, own.read(RunDirectory(run).leg(leg.id))[0])
         assert origin.site == leg.site
+
+
+def test_an_export_for_saelens_has_the_entry_of_its_list_of_saes(run: Path, tmp_path: Path) -> None:
+    saes = share.export_run(str(run), tmp_path / "mine", "saelens", repo="me/my-saes")
+    entry = yaml.safe_load((tmp_path / "mine" / "pretrained_saes.yaml").read_text())
+    assert list(entry) == ["my-saes"]
+    listed = entry["my-saes"].pop("saes")
+    assert entry["my-saes"] == {"repo_id": "me/my-saes", "model": "model"}
+    assert [sae["path"] for sae in listed] == [sae["id"] for sae in listed] == [sae.folder for sae in saes]
+    assert listed[1] == {"id": "layer_1", "path": "layer_1", "l0": 3.75, "variance_explained": 0.875}
+    assert listed[0] == {"id": "layer_0", "path": "layer_0", "l0": 4.0}  # it was not evaluated
+    share.export_run(str(run), tmp_path / "unnamed", "saelens")
+    assert (
+        yaml.safe_load((tmp_path / "unnamed" / "pretrained_saes.yaml").read_text())["unnamed"]["repo_id"] == "USER/REPO"
+    )
 
 
 def test_what_is_known_of_an_sae_goes_with_it(run: Path, tmp_path: Path) -> None:

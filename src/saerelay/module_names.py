@@ -24,6 +24,9 @@ MLPS = (
     "output.dense",  # BERT
     "ffn.lin2",  # DistilBERT
     "ffn.down_proj",  # MPT
+    "feed_forward",  # Llama 4, LFM2, and hybrids such as Jamba, Bamba and Falcon-H1
+    "block_sparse_moe",  # Granite's mixtures of experts
+    "ffn",  # DBRX
 )
 """The module whose output the MLP adds to the residual stream, within a layer."""
 
@@ -31,5 +34,7 @@ MLP_INPUTS = (
     "mlp",  # most
     "ffn",  # DistilBERT and MPT
     "intermediate",  # BERT
+    "feed_forward",  # Llama 4, LFM2, Jamba, Bamba, Falcon-H1
+    "block_sparse_moe",  # Granite's mixtures of experts
 )
 """The module whose input is what the MLP reads, behind the norm, within a layer."""

@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-from saerelay.cli.options import AnySae, InputFormat, Licence, OneLegPerLayer, OutDir, Source, say, site_of, split_list
+from saerelay.cli.options import (
+    AnySae,
+    InputFormat,
+    Licence,
+    OneLegPerLayer,
+    OutDir,
+    Source,
+    progress,
+    say,
+    site_of,
+    split_list,
+)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -34,16 +45,25 @@ def import_sae(
 def export(
     source: Source,
     format: Annotated[
-        str, typer.Option("--format", help="saelens, sparsify, dictionary_learning, circuit-tracer or saerelay.")
+        str,
+        typer.Option(
+            "--format",
+            help="saelens, sparsify, dictionary_learning, circuit-tracer or saerelay; neuronpedia: what latents mean.",
+        ),
     ],
     out: OutDir,
     leg: OneLegPerLayer = [],  # noqa: B006
     licence: Licence = "",
+    repo: Annotated[str, typer.Option(help="Where the SAEs are on the hub, or will be: user/name.")] = "",
 ) -> None:
     """Write a run's SAEs in another tool's format, one directory per layer, with a model card."""
-    from saerelay.workflows.share import export_run
+    from saerelay.workflows.share import export_run, export_to_neuronpedia
 
-    for written in export_run(source, out, format, legs=split_list(leg), licence=licence):
+    if format == "neuronpedia":
+        for folder in export_to_neuronpedia(source, out, legs=split_list(leg), repo=repo, console=progress()):
+            say(str(folder))
+        return
+    for written in export_run(source, out, format, legs=split_list(leg), licence=licence, repo=repo):
         say(f"{out / written.folder}: {written.description}")
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from saerelay.errors import DataError
 from saerelay.files import replacing
-from saerelay.lm.source import weights_identity
+from saerelay.lm.identity import weights_identity
 from saerelay.planning.plan import Plan
 from saerelay.site import Site
 

@@ -77,6 +77,16 @@ def public_name(model: str) -> str:
     return Path(model).expanduser().resolve().name
 
 
+def public_adapter(adapter: str) -> str:
+    """An adapter's name as others understand it: a hub id with its commit, or the name of its directory.
+
+    >>> public_adapter("me/lora@c0ffee"), public_adapter("/home/me/lora"), public_adapter("")
+    ('me/lora@c0ffee', 'lora', '')
+    """
+    name, _, _ = adapter.partition("@")
+    return adapter if hub_id(name) or not adapter else Path(adapter).name
+
+
 def hub_id(name: str) -> str:
     """The name, if it is a hub id and not a path on this machine, else "".
 

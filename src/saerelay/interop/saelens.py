@@ -6,10 +6,12 @@ pre = u W_enc + b_enc, z by `architecture`, x_hat = norm⁻¹(z W_dec + b_dec). 
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from torch import Tensor
 
 from saerelay.errors import FormatError
@@ -26,6 +28,8 @@ NAME = "saelens"
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
+REGISTRY = "pretrained_saes.yaml"
+"""The file in which SAELens lists published SAEs; ours holds one entry of it."""
 VERSION = "6.54.12"
 """The version whose format is written."""
 
@@ -144,6 +148,41 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
     tensors["W_enc"] = tensors["W_enc"].T
     write_tensors(path / WEIGHTS, {name: tensor.cpu() for name, tensor in tensors.items()})
     write_json(path / CONFIG, config)
+
+
+class Listed(NamedTuple):
+    """What a list of SAEs says about one."""
+
+    path: str
+    """Its folder in the repository."""
+    l0: float | None
+    explained_variance: float | None
+
+
+def registry_entry(release: str, repo: str, model: str, saes: Sequence[Listed]) -> str:
+    """The entry of a suite in SAELens' list of published SAEs, as YAML.
+
+    >>> print(registry_entry("mine", "me/saes", "openai-community/gpt2", [Listed("layer_3", 32.0, None)]), end="")
+    mine:
+      repo_id: me/saes
+      model: openai-community/gpt2
+      saes:
+      - id: layer_3
+        path: layer_3
+        l0: 32.0
+
+    With it in the list, SAELens loads an SAE by release and id: `SAE.from_pretrained("mine", "layer_3")`.
+    """
+    listed = []
+    for sae in saes:
+        entry: dict[str, Any] = {"id": sae.path, "path": sae.path}
+        if sae.l0 is not None:
+            entry["l0"] = round(sae.l0, 2)
+        if sae.explained_variance is not None:
+            entry["variance_explained"] = round(sae.explained_variance, 4)
+        listed.append(entry)
+    content = {release: {"repo_id": repo, "model": model, "saes": listed}}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _origin(config: dict[str, Any], metadata: dict[str, Any]) -> Origin:

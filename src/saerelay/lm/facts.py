@@ -1,13 +1,14 @@
 """Reads what a plan must know of a model from its configuration and tokenizer, without weights."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from saerelay.errors import ModelError
+from saerelay.lm.adapter import find_adapter
 from saerelay.lm.ports import n_parameters
 from saerelay.lm.probe import Anatomy, probe_skeleton
-from saerelay.lm.source import is_causal_lm, loading, model_skeleton, read_config, resolved_revision
+from saerelay.lm.source import is_causal_lm, loading, model_skeleton, quantisation, read_config, resolved_revision
 from saerelay.lm.tokens import first_id, load_tokenizer
 from saerelay.planning.facts import ModelFacts, Precision, SiteFacts, TokenFacts
 from saerelay.planning.recipe import ModelSpec
@@ -29,6 +30,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     or if the device is not available.
     """
     device = _resolve_device(spec.device)
+    adapter = find_adapter(spec)
     with loading(spec):
         spec = spec.changed(revision=resolved_revision(spec))
         config = read_config(spec)
@@ -41,8 +43,10 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     return ModelFacts(
         name=spec.name,
         revision=spec.revision,
+        adapter=adapter.name if adapter else "",
+        quantised=quantisation(config),
         family=config.model_type,
-        dtype=_resolve_dtype(spec.dtype, device),
+        dtype=_resolve_dtype(spec.dtype, device, config),
         device=str(device),
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
@@ -128,10 +132,16 @@ def _resolve_device(asked: str) -> torch.device:
     return device
 
 
-def _resolve_dtype(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """The dtype of `model.dtype`; "auto" is bfloat16 where the hardware is fast at it."""
+def _resolve_dtype(asked: Precision | Literal["auto"], device: torch.device, config: Any) -> Precision:
+    """The dtype of `model.dtype`; "auto" is bfloat16 where the hardware is fast at it.
+
+    Of a quantised model "auto" is what it was saved in, which the products with its weights may need.
+    """
     if asked != "auto":
         return asked
+    saved = str(config.get_text_config().dtype or config.dtype).removeprefix("torch.")
+    if quantisation(config) and saved in get_args(Precision):
+        return cast(Precision, saved)
     if device.type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":

@@ -2,10 +2,13 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from saerelay.errors import ModelError
 from saerelay.files import read_json, write_json
+from saerelay.lm.adapter import find_adapter
 from saerelay.lm.source import locate
+from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import ModelSpec
 
 _WHOLE = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -16,20 +19,30 @@ _SAMPLE_BYTES = 2**16
 
 
 def model_digest(spec: ModelSpec) -> str:
-    """A digest of a local model's weights, configuration and tokenizer, wherever they lie; "" for one from the hub.
+    """A digest of a local model's weights, configuration, tokenizer and adapter, wherever they lie.
 
-    A hub model is known by its commit.
+    What is on the hub is known by its commit, and left out: "" if nothing is local.
     """
     location = locate(spec)
-    if not location.is_directory:
+    paths = _files(Path(location.name_or_path), location.weights) if location.is_directory else []
+    adapter = find_adapter(spec)
+    if adapter and adapter.is_local:
+        paths += adapter.files
+    if not paths:
         return ""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(location.name_or_path).iterdir()):
-        if path.name in _WHOLE:
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            digest.update(path.name.encode() + _samples(path))
+    for path in paths:
+        content = path.read_bytes() if path.suffix == ".json" else _samples(path)
+        digest.update(path.name.encode() + content)
     return digest.hexdigest()
+
+
+def _files(directory: Path, weights: list[Path]) -> list[Path]:
+    """The files of a local model: its weights, and, if these are safetensors, what lies beside them."""
+    if any(path.suffix == ".gguf" for path in weights):
+        return weights  # a GGUF file holds all
+    beside = [directory / name for name in _WHOLE]
+    return sorted([*weights, *(path for path in beside if path.is_file())])
 
 
 def _samples(path: Path) -> bytes:
@@ -52,8 +65,8 @@ def check_same_model(spec: ModelSpec, path: Path, *, begin: bool = False) -> Non
         expected = _read(path)
         if expected != model_digest(spec):
             raise ModelError(
-                f"{spec.name}: its weights, configuration or tokenizer are not those that this run was begun with "
-                f"({path}); put them back, or begin a new run with the model as it is now"
+                f"{spec.name}: its weights, configuration, tokenizer or adapter are not those that this run was begun "
+                f"with ({path}); put them back, or begin a new run with the model as it is now"
             )
     elif begin:
         write_json(path, {"digest": model_digest(spec)})
@@ -64,3 +77,41 @@ def _read(path: Path) -> str:
         return str(read_json(path)["digest"])
     except (ValueError, KeyError, TypeError):
         raise ModelError(f"{path}: damaged; delete it if the model is the one that the run was begun with") from None
+
+
+def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
+    """What distinguishes a model's weights and code from all others, as JSON.
+
+    >>> from saerelay.lm.facts import read_facts
+    >>> sorted(weights_identity(ModelSpec(), read_facts(ModelSpec())))
+    ['config', 'files']
+
+    From the hub, its commit; in a directory, the configuration's digest and the names, sizes and
+    modification times of the files with weights and code. The same of its adapter.
+    """
+    location = locate(spec)
+    adapter = _adapter_identity(spec.changed(adapter=facts.adapter))
+    if not location.is_directory:
+        return {"name": facts.name, "revision": facts.revision, **adapter}
+
+    directory = Path(location.name_or_path)
+    files = _states(sorted([*location.weights, *directory.glob("*.py")]))
+    config = b"" if location.gguf else (directory / "config.json").read_bytes()
+    return {"config": hashlib.sha256(config).hexdigest(), "files": files, **adapter}
+
+
+def _adapter_identity(spec: ModelSpec) -> dict[str, Any]:
+    """An adapter's commit, or its files; {} if there is none."""
+    adapter = find_adapter(spec)
+    if adapter is None:
+        return {}
+    return {"adapter": _states(adapter.files) if adapter.is_local else adapter.name}
+
+
+def _states(paths: list[Path]) -> list[list[Any]]:
+    """Names, sizes and modification times of files."""
+    states = []
+    for path in paths:
+        status = path.stat()
+        states.append([path.name, status.st_size, status.st_mtime_ns])
+    return states

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from saerelay.errors import ModelError
+from saerelay.lm.adapter import merged
 from saerelay.lm.facts import read_facts
 from saerelay.lm.head import Head
-from saerelay.lm.ports import Port, intercept, place_in
-from saerelay.lm.probe import probe
+from saerelay.lm.ports import Port, intercept, place_in, plain_skeleton
+from saerelay.lm.probe import probe, probe_skeleton
 from saerelay.lm.readout import linear_readout
-from saerelay.lm.source import loading, locate, model_class, read_config
+from saerelay.lm.source import loading, locate, model_class, pinned, quantisation, quantisation_options, read_config
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
@@ -60,8 +61,13 @@ class LanguageModel:
     def __init__(self, model: Any, facts: ModelFacts) -> None:
         self.facts = facts
         self.device = torch.device(facts.device)
-        self._model = model.eval().requires_grad_(False).to(self.device)
-        self._anatomy = probe(self._model, facts.name)
+        self._model = model.eval().requires_grad_(False)
+        if quantisation(self._model.config):
+            # Such weights are where they were loaded, and their products may not be differentiable.
+            self._anatomy = probe_skeleton(plain_skeleton(self._model), facts.name)
+        else:
+            self._model = self._model.to(self.device)
+            self._anatomy = probe(self._model, facts.name)
         self._layers: Any = self._model.get_submodule(self._anatomy.layers)
         self._can_skip = dict[int, bool]()
         """Whether a forward can start after the first n layers, for every n that was tried."""
@@ -74,10 +80,10 @@ class LanguageModel:
         another shape.
         """
         facts = read_facts(spec)
-        pinned = spec.changed(revision=facts.revision)
+        exact = pinned(spec, facts)
         with loading(spec):
-            location = locate(pinned)
-            config = read_config(pinned)
+            location = locate(exact)
+            config = read_config(exact)
             model, report = model_class(config).from_pretrained(
                 location.name_or_path,
                 config=config,
@@ -85,6 +91,7 @@ class LanguageModel:
                 use_safetensors=True,
                 output_loading_info=True,
                 **location.options,
+                **quantisation_options(location, facts),
             )
             # A pooler is not one of the layers, and many checkpoints come without it.
             missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
@@ -94,7 +101,7 @@ class LanguageModel:
                     "which would be random. Download the model again, or save it with "
                     "save_pretrained from the class it was trained as."
                 )
-            return cls(model, facts)
+            return cls(merged(model, exact), facts)
 
     @property
     def hf_model(self) -> Any:
@@ -353,8 +360,8 @@ def load_model(plan: Plan) -> LanguageModel:
 
     Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
     """
-    frozen = {"revision": plan.facts.revision, "dtype": plan.facts.dtype}
-    model = LanguageModel.load(plan.recipe.model.changed(**frozen))
+    exact = pinned(plan.recipe.model, plan.facts)
+    model = LanguageModel.load(exact.changed(dtype=plan.facts.dtype))
     for leg in plan.legs:
         model.check_site(leg.site)
         model.check_site(leg.site_out)

@@ -6,14 +6,16 @@ layer, those of `L3.attn_z` at the input of its attention's output projection.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from saerelay.errors import ModelError, PlanError
 from saerelay.lm.probe import Anatomy, PortPlace, Side, probe, probe_skeleton
-from saerelay.lm.source import loading, model_skeleton, read_config
+from saerelay.lm.source import loading, model_skeleton, quantisation, read_config
 from saerelay.lm.trial import read_stream, without_weights
 from saerelay.planning.facts import explain_refusal
 from saerelay.planning.recipe import ModelSpec
@@ -66,10 +68,20 @@ def anatomy_of(model: Any) -> Anatomy:
 
 def _probed(hf_model: Any, name: str) -> Anatomy:
     """The anatomy of a copy without weights, or, where that cannot be made or run, of the model itself."""
+    if quantisation(hf_model.config):
+        return probe_skeleton(plain_skeleton(hf_model), name)
     try:
         return probe_skeleton(without_weights(hf_model), name)
     except (ModelError, RuntimeError):
         return probe(hf_model, name)
+
+
+def plain_skeleton(hf_model: Any) -> Any:
+    """A quantised model as it would be with plain weights, without any: its modules have the same places."""
+    config = deepcopy(hf_model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        return type(hf_model)(config)
 
 
 def transformers_model(model: Any) -> Any:

@@ -263,12 +263,18 @@ def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]
     attention = whole.terms_from([projection] if projection else [])
     mlp = whole.terms_from(mlps)
     others = [term for term in whole.terms if term not in attention + mlp]
-    if attention and mlp and (others or set(attention) & set(mlp)):
+    from_modules = [module for module in whole.modules if module.made in others]
+    has_loose_terms = not set(others) <= {module.made for module in from_modules}
+    if attention and mlp and (has_loose_terms or set(attention) & set(mlp)):
         return _refused("the layer adds more than attention and MLP to the residual stream")
-    return {
+    found: dict[ModuleKind, PortPlace | str] = {
         "attn_out": whole.port(attention, [projection] if projection else [], "attention"),
         "mlp_out": whole.port(mlp, mlps, "an MLP"),
     }
+    inputs = {module.read for module in from_modules}
+    if any(mlp.read in inputs for mlp in mlps):
+        found["mlp_out"] = "the layer also adds what another module makes of the MLP's input, such as shared experts"
+    return found
 
 
 def _refused(reason: str) -> dict[ModuleKind, PortPlace | str]:

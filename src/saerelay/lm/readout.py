@@ -32,6 +32,8 @@ def linear_readout(model: Any, last_layer: nn.Module, name: str) -> Tensor:
     weight = getattr(head, "weight", None)
     if weight is None or weight.ndim != 2:
         raise _not_linear(name, "it has no unembedding matrix")
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise _not_linear(name, "its unembedding is quantised")
     stream, norms, reading, scores, logits = _tail(model, last_layer, head)
     if reading is None or scores is None or reading.shape != stream.shape:
         raise _not_linear(name, "its unembedding does not read a vector of the residual stream's width")

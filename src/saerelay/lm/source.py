@@ -1,9 +1,10 @@
 """Where a language model comes from: a directory or the hub, and errors with their remedy."""
 
-import hashlib
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,31 +34,74 @@ class Location(NamedTuple):
     options: dict[str, Any]
     """Keyword arguments."""
     is_directory: bool
+    gguf: str = ""
+    """The GGUF file in it that holds the model; "" if it is saved as transformers saves models."""
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files in a directory that hold weights."""
+        directory = Path(self.name_or_path)
+        if self.gguf:
+            return [directory / self.gguf]
+        return sorted(directory.glob("*.safetensors"))
 
 
 def locate(spec: ModelSpec) -> Location:
     """Where a model is: a directory, or a hub id and its revision.
 
-    Raises ModelError if the name can only mean a directory, and there is no model in it.
+    Raises ModelError if the name can only mean a directory or a file, and there is no model.
     """
-    options = {"trust_remote_code": spec.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     path = MODEL_DIR if spec.name == "demo" else Path(spec.name).expanduser()
     if path.is_dir():
         _refuse_pipes(path)
-        _refuse_adapter(path / "adapter_config.json")
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{path}: no Hugging Face model here (config.json is missing). "
-                "Pass a directory that save_pretrained has written."
-            )
-        return Location(str(path), {**options, "local_files_only": True}, is_directory=True)
+        gguf = _gguf_in(path, spec.gguf_file)
+        options["local_files_only"] = True
+        if gguf:
+            options["gguf_file"] = gguf
+        return Location(str(path), options, is_directory=True, gguf=gguf)
 
+    if path.is_file() and path.suffix == ".gguf":
+        return locate(spec.changed(name=str(path.parent), gguf_file=path.name))
     if path.exists() or spec.name.startswith(("/", ".", "~")):
         problem = "not a directory" if path.exists() else "no such directory"
         raise ModelError(
-            f"{path}: {problem}. Pass a directory with a config.json, or a hub id such as EleutherAI/pythia-70m."
+            f"{path}: {problem}. Pass a directory with a config.json, a .gguf file, or a hub id such as "
+            "EleutherAI/pythia-70m."
         )
-    return Location(spec.name, {**options, "revision": spec.revision or None}, is_directory=False)
+    options["revision"] = spec.revision or None
+    if spec.gguf_file:
+        options["gguf_file"] = spec.gguf_file
+    return Location(spec.name, options, is_directory=False, gguf=spec.gguf_file)
+
+
+def _gguf_in(directory: Path, asked: str) -> str:
+    """The GGUF file that holds the model of a directory; "" if that is saved as transformers saves models.
+
+    Raises ModelError if neither is there, or if it is not clear which file is meant.
+    """
+    if asked:
+        if not (directory / asked).is_file():
+            raise ModelError(f"{directory}: no file {asked} here (model.gguf_file). {_listed(directory)}")
+        return asked
+    _refuse_adapter(directory / "adapter_config.json")
+    if (directory / "config.json").is_file():
+        return ""
+    found = sorted(path.name for path in directory.glob("*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelError(f"{directory}: which of its GGUF files is meant? Set model.gguf_file. {_listed(directory)}")
+    raise ModelError(
+        f"{directory}: no Hugging Face model here (config.json is missing). "
+        "Pass a directory that save_pretrained has written, or a .gguf file."
+    )
+
+
+def _listed(directory: Path) -> str:
+    """The GGUF files of a directory, in a sentence."""
+    found = sorted(path.name for path in directory.glob("*.gguf"))
+    return f"There are: {', '.join(found)}." if found else "There is no GGUF file."
 
 
 def resolved_revision(spec: ModelSpec) -> str:
@@ -72,12 +116,14 @@ def resolved_revision(spec: ModelSpec) -> str:
     if location.is_directory:
         return spec.revision
     revision = location.options["revision"]
-    path = cached_file(location.name_or_path, "config.json", revision=revision)
-    commit = Path(str(path)).parent.name  # .../snapshots/<commit>/config.json
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+    path = cached_file(location.name_or_path, location.gguf or "config.json", revision=revision)
+    commit = commit_of(str(path))
+    if not commit:
         raise ModelError(
             f'"{spec.name}": the commit of its revision cannot be told from {path}; set model.revision to a commit.'
         )
+    if location.gguf:
+        return commit
     adapter = cached_file(
         location.name_or_path,
         "adapter_config.json",
@@ -89,6 +135,16 @@ def resolved_revision(spec: ModelSpec) -> str:
     if adapter:
         _refuse_adapter(Path(adapter))
     return commit
+
+
+def commit_of(path: str) -> str:
+    """The commit that a file in the hub's cache is of; "" if its path does not tell.
+
+    >>> commit_of(f"cache/models--me--x/snapshots/{40 * 'a'}/part/model.gguf") == 40 * "a"
+    True
+    """
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
+    return found[1] if found else ""
 
 
 def _refuse_pipes(directory: Path) -> None:
@@ -109,19 +165,44 @@ def _refuse_adapter(path: Path) -> None:
     base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
     raise ModelError(
         f"{path.parent}: holds an adapter ({path.name}; its base model: {base or 'not named'}), which would be applied "
-        "only where `peft` is installed. Merge it into the weights once (merge_and_unload, then save_pretrained into "
-        f"another directory) and name that; or, to read the base model alone, remove {path.name}."
+        "only where `peft` is installed. To have it merged into the weights, name its base model in model.name and "
+        f"this in model.adapter; to read the model here alone, remove {path.name}."
     )
 
 
 def read_config(spec: ModelSpec) -> Any:
     """The model's transformers configuration."""
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     location = locate(spec)
+    if location.gguf:
+        require_packages(spec, "a GGUF file", "gguf", "accelerate")
     config = AutoConfig.from_pretrained(location.name_or_path, **location.options)
     _check_counts(spec, config.to_dict())
+    if location.gguf and not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # Such a file holds a whole language model, and names no class of transformers.
+        config.architectures = [getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")]
     return config
+
+
+def require_packages(spec: ModelSpec, what: str, *packages: str) -> None:
+    """Raise ModelError unless packages are installed, which together are an extra named after the first."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ModelError(
+            f'"{spec.name}": reading {what} needs {" and ".join(missing)}, which cannot be imported here. '
+            f'Install them with: pip install "saerelay[{packages[0]}]"'
+        )
+
+
+def quantisation(config: Any) -> str:
+    """How the weights of a model are quantised, such as "bitsandbytes"; "" for plain ones."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return ""
+    keys = given if isinstance(given, dict) else given.to_dict()
+    method = keys.get("quant_method") or "in a way that its configuration does not name"
+    return str(getattr(method, "value", method))
 
 
 def _check_counts(spec: ModelSpec, keys: dict[Any, Any]) -> None:
@@ -166,28 +247,22 @@ def model_skeleton(spec: ModelSpec, config: Any) -> Any:
         return model_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
-def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
-    """What distinguishes a model's weights and code from all others, as JSON.
+def quantisation_options(location: Location, facts: ModelFacts) -> dict[str, Any]:
+    """What `from_pretrained` is told of quantised weights: those of GGUF files are made plain, others stay on a GPU."""
+    if location.gguf:
+        try:
+            from transformers import GgufConfig
+        except ImportError:  # an older transformers makes them plain without being told
+            return {}
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    if facts.quantised and facts.on_gpu:
+        return {"device_map": {"": facts.device}}
+    return {}
 
-    >>> from saerelay.lm.facts import read_facts
-    >>> sorted(weights_identity(ModelSpec(), read_facts(ModelSpec())))
-    ['config', 'files']
 
-    From the hub, its commit; in a directory, the configuration's digest and the names, sizes and
-    modification times of the files with weights and code.
-    """
-    location = locate(spec)
-    if not location.is_directory:
-        return {"name": facts.name, "revision": facts.revision}
-
-    directory = Path(location.name_or_path)
-    files = []
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".py"):
-            status = path.stat()
-            files.append([path.name, status.st_size, status.st_mtime_ns])
-    config = (directory / "config.json").read_bytes()
-    return {"config": hashlib.sha256(config).hexdigest(), "files": files}
+def pinned(spec: ModelSpec, facts: ModelFacts) -> ModelSpec:
+    """A model as a plan knows it: at its commit, with the adapter at its own."""
+    return spec.changed(revision=facts.revision, adapter=facts.adapter or spec.adapter)
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -199,7 +274,7 @@ def loading(spec: ModelSpec) -> Iterator[None]:
     from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: ignore  # re-exported
     from safetensors import SafetensorError
 
-    builtin_errors = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+    builtin_errors = (OSError, ValueError, LookupError, RuntimeError, ImportError, OverflowError, struct.error)
     with _only_downloads_shown():
         try:
             yield
@@ -244,6 +319,8 @@ def _explain(spec: ModelSpec, error: BaseException) -> str:
             f'"{name}" needs Python code that comes with it. '
             "If you trust its authors, set model.trust_remote_code = true."
         )
+    if isinstance(error, ImportError):
+        return f'"{name}" needs a package that is not installed, or does not work here. ({text})'
     if "tokenizer" in text:
         return f'"{name}" has no fast tokenizer. {TOKENIZER_REMEDY} ({text})'
     if isinstance(error, OSError) and ".safetensors" in text:

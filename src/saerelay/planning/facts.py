@@ -44,6 +44,10 @@ class ModelFacts(Spec):
     name: str
     revision: str
     """Resolved revision where the hub gives one (commit hash), else what the recipe says."""
+    adapter: str = ""
+    """The adapter that is merged into its weights: a directory, or a hub id with its commit."""
+    quantised: str = ""
+    """How its weights are quantised, such as "bitsandbytes"; "" for plain ones."""
     family: str
     """`model_type` of the Hugging Face configuration."""
     dtype: Precision

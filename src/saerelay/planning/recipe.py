@@ -43,13 +43,19 @@ def parse_budget(text: str) -> tuple[float, str]:
 class ModelSpec(Spec):
     """Which language model is read."""
 
-    name: str = Field(default="demo", description='hub id, local directory, or "demo" for the built-in model')
+    name: str = Field(
+        default="demo", description='hub id, local directory, GGUF file, or "demo" for the built-in model'
+    )
     revision: str = Field(default="", description='hub branch, tag or commit; "" is the default branch')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description='"auto": bfloat16 where the hardware is fast at it, else float32'
     )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
+    gguf_file: str = Field(default="", description="which GGUF file to read, of a repository or directory with several")
+    adapter: str = Field(
+        default="", description='adapter (peft) to merge into the weights: directory, or hub id, "user/name@revision"'
+    )
 
 
 class SitesSpec(Spec):

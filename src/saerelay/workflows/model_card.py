@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saerelay.interop.names import hub_id
+from saerelay.interop.names import hub_id, public_adapter
 from saerelay.interop.origin import Origin
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Recipe
@@ -79,6 +79,9 @@ def model_card(
         f"# Sparse autoencoders of {names}",
         _introduction(len(saes), format, of_demo_model="saerelay-demo" in models),
     ]
+    if plan and plan.facts.adapter:
+        adapter = _escaped(public_adapter(plan.facts.adapter))
+        paragraphs.append(f"The model is {names} with the adapter {adapter} merged into its weights.")
     paragraphs += ["## Quality", _quality(saes)]
     if plan:
         paragraphs += ["## Lineage", _lineage(saes, plan)]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from saerelay.document import Document
 from saerelay.files import leafwise
-from saerelay.interop.names import public_name
+from saerelay.interop.names import public_adapter, public_name
 from saerelay.planning.plan import Plan
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
@@ -70,7 +70,7 @@ def placeless_plan(plan: Plan) -> Plan:
     public = without_paths(plan.recipe.model_dump(mode="json"))
     return plan.changed(
         recipe=type(plan.recipe).model_validate(public),
-        facts=plan.facts.changed(name=names[plan.facts.name]),
+        facts=plan.facts.changed(name=names[plan.facts.name], adapter=public_adapter(plan.facts.adapter)),
         legs=legs,
         externals=externals,
     )

@@ -10,11 +10,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.console import Console
+
+from saerelay.analysis.session import Session
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import reason, remove_directory, write_text
-from saerelay.interop import circuit_tracer, find_saes, hub, load_dictionary, own, read_any, write_dictionary
-from saerelay.interop.names import hub_id, public_name
+from saerelay.interop import (
+    circuit_tracer,
+    find_saes,
+    hub,
+    load_dictionary,
+    neuronpedia,
+    own,
+    read_any,
+    saelens,
+    write_dictionary,
+)
+from saerelay.interop.names import hub_id, public_adapter, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
 from saerelay.planning.plan import Leg, Plan
@@ -23,6 +36,7 @@ from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 from saerelay.workflows.model_card import ExportedSAE, model_card
+from saerelay.workflows.neuronpedia import export_features
 from saerelay.workflows.placeless import without_paths
 
 # --- one SAE in --------------------------------------------------------------------------------
@@ -69,6 +83,12 @@ def export_run(
     after the module's path: layers.3. `legs` are the ids of the legs to take, instead of one per
     site. Raises FormatError for what the format cannot express, RunDirectoryError if `out` exists.
     """
+    _check_repo(repo)
+    if format == neuronpedia.NAME:
+        raise FormatError(
+            f"{neuronpedia.NAME} takes features, not SAEs, and none from the hub: "
+            f"`saerelay export --format {neuronpedia.NAME}` writes them"
+        )
     with new_directory(out) as directory:
         if RunDirectory(Path(source)).plan.is_file():
             suite = load(source)
@@ -79,9 +99,50 @@ def export_run(
             plan = None
         if format == circuit_tracer.NAME:
             circuit_tracer.check_set(directory)
+        if format == saelens.NAME:
+            write_text(directory / saelens.REGISTRY, _registry_entry(saes, out.name, repo))
         card = model_card(saes, format, licence=licence, repo=repo, plan=plan)
         write_text(directory / "README.md", card)
     return saes
+
+
+def export_to_neuronpedia(
+    source: str, out: Path, *, legs: Iterable[str] = (), repo: str = "", console: Console | None = None
+) -> list[Path]:
+    """Write what the latents of a run's suite mean into a new directory, as Neuronpedia's importer reads it.
+
+    One folder for each SAE, below one that is named after the model; `out` names the release.
+    Features that are missing are found first, for which the language model is loaded. Raises
+    FormatError for a single SAE, RunDirectoryError if `out` exists.
+    """
+    _check_repo(repo)
+    if not RunDirectory(Path(source)).plan.is_file():
+        raise FormatError(
+            f"{source}: not a run; {neuronpedia.NAME} takes what was measured of latents, and only a run holds that. "
+            "Choose another --format for a single SAE"
+        )
+    with new_directory(out) as directory:
+        suite = load(source)
+        session = Session(suite, console=console)
+        chosen = [suite.leg(leg_id) for leg_id in legs] or suite.one_per_site
+        folders = export_features(session, directory, chosen, release=out.name, repo=repo)
+        return [out / folder.relative_to(directory) for folder in folders]
+
+
+def _check_repo(repo: str) -> None:
+    """Raise FormatError for what is not a name on the hub: it would be written into what others read."""
+    if repo and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise FormatError(f'"{repo}" is not a repository on the hub; write user/name')
+
+
+def _registry_entry(saes: list[ExportedSAE], name: str, repo: str) -> str:
+    """What SAELens' own list of SAEs would have to say of these."""
+    entries = []
+    for sae in saes:
+        explained = sae.metrics.get("explained_variance")
+        entries.append(saelens.Listed(path=sae.folder, l0=sae.origin.l0, explained_variance=explained))
+    release = repo.split("/")[-1] or name
+    return saelens.registry_entry(release, repo or "USER/REPO", saes[0].origin.model, entries)
 
 
 def push_run(
@@ -164,6 +225,9 @@ def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
 
 def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, module_path: str) -> Origin:
     """What is published about a leg's dictionary: all that is known, but no local paths."""
+    provenance = {**without_paths(origin.provenance), "evaluation": metrics}
+    if plan.facts.adapter:
+        provenance["adapter"] = public_adapter(plan.facts.adapter)
     return replace(
         origin,
         model=public_name(plan.recipe.model.name),
@@ -172,7 +236,7 @@ def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, mo
         prepend_bos=plan.recipe.data.prepend_bos,
         dataset=hub_id(plan.recipe.data.hub.dataset),
         l0=metrics.get("l0", origin.l0),
-        provenance={**without_paths(origin.provenance), "evaluation": metrics},
+        provenance=provenance,
     )
 
 

@@ -1,0 +1,130 @@
+"""Adapters, as `peft` saves them: merged into a model's weights in memory, known by their commit or their files.
+
+What is read afterwards is a plain model: nothing else of the house knows that there was an adapter.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saerelay.errors import ModelError
+from saerelay.files import odd_file, read_json
+from saerelay.lm.source import commit_of, loading, quantisation, require_packages
+from saerelay.planning.recipe import ModelSpec
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Adapter(NamedTuple):
+    """An adapter that is at hand."""
+
+    name: str
+    """A directory, or a hub id with its commit."""
+    directory: Path
+    is_local: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """What there is of it."""
+        return [self.directory / CONFIG, self.directory / WEIGHTS]
+
+
+def find_adapter(spec: ModelSpec) -> Adapter | None:
+    """The adapter of a model, downloaded if it is on the hub; None if it has none.
+
+    Raises ModelError if it is not there, not in safetensors, or if `peft` is not installed.
+    """
+    if not spec.adapter:
+        return None
+    require_packages(spec, f"it with the adapter {spec.adapter}", "peft")
+    path = Path(spec.adapter).expanduser()
+    if path.is_dir():
+        odd = odd_file(path)
+        if odd:
+            raise ModelError(f"{odd}: not a regular file; put a copy of what it gives in its place")
+        adapter = Adapter(str(path), path, is_local=True)
+    elif path.exists() or spec.adapter.startswith(("/", ".", "~")):
+        raise ModelError(f"{path}: no such directory. Set model.adapter to one that `peft` has saved, or to a hub id.")
+    else:
+        adapter = _from_hub(spec.adapter)
+    for file in adapter.files:
+        if not file.is_file():
+            raise ModelError(
+                f"{adapter.name}: no adapter here ({file.name} is missing). Set model.adapter to what save_pretrained "
+                "of a peft model has written, in safetensors."
+            )
+    return adapter
+
+
+def _from_hub(reference: str) -> Adapter:
+    """The adapter that user/name, or user/name@revision, means on the hub."""
+    from transformers.utils.hub import cached_file
+
+    name, _, revision = reference.partition("@")
+    with loading(ModelSpec(name=name, revision=revision)):
+        config = cached_file(name, CONFIG, revision=revision or None)
+        commit = commit_of(str(config))
+        if not commit:
+            raise ModelError(f'"{reference}": its commit cannot be told from {config}; write {name}@COMMIT')
+        cached_file(name, WEIGHTS, revision=commit)
+    return Adapter(f"{name}@{commit}", Path(str(config)).parent, is_local=False)
+
+
+def merged(model: Any, spec: ModelSpec) -> Any:
+    """A model with its adapter in its weights; the model itself if it has none.
+
+    Raises ModelError if the adapter does not fit, or cannot be merged.
+    """
+    adapter = find_adapter(spec)
+    if adapter is None:
+        return model
+    how = quantisation(model.config)
+    if how:
+        raise ModelError(
+            f'"{spec.name}": an adapter is merged into plain weights, and these are quantised ({how}). Name the model '
+            "that is not quantised in model.name."
+        )
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what does not match, which is looked at below
+            wrapped = PeftModel.from_pretrained(model, str(adapter.directory))
+            expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+            found = set(load_peft_weights(str(adapter.directory), device="cpu"))
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise _does_not_fit(spec, adapter, " ".join(str(error).split())) from None
+    for keys, problem in ((expected - found, "lacks"), (found - expected, "has, and the model has no place for,")):
+        if keys:
+            raise _does_not_fit(spec, adapter, f"it {problem} {len(keys)} tensors: {min(keys)}")
+    if not hasattr(wrapped, "merge_and_unload"):
+        kind = read_json(adapter.directory / CONFIG).get("peft_type")
+        raise ModelError(f"{adapter.name}: adapters of the kind {kind} cannot be merged into weights; LoRA can.")
+    return wrapped.merge_and_unload()
+
+
+def _does_not_fit(spec: ModelSpec, adapter: Adapter, reason: str) -> ModelError:
+    try:
+        base = read_json(adapter.directory / CONFIG).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    return ModelError(
+        f'{adapter.name}: the adapter does not fit "{spec.name}" ({reason}). Name the model that it was made for in '
+        f"model.name: {base or 'its configuration does not say which'}."
+    )
+
+
+def adapter_identity(spec: ModelSpec) -> dict[str, Any]:
+    """What distinguishes an adapter from all others, as JSON: its commit, or its files; {} if there is none."""
+    adapter = find_adapter(spec)
+    if adapter is None:
+        return {}
+    if not adapter.is_local:
+        return {"adapter": adapter.name}
+    files = []
+    for path in adapter.files:
+        status = path.stat()
+        files.append([path.name, status.st_size, status.st_mtime_ns])
+    return {"adapter": files}
