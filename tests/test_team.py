@@ -115,8 +115,8 @@ def reverse_placement(rank: int) -> None:
     def owners(plan: Any, n_ranks: int) -> dict[str, int]:
         return {leg: n_ranks - 1 - owner for leg, owner in ranks.owners(plan, n_ranks).items()}
 
-    def deal(n_parts: int, busy: list[float], seconds: float) -> list[range]:
-        return ranks.deal(n_parts, [0.0, *(3 * seconds for _ in busy[1:])], seconds)
+    def deal(n_parts: int, busy: list[float], seconds: float, degree: int) -> list[range]:
+        return ranks.deal(n_parts, [0.0, *(3 * seconds for _ in busy[1:])], seconds, degree)
 
     run_state.owners = team_stream.owners = owners
     team_stream.deal = deal

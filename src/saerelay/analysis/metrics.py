@@ -108,7 +108,11 @@ def measure(
                 jobs = [partial(batch.add_dictionary, *pair) for pair in at_site]
                 if clean:
                     jobs.insert(0, partial(batch.add_ablation, ablations[site]))
-                side_by_side(lambda job: job(), jobs, model.device)
+                if model.is_split:
+                    for job in jobs:
+                        job()
+                else:
+                    side_by_side(lambda job: job(), jobs, model.device)
 
     left_out = outliers.left_out()
     found = {}

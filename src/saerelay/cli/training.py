@@ -64,6 +64,7 @@ def plan(
     from saerelay.workflows.timing import plan_seconds
 
     run = Recipe.from_toml(recipe)
+    ranks = max(ranks, run.model.tensor_parallel)
     if run.plan.surveyed:
         plan_auto(run, as_json, write, ranks)
         return

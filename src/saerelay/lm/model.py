@@ -5,7 +5,7 @@ In shapes: B sequences, C positions, D width of the activations at a site, V voc
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.ports import Port, intercept, place_in
-from saerelay.lm.probe import probe
+from saerelay.lm.probe import Anatomy, probe, probe_skeleton
 from saerelay.lm.readout import linear_readout
-from saerelay.lm.source import loading, locate, model_class, read_config
+from saerelay.lm.source import loading, locate, model_class, model_skeleton, read_config
+from saerelay.lm.split import split_over_ranks
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site
+from saerelay.team import stopping_together
 
 _RESIDUAL_STREAM = ("resid_pre", "resid_post")
 """Kinds of sites that lie between two layers; all others lie inside one."""
@@ -56,18 +58,24 @@ class LanguageModel:
     {'L2': (1, 3, 192), 'L5.mlp_out': (1, 3, 192)}
     """
 
-    def __init__(self, model: Any, facts: ModelFacts) -> None:
+    def __init__(self, model: Any, facts: ModelFacts, *, split_anatomy: Anatomy | None = None) -> None:
+        """`split_anatomy`: what a probe says of the whole model, of which this rank has a part."""
         self.facts = facts
         self.device = torch.device(facts.device)
         self._model = model.eval().requires_grad_(False).to(self.device)
-        self._anatomy = probe(self._model, facts.name)
+        self._anatomy = split_anatomy or probe(self._model, facts.name)
         self._layers: Any = self._model.get_submodule(self._anatomy.layers)
         self._can_skip = dict[int, bool]()
         """Whether a forward can start after the first n layers, for every n that was tried."""
+        self.is_split = split_anatomy is not None
+        """Whether other ranks hold it with this one: they run the same forwards, one after the other."""
 
     @classmethod
-    def load(cls, spec: ModelSpec) -> "LanguageModel":
+    def load(cls, spec: ModelSpec, *, split: bool = False) -> "LanguageModel":
         """Load a model's weights, which must be safetensors, onto the device.
+
+        With `split`, each group of `spec.tensor_parallel` ranks holds it together: all ranks call
+        this at once, and from then on the ranks of a group run the same forwards.
 
         Raises what `read_facts` raises, and ModelError if weights are missing, damaged or of
         another shape.
@@ -77,13 +85,18 @@ class LanguageModel:
         with loading(spec):
             location = locate(pinned)
             config = read_config(pinned)
+            options = location.options
+            anatomy = None
+            if split:
+                options = options | split_over_ranks(spec)
+                anatomy = probe_skeleton(model_skeleton(pinned, config), spec.name)
             model, report = model_class(config).from_pretrained(
                 location.name_or_path,
                 config=config,
                 dtype=getattr(torch, facts.dtype),
                 use_safetensors=True,
                 output_loading_info=True,
-                **location.options,
+                **options,
             )
             # A pooler is not one of the layers, and many checkpoints come without it.
             missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
@@ -93,7 +106,7 @@ class LanguageModel:
                     "which would be random. Download the model again, or save it with "
                     "save_pretrained from the class it was trained as."
                 )
-            return cls(model, facts)
+            return cls(model, facts, split_anatomy=anatomy)
 
     @property
     def hf_model(self) -> Any:
@@ -132,6 +145,7 @@ class LanguageModel:
         with suppress(_Stop), ExitStack() as stack:
             for site in visitors:
                 stack.enter_context(self.splice(site, partial(show, site)))
+            stack.enter_context(self._with_other_ranks())
             self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         assert not waiting, f"asked for {list(visitors)}, the forward did not pass {waiting}"
 
@@ -180,7 +194,12 @@ class LanguageModel:
 
     def _logits(self, tokens: Tensor) -> Tensor:
         self._check_lm_head()
-        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits
+        with self._with_other_ranks():
+            return self._model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    def _with_other_ranks(self) -> AbstractContextManager[None]:
+        """Around a forward: a rank without which it cannot go on is told of in one line."""
+        return stopping_together() if self.is_split else nullcontext()
 
     def _check_lm_head(self) -> None:
         if not self.facts.has_lm_head:
@@ -339,13 +358,13 @@ def _stream_at(site: Site) -> Site:
     return Site(site.layer, "resid_pre")
 
 
-def load_model(plan: Plan) -> LanguageModel:
+def load_model(plan: Plan, *, split: bool = False) -> LanguageModel:
     """The model that a plan was made for, with every module that the plan reads.
 
-    Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
+    `split` as in `LanguageModel.load`. Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
     """
     frozen = {"revision": plan.facts.revision, "dtype": plan.facts.dtype}
-    model = LanguageModel.load(plan.recipe.model.changed(**frozen))
+    model = LanguageModel.load(plan.recipe.model.changed(**frozen), split=split)
     for leg in plan.legs:
         model.check_site(leg.site)
         model.check_site(leg.site_out)

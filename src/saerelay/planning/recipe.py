@@ -50,6 +50,11 @@ class ModelSpec(Spec):
     )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="how many GPUs hold the model together, if it is too large for one: see docs/scale-out.md",
+    )
 
 
 class SitesSpec(Spec):

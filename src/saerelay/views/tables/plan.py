@@ -129,7 +129,11 @@ def spread_table(plan: Plan, spread: Spread) -> Group:
         legs = ", ".join(share.legs) or "nothing (it only runs the language model)"
         table.add_row(str(rank), f"{share.memory_bytes / 2**30:.2f} GiB", legs)
     per_token = spread.exchange_bytes / plan.n_tokens
-    lines = [f"All ranks run the language model; they exchange {per_token / 1e3:.1f} kB of activations per token."]
+    who = "All ranks run the language model"
+    degree = plan.recipe.model.tensor_parallel
+    if degree > 1:
+        who = f"Groups of {degree} ranks hold and run the language model together"
+    lines = [f"{who}; ranks exchange {per_token / 1e3:.1f} kB of activations per token."]
     if spread.seconds and spread.seconds_of_one:
         lines.append(
             f"If each rank is as fast as this machine: {duration(spread.seconds)} "
