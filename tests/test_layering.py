@@ -34,7 +34,7 @@ ORDER = {
     "initialise trials layer_normed",
     "planning": "facts left_out leg_spec recipe toml plan cost ranks presets legs placing compile survey curves choose",
     "lm": "source split tokens identity graph trial probe readout ports inputs facts model attach",
-    "data": "text sources corpus cache stream",
+    "data": "text sources corpus cache remote_cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state device engine cohort progress trackers saving team_stream run_state inherit train",
     "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "

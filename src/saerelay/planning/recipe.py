@@ -111,7 +111,8 @@ class DataSpec(Spec):
     )
     cache: str = Field(
         default="",
-        description='directory for activations (bfloat16), to be read by later epochs and runs; "" for none',
+        description="where to keep activations (bfloat16) for later epochs and runs: a directory, or an address such "
+        'as s3://bucket/folder; "" for none',
     )
     block_tokens: OrAuto[Count] = Field(
         default="auto",

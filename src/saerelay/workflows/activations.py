@@ -3,13 +3,14 @@
 import math
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from saerelay.data.cache import ActivationCache
 from saerelay.data.corpus import Corpus, prepare
+from saerelay.data.remote_cache import RemoteCache, open_cache
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
 from saerelay.files import remove_replaced, replace_directory
@@ -89,20 +90,26 @@ def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
     is_split = plan.recipe.model.tensor_parallel > 1
     if not plan.recipe.data.cache:
         return LiveStream(None if is_split else load_model(plan), sequences, plan)
-    cache = ActivationCache(plan)
+    cache = open_cache(plan)
     stream = LiveStream(None, sequences, plan, cache)
     needed = stream.uncached_bytes()
-    existing = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DataError(
-            f"{cache.folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
-            'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
-            "fewer tokens or layers"
-        )
+    if not isinstance(cache, RemoteCache):  # a store does not tell how much it takes
+        _check_free(cache.folder, needed)
     if needed and not is_split:
         stream.model = load_model(plan)
     return stream
+
+
+def _check_free(folder: Path, needed: int) -> None:
+    """Raise DataError unless so many bytes fit on the disk of a folder, which need not exist yet."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DataError(
+            f"{folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
+            'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
+            "fewer tokens or layers"
+        )
 
 
 def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, team: Team) -> TeamStream:
@@ -117,7 +124,7 @@ def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, 
         model = _loaded_together(plan, team)
     elif team.once(lambda: model is not None):
         model = team.in_turn(lambda: model or load_model(plan))
-    cache = ActivationCache(plan) if plan.recipe.data.cache else None
+    cache = open_cache(plan) if plan.recipe.data.cache else None
     return TeamStream(LiveStream(model, sequences, plan, cache), team)
 
 
