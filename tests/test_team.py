@@ -4,12 +4,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,34 @@ def test_measuring_is_dealt_to_ranks_and_gives_the_same_documents(alone: Path, t
     for name in ("matrix.json", "eval/L2.json", "eval/L1-from-L2.json", "summary.json"):
         one, two = (json.loads((tmp_path / size / name).read_text()) for size in ("0", "2"))
         assert without_seconds(one) == without_seconds(two), name
+
+
+def make_features(run: Path, rank: int) -> None:
+    """Make a run's features, as a script does that torchrun started, and say of how many legs."""
+    from saerelay.analysis import features
+    from saerelay.analysis.suite import load
+
+    collect = features.collect
+
+    def told(plan: Any, model: Any, sequences: Any, dictionaries: Any, **options: Any) -> Any:
+        print(f"features of {len(dictionaries)} legs", flush=True)
+        return collect(plan, model, sequences, dictionaries, **options)
+
+    features.collect = told
+    features.features_run(load(run))
+
+
+@pytest.mark.slow
+def test_features_are_dealt_to_ranks_and_give_the_same_files(alone: Path, tmp_path: Path) -> None:
+    for size in (0, 2):
+        run = shutil.copytree(alone, tmp_path / str(size))
+        ranks = Ranks(size, tmp_path, ["eval", run, "--json"], partial(make_features, run))
+        assert set(ranks.wait()) == {0}, ranks.said()
+        assert re.findall(r"features of (\d) legs", ranks.said()) == (["2", "3"] if size else ["5"])
+    names = [path.name for path in (tmp_path / "0/features").iterdir()]
+    assert len(names) == 5
+    for name in names:
+        assert (tmp_path / "0/features" / name).read_bytes() == (tmp_path / "2/features" / name).read_bytes()
 
 
 def without_seconds(data: Any) -> Any:
