@@ -12,7 +12,17 @@ from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import model_bytes
 from saerelay.planning.facts import ModelFacts, TokenFacts
 from saerelay.planning.plan import Plan
-from saerelay.planning.ranks import Speeds, check_groups, deal, needed_sites, owners, peers, prober, spread
+from saerelay.planning.ranks import (
+    Speeds,
+    check_groups,
+    deal,
+    forward_shares,
+    needed_sites,
+    owners,
+    peers,
+    prober,
+    spread,
+)
 from saerelay.planning.recipe import Recipe
 from saerelay.rank import restarts_will_fail
 from saerelay.team import Team
@@ -113,6 +123,28 @@ def test_what_each_group_forwards_reaches_every_rank_once(
         assert senders == peers(rank, n_ranks, degree)
         received = [part for other in senders for part in shares[other]]
         assert sorted([*shares[rank], *received]) == list(range(n_parts)), "its own, and each other part once"
+
+
+@settings(max_examples=30, deadline=None)
+@given(n_groups=st.integers(1, 5), degree=st.integers(1, 3), lm=st.floats(0.1, 10), data=st.data())
+def test_predicted_shares_are_those_of_many_parts(n_groups: int, degree: int, lm: float, data: st.DataObject) -> None:
+    n_ranks = n_groups * degree
+    busy = data.draw(st.lists(st.floats(0, 10), min_size=n_ranks, max_size=n_ranks))
+    n_parts = 1000
+    dealt = deal(n_parts, busy, lm / degree / n_parts, degree)
+    predicted = forward_shares(busy, lm, degree)
+    assert sum(predicted) == pytest.approx(degree)
+    for share, parts in zip(predicted, dealt, strict=True):
+        assert share == pytest.approx(len(parts) / n_parts, abs=2 / n_parts * n_groups)
+
+
+def test_what_is_sent_is_what_others_forward() -> None:
+    plan = plan_of("scratch", 1)  # one leg, and one site with the probe's: a rank without legs forwards for the other
+    (leg,) = plan.legs
+    slow = Speeds(lm=1.0, steps={leg.id: 100.0})
+    even = spread(plan, 2).exchange_bytes
+    assert spread(plan, 2, slow).exchange_bytes == pytest.approx(2 * even)
+    assert spread(plan, 2, Speeds(lm=1.0, steps={leg.id: 0.0})).exchange_bytes == pytest.approx(even)
 
 
 def test_ranks_that_hold_the_model_together_form_whole_groups() -> None:

@@ -231,15 +231,16 @@ def without_seconds(data: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_what_the_cache_lacks_is_decided_together(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("protocol", "ending"), [("", "safetensors"), ("file://", "json")])
+def test_what_the_cache_lacks_is_decided_together(recipe: Path, tmp_path: Path, protocol: str, ending: str) -> None:
     cached = tmp_path / "cached.toml"
-    cached.write_text(recipe.read_text().replace("[data]", f'[data]\ncache = "{tmp_path}/cache"'))
+    cached.write_text(recipe.read_text().replace("[data]", f'[data]\ncache = "{protocol}{tmp_path}/cache"'))
     found = []
     for size, name in ((2, "written"), (2, "read"), (0, "alone")):
         ranks = Ranks(size, tmp_path, ["train", cached, "--out", tmp_path / name])
         assert set(ranks.wait()) == {0}, ranks.said()
         found.append(digests(tmp_path / name))
-        shards = sorted((tmp_path / "cache").rglob("*.safetensors"))
+        shards = sorted((tmp_path / "cache").rglob(f"*.{ending}"))
         if name == "written":
             shards[0].unlink()  # of one site, whose owner alone lacks it now
     assert found[0] == found[1] == found[2]

@@ -151,12 +151,12 @@ def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
 
     How to see this: in each stretch of blocks with the same sites open, the language model's work goes to whoever has
     the least to do (`deal`). So a block takes what all work comes to, divided by the number of ranks, but not less than
-    the rank whose legs take longest.
+    the rank whose legs take longest. What a rank does not forward itself is sent to it. Without `speeds`, all forward
+    as much.
     """
     check_groups(plan.recipe.model, n_ranks)
     facts = plan.facts
     degree = plan.recipe.model.tensor_parallel
-    elsewhere = 1 - degree / n_ranks  # the share of activations that other groups forward
     owner = owners(plan, n_ranks)
     exchanged = 0.0
     seconds = 0.0
@@ -169,27 +169,48 @@ def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
             bytes_per_token = [float(_bytes_per_token(facts, own)) for own in needed]
             most_rows = [max(pair) for pair in zip(most_rows, bytes_per_token, strict=True)]
             n_tokens = n_blocks * plan.block_tokens
-            exchanged += n_tokens * sum(bytes_per_token) * elsewhere
+            shares = [degree / n_ranks] * n_ranks
             if speeds:
                 lm, busy = _work(plan, owner, n_ranks, speeds, number * plan.block_tokens, sites)
                 seconds += n_tokens * max(max(busy), (lm + sum(busy)) / n_ranks)
                 of_one += n_tokens * (lm + sum(busy))
+                shares = forward_shares(busy, lm, degree)
+            sent = [own * (1 - share) for own, share in zip(bytes_per_token, shares, strict=True)]
+            exchanged += n_tokens * sum(sent)
         number += n_blocks
 
-    shares = []
+    by_rank = []
     for rank in range(n_ranks):
         legs = [leg for leg in plan.legs if owner[leg.id] == rank]
         state = peak_state_bytes(legs, facts) if legs else 0.0
-        boxes = sum(most_rows) / n_ranks if elsewhere else 0.0
+        boxes = sum(most_rows) / n_ranks if n_ranks > degree else 0.0
         activations = plan.block_tokens * (most_rows[rank] + 2 * boxes)
         needed_bytes = state + activations + model_bytes(plan)
-        shares.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=needed_bytes))
+        by_rank.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=needed_bytes))
     return Spread(
-        ranks=shares,
+        ranks=by_rank,
         exchange_bytes=exchanged,
         seconds=seconds if speeds else None,
         seconds_of_one=of_one if speeds else None,
     )
+
+
+def forward_shares(busy: Sequence[float], lm: float, degree: int = 1) -> list[float]:
+    """The share of a block that each rank forwards, so that all are done at the same time: `deal`, of very many parts.
+
+    >>> forward_shares([0.0, 1.0, 9.0], lm=3.0)
+    [0.6666666666666666, 0.3333333333333333, 0.0]
+    """
+    # How to see this: work is poured like water over what each group is busy with anyway, up to one level.
+    busy_groups = [max(busy[first : first + degree]) for first in range(0, len(busy), degree)]
+    of_group = lm / degree  # seconds, if one group forwarded all
+    level = 0.0
+    for n, seconds in enumerate(sorted(busy_groups)):
+        if n and level <= seconds:
+            break
+        level = (level * n + seconds + (0 if n else of_group)) / (n + 1)
+    shares = [max(0.0, level - seconds) / of_group for seconds in busy_groups]
+    return [shares[rank // degree] for rank in range(len(busy))]
 
 
 def _bytes_per_token(facts: ModelFacts, sites: Sequence[Site]) -> int:
