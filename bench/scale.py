@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 bench/scale.py run.toml --out runs/scale
 
-trains the recipe and prints one JSON document on rank 0. Bytes are predicted as `saerelay plan --ranks` does, seconds
-from the bytes and the speed of one exchange of 32 MB before the run. While it measures, ranks wait for one another
-before every exchange, so that its seconds are those of moving bytes, not of waiting for a rank that is still at work.
+trains the recipe and prints one JSON document on rank 0. Bytes are predicted as `saerelay plan --ranks N --timing` does
+it, from speeds that are measured after the run; seconds from the bytes and the speed of one exchange of 32 MB before
+the run. While it measures, ranks wait for one another before every exchange, so that its seconds are those of moving
+bytes, not of waiting for a rank that is still at work.
 """
 
 import argparse
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import torch
 
+from saerelay.lm.model import load_model
 from saerelay.planning.ranks import spread
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import read_plan
 from saerelay.runs.documents.training import RunCost
 from saerelay.team import Team
 from saerelay.workflows.launch import train_run
+from saerelay.workflows.timing import measured_speeds
 
 PROBE_BYTES = 32 * 2**20
 
@@ -82,7 +85,8 @@ def main() -> None:
     plan = read_plan(options.out)
     cost = RunCost.load(options.out / "cost.json")
     n_bytes = sum(count[0] for count in counts)
-    predicted_bytes = spread(plan, team.size).exchange_bytes
+    (speeds,) = measured_speeds([plan], load_model(plan))
+    predicted_bytes = spread(plan, team.size, speeds).exchange_bytes
     slowest = min(count[3] for count in counts)
     result = {
         "ranks": team.size,

@@ -33,8 +33,8 @@ ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
     "planning": "facts left_out leg_spec recipe toml plan cost ranks presets legs placing compile survey curves choose",
-    "lm": "source adapter tokens identity graph trial probe readout head ports inputs facts model attach",
-    "data": "text sources corpus cache stream",
+    "lm": "source adapter split tokens identity graph trial probe readout head ports inputs facts model attach",
+    "data": "text sources corpus cache remote_cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state device engine cohort progress trackers saving team_stream run_state inherit train",
     "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "

@@ -7,10 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saerelay.errors import PlanError
 from saerelay.planning.compile import compile_plan
+from saerelay.planning.cost import model_bytes
 from saerelay.planning.facts import ModelFacts, TokenFacts
 from saerelay.planning.plan import Plan
-from saerelay.planning.ranks import Speeds, deal, needed_sites, owners, prober, spread
+from saerelay.planning.ranks import (
+    Speeds,
+    check_groups,
+    deal,
+    forward_shares,
+    needed_sites,
+    owners,
+    peers,
+    prober,
+    spread,
+)
 from saerelay.planning.recipe import Recipe
 from saerelay.rank import restarts_will_fail
 from saerelay.team import Team
@@ -89,6 +101,64 @@ def test_every_micro_batch_is_dealt_once_and_nobody_waits_longer_than_one(
     for spent, share in zip(finished, shares, strict=True):
         if share:
             assert spent - seconds <= min(finished) + 1e-6 * max(finished), "another would have been done earlier"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_groups=st.integers(1, 5),
+    degree=st.integers(1, 4),
+    n_parts=st.integers(0, 20),
+    data=st.data(),
+)
+def test_what_each_group_forwards_reaches_every_rank_once(
+    n_groups: int, degree: int, n_parts: int, data: st.DataObject
+) -> None:
+    n_ranks = n_groups * degree
+    busy = data.draw(st.lists(st.floats(0, 10), min_size=n_ranks, max_size=n_ranks))
+    shares = deal(n_parts, busy, 1.0, degree)
+    for rank in range(n_ranks):
+        group = rank // degree
+        assert shares[rank] == shares[group * degree], "a group forwards the same"
+        senders = [other for other in range(n_ranks) if rank in peers(other, n_ranks, degree)]
+        assert senders == peers(rank, n_ranks, degree)
+        received = [part for other in senders for part in shares[other]]
+        assert sorted([*shares[rank], *received]) == list(range(n_parts)), "its own, and each other part once"
+
+
+@settings(max_examples=30, deadline=None)
+@given(n_groups=st.integers(1, 5), degree=st.integers(1, 3), lm=st.floats(0.1, 10), data=st.data())
+def test_predicted_shares_are_those_of_many_parts(n_groups: int, degree: int, lm: float, data: st.DataObject) -> None:
+    n_ranks = n_groups * degree
+    busy = data.draw(st.lists(st.floats(0, 10), min_size=n_ranks, max_size=n_ranks))
+    n_parts = 1000
+    dealt = deal(n_parts, busy, lm / degree / n_parts, degree)
+    predicted = forward_shares(busy, lm, degree)
+    assert sum(predicted) == pytest.approx(degree)
+    for share, parts in zip(predicted, dealt, strict=True):
+        assert share == pytest.approx(len(parts) / n_parts, abs=2 / n_parts * n_groups)
+
+
+def test_what_is_sent_is_what_others_forward() -> None:
+    plan = plan_of("scratch", 1)  # one leg, and one site with the probe's: a rank without legs forwards for the other
+    (leg,) = plan.legs
+    slow = Speeds(lm=1.0, steps={leg.id: 100.0})
+    even = spread(plan, 2).exchange_bytes
+    assert spread(plan, 2, slow).exchange_bytes == pytest.approx(2 * even)
+    assert spread(plan, 2, Speeds(lm=1.0, steps={leg.id: 0.0})).exchange_bytes == pytest.approx(even)
+
+
+def test_ranks_that_hold_the_model_together_form_whole_groups() -> None:
+    whole = plan_of("scratch", 6)
+    model = whole.recipe.model.changed(tensor_parallel=2)
+    split = whole.changed(recipe=whole.recipe.changed(model=model))
+    for n_ranks, told in ((1, "one process cannot form groups of 2"), (3, "3 ranks cannot form groups of 2")):
+        with pytest.raises(PlanError, match=f"model.tensor_parallel is 2, and {told}; start a multiple of 2"):
+            spread(split, n_ranks)
+    check_groups(model, 4)
+    assert model_bytes(split) == 4 * (25_000 - 6 * 3000 / 2), "half of each layer, and all of the rest"
+    assert spread(split, 2).exchange_bytes == 0, "both forward the same"
+    assert spread(split, 4).exchange_bytes == spread(whole, 4).exchange_bytes * (1 / 2) / (3 / 4)
+    assert spread(split, 2).ranks[0].memory_bytes < spread(whole, 2).ranks[0].memory_bytes
 
 
 def test_legs_that_train_at_the_same_time_are_spread_evenly() -> None:

@@ -15,7 +15,7 @@ from saerelay.site import MODULE_KINDS, Site
 from saerelay.spec import format_count, parse_count
 
 KEYS = {
-    "model": "name revision dtype device trust_remote_code gguf_file adapter",
+    "model": "name revision dtype device trust_remote_code gguf_file adapter tensor_parallel",
     "sites": "layers module module_out",
     "data": "dataset subset split column revision text tokens context prepend_bos epochs outlier_norm "
     "cache block_tokens",

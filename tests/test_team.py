@@ -4,12 +4,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,8 @@ def reverse_placement(rank: int) -> None:
     def owners(plan: Any, n_ranks: int) -> dict[str, int]:
         return {leg: n_ranks - 1 - owner for leg, owner in ranks.owners(plan, n_ranks).items()}
 
-    def deal(n_parts: int, busy: list[float], seconds: float) -> list[range]:
-        return ranks.deal(n_parts, [0.0, *(3 * seconds for _ in busy[1:])], seconds)
+    def deal(n_parts: int, busy: list[float], seconds: float, degree: int) -> list[range]:
+        return ranks.deal(n_parts, [0.0, *(3 * seconds for _ in busy[1:])], seconds, degree)
 
     run_state.owners = team_stream.owners = owners
     team_stream.deal = deal
@@ -192,6 +194,34 @@ def test_measuring_is_dealt_to_ranks_and_gives_the_same_documents(alone: Path, t
         assert without_seconds(one) == without_seconds(two), name
 
 
+def make_features(run: Path, rank: int) -> None:
+    """Make a run's features, as a script does that torchrun started, and say of how many legs."""
+    from saerelay.analysis import features
+    from saerelay.analysis.suite import load
+
+    collect = features.collect
+
+    def told(plan: Any, model: Any, sequences: Any, dictionaries: Any, **options: Any) -> Any:
+        print(f"features of {len(dictionaries)} legs", flush=True)
+        return collect(plan, model, sequences, dictionaries, **options)
+
+    features.collect = told
+    features.features_run(load(run))
+
+
+@pytest.mark.slow
+def test_features_are_dealt_to_ranks_and_give_the_same_files(alone: Path, tmp_path: Path) -> None:
+    for size in (0, 2):
+        run = shutil.copytree(alone, tmp_path / str(size))
+        ranks = Ranks(size, tmp_path, ["eval", run, "--json"], partial(make_features, run))
+        assert set(ranks.wait()) == {0}, ranks.said()
+        assert re.findall(r"features of (\d) legs", ranks.said()) == (["2", "3"] if size else ["5"])
+    names = [path.name for path in (tmp_path / "0/features").iterdir()]
+    assert len(names) == 5
+    for name in names:
+        assert (tmp_path / "0/features" / name).read_bytes() == (tmp_path / "2/features" / name).read_bytes()
+
+
 def without_seconds(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: without_seconds(value) for key, value in data.items() if "seconds" not in key}
@@ -201,15 +231,16 @@ def without_seconds(data: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_what_the_cache_lacks_is_decided_together(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("protocol", "ending"), [("", "safetensors"), ("file://", "json")])
+def test_what_the_cache_lacks_is_decided_together(recipe: Path, tmp_path: Path, protocol: str, ending: str) -> None:
     cached = tmp_path / "cached.toml"
-    cached.write_text(recipe.read_text().replace("[data]", f'[data]\ncache = "{tmp_path}/cache"'))
+    cached.write_text(recipe.read_text().replace("[data]", f'[data]\ncache = "{protocol}{tmp_path}/cache"'))
     found = []
     for size, name in ((2, "written"), (2, "read"), (0, "alone")):
         ranks = Ranks(size, tmp_path, ["train", cached, "--out", tmp_path / name])
         assert set(ranks.wait()) == {0}, ranks.said()
         found.append(digests(tmp_path / name))
-        shards = sorted((tmp_path / "cache").rglob("*.safetensors"))
+        shards = sorted((tmp_path / "cache").rglob(f"*.{ending}"))
         if name == "written":
             shards[0].unlink()  # of one site, whose owner alone lacks it now
     assert found[0] == found[1] == found[2]

@@ -69,8 +69,8 @@ class Team:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         with stopping_together():
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=PATIENCE)
+            if not dist.is_initialized():  # NCCL for a language model that ranks hold together
+                dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=PATIENCE)
             team.control = dist.group.WORLD
             team.data = team.control
             if all(team.gather(gpu_each)):
@@ -94,10 +94,10 @@ class Team:
         if self.control is not None:
             dist.destroy_process_group()
 
-    def share(self, work: Sequence[T]) -> list[T]:
-        """The part of some work, cut into stretches of the same length, that falls to this rank."""
-        start, stop = (len(work) * rank // self.size for rank in (self.rank, self.rank + 1))
-        return list(work[start:stop])
+    def share(self, work: Sequence[T], degree: int = 1) -> list[T]:
+        """The part of some work, cut into stretches of the same length, that falls to this rank's group of `degree`."""
+        group, n_groups = self.rank // degree, self.size // degree
+        return list(work[len(work) * group // n_groups : len(work) * (group + 1) // n_groups])
 
     # --- small things: what is agreed ---
 
@@ -112,12 +112,7 @@ class Team:
 
     def any(self, *mine: bool) -> list[bool]:
         """Which of some statements hold on at least one rank."""
-        if self.control is None:
-            return list(mine)
-        flags = torch.tensor(mine, dtype=torch.uint8)
-        with stopping_together():
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
-        return [bool(flag) for flag in flags]
+        return [any(of_ranks) for of_ranks in zip(*self.gather(mine), strict=True)]
 
     def once(self, function: Callable[[], T]) -> T:
         """What a function returns on rank 0, which alone calls it; TeamError on the others if it fails there."""
@@ -138,12 +133,12 @@ class Team:
 
     def in_turn(self, function: Callable[[], T]) -> T:
         """What a function returns, called by one rank of each machine first: it may fill a cache for the others."""
-        if self.local_rank == 0:
-            result = function()
+        if self.local_rank:
             self.gather(None)
-            return result
+            return function()
+        result = function()
         self.gather(None)
-        return function()
+        return result
 
     def send(self, thing: Any, to: int) -> None:
         """Send something small, or a dictionary, to another rank, which must `receive` it."""
@@ -164,9 +159,8 @@ class Team:
 
         outbox: uint8 (Σ sent); the result is uint8 (Σ received). Sizes may be 0, also towards oneself.
         """
-        through_host = outbox.is_cuda and dist.get_backend(self.data) == "gloo"
         began = time.perf_counter()
-        source = outbox.cpu() if through_host else outbox
+        source = outbox.cpu() if self.data is self.control else outbox  # gloo goes through the host
         inbox = source.new_empty(sum(received))
         with stopping_together():
             dist.all_to_all_single(inbox, source, received, sent, group=self.data)
@@ -179,23 +173,17 @@ class Team:
         """Raise RunDirectoryError unless every rank sees the same directory."""
         if self.control is None:
             return
-        name = self.once(lambda: self._leave_mark(root))
-        path = root / name
-        seen = appears(path, SECONDS_TO_SEE_A_FILE)
-        blind = [
-            word for word in self.gather(None if seen else f"rank {self.rank} on host {socket.gethostname()}") if word
-        ]
+        mark = root / self.once(lambda: f".team-{uuid.uuid4().hex}.tmp")
         if self.leads:
-            path.unlink()
+            write_text(mark, "")
+        name = f"rank {self.rank} on host {socket.gethostname()}"
+        blind = [word for word in self.gather("" if appears(mark, SECONDS_TO_SEE_A_FILE) else name) if word]
+        if self.leads:
+            mark.unlink()
         if blind:
             raise RunDirectoryError(
                 f"{blind[0]} does not see {root} of rank 0; --out must be on a file system that all machines share"
             )
-
-    def _leave_mark(self, root: Path) -> str:
-        name = f".team-{uuid.uuid4().hex}.tmp"
-        write_text(root / name, "")
-        return name
 
 
 @contextmanager
@@ -203,6 +191,8 @@ def stopping_together() -> Iterator[None]:
     """Turn what torch raises where another rank is gone into one line."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise TeamError(f"stopped, since another rank did ({first_line[:200]})") from None

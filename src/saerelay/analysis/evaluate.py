@@ -23,7 +23,7 @@ def evaluate(session: Session, *, tokens: int = 0) -> Summary:
     suite = session.suite
     questions = {leg.id: question(session, leg, tokens) for leg in suite.legs}
     missing = session.team.once(lambda: legs_to_measure(suite, questions))
-    mine = session.team.share(missing)
+    mine = session.deal(missing)
     if mine:
         ce = wants_ce(session.plan)
         dictionaries: dict[str, Placed] = {}
@@ -31,7 +31,7 @@ def evaluate(session: Session, *, tokens: int = 0) -> Summary:
             dictionaries |= versions(suite, leg)
         sequences = session.held_out(tokens)
         metrics = measure(session.plan, session.model, sequences, dictionaries, ce=ce, track=session.display.track)
-        for leg in mine:
+        for leg in mine if session.writes else []:
             evaluation = evaluation_of(leg, questions[leg.id], metrics)
             evaluation.save(suite.directory.evaluation(leg.id))
 

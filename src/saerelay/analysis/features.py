@@ -38,7 +38,7 @@ def make_features(session: Session, *, tokens: int = 0) -> None:
     `evaluate.tokens` if 0.
     """
     missing = session.team.once(lambda: legs_without_features(session, tokens))
-    legs = session.team.share(missing)
+    legs = session.deal(missing)
     if legs:
         dictionaries = {leg.id: Placed.at_home(leg, session.suite.dictionary(leg)) for leg in legs}
         sequences = session.held_out(tokens)
@@ -119,7 +119,8 @@ def write_features(
                 further[f"{side}_cosine"] = cosines.half().cpu()
         asked = question(session, leg, tokens)
         facts = features.facts.model_copy(update=asked.model_dump())
-        features.with_(facts=facts, **further).save(suite.directory.features(leg_id))
+        if session.writes:
+            features.with_(facts=facts, **further).save(suite.directory.features(leg_id))
 
 
 @torch.no_grad()

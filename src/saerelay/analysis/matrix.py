@@ -87,7 +87,7 @@ def matrix(
     cells = [cell for method in methods for cell in cells_of(session.suite, method, snapshots)]
     ordered = [cell for part in parts(cells, session.plan) for cell in part]
     measured: dict[Cell, EvaluationMetrics] = {}
-    for of_rank in session.team.gather(measure_cells(session, session.team.share(ordered), asked)):
+    for of_rank in session.team.gather(measure_cells(session, session.deal(ordered), asked)):
         measured |= of_rank
     document = document_of(session, asked, {cell: measured[cell] for cell in ordered})
     if session.team.leads:

@@ -114,7 +114,7 @@ def measure(
                 if clean:
                     jobs.insert(0, partial(batch.add_ablation, ablations[site], model.head))
                 for start in range(0, len(jobs), at_once):
-                    changed = side_by_side(lambda job: job(), jobs[start : start + at_once], model.device)
+                    changed = _done(jobs[start : start + at_once], model)
                     waiting += [one for one in changed if one is not None]
                     if clean and len(waiting) >= at_once:
                         add_losses(clean, waiting)
@@ -128,6 +128,13 @@ def measure(
         ablated = ablations[placed.site_out] if ce else None
         found[key] = sums[key].metrics(ablated).changed(left_out=left_out)
     return found
+
+
+def _done(jobs: Sequence[Callable[[], "Changed | None"]], model: LanguageModel) -> "list[Changed | None]":
+    """What jobs return; one after the other where other ranks hold the model with this one, and run the same."""
+    if model.is_split:
+        return [job() for job in jobs]
+    return side_by_side(lambda job: job(), jobs, model.device)
 
 
 def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:

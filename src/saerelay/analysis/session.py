@@ -1,8 +1,9 @@
 """What the analyses of a run share: its language model, maps between its layers, held-out tokens, and progress."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -17,16 +18,21 @@ from saerelay.lm.identity import check_same_model
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer, token_text
 from saerelay.planning.plan import Plan
+from saerelay.planning.ranks import check_groups
 from saerelay.runs.suite import PublishedSuite
 from saerelay.team import Team
+
+T = TypeVar("T")
 
 
 class Session:
     """A suite under analysis. Whatever is expensive is loaded when it is first used, and kept.
 
     The first argument of every analysis. `model` is the suite's language model, if it is at hand. Progress is shown on
-    `console`, if that is a terminal. Evaluation, matrix and features are dealt to the ranks of a `team`. Raises
-    RunDirectoryError if the run has no finished leg.
+    `console`, if that is a terminal. Evaluation, matrix and features are dealt to the ranks of a `team`; where these
+    held the model together while it was trained on (`model.tensor_parallel`), they do so here, and a process on its own
+    loads the whole model. Raises RunDirectoryError if the run has no finished leg, PlanError if the ranks cannot form
+    groups.
     """
 
     def __init__(
@@ -43,6 +49,11 @@ class Session:
             )
         self.suite = suite
         self.team = team or Team.alone()
+        self.degree = 1
+        """How many ranks hold the model together."""
+        if self.team.size > 1:
+            self.degree = suite.plan.recipe.model.tensor_parallel
+            check_groups(suite.plan.recipe.model, self.team.size)
         self.display = ProgressDisplay(console)
         if model is not None:
             self.model = model
@@ -57,7 +68,18 @@ class Session:
         """The language model that the suite was trained on; ModelError if another has taken its place."""
         with self.display.status("loading the language model"):
             check_same_model(self.plan.recipe.model, self.suite.directory.model_digest)
-            return load_model(self.plan)
+            return load_model(self.plan, split=self.degree > 1)
+
+    def deal(self, work: Sequence[T]) -> list[T]:
+        """The part of some work that falls to this rank, or to the ranks that hold the model with it."""
+        if self.degree > 1:
+            _ = self.model  # which all ranks load at once, even those that are left without work
+        return self.team.share(work, self.degree)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes what it measures: of those that measure the same, one does."""
+        return self.team.rank % self.degree == 0
 
     @cached_property
     def unembedding(self) -> Tensor | None:

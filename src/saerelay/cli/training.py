@@ -67,6 +67,7 @@ def plan(
     from saerelay.workflows.timing import plan_seconds
 
     run = with_seeds(Recipe.from_toml(recipe), seeds)
+    ranks = max(ranks, run.model.tensor_parallel)
     if run.plan.surveyed:
         plan_auto(run, as_json, write, ranks)
         return

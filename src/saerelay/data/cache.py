@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +46,8 @@ _ABANDONED_AFTER_SECONDS = 86_400
 """Age at which a temporary file is taken for one that a killed process left."""
 
 
-@final
 class ActivationCache:
-    """The part of `data.cache` that belongs to a plan's model."""
+    """The part of `data.cache` that belongs to a plan's model, in a directory; see `RemoteCache` for other places."""
 
     def __init__(self, plan: Plan) -> None:
         self.facts = plan.facts
@@ -60,9 +59,12 @@ class ActivationCache:
             "context": self.context,
             **weights_identity(plan.recipe.model, plan.facts),
         }
-        folder_name = f"{Path(plan.facts.name).name}-{_digest(self._identity)}"
-        self.folder = Path(plan.recipe.data.cache).expanduser() / folder_name
-        self._indexes: dict[Site, dict[int, tuple[Path, int]]] = {}
+        degree = plan.recipe.model.tensor_parallel
+        if degree > 1:
+            self._identity["tensor_parallel"] = degree
+        self.name = f"{Path(plan.facts.name).name}-{digest(self._identity)}"
+        self.folder = Path(plan.recipe.data.cache).expanduser() / self.name
+        self._indexes: dict[Site, dict[int, tuple[Any, int]]] = {}
 
     def missing(self, site: Site, ids: np.ndarray) -> np.ndarray:
         """Bool (n): which sequences are not cached; DataError if a shard is damaged."""
@@ -87,9 +89,9 @@ class ActivationCache:
             checksums = shard.get_tensor("crc32").tolist()
             for _, row, position in in_shard:
                 x = activations[row]
-                checksum = _crc32(x, int(ids[position]))
+                checksum = crc32(x, int(ids[position]))
                 if checksum != checksums[row]:
-                    raise _damaged(path, f"crc32 {checksums[row]} of sequence {row}", checksum)
+                    raise damaged(path, f"crc32 {checksums[row]} of sequence {row}", checksum)
                 yield position, x
 
     def write(self, site: Site, ids: np.ndarray, x: Tensor) -> None:
@@ -97,13 +99,13 @@ class ActivationCache:
         assert x.shape == (len(ids), self.context, self.facts.width(site)), x.shape
         assert x.dtype == torch.bfloat16, x.dtype
         sequences = ids.tolist()
-        checksums = [_crc32(rows, sequence) for rows, sequence in zip(x, sequences, strict=True)]
+        checksums = [crc32(rows, sequence) for rows, sequence in zip(x, sequences, strict=True)]
         tensors = {
             "sequences": torch.from_numpy(ids),
             "crc32": torch.tensor(checksums),
             "activations": x,
         }
-        path = self.folder / str(site) / f"{_digest(sequences)}.safetensors"
+        path = self.folder / str(site) / f"{digest(sequences)}.safetensors"
         try:
             with replacing(path, several_writers=True) as temporary:
                 save_file(tensors, temporary, {"about": self._about(site)})
@@ -121,7 +123,7 @@ class ActivationCache:
         """Bytes that a sequence takes on disk at one site."""
         return 2 * self.context * self.facts.width(site)
 
-    def _index(self, site: Site) -> dict[int, tuple[Path, int]]:
+    def _index(self, site: Site) -> dict[int, tuple[Any, int]]:
         """Shard and row of each sequence, from the headers of all shards."""
         if site in self._indexes:
             return self._indexes[site]
@@ -140,7 +142,7 @@ class ActivationCache:
         try:
             shard: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise _damaged(path, "a whole safetensors file", error) from None
+            raise damaged(path, "a whole safetensors file", error) from None
 
         found = {}
         for name in shard.keys():  # noqa: SIM118  # not a mapping
@@ -153,11 +155,11 @@ class ActivationCache:
             "crc32": ("I64", n),
         }
         if found != expected:
-            raise _damaged(path, expected, found)
+            raise damaged(path, expected, found)
 
         about = (shard.metadata() or {}).get("about")
         if about != self._about(site):
-            raise _damaged(path, f"activations of {self._about(site)}", about)
+            raise damaged(path, f"activations of {self._about(site)}", about)
         return shard
 
     def _about(self, site: Site) -> str:
@@ -187,18 +189,18 @@ def _remove_abandoned(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _digest(data: Any) -> str:
+def digest(data: Any) -> str:
     """A digest of JSON data, short enough for a file's name."""
     text = json.dumps(data, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _crc32(x: Tensor, sequence: int) -> int:
+def crc32(x: Tensor, sequence: int) -> int:
     """Checksum of a sequence's activations and its id: swapped rows are damage."""
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy().data, sequence & 0xFFFFFFFF)
 
 
-def _damaged(path: Path, expected: object, found: object) -> DataError:
+def damaged(path: Path | str, expected: object, found: object) -> DataError:
     return DataError(
         f"{path}: damaged; expected {expected}, found {found}. "
         "Delete this file and continue with --resume: its activations are computed again."

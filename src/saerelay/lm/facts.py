@@ -9,6 +9,7 @@ from saerelay.lm.adapter import find_adapter
 from saerelay.lm.ports import n_parameters
 from saerelay.lm.probe import Anatomy, probe_skeleton
 from saerelay.lm.source import is_causal_lm, loading, model_skeleton, quantisation, read_config, resolved_revision
+from saerelay.lm.split import OWN_HEADS, check_splittable
 from saerelay.lm.tokens import first_id, load_tokenizer
 from saerelay.planning.facts import ModelFacts, Precision, SiteFacts, TokenFacts
 from saerelay.planning.recipe import ModelSpec
@@ -35,6 +36,8 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         spec = spec.changed(revision=resolved_revision(spec))
         config = read_config(spec)
         skeleton = model_skeleton(spec, config)
+        if spec.tensor_parallel > 1:
+            check_splittable(skeleton, config, spec)
         n_all = n_parameters(skeleton)
         anatomy = probe_skeleton(skeleton, spec.name)
     text_config = config.get_text_config()
@@ -50,7 +53,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         device=str(device),
         n_layers=anatomy.n_layers,
         d_model=anatomy.d_model,
-        sites=_site_facts(anatomy),
+        sites=_site_facts(anatomy, is_split=spec.tensor_parallel > 1),
         tokens=TokenFacts(
             vocab_size=text_config.vocab_size,
             max_context=_max_context(text_config, skeleton),
@@ -64,17 +67,18 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     )
 
 
-def _site_facts(anatomy: Anatomy) -> SiteFacts:
+def _site_facts(anatomy: Anatomy, *, is_split: bool) -> SiteFacts:
     """Widths by kind and layer, and why sites cannot be read."""
     widths: dict[ModuleKind, list[int]] = {}
     for kind in MODULE_KINDS:
         ports = [anatomy.ports.get(Site(i, kind)) for i in range(anatomy.n_layers)]
         widths[kind] = [port.width if port else 0 for port in ports]
-    return SiteFacts(
-        d_attn_z=max(widths["attn_z"]),
-        widths=widths,
-        refusals={str(site): reason for site, reason in anatomy.refusals.items()},
-    )
+    d_attn_z = max(widths["attn_z"])
+    refusals = {str(site): reason for site, reason in anatomy.refusals.items()}
+    if is_split:
+        widths["attn_z"] = [0] * anatomy.n_layers
+        refusals |= {str(Site(i, "attn_z")): OWN_HEADS for i in range(anatomy.n_layers)}
+    return SiteFacts(d_attn_z=d_attn_z, widths=widths, refusals=refusals)
 
 
 def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None, int | None]:

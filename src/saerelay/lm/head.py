@@ -30,7 +30,8 @@ class Head:
     place of its hidden states.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, whole: bool = False) -> None:
+        """`whole`: do not try to take it apart, because this process does not have all of it."""
         self._model = model
         self._now = threading.local()  # every thread has its own states and tokens
         with torch.no_grad():
@@ -39,7 +40,7 @@ class Head:
             logits = model(input_ids=tokens, use_cache=False).logits
             self.n_tokens: int = logits.shape[-1]
             """V: how many tokens have a logit."""
-            self._shadow = _shadow_of(model, type(output), self._now)
+            self._shadow = None if whole else _shadow_of(model, type(output), self._now)
             if self._shadow is not None and not self._gives(output[0], logits):
                 self._shadow = None
 
@@ -62,7 +63,7 @@ class Head:
 
         Threads may call it side by side.
         """
-        if not self.in_parts:
+        if self._shadow is None:
             return states[..., tokens]
         self._now.states = states
         self._now.tokens = tokens

@@ -5,7 +5,7 @@ In shapes: B sequences, C positions, D width of the activations at a site, V voc
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, final
@@ -18,13 +18,24 @@ from saerelay.lm.adapter import merged
 from saerelay.lm.facts import read_facts
 from saerelay.lm.head import Head
 from saerelay.lm.ports import Port, intercept, place_in, plain_skeleton
-from saerelay.lm.probe import probe, probe_skeleton
+from saerelay.lm.probe import Anatomy, probe, probe_skeleton
 from saerelay.lm.readout import linear_readout
-from saerelay.lm.source import loading, locate, model_class, pinned, quantisation, quantisation_options, read_config
+from saerelay.lm.source import (
+    loading,
+    locate,
+    model_class,
+    model_skeleton,
+    pinned,
+    quantisation,
+    quantisation_options,
+    read_config,
+)
+from saerelay.lm.split import split_over_ranks
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site
+from saerelay.team import stopping_together
 
 _RESIDUAL_STREAM = ("resid_pre", "resid_post")
 """Kinds of sites that lie between two layers; all others lie inside one."""
@@ -58,23 +69,29 @@ class LanguageModel:
     {'L2': (1, 3, 192), 'L5.mlp_out': (1, 3, 192)}
     """
 
-    def __init__(self, model: Any, facts: ModelFacts) -> None:
+    def __init__(self, model: Any, facts: ModelFacts, *, split_anatomy: Anatomy | None = None) -> None:
+        """`split_anatomy`: what a probe says of the whole model, of which this rank has a part."""
         self.facts = facts
         self.device = torch.device(facts.device)
         self._model = model.eval().requires_grad_(False)
         if quantisation(self._model.config):
             # Such weights are where they were loaded, and their products may not be differentiable.
-            self._anatomy = probe_skeleton(plain_skeleton(self._model), facts.name)
+            self._anatomy = split_anatomy or probe_skeleton(plain_skeleton(self._model), facts.name)
         else:
             self._model = self._model.to(self.device)
-            self._anatomy = probe(self._model, facts.name)
+            self._anatomy = split_anatomy or probe(self._model, facts.name)
         self._layers: Any = self._model.get_submodule(self._anatomy.layers)
         self._can_skip = dict[int, bool]()
         """Whether a forward can start after the first n layers, for every n that was tried."""
+        self.is_split = split_anatomy is not None
+        """Whether other ranks hold it with this one: they run the same forwards, one after the other."""
 
     @classmethod
-    def load(cls, spec: ModelSpec) -> "LanguageModel":
+    def load(cls, spec: ModelSpec, *, split: bool = False) -> "LanguageModel":
         """Load a model's weights, which must be safetensors, onto the device.
+
+        With `split`, each group of `spec.tensor_parallel` ranks holds it together: all ranks call
+        this at once, and from then on the ranks of a group run the same forwards.
 
         Raises what `read_facts` raises, and ModelError if weights are missing, damaged or of
         another shape.
@@ -84,14 +101,18 @@ class LanguageModel:
         with loading(spec):
             location = locate(exact)
             config = read_config(exact)
+            options = location.options | quantisation_options(location, facts)
+            anatomy = None
+            if split:
+                options = options | split_over_ranks(spec)
+                anatomy = probe_skeleton(model_skeleton(exact, config), spec.name)
             model, report = model_class(config).from_pretrained(
                 location.name_or_path,
                 config=config,
                 dtype=getattr(torch, facts.dtype),
                 use_safetensors=True,
                 output_loading_info=True,
-                **location.options,
-                **quantisation_options(location, facts),
+                **options,
             )
             # A pooler is not one of the layers, and many checkpoints come without it.
             missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
@@ -101,7 +122,7 @@ class LanguageModel:
                     "which would be random. Download the model again, or save it with "
                     "save_pretrained from the class it was trained as."
                 )
-            return cls(merged(model, exact), facts)
+            return cls(merged(model, exact), facts, split_anatomy=anatomy)
 
     @property
     def hf_model(self) -> Any:
@@ -140,6 +161,7 @@ class LanguageModel:
         with suppress(_Stop), ExitStack() as stack:
             for site in visitors:
                 stack.enter_context(self.splice(site, partial(show, site)))
+            stack.enter_context(self._with_other_ranks())
             self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         assert not waiting, f"asked for {list(visitors)}, the forward did not pass {waiting}"
 
@@ -185,13 +207,23 @@ class LanguageModel:
         Raises ModelError if the model has no language-model head.
         """
         self._check_lm_head()
-        return self._model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+        with self._with_other_ranks():
+            return self._model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
 
     @cached_property
     def head(self) -> Head:
         """What makes logits of last hidden states; ModelError if the model has no language-model head."""
         self._check_lm_head()
-        return Head(self._model)
+        with self._with_other_ranks():
+            return Head(self._model, whole=self.is_split)
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        with self._with_other_ranks():
+            return self.head.states(tokens)
+
+    def _with_other_ranks(self) -> AbstractContextManager[None]:
+        """Around a forward: a rank without which it cannot go on is told of in one line."""
+        return stopping_together() if self.is_split else nullcontext()
 
     def _check_lm_head(self) -> None:
         if not self.facts.has_lm_head:
@@ -218,7 +250,7 @@ class LanguageModel:
 
         Raises what `check_site` raises, and ModelError without a language-model head.
         """
-        head = self.head  # made before there are hooks, since it tries the model
+        _ = self.head  # made before there are hooks, since it tries the model
         tokens = tokens.to(self.device)
         # From a site inside a layer, `resuming` starts with the stream before that layer.
         wanted: dict[Site, None] = {}
@@ -242,7 +274,7 @@ class LanguageModel:
             for i, layer in enumerate(self._layers):
                 hook = layer.register_forward_hook(partial(keep_output, i))
                 stack.callback(hook.remove)
-            states = head.states(tokens)
+            states = self._states(tokens)
 
         layer_extras = []
         for i in range(len(self._layers)):
@@ -278,7 +310,7 @@ class LanguageModel:
             with torch.set_grad_enabled(x.requires_grad):
                 # Copied, because some models add to the stream in place.
                 given.x = x.to(clean.activations[site].dtype, copy=True)
-                return self.head.states(clean.tokens)
+                return self._states(clean.tokens)
 
         def stream() -> Tensor:
             if is_between_layers:
@@ -303,12 +335,12 @@ class LanguageModel:
         stream = clean.activations[_stream_at(site)]
         try:
             with self._skipping(clean, n_skipped, stream.clone):
-                states = self.head.states(clean.tokens)
+                states = self._states(clean.tokens)
         except Exception:  # without what earlier layers pass on, a model may fail in any way
             return False
         if torch.equal(states, clean.states):
             return True
-        again = self.head.states(clean.tokens)
+        again = self._states(clean.tokens)
         return _largest_difference(states, clean.states) <= 2 * _largest_difference(again, clean.states)
 
     @contextmanager
@@ -355,13 +387,13 @@ def _stream_at(site: Site) -> Site:
     return Site(site.layer, "resid_pre")
 
 
-def load_model(plan: Plan) -> LanguageModel:
+def load_model(plan: Plan, *, split: bool = False) -> LanguageModel:
     """The model that a plan was made for, with every module that the plan reads.
 
-    Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
+    `split` as in `LanguageModel.load`. Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
     """
     exact = pinned(plan.recipe.model, plan.facts)
-    model = LanguageModel.load(exact.changed(dtype=plan.facts.dtype))
+    model = LanguageModel.load(exact.changed(dtype=plan.facts.dtype), split=split)
     for leg in plan.legs:
         model.check_site(leg.site)
         model.check_site(leg.site_out)

@@ -30,6 +30,8 @@ def linear_readout(model: Any, last_layer: nn.Module, name: str) -> Tensor:
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
+    if weight is not None and hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()  # of which this rank has a part
     if weight is None or weight.ndim != 2:
         raise _not_linear(name, "it has no unembedding matrix")
     if not weight.is_floating_point() or weight.element_size() == 1:

@@ -22,7 +22,8 @@ class Cost(Spec):
     """Those of the language model among them: what a suite cannot go below."""
     flops_dense_equivalent: float
     memory_bytes: float
-    """Largest training state of all live legs, one block's activations at the sites then open, the language model."""
+    """Largest training state of all live legs, one block's activations at the sites then open, the language model (or
+    one rank's part of it)."""
     disk_bytes: float
     """Published dictionaries, snapshots, the saved state twice over, and the tokens."""
     cache_bytes: float
@@ -83,6 +84,17 @@ def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts) -> float:
     return max(accumulate(size for _, size in sorted(changes)))
 
 
+def model_bytes(plan: Plan) -> float:
+    """The language model's weights on one rank: all of them, or, with `tensor_parallel`, a part of each layer.
+
+    What lies outside of the layers counts as whole, though ranks share most models' embeddings as well.
+    """
+    facts = plan.facts
+    in_layers = facts.n_layers * facts.layer_params
+    on_rank = facts.model_params - in_layers + in_layers / plan.recipe.model.tensor_parallel
+    return float(facts.bytes_per_value * on_rank)
+
+
 def plan_cost(plan: Plan) -> Cost:
     """Predict a plan's cost from shapes alone."""
     facts = plan.facts
@@ -119,7 +131,7 @@ def plan_cost(plan: Plan) -> Cost:
         flops=flops,
         lm_flops=lm_flops,
         flops_dense_equivalent=dense,
-        memory_bytes=live + buffer_bytes * plan.block_tokens * max(tokens_by_width) + value_bytes * facts.model_params,
+        memory_bytes=live + buffer_bytes * plan.block_tokens * max(tokens_by_width) + model_bytes(plan),
         disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / recipe.data.epochs,
         cache_bytes=2.0 * cached,
     )

@@ -7,11 +7,24 @@ of a result depends on it.
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from saerelay.planning.cost import peak_state_bytes, step_flops
+from saerelay.errors import PlanError
+from saerelay.planning.cost import model_bytes, peak_state_bytes, step_flops
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site
 from saerelay.spec import Spec
+
+
+def check_groups(model: ModelSpec, n_ranks: int) -> None:
+    """Raise PlanError unless ranks form whole groups, each of which holds the language model (`tensor_parallel`)."""
+    degree = model.tensor_parallel
+    if n_ranks % degree:
+        count = "one process" if n_ranks == 1 else f"{n_ranks} ranks"
+        raise PlanError(
+            f"model.tensor_parallel is {degree}, and {count} cannot form groups of {degree}; start a multiple of "
+            f"{degree}, such as: torchrun --nproc-per-node {degree} -m saerelay train ..."
+        )
 
 
 def owners(plan: Plan, n_ranks: int) -> dict[str, int]:
@@ -69,21 +82,36 @@ def prober(needed: Sequence[set[Site]] | Sequence[list[Site]], probe_site: Site)
     return ranks[0] if ranks else 0
 
 
-def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float) -> list[range]:
+def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float, degree: int = 1) -> list[range]:
     """Which of the `n_parts` micro-batches of a block each rank forwards, so that all ranks are done at the same time.
 
-    `busy` are the seconds that each rank spends on its legs per block.
+    `busy` are the seconds that each rank spends on its legs per block. The `degree` ranks of a group, which hold the
+    language model together, forward the same ones.
 
     >>> deal(8, [0.0, 0.0, 4.0], seconds_per_part=1.0)
     [range(0, 4), range(4, 8), range(8, 8)]
+    >>> deal(3, [0.0, 1.0, 0.0, 0.0], seconds_per_part=1.0, degree=2)
+    [range(0, 1), range(0, 1), range(1, 3), range(1, 3)]
     """
-    counts = [0] * len(busy)
+    busy_groups = [max(busy[first : first + degree]) for first in range(0, len(busy), degree)]
+    counts = [0] * len(busy_groups)
     for _ in range(n_parts):
-        finished = [seconds + n * seconds_per_part for seconds, n in zip(busy, counts, strict=True)]
-        least = min(range(len(busy)), key=lambda rank: (finished[rank], counts[rank], rank))
+        finished = [seconds + n * seconds_per_part for seconds, n in zip(busy_groups, counts, strict=True)]
+        least = min(range(len(counts)), key=lambda group: (finished[group], counts[group], group))
         counts[least] += 1
     stops = list(accumulate(counts))
-    return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+    shares = [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+    return [shares[rank // degree] for rank in range(len(busy))]
+
+
+def peers(rank: int, n_ranks: int, degree: int) -> list[int]:
+    """The ranks that a rank exchanges activations with: those with the same place in other groups, of which there are
+    `degree`. Ranks of its own group have forwarded the same themselves.
+
+    >>> peers(1, 6, degree=2), peers(1, 3, degree=1)
+    ([3, 5], [0, 2])
+    """
+    return [other for other in range(n_ranks) if other != rank and other % degree == rank % degree]
 
 
 # --- what to expect of a number of ranks ---------------------------------------------------------------------------
@@ -123,9 +151,12 @@ def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
 
     How to see this: in each stretch of blocks with the same sites open, the language model's work goes to whoever has
     the least to do (`deal`). So a block takes what all work comes to, divided by the number of ranks, but not less than
-    the rank whose legs take longest.
+    the rank whose legs take longest. What a rank does not forward itself is sent to it. Without `speeds`, all forward
+    as much.
     """
+    check_groups(plan.recipe.model, n_ranks)
     facts = plan.facts
+    degree = plan.recipe.model.tensor_parallel
     owner = owners(plan, n_ranks)
     exchanged = 0.0
     seconds = 0.0
@@ -138,27 +169,48 @@ def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
             bytes_per_token = [float(_bytes_per_token(facts, own)) for own in needed]
             most_rows = [max(pair) for pair in zip(most_rows, bytes_per_token, strict=True)]
             n_tokens = n_blocks * plan.block_tokens
-            exchanged += n_tokens * sum(bytes_per_token) * (n_ranks - 1) / n_ranks
+            shares = [degree / n_ranks] * n_ranks
             if speeds:
                 lm, busy = _work(plan, owner, n_ranks, speeds, number * plan.block_tokens, sites)
                 seconds += n_tokens * max(max(busy), (lm + sum(busy)) / n_ranks)
                 of_one += n_tokens * (lm + sum(busy))
+                shares = forward_shares(busy, lm, degree)
+            sent = [own * (1 - share) for own, share in zip(bytes_per_token, shares, strict=True)]
+            exchanged += n_tokens * sum(sent)
         number += n_blocks
 
-    shares = []
-    model_bytes = float(facts.bytes_per_value * facts.model_params)
+    by_rank = []
     for rank in range(n_ranks):
         legs = [leg for leg in plan.legs if owner[leg.id] == rank]
         state = peak_state_bytes(legs, facts) if legs else 0.0
-        boxes = sum(most_rows) / n_ranks if n_ranks > 1 else 0.0
+        boxes = sum(most_rows) / n_ranks if n_ranks > degree else 0.0
         activations = plan.block_tokens * (most_rows[rank] + 2 * boxes)
-        shares.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=state + activations + model_bytes))
+        needed_bytes = state + activations + model_bytes(plan)
+        by_rank.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=needed_bytes))
     return Spread(
-        ranks=shares,
+        ranks=by_rank,
         exchange_bytes=exchanged,
         seconds=seconds if speeds else None,
         seconds_of_one=of_one if speeds else None,
     )
+
+
+def forward_shares(busy: Sequence[float], lm: float, degree: int = 1) -> list[float]:
+    """The share of a block that each rank forwards, so that all are done at the same time: `deal`, of very many parts.
+
+    >>> forward_shares([0.0, 1.0, 9.0], lm=3.0)
+    [0.6666666666666666, 0.3333333333333333, 0.0]
+    """
+    # How to see this: work is poured like water over what each group is busy with anyway, up to one level.
+    busy_groups = [max(busy[first : first + degree]) for first in range(0, len(busy), degree)]
+    of_group = lm / degree  # seconds, if one group forwarded all
+    level = 0.0
+    for n, seconds in enumerate(sorted(busy_groups)):
+        if n and level <= seconds:
+            break
+        level = (level * n + seconds + (0 if n else of_group)) / (n + 1)
+    shares = [max(0.0, level - seconds) / of_group for seconds in busy_groups]
+    return [shares[rank // degree] for rank in range(len(busy))]
 
 
 def _bytes_per_token(facts: ModelFacts, sites: Sequence[Site]) -> int:

@@ -56,6 +56,11 @@ class ModelSpec(Spec):
     adapter: str = Field(
         default="", description='adapter (peft) to merge into the weights: directory, or hub id, "user/name@revision"'
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="how many GPUs hold the model together, if it is too large for one: see docs/scale-out.md",
+    )
 
 
 class SitesSpec(Spec):
@@ -132,7 +137,8 @@ class DataSpec(Spec):
     )
     cache: str = Field(
         default="",
-        description='directory for activations (bfloat16), to be read by later epochs and runs; "" for none',
+        description="where to keep activations (bfloat16) for later epochs and runs: a directory, or an address such "
+        'as s3://bucket/folder; "" for none',
     )
     block_tokens: OrAuto[Count] = Field(
         default="auto",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saerelay.data.stream import LiveStream, finite_positions, kept_positions
-from saerelay.planning.ranks import deal, needed_sites, owners, prober
+from saerelay.planning.ranks import deal, needed_sites, owners, peers, prober
 from saerelay.site import Site
 from saerelay.team import Team
 
@@ -22,6 +22,8 @@ MAX_OUTBOX_BYTES = 2**31 - 2**24
 """Most that a rank sends at once: a larger share of a block goes in several rounds."""
 ALIGNMENT = 16
 """Bytes that each site's rows are aligned to, so that they may be viewed in any dtype, and copied in words."""
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens (s, C) of some sequences, and the row of the block that each position has."""
 
 
 class TeamStream(LiveStream):
@@ -31,6 +33,7 @@ class TeamStream(LiveStream):
         plan = stream.plan
         super().__init__(stream.model, stream.sequences, plan, stream.cache)
         self.team = team
+        self.degree = plan.recipe.model.tensor_parallel
         self.owner = owners(plan, team.size)
         self.needs: list[list[Site]] = []
         """Of the block at hand, by rank."""
@@ -39,6 +42,7 @@ class TeamStream(LiveStream):
         if self.model and not self.cache:
             found = self.model.harvest(torch.zeros(1, 2, dtype=torch.long), sites)
             self._dtypes = {site: x.dtype for site, x in found.items()}
+        self._row_bytes = {site: plan.facts.width(site) * dtype.itemsize for site, dtype in self._dtypes.items()}
 
     def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:
         """Those of the open sites that this rank needs."""
@@ -66,18 +70,16 @@ class TeamStream(LiveStream):
             words = self.team.gather((list(sites), needed))
             wanted = [lacking for lacking, _ in words]
             needed = np.logical_or.reduce([mask for _, mask in words])
-        batches = self._batches(tokens, needed)
-        shares = deal(len(batches), self.team.busy, self.team.seconds_per_batch)
+        batches = [(tokens[batch], rows[batch]) for batch in self._batches(tokens, needed)]
+        shares = deal(len(batches), self.team.busy, self.team.seconds_per_batch, self.degree)
 
         batch_bytes = sum(self._bytes(self.plan.lm_batch_tokens, sites) for sites in wanted)
         per_round = max(1, MAX_OUTBOX_BYTES // max(1, batch_bytes))
         for start in range(0, max(len(share) for share in shares), per_round):
             dealt = [batches[share.start : share.stop][start : start + per_round] for share in shares]
-            self._round(tokens, rows, wanted, dealt)
+            self._round(wanted, dealt)
 
-    def _round(
-        self, tokens: Tensor, rows: Tensor, wanted: Sequence[Sequence[Site]], dealt: Sequence[Sequence[slice]]
-    ) -> None:
+    def _round(self, wanted: Sequence[Sequence[Site]], dealt: Sequence[Sequence[MicroBatch]]) -> None:
         """Forward the micro-batches `dealt` to this rank; send each rank the sites it wants, and place what comes.
 
         How to see this: the outbox is one piece of memory, cut by rank, then by site; the inbox likewise. Both ends
@@ -86,43 +88,43 @@ class TeamStream(LiveStream):
         """
         me = self.team.rank
         ranks = range(self.team.size)
-        n_tokens = [sum(rows[batch].numel() for batch in batches) for batches in dealt]
-        for_others = [[] if rank == me else list(wanted[rank]) for rank in ranks]
-        for_me = [[] if rank == me else list(wanted[me]) for rank in ranks]
+        n_tokens = [sum(rows.numel() for _, rows in batches) for batches in dealt]
+        others = peers(me, self.team.size, self.degree)
+        for_others = [list(wanted[rank]) if rank in others else [] for rank in ranks]
+        for_me = [list(wanted[me]) if rank in others else [] for rank in ranks]
 
         sent = [self._bytes(n_tokens[me], for_others[rank]) for rank in ranks]
         outbox = torch.empty(sum(sent), dtype=torch.uint8, device=self.device)
         parcels = [self._cut(part, n_tokens[me], for_others[rank]) for rank, part in enumerate(outbox.split(sent))]
-        self._forward(tokens, rows, dealt[me], wanted[me], parcels)
+        self._forward(dealt[me], wanted, parcels)
 
         received = [self._bytes(n_tokens[rank], for_me[rank]) for rank in ranks]
         inbox = self.team.exchange(outbox, sent, received)
         for rank, part in enumerate(inbox.split(received)):
             if len(part):
-                places = torch.cat([rows[batch].flatten() for batch in dealt[rank]])
+                places = torch.cat([rows.flatten() for _, rows in dealt[rank]])
                 for site, x in self._cut(part, n_tokens[rank], for_me[rank]).items():
                     self._put(site, places, x)
 
     def _forward(
-        self,
-        tokens: Tensor,
-        rows: Tensor,
-        batches: Sequence[slice],
-        mine: Sequence[Site],
-        parcels: Sequence[Mapping[Site, Tensor]],
+        self, batches: Sequence[MicroBatch], wanted: Sequence[Sequence[Site]], parcels: Sequence[Mapping[Site, Tensor]]
     ) -> None:
-        """Run the model over some micro-batches: activations go to their rows of a block, and into parcels."""
-        sites = sorted({*mine, *(site for parcel in parcels for site in parcel)})
+        """Run the model over some micro-batches: activations go to their rows of a block, and into parcels.
+
+        Whoever wants what, every rank goes as deep as the others: those that hold the model together must.
+        """
+        mine = wanted[self.team.rank]
+        sites = sorted({site for of_rank in wanted for site in of_rank})
         began = time.perf_counter()
         start = 0
-        for batch in batches:
+        for tokens, rows in batches:
             assert self.model, "everything was in the cache when the run began"
-            stop = start + rows[batch].numel()
+            stop = start + rows.numel()
             visitors = {}
             for site in sites:
                 copies = [parcel[site][start:stop] for parcel in parcels if site in parcel]
-                visitors[site] = partial(self._hand_out, site, rows[batch] if site in mine else None, copies)
-            self.model.visit(tokens[batch], visitors)
+                visitors[site] = partial(self._hand_out, site, rows if site in mine else None, copies)
+            self.model.visit(tokens, visitors)
             start = stop
         if batches:
             if self.device.type == "cuda":
@@ -138,19 +140,13 @@ class TeamStream(LiveStream):
 
     def _bytes(self, n_tokens: int, sites: Sequence[Site]) -> int:
         """Bytes that some sites' activations take in a box."""
-        return sum(self._site_bytes(n_tokens, site) for site in sites)
-
-    def _site_bytes(self, n_tokens: int, site: Site) -> int:
-        n_bytes = n_tokens * self.plan.facts.width(site) * self._dtypes[site].itemsize
-        return ALIGNMENT * math.ceil(n_bytes / ALIGNMENT)
+        return sum(ALIGNMENT * math.ceil(n_tokens * self._row_bytes[site] / ALIGNMENT) for site in sites)
 
     def _cut(self, box: Tensor, n_tokens: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The activations (n_tokens, D) of some sites that lie one after the other in a box, uint8."""
+        parts = box.split([self._bytes(n_tokens, [site]) for site in sites])
         views = {}
-        start = 0
-        for site in sites:
-            width = self.plan.facts.width(site)
-            n_bytes = n_tokens * width * self._dtypes[site].itemsize
-            views[site] = box[start : start + n_bytes].view(self._dtypes[site]).view(n_tokens, width)
-            start += self._site_bytes(n_tokens, site)
+        for site, part in zip(sites, parts, strict=True):
+            activations = part[: n_tokens * self._row_bytes[site]].view(self._dtypes[site])
+            views[site] = activations.view(n_tokens, self.plan.facts.width(site))
         return views

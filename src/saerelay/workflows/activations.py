@@ -3,16 +3,19 @@
 import math
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
-from saerelay.data.cache import ActivationCache
 from saerelay.data.corpus import Corpus, prepare
+from saerelay.data.remote_cache import RemoteCache, open_cache
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
 from saerelay.files import remove_replaced, replace_directory
-from saerelay.lm.model import load_model
+from saerelay.lm.model import LanguageModel, load_model
+from saerelay.lm.split import check_whole
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
@@ -81,38 +84,57 @@ def _check_corpus(plan: Plan, corpus: Corpus) -> None:
 def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
     """The plan's activations of sequences (N, context), with the language model, unless all of them are in data.cache.
 
-    Raises DataError if the cache is damaged, or if what it lacks does not fit on its disk.
+    A model that several ranks hold together is not loaded yet: see `joined_stream`. Raises DataError if the cache is
+    damaged, or if what it lacks does not fit on its disk.
     """
+    is_split = plan.recipe.model.tensor_parallel > 1
     if not plan.recipe.data.cache:
-        return LiveStream(load_model(plan), sequences, plan)
-    cache = ActivationCache(plan)
+        return LiveStream(None if is_split else load_model(plan), sequences, plan)
+    cache = open_cache(plan)
     stream = LiveStream(None, sequences, plan, cache)
     needed = stream.uncached_bytes()
-    existing = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
+    if not isinstance(cache, RemoteCache):  # a store does not tell how much it takes
+        _check_free(cache.folder, needed)
+    if needed and not is_split:
+        stream.model = load_model(plan)
+    return stream
+
+
+def _check_free(folder: Path, needed: int) -> None:
+    """Raise DataError unless so many bytes fit on the disk of a folder, which need not exist yet."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise DataError(
-            f"{cache.folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
+            f"{folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
             'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
             "fewer tokens or layers"
         )
-    if needed:
-        stream.model = load_model(plan)
-    return stream
 
 
 def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, team: Team) -> TeamStream:
     """The activations that each rank of a team needs, computed by all.
 
     `stream` is rank 0's, which has a model if anything is to be computed; None on the others. One rank of
-    each machine loads the model first, so that it is downloaded once.
+    each machine loads the model first, so that it is downloaded once; a model that ranks hold together is loaded by
+    all of them at once.
     """
-    needs_model = team.once(lambda: stream is not None and stream.model is not None)
     model = stream.model if stream else None
-    if needs_model:
+    if plan.recipe.model.tensor_parallel > 1:
+        model = _loaded_together(plan, team)
+    elif team.once(lambda: model is not None):
         model = team.in_turn(lambda: model or load_model(plan))
-    cache = ActivationCache(plan) if plan.recipe.data.cache else None
+    cache = open_cache(plan) if plan.recipe.data.cache else None
     return TeamStream(LiveStream(model, sequences, plan, cache), team)
+
+
+def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
+    """The language model that groups of ranks hold together, once it is seen that each rank has whole activations."""
+    model = load_model(plan, split=True)
+    found = model.harvest(torch.zeros(1, 2, dtype=torch.long), plan.with_probe(plan.sites))
+    by_rank = team.gather({site: x.cpu() for site, x in found.items()})
+    check_whole(by_rank, plan.facts, plan.recipe.model.tensor_parallel)
+    return model
 
 
 def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:

@@ -18,6 +18,7 @@ from saerelay.files import reason, write_text
 from saerelay.lm.identity import check_same_model
 from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
+from saerelay.planning.ranks import check_groups
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
 from saerelay.rank import restarts_will_fail
@@ -71,11 +72,7 @@ def train_run(
         def lead() -> Plan:
             """What rank 0 does before the others know what to do."""
             nonlocal start
-            if team.size > 1 and ":" in recipe.model.device:
-                raise RecipeError(
-                    f'model.device is "{recipe.model.device}", and each of {team.size} ranks takes a GPU of its own; '
-                    'write "cuda" or "auto"'
-                )
+            _check_ranks(recipe, team)
             goes_on = resume or extend or (team.control is not None and paths.plan.is_file())
             fresh = not paths.root.exists()
             check_directory(paths, resume=goes_on)
@@ -100,6 +97,21 @@ def train_run(
             if console and note:
                 console.print(f"note: {note}", markup=False)
     return load(paths.root)
+
+
+def _check_ranks(recipe: Recipe, team: Team) -> None:
+    """Raise RecipeError or PlanError if so many ranks cannot train a recipe together."""
+    if team.size > 1 and ":" in recipe.model.device:
+        raise RecipeError(
+            f'model.device is "{recipe.model.device}", and each of {team.size} ranks takes a GPU of its own; '
+            'write "cuda" or "auto"'
+        )
+    if recipe.model.tensor_parallel > 1 and recipe.plan.surveyed:
+        raise RecipeError(
+            'a survey (plan.preset = "auto") is the work of one process, and model.tensor_parallel is '
+            f"{recipe.model.tensor_parallel}; choose another preset"
+        )
+    check_groups(recipe.model, team.size)
 
 
 def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Start:

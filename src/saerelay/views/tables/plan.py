@@ -116,9 +116,25 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
         table.add_row(
             "cache",
             f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.recipe.data.cache)} "
-            "(less what is cached already, and what is read again)",
+            f"(less what is cached already, and what is read again); {cache_pays(cost, seconds)}",
         )
     return table
+
+
+def cache_pays(cost: Cost, seconds: dict[str, float] | None) -> str:
+    """From which reading speed on a cache beats computing activations again; measured, or by operations.
+
+    >>> cost = Cost.model_construct(cache_bytes=4e9, lm_flops=8e12)
+    >>> cache_pays(cost, {"lm": 2.0})
+    'reading beats computing where it gives more than 2.0 GB/s per process'
+    >>> cache_pays(cost, None)
+    'reading beats computing where it gives more than 500 MB/s for each TFLOP/s of the language model'
+    """
+    beats = "reading beats computing where it gives more than"
+    if seconds:
+        return f"{beats} {cost.cache_bytes / seconds['lm'] / 1e9:.1f} GB/s per process"
+    megabytes = cost.cache_bytes / cost.lm_flops * 1e12 / 1e6
+    return f"{beats} {megabytes:.0f} MB/s for each TFLOP/s of the language model"
 
 
 def spread_table(plan: Plan, spread: Spread) -> Group:
@@ -131,7 +147,11 @@ def spread_table(plan: Plan, spread: Spread) -> Group:
         legs = ", ".join(share.legs) or "nothing (it only runs the language model)"
         table.add_row(str(rank), f"{share.memory_bytes / 2**30:.2f} GiB", legs)
     per_token = spread.exchange_bytes / plan.n_tokens
-    lines = [f"All ranks run the language model; they exchange {per_token / 1e3:.1f} kB of activations per token."]
+    who = "All ranks run the language model"
+    degree = plan.recipe.model.tensor_parallel
+    if degree > 1:
+        who = f"Groups of {degree} ranks hold and run the language model together"
+    lines = [f"{who}; ranks exchange {per_token / 1e3:.1f} kB of activations per token."]
     if spread.seconds and spread.seconds_of_one:
         lines.append(
             f"If each rank is as fast as this machine: {duration(spread.seconds)} "

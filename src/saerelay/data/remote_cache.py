@@ -1,0 +1,161 @@
+"""The activation cache in an object store, or wherever else fsspec reads and writes: s3://, gs://, ...
+
+    <data.cache>/<model>-<digest>/<site>/<digest>.safetensors     a shard, as in a directory on disk
+    <data.cache>/<model>-<digest>/<site>/<digest>.json            its manifest, written after it
+
+A shard without a manifest counts as not being there, so one that is half written is never read. The digest is that of
+the shard's content: two writers of the same sequences either write the same bytes or different files. What is read of a
+shard are the bytes of the sequences that are asked for. C is the context, D the width of the activations at a site.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from fsspec.core import url_to_fs
+from safetensors.torch import save
+from torch import Tensor
+
+from saerelay.data.cache import ActivationCache, crc32, damaged, digest
+from saerelay.errors import DataError, SaeRelayError
+from saerelay.planning.plan import Plan
+from saerelay.site import Site
+from saerelay.spec import Spec
+
+SHARD_BYTES = 2**27
+"""Size of a shard, at most: of small files, their number rules how fast they are read."""
+SEQUENCES_AT_ONCE = 256
+"""Sequences that are asked for together."""
+
+
+class Manifest(Spec):
+    """What a shard holds, and where in it."""
+
+    about: str
+    """What the activations belong to, as in the shard's own header."""
+    offset: int
+    """Where in the shard the activations of the first sequence begin."""
+    sequences: list[int]
+    """The id of each sequence, in order."""
+    crc32: list[int]
+    """A checksum of each sequence's activations, seeded with its id."""
+
+
+class RemoteCache(ActivationCache):
+    """The part of `data.cache` that belongs to a plan's model, at an address such as s3://bucket/folder."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.address = plan.recipe.data.cache
+        with self._reaching():
+            self.files, root = url_to_fs(self.address)
+        self.root = f"{root.rstrip('/')}/{self.name}"
+        widest = max(self.bytes_per_sequence(site) for site in plan.with_probe(plan.sites))
+        self.per_shard = max(1, SHARD_BYTES // widest)
+
+    def read(self, site: Site, ids: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        """See `ActivationCache.read`."""
+        index = self._index(site)
+        places = [index[sequence] for sequence in ids.tolist()]
+        n_bytes = self.bytes_per_sequence(site)
+        for start in range(0, len(places), SEQUENCES_AT_ONCE):
+            asked = places[start : start + SEQUENCES_AT_ONCE]
+            begins = [manifest.offset + row * n_bytes for (_, manifest), row in asked]
+            ends = [begin + n_bytes for begin in begins]
+            with self._reaching():
+                parts = self.files.cat_ranges([path for (path, _), _ in asked], begins, ends, on_error="raise")
+            for i, (((path, manifest), row), part) in enumerate(zip(asked, parts, strict=True), start):
+                if len(part) != n_bytes:
+                    raise damaged(path, f"{n_bytes} bytes of sequence {row}", len(part))
+                x = torch.frombuffer(bytearray(part), dtype=torch.bfloat16).view(self.context, -1)
+                checksum = crc32(x, int(ids[i]))
+                if checksum != manifest.crc32[row]:
+                    raise damaged(path, f"crc32 {manifest.crc32[row]} of sequence {row}", checksum)
+                yield i, x
+
+    def write(self, site: Site, ids: np.ndarray, x: Tensor) -> None:
+        """See `ActivationCache.write`: first the shard, then its manifest."""
+        sequences = ids.tolist()
+        checksums = [crc32(rows, sequence) for rows, sequence in zip(x, sequences, strict=True)]
+        tensors = {"sequences": torch.from_numpy(ids), "crc32": torch.tensor(checksums), "activations": x}
+        about = self._about(site)
+        content = save(tensors, {"about": about})
+        path = f"{self.root}/{site}/{digest([sequences, checksums])}.safetensors"
+        manifest = Manifest(about=about, offset=_offset(content), sequences=sequences, crc32=checksums)
+        with self._reaching():
+            self._put(path, content)
+            self._put(_manifest_path(path), manifest.model_dump_json().encode())
+
+        index = self._index(site)
+        for row, sequence in enumerate(sequences):
+            index[sequence] = ((path, manifest), row)
+
+    def _put(self, path: str, content: bytes) -> None:
+        """Write a file that appears as a whole or not at all, where the place it is written to can do that."""
+        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        with self.files.transaction:
+            self.files.pipe_file(path, content)
+
+    def _index(self, site: Site) -> dict[int, tuple[Any, int]]:
+        """Shard (its path and manifest) and row of each sequence, from all manifests."""
+        if site in self._indexes:
+            return self._indexes[site]
+        with self._reaching():
+            self.files.invalidate_cache()
+            paths = self.files.glob(f"{self.root}/{site}/*.json")
+            found: dict[str, bytes] = self.files.cat(paths, on_error="raise") if paths else {}
+        index: dict[int, tuple[Any, int]] = {}
+        for path, content in sorted(found.items()):
+            manifest = self._manifest(path, content, site)
+            for row, sequence in enumerate(manifest.sequences):
+                index[sequence] = ((_shard_path(path), manifest), row)
+        self._indexes[site] = index
+        return index
+
+    def _manifest(self, path: str, content: bytes, site: Site) -> Manifest:
+        try:
+            manifest = Manifest.model_validate_json(content)
+        except ValueError as error:
+            raise damaged(path, "a manifest", error) from None
+        if manifest.about != self._about(site):
+            raise damaged(path, f"activations of {self._about(site)}", manifest.about)
+        if len(manifest.sequences) != len(manifest.crc32):
+            raise damaged(path, f"{len(manifest.sequences)} checksums", len(manifest.crc32))
+        return manifest
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn whatever a store's own library raises into one line."""
+        try:
+            yield
+        except SaeRelayError:
+            raise
+        except Exception as error:  # each store has errors of its own
+            detail = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(
+                f"data.cache = {self.address}: cannot be used ({detail[:300]}); check the address, the credentials and "
+                "that the package for this kind of store is installed, or set data.cache to a directory"
+            ) from None
+
+
+def _offset(content: bytes) -> int:
+    """Where the activations begin in a shard: behind its header, which tells its own length."""
+    n_header = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + n_header])
+    return 8 + n_header + header["activations"]["data_offsets"][0]
+
+
+def _manifest_path(path: str) -> str:
+    return f"{path.removesuffix('.safetensors')}.json"
+
+
+def _shard_path(path: str) -> str:
+    return f"{path.removesuffix('.json')}.safetensors"
+
+
+def open_cache(plan: Plan) -> ActivationCache:
+    """The cache of a plan: in a directory, or at an address."""
+    return RemoteCache(plan) if "://" in plan.recipe.data.cache else ActivationCache(plan)
