@@ -27,6 +27,7 @@ function drawFlow(run, links, onBand) {
     viewBox,
     role: "group",
     "aria-label": "Features from layer to layer",
+    "--least-width": `${layout.width}px`,
   });
 
   /** @type {SVGElement | null} */
