@@ -130,7 +130,7 @@ function markNavigation(entry) {
   for (const link of document.querySelectorAll("nav a")) {
     if (link.getAttribute("href") === `#/${entry}`) {
       link.setAttribute("aria-current", "page");
-      link.scrollIntoView({ block: "nearest", inline: "nearest" });
+      centreInRow(/** @type {HTMLElement} */ (link)); // scrollIntoView would move the focus on
     } else {
       link.removeAttribute("aria-current");
     }
