@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="a report's index.html")
     parser.add_argument("--feature", required=True, help="an SAE and a feature of it, such as L8/1200")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="the pictures to retake, if not all")
     parser.add_argument("--search", required=True, help="what the list of features is asked for")
     options = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -80,14 +81,15 @@ def main() -> None:
         raise SystemExit("docs/gallery.py: no chromium on the path (Debian: apt-get install chromium)")
 
     FOLDER.mkdir(exist_ok=True)
-    total = 0
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for shot in shots(options.feature, options.search):
+            if options.only and shot.name not in options.only:
+                continue
             size = take(browser, options.report, shot)
             print(f"{shot.name}: {size / 1000:.0f} kB")
-            total += size
         browser.close()
+    total = sum(path.stat().st_size for path in FOLDER.glob("*.webp"))
     if total > MOST_BYTES:
         raise SystemExit(f"docs/gallery.py: {total:,} bytes of pictures, more than {MOST_BYTES:,}")
 
