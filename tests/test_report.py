@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from saerelay.runs.features import load_features
 from saerelay.views.labels import FATES, METHODS, METRICS, ORIGINS, ROLES
 from saerelay.views.report import write_report
 from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, training_curves
+from saerelay.views.report.overview import BOTTOM, TOP, overview
 from saerelay.views.report.rows import tiles
 from saerelay.views.report.story import lost, saved, story, transfers_badly
 
@@ -252,3 +254,57 @@ def test_a_model_without_a_head_has_a_report(suite: Suite) -> None:
     headless = {"delta_ce": None, "delta_ce_se": None, "ce_loss_score": None}
     page = report_of(suite, with_legs(summary, **{leg.id: headless for leg in summary.legs}))
     assert "nats per token rises" not in page.read_text(encoding="utf-8")
+
+
+# --- the chart on the first page ------------------------------------------------------------------------------------
+
+
+def test_the_overview_shows_every_sae_and_its_controls_with_the_numbers_of_the_table(written: Suite) -> None:
+    summary = summary_of(written)
+    page = (written.directory.report / "index.html").read_text(encoding="utf-8")
+    table = page[page.index('id="quality-table"') : page.index("</table>")]
+    panels = overview(summary).panels
+    assert [panel.name for panel in panels] == ["ΔCE", "Balanced FVU", "FVU"]
+    for panel in panels:
+        assert [mark.kind for mark in panel.marks] == ["transfer", "equal_tokens", "full", "root", "transfer"]
+        assert all(a.x < b.x for a, b in pairwise(panel.marks)), "side by side, from the first layer to the last"
+        for mark in panel.marks:
+            value = re.search(r"(0\.\d{4})", mark.text)
+            assert value and value[1] in table
+    assert "L0-scratch-equal: control: from scratch, equal tokens, 3.55k tokens\nΔCE 0.1000 ± 0.0100" in [
+        mark.text for mark in panels[0].marks
+    ]
+
+
+def test_marks_stand_as_high_as_their_values_and_bars_reach_one_standard_error(suite: Suite) -> None:
+    summary = with_legs(summary_of(suite), L1={"delta_ce": 0.2, "delta_ce_se": 0.05})
+    panel = overview(summary).panels[0]
+    root = next(mark for mark in panel.marks if mark.kind == "root")
+    other = panel.marks[0]  # 0.1 ± 0.01
+    assert BOTTOM - root.y == pytest.approx(2 * (BOTTOM - other.y), abs=0.2)
+    assert root.low - root.y == pytest.approx((BOTTOM - root.y) / 4, abs=0.2)
+    assert TOP <= root.high < root.y < root.low <= BOTTOM
+    assert [tick.text for tick in panel.ticks] == ["0", "0.1", "0.2"]
+
+
+def test_a_random_dictionary_does_not_squeeze_the_others(suite: Suite) -> None:
+    summary = summary_of(suite)
+    full = next(leg for leg in summary.legs if leg.control_kind == "full")
+    random = full.changed(id="noise", control_kind="random", delta_ce=0.9, delta_ce_se=0.01)
+    with_random = overview(only(summary, [*summary.legs, random]))
+    marks = {mark.text.split(":")[0]: mark for mark in with_random.panels[0].marks}
+    before = {mark.text.split(":")[0]: mark for mark in overview(summary).panels[0].marks}
+    assert marks["noise"].is_beyond and marks["noise"].y == TOP and "0.9000 ± 0.0100" in marks["noise"].text
+    assert marks["L1"].y == before["L1"].y and not marks["L1"].is_beyond
+    assert with_random.kinds[-1] == "random"
+
+
+def test_the_overview_of_a_model_without_a_head_and_of_many_layers(suite: Suite) -> None:
+    summary = summary_of(suite)
+    headless = {"delta_ce": None, "delta_ce_se": None}
+    drawn = overview(with_legs(summary, **{leg.id: headless for leg in summary.legs}))
+    assert [panel.name for panel in drawn.panels] == ["Balanced FVU", "FVU"] and not drawn.is_wide
+    root = summary.leg("L1")
+    deep = overview(only(summary, [root.changed(id=f"L{n}", layer=n) for n in range(40)]))
+    assert deep.is_wide and [tick.text for tick in deep.layers] == [str(n) for n in range(0, 40, 3)]
+    assert all(0 < mark.x < 100 for mark in deep.panels[0].marks)

@@ -1,5 +1,9 @@
-"""The report in a browser, opened from disk, as people will see it."""
+"""The report in a browser, opened from disk, as people will see it.
 
+SAERELAY_SCREENSHOTS=<directory> keeps pictures of every view, on a laptop and a phone, light and dark, to be looked at.
+"""
+
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -54,7 +58,7 @@ HARD_TO_READ_OR_HIT = """() => {
   return faults;
 }"""
 """Text with less than the contrast that WCAG AA asks for, and what can be pressed but is under 24 pixels."""
-LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+LAPTOP, PHONE = {"width": 1366, "height": 768}, {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,13 @@ class Visit:
         self.page.wait_for_function("view => document.documentElement.dataset.shown === view", arg=address or "#/")
 
 
+def keep_screenshot(page: Any, name: str) -> None:
+    """A picture of the whole page, if somebody wants to look at it."""
+    folder = os.environ.get("SAERELAY_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / f"{re.sub(r'[^a-z0-9-]+', '-', name.lower())}.png", full_page=True)
+
+
 @pytest.fixture
 def visit(chromium: Any, report: Path) -> Iterator[Visit]:
     seen = Visit(chromium, report)
@@ -115,6 +126,7 @@ def test_every_view_loads_and_fits(chromium: Any, report: Path, viewport: dict[s
         assert page.locator(".note:visible").count() == (1 if "measures" in address else 0), page.inner_text("main")
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], address
         assert page.evaluate(HARD_TO_READ_OR_HIT) == [], address
+        keep_screenshot(page, f"{viewport['width']}-{theme}-{address}")
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", dark)[:3])) < 60) == (theme == "dark")
     seen.page.context.close()
@@ -285,3 +297,200 @@ def test_arrow_keys_step_over_cells_without_a_value(visit: Visit) -> None:
     assert page.inner_text("#tip") == "1 on 0"
     page.keyboard.press("ArrowUp")
     assert page.inner_text("#tip") == "1 on 0"
+
+
+# --- the chart on the first page ------------------------------------------------------------------------------------
+
+
+def test_the_overview_tells_values_to_mouse_and_keyboard(visit: Visit) -> None:
+    page = visit.at("#/")
+    chart = page.locator("svg.marks").first
+    marks = chart.locator(".mark")
+    assert marks.count() == 5 and chart.locator(".mark[tabindex='0']").count() == 1
+    marks.nth(2).locator("path").first.hover()
+    assert "L0-scratch-full: control: from scratch, full budget" in page.inner_text("#tip")
+    assert "ΔCE 0.1000 ± 0.0100" in page.inner_text("#tip")
+    marks.nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert "L0-scratch-equal" in page.inner_text("#tip")
+    assert chart.locator(".mark[tabindex='0']").get_attribute("aria-label").startswith("L0-scratch-equal")
+    assert page.locator(f"#{chart.get_attribute('aria-details')}").count() == 1, "a table has the numbers"
+
+
+def test_the_overview_stands_above_the_fold_and_marks_lie_within_it(visit: Visit) -> None:
+    page = visit.at("#/")
+    assert page.locator("svg.marks").first.bounding_box()["y"] < LAPTOP["height"]
+    for chart in page.locator("svg.marks").all():
+        frame = chart.bounding_box()
+        for path in chart.locator(".mark path").all():
+            box = path.bounding_box()
+            assert frame["x"] < box["x"] and box["x"] + box["width"] < frame["x"] + frame["width"]
+            assert frame["y"] < box["y"] and box["y"] + box["height"] < frame["y"] + frame["height"]
+
+
+# --- the keyboard ---------------------------------------------------------------------------------------------------
+
+
+def focused(page: Any) -> str:
+    """What has the focus."""
+    return page.evaluate("document.activeElement.getAttribute('href') || document.activeElement.type || ''")
+
+
+def test_a_slash_leads_to_the_search_and_arrows_through_its_results(visit: Visit) -> None:
+    page = visit.at("#/feature/L1/123")
+    page.keyboard.press("/")
+    visit.drawn("#/features/L1")
+    page.wait_for_function("document.activeElement.type === 'search'")
+    page.keyboard.type("/")  # in the field it is a letter
+    assert page.input_value("input[type=search]") == "/"
+    page.keyboard.press("Escape")
+    assert page.input_value("input[type=search]") == ""
+    rows = page.locator("ol.list a.row").evaluate_all("rows => rows.map((row) => row.getAttribute('href'))")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert focused(page) == rows[1]
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowUp")
+    assert focused(page) == "search"
+    page.keyboard.press("Escape")
+    assert focused(page) != "search"
+
+
+def test_arrows_lead_to_other_features_and_with_shift_to_other_layers(visit: Visit) -> None:
+    page = visit.at("#/feature/L1/123")
+    page.keyboard.press("ArrowRight")
+    visit.drawn("#/feature/L1/124")
+    page.keyboard.press("ArrowLeft")
+    visit.drawn("#/feature/L1/123")
+    page.keyboard.press("Shift+ArrowRight")
+    visit.drawn("#/feature/L2-from-L1/123")
+    page.keyboard.press("Shift+ArrowRight")  # there is no layer after it
+    page.keyboard.press("Shift+ArrowLeft")
+    visit.drawn("#/feature/L1/123")
+    page.keyboard.press("Control+ArrowRight")  # the browser's own
+    page.go_back()
+    visit.drawn("#/feature/L2-from-L1/123")
+
+
+def test_a_question_mark_lists_the_keys_and_escape_closes_the_list(visit: Visit) -> None:
+    page = visit.at("#/feature/L1/123")
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible() and "search for a feature" in page.inner_text("#keys")
+    page.keyboard.press("ArrowRight")  # does nothing behind the list
+    page.keyboard.press("Escape")
+    assert not page.locator("#keys").is_visible() and page.url.endswith("#/feature/L1/123")
+    page.click("#show-keys")
+    page.click("#hide-keys")
+    assert not page.locator("#keys").is_visible()
+
+
+def test_everything_that_can_be_pressed_is_reached_with_tab_and_shows_it(visit: Visit) -> None:
+    for address in ("#/features/L1", "#/feature/L1/123", "#/lineage"):
+        page = visit.at(address)
+        controls = page.evaluate("""() => {
+          const all = document.querySelectorAll("a, button, select, input, summary, [role=button]");
+          const seen = [...all].filter((node) => node.checkVisibility() && !node.disabled);
+          return seen.filter((node) => node.tabIndex < 0).map((node) => node.outerHTML.slice(0, 80));
+        }""")
+        assert controls == []
+        for _ in range(4):
+            page.keyboard.press("Tab")
+            outline, line = page.evaluate("""() => {
+              const style = getComputedStyle(document.activeElement);
+              return [style.outlineStyle, style.stroke];
+            }""")
+            assert outline == "solid" or line == "rgb(22, 33, 43)", "an outline, or a dark line around a band"
+
+
+def test_the_skip_link_leads_into_the_view_and_not_to_another(visit: Visit) -> None:
+    page = visit.at("#/plan")
+    page.keyboard.press("Tab")
+    assert page.locator("#skip").bounding_box()["x"] >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    assert page.inner_text("main h1:visible") == "Plan"
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["#feature=L1/123", "#feature=L1%2F123", "#/feature/L1/123"])
+def test_a_link_opens_its_feature_and_names_the_window_after_it(visit: Visit, address: str) -> None:
+    page = visit.at(address)
+    assert page.inner_text("main h1:visible") == "Feature 123 of layer 1"
+    assert page.title().startswith("Feature 123 of layer 1 · Sparse autoencoders")
+
+
+def test_the_link_of_a_feature_is_copied_or_shown(chromium: Any, report: Path) -> None:
+    seen = Visit(chromium, report, permissions=["clipboard-read", "clipboard-write"])
+    page = seen.at("#/feature/L1/123")
+    page.get_by_role("button", name="Copy link").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link == page.url and link.endswith("#/feature/L1/123")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
+    page.keyboard.press("ArrowRight")
+    seen.drawn("#/feature/L1/124")
+    page.get_by_role("button", name="Copy link").click()
+    assert page.get_by_label("Link to this feature").input_value() == page.url
+    assert page.evaluate("getSelection().toString()") == page.url
+    seen.page.context.close()
+    assert seen.complaints == []
+
+
+def test_the_way_back_leads_to_where_one_was(visit: Visit) -> None:
+    page = visit.at("#/features/L1")
+    row = page.locator("ol.list a.row").nth(40)
+    row.scroll_into_view_if_needed()
+    page.wait_for_function("history.state?.scrolled > 0")
+    height = page.evaluate("scrollY")
+    address = row.get_attribute("href")
+    row.click()
+    visit.drawn(address)
+    page.wait_for_function("scrollY === 0")
+    page.go_back()
+    visit.drawn("#/features/L1")
+    page.wait_for_function("height => Math.abs(scrollY - height) < 5", arg=height)
+    page.go_forward()
+    visit.drawn(address)
+
+
+def test_a_view_that_is_drawn_too_late_is_not_shown(visit: Visit) -> None:
+    page = visit.at("#/feature/L1/123")
+    page.evaluate("""() => {
+      const draw = saerelay.views.feature;
+      saerelay.views.feature = async (body, parts, query) => {
+        if (parts[1] === "124") await new Promise((resolve) => setTimeout(resolve, 300));
+        await draw(body, parts, query);
+      };
+      location.hash = "#/feature/L1/124";
+      setTimeout(() => { location.hash = "#/feature/L1/125"; }, 50);
+    }""")
+    visit.drawn("#/feature/L1/125")
+    page.wait_for_timeout(500)
+    assert page.inner_text("main h1:visible") == "Feature 125 of layer 1"
+
+
+# --- paper ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["#/", "#/plan", "#/lineage", "#/feature/L1/123", "#/circuits"])
+def test_a_printed_page_is_light_has_no_navigation_and_cuts_nothing_off(
+    chromium: Any, report: Path, address: str
+) -> None:
+    paper = {"width": 680, "height": 1000}  # A4 without margins, in CSS pixels
+    seen = Visit(chromium, report, viewport=paper, color_scheme="dark")
+    page = seen.at(address)
+    page.emulate_media(media="print")
+    assert page.locator(".bar:visible, button:visible, select:visible, dialog:visible").count() == 0
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 251)"
+    assert page.evaluate("document.documentElement.scrollWidth") <= paper["width"]
+    cut = page.evaluate("""() => [...document.querySelectorAll("main section:not([hidden]) *")]
+      .filter((node) => node.clientWidth && node.scrollWidth > node.clientWidth + 1 && !node.closest("svg, .chip"))
+      .filter((node) => getComputedStyle(node).overflowX !== "visible")
+      .map((node) => node.outerHTML.slice(0, 80))""")
+    assert cut == []
+    keep_screenshot(page, f"print-{address}")
+    seen.page.context.close()

@@ -28,7 +28,7 @@ saerelay.views.feature = async function drawFeature(body, [legId, latentText]) {
 };
 
 /**
- * Links back to the list, and to the features before and after this one.
+ * Links back to the list, to the features before and after this one, and to this page.
  *
  * @param {Feature} feature
  * @param {boolean} hasOtherLayers
@@ -44,11 +44,12 @@ function featureCrumbs({ leg, latent }, hasOtherLayers) {
     ),
     element(
       "span.pager",
-      pagerLink(leg, latent - 1, "←"),
-      pagerLink(leg, latent + 1, "→"),
+      pagerLink(leg, latent - 1, "←", "ArrowLeft"),
+      pagerLink(leg, latent + 1, "→", "ArrowRight"),
       hasOtherLayers
         ? element("a.button", { href: compareAddress }, "Compare across layers")
         : null,
+      copyLinkButton(),
     ),
   );
 }
@@ -57,11 +58,33 @@ function featureCrumbs({ leg, latent }, hasOtherLayers) {
  * @param {Leg} leg
  * @param {number} latent
  * @param {string} arrow
+ * @param {string} key that follows the link, see keys.js
  */
-function pagerLink(leg, latent, arrow) {
+function pagerLink(leg, latent, arrow, key) {
   if (latent < 0 || latent >= leg.n_latents) return null;
-  const attributes = { href: featureAddress(leg.id, latent), "aria-label": `Feature ${latent}` };
+  const attributes = {
+    href: featureAddress(leg.id, latent),
+    "aria-label": `Feature ${latent}`,
+    "data-key": key,
+  };
   return element("a.button", attributes, arrow);
+}
+
+/** Copies the address of the page; where a browser refuses that, shows it, selected. */
+function copyLinkButton() {
+  const button = element("button.button", { type: "button", "aria-live": "polite" }, "Copy link");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(location.href);
+      button.textContent = "Copied";
+    } catch {
+      const attributes = { type: "text", value: location.href, readonly: true };
+      const field = element("input", { ...attributes, "aria-label": "Link to this feature" });
+      button.replaceWith(field);
+      /** @type {HTMLInputElement} */ (field).select();
+    }
+  });
+  return button;
 }
 
 /** @param {Feature} feature */

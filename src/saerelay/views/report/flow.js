@@ -28,6 +28,7 @@ function drawFlow(run, legs, links, onBand) {
     viewBox,
     role: "group",
     "aria-label": "Features from layer to layer",
+    "--least-width": `${layout.width}px`,
   });
 
   /** @type {SVGElement | null} */

@@ -37,7 +37,7 @@ saerelay.views.interpret = async function drawInterpretations(body) {
 /** @param {InterpretedOrigin[]} rows */
 function originTable(rows) {
   const named = rows.map((row) => ({ ...row, origin: labelOf(labels.origins, row.origin) }));
-  return dataTable(named, [
+  return dataTable("Scores by origin", named, [
     { name: "origin", heading: "origin" },
     { name: "n_legs", heading: "SAEs", format: wholeNumber },
     { name: "n_explained", heading: "explained", format: wholeNumber },
@@ -49,7 +49,7 @@ function originTable(rows) {
 /** @param {InterpretedLeg[]} rows */
 function legTable(rows) {
   const named = rows.map((row) => ({ ...row, origin: labelOf(labels.origins, row.origin) }));
-  return dataTable(named, [
+  return dataTable("Scores by SAE", named, [
     { name: "layer", heading: "layer", format: wholeNumber },
     { name: "leg", heading: "SAE" },
     { name: "origin", heading: "origin" },

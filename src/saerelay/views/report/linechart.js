@@ -64,8 +64,8 @@ function logarithmicTicks(low, high) {
  */
 function chartFrame({ lines, logarithmic }) {
   const narrow = innerWidth < 640;
-  const width = narrow ? 420 : 960;
-  const height = narrow ? 320 : 420;
+  const width = narrow ? 360 : 960;
+  const height = narrow ? 290 : 420;
   const left = 58;
   const right = width - 14;
   const top = 26;

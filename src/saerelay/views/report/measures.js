@@ -100,7 +100,7 @@ function transferabilitySection(run, measures) {
   if (!rows.length) return [];
   return [
     element("h2", "Feature transferability"),
-    dataTable(rows, [
+    dataTable("Feature transferability", rows, [
       { name: "leg", heading: "SAE" },
       { name: "parent", heading: "parent" },
       { name: "n_latents", heading: "features", format: wholeNumber },
@@ -129,7 +129,7 @@ function transferScoreSection(run, measures) {
   if (!rows.length) return [];
   return [
     element("h2", "Transfer score"),
-    dataTable(rows, [
+    dataTable("Transfer score", rows, [
       { name: "leg", heading: "SAE" },
       { name: "parent", heading: "parent" },
       { name: "scratch", heading: "compared with" },
@@ -233,7 +233,7 @@ function attributionSection(run, measures) {
   const toOneDecimal = (value) => fixed(value, 1);
   return [
     element("h2", "Direct logit attribution"),
-    dataTable(finished(measures.dla.legs), [
+    dataTable("Direct logit attribution", finished(measures.dla.legs), [
       { name: "leg", heading: "SAE" },
       { name: "layer", heading: "layer", format: number },
       { name: "mean", heading: "mean", format: toOneDecimal },

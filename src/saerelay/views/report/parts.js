@@ -107,10 +107,11 @@ function captionOf(run, text = "") {
  * Rows of a document as a table. A column without a `format` is text, which is untrusted.
  *
  * @template Row
+ * @param {string} label
  * @param {Row[]} rows
  * @param {Column<Row>[]} columns
  */
-function dataTable(rows, columns) {
+function dataTable(label, rows, columns) {
   const heads = columns.map(({ heading, format }) =>
     element(format ? "th.n" : "th", { scope: "col" }, heading),
   );
@@ -120,6 +121,7 @@ function dataTable(rows, columns) {
   });
   return element(
     "div.scroll",
+    { tabindex: 0, role: "region", "aria-label": label },
     element("table", element("thead", element("tr", heads)), element("tbody", body)),
   );
 }

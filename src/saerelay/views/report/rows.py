@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from saerelay.planning.leg_spec import ControlKind
 from saerelay.planning.plan import Leg, Plan
@@ -61,17 +60,6 @@ def _tile(name: str, counted: str, ours: float, theirs: float, *, write: Callabl
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A leg's value on a scale from 0 to 100, with its error bar."""
-
-    kind: Literal["root", "transfer"] | ControlKind
-    x: float
-    low: float
-    high: float
-    value: float
-
-
-@dataclass(frozen=True)
 class QualityRow:
     """A leg of the suite, with its controls below it."""
 
@@ -81,8 +69,6 @@ class QualityRow:
     tokens: str
     ratio: float | None
     """Its leading metric over that of its control with the full budget."""
-    balanced_fvu_marks: list[Mark]
-    delta_ce_marks: list[Mark]
     controls: list["ControlRow"] = field(default_factory=list)
     spreads: list["SpreadRow"] = field(default_factory=list)
     """Of the leg and of its controls, those that were trained with several seeds."""
@@ -118,40 +104,22 @@ def _spreads(summary: Summary, legs: Sequence[LegSummary]) -> list[SpreadRow]:
 
 
 def quality_rows(summary: Summary) -> list[QualityRow]:
-    """A row for each final leg, with its marks and those of its controls."""
-    drawn = summary.drawn_legs
-    fvus = [leg.balanced_fvu for leg in drawn if is_number(leg.balanced_fvu)]
+    """A row for each final leg, with its controls."""
     metric = leading_metric(summary)
-    delta_ces = [leg.delta_ce + (leg.delta_ce_se or 0) for leg in drawn if is_number(leg.delta_ce)]
-    fvu_scale = 1.05 * max(fvus, default=1.0)
-    delta_ce_scale = 1.05 * max(delta_ces, default=1.0)
-
     rows = []
     kind = "" if len(summary.kinds) > 1 else summary.kinds[0]
     for leg in summary.final_legs:
         begins = leg.kind != kind
         kind = leg.kind
         full = summary.control(leg, "full")
-        equal = summary.control(leg, "equal_tokens")
-        random = summary.control(leg, "random")
-        controls = [control for control in (equal, full) if control]
-        listed = [*controls, random] if random else controls
+        controls = [summary.control(leg, "equal_tokens"), full, summary.control(leg, "random")]
+        listed = [control for control in controls if control]
         rows.append(
             QualityRow(
                 leg=leg,
                 kind=kind if begins else "",
                 tokens=format_count(leg.tokens),
                 ratio=quality_ratio(leg, full, metric),
-                balanced_fvu_marks=[
-                    _mark(row, row.balanced_fvu, None, fvu_scale)
-                    for row in (leg, *controls)
-                    if is_number(row.balanced_fvu)
-                ],
-                delta_ce_marks=[
-                    _mark(row, row.delta_ce, row.delta_ce_se, delta_ce_scale)
-                    for row in (leg, *controls)
-                    if is_number(row.delta_ce)
-                ],
                 controls=[ControlRow(control, format_count(control.tokens)) for control in listed],
                 spreads=_spreads(summary, [leg, *listed]),
             )
@@ -168,19 +136,6 @@ def quality_ratio(leg: LegSummary, control: LegSummary | None, metric: str) -> f
     if not is_number(ours) or not is_number(theirs) or theirs <= 0:
         return None
     return ours / theirs
-
-
-def _mark(leg: LegSummary, value: float | None, error: float | None, scale: float) -> Mark:
-    kind = leg.control_kind or ("transfer" if leg.parent else "root")
-    centre = value or 0.0
-    reach = error or 0.0
-    return Mark(
-        kind=kind,
-        x=round(100 * centre / scale, 2),
-        low=round(100 * (centre - reach) / scale, 2),
-        high=round(100 * (centre + reach) / scale, 2),
-        value=centre,
-    )
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from saerelay.runs.documents.across_layers import Measures
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.spec import format_count
 from saerelay.views.labels import ARCHITECTURES, leading_metric, mean_l0, metric_name, misleading_fvu
+from saerelay.views.report.overview import overviews
 from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
 from saerelay.views.text import duration, is_number, listed
 
@@ -29,6 +30,7 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
         "surveyed": any(leg.predicted_fvu is not None for leg in summary.legs),
         "leading": metric_name(leading_metric(summary)),
         "misleading": misleading_fvu(summary),
+        "overviews": overviews(summary),
         "rows": quality_rows(summary),
         "plan_rows": plan_rows(plan),
         "plan_tokens": format_count(plan.n_tokens),

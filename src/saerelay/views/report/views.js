@@ -59,8 +59,10 @@ function requestScript(name, onError) {
 
 // --- addresses: #/feature/L4-from-L5/123, #/features/L4?q=… --------------------------------------
 
+/** What the address asks for; #feature=L4-from-L5/123 is a short form that people may write. */
 function currentAddress() {
-  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  const long = location.hash.replace(/^#feature=(.+?)(?:\/|%2F)/i, "#/feature/$1/");
+  const [path, query] = long.replace(/^#\/?/, "").split("?");
   const [view, ...parts] = path.split("/").filter(Boolean).map(decoded);
   return { view: view ?? "summary", parts, query: new URLSearchParams(query) };
 }
@@ -94,6 +96,9 @@ const ENTRY_OF_VIEW = /** @type {Record<string, string>} */ ({
   compare: "features",
 });
 
+/** How often a view was asked for: one that was drawn too late is not shown. */
+let timesAsked = 0;
+
 async function showCurrentView() {
   const { view: asked, parts, query } = currentAddress();
   const exists = document.querySelector(`[data-view="${CSS.escape(asked)}"]`);
@@ -105,8 +110,19 @@ async function showCurrentView() {
   for (const section of sections) section.hidden = section.dataset.view !== view;
 
   const draw = saerelay.views[view];
-  if (draw) await redraw(view, (body) => draw(body, parts, query));
+  const turn = ++timesAsked;
+  if (draw) await redraw(view, turn, (body) => draw(body, parts, query));
+  if (turn !== timesAsked) return;
+  nameWindow(view);
   document.documentElement.dataset.shown = location.hash || "#/"; // the tests wait for this
+}
+
+const REPORT_TITLE = document.title;
+
+/** @param {string} view whose heading comes first in the window's title, and so in bookmarks */
+function nameWindow(view) {
+  const heading = document.querySelector(`[data-view="${view}"] h1`)?.textContent;
+  document.title = view === "summary" ? REPORT_TITLE : `${heading} · ${REPORT_TITLE}`;
 }
 
 /** @param {string} entry */
@@ -114,7 +130,7 @@ function markNavigation(entry) {
   for (const link of document.querySelectorAll("nav a")) {
     if (link.getAttribute("href") === `#/${entry}`) {
       link.setAttribute("aria-current", "page");
-      link.scrollIntoView({ block: "nearest", inline: "nearest" });
+      centreInRow(/** @type {HTMLElement} */ (link)); // scrollIntoView would move the focus on
     } else {
       link.removeAttribute("aria-current");
     }
@@ -125,15 +141,17 @@ function markNavigation(entry) {
  * Draw a view beside the old one and replace that at once, so that nothing flickers.
  *
  * @param {string} view
+ * @param {number} turn
  * @param {(body: HTMLElement) => Promise<void>} draw
  */
-async function redraw(view, draw) {
+async function redraw(view, turn, draw) {
   const body = element("div.body");
   try {
     await draw(body);
   } catch (error) {
     body.replaceChildren(element("p.note", /** @type {Error} */ (error).message));
   }
+  if (turn !== timesAsked) return;
   document.querySelector(`[data-view="${view}"] .body`)?.replaceWith(body);
 
   /** @type {NodeListOf<HTMLElement>} */
@@ -148,9 +166,13 @@ function centreInRow(stop) {
   row.scrollLeft = stop.offsetLeft - row.offsetLeft - margin;
 }
 
+// Every entry of the browser's history remembers how far it was scrolled, for the way back.
+addEventListener("scrollend", () => history.replaceState({ scrolled: scrollY }, ""));
 addEventListener("hashchange", async () => {
+  const { scrolled = 0 } = history.state ?? {};
   await showCurrentView();
-  scrollTo(0, 0);
+  scrollTo(0, scrolled);
   byId("main").focus({ preventScroll: true });
+  document.dispatchEvent(new Event("arrived"));
 });
 addEventListener("DOMContentLoaded", showCurrentView);
