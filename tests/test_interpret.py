@@ -12,13 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_endpoint import Server, always, n_texts
 from test_cli import call as call_program
 
 import saerelay as sr
@@ -100,71 +100,6 @@ def study(run: Path) -> Study:
 # --- a server ---------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """Answers with `answer(request)`: a text, or (status, headers, body), or None to hang up; keeps count."""
-
-    def __init__(self, answer: Callable[[dict[str, Any]], Any], key: str = "") -> None:
-        self.answer, self.key = answer, key
-        self.bodies: list[bytes] = []
-        self.paid: Counter[bytes] = Counter()
-        self.keys: set[str] = set()
-        self.now, self.most, self.lock, self.released = 0, 0, threading.Lock(), threading.Event()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                with server.lock:
-                    server.now += 1
-                    server.most = max(server.most, server.now)
-                    server.bodies.append(body)
-                    server.keys.add(self.headers.get("Authorization", ""))
-                try:
-                    given = server.reply(self.path, self.headers.get("Authorization", ""), body)
-                finally:
-                    with server.lock:
-                        server.now -= 1
-                if given is None:
-                    self.close_connection = True
-                    return
-                status, headers, content = given
-                self.send_response(status)
-                for name, value in (headers | {"Content-Length": str(len(content))}).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # whoever hung up
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def reply(self, path: str, key: str, body: bytes) -> Any:
-        if path != "/v1/chat/completions":
-            return 404, {}, b"no such place"
-        if self.key and key != f"Bearer {self.key}":
-            return 401, {}, f"wrong key {key}".encode()
-        said = self.answer(json.loads(body))
-        if not isinstance(said, str):
-            return said
-        with self.lock:
-            self.paid[body] += 1
-        message = {
-            "choices": [{"message": {"content": said}}],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-        }
-        return 200, {"Content-Type": "application/json"}, json.dumps(message).encode()
-
-
 @contextmanager
 def serving(answer: Callable[[dict[str, Any]], Any], key: str = "") -> Iterator[Server]:
     server = Server(answer, key)
@@ -177,21 +112,6 @@ def serving(answer: Callable[[dict[str, Any]], Any], key: str = "") -> Iterator[
         server.http.shutdown()
         server.http.server_close()
         thread.join()
-
-
-def n_texts(request: dict[str, Any]) -> int:
-    """Texts in a question that asks for a list; 0 where an explanation is asked for."""
-    if "JSON object" in request["messages"][0]["content"]:
-        return 0
-    return len(request["messages"][1]["content"].splitlines()) - 1
-
-
-def always(value: int) -> Callable[[dict[str, Any]], str]:
-    def answer(request: dict[str, Any]) -> str:
-        n = n_texts(request)
-        return json.dumps([value] * n) if n else json.dumps({"explanation": EXPLANATION})
-
-    return answer
 
 
 def oracle(study: Study) -> Callable[[dict[str, Any]], str]:
@@ -391,7 +311,7 @@ def test_an_oracle_scores_one_and_a_yes_man_half(study: Study, tmp_path: Path) -
             assert leg["n_explained"] + leg["n_rare"] == leg["n_latents"] == 3 and not leg["n_failed"]
             assert leg["cost"]["tokens_in"] == 100 * leg["cost"]["n_questions"]
     for value in (0, 1):
-        with serving(always(value)) as server:
+        with serving(always(value, EXPLANATION)) as server:
             document = asked(study, server, tmp_path / str(value))
             assert {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {0.5}
 
@@ -401,7 +321,7 @@ def test_it_runs_in_a_notebook_whose_loop_runs_already(study: Study, tmp_path: P
     async def cell() -> dict[str, Any]:
         return asked(study, server, tmp_path)
 
-    with serving(always(1)) as server:
+    with serving(always(1, EXPLANATION)) as server:
         document = asyncio.run(cell())
     assert {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {0.5}
 
@@ -574,7 +494,9 @@ def test_the_command_asks_first_and_the_key_is_nowhere(run: Path, study: Study, 
     answers, printed = study.suite.directory.answers, []
 
     def echo(request: dict[str, Any]) -> str:
-        return always(1)(request) if n_texts(request) else json.dumps({"explanation": f"<b>[red]{KEY}\u202e"})
+        return (
+            always(1, EXPLANATION)(request) if n_texts(request) else json.dumps({"explanation": f"<b>[red]{KEY}\u202e"})
+        )
 
     with serving(echo, KEY) as server:
         common = [run, "--model", "m", "--endpoint", server.url, "--key-env", "MY_KEY", "--n", 2]

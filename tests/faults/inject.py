@@ -26,8 +26,13 @@ class Fault(NamedTuple):
     what: str
     """"before" or "after": killed before or after the call; or the name of the error it fails with: "ENOSPC"."""
 
+    @property
+    def kills(self) -> bool:
+        """Whether the process is killed; else the call fails."""
+        return self.what in ("before", "after")
+
     def __str__(self) -> str:
-        happens = f"killed {self.what}" if self.what in ("before", "after") else self.what
+        happens = f"killed {self.what}" if self.kills else self.what
         return f"{happens} at {self.call} {self.number}"
 
 

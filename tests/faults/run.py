@@ -1,6 +1,6 @@
 """The fault harness: `python tests/faults/run.py` breaks every command at every call, and looks for a way on.
 
-    --limit 200     as many faults, drawn with --seed; without it, all
+    --limit 200     as many kills, and as many failed calls, drawn with --seed; without it, all
     --only hop,eval these commands
     --fault eval:replace:1:before    this one fault; may be repeated
     --jobs 2        processes at a time
@@ -20,18 +20,24 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", COLUMNS="200")
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", COLUMNS="200")
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent.parent))
 
+import fake_endpoint
+from fake_hub import TOKEN, Hub
 from inject import FAIL_AT, KILLED_AT, Fault, Injector
-from world import Command, build, chosen, difference, fingerprint, fresh
+from world import Command, answers, build, chosen, difference, fingerprint, fresh
 
 TIMEOUT = 300.0
 """Seconds after which a command is said to hang."""
@@ -125,12 +131,17 @@ class Trials:
         """Make the runs that commands begin with."""
         build(self.place)
         self.run.parent.mkdir()
-        for name, command in (("trained", "train PLACE/r.toml --out PLACE/trained"),):
-            outcome = run_command(Command(name, command).line(self.place, self.run), None, self.log)
-            assert outcome.code == 0, outcome.said
+        self._do("train PLACE/r.toml --out PLACE/trained")
+        self._do("push PLACE/trained me/saes")
+        shutil.copytree(self.place / "trained", self.place / "judged")
+        self._do("judge PLACE/judged --n 2")
+        (self.place / "answers.json").write_text(answers(self.place / "judged"))
         shutil.copytree(self.place / "trained", self.place / "reported")
-        words = ["report", str(self.place / "reported"), "--quick"]
-        assert run_command(words, None, self.log).code == 0, self.log.read_text()
+        self._do("report PLACE/reported --quick")
+
+    def _do(self, words: str) -> None:
+        outcome = run_command(Command("", words).line(self.place, self.run), None, self.log)
+        assert outcome.code == 0, outcome.said
 
     def undisturbed(self, command: Command) -> dict[str, int]:
         """Run a command undisturbed: how many calls of each kind it makes."""
@@ -145,15 +156,14 @@ class Trials:
         """Let a fault happen to a command, and look for a way on."""
         fresh(self.run, command.base, self.place)
         words = command.line(self.place, self.run)
-        kills = fault.what in ("before", "after")
         first = run_command(words, fault, self.log)
-        self.tally["kills" if kills else "failed calls"] += 1
-        if kills and first.code != -signal.SIGKILL:
+        self.tally["kills" if fault.kills else "failed calls"] += 1
+        if fault.kills and first.code != -signal.SIGKILL:
             self.tally["not reached"] += 1
-        elif not kills and not first.is_clean:
+        elif not fault.kills and not first.is_clean:
             self._problem(command, fault, f"exit code {first.code}", first)
             return
-        if not kills and first.code == 0 and self.run.exists():
+        if not fault.kills and first.code == 0 and self.run.exists():
             # What could not be removed may stay beside the result: the next command removes it.
             differs = difference(fingerprint(self.run), self.expected[command.name])
             if differs:
@@ -199,6 +209,16 @@ def faults_of(counts: dict[str, int]) -> list[Fault]:
     return faults
 
 
+def drawn(pairs: list[tuple[Command, Fault]], limit: int, seed: int) -> list[tuple[Command, Fault]]:
+    """At most so many kills, and so many failed calls, in a random order."""
+    random.Random(seed).shuffle(pairs)
+    kills = [pair for pair in pairs if pair[1].kills]
+    failed_calls = [pair for pair in pairs if not pair[1].kills]
+    wanted = kills[:limit] + failed_calls[:limit]
+    random.Random(seed).shuffle(wanted)
+    return wanted
+
+
 def main() -> int:
     """Run the trials; 1 if any of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,9 +229,27 @@ def main() -> int:
     parser.add_argument("--fault", action="append", default=[])
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after so long")
     options = parser.parse_args()
-    import_all()
-    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+    with tempfile.TemporaryDirectory(prefix="faults-") as place, servers(Path(place) / "home"):
+        import_all()
         return run_trials(Path(place), options)
+
+
+@contextmanager
+def servers(home: Path) -> Iterator[None]:
+    """A hub and an endpoint in a process of their own, for the commands that speak to one."""
+    hub = Hub()
+    endpoint = fake_endpoint.Server(fake_endpoint.always(1))
+    os.environ.update(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0")
+    os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", SAERELAY_ENDPOINT=endpoint.url)
+    child = os.fork()
+    if child == 0:
+        threading.Thread(target=hub.serve_forever).start()
+        endpoint.http.serve_forever()
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def run_trials(place: Path, options: argparse.Namespace) -> int:
@@ -241,8 +279,7 @@ def run_share(place: Path, options: argparse.Namespace, job: int) -> int:
         if asked:
             faults = [Fault(call, int(number), what) for name, call, number, what in asked if name == command.name]
         pairs += [(command, fault) for fault in faults]
-    random.Random(options.seed).shuffle(pairs)
-    wanted = pairs[: options.limit or len(pairs)][job :: options.jobs]
+    wanted = drawn(pairs, options.limit or len(pairs), options.seed)[job :: options.jobs]
     began = time.monotonic()
     done = 0
     for command, fault in wanted:

@@ -67,6 +67,12 @@ COMMANDS = (
     Command("circuits", "circuits RUN --task PLACE/p.jsonl --n-prompts 8 --k 2", base="trained"),
     Command("judge", "judge RUN --n 2", base="trained"),
     Command("report", "report RUN --quick", base="reported"),
+    Command("transcoders", "train PLACE/transcoders.toml --out RUN"),
+    Command("plan", "plan PLACE/auto.toml --write RUN/planned.toml", base="trained"),
+    Command("interpret", "interpret RUN --explainer m --n 2 --yes", base="trained"),
+    Command("score", "score RUN PLACE/answers.json", base="judged"),
+    Command("push", "push PLACE/trained me/other"),
+    Command("pull", "pull hf://me/saes --out RUN"),
     Command("export", "export PLACE/trained --format saelens --out RUN"),
     Command("import", "import PLACE/trained/legs/L0 --out RUN"),
 )
@@ -99,8 +105,17 @@ def build(place: Path) -> None:
     (place / "more.toml").write_text(RECIPE.format(place=place, root_tokens=1536, auto=""))
     auto = RECIPE.format(place=place, root_tokens=4096, auto=AUTO).replace('"forward"', '"auto"')
     (place / "auto.toml").write_text(auto.replace("transfer_tokens = 512\n", ""))
+    transcoders = '[sites]\nmodule = "mlp_in"\nmodule_out = "mlp_out"\n[data]'
+    (place / "transcoders.toml").write_text(recipe.replace("[data]", transcoders))
     cache = f'[data]\ncache = "{place}/cache"\nepochs = 2'
     (place / "cache.toml").write_text(recipe.replace("[data]", cache))
+
+
+def answers(judged: Path) -> str:
+    """What a judge exports who says yes to every latent of the one page of a run."""
+    [key] = (judged / "judging").glob("*.json")
+    items = [item["item"] for item in json.loads(key.read_text())["items"]]
+    return json.dumps({"schema": 1, "page": key.stem, "judge": "Ada", "answers": dict.fromkeys(items, "yes")})
 
 
 def fingerprint(run: Path) -> dict[str, str]:
