@@ -93,7 +93,9 @@ def download(reference: str, into: Path) -> Path:
         names = _file_names(remote)
         wanted = [glob.escape(name) for name in _files_below(remote, names)]
         snapshot_download(remote.repo, revision=remote.revision or None, allow_patterns=wanted, local_dir=into)
-    shutil.rmtree(into / ".cache", ignore_errors=True)  # the hub's own notes about the download
+    notes_of_the_hub = into / ".cache"
+    if notes_of_the_hub.is_dir():
+        shutil.rmtree(notes_of_the_hub)
     path = into / remote.path
     return path.parent if path.is_file() else path
 
