@@ -39,7 +39,7 @@ def harvest(run: Recipe, layers: list[int], n_train: int, n_test: int) -> dict[i
     """Shuffled training rows and test rows of each layer."""
     run = run.changed(sites=run.sites.changed(layers=layers))
     plan = plan_run(run)
-    sites = [Site(layer, run.sites.module) for layer in layers]
+    sites = [Site(layer, run.sites.first_kind.module) for layer in layers]
     model = LanguageModel.load(run.model)
     context = run.data.context
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def source_leg(args: argparse.Namespace, run: Recipe, width: int) -> Leg:
         id="source",
         role="root",
         layer=args.source,
-        module=run.sites.module,
+        module=run.sites.first_kind.module,
         dictionary=DictionarySpec.parse(keys).sized(width),
         seed=0,
         schedule=Schedule(budget_tokens=n, batch_tokens=512, lr=args.source_lr, dead_after_tokens=n // 50),
@@ -163,7 +163,7 @@ def swept_leg(args: argparse.Namespace, run: Recipe, width: int, chosen: dict[st
         id="x",
         role="root",
         layer=args.layer,
-        module=run.sites.module,
+        module=run.sites.first_kind.module,
         dictionary=DictionarySpec.parse(keys).sized(width),
         seed=0,
         schedule=Schedule(

@@ -1,6 +1,7 @@
 """What people see: the live table, the plain log, tables and the figure."""
 
 import io
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from test_figures import COST, leg
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.plan import Plan
+from saerelay.planning.plan import External, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.documents.quality import ControlCost, Summary
+from saerelay.site import SiteKind
 from saerelay.training.engine import Progress
 from saerelay.training.progress import LiveTable, PlainLog
 from saerelay.views.figures import quality_figure, save
@@ -94,6 +96,28 @@ def test_the_figure_is_a_picture(tmp_path: Path, delta: float | None) -> None:
 def test_recipes_of_the_repository_compile(facts: ModelFacts) -> None:
     recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
     assert recipes
-    pythia = facts.changed(n_layers=12, d_model=768, d_attn_z=768, max_context=2048)
+    model = facts.changed(n_layers=18, d_model=768, d_attn_z=768, max_context=2048)
     for path in recipes:
-        assert compile_plan(Recipe.from_toml(path), pythia).n_tokens > 0
+        recipe = Recipe.from_toml(path)
+        base = saes_of_another_run(recipe) if recipe.plan.hop.parents else {}
+        parents = {(SiteKind(sae.module, sae.module_out), sae.layer, sae.l0): name for name, sae in base.items()}
+        plan = compile_plan(recipe, model, externals=base, parents=parents or None)
+        assert plan.n_tokens > 0
+
+
+def saes_of_another_run(recipe: Recipe) -> dict[str, External]:
+    """An SAE for each layer, kind and tier that a recipe asks for."""
+    found = {}
+    for kind, layer, l0 in product(recipe.sites.kinds, range(18), {recipe.dictionary.l0, *recipe.plan.tier.tiers}):
+        found[f"runs/base/legs/{len(found)}"] = External(
+            layer=layer,
+            module=kind.module,
+            module_out=kind.module_out,
+            architecture=recipe.dictionary.architecture,
+            n_latents=16_384,
+            d_model=768,
+            k=None,
+            l0=l0,
+            path="/",
+        )
+    return found

@@ -135,11 +135,14 @@ class LegSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_empty(cls, data: Any) -> Any:
-        """An empty parent, or control_of, is none."""
+    def _spelled_out(cls, data: Any) -> Any:
+        """An empty parent, or control_of, is none; a transcoder is one of an MLP."""
         if not isinstance(data, dict):
             return data
         rest = dict(data)
+        if rest.get("module") == "transcoder":
+            rest["module"] = "mlp_in"
+            rest["module_out"] = "mlp_out"
         if rest.get("parent") == "":
             for key in LegHop.all_keys():
                 rest.pop(key, None)

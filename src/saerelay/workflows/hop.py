@@ -36,7 +36,7 @@ from saerelay.sae.spec import Method, MethodOrAuto
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import SCRATCH, TRIAL_ROWS, try_methods
 from saerelay.sae.units import Units
-from saerelay.site import Site
+from saerelay.site import Site, SiteKind
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.launch import train_run
 from saerelay.workflows.settle import check_directory, plan_run
@@ -65,10 +65,11 @@ def hop_run(
     source that cannot be read.
     """
     paths = RunDirectory(Path(out))
-    target = Site(layer, recipe.sites.first_kind.module)
     dictionary, origin = read_any(source, format=format, site=site)
     if not origin.site:
         raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
+    recipe = of_one_kind(recipe, origin)
+    target = Site(layer, recipe.sites.first_kind.module)
     if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
         note = f"note: {source} was trained on {origin.model}; it is taken to read {recipe.model.name} as well"
         console.print(Text(printable(note)))
@@ -103,6 +104,17 @@ def hop_run(
     return train_run(with_leg(recipe, leg.changed(parent=name)), out, resume=True, console=console)
 
 
+def of_one_kind(recipe: Recipe, origin: Origin) -> Recipe:
+    """A recipe of several kinds of sites for the one that an SAE is of, or for the first if it is of none of them."""
+    kinds = recipe.sites.kinds
+    if len(kinds) == 1:
+        return recipe
+    assert origin.site
+    own = SiteKind(origin.site.module, origin.site_out.module if origin.site_out else None)
+    kind = own if own in kinds else kinds[0]
+    return recipe.changed(sites=recipe.sites.changed(module=kind.module, module_out=kind.module_out or ""))
+
+
 def _asked_leg(source: str | Path, site: Site, target: Site, recipe: Recipe, leg_keys: dict[str, Any]) -> LegSpec:
     """The leg that was asked for, with a parent that is settled later."""
     keys = {
@@ -125,7 +137,7 @@ def _rate_after(moved: "CarriedFromModel", leg: LegSpec, recipe: Recipe) -> floa
 
 def with_leg(recipe: Recipe, leg: LegSpec) -> Recipe:
     """A recipe for one leg and nothing else."""
-    plan = recipe.plan.changed(legs=[leg], controls=[], roots=[])
+    plan = recipe.plan.changed(legs=[leg], controls=[], roots=[], tiers=[], parents="")
     return recipe.changed(plan=plan)
 
 
