@@ -35,8 +35,10 @@ from saerelay.views import labels
 from saerelay.views.figures import quality_figure
 from saerelay.views.report.story import story
 from saerelay.views.tables.quality import quality_table
+from saerelay.workflows import share
 from saerelay.workflows.hop import of_one_kind, with_leg
 from saerelay.workflows.settle import describe_external, parents_in
+from saerelay.workflows.share import export_run
 from saerelay.workflows.survey import survey_run
 
 KINDS = ["resid_post", "mlp_out", "transcoder"]
@@ -241,6 +243,17 @@ def test_analyses_compare_saes_of_one_kind_and_the_suites_tier(whole: Path) -> N
     assert {leg.id for leg in chosen_legs(suite, [])} == {leg.id for leg in suite.one_per_site if not leg.is_transcoder}
 
 
+def test_a_format_takes_what_it_can_express(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share, "module_paths", lambda spec, sites: {})
+    folders = {}
+    for format in ("saelens", "saerelay"):
+        folders[format] = [sae.folder for sae in export_run(str(whole), tmp_path / format, format)]
+    saes = [f"layer_{layer}{kind}" for kind in ("", ".mlp_out") for layer in range(3)]
+    assert folders == {"saelens": saes, "saerelay": [*saes, *(f"layer_{layer}.transcoder" for layer in range(3))]}
+    (tier,) = export_run(str(whole), tmp_path / "tier", "saerelay", legs=["L1-k4"])
+    assert tier.folder == "layer_1" and tier.description.startswith("topk, k 4")
+
+
 # --- another run's SAEs -----------------------------------------------------------------------------------------------
 
 
@@ -344,7 +357,7 @@ def test_the_story_answers_for_each_kind(fake: Suite, summary: Summary) -> None:
 
 def test_a_figure_shows_one_kind_and_one_tier(summary: Summary) -> None:
     def marks(part: Summary) -> int:
-        return sum(len(line.get_xdata()) for line in quality_figure(part).axes[0].lines)
+        return sum(np.size(line.get_xdata()) for line in quality_figure(part).axes[0].lines)
 
     assert marks(summary) == marks(summary.of_kind("mlp_out")) < marks(summary.of_kind()) * 2
     assert "mlp_out" in quality_figure(summary.of_kind("mlp_out"))._supxlabel.get_text()  # type: ignore[attr-defined]

@@ -169,6 +169,11 @@ def _names(formats: tuple[Format, ...]) -> str:
 # --- writing -----------------------------------------------------------------------------------
 
 
+def takes_transcoders(format: str) -> bool:
+    """Whether transcoders are written in a format."""
+    return format in _OF_TRANSCODERS
+
+
 def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, format: str) -> None:
     """Write a dictionary into a directory in one of the formats of WRITTEN.
 
@@ -176,7 +181,7 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
     """
     for writable in _WRITABLE:
         if writable.NAME == format:
-            if origin.site_out and format not in _OF_TRANSCODERS:
+            if origin.site_out and not takes_transcoders(format):
                 raise FormatError(
                     f"{format} is written for SAEs, and this is a transcoder; formats of transcoders: "
                     f"{', '.join(_OF_TRANSCODERS)}"

@@ -13,7 +13,16 @@ from typing import Any
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import reason, remove_directory, write_text
-from saerelay.interop import circuit_tracer, find_saes, hub, load_dictionary, own, read_any, write_dictionary
+from saerelay.interop import (
+    circuit_tracer,
+    find_saes,
+    hub,
+    load_dictionary,
+    own,
+    read_any,
+    takes_transcoders,
+    write_dictionary,
+)
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
@@ -130,10 +139,7 @@ def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
 
 def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) -> list[ExportedSAE]:
     """Write the chosen legs of a run, or its suite."""
-    legs = [suite.leg(leg_id) for leg_id in ids] or suite.one_per_site
-    transcoders = [leg for leg in legs if leg.is_transcoder]
-    if format == circuit_tracer.NAME and transcoders and not ids:
-        legs = transcoders  # which is all that it takes of a suite with SAEs as well
+    legs = [suite.leg(leg_id) for leg_id in ids] or _of_format(suite.one_per_site, format)
     if not legs:
         raise RunDirectoryError(
             f"{suite.directory.root}: no SAE is published yet; finish the run with `saerelay train`"
@@ -151,6 +157,15 @@ def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) ->
         write_dictionary(_place(directory, folder, format), dictionary, origin, format)
         saes.append(ExportedSAE(folder, describe(dictionary), origin, leg=leg, metrics=metrics))
     return saes
+
+
+def _of_format(legs: list[Leg], format: str) -> list[Leg]:
+    """What a format takes of a suite with both SAEs and transcoders; all of any other suite."""
+    transcoders = [leg for leg in legs if leg.is_transcoder]
+    saes = [leg for leg in legs if not leg.is_transcoder]
+    if format == circuit_tracer.NAME:
+        return transcoders or legs
+    return legs if takes_transcoders(format) else saes or legs
 
 
 def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
