@@ -37,8 +37,8 @@ ORDER = {
     "data": "text sources corpus cache remote_cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "adam schedule state device engine cohort progress trackers saving team_stream run_state inherit train",
-    "analysis": "progress logits metrics site_maps session summary evaluate matrix collecting features links lineage "
-    "describe prompts similarity attribution versions measures ablations circuits judging endpoint interpret suite",
+    "analysis": "progress logits metrics site_maps session similarity summary evaluate matrix collecting features "
+    "links lineage describe prompts attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "text labels tables figures report judge",
     "workflows": "placeless settle activations watching pilots survey launch keys timing hop tensors suites "
     "model_card neuronpedia share report judge interpret demo",
