@@ -116,6 +116,15 @@ def same_everywhere(states: Tensor) -> bool:
     return float((states - first).abs().max()) <= tolerance
 
 
+def one_row(head: Head, states: Tensor) -> Tensor:
+    """The logits (V), float32, of states (B, C, D) that are the same everywhere.
+
+    Part by part, and of several rows: a product of one row with a large vocabulary is slow in bfloat16.
+    """
+    parts = [head.logits(states[:1, :16], part)[0, 0] for part in _cut(0, head.n_tokens, PART)]
+    return torch.cat(parts).float()
+
+
 # --- sums over the vocabulary -----------------------------------------------------------------------------------------
 
 

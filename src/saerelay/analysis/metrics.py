@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saerelay.analysis.logits import CleanStates, Loss, same_everywhere
+from saerelay.analysis.logits import CleanStates, Loss, one_row, same_everywhere
 from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import OutlierCount, kept_positions
 from saerelay.errors import ModelError
@@ -346,9 +346,7 @@ class SiteBatch:
         states = self.states_with(torch.zeros_like(self.whole))
         if sums.n_kl > 0 or not same_everywhere(states):
             return Changed(sums, states)
-        # Of several rows, though all are the same: torch has no fast bfloat16 product for a single one.
-        logits = head.logits(states[:1, :16], slice(0, head.n_tokens))
-        sums.same_row = logits[0, 0].float()
+        sums.same_row = one_row(head, states)
         return Changed(sums, row=sums.same_row)
 
     def add_dictionary(self, sums: MetricSums, placed: Placed) -> Changed | None:
