@@ -548,8 +548,8 @@ def test_commands_and_options_are_these() -> None:
     options = {name: options_of(command, hidden=False) for name, command in commands.items()}
     assert options == {
         "init": set(),
-        "plan": {"--json", "--timing", "--write", "--ranks"},
-        "train": {"--out", "--resume", "--extend"},
+        "plan": {"--json", "--timing", "--write", "--ranks", "--seeds"},
+        "train": {"--out", "--resume --seeds", "--extend", "--seeds"},
         "eval": {"--json", "--tokens"},
         "matrix": {"--json", "--tokens", "--methods", "--snapshots"},
         "measures": {"--json", "--tokens", "--prompts"},
@@ -560,7 +560,7 @@ def test_commands_and_options_are_these() -> None:
         "interpret": {"--explainer", "--endpoint", "--key-env", "--body", "--leg", "--n", "--latents", "--seed"}
         | {"--concurrency", "--dry-run", "--price-in", "--price-out", "--max-cost", "--yes", "--json"},
         "import": {"--out", "--format", "--layer", "--module", "--model"},
-        "export": {"--format", "--out", "--leg", "--licence"},
+        "export": {"--format", "--out", "--leg", "--licence", "--repo"},
         "push": {"--format", "--leg", "--licence", "--private", "--dry-run"},
         "pull": {"--out"},
         "report": {"--quick", "--open"},

@@ -216,7 +216,7 @@ def test_damaged_dictionaries_are_named(tmp_path: Path) -> None:
     for change, message in (
         ({"n_latents": 5}, "W_enc has shape"),
         ({"schema": 99}, "schema 99"),
-        ({"architecture": "gated"}, 'unknown architecture "gated"'),
+        ({"architecture": "gelu"}, 'unknown architecture "gelu"'),
     ):
         (tmp_path / "d/dictionary.json").write_text(json.dumps(good | change))
         with pytest.raises(RunDirectoryError, match=message):

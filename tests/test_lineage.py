@@ -144,7 +144,7 @@ def test_nothing_is_done_twice(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch)
     first = sr.lineage_run(suite, features=True)
     files = {path: path.read_bytes() for path in [suite.directory.lineage, *map(suite.directory.features, LEGS)]}
 
-    def refuse(plan: sr.Plan) -> None:
+    def refuse(plan: sr.Plan, *, split: bool = False) -> None:
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as patch:

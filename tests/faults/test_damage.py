@@ -119,7 +119,7 @@ def own(place: Path, **changes: Any) -> Path:
         ({"layer": -1}, "layer: Input should be greater"),
         ({"module": "absent"}, "layer is 1 and module is None; give both or neither"),
         ({"module": "mlp"}, "module: Input should be 'resid_post'"),
-        ({"architecture": "gated"}, 'unknown architecture "gated"'),
+        ({"architecture": "gelu"}, 'unknown architecture "gelu"'),
         ({"architecture": "jumprelu"}, "tensor threshold is missing"),
         ({"d_model": 2**40}, "has shape"),
         ({"digests": {"W_enc": "00"}}, "is not the one that dictionary.json was written for"),

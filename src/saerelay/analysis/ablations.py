@@ -73,13 +73,12 @@ def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device |
 def answers(head: Head, states: Tensor, batch: PromptBatch) -> Tensor:
     """m (B): the right token's logit minus the wrong one's, at the last position of hidden states (B, C, D).
 
-        >>> from saerelay.lm.head import Head
-    from saerelay.lm.model import Forward, LanguageModel
-        >>> from saerelay.planning.recipe import ModelSpec
-        >>> model = LanguageModel.load(ModelSpec(device="cpu"))
-        >>> batch = PromptBatch(torch.tensor([[5, 6]]), right=torch.tensor([7]), wrong=torch.tensor([7]))
-        >>> answers(model.head, model.head.states(batch.tokens), batch)
-        tensor([0.])
+    >>> from saerelay.lm.model import LanguageModel
+    >>> from saerelay.planning.recipe import ModelSpec
+    >>> model = LanguageModel.load(ModelSpec(device="cpu"))
+    >>> batch = PromptBatch(torch.tensor([[5, 6]]), right=torch.tensor([7]), wrong=torch.tensor([7]))
+    >>> answers(model.head, model.head.states(batch.tokens), batch)
+    tensor([0.])
     """
     both = torch.stack([batch.right, batch.wrong], dim=1).to(states.device)
     tokens, columns = both.unique(return_inverse=True)
