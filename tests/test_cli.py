@@ -549,7 +549,7 @@ def test_commands_and_options_are_these() -> None:
     assert options == {
         "init": set(),
         "plan": {"--json", "--timing", "--write", "--ranks", "--seeds"},
-        "train": {"--out", "--resume --seeds", "--extend", "--seeds"},
+        "train": {"--out", "--resume", "--extend", "--seeds"},
         "eval": {"--json", "--tokens"},
         "matrix": {"--json", "--tokens", "--methods", "--snapshots"},
         "measures": {"--json", "--tokens", "--prompts"},

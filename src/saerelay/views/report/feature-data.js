@@ -132,6 +132,17 @@ async function followLinkBack(number, latent) {
 }
 
 /**
+ * The kind of site that a leg is at; "" if the run does not have the leg.
+ *
+ * @param {Run} run
+ * @param {string} legId
+ * @returns {string}
+ */
+function kindOf(run, legId) {
+  return findLeg(run, legId)?.kind ?? "";
+}
+
+/**
  * A latent through all layers: which one it is in each SAE of the suite, and the step from there to
  * the next. Empty for a leg that is not of the suite.
  *
@@ -141,7 +152,7 @@ async function followLinkBack(number, latent) {
  */
 async function followThroughLayers(legId, latent) {
   const run = await saerelay.load("run");
-  const legs = standingOf(run, findLeg(run, legId)?.kind ?? "");
+  const legs = standingOf(run, kindOf(run, legId));
   const start = legs.indexOf(legId);
   if (start < 0) return [];
 
