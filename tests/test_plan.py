@@ -337,7 +337,12 @@ def test_on_a_gpu_forward_passes_and_blocks_are_larger(facts: ModelFacts, tmp_pa
 
 @pytest.mark.parametrize(
     ("where", "value"),
-    [(("facts", "dtype"), "/etc/passwd"), (("legs", 0, "reuse"), 0), (("legs", 0, "batch_tokens"), 0)],
+    [
+        (("facts", "dtype"), "/etc/passwd"),
+        (("facts", "device"), "[/]"),
+        (("legs", 0, "reuse"), 0),
+        (("legs", 0, "batch_tokens"), 0),
+    ],
 )
 def test_a_plan_with_nonsense_in_it_is_refused(facts: ModelFacts, where: tuple, value: object) -> None:
     """Found by the fuzz harness: numbers to divide by, and a name that was looked up in torch."""

@@ -342,7 +342,7 @@ def test_a_slash_leads_to_the_search_and_arrows_through_its_results(visit: Visit
     page = visit.at("#/feature/L1/123")
     page.keyboard.press("/")
     visit.drawn("#/features/L1")
-    page.wait_for_function("document.activeElement.type === 'search'")
+    page.wait_for_function("() => document.activeElement.type === 'search'")
     page.keyboard.type("/")  # in the field it is a letter
     assert page.input_value("input[type=search]") == "/"
     page.keyboard.press("Escape")
@@ -444,12 +444,12 @@ def test_the_way_back_leads_to_where_one_was(visit: Visit) -> None:
     page = visit.at("#/features/L1")
     row = page.locator("ol.list a.row").nth(40)
     row.scroll_into_view_if_needed()
-    page.wait_for_function("history.state?.scrolled > 0")
+    page.wait_for_function("() => history.state?.scrolled > 0")
     height = page.evaluate("scrollY")
     address = row.get_attribute("href")
     row.click()
     visit.drawn(address)
-    page.wait_for_function("scrollY === 0")
+    page.wait_for_function("() => scrollY === 0")
     page.go_back()
     visit.drawn("#/features/L1")
     page.wait_for_function("height => Math.abs(scrollY - height) < 5", arg=height)

@@ -267,7 +267,7 @@ def test_push_uploads_the_export(run: Path, fake: Hub, pushed: str, tmp_path: Pa
     expected = {
         p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()
     }
-    assert fake.repos["me/saes"] == expected and len(expected) == 7
+    assert fake.repos["me/saes"] == expected and len(expected) == 8
     assert fake.private["me/saes"] and f"me/saes/commit/{COMMIT}" in pushed
 
 

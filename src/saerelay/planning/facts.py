@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import Literal
 
+from pydantic import Field
+
 from saerelay.errors import ModelError
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 from saerelay.spec import Positive, Spec, Whole
@@ -51,7 +53,7 @@ class ModelFacts(Spec):
     family: str
     """`model_type` of the Hugging Face configuration."""
     dtype: Precision
-    device: str
+    device: str = Field(pattern=r"^(cpu|cuda|mps)(:[0-9]{1,3})?$")
     n_layers: Positive
     d_model: Positive
     sites: SiteFacts
