@@ -99,6 +99,7 @@ def test_python_examples(place: Path) -> None:
     names = {"model": model, "inputs": {"input_ids": torch.tensor([[1, 3, 5]])}, "x": torch.randn(10, 32), "sr": sr}
     names |= {"x_layer4": layer4, "x_layer5": layer4 + 0.1 * torch.randn(2048, 32)}
     names["tokens"] = np.load("tokens.npy")
+    names["ids"] = torch.from_numpy(names["tokens"][:4096].astype(np.int64)).view(-1, 16)
     recipe = sr.Recipe.from_toml("run.toml")
     sr.train_run(recipe, "runs/a")
     for page in (DOCS.parent / "README.md", DOCS / "python.md"):

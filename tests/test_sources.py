@@ -92,6 +92,7 @@ def test_many_files_stay_whole_and_a_byte_order_mark_is_honoured(
 @pytest.mark.parametrize(
     "content, told",
     [
+        ("a café".encode()[:-1], r"notes.txt: ends in the middle of a character \(byte \d+\)"),
         ("wörd\n".encode("latin-1") * 900, r"notes.txt: not utf-8 text: byte 0xf6 at \d+\. Convert it"),
         ("word\n".encode("utf-16-le") * 900, "notes.txt: has zero bytes in it, so it is no text, or UTF-16 without"),
         ("word\n".encode("utf-16") * 9000, "notes.txt: is utf-16 text, which cannot be cut into documents"),

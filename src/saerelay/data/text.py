@@ -139,6 +139,11 @@ def _decoded(path: Path, start: int, content: bytes, encoding: str = "utf-8") ->
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise DataError(
+                f"{path}: ends in the middle of a character (byte {start + error.start}); it is not whole. Get it "
+                "again, or cut it before that byte."
+            ) from None
         raise DataError(
             f"{path}: not {encoding} text: byte {content[error.start] if error.start < len(content) else 0:#04x} at "
             f"{start + error.start}. Convert it, for example with `iconv -f latin1 -t utf-8`."

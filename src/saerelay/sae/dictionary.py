@@ -71,8 +71,8 @@ class Dictionary:
         return self.W_dec.shape[1]
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """Pre-activations (..., F) of activations x (..., D)."""
-        return torch.nn.functional.linear(x, self.W_enc, self.b_enc)
+        """Pre-activations (..., F) of activations x (..., D), in any dtype."""
+        return torch.nn.functional.linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes z (..., F) of activations x (..., D): non-negative, mostly zero."""
@@ -85,7 +85,7 @@ class Dictionary:
             return x_hat
         if x is None:
             raise TransferError("this transcoder has a skip connection: decode(z, x) also needs what it read")
-        return x_hat + x @ self.W_skip.T
+        return x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
 
     def __call__(self, x: Tensor) -> Tensor:
         """Reconstruct activations x (..., D), or what a transcoder makes of them (..., Dy)."""

@@ -90,10 +90,11 @@ def hop(
     True
 
     `x_source` (N, S) are activations where it was trained, `x_target` (N, T) where it is to go, row by row of the same
-    tokens; for a transcoder, `target` are what it reconstructs at both. A map is fitted and folded into the SAE, silent
-    latents are revived, the decoder is refitted in closed form, and it is trained on `tokens` rows of `x_target` (by
-    default each once; 0 for none). `keys` are those of a recipe's leg and sections: method, refit, k, n_latents,
-    architecture, lr, ... Raises TransferError where no map is better than a random dictionary.
+    tokens (only their number is checked); for a transcoder, `target` are what it reconstructs at both. A map is fitted
+    on all rows and folded into the SAE, silent latents are revived, the decoder is refitted in closed form, and it is
+    trained on `tokens` rows of `x_target` (by default each once; 0 for none). `keys` are those of a recipe's leg and
+    sections: method, refit, k, n_latents, architecture, lr, ... Raises TransferError where no map is better than a
+    random dictionary.
     """
     keys = dict(keys)
     method = keys.pop("method", "auto")
@@ -149,11 +150,13 @@ def evaluate(sae: Dictionary, x: Tensor | Iterable[Tensor], *, target: Tensor | 
     sums = MetricSums()
     batches: Iterable[tuple[Tensor, Tensor]]
     if isinstance(x, Tensor):
+        _check(x, target, "evaluate")
         y = x if target is None else target
         batches = zip(x.split(4096), y.split(4096), strict=True)
     else:
         batches = ((batch, batch) for batch in x)
     for batch, goal in batches:
+        _check_width(sae, batch)
         sums.add_reconstruction(sae, batch.to(sae.W_enc), goal.to(sae.W_enc))
     if not sums.n_tokens:
         raise DataError("evaluate: there are no activations")
@@ -228,13 +231,21 @@ class _Source:
             rest = rest.then(more)
 
 
-def _check(x: Tensor, target: Tensor | None) -> None:
+def _check_width(sae: Dictionary, x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] != sae.d_model:
+        raise DataError(
+            f"evaluate: activations of the shape {tuple(x.shape)}; this SAE reads (tokens, {sae.d_model}). Is it of "
+            "another model, or of another kind of site?"
+        )
+
+
+def _check(x: Tensor, target: Tensor | None, of: str = "train") -> None:
     if x.dim() != 2 or not len(x):
         raise DataError(
-            f"train: activations of the shape {tuple(x.shape)}; expected (tokens, width), at least one token"
+            f"{of}: activations of the shape {tuple(x.shape)}; expected (tokens, width), at least one token"
         )
     if target is not None and len(target) != len(x):
-        raise DataError(f"train: {len(x)} rows of x and {len(target)} of the target; give the same tokens")
+        raise DataError(f"{of}: {len(x)} rows of x and {len(target)} of the target; give the same tokens")
 
 
 def _orders(rows: _Pair, generator: torch.Generator) -> Iterator[_Pair]:
