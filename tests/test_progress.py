@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from test_figures import COST, leg
 
-from saerelay.analysis.progress import ProgressDisplay
+from saerelay.analysis.progress import PlainCount, ProgressDisplay
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import External, Plan
@@ -122,6 +122,18 @@ def saes_of_another_run(recipe: Recipe) -> dict[str, External]:
             path="/",
         )
     return found
+
+
+def test_a_file_gets_a_line_now_and_then_with_the_time_left() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    now = iter([0.0, 4.0, 12.0, 13.0, 40.0])
+    count = PlainCount(console, 10, "fitting maps between layers 0/1", clock=lambda: next(now))
+    for _ in range(4):
+        count.done()
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "fitting maps between layers 0/1: 2 of 10, 48 s left",
+        "fitting maps between layers 0/1: 4 of 10, 60 s left",
+    ]
 
 
 def test_steps_are_counted_with_the_time_left() -> None:

@@ -1,5 +1,6 @@
-"""Progress of an analysis on a terminal: a bar with the rate and the time left; nothing elsewhere."""
+"""Progress of an analysis: a bar with the rate and the time left; in a file or a pipe, a line now and then."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,12 +41,43 @@ class RateColumn(ProgressColumn):
         return Text("" if rate is None else f"{rate:.3g}/s")
 
 
+PLAIN_EVERY = 10.0
+"""Seconds between two lines where there is no terminal; work that is done sooner says nothing."""
+
+
+class PlainCount:
+    """Counts steps in lines of text, for a file or a pipe."""
+
+    def __init__(self, console: Console, n_steps: int, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console
+        self.n_steps = n_steps
+        self.label = label
+        self.clock = clock
+        self.n_done = 0
+        self.began = self.told = clock()
+
+    def done(self) -> None:
+        """Another step is done; says so if the last line was long ago."""
+        self.n_done += 1
+        now = self.clock()
+        if now - self.told < PLAIN_EVERY:
+            return
+        self.told = now
+        left = (now - self.began) / self.n_done * (self.n_steps - self.n_done)
+        self.console.print(f"{self.label}: {self.n_done} of {self.n_steps}, {left:.0f} s left", markup=False)
+
+
 class ProgressDisplay:
     """Bars and messages on a console, one at a time: what begins inside another shows nothing."""
 
     def __init__(self, console: Console | None) -> None:
-        self.console = console if console is not None and console.is_terminal else None
+        self.console = console
         self.showing = False
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether there is a terminal to draw on."""
+        return self.console is not None and self.console.is_terminal
 
     def track(self, items: Sequence[T], label: str) -> Iterator[T]:
         """The items one by one, under a bar with the rate and the time left."""
@@ -60,6 +92,9 @@ class ProgressDisplay:
         if self.console is None or self.showing:
             yield uncounted
             return
+        if not self.on_terminal:
+            yield PlainCount(self.console, n_steps, label).done
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
         bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
         task = bar.add_task(label, total=n_steps)
@@ -73,7 +108,7 @@ class ProgressDisplay:
     @contextmanager
     def status(self, message: str) -> Iterator[None]:
         """A message with a spinner while a block runs."""
-        if self.console is None or self.showing:
+        if self.console is None or self.showing or not self.on_terminal:
             yield
             return
         self.showing = True

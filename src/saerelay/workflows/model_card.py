@@ -52,6 +52,23 @@ x_hat = sae.decode(z)
 """
 
 
+_LOADING_TRANSCODER_HERE = """
+import saerelay as sr
+
+transcoder, origin = sr.load_dictionary("hf://{repo}/{folder}")
+y_hat = transcoder(x)            # x: what the MLP reads (..., width), raw
+"""
+
+_LOADING_ONE_FILE = """
+from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
+from huggingface_hub import hf_hub_download
+
+path = hf_hub_download("{repo}", "{folder}")     # of a set without some layers, file by file
+transcoder = load_relu_transcoder(path, {layer}, lazy_encoder=False, lazy_decoder=False)
+y_hat = transcoder(x)            # x: what the MLP of layer {layer} reads
+"""
+
+
 @dataclass(frozen=True)
 class ExportedSAE:
     """One SAE that was written: where, what it is, and how good."""
@@ -76,8 +93,8 @@ def model_card(
     names = ", ".join(_escaped(model) for model in models) or "a language model"
     paragraphs = [
         _header(saes, format, licence),
-        f"# Sparse autoencoders of {names}",
-        _introduction(len(saes), format, of_demo_model="saerelay-demo" in models),
+        f"# {'Transcoders' if _are_transcoders(saes) else 'Sparse autoencoders'} of {names}",
+        _introduction(saes, format, of_demo_model="saerelay-demo" in models),
     ]
     if plan and plan.facts.adapter:
         adapter = _escaped(public_adapter(plan.facts.adapter))
@@ -85,7 +102,7 @@ def model_card(
     paragraphs += ["## Quality", _quality(saes)]
     if plan:
         paragraphs += ["## Lineage", _lineage(saes, plan)]
-    paragraphs += ["## Loading", *_loading(format, repo or "USER/REPO", saes[0].folder)]
+    paragraphs += ["## Loading", *_loading(format, repo or "USER/REPO", saes)]
     if plan:
         paragraphs += [
             "## Recipe",
@@ -118,12 +135,20 @@ def _header(saes: Sequence[ExportedSAE], format: str, licence: str) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _introduction(n_saes: int, format: str, *, of_demo_model: bool) -> str:
+def _are_transcoders(saes: Sequence[ExportedSAE]) -> bool:
+    return all(sae.origin.site_out not in (None, sae.origin.site) for sae in saes)
+
+
+def _introduction(saes: Sequence[ExportedSAE], format: str, *, of_demo_model: bool) -> str:
     """A sentence on the SAEs, and one on who wrote them."""
-    if n_saes > 1:
-        text = f"{n_saes} sparse autoencoders (SAEs) in {_escaped(format)}'s format, one per directory."
+    names = ("transcoder", "transcoders")
+    if not _are_transcoders(saes):
+        names = ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)")
+    place = "file" if format == "circuit-tracer" else "directory"
+    if len(saes) > 1:
+        text = f"{len(saes)} {names[1]} in {_escaped(format)}'s format, one per {place}."
     else:
-        text = f"A sparse autoencoder (SAE) in {_escaped(format)}'s format."
+        text = f"A {names[0]} in {_escaped(format)}'s format."
     text += (
         " The input is the model's raw activations. Written by saerelay, which trains an SAE at "
         "one layer and carries it to the others by closed-form maps."
@@ -224,12 +249,17 @@ def _lineage(saes: Sequence[ExportedSAE], plan: Plan) -> str:
     return _table(columns, rows)
 
 
-def _loading(format: str, repo: str, folder: str) -> list[str]:
+def _loading(format: str, repo: str, saes: Sequence[ExportedSAE]) -> list[str]:
     """Code that loads one of the SAEs: by the tool whose format it is, and here."""
-    templates = [_LOADING_HERE]
-    if format in _LOADING:
+    first = saes[0]
+    layers = [sae.origin.site.layer for sae in saes if sae.origin.site]
+    templates = [_LOADING_TRANSCODER_HERE if _are_transcoders(saes) else _LOADING_HERE]
+    if format == "circuit-tracer" and sorted(layers) != list(range(len(saes))):
+        templates.insert(0, _LOADING_ONE_FILE)
+    elif format in _LOADING:
         templates.insert(0, _LOADING[format])
-    return [_fenced(template.format(repo=repo, folder=folder), "python") for template in templates]
+    names = {"repo": repo, "folder": first.folder, "layer": layers[0] if layers else 0}
+    return [_fenced(template.format(**names), "python") for template in templates]
 
 
 def _recipe(plan: Plan) -> str:
