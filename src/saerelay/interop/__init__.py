@@ -188,5 +188,6 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
                 )
             writable.write(Path(path), dictionary, origin)
             return
-    format_named(format)  # an error if it is unknown
-    raise FormatError(f"{format} can be read but not written; formats that can be written: {', '.join(WRITTEN)}")
+    is_read = any(readable.NAME == format for readable in FORMATS)
+    what = f"{format} can be read but not written" if is_read else f'unknown format "{format}"'
+    raise FormatError(f"{what}; formats that can be written: {', '.join(WRITTEN)}")
