@@ -177,7 +177,7 @@ class Trials:
         if again.code == 2 and "Traceback" not in again.said and printed:
             self.tally["by the printed command"] += 1
             again = run_command(shlex.split(printed[1]), None, self.log)
-        if again.code == 2 and "exists; choose another --out" in again.said and not self._differs(command):
+        if again.code == 2 and "exists; choose another" in again.said and not self._differs(command):
             return  # it had done all it had to do
         if again.code != 0 or "Traceback" in again.said:
             self._problem(command, fault, f"no way on (exit code {again.code})", again)
