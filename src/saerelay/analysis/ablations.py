@@ -186,10 +186,11 @@ def circuits_at(
     ranked = {key: effect.sort(descending=True, stable=True) for key, effect in effects.items()}
     scores: dict[str, list[Tensor]] = {key: [] for key in on_device}
     for reading in judge_on:
+        x = reading.x(site)
         with reading.answering(model, site) as answers_with:
             for key, ablation in ablations.items():
-                change = ablation.change(reading.x(site), reading.keep)
-                scores[key].append(ablation.answers(answers_with, reading.x(site), change, ranked[key].indices, k))
+                change = ablation.change(x, reading.keep)
+                scores[key].append(ablation.answers(answers_with, x, change, ranked[key].indices, k))
                 done()
 
     results = {}

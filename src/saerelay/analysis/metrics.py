@@ -119,7 +119,7 @@ def measure(
                     if clean and len(waiting) >= at_once:
                         add_losses(clean, waiting)
                         waiting = []
-        if clean:
+        if clean and waiting:
             add_losses(clean, waiting)
 
     left_out = outliers.left_out()

@@ -67,17 +67,26 @@ class PlainCount:
         self.console.print(f"{self.label}: {self.n_done} of {self.n_steps}, {left:.0f} s left", markup=False)
 
 
+@contextmanager
+def _bar(console: Console, n_steps: int, label: str) -> Iterator[Done]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task = bar.add_task(label, total=n_steps)
+    with bar:
+        yield partial(bar.advance, task)
+
+
+@contextmanager
+def _lines(console: Console, n_steps: int, label: str) -> Iterator[Done]:
+    yield PlainCount(console, n_steps, label).done
+
+
 class ProgressDisplay:
     """Bars and messages on a console, one at a time: what begins inside another shows nothing."""
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
         self.showing = False
-
-    @property
-    def on_terminal(self) -> bool:
-        """Whether there is a terminal to draw on."""
-        return self.console is not None and self.console.is_terminal
 
     def track(self, items: Sequence[T], label: str) -> Iterator[T]:
         """The items one by one, under a bar with the rate and the time left."""
@@ -92,23 +101,18 @@ class ProgressDisplay:
         if self.console is None or self.showing:
             yield uncounted
             return
-        if not self.on_terminal:
-            yield PlainCount(self.console, n_steps, label).done
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-        bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
-        task = bar.add_task(label, total=n_steps)
+        count = _bar if self.console.is_terminal else _lines
         self.showing = True
         try:
-            with bar:
-                yield partial(bar.advance, task)
+            with count(self.console, n_steps, label) as done:
+                yield done
         finally:
             self.showing = False
 
     @contextmanager
     def status(self, message: str) -> Iterator[None]:
         """A message with a spinner while a block runs."""
-        if self.console is None or self.showing or not self.on_terminal:
+        if self.console is None or self.showing or not self.console.is_terminal:
             yield
             return
         self.showing = True

@@ -16,6 +16,7 @@ from saerelay.data.corpus import Corpus
 from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.lm.identity import check_same_model
 from saerelay.lm.model import LanguageModel, load_model
+from saerelay.lm.source import pinned
 from saerelay.lm.tokens import load_tokenizer, token_text
 from saerelay.planning.plan import Plan
 from saerelay.planning.ranks import check_groups
@@ -67,7 +68,7 @@ class Session:
     def model(self) -> LanguageModel:
         """The language model that the suite was trained on; ModelError if another has taken its place."""
         with self.display.status("loading the language model"):
-            check_same_model(self.plan.recipe.model, self.suite.directory.model_digest)
+            check_same_model(pinned(self.plan.recipe.model, self.plan.facts), self.suite.directory.model_digest)
             return load_model(self.plan, split=self.degree > 1)
 
     def deal(self, work: Sequence[T]) -> list[T]:

@@ -14,6 +14,8 @@ from saerelay.runs.documents.across_layers import MatrixCell
 
 DENSE = 2**24
 """Numbers in a block of cosines or attributions: 64 MiB."""
+FOUND_AGAIN = 0.7
+"""Cosine from which on a decoder row counts as the same latent's."""
 
 
 @torch.no_grad()
@@ -27,26 +29,28 @@ def mean_max_cosine(P: Tensor, Q: Tensor, alive_p: Tensor | None = None, alive_q
 
     Not symmetric. NaN if nothing is alive.
     """
-    normalize = torch.nn.functional.normalize
-    P = normalize(P if alive_p is None else P[alive_p], dim=1)
-    Q = normalize(Q if alive_q is None else Q[alive_q], dim=1)
+    P = P if alive_p is None else P[alive_p]
+    Q = Q if alive_q is None else Q[alive_q]
     if not len(P) or not len(Q):
         return math.nan
-    best = [(part @ Q.T).amax(dim=1) for part in P.split(max(1, DENSE // len(Q)))]
-    return float(torch.cat(best).double().mean())
+    return float(_largest_cosines(P, Q).double().mean())
 
 
 @torch.no_grad()
-def share_found_again(P: Tensor, Q: Tensor, cosine: float = 0.7) -> float:
+def share_found_again(P: Tensor, Q: Tensor) -> float:
     """Share of the rows of P (F, D) that have a cosine above 0.7 with some row of Q (G, D).
 
     >>> share_found_again(torch.eye(4), torch.tensor([[1.0, 0, 0, 0], [0, 3, 0, 0]]))
     0.5
     """
+    return float((_largest_cosines(P, Q) > FOUND_AGAIN).double().mean())
+
+
+def _largest_cosines(P: Tensor, Q: Tensor) -> Tensor:
+    """Of each row of P (F, D) the largest cosine with a row of Q (G, D): (F)."""
     P = torch.nn.functional.normalize(P, dim=1)
     Q = torch.nn.functional.normalize(Q, dim=1)
-    best = [(part @ Q.T).amax(dim=1) for part in P.split(max(1, DENSE // len(Q)))]
-    return float((torch.cat(best) > cosine).double().mean())
+    return torch.cat([(part @ Q.T).amax(dim=1) for part in P.split(max(1, DENSE // len(Q)))])
 
 
 class TokenAssociations(NamedTuple):

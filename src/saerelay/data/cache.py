@@ -16,6 +16,7 @@ site.
 
 import hashlib
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -105,6 +106,29 @@ class ActivationCache:
             "crc32": torch.tensor(checksums),
             "activations": x,
         }
+        shard = self._store(site, tensors, sequences, checksums)
+        index = self._index(site)
+        for row, sequence in enumerate(sequences):
+            index[sequence] = (shard, row)
+
+    def check_room(self, needed: int) -> None:
+        """Raise DataError unless so many bytes fit on the disk of the folder, which need not exist yet."""
+        folder = self.folder
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise DataError(
+                f"{folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
+                'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
+                "fewer tokens or layers"
+            )
+
+    def bytes_per_sequence(self, site: Site) -> int:
+        """Bytes that a sequence takes on disk at one site."""
+        return 2 * self.context * self.facts.width(site)
+
+    def _store(self, site: Site, tensors: dict[str, Tensor], sequences: list[int], checksums: list[int]) -> Any:
+        """Write a shard; what the index is to say of it."""
         path = self.folder / str(site) / f"{digest(sequences)}.safetensors"
         try:
             with replacing(path, several_writers=True) as temporary:
@@ -114,27 +138,23 @@ class ActivationCache:
                 f"{path}: cannot be written ({error}); free some disk space and continue with "
                 "--resume, or set data.cache to another disk in a new run"
             ) from None
-
-        index = self._index(site)
-        for row, sequence in enumerate(sequences):
-            index[sequence] = (path, row)
-
-    def bytes_per_sequence(self, site: Site) -> int:
-        """Bytes that a sequence takes on disk at one site."""
-        return 2 * self.context * self.facts.width(site)
+        return path
 
     def _index(self, site: Site) -> dict[int, tuple[Any, int]]:
-        """Shard and row of each sequence, from the headers of all shards."""
-        if site in self._indexes:
-            return self._indexes[site]
+        """Shard and row of each sequence."""
+        if site not in self._indexes:
+            self._indexes[site] = self._scan(site)
+        return self._indexes[site]
+
+    def _scan(self, site: Site) -> dict[int, tuple[Any, int]]:
+        """The index of what is there, from the headers of all shards."""
         folder = self.folder / str(site)
         _remove_abandoned(folder)
-        index: dict[int, tuple[Path, int]] = {}
+        index: dict[int, tuple[Any, int]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             sequences = self._open(path, site).get_tensor("sequences").tolist()
             for row, sequence in enumerate(sequences):
                 index[sequence] = (path, row)
-        self._indexes[site] = index
         return index
 
     def _open(self, path: Path, site: Site) -> Any:

@@ -76,11 +76,11 @@ class RemoteCache(ActivationCache):
                     raise damaged(path, f"crc32 {manifest.crc32[row]} of sequence {row}", checksum)
                 yield i, x
 
-    def write(self, site: Site, ids: np.ndarray, x: Tensor) -> None:
-        """See `ActivationCache.write`: first the shard, then its manifest."""
-        sequences = ids.tolist()
-        checksums = [crc32(rows, sequence) for rows, sequence in zip(x, sequences, strict=True)]
-        tensors = {"sequences": torch.from_numpy(ids), "crc32": torch.tensor(checksums), "activations": x}
+    def check_room(self, needed: int) -> None:
+        """A store does not tell how much it takes."""
+
+    def _store(self, site: Site, tensors: dict[str, Tensor], sequences: list[int], checksums: list[int]) -> Any:
+        """See `ActivationCache._store`: first the shard, then its manifest; both are in the index."""
         about = self._about(site)
         content = save(tensors, {"about": about})
         path = f"{self.root}/{site}/{digest([sequences, checksums])}.safetensors"
@@ -88,10 +88,7 @@ class RemoteCache(ActivationCache):
         with self._reaching():
             self._put(path, content)
             self._put(_manifest_path(path), manifest.model_dump_json().encode())
-
-        index = self._index(site)
-        for row, sequence in enumerate(sequences):
-            index[sequence] = ((path, manifest), row)
+        return path, manifest
 
     def _put(self, path: str, content: bytes) -> None:
         """Write a file that appears as a whole or not at all, where the place it is written to can do that."""
@@ -99,10 +96,8 @@ class RemoteCache(ActivationCache):
         with self.files.transaction:
             self.files.pipe_file(path, content)
 
-    def _index(self, site: Site) -> dict[int, tuple[Any, int]]:
+    def _scan(self, site: Site) -> dict[int, tuple[Any, int]]:
         """Shard (its path and manifest) and row of each sequence, from all manifests."""
-        if site in self._indexes:
-            return self._indexes[site]
         with self._reaching():
             self.files.invalidate_cache()
             paths = self.files.glob(f"{self.root}/{site}/*.json")
@@ -112,7 +107,6 @@ class RemoteCache(ActivationCache):
             manifest = self._manifest(path, content, site)
             for row, sequence in enumerate(manifest.sequences):
                 index[sequence] = ((_shard_path(path), manifest), row)
-        self._indexes[site] = index
         return index
 
     def _manifest(self, path: str, content: bytes, site: Site) -> Manifest:

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saerelay.errors import ModelError
-from saerelay.files import odd_file, read_json
-from saerelay.lm.source import commit_of, loading, quantisation, require_packages
+from saerelay.files import read_json
+from saerelay.lm.source import (
+    can_only_be_a_path,
+    commit_of,
+    loading,
+    quantisation,
+    refuse_pipes,
+    require_packages,
+)
 from saerelay.planning.recipe import ModelSpec
 
 CONFIG = "adapter_config.json"
@@ -40,11 +47,9 @@ def find_adapter(spec: ModelSpec) -> Adapter | None:
     require_packages(spec, f"it with the adapter {spec.adapter}", "peft")
     path = Path(spec.adapter).expanduser()
     if path.is_dir():
-        odd = odd_file(path)
-        if odd:
-            raise ModelError(f"{odd}: not a regular file; put a copy of what it gives in its place")
+        refuse_pipes(path)
         adapter = Adapter(str(path), path, is_local=True)
-    elif path.exists() or spec.adapter.startswith(("/", ".", "~")):
+    elif path.exists() or can_only_be_a_path(spec.adapter):
         raise ModelError(f"{path}: no such directory. Set model.adapter to one that `peft` has saved, or to a hub id.")
     else:
         adapter = _from_hub(spec.adapter)
@@ -114,17 +119,3 @@ def _does_not_fit(spec: ModelSpec, adapter: Adapter, reason: str) -> ModelError:
         f'{adapter.name}: the adapter does not fit "{spec.name}" ({reason}). Name the model that it was made for in '
         f"model.name: {base or 'its configuration does not say which'}."
     )
-
-
-def adapter_identity(spec: ModelSpec) -> dict[str, Any]:
-    """What distinguishes an adapter from all others, as JSON: its commit, or its files; {} if there is none."""
-    adapter = find_adapter(spec)
-    if adapter is None:
-        return {}
-    if not adapter.is_local:
-        return {"adapter": adapter.name}
-    files = []
-    for path in adapter.files:
-        status = path.stat()
-        files.append([path.name, status.st_size, status.st_mtime_ns])
-    return {"adapter": files}

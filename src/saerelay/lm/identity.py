@@ -7,7 +7,7 @@ from typing import Any
 from saerelay.errors import ModelError
 from saerelay.files import read_json, write_json
 from saerelay.lm.adapter import find_adapter
-from saerelay.lm.source import locate
+from saerelay.lm.source import locate, pinned
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import ModelSpec
 
@@ -90,7 +90,7 @@ def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
     modification times of the files with weights and code. The same of its adapter.
     """
     location = locate(spec)
-    adapter = _adapter_identity(spec.changed(adapter=facts.adapter))
+    adapter = _adapter_identity(pinned(spec, facts))
     if not location.is_directory:
         return {"name": facts.name, "revision": facts.revision, **adapter}
 

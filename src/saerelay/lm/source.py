@@ -34,8 +34,11 @@ class Location(NamedTuple):
     options: dict[str, Any]
     """Keyword arguments."""
     is_directory: bool
-    gguf: str = ""
-    """The GGUF file in it that holds the model; "" if it is saved as transformers saves models."""
+
+    @property
+    def gguf(self) -> str:
+        """The GGUF file in it that holds the model; "" if it is saved as transformers saves models."""
+        return self.options.get("gguf_file", "")
 
     @property
     def weights(self) -> list[Path]:
@@ -54,16 +57,16 @@ def locate(spec: ModelSpec) -> Location:
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     path = MODEL_DIR if spec.name == "demo" else Path(spec.name).expanduser()
     if path.is_dir():
-        _refuse_pipes(path)
+        refuse_pipes(path)
         gguf = _gguf_in(path, spec.gguf_file)
         options["local_files_only"] = True
         if gguf:
             options["gguf_file"] = gguf
-        return Location(str(path), options, is_directory=True, gguf=gguf)
+        return Location(str(path), options, is_directory=True)
 
     if path.is_file() and path.suffix == ".gguf":
         return locate(spec.changed(name=str(path.parent), gguf_file=path.name))
-    if path.exists() or spec.name.startswith(("/", ".", "~")):
+    if path.exists() or can_only_be_a_path(spec.name):
         problem = "not a directory" if path.exists() else "no such directory"
         raise ModelError(
             f"{path}: {problem}. Pass a directory with a config.json, a .gguf file, or a hub id such as "
@@ -72,7 +75,7 @@ def locate(spec: ModelSpec) -> Location:
     options["revision"] = spec.revision or None
     if spec.gguf_file:
         options["gguf_file"] = spec.gguf_file
-    return Location(spec.name, options, is_directory=False, gguf=spec.gguf_file)
+    return Location(spec.name, options, is_directory=False)
 
 
 def _gguf_in(directory: Path, asked: str) -> str:
@@ -147,7 +150,16 @@ def commit_of(path: str) -> str:
     return found[1] if found else ""
 
 
-def _refuse_pipes(directory: Path) -> None:
+def can_only_be_a_path(name: str) -> bool:
+    """Whether a name means a place on this machine, whether or not there is something.
+
+    >>> can_only_be_a_path("~/model"), can_only_be_a_path("user/model")
+    (True, False)
+    """
+    return name.startswith(("/", ".", "~"))
+
+
+def refuse_pipes(directory: Path) -> None:
     """Raise ModelError for a directory with a pipe or a device among its files, which could be read forever."""
     odd = odd_file(directory)
     if odd:

@@ -39,8 +39,10 @@ class PublishedSuite:
 
         There are several per site if seeds differ, or if the suite has tiers.
         """
-        final = [leg for leg in self.legs if leg.role != "control" and not self.continuation_of(leg)]
-        kinds = self.kinds
+        legs = self.legs
+        continued = {(leg.parent, leg.site) for leg in legs if not self.plan.tier_of(leg)}
+        final = [leg for leg in legs if leg.role != "control" and (leg.id, leg.site) not in continued]
+        kinds = list(dict.fromkeys(leg.kind for leg in legs))
         return sorted(final, key=lambda leg: (kinds.index(leg.kind), leg.site))
 
     @property
@@ -155,7 +157,6 @@ class PublishedSuite:
 
     def leg_at(self, site: Site, k: float | None = None, kind: SiteKind | None = None) -> Leg:
         """The leg that stands for a site; or its tier of L0 `k`, or the leg of one `kind` where several read there."""
-        at_site = [leg for leg in self.legs if leg.site == site]
         final = [leg for leg in self.final_legs if leg.site == site and kind in (None, leg.kind)]
         if k is None:
             final = self._of_own_l0(final)
@@ -164,6 +165,7 @@ class PublishedSuite:
         if len(final) == 1:
             return final[0]
         root = self.directory.root
+        at_site = [leg for leg in self.legs if leg.site == site]
         if not at_site:
             sites = ", ".join(str(each) for each in self.sites) or "none"
             raise RunDirectoryError(f"{root}: no dictionary at {site}; the run has dictionaries at: {sites}")

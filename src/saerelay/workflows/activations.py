@@ -3,14 +3,13 @@
 import math
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from saerelay.data.corpus import Corpus, prepare
-from saerelay.data.remote_cache import RemoteCache, open_cache
+from saerelay.data.remote_cache import open_cache
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
 from saerelay.files import remove_replaced, replace_directory
@@ -93,23 +92,10 @@ def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
     cache = open_cache(plan)
     stream = LiveStream(None, sequences, plan, cache)
     needed = stream.uncached_bytes()
-    if not isinstance(cache, RemoteCache):  # a store does not tell how much it takes
-        _check_free(cache.folder, needed)
+    cache.check_room(needed)
     if needed and not is_split:
         stream.model = load_model(plan)
     return stream
-
-
-def _check_free(folder: Path, needed: int) -> None:
-    """Raise DataError unless so many bytes fit on the disk of a folder, which need not exist yet."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DataError(
-            f"{folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
-            'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
-            "fewer tokens or layers"
-        )
 
 
 def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, team: Team) -> TeamStream:

@@ -16,6 +16,7 @@ from saerelay.data.stream import LiveStream
 from saerelay.errors import RecipeError, RunDirectoryError, SaeRelayError
 from saerelay.files import reason, write_text
 from saerelay.lm.identity import check_same_model
+from saerelay.lm.source import pinned
 from saerelay.planning.choose import written_out
 from saerelay.planning.plan import Plan
 from saerelay.planning.ranks import check_groups
@@ -117,7 +118,7 @@ def _check_ranks(recipe: Recipe, team: Team) -> None:
 def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Start:
     """A run's plan, tokens and language model; when all are there, the plan is written."""
     plan = _settled_plan(recipe, paths, extend=extend, console=console)
-    check_same_model(plan.recipe.model, paths.model_digest, begin=True)
+    check_same_model(pinned(plan.recipe.model, plan.facts), paths.model_digest, begin=True)
     check_installed(plan)
     wants_ce(plan)
     check_disk(plan, paths)

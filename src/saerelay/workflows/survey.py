@@ -12,6 +12,7 @@ from saerelay.errors import Interrupted, PlanError
 from saerelay.files import remove_directory, write_text
 from saerelay.lm.facts import read_facts
 from saerelay.lm.identity import check_same_model
+from saerelay.lm.source import pinned
 from saerelay.planning.choose import Choice, choose
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import Survey, survey_plan
@@ -55,7 +56,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
         shutil.rmtree(paths.tokens, ignore_errors=True)
         write_text(inner.recipe, annotated_toml(recipe))
         plan.save(inner.plan)
-    check_same_model(recipe.model, paths.model_digest, begin=True)
+    check_same_model(pinned(recipe.model, facts), paths.model_digest, begin=True)
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
     with console.status("loading the language model") if console else nullcontext():
         stream = open_stream(plan, corpus.train)
