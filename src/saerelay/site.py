@@ -83,12 +83,12 @@ class SiteKind:
         >>> SiteKind.named("transcoder")
         SiteKind(module='mlp_in', module_out='mlp_out')
         """
-        return cls("mlp_in", "mlp_out") if name == "transcoder" else cls(name)
+        return TRANSCODER if name == "transcoder" else cls(name)
 
     def __str__(self) -> str:
         if self.module_out is None:
             return self.module
-        if (self.module, self.module_out) == ("mlp_in", "mlp_out"):
+        if self == TRANSCODER:
             return "transcoder"
         return f"{self.module} to {self.module_out}"
 
@@ -103,7 +103,11 @@ class SiteKind:
         >>> SiteKind().leg_name(5), SiteKind("mlp_out").leg_name(5), SiteKind("mlp_in", "mlp_out").leg_name(5)
         ('L5', 'L5.mlp_out', 'L5.transcoder')
         """
-        if str(self) == "transcoder":
+        if self == TRANSCODER:
             return f"L{layer}.transcoder"
         site = str(Site(layer, self.module))
         return f"{site}-to-{self.module_out}" if self.module_out else site
+
+
+TRANSCODER = SiteKind("mlp_in", "mlp_out")
+"""What "transcoder" means where nothing else is said: one of an MLP."""

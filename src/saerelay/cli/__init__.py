@@ -6,9 +6,10 @@ One module per group of commands; `options` holds what they share. Heavy imports
 
 import sys
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from saerelay import __version__
 from saerelay.cli import judging, measuring, sharing, training
@@ -35,10 +36,22 @@ for module in (training, measuring, judging, sharing):
     module.add_commands(app)
 
 
+class Starting(TyperCommand):
+    """A command that needs torch, whose import takes seconds, which are better seen to pass."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Import it once the options are known to be right."""
+        with progress().status("starting"):
+            import torch  # noqa: F401
+        return super().invoke(ctx)
+
+
+for command in app.registered_commands:
+    if command.callback is not training.init:
+        command.cls = Starting
+
 TEAM_COMMANDS = ("train", "eval", "matrix")
 """What several processes do together."""
-AT_ONCE = (None, "init")
-"""What needs no torch."""
 
 
 @app.callback(invoke_without_command=True)
@@ -54,9 +67,6 @@ def _version(
     if version:
         print(__version__)
         raise typer.Exit
-    if context.invoked_subcommand not in AT_ONCE and "--help" not in sys.argv:
-        with progress().status("starting"):
-            import torch  # noqa: F401  # takes seconds, which are better seen to pass
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from saerelay.sae.architectures import architecture_named
 from saerelay.sae.spec import LegMethod
-from saerelay.site import ModuleKind
+from saerelay.site import TRANSCODER, ModuleKind
 from saerelay.spec import Count, OrAuto, Spec, parse_count
 
 
@@ -141,8 +141,8 @@ class LegSpec(Spec):
             return data
         rest = dict(data)
         if rest.get("module") == "transcoder":
-            rest["module"] = "mlp_in"
-            rest["module_out"] = "mlp_out"
+            rest["module"] = TRANSCODER.module
+            rest["module_out"] = TRANSCODER.module_out
         if rest.get("parent") == "":
             for key in LegHop.all_keys():
                 rest.pop(key, None)

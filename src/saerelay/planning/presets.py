@@ -154,13 +154,9 @@ def with_repeats(specs: Sequence[LegSpec], train: TrainSpec) -> list[LegSpec]:
     A repeat of a transfer starts from the repeat of its parent; a parent outside the plan is the same for all.
     """
     repeated = list(specs)
+    firsts = {spec.id: train.seed if spec.seed is None else spec.seed for spec in specs}
     for i in range(1, train.seeds):
-        seeds = {}
-        names = {}
-        for spec in specs:
-            first = train.seed if spec.seed is None else spec.seed
-            seeds[spec.id] = first + i
-            names[spec.id] = repeat_name(spec.id, first + i)
+        names = {leg_id: repeat_name(leg_id, first + i) for leg_id, first in firsts.items()}
         for spec in specs:
             hop = spec.hop
             if hop is not None:
@@ -171,7 +167,7 @@ def with_repeats(specs: Sequence[LegSpec], train: TrainSpec) -> list[LegSpec]:
             repeated.append(
                 spec.changed(
                     id=names[spec.id],
-                    seed=seeds[spec.id],
+                    seed=firsts[spec.id] + i,
                     after=names.get(spec.after, spec.after),
                     hop=hop,
                     control=control,

@@ -93,7 +93,7 @@ def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float, degree: i
     >>> deal(3, [0.0, 1.0, 0.0, 0.0], seconds_per_part=1.0, degree=2)
     [range(0, 1), range(0, 1), range(1, 3), range(1, 3)]
     """
-    busy_groups = [max(busy[first : first + degree]) for first in range(0, len(busy), degree)]
+    busy_groups = _busy_groups(busy, degree)
     counts = [0] * len(busy_groups)
     for _ in range(n_parts):
         finished = [seconds + n * seconds_per_part for seconds, n in zip(busy_groups, counts, strict=True)]
@@ -102,6 +102,11 @@ def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float, degree: i
     stops = list(accumulate(counts))
     shares = [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
     return [shares[rank // degree] for rank in range(len(busy))]
+
+
+def _busy_groups(busy: Sequence[float], degree: int) -> list[float]:
+    """Seconds that the busiest rank of each group of `degree` ranks spends on its legs."""
+    return [max(busy[first : first + degree]) for first in range(0, len(busy), degree)]
 
 
 def peers(rank: int, n_ranks: int, degree: int) -> list[int]:
@@ -202,7 +207,7 @@ def forward_shares(busy: Sequence[float], lm: float, degree: int = 1) -> list[fl
     [0.6666666666666666, 0.3333333333333333, 0.0]
     """
     # How to see this: work is poured like water over what each group is busy with anyway, up to one level.
-    busy_groups = [max(busy[first : first + degree]) for first in range(0, len(busy), degree)]
+    busy_groups = _busy_groups(busy, degree)
     of_group = lm / degree  # seconds, if one group forwarded all
     level = 0.0
     for n, seconds in enumerate(sorted(busy_groups)):

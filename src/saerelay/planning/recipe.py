@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from saerelay.planning.facts import Precision
 from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import KindName, ModuleKind, SiteKind
@@ -47,7 +48,7 @@ class ModelSpec(Spec):
         default="demo", description='hub id, local directory, GGUF file, or "demo" for the built-in model'
     )
     revision: str = Field(default="", description='hub branch, tag or commit; "" is the default branch')
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", Precision] = Field(
         default="auto", description='"auto": bfloat16 where the hardware is fast at it, else float32'
     )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
