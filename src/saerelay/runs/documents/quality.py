@@ -363,11 +363,6 @@ class Summary(Document):
         own = [other.target_l0 for other in self.legs if other.in_suite and other.place == leg.place]
         return bool(own) and leg.target_l0 not in own
 
-    @property
-    def has_tiers(self) -> bool:
-        """Whether some site has SAEs of several L0."""
-        return any(self.is_other_tier(leg) for leg in self.final_legs)
-
     def of_kind(self, kind: str = "") -> Self:
         """The suite of one kind of site, with its controls and without other tiers; by default of the first kind."""
         kind = kind or self.kinds[0]

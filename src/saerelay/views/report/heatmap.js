@@ -124,9 +124,19 @@ function moveInTable(event) {
   while (next?.matches("td.none")) next = neighbour(next, move); // step over cells without a value
   if (!next?.matches("td")) return;
   event.preventDefault();
-  cell.tabIndex = -1;
-  next.tabIndex = 0;
-  next.focus();
+  moveFocus(cell, next);
+}
+
+/**
+ * The focus goes on, and with it what the Tab key can reach.
+ *
+ * @param {HTMLElement | SVGElement} from
+ * @param {HTMLElement | SVGElement} to
+ */
+function moveFocus(from, to) {
+  from.tabIndex = -1;
+  to.tabIndex = 0;
+  to.focus();
 }
 
 /**

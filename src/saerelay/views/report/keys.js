@@ -109,12 +109,7 @@ function actionInChart(key, mark) {
   const [, step] = ARROWS[key];
   const sibling = step < 0 ? mark.previousElementSibling : mark.nextElementSibling;
   if (!step || !sibling?.matches(".mark")) return null;
-  return () => {
-    const next = /** @type {SVGElement} */ (sibling);
-    mark.setAttribute("tabindex", "-1");
-    next.setAttribute("tabindex", "0");
-    next.focus();
-  };
+  return () => moveFocus(/** @type {SVGElement} */ (mark), /** @type {SVGElement} */ (sibling));
 }
 
 /**

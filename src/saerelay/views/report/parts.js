@@ -45,8 +45,7 @@ function inLayerOrder(legs) {
  * @param {Run} run
  * @param {string} kind
  */
-const standingOf = (run, kind) =>
-  run.standing.filter((id) => run.legs.some((leg) => leg.id === id && leg.kind === kind));
+const standingOf = (run, kind) => run.standing.filter((id) => findLeg(run, id)?.kind === kind);
 
 /**
  * A menu of the run's kinds of sites; nothing where it has one.

@@ -80,7 +80,8 @@ def caption(summary: Summary) -> str:
 
 def trained(plan: Plan, summary: Summary) -> str:
     """Which dictionaries were made, how, from what."""
-    first = summary.final_legs[0]
+    legs = summary.final_legs
+    first = legs[0]
     facts = plan.facts
     of_kinds = f", at each of {listed(summary.kinds)}," if len(summary.kinds) > 1 else ""
     parts = [
@@ -88,8 +89,8 @@ def trained(plan: Plan, summary: Summary) -> str:
         f"{summary.model} ({facts.family}, {facts.n_layers} layers, {facts.d_model} wide, "
         f"{format_count(facts.model_params)} parameters)."
     ]
-    tiers = [leg for leg in summary.final_legs if summary.is_other_tier(leg)]
-    own = [leg for leg in summary.final_legs if leg not in tiers]
+    tiers = [leg for leg in legs if summary.is_other_tier(leg)]
+    own = [leg for leg in legs if not summary.is_other_tier(leg)]
     roots = [leg for leg in own if not leg.parent]
     children = [leg for leg in own if leg.parent]
     if roots:
