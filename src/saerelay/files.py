@@ -211,3 +211,12 @@ def leafwise(function: Callable[[Any], Any], data: Any) -> Any:
             return [leafwise(function, value) for value in data]
         case _:
             return function(data)
+
+
+def encodable(text: str) -> str:
+    """Text with what UTF-8 cannot encode replaced.
+
+    >>> encodable("a" + chr(0xD800))
+    'a?'
+    """
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -114,7 +114,7 @@ class Session:
             tokenizer = load_tokenizer(model)
         except ModelError:
             return "<{}>".format
-        return partial(token_text, tokenizer)
+        return cache(partial(token_text, tokenizer))
 
     def held_out(self, tokens: int = 0) -> np.ndarray:
         """The first sequences (N, context) of the test split that hold `tokens`; `evaluate.tokens` if 0."""

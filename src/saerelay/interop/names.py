@@ -93,5 +93,13 @@ def hub_id(name: str) -> str:
     >>> hub_id("EleutherAI/pythia-70m"), hub_id("./mine"), hub_id("demo")
     ('EleutherAI/pythia-70m', '', '')
     """
-    looks_like_one = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-    return name if looks_like_one and not Path(name).exists() else ""
+    return name if looks_like_hub_id(name) and not Path(name).exists() else ""
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name is written like those of the hub, user/name.
+
+    >>> looks_like_hub_id("me/saes"), looks_like_hub_id("me/saes/layer_3")
+    (True, False)
+    """
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from saerelay.document import Record
+from saerelay.files import encodable
 from saerelay.interop.names import hub_id
 from saerelay.runs.features import Example, Features
 
@@ -262,7 +263,7 @@ def storable(text: str) -> str:
     >>> storable(chr(0) + "a" + chr(0xD800))
     ' a?'
     """
-    return text.replace("\0", " ").encode("utf-8", errors="replace").decode("utf-8")
+    return encodable(text.replace("\0", " "))
 
 
 def _feature(source: Source, features: Features, latent: int, text_of: Callable[[int], str]) -> Feature:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from saerelay.site import Site
+from saerelay.site import ModuleKind, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +25,8 @@ class Origin:
     """Mean number of active latents, as measured by whoever wrote the file."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Anything else that should be kept, as JSON: tokens seen, parents, metrics."""
+
+    @property
+    def module_out(self) -> ModuleKind | None:
+        """The kind of module that a transcoder reconstructs; None for what reconstructs what it reads."""
+        return self.site_out.module if self.site_out else None

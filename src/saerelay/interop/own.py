@@ -49,7 +49,7 @@ def as_info(origin: Origin) -> dict[str, Any]:
         **origin.provenance,
         "layer": site.layer if site else None,
         "module": site.module if site else None,
-        "module_out": origin.site_out.module if origin.site_out else None,
+        "module_out": origin.module_out,
         "model": origin.model,
         "module_path": origin.module_path,
         "context": origin.context,

@@ -64,8 +64,8 @@ def training_loss(
         errors.append((residual + z[:, end:] @ dictionary.W_dec[end:]).square().sum())
     total = torch.stack(errors).mean() / divisor
     penalised = z
-    if dictionary.r_mag is not None and activation.has_gate:
-        assert dictionary.threshold is not None
+    if activation.has_gate:
+        assert dictionary.threshold is not None and dictionary.r_mag is not None
         penalised = activation.gate_codes(z, dictionary.threshold, dictionary.r_mag)
         total = total + gate_error(dictionary, penalised, x, y) / divisor
     penalty = activation.training_penalty(pre, penalised, dictionary.threshold, divisor)

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -40,6 +39,7 @@ from saerelay.site import Site, SiteKind
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.launch import train_run
 from saerelay.workflows.settle import check_directory, plan_run
+from saerelay.workflows.watching import status
 
 
 def hop_run(
@@ -110,7 +110,7 @@ def of_one_kind(recipe: Recipe, origin: Origin) -> Recipe:
     if len(kinds) == 1:
         return recipe
     assert origin.site
-    own = SiteKind(origin.site.module, origin.site_out.module if origin.site_out else None)
+    own = SiteKind(origin.site.module, origin.module_out)
     kind = own if own in kinds else kinds[0]
     return recipe.changed(sites=recipe.sites.changed(module=kind.module, module_out=kind.module_out or ""))
 
@@ -169,7 +169,7 @@ def carry_from_model(
     assert site
     plan = moments_plan(recipe, target)
     other_spec = recipe.model.changed(name=name, revision="")
-    with console.status(Text(printable(f"loading {name}"))) if console else nullcontext():
+    with status(console, Text(printable(f"loading {name}"))):
         check_tokens(recipe, other_spec)
         other = LanguageModel.load(other_spec)
     other.check_site(site)
@@ -178,7 +178,7 @@ def carry_from_model(
     x_target: Tensor | None = None
     rows: list[Tensor] = []
     reading = Text(printable(f"reading {name} and {recipe.model.name} side by side"))
-    with console.status(reading) if console else nullcontext():
+    with status(console, reading):
         for tokens, keep, x_target in kept_rows(plan, target):
             if int(tokens.max()) >= other.facts.tokens.vocab_size:
                 raise ModelError(
@@ -238,7 +238,7 @@ def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Meth
 
 def scaled(dictionary: LayerNormed, recipe: Recipe, site: Site, console: Console | None) -> Dictionary:
     """The dictionary of raw activations that is nearest to a layer-normed one on the recipe's text."""
-    with console.status("reading the scale of activations") if console else nullcontext():
+    with status(console, "reading the scale of activations"):
         _, _, x = next(kept_rows(moments_plan(recipe, site), site))
     return dictionary.at_scale(x.cpu())
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from saerelay.workflows.settle import (
     with_canonical_parents,
 )
 from saerelay.workflows.survey import survey_run
-from saerelay.workflows.watching import watching
+from saerelay.workflows.watching import status, watching
 
 
 class Start(NamedTuple):
@@ -123,7 +123,7 @@ def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Consol
     wants_ce(plan)
     check_disk(plan, paths)
     corpus = tokenise(plan, paths, console)
-    with console.status("loading the language model") if console else nullcontext():
+    with status(console, "loading the language model"):
         stream = open_stream(plan, corpus.train)
     if extend:
         paths.cost.unlink(missing_ok=True)  # which says that the run has ended
@@ -173,7 +173,7 @@ def _settled_plan(recipe: Recipe, paths: RunDirectory, *, extend: bool, console:
         survey, choice = survey_run(recipe, paths, console)
         chosen = plan_run(written_out(recipe, survey, choice))
         return chosen.changed(recipe=recipe)
-    with console.status("planning") if console else nullcontext():
+    with status(console, "planning"):
         if is_new:
             return with_canonical_parents(new_plan(recipe, paths), paths)
         if extend:

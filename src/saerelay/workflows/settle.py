@@ -123,7 +123,7 @@ def describe_external(reference: str, recipe: Recipe) -> External:
     return External(
         layer=origin.site.layer,
         module=origin.site.module,
-        module_out=origin.site_out.module if origin.site_out else None,
+        module_out=origin.module_out,
         architecture=dictionary.architecture,
         n_latents=dictionary.n_latents,
         d_model=dictionary.d_model,

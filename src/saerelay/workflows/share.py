@@ -28,7 +28,7 @@ from saerelay.interop import (
     takes_transcoders,
     write_dictionary,
 )
-from saerelay.interop.names import hub_id, public_adapter, public_name
+from saerelay.interop.names import hub_id, looks_like_hub_id, public_adapter, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
 from saerelay.planning.plan import Leg, Plan
@@ -132,7 +132,7 @@ def export_to_neuronpedia(
 
 def _check_repo(repo: str) -> None:
     """Raise FormatError for what is not a name on the hub: it would be written into what others read."""
-    if repo and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+    if repo and not looks_like_hub_id(repo):
         raise FormatError(f'"{repo}" is not a repository on the hub; write user/name')
 
 

@@ -1,7 +1,6 @@
 """The survey behind `preset = "auto"`, made where there is none yet, and the legs chosen by it."""
 
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -22,7 +21,7 @@ from saerelay.training.train import train_plan
 from saerelay.workflows.activations import open_stream, open_validation, tokenise
 from saerelay.workflows.pilots import measure_survey
 from saerelay.workflows.settle import memory_allowed
-from saerelay.workflows.watching import watching
+from saerelay.workflows.watching import status, watching
 
 
 def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> tuple[Survey, Choice]:
@@ -58,14 +57,14 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
         plan.save(inner.plan)
     check_same_model(pinned(recipe.model, facts), paths.model_digest, begin=True)
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
-    with console.status("loading the language model") if console else nullcontext():
+    with status(console, "loading the language model"):
         stream = open_stream(plan, corpus.train)
     if console:
         console.print("surveying the layers")
     try:
         with watching(plan, inner, console) as watcher:
             train_plan(plan, inner, stream, watcher, stream.device)
-        with console.status("carrying the pilots to other layers") if console else nullcontext():
+        with status(console, "carrying the pilots to other layers"):
             survey = measure_survey(recipe, plan, inner, stream, open_validation(plan, stream, corpus))
     except (Interrupted, KeyboardInterrupt):
         command = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"

@@ -1,10 +1,11 @@
 """What shows a run under way: a live table on a terminal, plain lines elsewhere, and the loggers a recipe names."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
@@ -12,6 +13,11 @@ from saerelay.runs.state import state_facts
 from saerelay.training.progress import LiveTable, PlainLog, Watcher
 from saerelay.training.run_state import machine
 from saerelay.training.trackers import Several, loggers_of
+
+
+def status(console: Console | None, message: str | Text) -> AbstractContextManager[object]:
+    """A message with a spinner while a block runs; nothing without a console."""
+    return console.status(message) if console else nullcontext()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from functools import cache
 
 from saerelay.analysis.endpoint.address import Endpoint, request_body
 from saerelay.analysis.interpret.pieces import Kind, Piece, Subject
+from saerelay.files import encodable
 
 TokenText = Callable[[int], str]
 
@@ -87,15 +88,6 @@ def clean_text(text: TokenText) -> TokenText:
         return encodable(text(token))[:LONGEST_TOKEN].replace("«", "‹").replace("»", "›")
 
     return clean
-
-
-def encodable(text: str) -> str:
-    """Text with what UTF-8 cannot encode replaced.
-
-    >>> encodable("a" + chr(0xD800))
-    'a?'
-    """
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 # --- what is answered -----------------------------------------------------------------------------------------------

@@ -251,9 +251,9 @@ class Forward:
         else:
             to_z, residual, mean_error = self._nested(rows, codes)
             error = torch.linalg.vector_norm(residual).square()
-        total_code = codes.values.sum()
+        penalised = codes.values
         if gate is not None:
-            total_code = gate.codes.sum()
+            penalised = gate.codes
             mean_error = mean_error + gate.error
         n_active = (codes.values > 0).sum().to(error)
         square = torch.linalg.vector_norm(targets).square()
@@ -261,7 +261,7 @@ class Forward:
             codes=codes,
             to_z=to_z.mul_(self.to_x_hat),
             window=window,
-            numbers=torch.stack([error, n_active, square, total_code, mean_error]),
+            numbers=torch.stack([error, n_active, square, penalised.sum(), mean_error]),
             x_sum=targets.sum(dim=0),
             residual_sum=self.residuals[0][rows].sum(dim=0),
             aux=self._aux(rows, pre, residual),

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from saerelay.files import encodable
 from saerelay.runs.documents.judging import JudgedItem
 from saerelay.runs.features import Example, Features
 from saerelay.views.report.data import LEVELS, script_json
@@ -98,7 +99,7 @@ def page_html(model: str, page: str, data: Mapping[str, Any]) -> str:
         script=script,
         hashes=[_content_hash(style), _content_hash(script)],
     )
-    return html.encode("utf-8", errors="replace").decode("utf-8")
+    return encodable(html)
 
 
 def _content_hash(text: str) -> str:
