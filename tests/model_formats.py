@@ -84,9 +84,13 @@ def write_gguf(path: Path, directory: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
 
-    copy = path.with_suffix("")
-    shutil.copytree(directory, copy)
-    save_file(rounded, copy / "model.safetensors", metadata={"format": "pt"})
+    return with_weights(path.with_suffix(""), directory, rounded)
+
+
+def with_weights(copy: Path, base: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A copy of a model with other weights."""
+    shutil.copytree(base, copy)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     return copy
 
 
@@ -145,10 +149,7 @@ def write_fp8(directory: Path, base: Path) -> Path:
     how = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     add_quantisation(directory, how, dtype="bfloat16")
 
-    copy = directory.with_name(f"{directory.name}-rounded")
-    shutil.copytree(base, copy)
-    save_file(rounded, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
+    return with_weights(directory.with_name(f"{directory.name}-rounded"), base, rounded)
 
 
 def add_quantisation(directory: Path, how: dict[str, Any], **changes: Any) -> None:
@@ -218,7 +219,4 @@ def write_int8(directory: Path, base: Path) -> Path:
     save_file(saved, directory / "model.safetensors", metadata={"format": "pt"})
     add_quantisation(directory, {"quant_method": "int8-of-the-tests"})
 
-    copy = directory.with_name(f"{directory.name}-rounded")
-    shutil.copytree(base, copy)
-    save_file(rounded, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
+    return with_weights(directory.with_name(f"{directory.name}-rounded"), base, rounded)

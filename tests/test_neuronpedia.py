@@ -1,19 +1,17 @@
 """Features for Neuronpedia: every record against what its importer takes, and against our own features."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from fake_run import EXPLANATION, F, fake_run, token_text
 from neuronpedia_schema import read_upload
+from small_recipe import recipe
 from test_cli import call
 
 from saerelay.analysis.session import Session
 from saerelay.analysis.suite import Suite
 from saerelay.errors import FormatError
 from saerelay.interop import neuronpedia
-from saerelay.planning.recipe import Recipe
 from saerelay.runs.features import load_features
 from saerelay.workflows import neuronpedia as workflow
 from saerelay.workflows import share
@@ -141,18 +139,8 @@ def test_models_are_called_what_neuronpedia_calls_them(ours: str, theirs: str) -
 def test_a_run_without_features_is_exported_from_the_command_line(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(1, 100, 20_000).astype(np.uint16))
-    sections: dict[str, Any] = {
-        "model": {"name": str(tiny_model), "dtype": "float32", "device": "cpu"},
-        "data": {"tokens": str(tmp_path / "tokens.npy"), "context": 16, "block_tokens": 1024},
-        "sites": {"layers": [1, 2]},
-        "dictionary": {"n_latents": 48, "k": 4},
-        "plan": {"root_tokens": "2k", "transfer_tokens": "1k", "moment_tokens": "1k", "refit_tokens": "1k"},
-        "train": {"batch_tokens": 64},
-        "evaluate": {"tokens": "1k"},
-    }
     run = tmp_path / "run"
-    train_run(Recipe.parse(sections, source="test"), run)
+    train_run(recipe({"name": str(tiny_model)}, tmp_path), run)
     out = tmp_path / "tiny-suite"
     code, stdout, _ = call(
         "export", str(run), "--format", "neuronpedia", "--out", str(out), capsys=capsys, monkeypatch=monkeypatch

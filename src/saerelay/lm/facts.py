@@ -30,6 +30,12 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     Raises ModelError if the model is missing, gated, unreadable or not a single stack of layers,
     or if the device is not available.
     """
+    facts, _ = look_at(spec)
+    return facts
+
+
+def look_at(spec: ModelSpec) -> tuple[ModelFacts, Anatomy]:
+    """The same, and what a probe found of the model on the way."""
     device = _resolve_device(spec.device)
     adapter = find_adapter(spec)
     with loading(spec):
@@ -43,7 +49,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     text_config = config.get_text_config()
     layers = skeleton.get_submodule(anatomy.layers)
     bos, eos, pad = _special_tokens(spec, text_config)
-    return ModelFacts(
+    facts = ModelFacts(
         name=spec.name,
         revision=spec.revision,
         adapter=adapter.name if adapter else "",
@@ -65,6 +71,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
         layer_params=n_parameters(layers) // anatomy.n_layers,
         model_params=n_all,
     )
+    return facts, anatomy
 
 
 def _site_facts(anatomy: Anatomy, *, is_split: bool) -> SiteFacts:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saerelay.errors import ModelError
 from saerelay.lm.adapter import merged
-from saerelay.lm.facts import read_facts
+from saerelay.lm.facts import look_at
 from saerelay.lm.head import Head
 from saerelay.lm.ports import Port, intercept, place_in, plain_skeleton
 from saerelay.lm.probe import Anatomy, probe, probe_skeleton
@@ -24,7 +24,6 @@ from saerelay.lm.source import (
     loading,
     locate,
     model_class,
-    model_skeleton,
     pinned,
     quantisation,
     quantisation_options,
@@ -76,7 +75,7 @@ class LanguageModel:
         self._model = model.eval().requires_grad_(False)
         if quantisation(self._model.config):
             # Such weights are where they were loaded, and their products may not be differentiable.
-            self._anatomy = split_anatomy or probe_skeleton(plain_skeleton(self._model), facts.name)
+            self._anatomy = probe_skeleton(plain_skeleton(self._model), facts.name)
         else:
             self._model = self._model.to(self.device)
             self._anatomy = split_anatomy or probe(self._model, facts.name)
@@ -96,16 +95,14 @@ class LanguageModel:
         Raises what `read_facts` raises, and ModelError if weights are missing, damaged or of
         another shape.
         """
-        facts = read_facts(spec)
+        facts, anatomy = look_at(spec)
         exact = pinned(spec, facts)
         with loading(spec):
             location = locate(exact)
             config = read_config(exact)
             options = location.options | quantisation_options(location, facts)
-            anatomy = None
             if split:
                 options = options | split_over_ranks(spec)
-                anatomy = probe_skeleton(model_skeleton(exact, config), spec.name)
             model, report = model_class(config).from_pretrained(
                 location.name_or_path,
                 config=config,
@@ -122,7 +119,7 @@ class LanguageModel:
                     "which would be random. Download the model again, or save it with "
                     "save_pretrained from the class it was trained as."
                 )
-            return cls(merged(model, exact), facts, split_anatomy=anatomy)
+            return cls(merged(model, exact), facts, split_anatomy=anatomy if split else None)
 
     @property
     def hf_model(self) -> Any:
