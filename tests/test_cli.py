@@ -482,8 +482,12 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     assert {leg.layer for leg in explicit.plan.legs} == {0, 1, 2} and not explicit.plan.surveyed
     code, _, stderr = call("plan", recipe, "--write", planned, **fixtures)
     assert code == 2 and "exists; choose another file" in " ".join(stderr.replace("│", " ").split())
-    document = json.loads(call("plan", recipe, "--json", **fixtures)[1])
-    assert len(document["survey"]["layers"]) == 3 and document["cost"]["sae_samples"] <= 60_000
+    document = json.loads(call("plan", recipe, "--json", "--ranks", 2, **fixtures)[1])
+    assert (
+        len(document["ranks"]["ranks"]) == 2
+        and len(document["survey"]["layers"]) == 3
+        and document["cost"]["sae_samples"] <= 60_000
+    )
     assert call("train", recipe, "--out", tmp_path / "run", **fixtures)[0] == 0
     survey = (tmp_path / "run/survey.json").read_text()
     assert not (tmp_path / "run/survey").exists() and json.loads(survey)["asked"]["plan"]["preset"] == "auto"

@@ -33,6 +33,7 @@ from saerelay.sae.quality import mean_l0
 from saerelay.site import Site
 from saerelay.views import labels
 from saerelay.views.figures import quality_figure
+from saerelay.views.report.overview import overviews
 from saerelay.views.report.story import story
 from saerelay.views.tables.quality import quality_table
 from saerelay.workflows import share
@@ -144,6 +145,10 @@ def test_a_leg_may_be_called_a_transcoder(facts: ModelFacts) -> None:
     leg = {"id": "a", "layer": 0, "module": "transcoder", "tokens": 4096}
     (settled,) = make_plan(facts, plan={"legs": [leg], "tiers": []}).legs
     assert str(settled.kind) == "transcoder" and settled.site_out == Site(0, "mlp_out")
+    with pytest.raises(RecipeError, match='with module_out = "attn_out", name the module that is read'):
+        make_plan(facts, plan={"legs": [leg | {"module_out": "attn_out"}], "tiers": []})
+    with pytest.raises(PlanError, match=r'a suite has it as suite\["L3.transcoder"\]'):
+        Site(3, "transcoder")  # type: ignore[arg-type]
 
 
 def test_a_hop_goes_to_the_kind_that_its_source_is_of() -> None:
@@ -325,6 +330,15 @@ def test_a_summary_of_one_kind_has_its_controls_and_no_other_tier(summary: Summa
         "L0.mlp_out-scratch-full",
     }
     assert summary.of_kind() == summary.of_kind("resid_post") == summary.of_kind().of_kind()
+
+
+def test_the_overview_draws_the_suites_tier_whether_there_are_one_or_several_kinds(summary: Summary) -> None:
+    several = overviews(summary)
+    assert [chart.of for chart in several] == KINDS
+    of_one = summary.changed(legs=[leg for leg in summary.legs if leg.kind == KINDS[0]])
+    (one,) = overviews(of_one)
+    assert one.of == "" and one.panels == several[0].panels
+    assert not any("-k" in mark.text for mark in one.panels[0].marks)
 
 
 def test_final_legs_stand_kind_by_kind_and_the_suites_tier_first(summary: Summary) -> None:

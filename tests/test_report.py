@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from fake_run import HOSTILE, KNOWN, F, V, fake_run, sources_of, summary_of, write_studies
 
 import saerelay.views.report
-from saerelay.analysis.suite import Suite
+from saerelay.analysis.suite import Suite, load
+from saerelay.analysis.summary import summarise
+from saerelay.data.corpus import Corpus
 from saerelay.errors import RunDirectoryError
 from saerelay.planning.survey import SurveyCost
 from saerelay.runs.documents.latents import LineageDocument
@@ -21,7 +24,7 @@ from saerelay.runs.features import load_features
 from saerelay.views.labels import FATES, METHODS, METRICS, ORIGINS, ROLES
 from saerelay.views.report import write_report
 from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, training_curves
-from saerelay.views.report.overview import BOTTOM, TOP, overview
+from saerelay.views.report.overview import BOTTOM, TOP, mark_kind, overview
 from saerelay.views.report.rows import tiles
 from saerelay.views.report.story import lost, saved, story, transfers_badly
 
@@ -232,6 +235,19 @@ def test_a_leg_that_was_continued_is_not_counted_twice(suite: Suite) -> None:
     legs = [continued if leg.id == old.id else leg for leg in summary.legs]
     rows = story(suite.plan, only(summary, [*legs, more]))["rows"]
     assert [row.leg.id for row in rows] == ["L0-from-L1", "L1", "more"]
+
+
+def test_a_hop_that_was_trained_from_scratch_is_shown_as_one_from_scratch(suite: Suite, tmp_path: Path) -> None:
+    """Where no map was better than a random dictionary."""
+    root = shutil.copytree(suite.directory.root, tmp_path / "fallen back")
+    path = root / "legs/L2-from-L1/dictionary.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"hop": {"method": "scratch"}}))
+    fallen_back = load(root)
+    leg = fallen_back.leg("L2-from-L1")
+    assert suite.origin(leg) == "from below" and fallen_back.origin(leg) == "scratch"
+    row = summarise(fallen_back, Corpus.open(fallen_back.directory.tokens)).leg("L2-from-L1")
+    assert mark_kind(row) == "root" and row.parent == "L1"
 
 
 def test_predictions_stand_beside_outcomes(suite: Suite) -> None:

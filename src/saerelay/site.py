@@ -32,6 +32,11 @@ class Site:
     module: ModuleKind = "resid_post"
 
     def __post_init__(self) -> None:
+        if self.module == "transcoder":
+            raise PlanError(
+                f"a transcoder is at two sites: it reads {TRANSCODER.module} and reconstructs {TRANSCODER.module_out}; "
+                f'a suite has it as suite["{TRANSCODER.leg_name(self.layer)}"], a recipe as sites.module = "transcoder"'
+            )
         if self.module not in MODULE_KINDS:
             raise PlanError(f'unknown module "{self.module}"; expected one of: {", ".join(MODULE_KINDS)}')
         if self.layer < 0:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
@@ -62,6 +62,17 @@ def format_count(n: int) -> str:
         if scaled >= 0.9995:
             return f"{scaled:.3g}{suffix}"  # 999,936 rounds to 1M, not to 1000k
     return str(n)
+
+
+def few_of(names: Iterable[str]) -> str:
+    """The first eight of some names, for a line that must not become too long.
+
+    >>> few_of("abc"), few_of("abcdefghij")
+    ('a, b, c', 'a, b, c, d, e, f, g, h, ...')
+    """
+    known = list(names)
+    more = ", ..." if len(known) > 8 else ""
+    return ", ".join(known[:8]) + more
 
 
 MAX_COUNT = 10**15

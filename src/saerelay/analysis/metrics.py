@@ -114,11 +114,11 @@ def measure(
                 if clean:
                     jobs.insert(0, partial(batch.add_ablation, ablations[site], model.head))
                 for start in range(0, len(jobs), at_once):
-                    changed = _done(jobs[start : start + at_once], model)
-                    waiting += [one for one in changed if one is not None]
-                    if clean and len(waiting) >= at_once:
+                    together = jobs[start : start + at_once]
+                    if clean and len(waiting) + len(together) > at_once:
                         add_losses(clean, waiting)
                         waiting = []
+                    waiting += [one for one in _done(together, model) if one is not None]
         if clean and waiting:
             add_losses(clean, waiting)
 

@@ -132,25 +132,27 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
     compiled = plan_run(explicit)
     from_scratch = plan_cost(compiled.all_from_scratch())
     seconds = choice.time()
+    shares = spread(compiled, ranks)
     if as_json:
         surveyed = survey.to_data()
         del surveyed["asked"]
-        print_json(
-            {
-                "plan": compiled.to_data(),
-                "cost": choice.cost.model_dump(),
-                "from_scratch": from_scratch.model_dump(),
-                "seconds": seconds,
-                "survey": surveyed,
-                "fvu_ratio": choice.ratio,
-                "fvu_from_scratch": choice.reference,
-            }
-        )
+        data = {
+            "plan": compiled.to_data(),
+            "cost": choice.cost.model_dump(),
+            "from_scratch": from_scratch.model_dump(),
+            "seconds": seconds,
+            "survey": surveyed,
+            "fvu_ratio": choice.ratio,
+            "fvu_from_scratch": choice.reference,
+        }
+        if ranks > 1:
+            data["ranks"] = shares.model_dump()
+        print_json(data)
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
     prices = plan_prices(plan_cost(compiled.without_controls()), from_scratch, None)
     print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
-    print_savings(compiled, prices, spread(compiled, ranks))
+    print_savings(compiled, prices, shares)
 
 
 def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> None:

@@ -27,6 +27,7 @@ from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
+from saerelay.spec import few_of
 
 
 class Format(Protocol):
@@ -139,8 +140,7 @@ def format_of(path: Path) -> Format:
 
     inside = [str(sae.relative_to(path)) for sae in find_saes(path)]
     if inside:
-        more = ", ..." if len(inside) > 8 else ""
-        raise FormatError(f"{path}: holds {len(inside)} SAEs; give one of them: {', '.join(inside[:8])}{more}")
+        raise FormatError(f"{path}: holds {len(inside)} SAEs; give one of them: {few_of(inside)}")
     raise FormatError(f"{path}: no SAE of a known format here ({_names(FORMATS)}); if it is one, name it with --format")
 
 

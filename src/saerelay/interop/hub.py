@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from saerelay.errors import FormatError, HubError
 from saerelay.hub import explain_hub
+from saerelay.spec import few_of
 
 _WEIGHTS = (".safetensors", ".npz", ".pt")
 _FETCHED = (*_WEIGHTS, ".json", ".yaml", ".md")
@@ -147,9 +148,7 @@ def _own_files(remote: Reference, listed: _Names) -> list[str]:
     own += [name for name in below if PurePosixPath(name).match(f"{folder}/checkpoints/*.safetensors")]
     if not any(name.endswith(_WEIGHTS) for name in own):
         folders = {str(PurePosixPath(name).parent) for name in below if name.endswith(_WEIGHTS)}
-        raise FormatError(
-            f"{remote} holds no SAE itself; these folders contain SAE files: {_first_few(sorted(folders))}"
-        )
+        raise FormatError(f"{remote} holds no SAE itself; these folders contain SAE files: {few_of(sorted(folders))}")
 
     configs = [str(parent / "config.json") for parent in folder.parents]
     return own + [name for name in configs if name in listed.names]
@@ -180,15 +179,8 @@ def _similar_paths(path: str, names: list[str]) -> str:
     existing.discard(".")
     similar = difflib.get_close_matches(path, sorted(existing), n=5, cutoff=0.5)
     if similar:
-        return f"did you mean {_first_few(similar)}?"
-    return f"there are {_first_few(sorted(existing))}"
-
-
-def _first_few(names: list[str]) -> str:
-    if not names:
-        return "none"
-    more = ", ..." if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+        return f"did you mean {few_of(similar)}?"
+    return f"there are {few_of(sorted(existing)) or 'none'}"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from saerelay.planning.leg_spec import ControlKind, LegId, repeat_name
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import LegMethod, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site, SiteKind
-from saerelay.spec import Positive, Spec, Whole
+from saerelay.spec import Positive, Spec, Whole, few_of
 
 COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
@@ -237,6 +237,11 @@ class Plan(Document):
                 raise ValueError(f"leg {leg.id} has a parent {leg.parent}, of which nothing is known")
         return self
 
+    def __repr__(self) -> str:
+        return f"Plan({self.facts.name}: {few_of(leg.id for leg in self.legs)})"
+
+    __str__ = __repr__
+
     def leg(self, leg_id: str) -> Leg:
         """The leg with an id."""
         return next(leg for leg in self.legs if leg.id == leg_id)
@@ -374,14 +379,19 @@ class Plan(Document):
 
     def origin(self, leg: Leg) -> Literal["scratch", "from below", "from above", "same layer"]:
         """Where a leg's latents come from; one that continues another leg of its layer has that one's origin."""
-        while self.has(leg.parent) and self.leg(leg.parent).layer == leg.layer:
-            leg = self.leg(leg.parent)
+        leg = self.first_at_layer(leg)
         if not leg.hop:
             return "scratch"
         source = self.parent_site(leg).layer
         if source == leg.layer:
             return "same layer"
         return "from below" if source < leg.layer else "from above"
+
+    def first_at_layer(self, leg: Leg) -> Leg:
+        """The leg that a leg continues, if it does: the first one of its layer in its line."""
+        while self.has(leg.parent) and self.leg(leg.parent).layer == leg.layer:
+            leg = self.leg(leg.parent)
+        return leg
 
     def newness(self, leg: Leg) -> float:
         """Share of a leg's own tokens in all that its dictionary is trained on, parents included; 0 if not known."""

@@ -12,6 +12,7 @@ from saerelay.runs.documents.quality import Origin
 from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site, SiteKind
+from saerelay.spec import few_of
 
 
 class PublishedSuite:
@@ -26,12 +27,18 @@ class PublishedSuite:
         self.directory = RunDirectory(directory)
         self.plan = plan
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.directory.root}: {few_of(self) or 'nothing published yet'})"
+
     # --- which legs count -------------------------------------------------------------------------------------------
 
     @property
     def legs(self) -> list[Leg]:
         """The legs that are published, in the order of the plan."""
-        return [leg for leg in self.plan.legs if (self.directory.leg(leg.id) / "dictionary.json").is_file()]
+        return [leg for leg in self.plan.legs if self._is_published(leg)]
+
+    def _is_published(self, leg: Leg) -> bool:
+        return (self.directory.leg(leg.id) / "dictionary.json").is_file()
 
     @property
     def final_legs(self) -> list[Leg]:
@@ -137,7 +144,13 @@ class PublishedSuite:
         return counterparts
 
     def origin(self, leg: Leg) -> Origin:
-        """Where a leg's latents come from; one that continues another of its layer has the origin of that one."""
+        """Where a leg's latents come from; one that continues another of its layer has the origin of that one.
+
+        A hop that was trained from scratch, since no map helped, comes from scratch.
+        """
+        first = self.plan.first_at_layer(leg)
+        if self._is_published(first) and self.method(first) == "scratch":
+            return "scratch"
         return self.plan.origin(leg)
 
     def neighbour_above(self, leg: Leg) -> Leg | None:

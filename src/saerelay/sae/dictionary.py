@@ -50,6 +50,12 @@ class Dictionary:
     W_skip: Tensor | None = None
     """(Dy, D): the skip connection of a transcoder."""
 
+    def __repr__(self) -> str:
+        k = f", k={self.k}" if self.k else ""
+        width = f"{self.d_model}" if self.d_out == self.d_model else f"{self.d_model} to {self.d_out}"
+        skip = ", skip connection" if self.W_skip is not None else ""
+        return f"Dictionary({self.architecture}{k}, {self.n_latents} latents, width {width}{skip})"
+
     @cached_property
     def activation(self) -> Architecture:
         """How pre-activations become codes."""

@@ -84,7 +84,7 @@ def upload_of(
         kind, title = "transcoder", "Transcoder"
     source_set = f"{slug}-{kind}-{format_count(n_latents).lower()}"
     identifier = f"{leg.layer}-{source_set}"
-    if [other.site for other in legs].count(leg.site) > 1:
+    if [(other.site, other.kind) for other in legs].count((leg.site, leg.kind)) > 1:
         identifier += f"__{re.sub('[^a-zA-Z0-9-]', '-', leg.id)}"
     return Upload(
         release=Release(

@@ -78,18 +78,17 @@ class Overview:
 
 
 def overviews(summary: Summary) -> list[Overview]:
-    """The charts of a run, of each kind of site its own."""
-    if len(summary.kinds) == 1:
-        return [overview(summary)]
-    return [overview(summary.of_kind(kind), kind) for kind in summary.kinds]
+    """The charts of a run, of each kind of site its own, without other tiers of L0."""
+    kinds = summary.kinds
+    return [overview(summary.of_kind(kind), kind if len(kinds) > 1 else "") for kind in kinds]
 
 
 def overview(summary: Summary, kind: str = "") -> Overview:
-    """The charts of a run, or of one kind of its sites."""
+    """The charts of one kind of site, called `kind` where a run has several."""
     legs = list(summary.final_legs)
     for leg in summary.final_legs:
         legs += summary.controls_of(leg)
-    legs.sort(key=lambda leg: (leg.layer, MARK_KINDS.index(mark_kind(leg)), leg.module, leg.id))
+    legs.sort(key=lambda leg: (leg.layer, MARK_KINDS.index(mark_kind(leg)), leg.id))
 
     layers = sorted({leg.layer for leg in legs})
     x = columns(legs, layers)
@@ -115,7 +114,7 @@ def mark_kind(leg: LegSummary) -> MarkKind:
     """How a leg is marked."""
     if leg.control_kind:
         return leg.control_kind
-    return "transfer" if leg.parent else "root"
+    return "root" if leg.origin == "scratch" else "transfer"
 
 
 # --- across -----------------------------------------------------------------------------------------------------------
