@@ -151,6 +151,7 @@ def test_public_names_are_these_and_all_import() -> None:
         "recipe",
         "refit",
         "revive",
+        "save_dictionary",
         "train",
         "train_run",
         "train_suite",

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from saerelay.errors import ModelError, PlanError
+from saerelay.errors import DataError, ModelError, PlanError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.recipe import ModelSpec
@@ -222,6 +222,17 @@ def test_a_model_that_cannot_resume_runs_whole(family_directory: Callable[[str],
         expected = model.logits(TOKENS)
     with model.resuming(clean, Site(1)) as states_with:
         assert torch.equal(logits_of(model, states_with(x)), expected) and model._can_skip == {2: False}
+
+
+def test_what_is_no_site_and_what_are_no_token_ids_say_so(llama: LanguageModel) -> None:
+    with pytest.raises(PlanError, match=r"^1 is not a site; write Site\(1\)"):
+        llama.harvest(TOKENS, [1])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"not this: shape \(7,\)"):
+        llama.harvest(TOKENS[0], [Site(1)])
+    with pytest.raises(DataError, match="not this: .*ndarray"):
+        llama.harvest(TOKENS.numpy(), [Site(1)])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"from \d+ to 101, but .* knows 0 to 100"):
+        llama.harvest(TOKENS.clone().fill_(101).index_fill_(1, torch.tensor([0]), 0), [Site(1)])
 
 
 def test_splice_goes_when_its_block_fails(llama: LanguageModel) -> None:

@@ -11,7 +11,7 @@ from transformers import GPTNeoXForCausalLM
 
 import saerelay as sr
 from saerelay.data.stream import TensorStream
-from saerelay.errors import DataError, ModelError, RecipeError, TransferError
+from saerelay.errors import DataError, FormatError, ModelError, RecipeError, RunDirectoryError, TransferError
 
 D, F, K = 16, 64, 4
 KEYS = {"k": K, "n_latents": F, "batch_tokens": 64, "progress": False}
@@ -38,6 +38,30 @@ def test_a_tensor_trains_an_sae_that_is_better_the_longer_it_trains(sae: sr.Dict
     assert sr.evaluate(sae, unseen).l0 == pytest.approx(K, rel=0.01)
     again = sr.train(data(), **KEYS)
     assert torch.equal(again.W_enc, sae.W_enc)  # the same seed gives the same bits
+
+
+def test_arrays_are_taken_like_tensors(sae: sr.Dictionary) -> None:
+    x = data().numpy()
+    assert torch.equal(sr.train(x, **KEYS).W_enc, sae.W_enc)
+    assert sr.evaluate(sae, x) == sr.evaluate(sae, data())
+    hopped = sr.hop(sae, x, 2 * x, tokens=0, progress=False)
+    assert torch.equal(hopped.W_dec, sr.hop(sae, data(), 2 * data(), tokens=0, progress=False).W_dec)
+
+
+def test_an_sae_is_saved_and_comes_back(sae: sr.Dictionary, tmp_path: Path) -> None:
+    assert repr(sae) == "Dictionary(topk, k=4, 64 latents, width 16)"
+    sr.save_dictionary(sae, tmp_path / "mine", model="me/model", site=sr.Site(5))
+    again, origin = sr.load_dictionary(tmp_path / "mine")
+    assert (origin.model, origin.site) == ("me/model", sr.Site(5))
+    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in sae.tensors().items())
+
+    sr.save_dictionary(sae, tmp_path / "theirs", format="saelens", model="me/model", site=sr.Site(5))
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    with pytest.raises(RunDirectoryError, match="exists"):
+        sr.save_dictionary(sae, tmp_path / "mine")
+    with pytest.raises(FormatError, match="formats that can be written"):
+        sr.save_dictionary(sae, tmp_path / "new", format="gemma_scope")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu"])
@@ -145,7 +169,8 @@ def test_a_loaded_model_is_taken_as_it_is(tiny_model: Path, tmp_path: Path) -> N
     ids = torch.randint(1, 101, (20_000,), generator=torch.Generator().manual_seed(0))
     suite = sr.train_suite(model, ids, out=tmp_path / "run", progress=False, **SMALL)
     assert sorted(suite) == ["L0", "L1"] or len(suite) == 2
-    read = suite.session.model.hf_model.state_dict()
+    assert repr(suite) == f"Suite({tmp_path / 'run'}: {', '.join(suite)})"
+    read = suite.model.hf_model.state_dict()
     assert torch.equal(
         read["gpt_neox.layers.0.mlp.dense_4h_to_h.bias"], model.state_dict()["gpt_neox.layers.0.mlp.dense_4h_to_h.bias"]
     )
@@ -157,6 +182,7 @@ def test_a_named_model_and_its_plan(tiny_model: Path, tmp_path: Path) -> None:
     keys = SMALL | {"data": {"tokens": str(tmp_path / "ids.npy")}}
     plan = sr.plan(tiny_model, **keys)
     assert [leg.layer for leg in plan.legs] in ([1, 0], [0, 1])
+    assert repr(plan) == f"Plan({tiny_model}: {', '.join(leg.id for leg in plan.legs)})"
     with pytest.raises(ModelError, match="int is not a transformers model"):
         sr.train_suite(3, out=tmp_path / "x")
     with pytest.raises(RecipeError, match="a tokenizer belongs to a model that is already loaded"):

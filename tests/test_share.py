@@ -218,7 +218,7 @@ def test_an_import_is_a_parent(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert (origin.site, origin.model) == (Site(2, "attn_z"), "m")
     with pytest.raises(FormatError, match="do not say what it reads; add --layer"):
         share.import_dictionary(str(tmp_path / "bare"), tmp_path / "c")
-    with pytest.raises(RunDirectoryError, match="a exists; choose another --out"):
+    with pytest.raises(RunDirectoryError, match="a exists; choose another place"):
         share.import_dictionary(str(tmp_path / "lens"), tmp_path / "a")
     assert not (tmp_path / "c").exists() and not list(tmp_path.glob(".*"))
 
@@ -442,7 +442,7 @@ def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Pa
     with pytest.raises(RunDirectoryError, match="no SAE is published yet"):
         share.export_run(str(tmp_path / "new"), tmp_path / "out", "saelens")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="choose another --out"):
+    with pytest.raises(RunDirectoryError, match="or choose another place"):
         share.export_run(str(run), tmp_path / "file" / "out", "saelens")
     with pytest.raises(FormatError, match="gemma_scope can be read but not written"):
         share.export_run(str(run), tmp_path / "out", "gemma_scope")

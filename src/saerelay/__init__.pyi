@@ -27,6 +27,7 @@ from .site import Site as Site
 from .workflows.hop import hop_run as hop_run
 from .workflows.launch import train_run as train_run
 from .workflows.settle import plan_run as plan_run
+from .workflows.share import save_dictionary as save_dictionary
 from .workflows.suites import plan as plan
 from .workflows.suites import recipe as recipe
 from .workflows.suites import train_suite as train_suite

@@ -109,7 +109,7 @@ class Session:
     @cached_property
     def token_text(self) -> Callable[[int], str]:
         """Gives the text of a token, or its number in <> if the model comes without a tokenizer."""
-        model = self.plan.recipe.model.changed(revision=self.plan.facts.revision)
+        model = pinned(self.plan.recipe.model, self.plan.facts)
         try:
             tokenizer = load_tokenizer(model)
         except ModelError:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from saerelay.errors import ModelError
+from saerelay.errors import DataError, ModelError, PlanError, TeamError
 from saerelay.lm.adapter import merged
 from saerelay.lm.facts import look_at
 from saerelay.lm.head import Head
@@ -86,15 +87,21 @@ class LanguageModel:
         """Whether other ranks hold it with this one: they run the same forwards, one after the other."""
 
     @classmethod
-    def load(cls, spec: ModelSpec, *, split: bool = False) -> "LanguageModel":
+    def load(cls, model: ModelSpec | str | Path, *, split: bool = False) -> "LanguageModel":
         """Load a model's weights, which must be safetensors, onto the device.
 
-        With `split`, each group of `spec.tensor_parallel` ranks holds it together: all ranks call
+        >>> LanguageModel.load("demo").facts.n_layers
+        8
+
+        `model` is a hub id, a directory, or all that a recipe says of a model.
+
+        With `split`, each group of `model.tensor_parallel` ranks holds it together: all ranks call
         this at once, and from then on the ranks of a group run the same forwards.
 
         Raises what `read_facts` raises, and ModelError if weights are missing, damaged or of
         another shape.
         """
+        spec = model if isinstance(model, ModelSpec) else ModelSpec(name=str(model))
         facts, anatomy = look_at(spec)
         exact = pinned(spec, facts)
         with loading(spec):
@@ -103,7 +110,7 @@ class LanguageModel:
             options = location.options | quantisation_options(location, facts)
             if split:
                 options = options | split_over_ranks(spec)
-            model, report = model_class(config).from_pretrained(
+            module, report = model_class(config).from_pretrained(
                 location.name_or_path,
                 config=config,
                 dtype=getattr(torch, facts.dtype),
@@ -119,7 +126,7 @@ class LanguageModel:
                     "which would be random. Download the model again, or save it with "
                     "save_pretrained from the class it was trained as."
                 )
-            return cls(merged(model, exact), facts, split_anatomy=anatomy if split else None)
+            return cls(merged(module, exact), facts, split_anatomy=anatomy if split else None)
 
     @property
     def hf_model(self) -> Any:
@@ -131,6 +138,8 @@ class LanguageModel:
         self._port(site)
 
     def _port(self, site: Site) -> Port:
+        if not isinstance(site, Site):
+            raise PlanError(f"{site!r} is not a site; write Site({site!r}) for the residual stream after a layer")
         place = place_in(self._anatomy, site, self.facts.name)
         return Port(self._model.get_submodule(place.path), place.side)
 
@@ -142,10 +151,12 @@ class LanguageModel:
 
         The forward ends at the deepest site: nothing after it runs. Every position attends as in
         a sequence without padding. A visitor sees the model's own tensor, in inference mode: it
-        copies what it wants, and neither keeps nor changes it. Raises what `check_site` raises.
+        copies what it wants, and neither keeps nor changes it. Raises what `check_site` raises, and
+        DataError for what are no token ids of this model.
         """
         if not visitors:
             return
+        self._check_ids(tokens)
         waiting = set(visitors)
 
         def show(site: Site, x: Tensor) -> Tensor:
@@ -161,6 +172,19 @@ class LanguageModel:
             stack.enter_context(self._with_other_ranks())
             self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         assert not waiting, f"asked for {list(visitors)}, the forward did not pass {waiting}"
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+            given = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens)
+            raise DataError(f"token ids are a tensor (sequences, positions) of whole numbers, not this: {given}")
+        if tokens.is_cpu and tokens.numel():  # looking at those on a GPU would make the host wait
+            lowest, highest = (int(end) for end in tokens.aminmax())
+            n_known = self.facts.tokens.vocab_size
+            if lowest < 0 or highest >= n_known:
+                raise DataError(
+                    f"token ids from {lowest} to {highest}, but {self.facts.name} knows 0 to {n_known - 1}; "
+                    "take the model's own tokenizer"
+                )
 
     def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
         """Read the activations (B,C,D) at all sites from one forward over tokens (B,C).
@@ -333,6 +357,8 @@ class LanguageModel:
         try:
             with self._skipping(clean, n_skipped, stream.clone):
                 states = self._states(clean.tokens)
+        except TeamError:
+            raise
         except Exception:  # without what earlier layers pass on, a model may fail in any way
             return False
         if torch.equal(states, clean.states):

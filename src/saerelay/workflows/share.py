@@ -75,6 +75,27 @@ def describe(dictionary: Dictionary) -> str:
 # --- out ---------------------------------------------------------------------------------------
 
 
+def save_dictionary(
+    sae: Dictionary,
+    out: str | Path,
+    *,
+    format: str = own.NAME,
+    model: str = "",
+    site: Site | None = None,
+    site_out: Site | None = None,
+) -> None:
+    """Write one SAE into a new directory, in our own format or that of another tool.
+
+        sr.save_dictionary(sae, "layer_5", format="saelens", model="google/gemma-3-270m", site=sr.Site(5))
+
+    `model` and `site` say what it reads, `site_out` what a transcoder reconstructs: the files hold them,
+    `load_dictionary` and the other tool read them. Raises FormatError if the format cannot express the SAE or
+    is unknown, RunDirectoryError if `out` exists.
+    """
+    with new_directory(Path(out)) as directory:
+        write_dictionary(directory, sae, Origin(model=model, site=site, site_out=site_out), format)
+
+
 def export_run(
     source: str, out: Path, format: str, *, legs: Iterable[str] = (), licence: str = "", repo: str = ""
 ) -> list[ExportedSAE]:
@@ -317,13 +338,13 @@ def new_directory(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.partial")
     if out.exists():
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed at the very end
-        raise RunDirectoryError(f"{out} exists; choose another --out")
+        raise RunDirectoryError(f"{out} exists; choose another place for what is written")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_directory(temporary)  # of a process that was killed
         temporary.mkdir()
     except OSError as error:
-        raise RunDirectoryError(f"{out}: cannot be created ({reason(error)}), or choose another --out") from None
+        raise RunDirectoryError(f"{out}: cannot be created ({reason(error)}), or choose another place") from None
     try:
         directory = temporary / "new"
         directory.mkdir()

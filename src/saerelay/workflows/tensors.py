@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, cast
+from typing import Any, cast, overload
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,13 +37,14 @@ from saerelay.workflows.keys import sectioned
 BUFFER_ROWS = 65_536
 """Rows of an iterator that are shuffled together."""
 
-Activations = Tensor | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]] | AbstractStream
+Rows = Tensor | np.ndarray
+Activations = Rows | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]] | AbstractStream
 
 
 def train(
     x: Activations,
     *,
-    target: Tensor | None = None,
+    target: Rows | None = None,
     tokens: int | None = None,
     site: Site | None = None,
     progress: bool = True,
@@ -55,15 +57,17 @@ def train(
     >>> sae.n_latents, sae.encode(x[:3]).count_nonzero(dim=1).tolist()
     (64, [4, 4, 4])
 
-    `x` is a tensor (N, D), an iterable of tensors (B, D), or a stream with the `site` to read. With a `target` (N, Dy),
-    or an iterable of pairs, it is a transcoder. `tokens` is the budget: by default a tensor once; an iterator needs it.
-    A tensor is read over and over again in new orders, an iterator is shuffled in buffers of 65,536 rows. `keys` are
-    those of the recipe's sections `[dictionary]` and `[train]`. Raises RecipeError for other keys or impossible ones,
-    DataError for activations that end too early, LegFailed if the loss is not finite.
+    `x` is a tensor or array (N, D), an iterable of tensors (B, D), or a stream with the `site` to read. With a `target`
+    (N, Dy), or an iterable of pairs, it is a transcoder. `tokens` is the budget: by default a tensor once; an iterator
+    needs it. A tensor is read over and over again in new orders, an iterator is shuffled in buffers of 65,536 rows.
+    `keys` are those of the recipe's sections `[dictionary]` and `[train]`. Raises RecipeError for other keys or
+    impossible ones, DataError for activations that end too early, LegFailed if the loss is not finite.
     """
     recipe = Recipe.parse(sectioned(keys, ("dictionary", "train")), source="train")
+    if isinstance(x, np.ndarray):
+        x = _tensor(x)
     budget = tokens if tokens is not None else _n_rows(x)
-    source = _Source.of(x, target, site, recipe.train.seed)
+    source = _Source.of(x, _tensor(target), site, recipe.train.seed)
     first = source.first
     spec = recipe.dictionary.sized(first.x.shape[1])
     leg = _leg(spec, recipe, first.x.shape[1], budget, transcoder=first.target is not None)
@@ -73,10 +77,10 @@ def train(
 
 def hop(
     sae: Dictionary,
-    x_source: Tensor,
-    x_target: Tensor,
+    x_source: Rows,
+    x_target: Rows,
     *,
-    target: tuple[Tensor, Tensor] | None = None,
+    target: tuple[Rows, Rows] | None = None,
     tokens: int | None = None,
     progress: bool = True,
     **keys: Any,
@@ -99,12 +103,13 @@ def hop(
     keys = dict(keys)
     method = keys.pop("method", "auto")
     refit = keys.pop("refit", True)
+    x_source, x_target = _tensor(x_source), _tensor(x_target)
     recipe = Recipe.parse(sectioned(keys, ("dictionary", "train")), source="hop")
     if len(x_source) != len(x_target):
         raise DataError(f"hop: {len(x_source)} rows at the source, {len(x_target)} at the target; give the same tokens")
     spec = _spec_after(sae, recipe, keys, x_source)
     leg = _leg(spec, recipe, x_target.shape[1], len(x_target) if tokens is None else tokens, transcoder=bool(target))
-    source_y, y = target or (None, None)
+    source_y, y = (_tensor(target[0]), _tensor(target[1])) if target else (None, None)
 
     inputs = _moments(x_source, x_target)
     moments: AnyMoments = inputs
@@ -136,7 +141,7 @@ def hop(
 
 
 @torch.no_grad()
-def evaluate(sae: Dictionary, x: Tensor | Iterable[Tensor], *, target: Tensor | None = None) -> EvaluationMetrics:
+def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None = None) -> EvaluationMetrics:
     """How well an SAE reconstructs activations (N, D), and how sparsely; of a transcoder, its `target` (N, Dy).
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
@@ -149,7 +154,9 @@ def evaluate(sae: Dictionary, x: Tensor | Iterable[Tensor], *, target: Tensor | 
     """
     sums = MetricSums()
     batches: Iterable[tuple[Tensor, Tensor]]
-    if isinstance(x, Tensor):
+    target = _tensor(target)
+    if isinstance(x, Rows):
+        x = _tensor(x)
         _check(x, target, "evaluate")
         y = x if target is None else target
         batches = zip(x.split(4096), y.split(4096), strict=True)
@@ -164,6 +171,15 @@ def evaluate(sae: Dictionary, x: Tensor | Iterable[Tensor], *, target: Tensor | 
 
 
 # --- where rows come from -------------------------------------------------------------------------------------------
+
+
+@overload
+def _tensor(x: Rows) -> Tensor: ...
+@overload
+def _tensor(x: None) -> None: ...
+def _tensor(x: Rows | None) -> Tensor | None:
+    """An array as a tensor that shares its memory; a tensor as it is."""
+    return torch.as_tensor(x) if isinstance(x, np.ndarray) else x
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,7 +380,7 @@ def _trained(trainee: Trainee, source: _Source, *, progress: bool) -> Dictionary
                 told = time.perf_counter()
                 shown = trainee.look()
                 if shown:
-                    bar.update(task, description=f"FVU {shown.fvu:.4f}  L0 {shown.l0:.1f}")
+                    bar.update(task, description=f"FVU in training units {shown.fvu:.4f}, L0 {shown.l0:.1f}")
     trainee.settle()
     if trainee.state.failure:
         raise LegFailed(f"training stopped: {trainee.state.failure}")

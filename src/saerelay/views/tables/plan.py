@@ -76,12 +76,18 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
             format_count(leg.fold_at),
             format_count(leg.budget_tokens),
             str(leg.dictionary.n_latents),
-            f"{leg.schedule.lr:.1e}",
+            _learning_rate(leg),
         ]
         if reference and leg.goal.predicted_fvu:
             row += [f"{leg.goal.predicted_fvu:.4f}", f"{leg.goal.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(*row)
     return table
+
+
+def _learning_rate(leg: Leg) -> str:
+    """The largest rate; after a hop it may be less, by how well the map fits, which is found when it begins."""
+    at_most = "≤ " if leg.hop and leg.schedule.lr_by_map else ""
+    return f"{at_most}{leg.schedule.lr:.1e}"
 
 
 def _role(plan: Plan, leg: Leg) -> str:
