@@ -85,8 +85,8 @@ def notes(summary: Summary) -> list[Text]:
     if misleading:
         lines.append(misleading)
     lines.append(
-        "ΔCE: rise of the model's loss with the SAE in place, ± standard error over sequences, which are the same for all "
-        "SAEs: differences between them are surer than these errors suggest (eval/*.json has ΔCE by sequence). FVU: lower "
-        "is better."
+        "ΔCE: rise of the model's loss with the SAE in place, ± standard error over sequences. These are the same for "
+        "all SAEs: differences between them are surer than the errors suggest (eval/*.json has ΔCE by sequence). FVU: "
+        "lower is better."
     )
     return [Text(line) for line in lines]
