@@ -184,15 +184,19 @@ def random_dictionaries(study: Study) -> Job:
 def suites(study: Study) -> list[Job]:
     """Whole suites: one root (or some), and hops of an eighth of its budget."""
     usual = {"root_tokens": study.full, "transfer_tokens": study.tokens(USUAL), "method": "auto", "refit": True}
-    middle = study.layers[len(study.layers) // 2]
+    n = len(study.layers)
+    middle = study.layers[n // 2]
     wanted: dict[str, dict[str, Any]] = {
         "hub": {"preset": "hub", "roots": [middle]},
         "alternate": {"preset": "alternate"},
         "chain": {"preset": "backward", "roots": [study.layers[-1]]},
+        "shared": {"preset": "shared", "roots": [middle]},
+        "shared-untrained": {"preset": "shared", "roots": [middle], "transfer_tokens": 0},
+        "two-shared": {"preset": "shared", "roots": [study.layers[n // 4], study.layers[5 * n // 8]]},
         "auto": {"preset": "auto"},
     }
     return [
-        Job(f"suite-{name}", study.run.changed(plan=study.run.plan.changed(**usual, **keys)))
+        Job(f"suite-{name}", study.run.changed(plan=study.run.plan.changed(**(usual | keys))))
         for name, keys in wanted.items()
     ]
 

@@ -159,6 +159,7 @@ def test_training_and_evaluation_of_every_kind(folder: Path, tmp_path: Path, sae
 
 PLANS = {
     "scratch": 'preset = "scratch"',
+    "shared": 'preset = "shared"',
     "forward": 'preset = "forward"',
     "backward": 'preset = "backward"',
     "alternate": 'preset = "alternate"',

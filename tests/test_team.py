@@ -90,6 +90,18 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(
     assert ranks.said().count("SAEs in") == 1, "only rank 0 speaks"
 
 
+@pytest.mark.slow
+def test_layers_that_share_a_leg_reach_the_rank_that_trains_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "shared.toml"
+    recipe.write_text(RECIPE.replace('"hub"', '"shared"').replace("fork_at = 0.5\n", ""))
+    alone = Ranks(0, tmp_path, ["train", recipe, "--out", tmp_path / "alone"])
+    assert alone.wait() == [0], alone.said()
+    ranks = Ranks(3, tmp_path, ["train", recipe, "--out", tmp_path / "run"])
+    assert ranks.wait() == [0, 0, 0], ranks.said()
+    assert (tmp_path / "alone/legs/L2-shared").is_dir()
+    assert digests(tmp_path / "run") == digests(tmp_path / "alone")
+
+
 def test_killed_with_two_ranks_and_resumed_with_three_gives_the_same_bits(
     recipe: Path, alone: Path, tmp_path: Path
 ) -> None:

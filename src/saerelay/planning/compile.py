@@ -46,6 +46,8 @@ def compile_plan(
     for spec in specs:
         site = site_of(spec, recipe)
         facts.check_site(site)
+        for layer in spec.shared_layers:
+            facts.check_site(Site(layer, site.module))
         facts.check_site(site.at(module_out_of(spec, recipe)))
     setting = Setting(
         recipe=recipe,
@@ -117,7 +119,9 @@ def _check_layers(recipe: Recipe, facts: ModelFacts) -> list[int]:
         layers = sorted(set(recipe.sites.layers))
     if not layers:
         raise PlanError('sites.layers is empty; write "all" or a list such as [0, 1]')
-    named = {*layers, *recipe.plan.roots, *recipe.plan.controls, *(leg.layer for leg in recipe.plan.legs)}
+    named = {*layers, *recipe.plan.roots, *recipe.plan.controls}
+    for leg in recipe.plan.legs:
+        named |= {leg.layer, *leg.shared_layers}
     for layer in sorted(named):
         if not 0 <= layer < facts.n_layers:
             raise PlanError(f"layer {layer} is out of range: {facts.name} has layers 0 to {facts.n_layers - 1}")
@@ -198,6 +202,11 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     missing = leg.budget_tokens - n_tokens
     if missing <= 0:
         return None
+    if before.shared_layers:
+        raise PlanError(
+            f"leg {leg.id} is finished, and a leg that several layers share cannot be trained further; leave its "
+            "tokens as they were, or choose another --out"
+        )
     changes: dict[str, Any] = {"budget_tokens": missing, "snapshots": []}
     if leg.schedule.lr_by_map:
         changes["lr_by_map"] = False
@@ -209,7 +218,7 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
 def _changed_keys(before: Leg, now: Leg) -> list[str]:
     """The keys, but for those that follow from the schedule, in which two versions of a leg differ."""
     scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "moment_tokens", "budget_tokens"}
-    scheduled |= {"lr", "lr_by_map", "goal_fvu", "decay_gain", "predicted_fvu"}
+    scheduled |= {"shared_layers", "alignment_tokens", "lr", "lr_by_map", "goal_fvu", "decay_gain", "predicted_fvu"}
     old = before.model_dump()
     new = now.model_dump()
     return [key for key in new if key not in scheduled and new[key] != old.get(key)]
@@ -220,6 +229,8 @@ def _check_widths(plan: Plan) -> None:
     for leg in plan.legs:
         if leg.hop:
             _check_width(plan, leg, leg.hop.method)
+        elif leg.shared_layers:
+            _check_map_tokens(leg, plan.facts.width(leg.site), "procrustes")
 
 
 def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
@@ -236,6 +247,10 @@ def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
             f"leg {leg.id}: its parent {leg.parent} is of layer {external.layer}, and {plan.facts.name} has layers "
             f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
         )
+    _check_map_tokens(leg, width, method)
+
+
+def _check_map_tokens(leg: Leg, width: int, method: LegMethod) -> None:
     if method not in WITHOUT_MAP and leg.moment_tokens <= 2 * width:
         raise PlanError(
             f"leg {leg.id}: method {method} fits a {width}-dimensional map on {leg.moment_tokens} tokens; "

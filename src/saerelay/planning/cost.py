@@ -44,8 +44,14 @@ def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int) -
 
 
 def fit_flops(leg: Leg, width: int) -> float:
-    """Operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky."""
-    moments = leg.moment_tokens * 8.0 * width**2
+    """Operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky.
+
+    A leg that layers share has a map from each of the others, through which their activations go as it is trained.
+    """
+    n_maps = len(leg.shared_layers) or 1
+    moments = n_maps * leg.moment_tokens * 8.0 * width**2
+    if leg.shared_layers:
+        moments += leg.budget_tokens * 2.0 * width**2
     if not leg.refit_tokens:
         return moments
     F = leg.dictionary.n_latents

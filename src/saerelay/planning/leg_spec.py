@@ -118,6 +118,8 @@ class LegSpec(Spec):
     """Start when this leg has ended (a leg from scratch starts at once otherwise)."""
     hop: LegHop | None = None
     """None trains from scratch."""
+    shared_layers: list[int] = []
+    """Other layers whose activations it is trained on, too, once they are aligned with its own layer's."""
     control: LegControl | None = None
     goal: LegGoal = LegGoal()
     dictionary: LegDictionary = LegDictionary()

@@ -44,6 +44,8 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
             f"leg {spec.id} {_what(site.module, module_out)}, and its parent {spec.parent} "
             f"{_what(source.module, source.module_out)}; set module and module_out to those of the parent"
         )
+    if spec.shared_layers:
+        _check_shared(spec, site, module_out)
     dictionary = _settled_dictionary(spec, setting, parent, external)
     if dictionary.skip_connection and not module_out:
         if not any(kind.module_out for kind in recipe.sites.kinds):
@@ -64,9 +66,31 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
         seed=recipe.train.seed if spec.seed is None else spec.seed,
         schedule=_settled_schedule(spec, setting, hop, budget, at_home=site == parent_site),
         hop=hop,
+        shared_layers=spec.shared_layers,
+        alignment_tokens=_whole_blocks(recipe.plan.hop.moment_tokens, setting.block_tokens)
+        if spec.shared_layers
+        else 0,
         control=Control.model_validate(spec.control.model_dump()) if spec.control else None,
         goal=Goal.model_validate(spec.goal.model_dump()),
     )
+
+
+def _check_shared(spec: LegSpec, site: Site, module_out: ModuleKind | None) -> None:
+    """Raise PlanError where layers cannot share a leg."""
+    if spec.hop:
+        raise PlanError(
+            f"leg {spec.id} is transferred from {spec.parent}, and shared_layers belong to a leg from scratch; keep one"
+        )
+    if module_out:
+        raise PlanError(
+            f"leg {spec.id} is a transcoder, and those of several layers are of different functions: layers share SAEs "
+            'alone. Choose another preset than "shared" for transcoders, or leave shared_layers out'
+        )
+    if site.layer in spec.shared_layers or len(set(spec.shared_layers)) < len(spec.shared_layers):
+        raise PlanError(
+            f"leg {spec.id}: shared_layers are other layers than its own, {site.layer}, each once, not "
+            f"{spec.shared_layers}"
+        )
 
 
 def site_of(spec: LegSpec, recipe: Recipe) -> Site:

@@ -7,8 +7,9 @@ All legs live on one axis, the cursor: raw token positions read from the corpus.
              is fitted; then fold and
              decoder refit, at once)
 
-A leg from scratch has no moments, nor has a plain copy. Starts lie on block borders; a child's moments end where its
-parent reaches the age it forks at, so that both share the language model's forward pass.
+A leg from scratch has no moments, nor has a plain copy; one that several layers share has those of its alignment.
+Starts lie on block borders; a child's moments end where its parent reaches the age it forks at, so that both share the
+language model's forward pass.
 """
 
 import math
@@ -135,6 +136,10 @@ class Leg(Spec):
     start: Whole = 0
     hop: Hop | None = None
     """None for a leg from scratch."""
+    shared_layers: list[int] = Field(default=[], exclude_if=lambda given: not given)
+    """Other layers whose activations, aligned with its own layer's, it is trained on, too."""
+    alignment_tokens: Whole = Field(default=0, exclude_if=lambda given: not given)
+    """Tokens that they are aligned on; 0 if there are none."""
     control: Control | None = None
     goal: Goal = Goal()
 
@@ -174,8 +179,13 @@ class Leg(Spec):
 
     @property
     def moment_tokens(self) -> int:
-        """Tokens that the map from its parent is fitted on; 0 without one."""
-        return self.hop.moment_tokens if self.hop else 0
+        """Tokens that the map from its parent is fitted on, or those of the layers that it shares; 0 without maps."""
+        return self.hop.moment_tokens if self.hop else self.alignment_tokens
+
+    @property
+    def shared_sites(self) -> list[Site]:
+        """Where it reads besides its own site, if several layers share it."""
+        return [Site(layer, self.module) for layer in self.shared_layers]
 
     @property
     def refit_tokens(self) -> int:
@@ -273,12 +283,19 @@ class Plan(Document):
         """
         sites: set[Site] = set()
         for leg in self.legs:
-            if leg.start < stop and start < leg.end and leg.id not in ended:
-                sites |= {leg.site, leg.site_out}
-            if leg.moment_tokens and leg.start < stop and start < leg.fold_at:
-                source = self.parent_site(leg)
-                sites |= {source, leg.out_at(source)}
+            if leg.id not in ended:
+                sites |= self.sites_of(leg, start, stop)
         return self.with_probe(sites) if sites else []
+
+    def sites_of(self, leg: Leg, start: int, stop: int) -> set[Site]:
+        """The sites that a leg needs in [start, stop): those that it is trained on, and those that maps are from."""
+        if stop <= leg.start or leg.end <= start:
+            return set()
+        sites = {leg.site, leg.site_out, *leg.shared_sites}
+        if leg.hop and leg.moment_tokens and start < leg.fold_at:
+            source = self.parent_site(leg)
+            sites |= {source, leg.out_at(source)}
+        return sites
 
     def stretches(self) -> Iterator[tuple[int, list[Site]]]:
         """The axis from its start to its end, by stretches with the same sites open: the number of blocks, the sites.
@@ -330,7 +347,9 @@ class Plan(Document):
                 lr=leg.schedule.lr,
                 dead_after_tokens=leg.schedule.dead_after_tokens,
             )
-            legs.append(leg.changed(role="root", hop=None, start=0, schedule=schedule))
+            legs.append(
+                leg.changed(role="root", hop=None, start=0, schedule=schedule, shared_layers=[], alignment_tokens=0)
+            )
         return self.changed(legs=legs)
 
     def ended_after(self, tokens: dict[str, int]) -> Self:

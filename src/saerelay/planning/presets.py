@@ -45,6 +45,8 @@ def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, s
 def _suite_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[LegSpec]:
     """The roots and the transfers of one kind of site."""
     plan = recipe.plan
+    if plan.preset == "shared":
+        return _shared_legs(recipe, kind, layers)
     parents = preset_parents(recipe, layers)
     roots = [layer for layer in sorted(layers) if layer not in parents or plan.preset == "paper"]
     legs = [_leg(kind, layer, kind.leg_name(layer), plan.root_tokens) for layer in roots]
@@ -55,6 +57,25 @@ def _suite_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[L
                 parent += f"-from-L{parents[source][0]}"
             hop = LegHop(parent=parent, fork_at=plan.hop.fork_at)
             legs.append(_leg(kind, layer, f"{kind.leg_name(layer)}-from-L{source}", plan.transfer_tokens, hop))
+    return legs
+
+
+def _shared_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[LegSpec]:
+    """For each root one SAE of all the layers nearest to it, and its hops to all of them, itself included."""
+    plan = recipe.plan
+    nearest = _hub(layers, plan.roots)
+    legs = []
+    for root in sorted(set(layers) - set(nearest)):
+        others = [layer for layer in layers if nearest.get(layer) == [root]]
+        if not others:
+            legs.append(_leg(kind, root, kind.leg_name(root), plan.root_tokens))
+            continue
+        name = f"{kind.leg_name(root)}-shared"
+        legs.append(_leg(kind, root, name, plan.root_tokens).changed(shared_layers=others))
+        hop = LegHop(parent=name, fork_at=plan.hop.fork_at)
+        legs.append(_leg(kind, root, kind.leg_name(root), plan.transfer_tokens, hop.changed(method="identity")))
+        for layer in others:
+            legs.append(_leg(kind, layer, f"{kind.leg_name(layer)}-from-L{root}", plan.transfer_tokens, hop))
     return legs
 
 
@@ -184,7 +205,7 @@ def preset_parents(recipe: Recipe, layers: Sequence[int]) -> dict[int, list[int]
     match recipe.plan.preset:
         case "scratch":
             return {}
-        case "hub":
+        case "hub" | "shared":
             return _hub(layers, recipe.plan.roots)
         case "forward":
             return _chain(list(layers), recipe.plan.roots)

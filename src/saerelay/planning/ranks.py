@@ -66,11 +66,7 @@ def needed_sites(
     stop = first + plan.block_tokens
     needed: list[set[Site]] = [set() for _ in range(n_ranks)]
     for leg in plan.legs:
-        if leg.start < stop and first < leg.end:
-            needed[owner[leg.id]] |= {leg.site, leg.site_out}
-            if leg.moment_tokens and first < leg.fold_at:
-                source = plan.parent_site(leg)
-                needed[owner[leg.id]] |= {source, leg.out_at(source)}
+        needed[owner[leg.id]] |= plan.sites_of(leg, first, stop)
     if plan.probe_site:
         needed[prober(needed, plan.probe_site)].add(plan.probe_site)
     return [sorted(sites & set(open_sites)) for sites in needed]

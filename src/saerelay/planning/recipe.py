@@ -13,7 +13,7 @@ from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import KindName, ModuleKind, SiteKind
 from saerelay.spec import Auto, Count, OrAuto, Spec, parse_count
 
-Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "paper", "auto"]
+Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "shared", "paper", "auto"]
 
 
 BUDGET_UNITS = {"tokens": "tokens", "flops": "FLOPs", "hours": "hours", "hour": "hours"}
@@ -228,7 +228,9 @@ class PlanSpec(Spec):
 
     inline = ("auto", "hop", "tier")
 
-    preset: Preset = Field(default="hub", description="scratch, forward, backward, alternate, hub, paper or auto")
+    preset: Preset = Field(
+        default="hub", description="scratch, forward, backward, alternate, hub, shared, paper or auto"
+    )
     auto: AutoSpec = AutoSpec()
     stop: bool = Field(
         default=True, description="if a leg (the training of one SAE) has a goal, end it once that is reached"

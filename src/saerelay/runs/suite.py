@@ -104,6 +104,8 @@ class PublishedSuite:
     def made(self, leg: Leg) -> str:
         """How a leg was made, in words: "affine + refit from L5", or "from scratch"."""
         method = self.method(leg)
+        if leg.shared_layers:
+            return f"from scratch, on aligned activations of layers {few_of(map(str, [leg.layer, *leg.shared_layers]))}"
         if not leg.parent:
             return "from scratch"
         if method == "random":
@@ -136,7 +138,7 @@ class PublishedSuite:
             one_repeats = self.plan.repeat_of(other) or self.plan.repeat_of(leg)
             if one_repeats and other.seed != leg.seed:
                 continue
-            is_root = other.role == "root" and not other.parent
+            is_root = other.role == "root" and not other.parent and not other.shared_layers
             is_root = is_root and (other.site, other.kind, other.dictionary.l0) == place
             is_control = other.control_of == leg.id and other.control_kind != "random"
             if is_control or is_root:
@@ -245,6 +247,8 @@ def method_of(leg: Leg, chosen: str | None = None) -> str:
     `chosen` is the method that was taken where the plan has "auto".
     """
     method = chosen or leg.method
+    if leg.shared_layers:
+        return f"{len(leg.shared_layers) + 1} layers aligned"
     if not method:
         return ""
     if method == "auto":

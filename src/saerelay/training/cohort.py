@@ -83,7 +83,9 @@ class Cohort:
     def _step(self, trainee: Trainee, activations: Mapping[Site, Tensor]) -> None:
         leg = trainee.leg
         n_parts = self.batch_tokens // leg.schedule.batch_tokens
-        batches = activations[leg.site].tensor_split(n_parts)
+        alignment = trainee.state.alignment
+        rows = alignment.rows(activations) if alignment else activations[leg.site]
+        batches = rows.tensor_split(n_parts)
         targets: Sequence[Tensor | None] = [None] * n_parts
         if leg.is_transcoder:
             targets = activations[leg.site_out].tensor_split(n_parts)

@@ -23,14 +23,19 @@ from saerelay.sae.trials import SCRATCH, try_methods
 from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.spec import seed_from
-from saerelay.training.run_state import OUTPUTS, Training
+from saerelay.training.alignment import Alignment
+from saerelay.training.run_state import OUTPUTS, Training, shared_key
 from saerelay.training.state import balance_of
 
 
 def gather_moments(now: Training, block: Block) -> None:
-    """Feed the moments of the hops that are coming."""
+    """Feed the moments of the hops that are coming, and of the layers that are to share a leg."""
     for leg in now.plan.legs:
-        if now.trains(leg) and leg.start <= now.cursor < leg.fold_at:
+        if not now.trains(leg) or not leg.start <= now.cursor < leg.fold_at:
+            continue
+        for site in leg.shared_sites:
+            _add_moments(now, shared_key(leg, site), block, site, leg.site)
+        if leg.hop:
             source = now.plan.parent_site(leg)
             _add_moments(now, leg.id, block, source, leg.site)
             if leg.is_transcoder:
@@ -43,6 +48,22 @@ def _add_moments(now: Training, key: str, block: Block, source: Site, target: Si
     moments = now.moments.setdefault(key, Moments.empty(width, width, block.keep.device))
     for rows in block.chunks([source, target]):
         moments.add(rows[source], rows[target])
+
+
+def align(now: Training, leg: Leg) -> Alignment | None:
+    """How the layers that share a leg look alike at its own; None if it is not shared.
+
+    They are only turned, shifted and stretched as one (procrustes), so that what is sparse at one stays sparse.
+    """
+    if not leg.shared_layers:
+        return None
+    balance = balance_of(leg, now.plan.recipe.train)
+    width = now.plan.facts.width(leg.site)
+    maps = {}
+    for site in leg.shared_sites:
+        moments = now.moments.pop(shared_key(leg, site))
+        maps[site] = map_between("procrustes", width, moments, balance)
+    return Alignment.fitted(leg.site, maps, torch.device(now.plan.facts.device))
 
 
 def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:

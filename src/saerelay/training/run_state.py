@@ -33,6 +33,11 @@ OUTPUTS = "@out"
 """After a leg's id: the moments of what it reconstructs, if that is not what it reads."""
 
 
+def shared_key(leg: Leg, site: Site) -> str:
+    """Under which the moments are kept that align another layer with that of a leg which both share."""
+    return f"{leg.id}@{site}"
+
+
 def _no_seconds() -> dict[str, float]:
     return {"total": 0.0, "processor": 0.0, "lm": 0.0, "fits": 0.0, "goals": 0.0, "exchange": 0.0}
 
@@ -100,7 +105,8 @@ class Training:
     ended: set[str] = field(default_factory=set)
     """Legs whose time has come and that do not live any more (or never did), on whichever rank."""
     moments: dict[str, Moments] = field(default_factory=dict)
-    """Of the hops that are coming, by leg; those of a transcoder's outputs with `OUTPUTS` after its id."""
+    """Of the hops that are coming, by leg; those of a transcoder's outputs with `OUTPUTS` after its id, and those that
+    align layers under their `shared_key`."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why legs had to stop."""
     hops: dict[str, HopFacts] = field(default_factory=dict)
@@ -244,7 +250,8 @@ class Training:
                 trainee.take_up(under("log", tensors))
                 training.cohort.add(trainee)
         for key in facts["moments"]:
-            if training.trains(plan.leg(key.removesuffix(OUTPUTS))):
+            leg_id, _, _ = key.partition("@")
+            if training.trains(plan.leg(leg_id)):
                 tensors = load_part(paths.state, f"moments-{key}", facts)
                 own = {name: tensor.to(device) for name, tensor in tensors.items()}
                 training.moments[key] = Moments.restore(own)

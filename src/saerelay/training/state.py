@@ -13,6 +13,7 @@ from saerelay.sae.initialise import initialise
 from saerelay.sae.threads import alone
 from saerelay.sae.units import Balance, Units
 from saerelay.spec import seed_from
+from saerelay.training.alignment import Alignment
 
 
 @dataclass
@@ -39,6 +40,8 @@ class TraineeState:
     """Spent in steps."""
     failure: str = ""
     """Why training stopped; "" while it goes on."""
+    alignment: Alignment | None = None
+    """Of the layers that share the leg, if several do."""
 
     @classmethod
     def begin(
@@ -77,6 +80,8 @@ class TraineeState:
             tensors[f"adam.exp_avg_sq.{name}"] = tensor
         if self.whitening is not None:
             tensors["whitening"] = self.whitening
+        if self.alignment is not None:
+            tensors |= {f"alignment.{name}": tensor for name, tensor in self.alignment.tensors().items()}
         tensors["adam.step"] = self.n_steps
         tensors["mean"] = self.units.mean
         tensors["scale"] = self.units.scale
@@ -111,6 +116,7 @@ class TraineeState:
             age=int(tensors["age"]),
             lr_share=float(tensors["lr_share"]),
             seconds=float(tensors["seconds"]),
+            alignment=Alignment.restore(leg.site, leg.shared_sites, under("alignment.")),
         )
 
 

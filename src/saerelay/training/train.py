@@ -27,7 +27,7 @@ from saerelay.sae.transfer import L0_ROWS
 from saerelay.site import Site
 from saerelay.team import Team
 from saerelay.training.engine import Trainee
-from saerelay.training.inherit import Parent, gather_moments, inherit, parent_of, parents_from_elsewhere
+from saerelay.training.inherit import Parent, align, gather_moments, inherit, parent_of, parents_from_elsewhere
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests, timed
 from saerelay.training.saving import SavingTimes
@@ -199,7 +199,15 @@ def begin(
     if reason:
         return reason
     if parent is None:
-        return Trainee(leg, spec, first_state(leg, spec, rows, target=target))
+        try:
+            alignment = align(now, leg)
+        except TransferError as error:
+            return str(error)
+        if alignment:
+            rows = alignment.rows({site: block.rows(site, FIRST_ROWS) for site in (leg.site, *leg.shared_sites)})
+        state = first_state(leg, spec, rows, target=target)
+        state.alignment = alignment
+        return Trainee(leg, spec, state)
     try:
         inherited = inherit(now, leg, block, parent, units_of(leg, spec, rows, target))
     except TransferError as error:

@@ -96,6 +96,11 @@ def trained(plan: Plan, summary: Summary) -> str:
     if roots:
         tokens = format_count(max(leg.tokens for leg in roots))
         parts.append(f"{_at_layers(roots)} trained from scratch on {tokens} tokens.")
+    for leg in plan.without_controls().legs:
+        if leg.shared_layers:
+            shared = listed(sorted([leg.layer, *leg.shared_layers]))
+            tokens = format_count(leg.budget_tokens)
+            parts.append(f"Layers {shared} shared one, trained on {tokens} tokens of their aligned activations.")
     if children:
         methods = set()
         for leg in children:
