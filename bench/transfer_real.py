@@ -193,6 +193,7 @@ def suites(study: Study) -> list[Job]:
         "shared": {"preset": "shared", "roots": [middle]},
         "shared-untrained": {"preset": "shared", "roots": [middle], "transfer_tokens": 0},
         "two-shared": {"preset": "shared", "roots": [study.layers[n // 4], study.layers[5 * n // 8]]},
+        "alternate-quarter": {"preset": "alternate", "transfer_tokens": study.tokens(1 / 4)},
         "auto": {"preset": "auto"},
     }
     return [

@@ -19,7 +19,7 @@ from saerelay.spec import format_count
 from saerelay.views.text import flops
 
 METHODS = get_args(Method)
-SUITES = ("hub", "shared-untrained", "shared", "two-shared", "alternate", "chain", "auto")
+SUITES = ("hub", "shared-untrained", "shared", "two-shared", "alternate", "alternate-quarter", "chain", "auto")
 
 
 @dataclass(frozen=True)

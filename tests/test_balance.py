@@ -20,7 +20,7 @@ from saerelay.sae.quality import fvu
 from saerelay.sae.refit import refit
 from saerelay.sae.spec import DictionarySpec
 from saerelay.sae.transfer import Retraining
-from saerelay.sae.trials import REGRESSION_HANDICAP, SCRATCH, try_methods
+from saerelay.sae.trials import RANDOM, REGRESSION_HANDICAP, try_methods
 from saerelay.sae.units import Units, balance_factors
 from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
@@ -179,7 +179,7 @@ def test_a_copy_is_tried_and_wins_where_nothing_changed() -> None:
     source = activations(8192)
     trials = trials_on(source.clone(), source)
     assert trials["identity"] == pytest.approx(trials["procrustes"], rel=0.02)
-    assert next(iter(trials)) != SCRATCH
+    assert next(iter(trials)) != RANDOM
     assert trials["affine"] / REGRESSION_HANDICAP == pytest.approx(trials["identity"], rel=0.05)
 
 
@@ -199,7 +199,7 @@ def test_a_random_dictionary_wins_over_a_parent_that_tells_nothing_apart() -> No
     same = units.to_canonical(replace(inside, W_enc=inside.W_enc[:1].expand(F, D).clone()))
     spec = DictionarySpec.parse({"n_latents": F, "k": K}).sized(D)
     trials = try_methods(same, moments_of(x, x), Retraining(x, seed=0), units, spec, balance=0.75)
-    assert next(iter(trials)) == SCRATCH
+    assert next(iter(trials)) == RANDOM
 
 
 def test_activations_that_are_not_finite_are_named() -> None:

@@ -17,7 +17,7 @@ from saerelay.sae.spec import Method, SizedDictionarySpec
 from saerelay.sae.transfer import Retraining, carry, refit_on
 from saerelay.sae.units import Balance, Units
 
-SCRATCH = "scratch"
+RANDOM = "random"
 """The name of a random dictionary among the trials."""
 REGRESSION_HANDICAP = 1.03
 """What a regression's FVU is multiplied by: it shrinks what it explains badly towards the mean, which costs the model
@@ -44,7 +44,7 @@ def try_methods(
     That of a regression is multiplied by `REGRESSION_HANDICAP`.
 
     `on` are raw activations of the target. Beside the methods stands, if `fresh` is given, a random dictionary
-    of that size, refitted on the same rows (`SCRATCH`): a hop that is no better has nothing to offer. Raises
+    of that size, refitted on the same rows (`RANDOM`): a hop that is no better has nothing to offer. Raises
     TransferError for activations that are not finite.
     """
     on = on.at(slice(0, TRIAL_ROWS))
@@ -71,5 +71,5 @@ def try_methods(
     trials["affine"] *= REGRESSION_HANDICAP
     if fresh:
         generator = torch.Generator().manual_seed(0)
-        trials[SCRATCH] = fvu_once_refitted(initialise(fresh, fitted.rows, generator, fitted.target))
+        trials[RANDOM] = fvu_once_refitted(initialise(fresh, fitted.rows, generator, fitted.target))
     return dict(sorted(trials.items(), key=lambda trial: trial[1]))

@@ -19,7 +19,7 @@ from saerelay.sae.reshape import Shape
 from saerelay.sae.spec import Method
 from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
-from saerelay.sae.trials import SCRATCH, try_methods
+from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.spec import seed_from
@@ -124,8 +124,8 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         fresh = leg.dictionary if leg.budget_tokens and not reshaped else None
         trials.update(try_methods(parent, moments, sample, units, fresh, balance=balance, l0=parent_l0))
         best = next(iter(trials))
-        if best == SCRATCH:
-            return Inherited(None, 1.0, SCRATCH, trials)
+        if best == RANDOM:
+            return Inherited(None, 1.0, "scratch", trials)
         method = cast(Method, best)
     copied = method == "identity" and not reshaped
 

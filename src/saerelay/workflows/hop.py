@@ -33,7 +33,7 @@ from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.spec import Method, MethodOrAuto
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
-from saerelay.sae.trials import SCRATCH, TRIAL_ROWS, try_methods
+from saerelay.sae.trials import RANDOM, TRIAL_ROWS, try_methods
 from saerelay.sae.units import Units
 from saerelay.site import Site, SiteKind
 from saerelay.workflows.activations import tokenise
@@ -229,7 +229,7 @@ def carry_from_model(
 def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Method:
     """The method that measured best; TransferError if a random dictionary is as good."""
     best = next(iter(trials))
-    if best == SCRATCH:
+    if best == RANDOM:
         raise TransferError(
             f"{name}: no map from its {site} to {target} is better than a random dictionary; train from scratch"
         )

@@ -27,7 +27,7 @@ from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
 from saerelay.sae.spec import Method, SizedDictionarySpec
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
-from saerelay.sae.trials import SCRATCH, try_methods
+from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.site import Site
 from saerelay.training.engine import Trainee
 from saerelay.training.state import balance_of, first_state, units_of
@@ -124,7 +124,7 @@ def hop(
     if method == "auto":
         fresh = None if reshaped or not leg.budget_tokens else spec
         method = next(iter(try_methods(sae, moments, on, units, fresh, balance=balance, l0=l0)))
-        if method == SCRATCH:
+        if method == RANDOM:
             raise TransferError(
                 "hop: no map is better than a random dictionary; train from scratch: sr.train(x_target)"
             )
