@@ -13,6 +13,7 @@ from saerelay.errors import TransferError
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, encode_sparse, join_codes
 from saerelay.sae.maps import (
+    ENOUGH_TOKENS,
     AffineMap,
     affine,
     identity,
@@ -228,10 +229,16 @@ def test_unexplained_is_one_minus_r_squared_of_the_map() -> None:
     left = (y - x @ m.A.T - m.c).square().sum() / (y - y.mean(dim=0)).square().sum()
     assert unexplained(moments, balance=0) == pytest.approx(float(left), rel=1e-4)
     assert unexplained(moments_of(x, 3 * x + 1)) == pytest.approx(0, abs=1e-4)
-    assert rate_share(moments, balance=0) == pytest.approx(min(1, 2.75 * float(left)), rel=1e-4)
-    assert rate_share(moments_of(x, 3 * x + 1)) == 0.03
-    assert rate_share(moments_of(x, 3 * x + 1), newness=0.2) == pytest.approx(0.15)
-    assert rate_share(moments, newness=0.01) == rate_share(moments)
+
+
+def test_the_rate_after_a_hop_follows_what_is_left_and_how_much_time_there_is() -> None:
+    long = 10**6
+    assert rate_share(0.2, long) == rate_share(0.2, ENOUGH_TOKENS) == pytest.approx(0.55)
+    assert rate_share(0.2, ENOUGH_TOKENS // 4) == pytest.approx(0.275)
+    assert rate_share(0.9, long) == 1 and rate_share(0.001, long) == rate_share(0.2, 0) == 0.03
+    assert rate_share(0.001, long, newness=0.2) == pytest.approx(0.15)
+    assert rate_share(0.001, 1000, newness=0.2) == pytest.approx(0.15), "an unfinished parent needs its rate"
+    assert rate_share(0.2, long, newness=0.01) == rate_share(0.2, long)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -3,6 +3,7 @@
 Shapes: S source width, T target width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -14,6 +15,8 @@ from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
 from saerelay.sae.units import Balance, balance_factors
 
+ENOUGH_TOKENS = 250_000
+"""Training tokens after a hop below which its learning rate falls; that from scratch is at its upper bound there."""
 RIDGE = 1e-3
 """Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
 LEAST_RATE_SHARE = 0.03
@@ -117,15 +120,20 @@ def unexplained(moments: AnyMoments, ridge: float = RIDGE, balance: Balance = "a
     return float((residual / variance).clamp(0, 1))
 
 
-def rate_share(moments: AnyMoments, newness: float = 0.0, balance: Balance = "auto") -> float:
-    """Learning rate after a hop, as a share of the rate from scratch: the less the map explains, the more is to learn.
+def rate_share(left: float, tokens: int, newness: float = 0.0) -> float:
+    """Learning rate after a hop, as a share of the rate from scratch: the less the map leaves, the less is to learn.
 
-    2.75·(1 − R²), between LEAST_RATE_SHARE and 1; or 0.75·`newness`, if that is more, where `newness` is the share of
-    its own tokens in all that the dictionary will have been trained on, its parents' included: a parent that is far
-    from finished leaves much to learn as well (decisions 019 and 029). The sweeps had 1 − R² from 0.03 to 0.17.
+    >>> [round(rate_share(0.1, tokens), 3) for tokens in (1_000_000, 90_000, 40_000)]
+    [0.275, 0.165, 0.11]
+
+    2.75·`left`, where `left` is the share of variance that the map leaves unexplained; in fewer than ENOUGH_TOKENS it
+    falls with the root of `tokens`, since steps that large would leave more noise than there is time to smooth. Or
+    0.75·`newness`, if that is more, where `newness` is the share of its own tokens in all that the dictionary will have
+    been trained on, its parents' included: a parent that is far from finished leaves much to learn as well. At least
+    LEAST_RATE_SHARE, at most 1 (decisions 019, 029 and 034). The sweeps had `left` from 0.03 to 0.34.
     """
-    share = max(2.75 * unexplained(moments, balance=balance), 0.75 * newness, LEAST_RATE_SHARE)
-    return min(share, 1.0)
+    short = math.sqrt(min(1.0, tokens / ENOUGH_TOKENS))
+    return min(1.0, max(2.75 * left * short, 0.75 * newness, LEAST_RATE_SHARE))
 
 
 def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:

@@ -12,7 +12,16 @@ from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import INITIAL_ROWS, initialise
-from saerelay.sae.maps import LEAST_RATE_SHARE, AffineMap, AnyMoments, PairedMoments, crossed, map_between, rate_share
+from saerelay.sae.maps import (
+    LEAST_RATE_SHARE,
+    AffineMap,
+    AnyMoments,
+    PairedMoments,
+    crossed,
+    map_between,
+    rate_share,
+    unexplained,
+)
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
@@ -147,7 +156,8 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     carried = carry(parent, between, rows, units, l0=l0, shape=shape, retraining=retraining)
     lr_share = 1.0
     if leg.schedule.lr_by_map and moments:
-        lr_share = rate_share(moments, now.plan.newness(leg), balance)
+        left = unexplained(moments, balance=balance)
+        lr_share = rate_share(left, leg.budget_tokens, now.plan.newness(leg))
     elif leg.schedule.lr_by_map:
         # Without a map a refit tells: where it gained nothing, there is nothing to learn.
         at_rest = copied and retraining is not None and not carried.refitted

@@ -132,7 +132,8 @@ def _rate_after(moved: "CarriedFromModel", leg: LegSpec, recipe: Recipe) -> floa
     for given in (leg.training.lr, recipe.train.optimizer.transfer_lr):
         if given is not None and given != "auto":
             return given
-    return moved.rate_share * auto_lr(moved.dictionary.d_model, leg.tokens, recipe.train.batch_tokens)
+    share = rate_share(moved.unexplained, leg.tokens)
+    return share * auto_lr(moved.dictionary.d_model, leg.tokens, recipe.train.batch_tokens)
 
 
 def with_leg(recipe: Recipe, leg: LegSpec) -> Recipe:
@@ -142,11 +143,11 @@ def with_leg(recipe: Recipe, leg: LegSpec) -> Recipe:
 
 
 class CarriedFromModel(NamedTuple):
-    """A dictionary that was carried from another model, and the learning rate that its map calls for."""
+    """A dictionary that was carried from another model, and the share of variance that its map leaves unexplained."""
 
     dictionary: Dictionary
     origin: Origin
-    rate_share: float
+    unexplained: float
 
 
 @torch.no_grad()
@@ -204,6 +205,7 @@ def carry_from_model(
     between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments, balance)
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())
     carried = carry(dictionary, between, x_target.cpu(), units, l0=l0).dictionary
+    left = unexplained(moments, balance=balance)
     facts = {
         "model": name,
         "site": str(site),
@@ -211,7 +213,7 @@ def carry_from_model(
         "trials": trials,
         "moment_tokens": moments.n_tokens,
         "lm_tokens": 2 * plan.recipe.plan.hop.moment_tokens,
-        "unexplained": unexplained(moments, balance=balance),
+        "unexplained": left,
         "seconds": round(time.perf_counter() - began, 3),
     }
     return CarriedFromModel(
@@ -222,7 +224,7 @@ def carry_from_model(
             l0=l0,
             provenance={**origin.provenance, "carried_from": facts},
         ),
-        rate_share=rate_share(moments, balance=balance),
+        unexplained=left,
     )
 
 

@@ -21,7 +21,7 @@ from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.documents.quality import EvaluationMetrics
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.maps import AnyMoments, PairedMoments, map_between, rate_share
+from saerelay.sae.maps import AnyMoments, PairedMoments, map_between, rate_share, unexplained
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
@@ -134,7 +134,7 @@ def hop(
     if not leg.budget_tokens:
         return carried.dictionary
     given_lr = "lr" in keys or "transfer_lr" in keys
-    share = 1.0 if given_lr else rate_share(moments, balance=balance)
+    share = 1.0 if given_lr else rate_share(unexplained(moments, balance=balance), leg.budget_tokens)
     state = first_state(leg, recipe.train, first.x, carried.dictionary, target=first.target, lr_share=share)
     source = _Source.of(x_target, y, None, recipe.train.seed)
     return _trained(Trainee(leg, recipe.train, state), source, progress=progress)
