@@ -51,6 +51,12 @@ def test_every_layer_starts_from_the_sae_that_all_share(facts: ModelFacts) -> No
     assert plan.open_sites(0, 512) == plan.open_sites(shared.end - 512, shared.end) == [Site(0), Site(1), Site(2)]
 
 
+def test_layers_that_have_no_leg_of_their_own_are_read_all_the_same(facts: ModelFacts) -> None:
+    plan = make_plan(facts, legs=[{"id": "a", "layer": 0, "tokens": 4096, "shared_layers": [2]}])
+    assert plan.sites == [Site(0)] and plan.sites_read == [Site(0), Site(2)]
+    assert plan.deepest == Site(2)
+
+
 def test_layers_share_the_sae_of_the_nearest_root(facts: ModelFacts) -> None:
     plan = make_plan(facts, preset="shared", roots=[0, 2])
     assert [leg.id for leg in plan.legs] == ["L0", "L2-shared", "L2", "L1-from-L2"], "a root alone shares with nobody"

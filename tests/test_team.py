@@ -102,6 +102,30 @@ def test_layers_that_share_a_leg_reach_the_rank_that_trains_it(tmp_path: Path) -
     assert digests(tmp_path / "run") == digests(tmp_path / "alone")
 
 
+@pytest.mark.slow
+def test_sites_without_a_leg_of_their_own_are_read_by_a_team(tmp_path: Path) -> None:
+    """Layers that share a leg, and the layer of a parent outside the plan."""
+    head, _ = RECIPE.replace("[1, 2, 3]", "[2]").split("[plan]")
+    head += "[evaluate]\ntokens = 1024\n[plan]\nmoment_tokens = 2048\nrefit_tokens = 1024\n"
+    shared = tmp_path / "shared.toml"
+    shared.write_text(
+        head
+        + '[[plan.legs]]\nid = "shared"\nlayer = 2\ntokens = 4096\nshared_layers = [1, 3]\n'
+        + '[[plan.legs]]\nid = "own"\nlayer = 2\ntokens = 2048\n'
+    )
+    hop = tmp_path / "hop.toml"
+    hop.write_text(
+        head
+        + f'[[plan.legs]]\nid = "child"\nlayer = 1\ntokens = 2048\nparent = "{tmp_path}/shared-0/legs/own"\n'
+        + '[[plan.legs]]\nid = "beside"\nlayer = 1\ntokens = 2048\n'
+    )
+    for recipe in (shared, hop):
+        for size in (0, 2):
+            ranks = Ranks(size, tmp_path, ["train", recipe, "--out", tmp_path / f"{recipe.stem}-{size}"])
+            assert ranks.wait() == [0] * max(1, size), ranks.said()
+        assert digests(tmp_path / f"{recipe.stem}-0") == digests(tmp_path / f"{recipe.stem}-2")
+
+
 def test_killed_with_two_ranks_and_resumed_with_three_gives_the_same_bits(
     recipe: Path, alone: Path, tmp_path: Path
 ) -> None:

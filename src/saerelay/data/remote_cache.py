@@ -53,7 +53,7 @@ class RemoteCache(ActivationCache):
         with self._reaching():
             self.files, root = url_to_fs(self.address)
         self.root = f"{root.rstrip('/')}/{self.name}"
-        widest = max(self.bytes_per_sequence(site) for site in plan.with_probe(plan.sites))
+        widest = max(self.bytes_per_sequence(site) for site in plan.with_probe(plan.sites_read))
         self.per_shard = max(1, SHARD_BYTES // widest)
 
     def read(self, site: Site, ids: np.ndarray) -> Iterator[tuple[int, Tensor]]:

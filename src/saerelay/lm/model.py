@@ -420,6 +420,8 @@ def load_model(plan: Plan, *, split: bool = False) -> LanguageModel:
     for leg in plan.legs:
         model.check_site(leg.site)
         model.check_site(leg.site_out)
+        for site in leg.shared_sites:
+            model.check_site(site)
         if leg.parent:
             source = plan.parent_site(leg)
             model.check_site(source)

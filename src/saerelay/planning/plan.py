@@ -268,8 +268,13 @@ class Plan(Document):
 
     @property
     def sites(self) -> list[Site]:
-        """All sites, in order: what is read, and what transcoders reconstruct."""
+        """The sites of all legs, in order: where they read, and what transcoders reconstruct."""
         return sorted({site for leg in self.legs for site in (leg.site, leg.site_out)})
+
+    @property
+    def sites_read(self) -> list[Site]:
+        """All sites that are read at some time, in order: those of legs, of layers that share one, of maps' sources."""
+        return sorted({site for leg in self.legs for site in self.sites_of(leg, leg.start, leg.end)})
 
     @property
     def probe_site(self) -> Site | None:
@@ -316,8 +321,8 @@ class Plan(Document):
 
     @property
     def deepest(self) -> Site:
-        """Where the language model stops at the latest: the last of all sites and the probe's."""
-        return self.with_probe(self.sites)[-1]
+        """Where the language model stops at the latest: the last of all sites that are read, and the probe's."""
+        return self.with_probe(self.sites_read)[-1]
 
     def with_probe(self, sites: Iterable[Site]) -> list[Site]:
         """Sites in order, and the one where outlier norms are looked for."""

@@ -37,7 +37,7 @@ class TeamStream(LiveStream):
         self.owner = owners(plan, team.size)
         self.needs: list[list[Site]] = []
         """Of the block at hand, by rank."""
-        sites = plan.with_probe(plan.sites)
+        sites = plan.with_probe(plan.sites_read)
         self._dtypes = dict.fromkeys(sites, torch.bfloat16)
         if self.model and not self.cache:
             found = self.model.harvest(torch.zeros(1, 2, dtype=torch.long), sites)

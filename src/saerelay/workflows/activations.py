@@ -117,7 +117,7 @@ def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
     """The language model that groups of ranks hold together, once it is seen that each rank has whole activations."""
     model = load_model(plan, split=True)
-    found = model.harvest(torch.zeros(1, 2, dtype=torch.long), plan.with_probe(plan.sites))
+    found = model.harvest(torch.zeros(1, 2, dtype=torch.long), plan.with_probe(plan.sites_read))
     by_rank = team.gather({site: x.cpu() for site, x in found.items()})
     check_whole(by_rank, plan.facts, plan.recipe.model.tensor_parallel)
     return model
