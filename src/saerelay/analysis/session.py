@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -107,11 +107,15 @@ class Session:
         return Corpus.open(self.suite.directory.tokens)
 
     @cached_property
+    def tokenizer(self) -> Any:
+        """The model's fast tokenizer; ModelError if it comes without one."""
+        return load_tokenizer(pinned(self.plan.recipe.model, self.plan.facts))
+
+    @cached_property
     def token_text(self) -> Callable[[int], str]:
         """Gives the text of a token, or its number in <> if the model comes without a tokenizer."""
-        model = pinned(self.plan.recipe.model, self.plan.facts)
         try:
-            tokenizer = load_tokenizer(model)
+            tokenizer = self.tokenizer
         except ModelError:
             return "<{}>".format
         return cache(partial(token_text, tokenizer))

@@ -21,8 +21,6 @@ from saerelay.errors import ModelError
 from saerelay.lm.attach import Attachment, attach
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.ports import shape_of
-from saerelay.lm.source import pinned
-from saerelay.lm.tokens import load_tokenizer
 from saerelay.runs.directory import read_plan
 from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.circuits import Circuits
@@ -54,10 +52,10 @@ class Suite(PublishedSuite):
         """The language model that the suite was trained on; ModelError if another has taken its place."""
         return self.session.model
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
         """The model's fast tokenizer; ModelError if it comes without one."""
-        return load_tokenizer(pinned(self.plan.recipe.model, self.plan.facts))
+        return self.session.tokenizer
 
     def tokens(self, split: Split = "test") -> np.ndarray:
         """The token ids (N, context) of a split of the run's corpus: "train", "validation" or "test"."""

@@ -23,6 +23,7 @@ from saerelay.cli.options import (
 from saerelay.rank import rank
 
 if TYPE_CHECKING:
+    from saerelay.planning.cost import Cost
     from saerelay.planning.plan import Plan
     from saerelay.planning.ranks import Speeds, Spread
     from saerelay.planning.recipe import Recipe
@@ -84,15 +85,8 @@ def plan(
     seconds = [plan_seconds(*pair) for pair in zip(plans, speeds, strict=False)]  # none without timing
     shares = spread(compiled, ranks, speeds[0] if speeds else None)
     if as_json:
-        data = {
-            "plan": compiled.to_data(),
-            "cost": cost.model_dump(),
-            "from_scratch": plan_cost(from_scratch).model_dump(),
-            "seconds": seconds[0] if seconds else None,
-        }
-        if ranks > 1:
-            data["ranks"] = shares.model_dump()
-        print_json(data)
+        prices = (cost, plan_cost(from_scratch))
+        print_json(plan_data(compiled, *prices, seconds[0] if seconds else None, shares))
         return
 
     totals = (seconds[1]["total"], seconds[2]["total"]) if seconds else None
@@ -136,23 +130,29 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
     if as_json:
         surveyed = survey.to_data()
         del surveyed["asked"]
-        data = {
-            "plan": compiled.to_data(),
-            "cost": choice.cost.model_dump(),
-            "from_scratch": from_scratch.model_dump(),
-            "seconds": seconds,
-            "survey": surveyed,
-            "fvu_ratio": choice.ratio,
-            "fvu_from_scratch": choice.reference,
-        }
-        if ranks > 1:
-            data["ranks"] = shares.model_dump()
+        data = plan_data(compiled, choice.cost, from_scratch, seconds, shares)
+        data |= {"survey": surveyed, "fvu_ratio": choice.ratio, "fvu_from_scratch": choice.reference}
         print_json(data)
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
     prices = plan_prices(plan_cost(compiled.without_controls()), from_scratch, None)
     print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
     print_savings(compiled, prices, shares)
+
+
+def plan_data(
+    plan: "Plan", cost: "Cost", from_scratch: "Cost", seconds: dict[str, float] | None, shares: "Spread"
+) -> dict[str, Any]:
+    """A plan and what it takes, as `--json` has them; which rank does what, where there are several."""
+    data: dict[str, Any] = {
+        "plan": plan.to_data(),
+        "cost": cost.model_dump(),
+        "from_scratch": from_scratch.model_dump(),
+        "seconds": seconds,
+    }
+    if len(shares.ranks) > 1:
+        data["ranks"] = shares.model_dump()
+    return data
 
 
 def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
-from saerelay.planning.legs import Setting, module_out_of, settled_leg, site_of
+from saerelay.planning.legs import Setting, settled_leg, sites_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
 from saerelay.planning.presets import Place, preset_legs, with_repeats
@@ -44,11 +44,8 @@ def compile_plan(
     if recipe.plan.legs:
         _check_nothing_else(recipe)
     for spec in specs:
-        site = site_of(spec, recipe)
-        facts.check_site(site)
-        for layer in spec.shared_layers:
-            facts.check_site(Site(layer, site.module))
-        facts.check_site(site.at(module_out_of(spec, recipe)))
+        for site in sites_of(spec, recipe):
+            facts.check_site(site)
     setting = Setting(
         recipe=recipe,
         facts=facts,

@@ -55,6 +55,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
             )
         dictionary = dictionary.changed(skip_connection=False)
     parent_site = source.site if source else None
+    moment_tokens = _whole_blocks(recipe.plan.hop.moment_tokens, setting.block_tokens)
     role: Role = "transfer" if hop else "root"
     return Leg(
         id=spec.id,
@@ -67,9 +68,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
         schedule=_settled_schedule(spec, setting, hop, budget, at_home=site == parent_site),
         hop=hop,
         shared_layers=spec.shared_layers,
-        alignment_tokens=_whole_blocks(recipe.plan.hop.moment_tokens, setting.block_tokens)
-        if spec.shared_layers
-        else 0,
+        alignment_tokens=moment_tokens if spec.shared_layers else 0,
         control=Control.model_validate(spec.control.model_dump()) if spec.control else None,
         goal=Goal.model_validate(spec.goal.model_dump()),
     )
@@ -96,6 +95,13 @@ def _check_shared(spec: LegSpec, site: Site, module_out: ModuleKind | None) -> N
 def site_of(spec: LegSpec, recipe: Recipe) -> Site:
     """Where a leg reads."""
     return Site(spec.layer, spec.module or recipe.sites.first_kind.module)
+
+
+def sites_of(spec: LegSpec, recipe: Recipe) -> list[Site]:
+    """The sites that a leg is trained on: where it reads, with other layers that share it, and what it reconstructs."""
+    site = site_of(spec, recipe)
+    shared = [Site(layer, site.module) for layer in spec.shared_layers]
+    return [site, *shared, site.at(module_out_of(spec, recipe))]
 
 
 def module_out_of(spec: LegSpec, recipe: Recipe) -> ModuleKind | None:

@@ -7,10 +7,9 @@ from saerelay.errors import PlanError
 from saerelay.planning.cost import peak_state_bytes, state_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec, tokens_of
-from saerelay.planning.legs import Setting, module_out_of, site_of
+from saerelay.planning.legs import Setting, sites_of
 from saerelay.planning.plan import LM_BATCH_TOKENS, Leg
 from saerelay.planning.recipe import Recipe
-from saerelay.site import Site
 
 MAX_BLOCK_TOKENS = 65_536
 BLOCK_BYTES = 2**30
@@ -68,10 +67,7 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) ->
                 f"({recipe.train.batch_tokens}) and data.context ({recipe.data.context}), that is, of {step}"
             )
         return asked
-    sites = {site_of(spec, recipe) for spec in specs}
-    sites |= {site_of(spec, recipe).at(module_out_of(spec, recipe)) for spec in specs}
-    sites |= {Site(layer, site_of(spec, recipe).module) for spec in specs for layer in spec.shared_layers}
-    n_sites = max(1, len(sites))
+    n_sites = max(1, len({site for spec in specs for site in sites_of(spec, recipe)}))
     numbers_per_token = max(facts.d_model, facts.d_attn_z) * n_sites
     most_in_memory = BLOCK_BYTES // (4 * numbers_per_token)
     if facts.on_gpu:

@@ -63,7 +63,7 @@ def _suite_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[L
 def _shared_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[LegSpec]:
     """For each root one SAE of all the layers nearest to it, and its hops to all of them, itself included."""
     plan = recipe.plan
-    nearest = _hub(layers, plan.roots)
+    nearest = preset_parents(recipe, layers)
     legs = []
     for root in sorted(set(layers) - set(nearest)):
         others = [layer for layer in layers if nearest.get(layer) == [root]]

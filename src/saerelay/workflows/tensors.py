@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,9 +65,9 @@ def train(
     """
     recipe = Recipe.parse(sectioned(keys, ("dictionary", "train")), source="train")
     if isinstance(x, np.ndarray):
-        x = _tensor(x)
+        x = torch.as_tensor(x)
     budget = tokens if tokens is not None else _n_rows(x)
-    source = _Source.of(x, _tensor(target), site, recipe.train.seed)
+    source = _Source.of(x, None if target is None else torch.as_tensor(target), site, recipe.train.seed)
     first = source.first
     spec = recipe.dictionary.sized(first.x.shape[1])
     leg = _leg(spec, recipe, first.x.shape[1], budget, transcoder=first.target is not None)
@@ -103,13 +103,13 @@ def hop(
     keys = dict(keys)
     method = keys.pop("method", "auto")
     refit = keys.pop("refit", True)
-    x_source, x_target = _tensor(x_source), _tensor(x_target)
+    x_source, x_target = torch.as_tensor(x_source), torch.as_tensor(x_target)
     recipe = Recipe.parse(sectioned(keys, ("dictionary", "train")), source="hop")
     if len(x_source) != len(x_target):
         raise DataError(f"hop: {len(x_source)} rows at the source, {len(x_target)} at the target; give the same tokens")
     spec = _spec_after(sae, recipe, keys, x_source)
     leg = _leg(spec, recipe, x_target.shape[1], len(x_target) if tokens is None else tokens, transcoder=bool(target))
-    source_y, y = (_tensor(target[0]), _tensor(target[1])) if target else (None, None)
+    source_y, y = map(torch.as_tensor, target) if target else (None, None)
 
     inputs = _moments(x_source, x_target)
     moments: AnyMoments = inputs
@@ -154,11 +154,10 @@ def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None
     """
     sums = MetricSums()
     batches: Iterable[tuple[Tensor, Tensor]]
-    target = _tensor(target)
     if isinstance(x, Rows):
-        x = _tensor(x)
-        _check(x, target, "evaluate")
-        y = x if target is None else target
+        x = torch.as_tensor(x)
+        y = x if target is None else torch.as_tensor(target)
+        _check(x, y, "evaluate")
         batches = zip(x.split(4096), y.split(4096), strict=True)
     else:
         batches = ((batch, batch) for batch in x)
@@ -171,15 +170,6 @@ def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None
 
 
 # --- where rows come from -------------------------------------------------------------------------------------------
-
-
-@overload
-def _tensor(x: Rows) -> Tensor: ...
-@overload
-def _tensor(x: None) -> None: ...
-def _tensor(x: Rows | None) -> Tensor | None:
-    """An array as a tensor that shares its memory; a tensor as it is."""
-    return torch.as_tensor(x) if isinstance(x, np.ndarray) else x
 
 
 @dataclass(frozen=True, eq=False)
