@@ -9,6 +9,7 @@ Sections, in the order of what matters most; none begins once `--budget` seconds
 - `correct`: products, selection and gradients against float64.
 - `digests`: a small run of every architecture twice, once interrupted: the same bits?
 - `steps`: a training step against SAELens, dictionary_learning and sparsify, and where the host waits (bench/step.py).
+- `kernels`: the parts of a step, those in one pass beside the passes they stand for.
 - `legs`: 12 legs in lockstep.
 - `hops`: what a hop costs beside its training: units, moments, map, fold, refit.
 - `states`: a saved state.
@@ -39,6 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from report import machine
@@ -48,7 +50,8 @@ from torch import Tensor
 from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import ModelSpec, Recipe, TrainSpec
 from saerelay.sae.initialise import initialise
-from saerelay.sae.kernels import dense_codes, products, sparse_step
+from saerelay.sae.kernels import dense_codes, products, reference, sparse_step
+from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.loss import training_loss
 from saerelay.sae.maps import affine
 from saerelay.sae.moments import Moments
@@ -135,6 +138,9 @@ def errors_of_products(B: int, F: int, D: int, k: int, args: Namespace) -> dict:
     values = codes.values.view(B, k).sort(dim=1).values
     Z = dense_codes(codes).double()
     sampled = (x.double() @ W.double().T)[codes.rows(), codes.columns.long()]
+    left = x.clone()
+    explained = ops.explain(left, codes, W)
+    rest = x.double() - Z @ W.double()
     transposed, _ = codes.transposed()
     outs = [torch.full((F, D), torch.nan, device=args.device) for _ in range(4)]
     ops.decode_pair(transposed, transposed.values, x, transposed.values, x, *outs[:2])
@@ -144,9 +150,28 @@ def errors_of_products(B: int, F: int, D: int, k: int, args: Namespace) -> dict:
         "selection": bool(torch.equal(values, pre.topk(k, dim=1).values.relu().sort(dim=1).values)),
         "decode": off(ops.decode(codes, W), Z @ W.double()),
         "sampled": off(ops.sampled(codes, x, W), sampled),
+        "residual": off(left, rest),
+        "explained": off(explained, (rest @ W.double().T)[codes.rows(), codes.columns.long()]),
+        "fired": bool(torch.equal(ops.fired(codes), (Z > 0).any(dim=0))),
+        "adam": error_of_adam(W, ops),
         "pair": off(outs[0], Z.T @ x.double()),
         "same_bits": bool(torch.equal(outs[0], outs[2])),
     }
+
+
+def an_adam(like: Tensor) -> Adam:
+    """A step of Adam on a device."""
+    one = torch.ones((), device=like.device)
+    return Adam(1e-3 * one, (0.9, 0.999), 10 * one, 2 * one, failed=torch.zeros_like(one))
+
+
+def error_of_adam(W: Tensor, ops: ModuleType) -> float:
+    """The largest relative error of what a step of Adam on rows that keep unit norm leaves."""
+    triple = (W / 100, W.roll(1, dims=0), W.roll(2, dims=0).square())
+    exact = tuple(tensor.double() for tensor in triple)
+    reference.adam_rows(an_adam(W)._replace(lr=1e-3), exact, W.double(), 1.0, unit=True, copy=None)
+    ops.adam_rows(an_adam(W), triple, W.clone(), 1.0, unit=True, copy=None)
+    return max(map(off, triple, exact))
 
 
 def gradient_errors(kind: str, args: Namespace) -> dict:
@@ -270,6 +295,49 @@ def waits(name: str, kind: str, dead: float, args: Namespace) -> dict[str, int]:
         ours.step(x)
         torch.cuda.set_sync_debug_mode("default")
     return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower())
+
+
+def kernels(args: Namespace) -> Rows:
+    """Milliseconds of the parts of a step; where one kernel stands for several passes, of these as well."""
+    return [{"shape": name} | parts_of_a_step(shape, args) for name, shape in shapes(args, "main", "wide").items()]
+
+
+def parts_of_a_step(shape: Shape, args: Namespace) -> dict[str, float]:
+    """Milliseconds by part, each launched 20 times in a row."""
+    ops = products(torch.device(args.device))
+    generator = torch.Generator(args.device).manual_seed(0)
+    x = torch.randn(shape.batch, shape.d_model, generator=generator, device=args.device)
+    W = torch.randn(shape.n_latents, shape.d_model, generator=generator, device=args.device) / shape.d_model**0.5
+    half, low = x.bfloat16(), W.bfloat16()
+    pre = half @ low.T
+    codes = ops.top_codes(pre, shape.k)
+    transposed, _ = codes.transposed()
+    triple = (W.clone(), W.clone(), W.square())
+    outs = (torch.empty_like(W), torch.empty_like(W))
+    adam = an_adam(W)
+
+    def decode_then_sample() -> None:
+        left = x.clone()
+        ops.subtract_decoded(left, codes, W)
+        ops.sampled(codes, left, W)
+
+    parts: dict[str, Callable[[], object]] = {
+        "product": lambda: half @ low.T,
+        "select": lambda: ops.top_codes(pre, shape.k),
+        "select_torch": lambda: pre.topk(shape.k, dim=1, sorted=False),
+        "explain": lambda: ops.explain(x.clone(), codes, W),
+        "explain_in_two": decode_then_sample,
+        "pair": lambda: ops.decode_pair(transposed, transposed.values, x, transposed.values, x, *outs),
+        "adam": lambda: ops.adam_rows(adam, triple, W, 1.0, unit=True, copy=low),
+        "adam_in_passes": lambda: reference.adam_rows(adam, triple, W.clone(), 1.0, unit=True, copy=low),
+        "fired": lambda: ops.fired(codes),
+        "fired_torch": lambda: reference.fired(codes),
+    }
+    repeats = 1 if args.quick else 20
+    return {
+        name: milliseconds(lambda part=part: [part() for _ in range(repeats)], args) / repeats
+        for name, part in parts.items()
+    }
 
 
 def legs(args: Namespace) -> Rows:
@@ -419,6 +487,7 @@ SECTIONS: dict[str, Callable[[Namespace], Rows]] = {
     "correct": correct,
     "digests": digests,
     "steps": steps,
+    "kernels": kernels,
     "legs": legs,
     "hops": hops,
     "states": states,

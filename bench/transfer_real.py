@@ -11,9 +11,9 @@ Every job is an ordinary run of this tool in a directory of its own, <out>/<job>
 - scratch-sS: every layer from scratch with the full budget, and with as many tokens as an eighth's hop looks at.
 - hops-sS: every pair of neighbours in both directions, with `auto` and an eighth of the full budget; a snapshot at age
   0 is the hop without training. Seed 0 also has each method without training.
-- budgets-s0: the methods that `auto` chose there, trained for less and for longer.
+- budgets-sS: the methods that `auto` chose there, trained for less and for longer.
 - random-s0: a random dictionary at every layer, with the decoder refitted as after a hop.
-- suite-NAME: whole suites, each from one command.
+- suite-NAME, suite-NAME-sS: whole suites, each from one command; some with every seed.
 """
 
 import argparse
@@ -47,6 +47,8 @@ OTHER_SHARES = (1 / 32, 1 / 4)
 RATES = (0.5, 1.0, 2.0)
 """Learning rates of the sweep, over the one that `auto` gives."""
 BATCHES = (512, 4096)
+REPEATED = ("suite-shared-s", "suite-hub-s", "suite-alternate-s")
+"""Suites that are repeated with every seed, by the beginning of their names."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,13 @@ def all_jobs(study: Study, seeds: int) -> Iterator[Job]:
         yield hops(study, seed)
         if seed == 0:
             yield random_dictionaries(study)
-            yield from suites(study)
-            yield from budgets(study)
+            yield from suites(study, seed)
+            yield from budgets(study, seed)
     for batch in BATCHES:
         yield rates(study, batch)
+    for seed in range(1, seeds):
+        yield from budgets(study, seed)
+        yield from (job for job in suites(study, seed) if job.name.startswith(REPEATED))
 
 
 def with_legs(study: Study, seed: int, legs: Sequence[LegSpec], batch: int = 512) -> Recipe:
@@ -154,9 +159,9 @@ def hop(source: int, target: int, parent: Path, method: str, tokens: int) -> Leg
     return LegSpec(id=leg_id, layer=target, parent=str(parent), tokens=tokens, **keys)
 
 
-def budgets(study: Study) -> Iterator[Job]:
-    """The methods that were chosen at seed 0, at other budgets; nothing until the choice is made."""
-    run = RunDirectory(study.out / "hops-s0")
+def budgets(study: Study, seed: int) -> Iterator[Job]:
+    """The methods that were chosen at a seed, at other budgets; nothing until the choice is made."""
+    run = RunDirectory(study.out / f"hops-s{seed}")
     if not run.summary.is_file():
         return
     legs = []
@@ -164,9 +169,9 @@ def budgets(study: Study) -> Iterator[Job]:
         leg_id = f"L{source}-L{target}-auto-{format_count(study.tokens(USUAL))}"
         facts = read_info(run.leg(leg_id)).hop
         if facts and facts.method in get_args(Method):
-            parent = RunDirectory(study.out / "scratch-s0").leg(root(source, study.full).id)
+            parent = RunDirectory(study.out / f"scratch-s{seed}").leg(root(source, study.full).id)
             legs += [hop(source, target, parent, facts.method, study.tokens(share)) for share in OTHER_SHARES]
-    yield Job("budgets-s0", with_legs(study, 0, legs))
+    yield Job(f"budgets-s{seed}", with_legs(study, seed, legs))
 
 
 def random_dictionaries(study: Study) -> Job:
@@ -181,8 +186,8 @@ def random_dictionaries(study: Study) -> Job:
     return Job("random-s0", with_legs(study, 0, legs))
 
 
-def suites(study: Study) -> list[Job]:
-    """Whole suites: one root (or some), and hops of an eighth of its budget."""
+def suites(study: Study, seed: int) -> list[Job]:
+    """Whole suites: one root (or some), and hops of an eighth of its budget; the name says the seed, if it is not 0."""
     usual = {"root_tokens": study.full, "transfer_tokens": study.tokens(USUAL), "method": "auto", "refit": True}
     n = len(study.layers)
     middle = study.layers[n // 2]
@@ -196,8 +201,10 @@ def suites(study: Study) -> list[Job]:
         "alternate-quarter": {"preset": "alternate", "transfer_tokens": study.tokens(1 / 4)},
         "auto": {"preset": "auto"},
     }
+    train = study.run.train.changed(seed=seed)
+    suffix = f"-s{seed}" if seed else ""
     return [
-        Job(f"suite-{name}", study.run.changed(plan=study.run.plan.changed(**(usual | keys))))
+        Job(f"suite-{name}{suffix}", study.run.changed(plan=study.run.plan.changed(**(usual | keys)), train=train))
         for name, keys in wanted.items()
     ]
 

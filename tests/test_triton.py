@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from saerelay.sae.initialise import initialise
 from saerelay.sae.kernels import reference, select, sparse_step
+from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.kernels.codes import Codes, dense_codes
 from saerelay.sae.loss import training_loss
 from saerelay.sae.spec import DictionarySpec
@@ -83,6 +85,48 @@ def test_products_equal_the_reference(B: int, F: int, D: int, share: float) -> N
     rest = x.clone()
     ops.subtract_decoded(rest, codes, W)
     assert torch.allclose(rest, x - reference.decode(codes, W), rtol=1e-12)
+    for widest in (ops.WIDEST_EXPLAINED, 1):  # in one kernel, and in two
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "WIDEST_EXPLAINED", widest)
+            left = x.clone()
+            assert torch.allclose(ops.explain(left, codes, W), reference.sampled(codes, rest, W), rtol=1e-10)
+            assert torch.allclose(left, rest, rtol=1e-12)
+
+
+def test_which_latents_fired() -> None:
+    codes = random_codes(33, 24, 0.1, seed=0)
+    codes.values[::3] = 0.0
+    assert torch.equal(ops.fired(codes), reference.fired(codes)) and not ops.fired(codes).all()
+
+
+@pytest.mark.parametrize("n_steps", [1.0, 7.0, 5000.0])
+@pytest.mark.parametrize(("unit", "is_copied", "is_shrunk"), [(False, True, True), (True, False, False)])
+def test_a_row_moves_as_the_reference_moves_it(n_steps: float, unit: bool, is_copied: bool, is_shrunk: bool) -> None:
+    F, D = 5, 37
+    given = [normal(F, D, seed=seed, dtype=torch.float32) for seed in range(4)]
+    given[3] = given[3].square() / 100
+    number = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
+    shrink = number(3.0) if is_shrunk else None
+    adam = Adam(number(1e-2), (0.9, 0.999), number(n_steps), shrink, failed=number(0.0))
+    exact = [tensor.double() for tensor in given]
+    reference.adam_rows(adam._replace(lr=1e-2), tuple(exact[1:]), exact[0], 0.5, unit=unit, copy=None)
+    gradient, *ours = (tensor.clone() for tensor in given)
+    copy = torch.zeros(F, D, dtype=torch.bfloat16, device=DEVICE) if is_copied else None
+    ops.adam_rows(adam, tuple(ours), gradient, 0.5, unit=unit, copy=copy)
+    for moved, expected, before in zip(ours, exact[1:], given[1:], strict=True):
+        assert (moved - expected).norm() <= 1e-6 * expected.norm() < 1e-4 * (expected - before).norm()
+    if copy is not None:  # the interpreter cuts where a GPU rounds
+        assert torch.allclose(copy.float(), ours[0], rtol=2**-7)
+
+
+def test_where_a_step_failed_no_row_moves() -> None:
+    triple = tuple(normal(3, 8, seed=seed, dtype=torch.float32) for seed in range(3))
+    before = [tensor.clone() for tensor in triple]
+    one = torch.ones((), device=DEVICE)
+    ops.adam_rows(
+        Adam(one, (0.9, 0.999), one, None, failed=one), triple, triple[0] * torch.nan, 1.0, unit=True, copy=None
+    )
+    assert all(map(torch.equal, triple, before))
 
 
 @pytest.mark.parametrize("n_entries", [7, 8, 9, 16, 17, 40])
@@ -124,7 +168,8 @@ def same_selection(codes: Codes, pre: torch.Tensor, k: int) -> None:
     columns = codes.columns.view(B, k).long().sort(dim=1).values
     expected = pre.float().sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
     assert torch.equal(columns, expected)
-    assert torch.equal(codes.values.view(B, k), pre.float().gather(1, codes.columns.view(B, k).long()).relu())
+    values = pre.float().gather(1, codes.columns.view(B, k).long()).relu()
+    torch.testing.assert_close(codes.values.view(B, k), values, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes.row_starts, torch.arange(B + 1, dtype=torch.int32, device=pre.device) * k)
 
 
@@ -144,6 +189,18 @@ def test_select_of_equal_negative_and_infinite_values(dtype: torch.dtype) -> Non
         same_selection(ops.top_codes(ties, k), ties, k)
     ties[5, 30], ties[5, 50] = float("nan"), -torch.tensor(float("nan"))
     assert ops.top_codes(ties, 2).values.view(6, 2)[5].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_of_tokens_in_turn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Each is searched from where the one before it ended, however far away that is."""
+    monkeypatch.setattr(ops, "PROGRAMS", 2)
+    scale = torch.tensor([1.0, 1.1, 0.0, 1e30, -1e30, 1e-30, 1.0, -1.0, float("inf"), 1.0, 0.9])
+    pre = ((normal(11, 300, seed=0, dtype=torch.float32).abs() + 1) * scale[:, None]).to(DEVICE, dtype)
+    pre[6, 7] = torch.nan
+    pre[9, 200:] = -torch.inf
+    for k in (1, 20, 299):
+        same_selection(ops.top_codes(pre, k), pre, k)
 
 
 @pytest.mark.parametrize("F", [256, 257, 1000])
@@ -190,9 +247,10 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from saerelay.sae.kernels import triton as ops
+from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.kernels.codes import Codes
 
-NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.int8: "*i8"}
 done = set()
 
 def compile_only(kernel, grid, *arguments, num_warps=4, **constants):
@@ -211,6 +269,12 @@ W, x = torch.ones(F, D).bfloat16(), torch.ones(B, D).bfloat16()
 ops.decode(codes, W)
 ops.subtract_decoded(x.float(), codes, W)
 ops.sampled(codes, x, W)
+ops.explain(x.float(), codes, W.float())
+ops.fired(codes)
+one = torch.ones(())
+adam = Adam(one, (0.9, 0.999), one, one, failed=one)
+for unit, copy in ((True, None), (False, torch.ones(F, D).bfloat16())):
+    ops.adam_rows(adam, (W.float(), W.float(), W.float()), W.float(), 1.0, unit=unit, copy=copy)
 ops.decode_pair(latents, codes.values, x, codes.values, x.float(), W.float(), W.float())
 ops.top_codes(torch.ones(2, 5000).bfloat16(), 64)
 ops.top_codes(torch.ones(2, 12288), 64)

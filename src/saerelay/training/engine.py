@@ -18,12 +18,13 @@ from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.architectures.architecture import with_common_threshold
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Reading, Step, latent_pieces, sparse_step
+from saerelay.sae.kernels.adam import Adam, Triple
 from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.quality import fvu
 from saerelay.sae.spec import takes_sparse_step
 from saerelay.sae.threads import alone, in_parallel
-from saerelay.training.adam import Adam, LatentPart, Triple
 from saerelay.training.device import STEPS_AHEAD, Clock, Fate, Now, Replayed, Stopwatch
+from saerelay.training.latent_part import LatentPart
 from saerelay.training.schedule import learning_rate, parameter_rates, penalty_warmth
 from saerelay.training.state import TraineeState, balance_of
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saerelay.sae.kernels.codes import added_up, joined
 from saerelay.sae.loss import AUX_EVERY, k_aux
 
 LISTED_SHARE = 4
@@ -82,16 +83,16 @@ class Aux(NamedTuple):
     @classmethod
     def of(cls, dead: DeadLatents, parts: list[AuxPart], weight: float) -> "Aux":
         """Join the parts of a batch."""
-        missing = torch.stack([part.missing for part in parts]).sum()
-        error = torch.stack([part.error for part in parts]).sum()
+        missing = added_up([part.missing for part in parts])
+        error = added_up([part.error for part in parts])
         scale = weight / error.clamp(min=1e-30)
         if dead.are_dead is not None:
             scale = scale * dead.are_dead.any()
         return cls(
             dead=dead,
-            z=torch.cat([part.z for part in parts]),
-            to_z=torch.cat([part.to_z for part in parts]),
-            g=torch.cat([part.g for part in parts]),
+            z=joined([part.z for part in parts]),
+            to_z=joined([part.to_z for part in parts]),
+            g=joined([part.g for part in parts]),
             scale=scale,
             loss=scale * missing,
         )

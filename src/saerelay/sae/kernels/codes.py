@@ -135,6 +135,16 @@ def add_at(total: Tensor, index: Tensor, values: Tensor) -> None:
     total += torch.segment_reduce(values[order], "sum", offsets=starts)
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts of a batch; a part that is alone (on a GPU it always is) as it is, without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def added_up(parts: list[Tensor]) -> Tensor:
+    """Σ over the parts of a batch, in their order."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+
 def join_codes(parts: list[Codes]) -> Codes:
     """The codes of several batches as those of one."""
     if len(parts) == 1:
@@ -144,7 +154,8 @@ def join_codes(parts: list[Codes]) -> Codes:
         ends.append(ends[-1] + part.columns.shape[0])
     starts = [part.row_starts[:-1] + end for part, end in zip(parts, ends, strict=False)]
     last = torch.tensor([ends[-1]], dtype=torch.int32, device=parts[0].columns.device)
-    columns, values = torch.cat([p.columns for p in parts]), torch.cat([p.values for p in parts])
+    columns = joined([part.columns for part in parts])
+    values = joined([part.values for part in parts])
     return Codes(torch.cat([*starts, last]), columns, values, parts[0].n_latents)
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from saerelay.sae.kernels.codes import Codes
+from saerelay.sae.kernels.reference import adam_rows as adam_rows
+from saerelay.sae.kernels.reference import fired as fired
 from saerelay.sae.kernels.select import codes_at_least as codes_at_least
 from saerelay.sae.kernels.select import nonzero_codes as nonzero_codes
 from saerelay.sae.kernels.select import top_codes as top_codes
@@ -41,6 +43,12 @@ def decode_pair(
 def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
     """g Wᵀ at the codes' places: (B, D), (F, D) -> (n_active,)."""
     return torch.sparse.sampled_addmm(_compressed(codes), g, W.T, beta=0.0).values()
+
+
+def explain(left: Tensor, codes: Codes, W: Tensor) -> Tensor:
+    """left −= Z W, in place (B, D), and then left Wᵀ at the codes' places (n_active)."""
+    subtract_decoded(left, codes, W)
+    return sampled(codes, left, W)
 
 
 def _compressed(codes: Codes) -> Tensor:

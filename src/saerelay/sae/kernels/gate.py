@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saerelay.sae.architectures.architecture import GateGradients, Penalty
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.kernels.codes import Codes
+from saerelay.sae.kernels.codes import Codes, joined
 
 
 class GatePart(NamedTuple):
@@ -33,8 +33,7 @@ class GatePart(NamedTuple):
             codes.values, dictionary.threshold[columns], dictionary.r_mag[columns]
         )
         gate = codes.with_values(values)
-        ops.subtract_decoded(goal, gate, dictionary.W_dec)
-        to_gate = ops.sampled(gate, goal, dictionary.W_dec)
+        to_gate = ops.explain(goal, gate, dictionary.W_dec)
         return cls(values, to_gate, torch.linalg.vector_norm(goal).square())
 
 
@@ -46,8 +45,8 @@ def gradients_of_gates(
     Residuals are multiplied by `to_x_hat`.
     """
     assert dictionary.r_mag is not None
-    gate = torch.cat([part.codes for part in parts])
-    to_gate = torch.cat([part.to_gate for part in parts]) * to_x_hat
+    gate = joined([part.codes for part in parts])
+    to_gate = joined([part.to_gate for part in parts]) * to_x_hat
     if penalty is not None and penalty.to_z is not None:
         to_gate = to_gate + penalty.to_z
     return dictionary.activation.gate_gradients(to_gate, gate, dictionary.r_mag[codes.columns])

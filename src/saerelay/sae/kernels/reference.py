@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from saerelay.sae.kernels.adam import Adam, Triple
 from saerelay.sae.kernels.codes import Codes
 from saerelay.sae.kernels.select import codes_at_least as codes_at_least
 from saerelay.sae.kernels.select import nonzero_codes as nonzero_codes
@@ -32,3 +33,30 @@ def decode_pair(
 def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
     """g Wᵀ at the codes' places: (B, D), (F, D) -> (n_active,)."""
     return torch.linalg.vecdot(g[codes.rows()], W[codes.columns.long()])
+
+
+def explain(left: Tensor, codes: Codes, W: Tensor) -> Tensor:
+    """left −= Z W, in place (B, D), and then left Wᵀ at the codes' places (n_active)."""
+    subtract_decoded(left, codes, W)
+    return sampled(codes, left, W)
+
+
+def fired(codes: Codes) -> Tensor:
+    """Bool (F): latents with a positive code on some token."""
+    largest = codes.values.new_zeros(codes.n_latents)
+    return largest.scatter_reduce_(0, codes.columns.long(), codes.values, "amax") > 0
+
+
+def adam_rows(
+    adam: Adam, triple: Triple, gradient: Tensor, rate_share: float, *, unit: bool, copy: Tensor | None
+) -> None:
+    """Move the rows of a matrix (F, D), at a share of the rate; then give them `unit` norm; then let a copy follow."""
+    adam.move(triple, gradient, rate_share)
+    parameter = triple[0]
+    if unit:
+        norms = torch.linalg.vector_norm(parameter, dim=1, keepdim=True)
+        if adam.failed is not None:
+            norms = norms.masked_fill(adam.failed > 0, 1.0)  # even a division by almost 1 would move them
+        parameter.div_(norms)
+    if copy is not None:
+        copy.copy_(parameter)

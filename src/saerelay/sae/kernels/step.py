@@ -21,7 +21,7 @@ from saerelay.sae.architectures.architecture import BatchSums, Penalty
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import cpu, reference
 from saerelay.sae.kernels.auxk import Aux, AuxPart, DeadLatents
-from saerelay.sae.kernels.codes import Codes, join_codes, row_sums
+from saerelay.sae.kernels.codes import Codes, added_up, join_codes, joined, row_sums
 from saerelay.sae.kernels.gate import GatePart, gradients_of_gates
 from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor
 from saerelay.sae.spec import AnyDictionarySpec, takes_sparse_step
@@ -245,8 +245,7 @@ class Forward:
         if self.activation.has_gate:
             gate = GatePart.of(codes, residual.clone(), self.dictionary, self.ops)
         if len(self.prefixes) == 1:
-            self.ops.subtract_decoded(residual, codes, self.dictionary.W_dec)
-            to_z = self.ops.sampled(codes, residual, self.dictionary.W_dec)
+            to_z = self.ops.explain(residual, codes, self.dictionary.W_dec)
             error = mean_error = torch.linalg.vector_norm(residual).square()
         else:
             to_z, residual, mean_error = self._nested(rows, codes)
@@ -307,10 +306,10 @@ class Forward:
     def joined(self, parts: list[Part], warmth: float | Tensor) -> Step:
         """The whole batch, with what the architecture and AuxK add to loss and gradients."""
         codes = join_codes([part.codes for part in parts])
-        to_z = torch.cat([part.to_z for part in parts])
-        error, n_active, square, total_code, mean_error = torch.stack([part.numbers for part in parts]).sum(dim=0)
-        x_sum = torch.stack([part.x_sum for part in parts]).sum(dim=0)
-        residual_sum = torch.stack([part.residual_sum for part in parts]).sum(dim=0)
+        to_z = joined([part.to_z for part in parts])
+        error, n_active, square, total_code, mean_error = added_up([part.numbers for part in parts])
+        x_sum = added_up([part.x_sum for part in parts])
+        residual_sum = added_up([part.residual_sum for part in parts])
         n_rows = self.x.shape[0]
 
         loss = mean_error / self.divisor
@@ -327,7 +326,7 @@ class Forward:
             loss = loss + aux.loss
         return Step(
             ops=self.ops,
-            loss=Loss(loss, error, n_active.long(), self._fired(codes)),
+            loss=Loss(loss, error, n_active.long(), self.ops.fired(codes)),
             x=self.encoded,
             prefixes=self.prefixes,
             residuals=self.residuals,
@@ -353,14 +352,9 @@ class Forward:
         windows = [part.window for part in parts if part.window is not None]
         if threshold is None or penalty is None or penalty.to_step is None or not windows:
             return to_z, {}
-        window = torch.cat(windows)
+        window = joined(windows)
         to_threshold = self.activation.threshold_gradient(to_z, penalty.to_step, threshold[codes.columns], window)
         return to_z, {"threshold": to_threshold}
-
-    def _fired(self, codes: Codes) -> Tensor:
-        """Bool (F): latents active on some token."""
-        largest = self.dictionary.b_enc.new_zeros(self.dictionary.n_latents)
-        return largest.scatter_reduce_(0, codes.columns.long(), codes.values, "amax") > 0
 
 
 def _put(x: Tensor, units: Units | None, out: Tensor) -> None:

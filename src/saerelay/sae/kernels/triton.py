@@ -8,12 +8,14 @@ rather than tuned, since another block size is another order of summation: a war
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saerelay.sae.kernels import select
+from saerelay.sae.kernels import reference, select
+from saerelay.sae.kernels.adam import EPS, Adam, Triple
 from saerelay.sae.kernels.codes import Codes
 from saerelay.sae.kernels.select import codes_at_least as codes_at_least
 from saerelay.sae.kernels.select import nonzero_codes as nonzero_codes
@@ -32,8 +34,15 @@ PIECE = 256
 """Most entries of one latent that one program adds up; longer ones are cut, and the pieces added afterwards."""
 SLICE = 16384
 """Most pre-activations among which one program selects."""
-CHUNK = 2048
-"""Most of them that it writes at once."""
+PROGRAMS, MOST_IN_TURN = 512, 8
+"""How many programs a selection has at least, if there are as many tokens; and the most tokens that one takes in turn,
+each of which it searches from the bound that it found for the one before."""
+CHUNK = 256
+"""Most of them that it looks through at once for those to keep."""
+WIDEST_EXPLAINED = 4096
+"""Most columns of a token that `explain` keeps in registers."""
+WIDEST_ROW = 8192
+"""Most columns of a latent that `adam_rows` keeps in registers."""
 
 
 def available() -> bool:
@@ -50,6 +59,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def _warps(block: int) -> int:
+    return min(8, max(1, block // 256))
 
 
 def _columns_block(width: int) -> int:
@@ -128,6 +141,58 @@ def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
     arguments = (codes.row_starts, codes.columns, g, W, out, D)
     _launch(_sampled_kernel, (codes.n_rows,), *arguments, BLOCK_N=16, BLOCK_D=_columns_block(D))
     return out
+
+
+@jit
+def _explain_kernel(row_starts, columns, values, W, left, out, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    low, high = tl.load(row_starts + row), tl.load(row_starts + row + 1)
+    place = left + row.to(tl.int64) * D + d
+    rest = tl.load(place, mask=d < D, other=0.0)
+    for first in range(low, high, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        column = tl.load(columns + at, mask=at < high, other=0).to(tl.int64)
+        value = tl.load(values + at, mask=at < high, other=0.0).to(rest.dtype)
+        inside = (at < high)[:, None] & (d < D)[None, :]
+        w = tl.load(W + column[:, None] * D + d[None, :], mask=inside, other=0.0).to(rest.dtype)
+        rest -= tl.sum(value[:, None] * w, axis=0)
+    tl.store(place, rest, mask=d < D)
+    # The same rows of W again, which are still in the cache.
+    for first in range(low, high, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        column = tl.load(columns + at, mask=at < high, other=0).to(tl.int64)
+        inside = (at < high)[:, None] & (d < D)[None, :]
+        w = tl.load(W + column[:, None] * D + d[None, :], mask=inside, other=0.0).to(rest.dtype)
+        tl.store(out + at, tl.sum(w * rest[None, :], axis=1), mask=at < high)
+
+
+def explain(left: Tensor, codes: Codes, W: Tensor) -> Tensor:
+    """left −= Z W, in place (B, D), and then left Wᵀ at the codes' places (n_active)."""
+    D, block = W.shape[1], _power_of_two(W.shape[1])
+    if block > WIDEST_EXPLAINED or not left.is_contiguous():
+        subtract_decoded(left, codes, W)
+        return sampled(codes, left, W)
+    out = torch.empty(codes.columns.shape, dtype=_sum_dtype(codes.values), device=W.device)
+    arguments = (codes.row_starts, codes.columns, codes.values, W.contiguous(), left, out, D)
+    sizes = {"BLOCK_N": 2, "BLOCK_D": max(16, block), "num_warps": _warps(block)}
+    _launch(_explain_kernel, (codes.n_rows,), *arguments, **sizes)
+    return out
+
+
+@jit
+def _fired_kernel(columns, values, fired, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values + at, mask=at < n, other=0.0)
+    tl.store(fired + tl.load(columns + at, mask=at < n, other=0), 1, mask=(at < n) & (value > 0))
+
+
+def fired(codes: Codes) -> Tensor:
+    """Bool (F): latents with a positive code on some token."""
+    found = torch.zeros(codes.n_latents, dtype=torch.int8, device=codes.values.device)
+    n = codes.columns.shape[0]
+    _launch(_fired_kernel, (-(-n // 1024),), codes.columns, codes.values, found, n, BLOCK=1024)
+    return found.view(torch.bool)
 
 
 # --- rows of Zᵀ: a program takes a piece of a latent's tokens and a block of columns ------------------------------
@@ -227,41 +292,67 @@ def _keys(value, inside, HALF: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @jit
-def _select_kernel(
-    pre, values, columns, F, length, k,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, SMALLEST: tl.constexpr, HIGHEST_BIT: tl.constexpr,
+def _floor_kernel(
+    pre, floors, n_above, B, F, length, k,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, SMALLEST: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    low = tl.program_id(1) * length
-    n = tl.minimum(length, F - low)
-    source = pre + tl.program_id(0).to(tl.int64) * F + low
+    low_column = tl.program_id(1) * length
+    n = tl.minimum(length, F - low_column)
     at = tl.arange(0, BLOCK)
-    key = _keys(tl.load(source + at, mask=at < n, other=0.0), at < n, HALF, SMALLEST)
-    # The largest floor that k keys reach, bit by bit; done early if k keys exactly reach it.
-    count = tl.sum((key >= 0).to(tl.int32), axis=0)
-    floor = tl.where(count >= k, 0, SMALLEST)
-    count = tl.where(count >= k, count, BLOCK)
-    bit = tl.full((), HIGHEST_BIT, tl.int32)
-    while (bit > 0) & (count != k):
-        reached = tl.sum((key >= floor + bit).to(tl.int32), axis=0)
-        floor = tl.where(reached >= k, floor + bit, floor)
-        count = tl.where(reached >= k, reached, count)
-        bit = bit >> 1
-    # In order of columns, those above the floor, and after them those at the floor until there are k. The row is read
-    # again, from the cache, for want of registers.
-    target = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * k
-    n_above = tl.sum((key > floor).to(tl.int32), axis=0)
+    guess = tl.zeros((), tl.int64)
+    step = tl.full((), -SMALLEST, tl.int64)  # the first row is searched from end to end, the others from the last floor
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for i in range(tl.minimum(ROWS, B - first)):
+        row = first + i
+        source = pre + row * F + low_column
+        key = _keys(tl.load(source + at, mask=at < n, other=0.0), at < n, HALF, SMALLEST)
+        # At least k keys reach `low`, fewer reach `high`. Steps double until they lead across, and then halve.
+        low = tl.full((), SMALLEST, tl.int64)
+        high = tl.full((), -SMALLEST, tl.int64)
+        n_low = tl.full((), BLOCK + 1, tl.int32)
+        n_high = tl.zeros((), tl.int32)
+        probe = guess
+        while (high - low > 1) & (n_low != k):
+            reached = tl.sum((key >= probe.to(tl.int32)).to(tl.int32), axis=0)
+            enough = reached >= k
+            low = tl.where(enough, probe, low)
+            n_low = tl.where(enough, reached, n_low)
+            high = tl.where(enough, high, probe)
+            n_high = tl.where(enough, n_high, reached)
+            stride = tl.minimum(step, (high - low) // 2)
+            probe = tl.where(enough, low + stride, high - stride)
+            step = step * 2
+        # Either exactly those from `low` on are the k largest, or those above `low` and some that equal it.
+        place = row * tl.num_programs(1) + tl.program_id(1)
+        tl.store(floors + place, tl.where(n_low == k, low - 1, low).to(tl.int32))
+        tl.store(n_above + place, tl.where(n_low == k, k, n_high))
+        guess = tl.maximum(low, SMALLEST + 1)
+        step = tl.full((), STEP, tl.int64)
+
+
+@jit
+def _gather_kernel(
+    pre, floors, n_above, values, columns, F, length, k,
+    BLOCK: tl.constexpr, HALF: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    low_column = tl.program_id(1) * length
+    n = tl.minimum(length, F - low_column)
+    source = pre + tl.program_id(0).to(tl.int64) * F + low_column
+    place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    floor, above_in_all = tl.load(floors + place), tl.load(n_above + place)
+    # In order of columns, those above the floor, and after them those at the floor until there are k.
     before = tl.zeros((), tl.int32)
-    for first in range(0, n, CHUNK):
-        some = first + tl.arange(0, CHUNK)
-        value = tl.load(source + some, mask=some < n, other=0.0)
-        some_keys = _keys(value, some < n, HALF, SMALLEST)
-        above, equal = some_keys > floor, (some_keys == floor) & (some < n)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        value = tl.load(source + at, mask=at < n, other=0.0)
+        key = _keys(value, at < n, HALF, SMALLEST)
+        above, equal = key > floor, (key == floor) & (at < n)
         marks = (above.to(tl.int32) << 16) + equal.to(tl.int32)
         running = before + tl.cumsum(marks, axis=0)
-        place = tl.where(above, running >> 16, n_above + (running & 0xFFFF)) - 1
-        keep = (above | equal) & (place < k)
-        tl.store(values + target + place, value.to(tl.float32), mask=keep)
-        tl.store(columns + target + place, low + some, mask=keep)
+        rank = tl.where(above, running >> 16, above_in_all + (running & 0xFFFF)) - 1
+        keep = (above | equal) & (rank < k)
+        tl.store(values + place * k + rank, value.to(tl.float32), mask=keep)
+        tl.store(columns + place * k + rank, low_column + at, mask=keep)
         before += tl.sum(marks, axis=0)
 
 
@@ -271,11 +362,16 @@ def _largest(pre: Tensor, k: int, length: int) -> tuple[Tensor, Tensor]:
     parts = -(-F // length)
     values = torch.empty(B, parts * k, dtype=torch.float32, device=pre.device)
     columns = torch.empty_like(values, dtype=torch.int32)
+    floors = torch.empty(B, parts, dtype=torch.int32, device=pre.device)
+    n_above = torch.empty_like(floors)
     half = pre.dtype == torch.bfloat16
-    keys = {"HALF": half, "SMALLEST": -(2**15) if half else -(2**31), "HIGHEST_BIT": 2**14 if half else 2**30}
+    keys = {"HALF": half, "SMALLEST": -(2**15) if half else -(2**31)}
     block = max(128, _power_of_two(length))
-    sizes = {"BLOCK": block, "CHUNK": min(block, CHUNK), "num_warps": min(16, max(1, block // 512))}
-    _launch(_select_kernel, (B, parts), pre, values, columns, F, length, k, **keys, **sizes)
+    rows = min(MOST_IN_TURN, max(1, B // PROGRAMS))
+    sizes = {"ROWS": rows, "BLOCK": block, "STEP": 2**5 if half else 2**21, "num_warps": min(8, max(1, block // 2048))}
+    _launch(_floor_kernel, (-(-B // rows), parts), pre, floors, n_above, B, F, length, k, **keys, **sizes)
+    sizes = {"BLOCK": min(block, CHUNK), "num_warps": 1}
+    _launch(_gather_kernel, (B, parts), pre, floors, n_above, values, columns, F, length, k, **keys, **sizes)
     return values, columns
 
 
@@ -291,3 +387,61 @@ def top_codes(pre: Tensor, k: int) -> Codes:
         columns = columns.gather(1, picked.long())
     row_starts = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=pre.device)
     return Codes(row_starts, columns.flatten(), values.flatten().relu_(), F)
+
+
+# --- Adam: a program takes a latent -------------------------------------------------------------------------------
+
+
+@jit
+def _one_minus_exp(x):
+    """1 − eˣ for x ≤ 0, to all digits also where that is tiny."""
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
+    return tl.where(x > -0.1, series, 1 - tl.exp(x))
+
+
+@jit
+def _adam_kernel(
+    parameter, mean, square, gradient, copy, rate, n_steps, shrink, failed, D, rate_share,
+    beta1, complement1, log_beta1, beta2, complement2, log_beta2, eps,
+    UNIT: tl.constexpr, SHRINK: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    if tl.load(failed) == 0:
+        d = tl.arange(0, BLOCK_D)
+        at = tl.program_id(0).to(tl.int64) * D + d
+        g = tl.load(gradient + at, mask=d < D, other=0.0)
+        if SHRINK:
+            g /= tl.load(shrink)
+        m = beta1 * tl.load(mean + at, mask=d < D, other=0.0) + complement1 * g
+        v = beta2 * tl.load(square + at, mask=d < D, other=0.0) + complement2 * g * g
+        n = tl.load(n_steps)
+        unbiased_m = m / _one_minus_exp(n * log_beta1)
+        unbiased_v = v / _one_minus_exp(n * log_beta2)
+        p = tl.load(parameter + at, mask=d < D, other=0.0)
+        p -= rate_share * tl.load(rate) * unbiased_m / (tl.sqrt(unbiased_v) + eps)
+        if UNIT:
+            p /= tl.sqrt(tl.sum(p * p, axis=0))
+        tl.store(parameter + at, p, mask=d < D)
+        tl.store(mean + at, m, mask=d < D)
+        tl.store(square + at, v, mask=d < D)
+        if COPY:
+            tl.store(copy + at, p, mask=d < D)
+
+
+def adam_rows(
+    adam: Adam, triple: Triple, gradient: Tensor, rate_share: float, *, unit: bool, copy: Tensor | None
+) -> None:
+    """Move the rows of a matrix (F, D), at a share of the rate; then give them `unit` norm; then let a copy follow."""
+    F, D = triple[0].shape
+    tensors = (*triple, gradient) if copy is None else (*triple, gradient, copy)
+    is_plain = isinstance(adam.lr, Tensor) and adam.failed is not None and all(t.is_contiguous() for t in tensors)
+    if not is_plain or D > WIDEST_ROW:
+        reference.adam_rows(adam, triple, gradient, rate_share, unit=unit, copy=copy)
+        return
+    unread = adam.lr  # stands where the kernel reads nothing
+    arguments = (*triple, gradient, unread if copy is None else copy)
+    arguments += (adam.lr, adam.n_steps, unread if adam.shrink is None else adam.shrink, adam.failed, D, rate_share)
+    for beta in adam.betas:
+        arguments += (beta, 1 - beta, math.log(beta))
+    marks = {"UNIT": unit, "SHRINK": adam.shrink is not None, "COPY": copy is not None}
+    block = max(16, _power_of_two(D))
+    _launch(_adam_kernel, (F,), *arguments, EPS, **marks, BLOCK_D=block, num_warps=_warps(block))
