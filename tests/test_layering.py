@@ -36,8 +36,8 @@ ORDER = {
     "lm": "source adapter split tokens identity graph trial probe readout head ports inputs facts model attach",
     "data": "text sources corpus cache remote_cache stream",
     "runs": "tensors directory documents dictionaries features state suite",
-    "training": "alignment schedule latent_part state device engine cohort progress trackers saving team_stream run_state "
-    "inherit train",
+    "training": "alignment schedule latent_part state device engine cohort progress trackers saving team_stream "
+    "run_state inherit train",
     "analysis": "progress logits metrics site_maps session similarity summary evaluate matrix collecting features "
     "links lineage describe prompts attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "text labels tables figures report judge",
