@@ -108,6 +108,12 @@ def test_the_affine_hop_is_the_better_refit(suite: sr.Suite) -> None:
         assert carried.fvu is not None and copied.fvu is not None and carried.fvu < copied.fvu
 
 
+def test_a_hop_names_its_leg_as_a_plan_would(suite: sr.Suite, tiny_model: Path, place: Path) -> None:
+    run = recipe(tiny_model, place, plan={"controls": [], "roots": []})
+    hopped = sr.hop_run(suite.directory.leg("L1.transcoder"), 0, run, place / "hopped", tokens=0, refit=False)
+    assert list(hopped) == ["L0.transcoder-from-L1"]
+
+
 def test_what_is_not_done_with_transcoders_says_so(suite: sr.Suite, tiny_model: Path, place: Path) -> None:
     model = LanguageModel.load(suite.plan.recipe.model)
     with pytest.raises(ModelError, match=r"L\d.transcoder.* is a transcoder, and attach puts SAEs to work"):

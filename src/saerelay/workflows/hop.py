@@ -75,7 +75,7 @@ def hop_run(
         console.print(Text(printable(note)))
     if origin.site_out and model:
         raise TransferError(f"{source}: is a transcoder; those are not carried between two models yet")
-    leg = _asked_leg(source, origin.site, target, recipe, leg_keys)
+    leg = _asked_leg(source, origin, recipe, layer, leg_keys)
     assert leg.hop
     if origin.site == target and not model:
         only_measured = not leg_keys.keys() - {"tokens"} and not leg.tokens
@@ -115,11 +115,15 @@ def of_one_kind(recipe: Recipe, origin: Origin) -> Recipe:
     return recipe.changed(sites=recipe.sites.changed(module=kind.module, module_out=kind.module_out or ""))
 
 
-def _asked_leg(source: str | Path, site: Site, target: Site, recipe: Recipe, leg_keys: dict[str, Any]) -> LegSpec:
-    """The leg that was asked for, with a parent that is settled later."""
+def _asked_leg(source: str | Path, origin: Origin, recipe: Recipe, layer: int, leg_keys: dict[str, Any]) -> LegSpec:
+    """The leg that was asked for, named as a plan would name it, with a parent that is settled later."""
+    assert origin.site
+    kind = recipe.sites.first_kind
+    own = SiteKind(origin.site.module, origin.module_out)
+    start = f"L{origin.site.layer}" if own == kind else own.leg_name(origin.site.layer)
     keys = {
-        "id": f"{target}-from-{site}",
-        "layer": target.layer,
+        "id": f"{kind.leg_name(layer)}-from-{start}",
+        "layer": layer,
         "tokens": recipe.plan.transfer_tokens,
         "parent": str(source),
         **leg_keys,
