@@ -87,8 +87,9 @@ class Codes:
         return torch.from_numpy(z.indptr), torch.from_numpy(z.indices), torch.from_numpy(z.data)
 
     def _by_sorting(self) -> tuple[Tensor, Tensor, Tensor]:
-        columns, order = self.columns.sort(stable=True)
-        latents = torch.arange(self.n_latents + 1, dtype=torch.int32, device=columns.device)
+        short = torch.int16 if self.n_latents < 2**15 else torch.int32  # half the passes of a radix sort
+        columns, order = self.columns.to(short).sort(stable=True)
+        latents = torch.arange(self.n_latents + 1, dtype=short, device=columns.device)
         return torch.searchsorted(columns, latents, out_int32=True), self.rows()[order].int(), order
 
 
