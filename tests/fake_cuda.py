@@ -15,7 +15,7 @@ reference: Triton's kernels have tests of their own (test_triton.py).
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -371,6 +371,9 @@ def fake_cuda() -> Iterator[Waits]:
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        for name in ("Stream", "current_stream", "set_stream"):
+            patch.setattr(torch.cuda, name, lambda *_: None)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
         patch.setitem(sys.modules, "saerelay.sae.kernels.triton", reference)
         patch.setattr(kernels, "triton", reference, raising=False)

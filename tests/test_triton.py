@@ -26,9 +26,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: Triton's own, and then ours
     for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
         del sys.modules[name]
-    sys.modules.pop("saerelay.sae.kernels.triton", None)
+    for name in [name for name in sys.modules if name.startswith("saerelay.sae.kernels.triton")]:
+        del sys.modules[name]
 
 ops = importlib.import_module("saerelay.sae.kernels.triton")
+products = importlib.import_module("saerelay.sae.kernels.triton.products")
+selection = importlib.import_module("saerelay.sae.kernels.triton.selection")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -67,7 +70,7 @@ SHAPES = [(5, 4, 1), (1, 1, 16), (33, 24, 63), (20, 30, 200), (7, 20, 300)]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "PIECE", 8)  # so that segments of a few dozen entries are cut
+    monkeypatch.setattr(products, "PIECE", 8)  # so that segments of a few dozen entries are cut
 
 
 @pytest.mark.parametrize(("B", "F", "D"), SHAPES)
@@ -85,9 +88,9 @@ def test_products_equal_the_reference(B: int, F: int, D: int, share: float) -> N
     rest = x.clone()
     ops.subtract_decoded(rest, codes, W)
     assert torch.allclose(rest, x - reference.decode(codes, W), rtol=1e-12)
-    for widest in (ops.WIDEST_EXPLAINED, 1):  # in one kernel, and in two
+    for widest in (products.WIDEST, 1):  # in one kernel, and in two
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops, "WIDEST_EXPLAINED", widest)
+            patch.setattr(products, "WIDEST", widest)
             left = x.clone()
             assert torch.allclose(ops.explain(left, codes, W), reference.sampled(codes, rest, W), rtol=1e-10)
             assert torch.allclose(left, rest, rtol=1e-12)
@@ -194,7 +197,7 @@ def test_select_of_equal_negative_and_infinite_values(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_select_of_tokens_in_turn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Each is searched from where the one before it ended, however far away that is."""
-    monkeypatch.setattr(ops, "PROGRAMS", 2)
+    monkeypatch.setattr(selection, "PROGRAMS", 2)
     scale = torch.tensor([1.0, 1.1, 0.0, 1e30, -1e30, 1e-30, 1.0, -1.0, float("inf"), 1.0, 0.9])
     pre = ((normal(11, 300, seed=0, dtype=torch.float32).abs() + 1) * scale[:, None]).to(DEVICE, dtype)
     pre[6, 7] = torch.nan
@@ -205,9 +208,25 @@ def test_select_of_tokens_in_turn(monkeypatch: pytest.MonkeyPatch, dtype: torch.
 
 @pytest.mark.parametrize("F", [256, 257, 1000])
 def test_select_in_slices(monkeypatch: pytest.MonkeyPatch, F: int) -> None:
-    monkeypatch.setattr(ops, "SLICE", 128)
+    monkeypatch.setattr(selection, "SLICE", 128)
     for pre in (normal(4, F, seed=0, dtype=torch.float32), normal(4, F, seed=0, dtype=torch.float32).round()):
         same_selection(ops.top_codes(pre, 12), pre, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_of_a_batch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The largest of all, each once; among equals those that come first, row by row."""
+    monkeypatch.setattr(selection, "COUNTED", 64)
+    monkeypatch.setattr(selection, "LOOPS", 3)
+    smooth = normal(7, 150, seed=0, dtype=torch.float32)
+    rough = torch.randint(-2, 3, (7, 150), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float32)
+    rough[3], rough[4, 70:], rough[5] = float("inf"), -float("inf"), -1e30
+    for pre in (smooth.to(dtype), rough.to(dtype), torch.zeros(7, 150, device=DEVICE, dtype=dtype)):
+        for n in (1, 35, 700, 1049):
+            (codes,) = ops.top_codes_of_batch([pre], n)
+            expected = pre.float().flatten().sort(descending=True, stable=True).indices[:n].sort().values
+            assert torch.equal(codes.rows() * 150 + codes.columns, expected)
+            assert torch.equal(codes.values, pre.float().flatten()[expected].relu())
 
 
 def test_what_the_kernel_cannot_select_goes_to_torch() -> None:
@@ -247,6 +266,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from saerelay.sae.kernels import triton as ops
+from saerelay.sae.kernels.triton import adam as adam_kernels, products, selection
 from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.kernels.codes import Codes
 
@@ -261,7 +281,9 @@ def compile_only(kernel, grid, *arguments, num_warps=4, **constants):
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     done.add(kernel)
 
-ops._launch = compile_only
+modules = (products, selection, adam_kernels)
+for module in modules:
+    module.launch = compile_only
 n, D, F, B = 600, 200, 30, 300
 codes = Codes(torch.arange(0, n + 1, 2, dtype=torch.int32), torch.zeros(n, dtype=torch.int32), torch.ones(n), F)
 latents = Codes(torch.zeros(F + 1, dtype=torch.int32), codes.columns, codes.values, B)
@@ -278,7 +300,10 @@ for unit, copy in ((True, None), (False, torch.ones(F, D).bfloat16())):
 ops.decode_pair(latents, codes.values, x, codes.values, x.float(), W.float(), W.float())
 ops.top_codes(torch.ones(2, 5000).bfloat16(), 64)
 ops.top_codes(torch.ones(2, 12288), 64)
-assert done == {k for k in vars(ops).values() if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")}
+ops.top_codes_of_batch([torch.ones(2, 500).bfloat16()], 20)
+ops.top_codes_of_batch([torch.ones(2, 500)], 20)
+kernels = [kernel for module in modules for kernel in vars(module).values() if isinstance(kernel, triton.JITFunction)]
+assert done == {kernel for kernel in kernels if kernel.__name__.endswith("_kernel")}
 """
 
 

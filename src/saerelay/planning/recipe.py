@@ -269,6 +269,9 @@ class PlanSpec(Spec):
         return self.preset == "auto" and not self.legs
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(Spec):
     """Learning rates and their schedule."""
 
@@ -283,7 +286,7 @@ class OptimizerSpec(Spec):
     bias_lr: OrAuto[Annotated[float, Field(gt=0)]] = Field(
         default="auto", description='learning rate of biases and thresholds, as a share of lr; "auto": √width / 5'
     )
-    betas: tuple[float, float] = Field(default=(0.8, 0.99), description="Adam's beta1 and beta2")
+    betas: tuple[Beta, Beta] = Field(default=(0.8, 0.99), description="Adam's beta1 and beta2")
     balance: Annotated[float, Field(ge=0, le=1)] | Auto = Field(
         default="auto",
         description='each dimension is divided by its standard deviation to this power; 0: off; "auto": 0.75 where one '

@@ -7,6 +7,7 @@ fraction of the time that launching them one by one does. `Trainee.settle` asks 
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,17 +153,19 @@ class Replayed:
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
         self.recordings: dict[tuple, _Recording] = {}
-        self.n_calls = 0
+        self.n_calls: Counter[tuple] = Counter()
+        """By shapes: each compiles kernels of its own."""
         self.can_record = True
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> None:
         """Call the function, or replay what it did."""
         given = (x, target)
-        recording = self.recordings.get(_shapes(given))
-        if recording is None and self.can_record and self.n_calls >= STEPS_BEFORE_RECORDING:
+        shapes = _shapes(given)
+        recording = self.recordings.get(shapes)
+        if recording is None and self.can_record and self.n_calls[shapes] >= STEPS_BEFORE_RECORDING:
             recording = self._record(given)
         if recording is None:
-            self.n_calls += 1
+            self.n_calls[shapes] += 1
             self.function(x, target)
             return
         for kept, tensor in zip(recording.given, given, strict=True):
@@ -174,13 +177,21 @@ class Replayed:
         """The graph for the shapes of what is given; recording computes nothing."""
         copies = tuple(None if tensor is None else tensor.clone() for tensor in given)
         recording = _Recording(torch.cuda.CUDAGraph(), copies)
-        graphs = _graphs.setdefault(given[0].device, WeakSet())
+        device = given[0].device
+        graphs = _graphs.setdefault(device, WeakSet())
         pool = next((graph.pool() for graph in graphs), None)
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(device)
+        before = torch.cuda.current_stream(device)
         try:
-            with torch.cuda.graph(recording.graph, pool=pool):
+            with torch.cuda.graph(
+                recording.graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local"
+            ):
                 self.function(*recording.given)
         except RuntimeError as error:
             self.can_record = False
+            torch.cuda.set_stream(before)  # a recording that breaks off leaves its own stream behind
+            torch.cuda.synchronize(device)
             warnings.warn(
                 f"a training step could not be recorded as a CUDA graph ({str(error).splitlines()[0]}); "
                 "it runs without one, more slowly",
@@ -199,3 +210,5 @@ def _shapes(given: tuple[Tensor | None, ...]) -> tuple:
 
 _graphs: dict[torch.device, WeakSet[torch.cuda.CUDAGraph]] = {}
 """Those that exist. They share the memory for what a step makes and forgets, since one is replayed after the other."""
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+"""What is recorded, and not run, on a device."""

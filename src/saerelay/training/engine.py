@@ -92,6 +92,7 @@ class _Launched:
 
     def __init__(self, trainee: "Trainee") -> None:
         device = trainee.state.n_steps.device
+        self.device = device
         self.clock = Clock(device)
         self.fate = Fate.at(trainee.state.age, device)
         self.stopwatch = Stopwatch()
@@ -201,9 +202,10 @@ class Trainee:
         if x.shape[0]:
             if not launched.clock.n_left:
                 launched.clock.set([self._now(self.state.age + i * batch) for i in range(STEPS_AHEAD)])
-            launched.stopwatch.start()
-            launched.step(x, target)
-            launched.stopwatch.stop()
+            with torch.cuda.device(launched.device):  # graphs and events belong to the current one
+                launched.stopwatch.start()
+                launched.step(x, target)
+                launched.stopwatch.stop()
             launched.clock.n_left -= 1
             self._sums.n_batches += 1
             self._sums.n_rows += x.shape[0]

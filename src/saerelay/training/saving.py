@@ -55,13 +55,15 @@ class StateWriter:
     def write(self, directory: Path, parts: Mapping[str, Tensors]) -> None:
         """Write some parts of a state, once those of the one before are on disk."""
         self.wait()
-        if not any(tensor.is_cuda for tensors in parts.values() for tensor in tensors.values()):
+        on_gpus = {tensor.device for tensors in parts.values() for tensor in tensors.values() if tensor.is_cuda}
+        if not on_gpus:
             self._save(directory, parts)
             return
         copies = {}
         for part, tensors in parts.items():
             copies[part] = {name: self._copied(part, name, tensor) for name, tensor in tensors.items()}
-        torch.cuda.synchronize()
+        for gpu in on_gpus:
+            torch.cuda.synchronize(gpu)
         self._thread = threading.Thread(target=self._save, args=(directory, copies), name="saerelay-state")
         self._thread.start()
 

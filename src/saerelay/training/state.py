@@ -54,7 +54,7 @@ class TraineeState:
         lr_share: float = 1.0,
     ) -> "TraineeState":
         """At age 0, with parameters of its own and a fresh optimizer."""
-        own = {name: tensor.detach().clone() for name, tensor in dictionary.tensors().items()}
+        own = {name: tensor.detach().contiguous().clone() for name, tensor in dictionary.tensors().items()}
         trained = {name: tensor for name, tensor in own.items() if name != "W_skip"}  # which is set in closed form
         if dictionary.activation.threshold_is_calibrated:
             del trained["threshold"]

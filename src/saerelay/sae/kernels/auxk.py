@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saerelay.sae.kernels.codes import added_up, joined
+from saerelay.sae.kernels.codes import added_up, joined, tensor_cores
 from saerelay.sae.loss import AUX_EVERY, k_aux
 
 LISTED_SHARE = 4
@@ -62,9 +62,10 @@ class AuxPart(NamedTuple):
         n_used = k_aux(residual.shape[1], len(dead.latents))
         values, columns = pre_dead.topk(n_used, dim=1, sorted=False)
         z = torch.zeros_like(pre_dead).scatter_(1, columns, values.relu())
-        missing = residual - z @ W_dead
-        g = -2 * missing
-        to_z = (g @ W_dead.T) * (z > 0)
+        with tensor_cores():
+            missing = residual - z @ W_dead
+            g = -2 * missing
+            to_z = (g @ W_dead.T) * (z > 0)
         return cls(z, to_z, g, missing.square().sum(), residual.square().sum())
 
 
@@ -105,11 +106,12 @@ class Aux(NamedTuple):
         rows = self.dead.latents[low:high] - latents.start
         z = self.z[:, low:high]
         to_z = self.to_z[:, low:high]
-        own = {
-            "W_enc": to_z.T @ x[::AUX_EVERY],
-            "b_enc": to_z.sum(dim=0),
-            "W_dec": z.T @ self.g,
-        }
+        with tensor_cores():
+            own = {
+                "W_enc": to_z.T @ x[::AUX_EVERY],
+                "b_enc": to_z.sum(dim=0),
+                "W_dec": z.T @ self.g,
+            }
         for name, gradient in own.items():
             gradients[name].index_add_(0, rows, gradient * self.scale)
 
