@@ -42,7 +42,7 @@ class TopK(Architecture):
         return ops.top_codes(pre, self.k)
 
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-        """Nothing to shift: L0 is k, whatever the activations."""
+        """Return the dictionary as it is: L0 is k, whatever the activations."""
         return dictionary
 
     def firing_level(self, dictionary: Dictionary, x: Tensor, latents: Tensor) -> Tensor:
