@@ -99,7 +99,7 @@ class SiteKind:
 
     @property
     def written(self) -> ModuleKind:
-        """What is reconstructed."""
+        """The module whose activations are reconstructed."""
         return self.module_out or self.module
 
     def leg_name(self, layer: int) -> str:

@@ -35,7 +35,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 _PERIOD = 20
-"""Of every so many consecutive documents, one is for validation and one for test."""
+"""Of this many consecutive documents, one is for validation and one for test."""
 
 _HELD_OUT_STREAM = 2
 """Mixed with the seed, so that these random numbers serve this purpose only."""

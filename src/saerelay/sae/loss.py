@@ -47,7 +47,7 @@ def training_loss(
 ) -> Loss:
     """The training loss on x (B, D) in training units, differentiable by autograd.
 
-    `target` (B, Dy) is what a transcoder reconstructs, if that is not x. The loss is a sum of the squared error (for
+    `target` (B, Dy) is what a transcoder reconstructs, if that is not x. The loss is the sum of the squared error (for
     nested dictionaries, the mean of theirs: Matryoshka, Bussmann et al. 2025), the gate's squared error if there is a
     gate, the architecture's penalty times `warmth` in [0, 1] (its warm-up), and AuxK on the latents marked in `dead`
     (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.

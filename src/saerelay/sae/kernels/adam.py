@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
-"""A parameter, the running mean of its gradient and that of its square."""
+"""A parameter, the running mean of its gradient, and the running mean of the squared gradient."""
 
 EPS = 1e-8
 """Added to the root of the mean square."""

@@ -1,4 +1,4 @@
-"""AuxK in the sparse step: dead latents learn to reconstruct what the others leave (Gao et al. 2024, eq. 6 and 7).
+"""AuxK in the sparse step: dead latents learn to reconstruct the others' residual (Gao et al. 2024, eq. 6 and 7).
 
 Shapes: B tokens, D model width, F latents, N dead latents.
 """
