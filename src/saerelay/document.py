@@ -31,11 +31,11 @@ class Document(Record):
     MADE_BY: ClassVar[str]
     """The command that makes the file, for error messages: "`saerelay eval RUN`"."""
     REMEDY: ClassVar[str] = ""
-    """What to do about a file that cannot be used, if not to delete it and make it again."""
+    """What to do about an unusable file, unless it is to delete the file and make it again."""
     ERROR: ClassVar[type[SaeRelayError]] = RunDirectoryError
-    """Raised by `load`."""
+    """The error that `load` raises."""
     INDENT: ClassVar[int | None] = 1
-    """Blanks by which the file is indented; None for large files, on one line."""
+    """Number of spaces that the file is indented by; None for large files, which are written on one line."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -62,14 +62,14 @@ class Document(Record):
 
     @classmethod
     def load_current(cls, path: Path, question: Spec) -> Self | None:
-        """Read a file if it answers a question; None if it must be made: it is missing, or old, or answers another."""
+        """Read a file if it answers `question`; return None if it is missing, outdated or answers another question."""
         document = cls.load_if_any(path)
         if document is None or not document.is_current(question):
             return None
         return document
 
     def is_current(self, question: Spec) -> bool:
-        """Whether this document answers a question: whether its field `asked`, or else its own fields, say the same."""
+        """Whether this document answers a question: its field `asked`, or else its own fields, hold the same values."""
         answered = getattr(self, "asked", self)
         names = type(question).model_fields
         return all(getattr(answered, name, None) == getattr(question, name) for name in names)
@@ -88,7 +88,7 @@ class Document(Record):
 
     @classmethod
     def from_data(cls, data: dict[str, Any], source: str) -> Self:
-        """The document that JSON data hold; raises `ERROR`, which names `source`, if they hold something else."""
+        """Return the document that JSON data hold; raise `ERROR`, which names `source`, if they do not fit the type."""
         fields = {key: value for key, value in data.items() if key != "schema"}
         try:
             return cls.model_validate(fields)
@@ -101,7 +101,7 @@ class Document(Record):
     def _read(cls, path: Path) -> dict[str, Any]:
         try:
             data = read_json(path)
-        except OSError as error:  # the file may be whole: nothing is said of deleting it
+        except OSError as error:  # the file itself may be intact, so the message does not advise deleting it
             raise cls.ERROR(reason(error)) from None
         except ValueError as error:
             raise cls.ERROR(f"{path}: damaged ({error}); {cls._remedy()}") from None

@@ -6,8 +6,8 @@
     ├── ModelError            the language model is missing, gated, unreadable or unsuitable
     ├── DataError             the corpus is missing, too short or unsuitable; cached data is damaged
     ├── TransferError         source and target of a transfer do not fit together
-    ├── FormatError           a file from another tool is missing, damaged, or has no equal here
-    ├── HubError              the Hugging Face hub lacks it, denies access, or cannot be reached
+    ├── FormatError           a file from another tool is missing, damaged, or has no equivalent here
+    ├── HubError              the Hugging Face hub lacks the file, denies access, or cannot be reached
     ├── EndpointError         a language model elsewhere cannot be asked, refuses, or keeps failing
     ├── RunDirectoryError     the output directory is taken, locked, unreadable, or another run's
     ├── LegFailed             training of a leg stopped (non-finite loss); the CLI exits with 1
@@ -21,9 +21,9 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Text with everything that a terminal would obey, or not show, as something to see; line ends and tabs stay.
+    """Return text with control and invisible characters written as escapes; line ends and tabs stay.
 
-    Names and messages come from files that others wrote.
+    Names and messages may come from files that others wrote, and a terminal obeys control characters.
 
     >>> print(printable("a\\x1b[2Jb\\u202e"))
     a\\x1b[2Jb\\u202e
@@ -66,7 +66,7 @@ class TransferError(SaeRelayError):
 
 
 class FormatError(SaeRelayError):
-    """A dictionary in another tool's format cannot be read, or ours cannot be written in it."""
+    """A dictionary in another tool's format cannot be read, or one of ours cannot be written in that format."""
 
 
 class HubError(SaeRelayError):
@@ -82,7 +82,7 @@ class RunDirectoryError(SaeRelayError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the state was saved, and the text is the command that continues."""
+    """Ctrl-C or SIGTERM: the state was saved, and the message is the command that continues the run."""
 
 
 class LegFailed(SaeRelayError):
@@ -92,6 +92,6 @@ class LegFailed(SaeRelayError):
 
 
 class TeamError(SaeRelayError):
-    """Another of the processes that train a run together stopped, so this one does."""
+    """Another of the processes that train a run together stopped, so this process stops too."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Files of every kind: written whole or not at all, read only as far as they can be, and JSON without NaN."""
+"""Files: written completely or not at all, read only if regular and not too large, and JSON without NaN."""
 
 import contextlib
 import errno
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 MAX_TEXT_BYTES = 2**30
-"""No text file is read that is larger: it would have to fit into memory several times over."""
+"""Size of the largest text file that is read: a larger file would have to fit into memory several times over."""
 MAX_DEPTH = 64
-"""Lists and objects within one another that JSON of other tools may have."""
+"""Greatest depth to which lists and objects may be nested in JSON from other tools."""
 
 
 @contextmanager
 def replacing(path: Path, *, several_writers: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write to, which replaces `path` when the block ends, and is removed if it fails.
+    """Give a temporary path to write to; it replaces `path` when the block ends, and is removed if the block fails.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -32,7 +32,7 @@ def replacing(path: Path, *, several_writers: bool = False) -> Iterator[Path]:
     ['a.txt']
 
     A reader sees the old file or the new one, never half of it, even after a power cut. With `several_writers` each
-    process writes to a name of its own; the last to finish wins.
+    process writes to a temporary name of its own; the last process to finish wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = f".{uuid.uuid4().hex}.tmp" if several_writers else ".tmp"
@@ -43,15 +43,15 @@ def replacing(path: Path, *, several_writers: bool = False) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # what went wrong first is what matters
+        with contextlib.suppress(OSError):  # the first error is the one that matters
             temporary.unlink(missing_ok=True)
         raise
 
 
 def replace_directory(fresh: Path, folder: Path) -> None:
-    """Put a finished directory in the place of an older one, which is renamed before it is removed.
+    """Replace an older directory by a finished one; the older directory is renamed before it is removed.
 
-    Killed in between, `folder` is the old directory, the new one, or missing, but never half of one.
+    If the process is killed in between, `folder` is the old directory, the new one, or missing, but never half of one.
     """
     remove_replaced(folder)
     if folder.exists():
@@ -61,7 +61,7 @@ def replace_directory(fresh: Path, folder: Path) -> None:
 
 
 def remove_replaced(folder: Path) -> None:
-    """Remove what a process that was killed in `replace_directory` has left of the older directory."""
+    """Remove the older directory that a process killed in `replace_directory` has left behind."""
     remove_directory(_replaced(folder))
 
 
@@ -70,20 +70,20 @@ def _replaced(folder: Path) -> Path:
 
 
 def remove_directory(folder: Path) -> None:
-    """Remove a directory with all that is in it, if there is one; OSError if it cannot be removed."""
+    """Remove a directory and its contents, if it exists; OSError if it cannot be removed."""
     if folder.exists():
         shutil.rmtree(folder)
 
 
 def appears(path: Path, seconds: float) -> bool:
-    """Whether a file that another machine wrote is seen here in time: a network file system may take a while."""
+    """Whether a file that another machine wrote becomes visible in time: network file systems may take a while."""
     deadline = time.monotonic() + seconds
     while not path.is_file():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
         if path.parent.is_dir():
-            list(path.parent.iterdir())  # has the directory read again
+            list(path.parent.iterdir())  # makes the file system read the directory again
     return True
 
 
@@ -94,14 +94,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
-    """Write JSON atomically; NaN and infinities become null. Without `indent`, on one line and without blanks."""
+    """Write JSON atomically; NaN and infinities become null. Without `indent`, on one line and without spaces."""
     separators = None if indent else (",", ":")
     text = json.dumps(finite(data), indent=indent, separators=separators, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file, in UTF-8; ValueError if it is none, OSError if it cannot be read.
+    """The text of a regular file, in UTF-8; ValueError if it is not regular or too large, OSError if unreadable.
 
     A pipe might never end, and a device has no size, so neither is opened.
     """
@@ -114,9 +114,9 @@ def read_text(path: Path) -> str:
 
 
 def odd_file(directory: Path, *, deep: bool = False) -> Path | None:
-    """A pipe, device or socket among the files of a directory, which could be read forever; None if there is none.
+    """Return a pipe, device or socket in a directory (reading one might never end); None if there is none.
 
-    With `deep`, in the directories below it as well; links to directories are not followed.
+    With `deep`, subdirectories are searched as well; links to directories are not followed.
     """
     for folder, folders, names in os.walk(directory):
         if not deep:
@@ -134,7 +134,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The JSON in a text; ValueError also where it is nested too deeply for any use."""
+    """The JSON in a text; ValueError also if it is nested too deeply to be parsed."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -142,7 +142,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_deep(data: Any) -> bool:
-    """Whether JSON data have more than `MAX_DEPTH` lists and objects within one another.
+    """Whether JSON data nest lists and objects more than `MAX_DEPTH` deep.
 
     >>> is_deep([[1], {"a": []}])
     False
@@ -173,7 +173,7 @@ _REMEDIES = {
 
 
 def reason(error: OSError) -> str:
-    """What the operating system refused, about which file, and what helps.
+    """Say what the operating system refused, for which file, and what helps.
 
     >>> reason(OSError(errno.ENOSPC, "No space left on device", "runs/a/plan.json"))
     'runs/a/plan.json: No space left on device; free disk space'
@@ -214,7 +214,7 @@ def leafwise(function: Callable[[Any], Any], data: Any) -> Any:
 
 
 def encodable(text: str) -> str:
-    """Text with what UTF-8 cannot encode replaced.
+    """Return text with every character that UTF-8 cannot encode replaced by a question mark.
 
     >>> encodable("a" + chr(0xD800))
     'a?'

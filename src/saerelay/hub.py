@@ -1,4 +1,4 @@
-"""What the Hugging Face hub's refusals mean, for language models and SAEs alike."""
+"""Explanations of the Hugging Face hub's refusals, for language models and SAEs alike."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ def explain_hub(name: str, revision: str, error: BaseException) -> str:
     >>> explain_hub("gpt2", "main", ValueError("something else"))
     ''
 
-    Looks at what caused the error as well: transformers wraps the hub's errors in its own.
+    The causes of the error are examined as well: transformers wraps the hub's errors in its own.
     """
     from huggingface_hub import errors as hub
 
@@ -44,7 +44,7 @@ def explain_hub(name: str, revision: str, error: BaseException) -> str:
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, the one that caused it, and so on; a circular chain ends where it closes."""
+    """Yield an error, its cause, the cause of that, and so on; a circular chain ends where it closes."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

@@ -1,6 +1,6 @@
-"""What Hugging Face models call the parts of a layer: module paths, as plain text.
+"""The names that Hugging Face models give to the parts of a layer: module paths, as plain text.
 
-`lm.ports` finds modules by them, `interop.names` reads them in other tools' files.
+`lm.ports` finds modules by these names; `interop.names` recognises them in other tools' files.
 """
 
 PROJECTIONS = (
@@ -37,4 +37,4 @@ MLP_INPUTS = (
     "feed_forward",  # Llama 4, LFM2, Jamba, Bamba, Falcon-H1
     "block_sparse_moe",  # Granite's mixtures of experts
 )
-"""The module whose input is what the MLP reads, behind the norm, within a layer."""
+"""The module whose input is the input of the MLP, after the norm, within a layer."""

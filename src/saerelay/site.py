@@ -1,4 +1,4 @@
-"""Where in a language model activations are read: a value, never a string, in every signature.
+"""Sites: where in a language model activations are read. Every signature takes a `Site`, never a string.
 
 Only this module knows how a site is written as text ("L3", "L3.mlp_out").
 """
@@ -24,7 +24,7 @@ class Site:
 
     `resid_pre` and `resid_post` are the residual stream before and after the layer (after the last
     layer: before the final norm); `attn_out` and `mlp_out` are what attention and MLP add to it;
-    `attn_z` is the input of attention's output projection, `mlp_in` that of the MLP, behind the norm.
+    `attn_z` is the input of attention's output projection, `mlp_in` the input of the MLP, after the norm.
     Raises PlanError for an unknown module or a negative layer.
     """
 
@@ -48,7 +48,7 @@ class Site:
         return f"L{self.layer}.{self.module}"
 
     def at(self, module: ModuleKind | None) -> "Site":
-        """The same layer at another kind of module; itself for None.
+        """The site of another module in the same layer; this site itself for None.
 
         >>> str(Site(3, "mlp_in").at("mlp_out")), str(Site(3).at(None))
         ('L3.mlp_out', 'L3')
@@ -79,7 +79,7 @@ class SiteKind:
 
     module: ModuleKind = "resid_post"
     module_out: ModuleKind | None = None
-    """What a transcoder reconstructs; None for what reconstructs what it reads."""
+    """What a transcoder reconstructs; None for an SAE, which reconstructs what it reads."""
 
     @classmethod
     def named(cls, name: KindName) -> "SiteKind":
@@ -99,11 +99,11 @@ class SiteKind:
 
     @property
     def written(self) -> ModuleKind:
-        """What is reconstructed."""
+        """The module whose activations are reconstructed."""
         return self.module_out or self.module
 
     def leg_name(self, layer: int) -> str:
-        """How legs at a layer are named, before what tells several of them apart.
+        """The name of a leg at a layer, without the suffix that tells several such legs apart.
 
         >>> SiteKind().leg_name(5), SiteKind("mlp_out").leg_name(5), SiteKind("mlp_in", "mlp_out").leg_name(5)
         ('L5', 'L5.mlp_out', 'L5.transcoder')
@@ -115,4 +115,4 @@ class SiteKind:
 
 
 TRANSCODER = SiteKind("mlp_in", "mlp_out")
-"""What "transcoder" means where nothing else is said: one of an MLP."""
+"""The default meaning of "transcoder": the transcoder of an MLP."""

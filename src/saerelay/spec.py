@@ -65,7 +65,7 @@ def format_count(n: int) -> str:
 
 
 def few_of(names: Iterable[str]) -> str:
-    """The first eight of some names, for a line that must not become too long.
+    """Join the first eight names, for a line that must not become too long.
 
     >>> few_of("abc"), few_of("abcdefghij")
     ('a, b, c', 'a, b, c, d, e, f, g, h, ...')
@@ -76,15 +76,15 @@ def few_of(names: Iterable[str]) -> str:
 
 
 MAX_COUNT = 10**15
-"""Far above any count that makes sense, and far below where arithmetic with floats and 64 bits goes wrong."""
+"""Far above any sensible count, and far below the point where arithmetic with floats and 64 bits goes wrong."""
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(le=MAX_COUNT)]
 """A number of tokens (or of anything), possibly written "50M"."""
 
 Whole = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""A number of things in a document: what is read from a file may be damaged, or made to do harm."""
+"""A count in a document; bounded, because a file may be damaged, or made to do harm."""
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-"""The same where there is at least one."""
+"""The same, but at least 1."""
 
 Auto = Literal["auto"]
 """The value of a key that leaves a number to the program."""
@@ -132,22 +132,22 @@ class Spec(BaseModel):
 
     @classmethod
     def part(cls, name: str, data: dict[str, Any]) -> "type[Spec]":
-        """The class of an inline part; `data` are all keys given, where the class depends on one of them."""
+        """The class of an inline part; `data` holds all keys given, in case the class depends on one of them."""
         candidates = [cls.model_fields[name].annotation, *get_args(cls.model_fields[name].annotation)]
         return next(part for part in candidates if isinstance(part, type) and issubclass(part, Spec))
 
     @classmethod
     def all_keys(cls) -> list[str]:
-        """The keys that may be written, those of inline parts among them."""
+        """All keys that may be written, including those of inline parts."""
         found: list[str] = []
         for name in cls.model_fields:
             found += cls.part(name, {}).all_keys() if name in cls.inline else [name]
         return found
 
     def changed(self, **changes: Any) -> Self:
-        """The same with other values for some keys, those of inline parts among them; values are not validated.
+        """Return a copy with other values for some keys, including keys of inline parts; values are not validated.
 
-        Raises TypeError for a key that it does not have.
+        Raises TypeError for a key that the spec does not have.
         """
         own: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}
@@ -164,7 +164,7 @@ class Spec(BaseModel):
         return self.model_copy(update=own)
 
     def described(self) -> Iterator[Described]:
-        """Each key with its value and what it means; keys of inline parts among them."""
+        """Yield each key with its value and its meaning, including the keys of inline parts."""
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if name in self.inline and value is not None:
@@ -180,7 +180,7 @@ class Spec(BaseModel):
             return data
         rest = dict(data)
         for name in cls.inline:
-            if name in rest:  # made in code, from a part
+            if name in rest:  # constructed in code, from a finished part
                 continue
             part = cls.part(name, data)
             own = {key: rest.pop(key) for key in part.all_keys() if key in rest}
@@ -246,13 +246,13 @@ _BACKSLASHES = (
 
 
 def _windows_hint(path: str | Path) -> str:
-    """What to do about backslashes, if a TOML file that cannot be read has any in double quotes."""
+    """Advice about backslashes, if a TOML file that cannot be read has any in double quotes."""
     text = Path(path).read_text(encoding="utf-8")
     return f" {_BACKSLASHES}" if re.search(r'"[^"\n]*\\[^"\n]*"', text) else ""
 
 
 def _check_strings(data: Any, source: str, key: str = "") -> None:
-    """Raise RecipeError for text with control characters in it: what TOML makes of "D:\\texts\\new"."""
+    """Raise RecipeError for text with control characters, which TOML makes of paths such as "D:\\texts\\new"."""
     if isinstance(data, dict):
         for name, value in data.items():
             _check_strings(value, source, f"{key}.{name}".removeprefix("."))
@@ -264,14 +264,14 @@ def _check_strings(data: Any, source: str, key: str = "") -> None:
 
 
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
-    """What is wrong with each key, in our words, a line per key."""
+    """Say what is wrong with each key, in our words, one line per key."""
     problems: dict[str, str] = {}
     for item in error.errors():
         key = _key_of(item["loc"])
         if item["type"] == "extra_forbidden":
             problems[key] = f'unknown key "{key}"; {_nearest_key(cls, item["loc"])}'
             continue
-        if key in problems:  # a value that may have several types fails as each of them
+        if key in problems:  # a value of a union type fails once for each member
             if item["type"] == "literal_error":
                 problems[key] += f"; or write {item.get('ctx', {}).get('expected')}"
             continue
@@ -296,7 +296,7 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 
 def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """The most similar valid key as a question, or else all valid keys."""
+    """Suggest the most similar valid key, or else list all valid keys."""
     valid_keys = _valid_keys(cls, location)
     similar = difflib.get_close_matches(str(location[-1]), valid_keys, n=1, cutoff=0.5)
     if similar:
@@ -305,7 +305,7 @@ def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
 
 
 def _valid_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section in which the last part of `location` stands."""
+    """The valid keys of the section that the last part of `location` belongs to."""
     for part in location[:-1]:
         if isinstance(part, int):  # an item of a list of sections, all of the same class
             continue

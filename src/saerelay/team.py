@@ -1,7 +1,7 @@
-"""The processes that train one run together, started by torchrun: who is there, and what they tell one another.
+"""The processes that train one run together, started by torchrun, and how they communicate.
 
-One process is a team of one (`Team.alone`), for which everything here is free. All ranks make the same calls in the
-same order; what one rank raises ends that process, and torchrun ends the others.
+A process on its own is a team of one (`Team.alone`), for which everything here is free. All ranks make the same calls
+in the same order; an exception on one rank ends that process, and torchrun ends the others.
 """
 
 import os
@@ -26,31 +26,31 @@ from saerelay.rank import in_team, n_ranks, n_ranks_here
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=24)
-"""How long ranks wait for one that tokenises, downloads or fits a map; one that died is noticed at once."""
+"""How long ranks wait for a rank that tokenises, downloads or fits a map; a dead rank is noticed at once."""
 DATA_PATIENCE = timedelta(minutes=30)
-"""How long a GPU waits for another in an exchange."""
+"""How long a GPU waits for another GPU in `exchange`."""
 SECONDS_TO_SEE_A_FILE = 60.0
-"""After which a file that another rank wrote counts as not being there."""
+"""Seconds after which a file that another rank wrote counts as missing."""
 
 
 class Team:
-    """The ranks of one run; small things go over a gloo group, activations over NCCL where each rank has a GPU."""
+    """The ranks of one run; small objects go over a gloo group, activations over NCCL if each rank has a GPU."""
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
         self.control: Any = None
-        """The process group for all but activations; None for a process on its own."""
+        """The process group for everything but activations; None for a process on its own."""
         self.data: Any = None
         self.busy = [0.0] * size
-        """Seconds that each rank spent on its legs in the last block, as agreed."""
+        """Seconds that each rank spent on its legs in the last block; all ranks hold the same list."""
         self.seconds_per_batch = 1.0
-        """Seconds that a micro-batch takes in the language model, as agreed."""
+        """Seconds per micro-batch in the language model; all ranks hold the same number."""
         self.own_seconds_per_batch = 0.0
-        """The same as this rank measured it; 0 where it forwarded nothing."""
+        """Seconds per micro-batch as this rank measured them; 0 where it forwarded nothing."""
         self.seconds_exchanging = 0.0
-        """Spent in `exchange`, waiting for others included, since `meet` last asked."""
+        """Seconds spent in `exchange`, including the wait for other ranks, since `meet` last asked."""
 
     @classmethod
     def alone(cls) -> "Team":
@@ -60,7 +60,7 @@ class Team:
     @classmethod
     @cache
     def joined(cls) -> "Team":
-        """The team that torchrun, or whatever set the same variables, started this process for; alone without one."""
+        """The team that torchrun (or whatever set the same variables) started this process for; else a team of one."""
         if not in_team():
             return cls.alone()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -69,7 +69,7 @@ class Team:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         with stopping_together():
-            if not dist.is_initialized():  # NCCL for a language model that ranks hold together
+            if not dist.is_initialized():  # NCCL is for a language model that several ranks hold together
                 dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=PATIENCE)
             team.control = dist.group.WORLD
             team.data = team.control
@@ -83,26 +83,26 @@ class Team:
         return self.rank == 0
 
     def balance(self, busy: list[float], seconds_per_batch: list[float]) -> None:
-        """Take note of what every rank measured in a block, which the next one is dealt out by."""
+        """Record what every rank measured in a block; the next block is distributed by these numbers."""
         self.busy = busy
         measured = [seconds for seconds in seconds_per_batch if seconds]
         if measured:
             self.seconds_per_batch = sum(measured) / len(measured)
 
     def leave(self) -> None:
-        """Part from the others, at the end of the program."""
+        """Leave the process group, at the end of the program."""
         if self.control is not None:
             dist.destroy_process_group()
 
     def share(self, work: Sequence[T], degree: int = 1) -> list[T]:
-        """The part of some work, cut into stretches of the same length, that falls to this rank's group of `degree`."""
+        """Return the part of `work`, cut into equal stretches, that falls to this rank's group of `degree` ranks."""
         group, n_groups = self.rank // degree, self.size // degree
         return list(work[len(work) * group // n_groups : len(work) * (group + 1) // n_groups])
 
-    # --- small things: what is agreed ---
+    # --- small objects: agreement between ranks ---
 
     def gather(self, mine: T) -> list[T]:
-        """What every rank says, by rank; also the way to wait for all."""
+        """Return what every rank passes, in order of ranks; also the way to wait for all ranks."""
         if self.control is None:
             return [mine]
         words: list[Any] = [None] * self.size
@@ -115,7 +115,7 @@ class Team:
         return [any(of_ranks) for of_ranks in zip(*self.gather(mine), strict=True)]
 
     def once(self, function: Callable[[], T]) -> T:
-        """What a function returns on rank 0, which alone calls it; TeamError on the others if it fails there."""
+        """Call a function on rank 0 alone and return its result on all ranks; TeamError on the others if it fails."""
         if self.control is None:
             return function()
         if not self.leads:
@@ -132,7 +132,7 @@ class Team:
         return result
 
     def in_turn(self, function: Callable[[], T]) -> T:
-        """What a function returns, called by one rank of each machine first: it may fill a cache for the others."""
+        """Call a function on one rank per machine first, then on the others: it may fill a cache for them."""
         if self.local_rank:
             self.gather(None)
             return function()
@@ -141,12 +141,12 @@ class Team:
         return result
 
     def send(self, thing: Any, to: int) -> None:
-        """Send something small, or a dictionary, to another rank, which must `receive` it."""
+        """Send a small object, or a dictionary, to another rank, which must call `receive`."""
         with stopping_together():
             dist.send_object_list([thing], dst=to, group=self.control)
 
     def receive(self, source: int) -> Any:
-        """What another rank sends."""
+        """Return the object that another rank sends."""
         things: list[Any] = [None]
         with stopping_together():
             dist.recv_object_list(things, src=source, group=self.control)
@@ -157,7 +157,7 @@ class Team:
     def exchange(self, outbox: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send bytes to every rank, and return what every rank sends to this one, both in order of ranks.
 
-        outbox: uint8 (Σ sent); the result is uint8 (Σ received). Sizes may be 0, also towards oneself.
+        outbox: uint8 (Σ sent); the result is uint8 (Σ received). Any size may be 0, also the rank's own.
         """
         began = time.perf_counter()
         source = outbox.cpu() if self.data is self.control else outbox  # gloo goes through the host
@@ -188,7 +188,7 @@ class Team:
 
 @contextmanager
 def stopping_together() -> Iterator[None]:
-    """Turn what torch raises where another rank is gone into one line."""
+    """Turn the error that torch raises when another rank is gone into one line."""
     try:
         yield
     except torch.OutOfMemoryError:

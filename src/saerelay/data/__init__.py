@@ -1,5 +1,5 @@
 """Text to token sequences on disk, and token sequences to shuffled blocks of activations.
 
-A stream is the seam between training and the outside: the same call gives the same bits, whether
-they are computed or read from a cache. May import the ground, `sae`, `planning` and `lm`.
+A stream is the interface between training and the outside: the same call gives the same bits,
+whether they are computed or read from a cache. May import the ground, `sae`, `planning` and `lm`.
 """

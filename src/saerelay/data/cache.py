@@ -2,8 +2,8 @@
 
     <data.cache>/<model>-<digest>/<site>/<digest>.safetensors
 
-The folder's digest covers everything that fixes the activations: weights, dtype, context. A shard
-holds some sequences:
+The folder's digest covers everything that determines the activations: weights, dtype, context.
+A shard holds some sequences:
 
     sequences (n), int64            the id of each sequence, a digest of its token ids
     activations (n, C, D), bfloat16
@@ -38,13 +38,13 @@ from saerelay.planning.plan import Plan
 from saerelay.site import Site
 
 FORMAT = 1
-"""Part of what fixes the activations: another number means another folder."""
+"""Part of what determines the activations: another number means another folder."""
 
 SHARD_TOKENS = 16_384
-"""Token positions in one shard, at most: it is held in memory while it is written."""
+"""Most token positions in one shard, which is held in memory while it is written."""
 
 _ABANDONED_AFTER_SECONDS = 86_400
-"""Age at which a temporary file is taken for one that a killed process left."""
+"""Age at which a temporary file is assumed to be left over from a killed process."""
 
 
 class ActivationCache:
@@ -73,7 +73,7 @@ class ActivationCache:
         return np.array([sequence not in index for sequence in ids.tolist()], dtype=bool)
 
     def read(self, site: Site, ids: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-        """Each sequence's position in `ids`, and its activations (C, D), bfloat16; shard by shard.
+        """Yield each sequence's position in `ids`, and its activations (C, D), bfloat16; shard by shard.
 
         Only the bytes of these sequences are read and checked. Raises DataError if a shard is
         damaged.
@@ -96,7 +96,7 @@ class ActivationCache:
                 yield position, x
 
     def write(self, site: Site, ids: np.ndarray, x: Tensor) -> None:
-        """Add a shard of sequences, x (n, C, D) bfloat16; DataError if the disk is full."""
+        """Write a shard of sequences, x (n, C, D) bfloat16; DataError if the disk is full."""
         assert x.shape == (len(ids), self.context, self.facts.width(site)), x.shape
         assert x.dtype == torch.bfloat16, x.dtype
         sequences = ids.tolist()
@@ -112,7 +112,7 @@ class ActivationCache:
             index[sequence] = (shard, row)
 
     def check_room(self, needed: int) -> None:
-        """Raise DataError unless so many bytes fit on the disk of the folder, which need not exist yet."""
+        """Raise DataError unless so many bytes fit on the disk of the folder; the folder need not exist yet."""
         folder = self.folder
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         free = shutil.disk_usage(existing).free
@@ -128,7 +128,7 @@ class ActivationCache:
         return 2 * self.context * self.facts.width(site)
 
     def _store(self, site: Site, tensors: dict[str, Tensor], sequences: list[int], checksums: list[int]) -> Any:
-        """Write a shard; what the index is to say of it."""
+        """Write a shard; return what the index stores of it."""
         path = self.folder / str(site) / f"{digest(sequences)}.safetensors"
         try:
             with replacing(path, several_writers=True) as temporary:
@@ -147,7 +147,7 @@ class ActivationCache:
         return self._indexes[site]
 
     def _scan(self, site: Site) -> dict[int, tuple[Any, int]]:
-        """The index of what is there, from the headers of all shards."""
+        """Build the index of the existing shards from their headers."""
         folder = self.folder / str(site)
         _remove_abandoned(folder)
         index: dict[int, tuple[Any, int]] = {}
@@ -158,7 +158,7 @@ class ActivationCache:
         return index
 
     def _open(self, path: Path, site: Site) -> Any:
-        """A memory-mapped shard, once its header is checked."""
+        """Open a memory-mapped shard, and check its header."""
         try:
             shard: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -183,7 +183,7 @@ class ActivationCache:
         return shard
 
     def _about(self, site: Site) -> str:
-        """What a shard's activations belong to, as it stands in its header."""
+        """The identity of a shard's activations, as written in its header."""
         return json.dumps({**self._identity, "site": str(site)}, sort_keys=True)
 
 
@@ -216,7 +216,7 @@ def digest(data: Any) -> str:
 
 
 def crc32(x: Tensor, sequence: int) -> int:
-    """Checksum of a sequence's activations and its id: swapped rows are damage."""
+    """Checksum of a sequence's activations together with its id, so that swapped rows count as damage."""
     return zlib.crc32(x.contiguous().view(torch.uint8).numpy().data, sequence & 0xFFFFFFFF)
 
 

@@ -1,4 +1,4 @@
-"""Documents to token sequences on disk: training has an integer cursor and resumes exactly.
+"""Documents to token sequences on disk: training has an integer cursor, and resumes exactly.
 
 A document goes to train, validation or test as a whole, before packing: no sequence of one split
 shares a document with another. A corpus is a directory:
@@ -8,7 +8,7 @@ shares a document with another. A corpus is a directory:
     validation.npy   the same for documents that may steer training
     test.npy         the same for documents that are only ever reported on
 
-What is read, and in which order, follows from the recipe and its seed alone: a longer corpus
+The documents read, and their order, follow from the recipe and its seed alone: a longer corpus
 begins with the shorter one.
 """
 
@@ -38,19 +38,19 @@ _PERIOD = 20
 """Of this many consecutive documents, one is for validation and one for test."""
 
 _HELD_OUT_STREAM = 2
-"""Mixed with the seed: random numbers for this purpose and no other."""
+"""Mixed with the seed, so that these random numbers serve this purpose only."""
 
 _BATCH_DOCUMENTS = 64
 _BATCH_SIZE = 1_000_000
-"""Documents are tokenised together until there are this many, or this many characters or ids of
-them."""
+"""Documents are tokenised in batches, which end at this many documents, or at this many characters
+or ids."""
 
 _CHUNK_IDS = 1 << 22
-"""Token ids of a finished split that are in memory together."""
+"""Number of token ids of a finished split that are in memory at the same time."""
 
 
 class CorpusFacts(Document):
-    """What a corpus holds and where it comes from: `corpus.json`."""
+    """The content of a corpus and its source: `corpus.json`."""
 
     SCHEMA: ClassVar = 2
     MADE_BY: ClassVar = "`saerelay train`"
@@ -58,7 +58,7 @@ class CorpusFacts(Document):
     ERROR: ClassVar = DataError
 
     source: str
-    """For people to read: "Python 3.11.7 standard library", "dataset wikitext, split train"."""
+    """A description for people: "Python 3.11.7 standard library", "dataset wikitext, split train"."""
     context: int
     prepend_bos: bool
     n_documents: int
@@ -67,14 +67,14 @@ class CorpusFacts(Document):
     validation_sequences: int
     test_sequences: int
     complete: bool
-    """Whether the source ended before every split was full: there is no more to be had."""
+    """Whether the source ended before every split was full, so that no more documents can be had."""
     padding: dict[int, int] = {}
-    """Tokens of a file that were taken for padding and left out, by id."""
+    """Number of tokens of a file that were taken for padding and left out, by id."""
     special_tokens: int = 0
-    """Special tokens that the tokenizer made of text which spells them."""
+    """Number of special tokens that the tokenizer made from text that spells them."""
 
     def notes(self) -> list[str]:
-        """What the source held that is worth a line on the screen."""
+        """Facts about the source that are worth a line on the screen."""
         lines = []
         for token, n in self.padding.items():
             lines.append(f"left out {n:,} padding tokens (id {token}) of {self.source}")
@@ -118,13 +118,13 @@ def prepare(
     eval_sequences: int,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Tokenise just enough of `run.data` into a directory, or open what is there already.
+    """Tokenise just enough of `run.data` into a directory, or open the corpus that is already there.
 
-    The train split may come out shorter than asked for; then `facts.complete` is true. `tokenizer`
-    may be None if the recipe gives token ids. `progress` is called with the number of token
-    positions in all splits so far, at most `context * (train_sequences + 2 * eval_sequences)`.
-    Raises DataError if the source is missing, unsuitable, or leaves a split empty; then, and after
-    an interruption, nothing is left in the directory or next to it.
+    The train split may be shorter than requested; then `facts.complete` is true. `tokenizer` may be
+    None if the recipe gives token ids. `progress` is called with the number of token positions in
+    all splits so far, at most `context * (train_sequences + 2 * eval_sequences)`. Raises DataError
+    if the source is missing, unsuitable, or leaves a split empty; then, and after an interruption,
+    nothing is left in the directory or next to it.
     """
     assert train_sequences > 0 and eval_sequences > 0, (train_sequences, eval_sequences)
     if (directory / "corpus.json").exists():
@@ -137,7 +137,7 @@ def prepare(
 
     # All files are written next to the directory and renamed: a corpus is complete or absent.
     partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
     sizes: dict[Split, int] = {"train": train_sequences, "validation": eval_sequences, "test": eval_sequences}
     try:
         partial.mkdir(parents=True)
@@ -155,7 +155,7 @@ def prepare(
 
 
 def split_of(index: int, seed: int) -> Split:
-    """Which split a document belongs to: of every 20, one is test and one validation.
+    """The split that a document belongs to: of every 20 documents, one is test and one validation.
 
     >>> from collections import Counter
     >>> sorted(Counter(split_of(i, seed=0) for i in range(2000)).items())
@@ -172,7 +172,7 @@ def split_of(index: int, seed: int) -> Split:
 
 @lru_cache(maxsize=4)
 def _held_out(block: int, seed: int) -> tuple[int, int]:
-    """Which two of a block's documents are held out, for validation and for test."""
+    """The positions of the two documents of a block that are held out, for validation and for test."""
     generator = np.random.default_rng([seed, _HELD_OUT_STREAM, block])
     order = generator.permutation(_PERIOD)
     return int(order[0]), int(order[1])
@@ -189,7 +189,7 @@ def _read_facts(directory: Path) -> CorpusFacts:
 
 
 def _map_split(directory: Path, facts: CorpusFacts, split: Split) -> np.ndarray:
-    """Map the file of a split; DataError if it is not the array that the facts promise."""
+    """Map the file of a split; DataError if it is not the array described by the facts."""
     path = directory / f"{split}.npy"
     expected = (getattr(facts, f"{split}_sequences"), facts.context)
     try:
@@ -219,13 +219,13 @@ def _fill(
     source: Source,
     progress: Callable[[int], None] | None,
 ) -> CorpusFacts:
-    """Deal documents to the splits until all are full or the source ends; write them."""
+    """Deal documents to the splits until all are full or the source ends; then write the splits."""
     n_documents = 0
     n_special = 0
     special = special_ids(tokenizer) if tokenizer else []
     complete = True
     for batch in _batches(source.documents):
-        # Documents of a split that is full are counted, but neither tokenised nor kept.
+        # Documents of a full split are counted, but neither tokenised nor kept.
         receivers = []
         documents = []
         for index, document in enumerate(batch, start=n_documents):
@@ -262,7 +262,7 @@ def _fill(
 
 
 def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
-    """Group documents in batches of limited length and size, without empty ones."""
+    """Group documents into batches of limited length and size; skip empty documents."""
     batch = []
     size = 0
     for document in documents:
@@ -282,7 +282,7 @@ def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
 def _encode(
     documents: Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None", facts: ModelFacts
 ) -> Sequence[np.ndarray]:
-    """The token ids of some documents; those of a token file are ids already."""
+    """The token ids of some documents; documents of a token file are already ids."""
     if not documents or not isinstance(documents[0], str):
         return documents
     assert tokenizer is not None
@@ -303,8 +303,8 @@ def _encode(
 class _Packer:
     """Joins the documents of one split with EOS and cuts them into sequences.
 
-    Ids are first appended to a raw file, whose length says how many sequences there are; `finish`
-    makes an array of it.
+    Ids are first appended to a raw file, whose length gives the number of sequences; `finish` turns
+    it into an array.
     """
 
     def __init__(self, path: Path, data: DataSpec, facts: ModelFacts, wanted: int) -> None:
@@ -323,7 +323,7 @@ class _Packer:
 
     @property
     def n_sequences(self) -> int:
-        """Whole sequences so far, at most as many as are wanted."""
+        """Number of whole sequences so far, at most as many as are wanted."""
         return min(self.n_ids // self.ids_per_sequence, self.wanted)
 
     @property
@@ -332,7 +332,7 @@ class _Packer:
         return self.n_sequences == self.wanted
 
     def add(self, ids: np.ndarray) -> None:
-        """Append a document, after a separator unless it is the first."""
+        """Append a document, with a separator before it unless it is the first."""
         if not ids.size:
             return
         pieces = [ids.astype(self.dtype)]
@@ -369,7 +369,7 @@ class _Packer:
 
 
 def _check_recipe(data: DataSpec, facts: ModelFacts, tokenizer: object) -> None:
-    """Refuse what can be refused before anything is read."""
+    """Raise DataError for problems that are visible before anything is read."""
     if data.prepend_bos and facts.tokens.bos_token_id is None:
         raise DataError(
             f"data.prepend_bos is true, but the model {facts.name} has no BOS token; set data.prepend_bos = false."
@@ -382,7 +382,7 @@ def _check_recipe(data: DataSpec, facts: ModelFacts, tokenizer: object) -> None:
 
 
 def _check_splits(packers: "Mapping[Split, _Packer]", description: str, n_documents: int) -> None:
-    """Refuse a source that leaves a split without a sequence."""
+    """Raise DataError if the source leaves a split without a sequence."""
     if not n_documents:
         raise DataError(f"{description}: contains no documents (empty ones are skipped). Give a source with text.")
     empty = [split for split, packer in packers.items() if not packer.n_sequences]

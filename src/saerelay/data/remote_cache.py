@@ -1,11 +1,11 @@
-"""The activation cache in an object store, or wherever else fsspec reads and writes: s3://, gs://, ...
+"""The activation cache in an object store, or anywhere else that fsspec reads and writes: s3://, gs://, ...
 
     <data.cache>/<model>-<digest>/<site>/<digest>.safetensors     a shard, as in a directory on disk
-    <data.cache>/<model>-<digest>/<site>/<digest>.json            its manifest, written after it
+    <data.cache>/<model>-<digest>/<site>/<digest>.json            the shard's manifest, written after it
 
-A shard without a manifest counts as not being there, so one that is half written is never read. The digest is that of
-the shard's content: two writers of the same sequences either write the same bytes or different files. What is read of a
-shard are the bytes of the sequences that are asked for. C is the context, D the width of the activations at a site.
+A shard without a manifest counts as missing, so a half-written shard is never read. The digest is that of the shard's
+content: two writers of the same sequences write either the same bytes or different files. Of a shard, only the bytes of
+the requested sequences are read. C is the context, D the width of the activations at a site.
 """
 
 import json
@@ -26,18 +26,18 @@ from saerelay.site import Site
 from saerelay.spec import Spec
 
 SHARD_BYTES = 2**27
-"""Size of a shard, at most: of small files, their number rules how fast they are read."""
+"""Largest size of a shard: with small files, reading speed depends on their number."""
 SEQUENCES_AT_ONCE = 256
-"""Sequences that are asked for together."""
+"""Number of sequences that are requested together."""
 
 
 class Manifest(Spec):
-    """What a shard holds, and where in it."""
+    """The content of a shard, and its position in the file."""
 
     about: str
-    """What the activations belong to, as in the shard's own header."""
+    """The identity of the activations, as in the shard's own header."""
     offset: int
-    """Where in the shard the activations of the first sequence begin."""
+    """Position in the shard where the activations of the first sequence begin."""
     sequences: list[int]
     """The id of each sequence, in order."""
     crc32: list[int]
@@ -77,7 +77,7 @@ class RemoteCache(ActivationCache):
                 yield i, x
 
     def check_room(self, needed: int) -> None:
-        """A store does not tell how much it takes."""
+        """Do nothing: a store does not tell how much room it has."""
 
     def _store(self, site: Site, tensors: dict[str, Tensor], sequences: list[int], checksums: list[int]) -> Any:
         """See `ActivationCache._store`: first the shard, then its manifest; both are in the index."""
@@ -91,7 +91,7 @@ class RemoteCache(ActivationCache):
         return path, manifest
 
     def _put(self, path: str, content: bytes) -> None:
-        """Write a file that appears as a whole or not at all, where the place it is written to can do that."""
+        """Write a file that appears as a whole or not at all, if the store supports this."""
         self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         with self.files.transaction:
             self.files.pipe_file(path, content)
@@ -122,12 +122,12 @@ class RemoteCache(ActivationCache):
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turn whatever a store's own library raises into one line."""
+        """Turn any error of a store's own library into one line."""
         try:
             yield
         except SaeRelayError:
             raise
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store has its own errors
             detail = " ".join(f"{type(error).__name__}: {error}".split())
             raise DataError(
                 f"data.cache = {self.address}: cannot be used ({detail[:300]}); check the address, the credentials and "
@@ -136,7 +136,7 @@ class RemoteCache(ActivationCache):
 
 
 def _offset(content: bytes) -> int:
-    """Where the activations begin in a shard: behind its header, which tells its own length."""
+    """Position in a shard where the activations begin: after its header, which gives its own length."""
     n_header = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + n_header])
     return 8 + n_header + header["activations"]["data_offsets"][0]

@@ -1,4 +1,4 @@
-"""Where documents come from: text files, token files, datasets, or the built-in corpus.
+"""Sources of documents: text files, token files, datasets, or the built-in corpus.
 
 Each source gives documents, as text or as arrays of token ids, in an order that follows from the
 seed; a streamed dataset keeps its own order.
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 _ORDER_STREAM = 1
-"""Mixed with the seed: random numbers for this purpose and no other."""
+"""Mixed with the seed, so that these random numbers serve this purpose only."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in reading order, and where they come from."""
+    """Documents in reading order, and a description of where they come from."""
 
     description: str
     documents: Iterator[str] | Iterator[np.ndarray]
     padding: Counter[int] = field(default_factory=Counter)
-    """Padding that was taken out of the documents read so far, by token id."""
+    """Number of padding tokens removed from the documents read so far, by token id."""
 
 
 def open_source(run: Recipe, facts: ModelFacts) -> Source:
-    """Open the source that a recipe names; DataError if it names none, or it cannot be read."""
+    """Open the source that a recipe names; DataError if it names none, or one that cannot be read."""
     data = run.data
     seed = run.train.seed
     if data.hub.dataset:
@@ -92,17 +92,17 @@ def _text_source(data: DataSpec, seed: int) -> Source:
 
 # --- token files -------------------------------------------------------------------------------
 #
-# A document is a row of a 2-D array, or of a 1-D array what lies between two separators.
+# A document is a row of a 2-D array, or the stretch between two separators of a 1-D array.
 
 _CHUNK_IDS = 1 << 22
-"""Ids of a token file that are in memory together."""
+"""Number of ids of a token file that are in memory at the same time."""
 
 _MIN_SEPARATORS = 20
-"""With fewer EOS (or BOS) tokens than this, a 1-D array is cut into pieces of even length."""
+"""With fewer EOS (or BOS) tokens than this, a 1-D array is cut into pieces of equal length."""
 
 _PIECE_CONTEXTS = 64
-"""Length of such a piece in contexts; shorter ones where there would be fewer than
-_MIN_SEPARATORS."""
+"""Length of such a piece in contexts; pieces are shorter if there would be fewer than
+_MIN_SEPARATORS of them."""
 
 
 def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
@@ -140,7 +140,7 @@ def _open_tokens(path: Path, facts: ModelFacts) -> np.ndarray:
 
 
 def _chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """An array in parts that fit in memory, each with the index of its first row."""
+    """Yield an array in parts that fit in memory, each with the index of its first row."""
     row_size = tokens.size // len(tokens)
     step = max(1, _CHUNK_IDS // row_size)
     for start in range(0, len(tokens), step):
@@ -148,9 +148,9 @@ def _chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _token_spans(tokens: np.ndarray, context: int, facts: ModelFacts) -> np.ndarray:
-    """Where the documents of a 1-D array start and stop, [N, 2].
+    """Starts and stops of the documents of a 1-D array, [N, 2].
 
-    They lie between EOS tokens, or BOS tokens, or are pieces of even length.
+    Documents lie between EOS tokens, or BOS tokens, or are pieces of equal length.
     """
     for separator in (facts.tokens.eos_token_id, facts.tokens.bos_token_id):
         if separator is None:
@@ -171,11 +171,11 @@ def _token_spans(tokens: np.ndarray, context: int, facts: ModelFacts) -> np.ndar
 
 
 def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.ndarray:
-    """A document without the padding in it, which is counted.
+    """Return a document without its padding, which is counted.
 
-    The model's padding token is taken out wherever it stands; one that is also its BOS or EOS, only
-    where it stands more than once at an end. What fills at least a quarter of a document, at its
-    end, is padding whatever it is.
+    The model's padding token is removed wherever it occurs, but if it is also the BOS or EOS, only
+    where it is repeated at either end. A token that fills at least a quarter of a document, at its
+    end, is padding whichever token it is.
     """
     before = len(ids)
     pad = facts.tokens.pad_token_id
@@ -197,7 +197,7 @@ def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.n
 
 
 def _without_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
-    """A document without the BOS in front: the packer puts one before every sequence."""
+    """Return a document without its leading BOS: the packer puts one before every sequence."""
     if bos is not None and len(ids) and ids[0] == bos:
         return ids[1:]
     return ids
@@ -207,7 +207,7 @@ def _without_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
 
 
 def _dataset_source(spec: DatasetSpec, seed: int) -> Source:
-    import datasets  # takes a second
+    import datasets  # takes a second to import
 
     dataset = _open_dataset(spec)
     if isinstance(dataset, datasets.Dataset):
@@ -252,7 +252,7 @@ def _open_dataset(spec: DatasetSpec) -> "Dataset | IterableDataset":
 
 
 def _load_dataset(spec: DatasetSpec) -> Any:
-    """Open a directory that `datasets` has saved, or stream other files or from the hub."""
+    """Open a directory that `datasets` has saved, or stream other files or a dataset on the hub."""
     import datasets
 
     path = Path(spec.dataset).expanduser()
@@ -270,7 +270,7 @@ def _load_dataset(spec: DatasetSpec) -> Any:
 
 
 def _dataset_texts(rows: Iterable[Any], spec: DatasetSpec) -> Iterator[str]:
-    """The texts of a dataset's rows; DataError if they are not text, or the stream breaks."""
+    """Yield the texts of a dataset's rows; DataError if they are not text, or if the stream breaks."""
     from datasets.exceptions import DatasetsError
 
     try:

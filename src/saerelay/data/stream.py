@@ -1,10 +1,10 @@
-"""The seam between training and the outside: blocks of activations of many sites.
+"""The interface between training and the outside: blocks of activations at many sites.
 
 A block is a stretch of raw token positions: sequences drawn from the whole corpus without
-replacement. Which sequences it holds, the order in which their positions are shuffled, and which
-of these are left out (BOS, outlier norms) depend on the seed and the block's number alone, never
-on which sites are open: rows do not shift when legs come and go, and a stream has no state to
-save.
+replacement. The sequences of a block, the order in which their positions are shuffled, and the
+positions that are left out (BOS, outlier norms) depend only on the seed and the block's number,
+never on which sites are open: rows do not shift when legs come and go, and a stream has no state
+to save.
 
 In shapes: P positions in a block, S sequences in a block, C positions in a sequence (the context),
 D width of the activations at a site.
@@ -32,24 +32,24 @@ from saerelay.spec import seed_from
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Activations of one block, in shuffled order; valid until the next is asked for.
+    """Activations of one block, in shuffled order; valid until the next block is asked for.
 
-    What it gives may be views of the stream's buffers: read them, do not write to them.
+    The tensors returned may be views of the stream's buffers: read them, do not write to them.
 
-    On a processor a batch has the kept rows of its own stretch of positions. On a GPU, where every
-    batch should have the same shape and nothing should wait for the device, the kept rows of the
-    whole block follow each other, and the last batch is filled up with the first rows.
+    On a CPU a batch consists of the kept rows of its own stretch of positions. On a GPU, where every
+    batch should have the same shape and nothing should wait for the device, batches are cut from the
+    sequence of all kept rows of the block, and the last batches are filled up from its first rows.
     """
 
     activations: dict[Site, Tensor]
-    """(P, D) for each open site, in the dtype the model has there."""
+    """(P, D) for each open site, in the model's dtype at that site."""
     keep: Tensor
     """Bool (P): rows that are trained on."""
     batch_tokens: int
 
     @property
     def n_batches(self) -> int:
-        """Batches in this block."""
+        """Number of batches in this block."""
         return self.keep.shape[0] // self.batch_tokens
 
     def batch(self, index: int) -> dict[Site, Tensor]:
@@ -62,16 +62,16 @@ class Block:
         return {site: x.index_select(0, rows) for site, x in self.activations.items()}
 
     def repeated(self, index: int, repetition: int) -> dict[Site, Tensor]:
-        """What legs with `reuse` train on after batch `index` in a repetition of the block; 0 is the batch itself.
+        """The batch for legs with `reuse` after batch `index`, in a repetition of the block; 0 gives the batch itself.
 
-        It lies `repetition` strides of 5/13 of the block further on, around its end: as `index` runs through all
-        batches, so does this one.
+        It lies `repetition` strides of 5/13 of the block further on, cyclically: as `index` runs through all batches,
+        so does the batch returned.
         """
         stride = max(1, self.n_batches * 5 // 13)
         return self.batch((index + repetition * stride) % self.n_batches)
 
     def chunks(self, sites: Iterable[Site], n: int = 4096) -> Iterator[dict[Site, Tensor]]:
-        """All kept rows of some sites, float32, those of n positions at a time."""
+        """Yield all kept rows of some sites, float32, from n positions at a time."""
         if self.keep.device.type != "cpu":
             for kept in self.kept_rows.split(n):
                 yield {site: self.activations[site].index_select(0, kept).float() for site in sites}
@@ -81,7 +81,7 @@ class Block:
             yield {site: x.float() for site, x in rows.items()}
 
     def target(self, leg: Leg, n: int = 32_768) -> Tensor | None:
-        """The same rows of what a leg reconstructs, if it is a transcoder."""
+        """The first n kept rows of the activations that a leg reconstructs, if it is a transcoder."""
         return self.rows(leg.site_out, n) if leg.is_transcoder else None
 
     def rows(self, site: Site, n: int = 32_768) -> Tensor:
@@ -90,19 +90,19 @@ class Block:
 
     @cached_property
     def kept_rows(self) -> Tensor:
-        """int64: the rows that are kept, in order."""
+        """int64: indices of the kept rows, in order."""
         return self.keep.nonzero()[:, 0]
 
     @cached_property
     def _filled_up(self) -> Tensor:
-        """int64 (P): the kept rows, again from the first one where they are too few."""
+        """int64 (P): indices of the kept rows, repeated from the first one up to P."""
         kept = self.kept_rows
         if not len(kept):
             return kept
         return kept[torch.arange(len(self.keep), device=kept.device) % len(kept)]
 
     def _kept(self, sites: Iterable[Site], start: int, stop: int) -> dict[Site, Tensor]:
-        """Kept rows in [start, stop): views where all are kept, else copies."""
+        """Kept rows in [start, stop): views if all rows are kept, else copies."""
         slices = {site: self.activations[site][start:stop] for site in sites}
         keep = self.keep[start:stop]
         if bool(keep.all()):
@@ -114,7 +114,7 @@ class Block:
 class AbstractStream(ABC):
     """Gives activations block by block; the same call gives the same bits.
 
-    A block may be gone once the next one is asked for.
+    A block may become invalid once the next one is asked for.
     """
 
     @abstractmethod
@@ -129,7 +129,7 @@ def shuffled(n: int, seed: int, number: int) -> Tensor:
 
 
 class TensorStream(AbstractStream):
-    """Activations held in memory, {site: (N, D)}, over and over again."""
+    """Activations held in memory, {site: (N, D)}, repeated without end."""
 
     def __init__(self, tensors: dict[Site, Tensor], *, block_tokens: int, batch_tokens: int, seed: int = 0) -> None:
         self.tensors = tensors
@@ -153,9 +153,9 @@ class LiveStream(AbstractStream):
     """Activations computed by the language model, from sequences (N, C) of token ids.
 
     Each open site has one buffer (P, D), which all blocks share: activations go from the model's
-    forward straight to their shuffled rows. With a cache, activations are rounded to bfloat16;
-    those in the cache are read, others are computed and added to it. `model` may be None if the
-    cache has all that will be read.
+    forward straight to their shuffled rows. With a cache, activations are rounded to bfloat16; cached
+    ones are read, the others are computed and added to the cache. `model` may be None if the cache
+    holds everything that will be read.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class LiveStream(AbstractStream):
 
     @property
     def device(self) -> torch.device:
-        """Where blocks are."""
+        """The device that blocks are on."""
         return self.model.device if self.model else torch.device(self.plan.facts.device)
 
     def block(self, number: int, sites: Sequence[Site]) -> Block:
@@ -185,7 +185,7 @@ class LiveStream(AbstractStream):
         sites = self._sites(number, sites)
         index = self.sequences_of(number)
         tokens = torch.from_numpy(self.sequences[index].astype(np.int64))
-        if self.device.type == "cuda":  # one transfer per block, which no forward waits for
+        if self.device.type == "cuda":  # one transfer per block, for which no forward waits
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
 
         # Row i of the block is position order[i]; the inverse permutation gives the row of each
@@ -209,7 +209,7 @@ class LiveStream(AbstractStream):
         )
 
     def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:
-        """The sites that are read of a block, where some are open: those, and the plan's probe site."""
+        """The sites to read of a block: the open sites, and the plan's probe site."""
         return self.plan.with_probe(sites)
 
     def _keep(self, tokens: Tensor, order: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class LiveStream(AbstractStream):
             self.model.visit(tokens[batch], visitors)
 
     def _batches(self, tokens: Tensor, needed: np.ndarray | None) -> list[slice]:
-        """The batches of tokens (S, C) that the model is run over, as sequences."""
+        """The batches of tokens (S, C) that the model runs over, as slices of sequences."""
         size = max(1, self.plan.lm_batch_tokens // self.plan.recipe.data.context)
         batches = [slice(start, start + size) for start in range(0, tokens.shape[0], size)]
         if needed is None:
@@ -240,12 +240,11 @@ class LiveStream(AbstractStream):
             x = x.bfloat16()
         x = x.flatten(0, -2).contiguous()
         if site not in self.buffers:
-            with torch.inference_mode(False):  # views of it may meet autograd
+            with torch.inference_mode(False):  # autograd may use views of the buffer
                 self.buffers[site] = x.new_empty(self.plan.block_tokens, x.shape[1])
         buffer = self.buffers[site]
 
-        # On a CPU, index_copy_ copies element by element: in words of 16 bytes it takes half the
-        # time.
+        # On a CPU, index_copy_ copies element by element; with elements of 16 bytes it takes half the time.
         row_bytes = x.shape[1] * x.itemsize
         offset_bytes = x.storage_offset() * x.itemsize
         if x.device.type == "cpu" and row_bytes % 16 == 0 and offset_bytes % 16 == 0:
@@ -256,7 +255,7 @@ class LiveStream(AbstractStream):
     def _read_or_compute(
         self, cache: ActivationCache, ids: np.ndarray, tokens: Tensor, rows: Tensor, sites: Sequence[Site]
     ) -> None:
-        """Fill the buffers from the cache; what it lacks comes from the model, and is added to it.
+        """Fill the buffers from the cache; missing activations are computed by the model and added to the cache.
 
         ids: int64 (S); tokens and rows: (S, C).
         """
@@ -268,8 +267,7 @@ class LiveStream(AbstractStream):
         self._compute(tokens, rows, to_compute, needed=missing_somewhere)
 
         for site in sites:
-            # What is in the cache takes the place of what the model has just computed along with
-            # it.
+            # Cached activations replace those that the model has just computed along with missing ones.
             stored = np.flatnonzero(~missing[site])
             for i, x in cache.read(site, ids[stored]):
                 self._put(site, rows[stored[i]], x.to(self.device))
@@ -293,15 +291,15 @@ class LiveStream(AbstractStream):
         return sum(len(ids) * self.cache.bytes_per_sequence(site) for site, ids in uncached.items())
 
     def sequences_of(self, number: int) -> np.ndarray:
-        """Which sequences block `number` holds: int64 (S)."""
+        """The sequences in block `number`: int64 (S)."""
         per_block = self.plan.block_tokens // self.plan.recipe.data.context
         return self.read_order(number * per_block, per_block)
 
     def read_order(self, first: int, n: int) -> np.ndarray:
-        """Which sequences are read from `first` on: all of them per epoch, in a new order.
+        """The n sequences read from `first` on: every epoch reads all sequences, in a new order.
 
-        Long documents fill many sequences in a row; read in their order, a short leg would see
-        only a few documents.
+        Long documents fill many sequences in a row; in the original order, a short leg would see only a
+        few documents.
         """
         total = len(self.sequences)
         parts = []
@@ -322,10 +320,10 @@ class LiveStream(AbstractStream):
 def kept_positions(
     plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor], order: Tensor | None = None
 ) -> Tensor:
-    """Bool (P): not the BOS in front, nor an outlier of norm at the plan's probe site.
+    """Bool (P): positions that are neither the leading BOS nor an outlier of norm at the plan's probe site.
 
-    tokens: (P / C, C); activations: (P, D), with those of the probe site. `order` (P) is the order
-    of their rows, if it is not that of the tokens; the result has the same order.
+    tokens: (P / C, C); activations: (P, D), including the probe site's. `order` (P) is the order of
+    their rows, if it differs from that of the tokens; the result is in the order of the rows.
     """
     keep = finite_positions(plan, tokens, activations, order)
     if plan.probe_site:
@@ -339,7 +337,7 @@ def kept_positions(
 def finite_positions(
     plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor], order: Tensor | None = None
 ) -> Tensor:
-    """Bool (P): not the BOS in front. Raises ModelError if activations there are not all numbers."""
+    """Bool (P): positions other than the leading BOS. Raises ModelError if their activations are not all finite."""
     keep = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     if plan.recipe.data.prepend_bos:
         keep[:, 0] = False
@@ -352,7 +350,7 @@ def finite_positions(
 
 
 class OutlierCount:
-    """Counts the positions that are left out for their norm, by token."""
+    """Counts the positions that are left out because of their norm, by token."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -360,7 +358,7 @@ class OutlierCount:
         self.tokens: Counter[int] = Counter()
 
     def add(self, tokens: Tensor, keep: Tensor) -> None:
-        """Count in tokens (S, C), of which those are kept that bool (S, C) says; BOS is not left out for its norm."""
+        """Add tokens (S, C) and bool `keep` (S, C) to the counts; a BOS is not left out because of its norm."""
         left_out = ~keep
         if self.plan.recipe.data.prepend_bos:
             left_out[:, 0] = False
@@ -368,7 +366,7 @@ class OutlierCount:
         self.tokens.update(tokens[left_out].tolist())
 
     def left_out(self) -> LeftOut:
-        """What was left out so far."""
+        """The positions left out so far."""
         token, n_of_token = next(iter(self.tokens.most_common(1)), (None, 0))
         return LeftOut(
             site=str(self.plan.probe_site) if self.plan.probe_site else None,
@@ -380,7 +378,7 @@ class OutlierCount:
 
 
 def check_finite(site: Site, x: Tensor, keep: Tensor) -> None:
-    """Raise ModelError if activations (P, D) that count, bool (P), are not all numbers."""
+    """Raise ModelError if activations (P, D) are not all finite where bool `keep` (P) is true."""
     if bool(x.sum(dtype=torch.float32).isfinite()):
         return
     finite = torch.cat([rows.isfinite().all(dim=1) for rows in x.split(4096)])
@@ -404,7 +402,7 @@ def trained_on(plan: Plan, tokens: Tensor, activations: Mapping[Site, Tensor]) -
 
 
 def gather_rows(plan: Plan, stream: AbstractStream, n: int) -> tuple[dict[Site, Tensor], int]:
-    """The first n kept rows (n, D) of every site, float32, and how many positions were read."""
+    """The first n kept rows (n, D) of every site, float32, and the number of positions read for them."""
     n_blocks = math.ceil(n / plan.block_tokens)
     parts: dict[Site, list[Tensor]] = {site: [] for site in plan.sites}
     for number in range(n_blocks):

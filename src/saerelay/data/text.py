@@ -1,7 +1,7 @@
 """Text files as documents.
 
 A document is a *span* (file number, start, stop) of bytes: a whole file, a line of a .jsonl file,
-or, where there are few files, a piece of a large one. Files are never held in memory.
+or, if there are few files, a piece of a large file. Files are never held in memory.
 """
 
 import codecs
@@ -19,13 +19,13 @@ from saerelay.files import parse_json
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 
 _MIN_FILES = 40
-"""With fewer files than this, large ones are cut, so that no document is most of a split."""
+"""With fewer files than this, large files are cut, so that no single document makes up most of a split."""
 
 _N_PIECES = 200
-"""About how many pieces all files together are cut into."""
+"""Approximate number of pieces that all files together are cut into."""
 
 _MIN_PIECE_BYTES = 2000
-"""Pieces are not smaller than this, however few they are."""
+"""Least size of a piece, however few pieces there are."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -34,14 +34,14 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Byte order marks; that of UTF-16 is the beginning of another one of UTF-32."""
+"""Byte order marks, UTF-32 before UTF-16, since a mark of UTF-16 is the beginning of one of UTF-32."""
 
 _CUTS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb" "))
-"""Where a piece may end, the best first: after a blank line, a line, a word."""
+"""Where a piece may end, in order of preference: after a blank line, a line, a word."""
 
 
 def spans_of(paths: list[Path]) -> np.ndarray:
-    """The spans of all documents of some files, in order: [N, 3]."""
+    """The spans of all documents in some files, in order: [N, 3]."""
     n_bytes = sum(path.stat().st_size for path in paths)
     piece_bytes = n_bytes
     if len(paths) < _MIN_FILES:
@@ -50,7 +50,7 @@ def spans_of(paths: list[Path]) -> np.ndarray:
 
 
 def text_files(names: list[str]) -> list[Path]:
-    """The files named, and the text files in the directories named, each once."""
+    """The files named, and the text files in directories named, without repetitions."""
     files: dict[Path, Path] = {}
     for name in names:
         path = Path(name).expanduser()
@@ -96,7 +96,7 @@ def _file_spans(path: Path, number: int, piece_bytes: int) -> np.ndarray:
 
 
 def _cuts(content: mmap, size: int) -> Iterator[int]:
-    """Where to cut a text into pieces of about `size` bytes, at most twice that."""
+    """Yield the positions that cut a text into pieces of about `size` bytes, at most twice that."""
     start = 0
     while len(content) - start > size:
         start = _cut_after(content, start + size, start + 2 * size)
@@ -107,7 +107,7 @@ def _cuts(content: mmap, size: int) -> Iterator[int]:
 
 
 def _cut_after(content: mmap, first: int, last: int) -> int:
-    """The end of the best cut between two positions, or the first where there is none."""
+    """The end of the best cut between two positions; the first position if there is no cut."""
     for cut in _CUTS:
         match = cut.search(content, first, last)
         if match:
@@ -127,7 +127,7 @@ def read_span(path: Path, start: int, stop: int, column: str) -> str:
 
 
 def _encoding(beginning: bytes) -> str:
-    """The encoding of a file by its byte order mark, UTF-8 without one."""
+    """The encoding of a file by its byte order mark; UTF-8 if there is none."""
     for mark, encoding in _MARKS:
         if beginning.startswith(mark):
             return encoding
@@ -135,7 +135,7 @@ def _encoding(beginning: bytes) -> str:
 
 
 def _decoded(path: Path, start: int, content: bytes, encoding: str = "utf-8") -> str:
-    """The text of some bytes that begin at `start` of a file; DataError if they are not text."""
+    """Decode bytes that begin at `start` of a file; DataError if they are not text."""
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -157,7 +157,7 @@ def _decoded(path: Path, start: int, content: bytes, encoding: str = "utf-8") ->
 
 
 def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
-    """The text in a line of a .jsonl file, "" for none; DataError if it is not text."""
+    """The text in a line of a .jsonl file, "" if there is none; DataError if it is not text."""
     if not line.strip():
         return ""
     try:
@@ -173,7 +173,7 @@ def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
 
 
 def _bad_line(path: Path, start: int, problem: str) -> DataError:
-    """An error with the number of the line that begins at a byte of a file."""
+    """An error that gives the number of the line beginning at a byte of a file."""
     with path.open("rb") as file:
         number = file.read(start).count(b"\n") + 1
     return DataError(

@@ -1,6 +1,6 @@
-"""Adapters, as `peft` saves them: merged into a model's weights in memory, known by their commit or their files.
+"""Adapters, as `peft` saves them: merged into a model's weights in memory, identified by commit or by files.
 
-What is read afterwards is a plain model: nothing else of the house knows that there was an adapter.
+After the merge there is a plain model: no other part of the package knows that there was an adapter.
 """
 
 import warnings
@@ -24,7 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Adapter(NamedTuple):
-    """An adapter that is at hand."""
+    """An adapter whose files are on this machine."""
 
     name: str
     """A directory, or a hub id with its commit."""
@@ -33,14 +33,14 @@ class Adapter(NamedTuple):
 
     @property
     def files(self) -> list[Path]:
-        """What there is of it."""
+        """The adapter's files."""
         return [self.directory / CONFIG, self.directory / WEIGHTS]
 
 
 def find_adapter(spec: ModelSpec) -> Adapter | None:
-    """The adapter of a model, downloaded if it is on the hub; None if it has none.
+    """Find a model's adapter, and download it if it is on the hub; None if the model has none.
 
-    Raises ModelError if it is not there, not in safetensors, or if `peft` is not installed.
+    Raises ModelError if the adapter does not exist or is not in safetensors, or if `peft` is not installed.
     """
     if not spec.adapter:
         return None
@@ -63,7 +63,7 @@ def find_adapter(spec: ModelSpec) -> Adapter | None:
 
 
 def _from_hub(reference: str) -> Adapter:
-    """The adapter that user/name, or user/name@revision, means on the hub."""
+    """The adapter on the hub that is meant by user/name, or user/name@revision."""
     from transformers.utils.hub import cached_file
 
     name, _, revision = reference.partition("@")
@@ -77,7 +77,7 @@ def _from_hub(reference: str) -> Adapter:
 
 
 def merged(model: Any, spec: ModelSpec) -> Any:
-    """A model with its adapter in its weights; the model itself if it has none.
+    """Return a model with its adapter merged into its weights; the model itself if it has no adapter.
 
     Raises ModelError if the adapter does not fit, or cannot be merged.
     """
@@ -95,7 +95,7 @@ def merged(model: Any, spec: ModelSpec) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what does not match, which is looked at below
+            warnings.simplefilter("ignore")  # peft warns of keys that do not match; these are checked below
             wrapped = PeftModel.from_pretrained(model, str(adapter.directory))
             expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
             found = set(load_peft_weights(str(adapter.directory), device="cpu"))

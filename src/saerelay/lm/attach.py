@@ -25,7 +25,7 @@ from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 ROWS_AT_ONCE = 1024
-"""Positions that are encoded together: dense codes (N,F) of more would not fit in memory."""
+"""Positions that are encoded together: the dense codes (N,F) of more positions would not fit in memory."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def attach(
     replace: bool = False,
     leave_alone: Collection[int] | None = None,
 ) -> "Iterator[Attachment]":
-    """Let SAEs record, and change, what passes in a language model while the `with` block lasts.
+    """Let SAEs record, and change, the activations of a language model while the `with` block lasts.
 
     >>> from saerelay.planning.recipe import ModelSpec
     >>> sae = Dictionary(architecture="topk", k=2, W_enc=torch.eye(192), b_enc=torch.zeros(192),
@@ -50,21 +50,21 @@ def attach(
 
     `model` is any transformers model that is one stack of layers, or a `LanguageModel`; each site
     has its SAE, of any of our architectures. Without edits the model computes exactly what it
-    always does. With `replace` every reconstruction takes the place of the activations; without
-    it, an edit (`Tap.ablate`, `set`, `steer`) adds what the change of the code decodes to, x + Σ
-    Δz_j w_j, so that what the SAE fails to explain is kept.
+    always does. With `replace`, reconstructions take the place of activations; without it, an edit
+    (`Tap.ablate`, `set`, `steer`) adds the decoded change of the code, x + Σ Δz_j w_j, so that the
+    part of x that the SAE fails to explain is kept.
 
-    `model` may be called by any of its entries, alone or within another module (as `peft` has it).
+    `model` may be called at any of its entries, alone or within another module (as with `peft`).
 
-    Positions hidden by the attention mask (padding), and those of the tokens in `leave_alone`, are
-    neither changed nor recorded: their codes are zero. By default `leave_alone`
-    is the model's BOS, on which SAEs are not trained; pass `()` to include it. If a forward gets
-    no token ids (`inputs_embeds`), every position counts.
+    Positions hidden by the attention mask (padding), and positions of the tokens in `leave_alone`,
+    are neither changed nor recorded: their codes are zero. By default `leave_alone` is the model's
+    BOS, on which SAEs are not trained; pass `()` to include it. If a forward gets no token ids
+    (`inputs_embeds`), every position counts.
 
-    SAEs keep their dtype (float32) and move to the model's device; what they put in the place of
-    activations is cast to the dtype of these. Recorded codes are detached, so gradients through
-    the model are unchanged; through replaced or edited activations they follow the formula above.
-    Blocks may be nested, even on the same sites: the inner one reads what the outer one made.
+    SAEs keep their dtype (float32) and move to the model's device; the activations they return are
+    cast to the model's dtype. Recorded codes are detached, so gradients through the model are
+    unchanged; through replaced or edited activations, gradients follow the formula above.
+    Blocks may be nested, even on the same sites: the inner block reads what the outer one returns.
     Raises PlanError or ModelError for sites that the model does not have, or whose width is not
     the SAE's.
     """
@@ -90,7 +90,7 @@ def attach(
 
 
 def _bos_ids(model: Any) -> list[int]:
-    """The ids of a model's BOS token: one, none, or several."""
+    """The ids of a model's BOS token: none, one or several."""
     if isinstance(model, LanguageModel):
         bos = model.facts.tokens.bos_token_id
     else:
@@ -114,7 +114,7 @@ def _check_width(model: Any, site: Site, tap: "Tap") -> None:
 
 
 class Attachment:
-    """The SAEs attached to a model; what they recorded outlives the `with` block."""
+    """The SAEs attached to a model; the codes they recorded outlive the `with` block."""
 
     def __init__(self, taps: "Mapping[Site, Tap]", leave_alone: Collection[int]) -> None:
         self._taps = taps
@@ -122,11 +122,11 @@ class Attachment:
         self._tokens = dict[int, Tensor]()
         """Token ids (B,C), by the position in the sequence at which they begin."""
         self._forwards: list[Inputs] = []
-        """What the forward under way was given: by its outermost module first."""
+        """Inputs of the current forward: the outermost module's first."""
         self._end = 0
-        """Where the last forward ended in its sequences."""
+        """Position at which the last forward ended in its sequences."""
         self._states: list[Any] = []
-        """What the last forward was given as its state, and returned."""
+        """The states that the last forward was given, and those it returned."""
 
     def __getitem__(self, key: Site | int) -> "Tap":
         """The tap at a site, or at a layer's only site; ModelError unless there is exactly one."""
@@ -139,7 +139,7 @@ class Attachment:
 
     @property
     def sites(self) -> list[Site]:
-        """Where SAEs are attached, in order."""
+        """The sites of attached SAEs, in order."""
         return list(self._taps)
 
     @property
@@ -150,8 +150,8 @@ class Attachment:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note where a forward begins in its sequences, and which positions (B,C) are touched.
 
-        An inner module is given what the outer one made of its inputs: it knows best which
-        positions there are, and the outer one which tokens they are.
+        An inner module is called with inputs that the outer module has processed: the inner one knows
+        best which positions there are, the outer one which tokens they are.
         """
         inputs = inputs_of(module, args, kwargs)
         if self._forwards:
@@ -213,11 +213,11 @@ class Tap:
             self.set(latent, 0.0)
 
     def set(self, latent: int, value: float) -> None:
-        """Clamp the code of a latent to a value, at every position that is touched."""
+        """Clamp the code of a latent to a value, at every touched position."""
         self._edits[self._checked(latent)] = (0.0, value)
 
     def steer(self, latent: int, amount: float) -> None:
-        """Add an amount to the code of a latent, or to what it was `set` to, where touched."""
+        """Add an amount to the code of a latent, or to the value it was `set` to, at every touched position."""
         factor, addend = self._edits.get(self._checked(latent), (1.0, 0.0))
         self._edits[latent] = (factor, addend + amount)
 
@@ -228,11 +228,11 @@ class Tap:
     def latents(self, *latents: int) -> Tensor:
         """The recorded codes (B,C,F), or (B,C,n) of n latents, as they were before edits.
 
-        They belong to the sequences that passed last. A forward that continues a key-value cache
-        appends to what was recorded for it; any other starts anew. So `generate` leaves the codes
-        of prompt and generated tokens, all but the last (which no forward has read), with a cache
-        or without. With beam search, a row holds the beam that stood there at each step. Raises
-        ModelError if nothing has passed.
+        The codes are those of the last sequences. A forward that continues a key-value cache appends to
+        the codes recorded for it; any other forward starts anew. So `generate`, with or without a cache,
+        leaves the codes of the prompt and of all generated tokens but the last (which no forward has
+        read). With beam search, a row holds the beam that was there at each step. Raises ModelError if
+        nothing was recorded.
         """
         codes = self.codes()
         if not latents:
@@ -256,7 +256,7 @@ class Tap:
         _cut(self._codes, start)
 
     def _pass(self, x: Tensor) -> Tensor:
-        """Record the codes of activations (B,C,D), and return what takes their place."""
+        """Record the codes of activations (B,C,D), and return the activations that take their place."""
         if self._touched is None or x.shape[:2] != self._touched.shape:
             raise ModelError(
                 f"{self.site}: activations of the shape {tuple(x.shape)} passed here, but what the model was called "
@@ -278,7 +278,7 @@ class Tap:
         return x.index_put((touched,), torch.cat(outputs).to(x.dtype))
 
     def _apply(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What takes the place of activations (N,D), and their sparse, detached codes (N,F)."""
+        """Return the activations that take the place of x (N,D), and the sparse, detached codes (N,F) of x."""
         self._sae = self._sae.to(x.device)
         sae = self._inner
         x = x.to(sae.W_enc.dtype)
@@ -288,7 +288,7 @@ class Tap:
             u, mean, scale = x, 0.0, 1.0
         z = sae.encode(u)
 
-        # An edit makes factor·z + addend of a code, which is a change of (factor − 1)·z + addend.
+        # An edit turns a code z into factor·z + addend, a change of (factor − 1)·z + addend.
         edited = torch.tensor(list(self._edits), dtype=torch.long, device=x.device)
         factor, addend = torch.tensor(list(self._edits.values())).reshape(-1, 2).to(z).T
         change = z[:, edited] * (factor - 1) + addend  # (N,J)
@@ -299,7 +299,7 @@ class Tap:
         return y, z.detach().to_sparse()
 
     def _spread(self, codes: Tensor, touched: Tensor) -> Tensor:
-        """Sparse codes (N,F) of the touched positions as sparse codes (B,C,F) of all positions."""
+        """Turn sparse codes (N,F) of the touched positions into sparse codes (B,C,F) of all positions."""
         rows, latents = codes.indices()
         sequences, positions = touched.nonzero()[rows].T
         return torch.sparse_coo_tensor(
@@ -312,7 +312,7 @@ class Tap:
 
 
 def _cut(pieces: dict[int, Tensor], end: int) -> None:
-    """Drop what was recorded from a position on: other text, or tokens taken back since.
+    """Drop everything recorded from a position on: other text, or tokens withdrawn since.
 
     `pieces` are tensors (B,C,...) by the position at which they begin, in order.
     """

@@ -1,4 +1,4 @@
-"""Reads what a plan must know of a model from its configuration and tokenizer, without weights."""
+"""Reads the facts that a plan needs about a model from its configuration and tokenizer, without weights."""
 
 from typing import Any, Literal, cast, get_args
 
@@ -16,12 +16,12 @@ from saerelay.planning.recipe import ModelSpec
 from saerelay.site import MODULE_KINDS, ModuleKind, Site
 
 _FAST_BF16_PROBES = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-"""Functions of torch.cpu that say whether this processor multiplies bfloat16 fast; old versions
-lack some."""
+"""Functions of torch.cpu that say whether this CPU multiplies bfloat16 fast; old versions of torch
+lack some of them."""
 
 
 def read_facts(spec: ModelSpec) -> ModelFacts:
-    """Read what a plan must know of a model, without loading its weights.
+    """Read the facts that a plan needs about a model, without loading its weights.
 
     >>> facts = read_facts(ModelSpec())
     >>> facts.family, facts.n_layers, facts.d_model, facts.tokens.bos_token_id
@@ -35,7 +35,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
 
 
 def look_at(spec: ModelSpec) -> tuple[ModelFacts, Anatomy]:
-    """The same, and what a probe found of the model on the way."""
+    """Return the facts, and the anatomy that a probe finds on the way."""
     device = _resolve_device(spec.device)
     adapter = find_adapter(spec)
     with loading(spec):
@@ -75,7 +75,7 @@ def look_at(spec: ModelSpec) -> tuple[ModelFacts, Anatomy]:
 
 
 def _site_facts(anatomy: Anatomy, *, is_split: bool) -> SiteFacts:
-    """Widths by kind and layer, and why sites cannot be read."""
+    """Widths by kind and layer, and the reasons why sites cannot be read."""
     widths: dict[ModuleKind, list[int]] = {}
     for kind in MODULE_KINDS:
         ports = [anatomy.ports.get(Site(i, kind)) for i in range(anatomy.n_layers)]
@@ -89,9 +89,9 @@ def _site_facts(anatomy: Anatomy, *, is_split: bool) -> SiteFacts:
 
 
 def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None, int | None]:
-    """What starts a sequence, what ends a document, and padding: BOS and EOS, or an encoder's CLS and SEP.
+    """The tokens that start a sequence, end a document, and pad: BOS and EOS, or an encoder's CLS and SEP.
 
-    The tokenizer decides, or the configuration of a model without one.
+    They come from the tokenizer, or from the configuration if there is no tokenizer.
     """
     pad = first_id(getattr(config, "pad_token_id", None))
     try:
@@ -110,7 +110,7 @@ def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | Non
 
 
 def _max_context(config: Any, model: Any) -> int:
-    """The longest sequence that the model takes; 0 if it has no limit."""
+    """The longest sequence that the model accepts; 0 if there is no limit."""
     longest = getattr(config, "max_position_embeddings", None) or 0
     for name, module in model.base_model.named_modules():
         padding = getattr(module, "padding_idx", None)
@@ -120,7 +120,7 @@ def _max_context(config: Any, model: Any) -> int:
 
 
 def _resolve_device(asked: str) -> torch.device:
-    """The device of `model.device`; "auto" is a GPU or the CPU, mps must be asked for."""
+    """The device of `model.device`; "auto" is a GPU or the CPU, while mps must be asked for."""
     available = {
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
@@ -146,7 +146,7 @@ def _resolve_device(asked: str) -> torch.device:
 def _resolve_dtype(asked: Precision | Literal["auto"], device: torch.device, config: Any) -> Precision:
     """The dtype of `model.dtype`; "auto" is bfloat16 where the hardware is fast at it.
 
-    Of a quantised model "auto" is what it was saved in, which the products with its weights may need.
+    For a quantised model "auto" is the dtype it was saved in, which the products with its weights may need.
     """
     if asked != "auto":
         return asked

@@ -1,6 +1,6 @@
-"""What a tensor is the sum of, read from the graph that autograd records of a forward.
+"""The addends of a tensor, read from the graph that autograd records of a forward.
 
-The graph exists on torch's meta device as well, so that all of this can be told without weights.
+The graph exists on torch's meta device as well, so no weights are needed for any of this.
 
 A `Place` is a node of the graph and the number of one of its outputs: it stands for a tensor's
 value, whatever its shape.
@@ -26,18 +26,18 @@ _SAME_NUMBERS = {
     "UnsqueezeBackward0",
     "ViewBackward0",
 }
-"""Operations that change shape or dtype and no number."""
+"""Operations that change shape or dtype but no number."""
 
 
 def place_of(x: Tensor) -> Place | None:
-    """Where a tensor's numbers were made; None for one that depends on no parameter."""
+    """The place where a tensor's numbers were computed; None if they depend on no parameter."""
     if x.grad_fn is None:
         return None
     return made_at((x.grad_fn, x.output_nr))
 
 
 def made_at(place: Place) -> Place:
-    """The place at which the numbers at a place were made, behind views, copies and factors of 1."""
+    """Trace a place back, through views, copies and factors of 1, to where its numbers were computed."""
     node, number = place
     while node.name() in _SAME_NUMBERS or _multiplies_by_one(node):
         following = [before for before in node.next_functions if before[0] is not None]
@@ -48,7 +48,7 @@ def made_at(place: Place) -> Place:
 
 
 def _multiplies_by_one(node: Any) -> bool:
-    """Whether a node is a product with the number 1, such as a multiplier that is not used."""
+    """Whether a node is a product with the number 1, such as an unused multiplier."""
     if node.name() != "MulBackward0":
         return False
     operands = [before for before, _ in node.next_functions]
@@ -59,7 +59,7 @@ def _multiplies_by_one(node: Any) -> bool:
 
 
 def addends(place: Place) -> list[Place | None] | None:
-    """The two places whose plain sum a place is (None for a constant), or None if it is no sum."""
+    """The two places that add up to a place (None stands for a constant); None if it is not a plain sum."""
     node, _ = place
     if node.name() != "AddBackward0" or node._saved_alpha != 1:
         return None
@@ -70,7 +70,7 @@ def addends(place: Place) -> list[Place | None] | None:
 
 
 def ancestors(place: Place, *, until: Collection[Place]) -> set[Any]:
-    """The nodes that a place is computed from, itself included, without those behind `until`."""
+    """The nodes that a place is computed from, itself included, stopping at the places in `until`."""
     behind = {node for node, _ in until}
     found = {place[0]}
     waiting = [place[0]]
@@ -83,10 +83,10 @@ def ancestors(place: Place, *, until: Collection[Place]) -> set[Any]:
 
 
 class Sum:
-    """A residual stream taken apart: `end` as the sum of `start` and of what is added to it on the way.
+    """The decomposition of a residual stream: `end` as the sum of `start` and the terms added to it.
 
-    `parts` are places at which the taking apart stops. A norm of the stream itself, behind the
-    addition (as in BERT), is passed: `norms` gives the place before each place that is a norm's.
+    The decomposition stops at the places in `parts`. A norm of the stream itself, after the addition
+    (as in BERT), is passed through: `norms` maps the output place of a norm to its input place.
     """
 
     def __init__(self, end: Place, start: Place, parts: Collection[Place], norms: dict[Place, Place]) -> None:
@@ -95,20 +95,20 @@ class Sum:
         self.norms: dict[Place, Place] = {}
         self._holds = self._stream_places(end)
         if end not in self._holds:
-            # A layer that norms its input before it adds to it does not add to the stream as it is.
+            # A layer that norms its input before the addition does not add to the stream as it is.
             self.norms = {place: before for place, before in norms.items() if before != start}
             self._holds = self._stream_places(end)
         self.stream = set(self._holds)
-        """Places of the residual stream: `end`, and all between it and `start`."""
+        """Places of the residual stream: `end`, and all places between it and `start`."""
         self.terms: list[Place | None] = []
-        """What is added; None for constants."""
+        """The terms that are added; None for constants."""
         self.n_starts = 0
-        """How many times `start` is in the sum: 1, unless the layer scales its input."""
+        """How many times `start` occurs in the sum: 1, unless the layer scales its input."""
         if end in self.stream:
             self._collect(end)
 
     def _below(self, place: Place) -> list[Place | None]:
-        """What a place of the stream is the sum of, or the norm of."""
+        """The places that add up to a place of the stream, or the input of its norm."""
         if place == self.start:
             return []
         if place in self.norms:
@@ -116,7 +116,7 @@ class Sum:
         return addends(place) or []
 
     def _stream_places(self, end: Place) -> list[Place]:
-        """The places from `end` down of which `start` is an addend, directly or not."""
+        """The places, from `end` downwards, that have `start` as a direct or indirect addend."""
         parents: dict[Place, list[Place]] = {end: []}
         order = [end]
         for place in order:
@@ -147,7 +147,7 @@ class Sum:
                 self.terms += self._split(below)
 
     def _split(self, place: Place | None) -> Iterator[Place | None]:
-        """A term that is a sum itself (attention and MLP in parallel) is split, unless it is a part."""
+        """Split a term that is itself a sum (attention and MLP in parallel), unless it is a part."""
         summands = None if place is None or place in self.parts else addends(place)
         if summands is None:
             yield place

@@ -1,7 +1,8 @@
-"""The head of a language model: logits from its last hidden states, of part of the vocabulary if that is enough.
+"""The head of a language model: logits from its last hidden states, for part of the vocabulary if that is enough.
 
 The head of a model with a large vocabulary costs more than all of its layers, and its logits take more memory than
-anything else. Whoever wants the logits of two tokens at one position, or sums over all tokens, need not hold them all.
+anything else. A caller who needs the logits of two tokens at one position, or a sum over all tokens, need not hold all
+logits at once.
 
 In shapes: B sequences, C positions, D width of the residual stream, V vocabulary.
 """
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from saerelay.lm.trial import trial_tokens
 
 _ROUNDINGS = 2
-"""How many roundings may lie between logits of part of the vocabulary and of all: another kernel may sum them."""
+"""Roundings by which logits of part of the vocabulary may differ from the full ones: another kernel may sum them."""
 
 
 @final
@@ -24,14 +25,14 @@ class Head:
     """The head of a transformers model.
 
     How to see this: a *shadow* of the model shares all its modules, except that its base model returns hidden states
-    that it is given, and its unembedding has the rows of some tokens only. Whatever else lies between hidden states and
-    logits (scaling, capping), the shadow does as well, since it runs the model's own code. Whether its logits are those
-    of the model is tried on a few tokens. Where they are not, `in_parts` is false, and the model's logits take the
-    place of its hidden states.
+    that it is given, and its unembedding has only the rows of some tokens. Anything else between hidden states and
+    logits (scaling, capping) happens in the shadow too, since it runs the model's own code. A trial on a few tokens
+    checks that the shadow's logits equal the model's. If they do not, `in_parts` is false, and the model's logits take
+    the place of its hidden states.
     """
 
     def __init__(self, model: Any, *, whole: bool = False) -> None:
-        """`whole`: do not try to take it apart, because this process does not have all of it."""
+        """`whole`: do not try to take the head apart, because this process holds only part of it."""
         self._model = model
         self._now = threading.local()  # every thread has its own states and tokens
         with torch.no_grad():
@@ -39,20 +40,20 @@ class Head:
             output = model.base_model(input_ids=tokens, use_cache=False)
             logits = model(input_ids=tokens, use_cache=False).logits
             self.n_tokens: int = logits.shape[-1]
-            """V: how many tokens have a logit."""
+            """V: the number of tokens that have a logit."""
             self._shadow = None if whole else _shadow_of(model, type(output), self._now)
             if self._shadow is not None and not self._gives(output[0], logits):
                 self._shadow = None
 
     @property
     def in_parts(self) -> bool:
-        """Whether the logits of part of the vocabulary can be had without the others."""
+        """Whether the logits of part of the vocabulary can be computed without the others."""
         return self._shadow is not None
 
     def states(self, tokens: Tensor) -> Tensor:
-        """What the model passes to its head (B,C,D), for tokens (B,C).
+        """The model's input to its head (B,C,D), for tokens (B,C).
 
-        Where the head is not `in_parts`, its logits (B,C,V).
+        If the head is not `in_parts`, the logits (B,C,V) instead.
         """
         if self.in_parts:
             return self._model.base_model(input_ids=tokens, use_cache=False)[0]
@@ -61,7 +62,7 @@ class Head:
     def logits(self, states: Tensor, tokens: slice | Tensor) -> Tensor:
         """The logits (B,C,n) of n tokens, in the model's dtype, from `states` (B,C,D).
 
-        Threads may call it side by side.
+        Several threads may call this at the same time.
         """
         if self._shadow is None:
             return states[..., tokens]
@@ -74,19 +75,19 @@ class Head:
             self._now.states = None
 
     def _gives(self, states: Tensor, logits: Tensor) -> bool:
-        """Whether the shadow gives the model's logits: of half of the vocabulary, and of every third token."""
+        """Whether the shadow reproduces the model's logits, for half of the vocabulary and for every third token."""
         thirds = torch.arange(0, self.n_tokens, 3, device=logits.device)
         try:
             for part in (slice(0, self.n_tokens // 2), thirds):
                 if not _same(self.logits(states, part), logits[..., part]):
                     return False
-        except Exception:  # without what its base model returns, a model may fail in any way
+        except Exception:  # without the full output of its base model, a model may fail in any way
             return False
         return True
 
 
 class _Given(nn.Module):
-    """Stands for a base model: returns the hidden states that its thread was given."""
+    """Stands in for a base model: returns the hidden states that its thread has set."""
 
     def __init__(self, output: type, now: threading.local) -> None:
         super().__init__()
@@ -98,11 +99,11 @@ class _Given(nn.Module):
 
 
 class _Rows(nn.Module):
-    """Stands for an unembedding: the rows of those tokens that its thread was given."""
+    """Stands in for an unembedding: uses only the rows of the tokens that its thread has set."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, now: threading.local) -> None:
         super().__init__()
-        self._whole = (weight, bias)  # in a tuple, so that they are no parameters of this module
+        self._whole = (weight, bias)  # in a tuple, so that they are not parameters of this module
         self._now = now
 
     def forward(self, states: Tensor) -> Tensor:
@@ -113,9 +114,9 @@ class _Rows(nn.Module):
 
 
 def _shadow_of(model: Any, output: type, now: threading.local) -> Any:
-    """A copy of a model that shares its modules, but for its base model and its unembedding; None without these two.
+    """A copy of a model that shares all modules but its base model and its unembedding; None if it lacks either.
 
-    `output` is what the base model returns.
+    `output` is the type that the base model returns.
     """
     base = model.base_model
     unembedding = model.get_output_embeddings()
@@ -130,7 +131,7 @@ def _shadow_of(model: Any, output: type, now: threading.local) -> Any:
 
 
 def _same(logits: Tensor, others: Tensor) -> bool:
-    """Whether logits are the same but for rounding."""
+    """Whether logits are the same except for rounding."""
     if logits.shape != others.shape:
         return False
     rounding = torch.finfo(others.dtype).eps * others.float().abs().max()

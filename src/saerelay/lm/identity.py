@@ -1,4 +1,4 @@
-"""Whether a language model is still the one that a run was begun with."""
+"""Checks that a language model is still the one that a run was begun with."""
 
 import hashlib
 from pathlib import Path
@@ -12,16 +12,16 @@ from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import ModelSpec
 
 _WHOLE = ("config.json", "tokenizer.json", "tokenizer_config.json")
-"""Files that are read whole."""
+"""Files that are read completely."""
 _N_SAMPLES = 64
 _SAMPLE_BYTES = 2**16
-"""Of weights as many samples of this size, spread evenly: whatever trains a model changes nearly all of it."""
+"""Of weights, as many samples of this size are read, spread evenly: any training changes nearly all of a file."""
 
 
 def model_digest(spec: ModelSpec) -> str:
     """A digest of a local model's weights, configuration, tokenizer and adapter, wherever they lie.
 
-    What is on the hub is known by its commit, and left out: "" if nothing is local.
+    Parts from the hub are identified by their commit, and left out: the digest is "" if nothing is local.
     """
     location = locate(spec)
     paths = _files(Path(location.name_or_path), location.weights) if location.is_directory else []
@@ -38,15 +38,15 @@ def model_digest(spec: ModelSpec) -> str:
 
 
 def _files(directory: Path, weights: list[Path]) -> list[Path]:
-    """The files of a local model: its weights, and, if these are safetensors, what lies beside them."""
+    """The files of a local model: its weights and, if these are safetensors, the configuration and tokenizer."""
     if any(path.suffix == ".gguf" for path in weights):
-        return weights  # a GGUF file holds all
+        return weights  # a GGUF file holds everything
     beside = [directory / name for name in _WHOLE]
     return sorted([*weights, *(path for path in beside if path.is_file())])
 
 
 def _samples(path: Path) -> bytes:
-    """The size of a file, its beginning, where the names and shapes of tensors are, and samples of the rest."""
+    """A file's size, its beginning (with the names and shapes of tensors), and samples of the rest."""
     size = path.stat().st_size
     content = str(size).encode()
     with path.open("rb") as file:
@@ -57,7 +57,7 @@ def _samples(path: Path) -> bytes:
 
 
 def check_same_model(spec: ModelSpec, path: Path, *, begin: bool = False) -> None:
-    """Raise ModelError unless a model is the one whose digest is in a file; `begin` writes the file if there is none.
+    """Raise ModelError unless a model has the digest stored in a file; `begin` writes the file if there is none.
 
     A run of an older version has no such file, and is not checked.
     """
@@ -80,14 +80,14 @@ def _read(path: Path) -> str:
 
 
 def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:
-    """What distinguishes a model's weights and code from all others, as JSON.
+    """The facts that distinguish a model's weights and code from all others, as JSON data.
 
     >>> from saerelay.lm.facts import read_facts
     >>> sorted(weights_identity(ModelSpec(), read_facts(ModelSpec())))
     ['config', 'files']
 
-    From the hub, its commit; in a directory, the configuration's digest and the names, sizes and
-    modification times of the files with weights and code. The same of its adapter.
+    For a model from the hub, its commit; for a directory, the configuration's digest and the names, sizes
+    and modification times of the files with weights and code. The adapter is identified in the same way.
     """
     location = locate(spec)
     adapter = _adapter_identity(pinned(spec, facts))

@@ -1,7 +1,7 @@
-"""What a forward was called with: which tokens, which of them are padding, and where they stand.
+"""The inputs of a forward: which tokens there are, which are padding, and at which positions they are.
 
-A model may be called by its outermost module, by its base model or by what wraps it; with a cache
-of keys and values, with a recurrent state, or with the whole text.
+A model may be called by its outermost module, by its base model or by a module around it; with a
+key-value cache, with a recurrent state, or with the whole text.
 
 In shapes: B sequences, C positions of this forward, K positions that may be attended to.
 """
@@ -18,13 +18,13 @@ from saerelay.errors import ModelError
 from saerelay.lm.ports import transformers_model
 
 _STATE_NAMES = ("past", "cache", "state")
-"""Parts of the names of arguments that carry what earlier forwards left."""
+"""Parts of the names of arguments that carry the state of earlier forwards."""
 
 
 def entries(model: Any, layers: str) -> Iterator[nn.Module]:
-    """The modules by which a forward may enter: all that contain the list of layers, outermost first.
+    """The modules at which a forward may enter: all that contain the list of layers, outermost first.
 
-    `model` is a transformers model or a wrapper of one, `layers` the list's path in the former.
+    `model` is a transformers model or a wrapper of one; `layers` is the list's path in the transformers model.
     """
     inner = transformers_model(model)
     prefix = next(path for path, module in model.named_modules() if module is inner)
@@ -37,18 +37,18 @@ def entries(model: Any, layers: str) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What one module was called with; None for what it was not given."""
+    """The inputs of one module; None where it was given nothing."""
 
     shape: tuple[int, int] | None
     """(B,C)."""
     device: torch.device
     ids: Tensor | None
     mask: Any
-    """Of attention: a tensor of two, three or four dimensions, or several by kind of layer."""
+    """The attention mask: a tensor of two, three or four dimensions, or several masks by kind of layer."""
     states: list[Any]
 
     def within(self, outer: "Inputs") -> "Inputs":
-        """These inputs of an inner module, with what only the outer one was given."""
+        """Complete the inputs of an inner module with those that only the outer module was given."""
         if self.shape is None:
             return outer
         same = self.shape == outer.shape
@@ -62,8 +62,8 @@ class Inputs:
     def start(self, end: int, states: Sequence[Any]) -> int:
         """The position at which this forward begins, if the last one ended at `end` and left `states`.
 
-        A cache of keys and values says how long it is. A recurrent state does not: then what counts
-        is whether it was in use before.
+        A key-value cache knows its length. A recurrent state does not: for it, the position depends on
+        whether it was already in use.
         """
         assert self.shape
         for state in self.states:
@@ -88,10 +88,10 @@ class Inputs:
                 "mask (sequences, positions), or without one"
             )
         C = self.shape[1]
-        if mask.ndim == 2:  # it covers the positions in the cache as well, which come first
+        if mask.ndim == 2:  # it also covers the positions in the cache, which come first
             return mask[:, -C:].to(self.device, torch.bool).expand(self.shape).clone()
 
-        # Rows ask, columns are asked: a token that may not attend to itself is padding.
+        # Rows are queries, columns are keys: a token that may not attend to itself is padding.
         allowed = mask if mask.dtype == torch.bool else mask > -1.0
         allowed = allowed.flatten(1, -3)[:, 0] if mask.ndim == 4 else allowed
         first = min(start, allowed.shape[2] - C)
@@ -100,7 +100,7 @@ class Inputs:
 
 
 def inputs_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
-    """What a module was called with."""
+    """Read the inputs from the arguments of a module's call."""
     bound = signature(module.forward).bind_partial(*args, **kwargs)
     arguments = dict(bound.arguments)
     for name, parameter in signature(module.forward).parameters.items():
@@ -122,7 +122,7 @@ def inputs_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Inpu
 
 
 def states_in(output: Any) -> list[Any]:
-    """What a forward returned that may be given to the next one."""
+    """The parts of a forward's output that may be given to the next forward as state."""
     values = output.values() if isinstance(output, Mapping) else output
     if not isinstance(output, Mapping | tuple | list):
         return []
@@ -134,24 +134,24 @@ def _is_state(value: Any) -> bool:
 
 
 def _length(state: Any) -> int | None:
-    """How many positions a cache holds; None for a state that does not know."""
+    """Number of positions that a cache holds; None for a state that does not know."""
     if not hasattr(state, "get_seq_length"):
         return None
     try:
         return int(state.get_seq_length())
-    except ValueError:  # a cache of recurrent layers alone
+    except ValueError:  # a cache with recurrent layers only
         return None
 
 
 def _continues(state: Any, states: Sequence[Any]) -> bool:
-    """Whether a recurrent state was in use in the last forward."""
+    """Whether a recurrent state was already in use in the last forward."""
     if hasattr(state, "has_previous_state"):
         return bool(state.has_previous_state())
     return any(state is other for other in states)
 
 
 def _one_mask(mask: Any) -> Any:
-    """A mask, or of several by kind of layer the one that hides least."""
+    """A mask; of several by kind of layer, the one that hides least."""
     if not isinstance(mask, Mapping):
         return mask
     given = [mask.get("full_attention"), *mask.values()]

@@ -38,7 +38,7 @@ from saerelay.site import Site
 from saerelay.team import stopping_together
 
 _RESIDUAL_STREAM = ("resid_pre", "resid_post")
-"""Kinds of sites that lie between two layers; all others lie inside one."""
+"""Kinds of sites between two layers; all other kinds lie inside a layer."""
 
 
 class _Stop(Exception):
@@ -47,16 +47,16 @@ class _Stop(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """What is kept of a whole forward of a language model; see `LanguageModel.forward`."""
+    """The results of a whole forward of a language model; see `LanguageModel.forward`."""
 
     tokens: Tensor
     """(B,C)."""
     states: Tensor
     """Last hidden states (B,C,D), as from `Head.states`."""
     activations: dict[Site, Tensor]
-    """(B,C,D) at each site asked for."""
+    """(B,C,D) at each requested site."""
     layer_extras: list[tuple | None]
-    """What each layer returned after the residual stream; None for one that returns only that."""
+    """The values that each layer returned after the residual stream; None for a layer that returns only the stream."""
 
 
 @final
@@ -70,21 +70,21 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, facts: ModelFacts, *, split_anatomy: Anatomy | None = None) -> None:
-        """`split_anatomy`: what a probe says of the whole model, of which this rank has a part."""
+        """`split_anatomy`: the probe's result for the whole model, if this rank holds only a part of it."""
         self.facts = facts
         self.device = torch.device(facts.device)
         self._model = model.eval().requires_grad_(False)
         if quantisation(self._model.config):
-            # Such weights are where they were loaded, and their products may not be differentiable.
+            # Quantised weights stay where they were loaded, and products with them may not be differentiable.
             self._anatomy = probe_skeleton(plain_skeleton(self._model), facts.name)
         else:
             self._model = self._model.to(self.device)
             self._anatomy = split_anatomy or probe(self._model, facts.name)
         self._layers: Any = self._model.get_submodule(self._anatomy.layers)
         self._can_skip = dict[int, bool]()
-        """Whether a forward can start after the first n layers, for every n that was tried."""
+        """Whether a forward can start after the first n layers, for every n tried so far."""
         self.is_split = split_anatomy is not None
-        """Whether other ranks hold it with this one: they run the same forwards, one after the other."""
+        """Whether several ranks hold the model together: they then run the same forwards in the same order."""
 
     @classmethod
     def load(cls, model: ModelSpec | str | Path, *, split: bool = False) -> "LanguageModel":
@@ -93,10 +93,10 @@ class LanguageModel:
         >>> LanguageModel.load("demo").facts.n_layers
         8
 
-        `model` is a hub id, a directory, or all that a recipe says of a model.
+        `model` is a hub id, a directory, or a recipe's whole specification of a model.
 
-        With `split`, each group of `model.tensor_parallel` ranks holds it together: all ranks call
-        this at once, and from then on the ranks of a group run the same forwards.
+        With `split`, each group of `model.tensor_parallel` ranks holds the model together: all ranks call
+        this at the same time, and from then on the ranks of a group run the same forwards.
 
         Raises what `read_facts` raises, and ModelError if weights are missing, damaged or of
         another shape.
@@ -118,7 +118,7 @@ class LanguageModel:
                 output_loading_info=True,
                 **options,
             )
-            # A pooler is not one of the layers, and many checkpoints come without it.
+            # A pooler is not one of the layers, and many checkpoints lack it.
             missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
             if missing:
                 raise ModelError(
@@ -130,11 +130,11 @@ class LanguageModel:
 
     @property
     def hf_model(self) -> Any:
-        """The transformers model itself, for `generate` and whatever else it can do."""
+        """The transformers model itself, for `generate` and everything else it can do."""
         return self._model
 
     def check_site(self, site: Site) -> None:
-        """Raise PlanError for a layer, ModelError for a module that the model does not have."""
+        """Raise PlanError if the model lacks the layer, ModelError if it lacks the module."""
         self._port(site)
 
     def _port(self, site: Site) -> Port:
@@ -150,9 +150,9 @@ class LanguageModel:
         """Show each visitor the activations (B,C,D) at its site, in one forward over tokens (B,C).
 
         The forward ends at the deepest site: nothing after it runs. Every position attends as in
-        a sequence without padding. A visitor sees the model's own tensor, in inference mode: it
-        copies what it wants, and neither keeps nor changes it. Raises what `check_site` raises, and
-        DataError for what are no token ids of this model.
+        a sequence without padding. A visitor sees the model's own tensor, in inference mode: it must
+        copy the values it needs, and neither keep nor change the tensor. Raises what `check_site`
+        raises, and DataError for tokens that are not token ids of this model.
         """
         if not visitors:
             return
@@ -177,7 +177,7 @@ class LanguageModel:
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
             given = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens)
             raise DataError(f"token ids are a tensor (sequences, positions) of whole numbers, not this: {given}")
-        if tokens.is_cpu and tokens.numel():  # looking at those on a GPU would make the host wait
+        if tokens.is_cpu and tokens.numel():  # checking ids on a GPU would make the host wait
             lowest, highest = (int(end) for end in tokens.aminmax())
             n_known = self.facts.tokens.vocab_size
             if lowest < 0 or highest >= n_known:
@@ -189,8 +189,8 @@ class LanguageModel:
     def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
         """Read the activations (B,C,D) at all sites from one forward over tokens (B,C).
 
-        The forward stops at the deepest site. The tensors are the caller's: plain copies, fit for
-        autograd, in the model's dtype and on its device. `visit` does the same without copies.
+        The forward stops at the deepest site. The tensors belong to the caller: they are plain copies,
+        usable with autograd, in the model's dtype and on its device. `visit` does the same without copies.
         Raises what `check_site` raises.
         """
         copies: dict[Site, Tensor] = {}
@@ -207,7 +207,7 @@ class LanguageModel:
 
     @contextmanager
     def splice(self, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace activations (B,C,D) at a site by `function` of them in every forward.
+        """Replace activations x (B,C,D) at a site by function(x) in every forward.
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> with model.splice(Site(3), torch.zeros_like):
@@ -215,7 +215,7 @@ class LanguageModel:
         >>> bool((broken == model.logits(tokens)).all())
         False
 
-        The function keeps the shape; its result is cast to the model's dtype. Raises what
+        The function must keep the shape; its result is cast to the model's dtype. Raises what
         `check_site` raises.
         """
         with intercept(self._port(site), site, function):
@@ -233,7 +233,7 @@ class LanguageModel:
 
     @cached_property
     def head(self) -> Head:
-        """What makes logits of last hidden states; ModelError if the model has no language-model head."""
+        """The head, which turns last hidden states into logits; ModelError if the model has no language-model head."""
         self._check_lm_head()
         with self._with_other_ranks():
             return Head(self._model, whole=self.is_split)
@@ -243,7 +243,7 @@ class LanguageModel:
             return self.head.states(tokens)
 
     def _with_other_ranks(self) -> AbstractContextManager[None]:
-        """Around a forward: a rank without which it cannot go on is told of in one line."""
+        """Context of a forward: if another rank of the group is gone, the error is one line."""
         return stopping_together() if self.is_split else nullcontext()
 
     def _check_lm_head(self) -> None:
@@ -257,7 +257,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, sites: Iterable[Site]) -> Forward:
-        """Run all layers over tokens (B,C), to be continued from their middle (`resuming`).
+        """Run all layers over tokens (B,C), and keep what is needed to continue from the middle (`resuming`).
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> clean = model.forward(tokens, [Site(3)])
@@ -271,9 +271,9 @@ class LanguageModel:
 
         Raises what `check_site` raises, and ModelError without a language-model head.
         """
-        _ = self.head  # made before there are hooks, since it tries the model
+        _ = self.head  # made before there are hooks, since making it runs the model
         tokens = tokens.to(self.device)
-        # From a site inside a layer, `resuming` starts with the stream before that layer.
+        # For a site inside a layer, `resuming` starts with the stream before that layer.
         wanted: dict[Site, None] = {}
         for site in sites:
             wanted[site] = None
@@ -299,18 +299,18 @@ class LanguageModel:
 
         layer_extras = []
         for i in range(len(self._layers)):
-            output = outputs.get(i)  # a layer that does not run returns nothing
+            output = outputs.get(i)  # None for a layer that does not run
             returns_more = isinstance(output, tuple | list)
             layer_extras.append(tuple(output[1:]) if returns_more else None)
         return Forward(tokens, states, activations, layer_extras)
 
     @contextmanager
     def resuming(self, clean: Forward, site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from other activations (B,C,D) at a site to the last hidden states they give, for `head.logits`.
+        """Give a function from other activations x (B,C,D) at a site to the last hidden states, for `head.logits`.
 
-        Gradients flow to an x that asks for them. Layers before the site do not run. Some models
-        pass more than the residual stream from layer to layer, so that starting in the middle does
-        not reproduce their own last states (this is tried once per layer): of those, everything runs.
+        Gradients flow to an x that requires them. Layers before the site do not run. Some models pass
+        more than the residual stream from layer to layer, so that starting in the middle does not
+        reproduce their own last states (this is tried once per layer): for those, all layers run.
         Threads may call the function at the same time; apart from that, the model must not be used
         inside the `with` block.
         """
@@ -350,8 +350,8 @@ class LanguageModel:
     def _reproduces_states(self, clean: Forward, n_skipped: int, site: Site) -> bool:
         """Whether the model reproduces its own last states, to the bit, if it starts after the first layers.
 
-        Where it does not give the same bits twice anyway (some operations on a GPU), whether it
-        comes as close as it does when it runs again.
+        If the model does not give the same bits twice anyway (because of some operations on a GPU), whether
+        it comes as close as a second run does.
         """
         stream = clean.activations[_stream_at(site)]
         try:
@@ -359,7 +359,7 @@ class LanguageModel:
                 states = self._states(clean.tokens)
         except TeamError:
             raise
-        except Exception:  # without what earlier layers pass on, a model may fail in any way
+        except Exception:  # without the extras of earlier layers, a model may fail in any way
             return False
         if torch.equal(states, clean.states):
             return True
@@ -382,18 +382,18 @@ class LanguageModel:
             yield
         finally:
             for layer in skipped:
-                layer.__dict__.pop("forward", None)  # what hides the class's own method
+                layer.__dict__.pop("forward", None)  # uncovers the class's own method
 
     # --- weights ---
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:
-        """What a direction of the last residual stream adds to each logit: float32 (V,D).
+        """The matrix that maps a direction of the last residual stream to its effect on each logit: float32 (V,D).
 
-        A final LayerNorm also takes the mean out, and so does this; the norm's division by the
-        size of the stream is left out, so values compare within a row, not across models. Raises
-        ModelError without a language-model head, and where logits are no linear function of the
-        normed residual stream.
+        If the final norm removes the mean (LayerNorm), so does this matrix. The norm's division by the size
+        of the stream is left out, so values can be compared within a row, but not across models. Raises ModelError
+        without a language-model head, and if logits are not a linear function of the normed residual
+        stream.
         """
         self._check_lm_head()
         return linear_readout(self._model, self._model.get_submodule(self._anatomy.last_layer), self.facts.name)
@@ -404,14 +404,14 @@ def _largest_difference(states: Tensor, others: Tensor) -> float:
 
 
 def _stream_at(site: Site) -> Site:
-    """The residual stream at a site, or, inside a layer, before that layer."""
+    """The residual stream at a site; for a site inside a layer, before that layer."""
     if site.module in _RESIDUAL_STREAM:
         return site
     return Site(site.layer, "resid_pre")
 
 
 def load_model(plan: Plan, *, split: bool = False) -> LanguageModel:
-    """The model that a plan was made for, with every module that the plan reads.
+    """Load the model that a plan was made for, and check that it has every module that the plan reads.
 
     `split` as in `LanguageModel.load`. Raises what `LanguageModel.load` and `LanguageModel.check_site` raise.
     """

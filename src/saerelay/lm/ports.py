@@ -1,7 +1,7 @@
 """The only map from a site to a module of a Hugging Face model.
 
-A *port* is a module and one of its sides: the activations of `L3` pass at the output of the fourth
-layer, those of `L3.attn_z` at the input of its attention's output projection.
+A *port* is a module and one of its sides: the activations of `L3` are the output of the fourth
+layer, and those of `L3.attn_z` the input of its attention's output projection.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,11 +32,11 @@ class Port(NamedTuple):
 # --- from a site to its port -------------------------------------------------------------------
 
 _ANATOMIES: WeakKeyDictionary[Any, Anatomy] = WeakKeyDictionary()
-"""What was found out about models that are in use."""
+"""The anatomies found so far of models that are in use."""
 
 
 def port_of(model: Any, site: Site) -> Port:
-    """Where the activations of a site pass in a transformers model.
+    """The port at which the activations of a site pass in a transformers model.
 
     >>> from saerelay.lm.model import LanguageModel
     >>> module, side = port_of(LanguageModel.load(ModelSpec(device="cpu")).hf_model, Site(3, "attn_z"))
@@ -50,7 +50,7 @@ def port_of(model: Any, site: Site) -> Port:
 
 
 def place_in(anatomy: Anatomy, site: Site, name: str) -> PortPlace:
-    """The path and the side of a site's port, and its width; `name` is the model's, for errors."""
+    """The path and the side of a site's port, and its width; `name` is the model's name, for errors."""
     if site.layer >= anatomy.n_layers:
         raise PlanError(f'{site}: "{name}" has {anatomy.n_layers} layers; layers go from 0 to {anatomy.n_layers - 1}')
     if site not in anatomy.ports:
@@ -59,7 +59,7 @@ def place_in(anatomy: Anatomy, site: Site, name: str) -> PortPlace:
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """What a probe finds out about a transformers model, which is not changed."""
+    """The anatomy that a probe finds in a transformers model; the model is not changed."""
     hf_model = transformers_model(model)
     if hf_model not in _ANATOMIES:
         _ANATOMIES[hf_model] = _probed(hf_model, model_name(model))
@@ -67,7 +67,7 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 def _probed(hf_model: Any, name: str) -> Anatomy:
-    """The anatomy of a copy without weights, or, where that cannot be made or run, of the model itself."""
+    """The anatomy of a copy without weights or, if that cannot be made or run, of the model itself."""
     if quantisation(hf_model.config):
         return probe_skeleton(plain_skeleton(hf_model), name)
     try:
@@ -77,7 +77,7 @@ def _probed(hf_model: Any, name: str) -> Anatomy:
 
 
 def plain_skeleton(hf_model: Any) -> Any:
-    """A quantised model as it would be with plain weights, without any: its modules have the same places."""
+    """The skeleton of a quantised model as if its weights were plain: the modules are in the same places."""
     config = deepcopy(hf_model.config)
     del config.quantization_config
     with torch.device("meta"):
@@ -85,7 +85,7 @@ def plain_skeleton(hf_model: Any) -> Any:
 
 
 def transformers_model(model: Any) -> Any:
-    """The transformers model itself, where it is wrapped in another module, as `peft` does."""
+    """The transformers model itself, which may be wrapped in another module, as by `peft`."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
@@ -97,18 +97,18 @@ def transformers_model(model: Any) -> Any:
 
 
 def model_name(model: Any) -> str:
-    """A model's name, or that of its class where it has none."""
+    """A model's name; if it has none, the name of its class."""
     hf_model = transformers_model(model)
     return hf_model.config.name_or_path or type(hf_model).__name__
 
 
 def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
-    """The path of the module that is read at each site, "gpt_neox.layers.3"; loads no weights.
+    """The path of the module that is read at each site, such as "gpt_neox.layers.3"; loads no weights.
 
     >>> module_paths(ModelSpec(), [Site(3), Site(3, "attn_z")])[Site(3)]
     'gpt_neox.layers.3'
 
-    Where the module's input is read, the name ends in ".input". Sites that the model does not have
+    If the module's input is read, the name ends in ".input". Sites that the model does not have
     are left out. Raises what `read_facts` raises.
     """
     anatomy = read_anatomy(spec)
@@ -121,14 +121,14 @@ def module_paths(spec: ModelSpec, sites: Iterable[Site]) -> dict[Site, str]:
 
 
 def other_module(spec: ModelSpec, site: Site, module_path: str) -> bool:
-    """Whether a path leads to a module of a model that does not give the activations of a site.
+    """Whether a path leads to a module of the model other than the one that gives a site's activations.
 
     >>> other_module(ModelSpec(), Site(3), "layers.3"), other_module(ModelSpec(), Site(3), "gpt_neox.layers.4")
     (False, True)
     >>> other_module(ModelSpec(), Site(3, "attn_z"), "layers.3.attention.dense.input")
     False
 
-    False as well where the model has no such module: then nothing can be said.
+    Also False if the model has no such module: then nothing can be said.
     """
     anatomy = read_anatomy(spec)
     if site not in anatomy.ports:
@@ -146,7 +146,7 @@ def other_module(spec: ModelSpec, site: Site, module_path: str) -> bool:
 
 
 def read_anatomy(spec: ModelSpec) -> Anatomy:
-    """What a probe finds out about a model without its weights."""
+    """The anatomy that a probe finds in a model without its weights."""
     with loading(spec):
         return probe_skeleton(model_skeleton(spec, read_config(spec)), spec.name)
 
@@ -175,9 +175,9 @@ def n_parameters(module: nn.Module) -> int:
 
 @contextmanager
 def intercept(port: Port, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the activations (B,C,D) that pass a port by `function` of them.
+    """Replace the activations x (B,C,D) that pass a port by function(x).
 
-    The result is cast to their dtype; `site` is for the error if its shape is another.
+    The result is cast to the dtype of x; `site` is named in the error if its shape differs.
     """
 
     def replace(x: Tensor) -> Tensor:

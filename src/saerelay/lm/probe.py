@@ -1,10 +1,10 @@
-"""What is true of a language model, found by running a few tokens through it.
+"""Facts about a language model, found by running a few tokens through it.
 
-Nothing is decided by the name of a family. Which modules are the layers, whether what one returns
-is what the next one reads, how wide activations are, and whether attention and MLP are added to
-the residual stream as they are: all of this shows in a forward over a few tokens, and in the graph
-that autograd records of it. Shapes and graph exist on torch's meta device as well: a plan is told
-the same as a training run, without loading weights.
+Nothing is decided by the name of a family. Which modules are the layers, whether the output of a
+layer is the input of the next, how wide activations are, and whether attention and MLP are added to
+the residual stream as they are: all of this is visible in a forward over a few tokens, and in the
+graph that autograd records of it. Shapes and graph exist on torch's meta device as well, so a plan
+learns the same as a training run, without loading weights.
 
 In shapes: B sequences, C positions, D width of the activations at a site.
 """
@@ -27,17 +27,17 @@ Side = Literal["input", "output"]
 
 
 class PortPlace(NamedTuple):
-    """Where the activations of a site pass."""
+    """The place where the activations of a site pass."""
 
     path: str
-    """Of the module, in the model."""
+    """Path of the module in the model."""
     side: Side
     width: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What was found out about a model."""
+    """The facts that a probe finds about a model."""
 
     layers: str
     """Path of the list of layers."""
@@ -45,9 +45,9 @@ class Anatomy:
     d_model: int
     ports: dict[Site, PortPlace]
     refusals: dict[Site, str]
-    """Why the other sites cannot be read."""
+    """The reasons why the other sites cannot be read."""
     outputs: dict[str, Site | None]
-    """The paths of all modules within layers, and the site whose activations each returns, if any."""
+    """The paths of all modules within layers, with the site whose activations the module returns, if any."""
 
     @property
     def last_layer(self) -> str:
@@ -56,9 +56,9 @@ class Anatomy:
 
 
 def probe(model: Any, name: str) -> Anatomy:
-    """Run a few tokens through a transformers model and say what is read where.
+    """Run a few tokens through a transformers model and find where each site is read.
 
-    Its parameters may be on the meta device. Raises ModelError if it does not read tokens alone, or
+    Its parameters may be on the meta device. Raises ModelError if the model needs more than tokens, or
     is not a single stack of layers.
     """
     where = f'"{name}" ({model.config.model_type})'
@@ -72,8 +72,8 @@ def probe(model: Any, name: str) -> Anatomy:
 def probe_skeleton(model: Any, name: str) -> Anatomy:
     """`probe` of a model whose parameters are on the meta device; their dtype may change.
 
-    Some kernels want bfloat16, others float32. What does not run on the meta device, because it
-    asks for the values of tensors, runs on the CPU with one number for all weights. Raises what
+    Some kernels need bfloat16, others float32. A model that does not run on the meta device, because it
+    asks for the values of tensors, runs on the CPU with the same number for all weights. Raises what
     `probe` raises.
     """
     model.eval()
@@ -87,9 +87,10 @@ def probe_skeleton(model: Any, name: str) -> Anatomy:
 
 
 def _find_stack(record: Record, where: str) -> str:
-    """Path of the list of layers: what one of them returns is what the next one reads.
+    """Path of the list of layers: the list in which each layer reads what the layer before it returns.
 
-    Lists inside a layer of another one do not count. Raises ModelError if there is none, or more
+    Lists inside a layer of another list do not count. Raises ModelError if there is no such list, or
+    more than one.
     than one.
     """
     stacks = {}
@@ -117,10 +118,10 @@ def _not_a_stack(where: str) -> str:
 
 
 def _n_links(record: Record, path: str, n: int) -> int | None:
-    """How many layers of a list read what the one before them returned; None if it is no stack.
+    """How many layers of a list read the output of the layer before them; None if the list is not a stack.
 
     In a stack each layer is called at most once, in order, and reads what the last one returned.
-    Layers that are not called do not count (some only run where there are images).
+    Layers that are not called do not count (some run only if there are images).
     """
     calls = []
     for i in range(n):
@@ -140,7 +141,7 @@ def _n_links(record: Record, path: str, n: int) -> int | None:
 
 
 def _is_of_tokens(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has one vector, or several, for each token: (B,C,D), (B,C,n,D) or (n,B,C,D)."""
+    """Whether a tensor has one vector, or several, per token: (B,C,D), (B,C,n,D) or (n,B,C,D)."""
     return len(shape) in (3, 4) and TRIAL_SHAPE in (shape[:2], shape[-3:-1])
 
 
@@ -148,7 +149,7 @@ def _is_of_tokens(shape: tuple[int, ...]) -> bool:
 
 
 def _anatomy(record: Record, layers: str) -> Anatomy:
-    """The ports of all sites, and why the others have none."""
+    """The ports of all sites that can be read, and why the other sites have none."""
     n_layers = len(record.modules[layers])  # type: ignore[arg-type]
     ports: dict[Site, PortPlace] = {}
     refusals: dict[Site, str] = {}
@@ -179,7 +180,7 @@ def _anatomy(record: Record, layers: str) -> Anatomy:
 
 
 def _outputs(record: Record, layers: str, ports: dict[Site, PortPlace]) -> dict[str, Site | None]:
-    """Which modules return the same numbers as a site's port."""
+    """The module paths in layers, with the site whose port returns the same numbers."""
     sites: dict[Place | None, Site] = {}
     for site, port in ports.items():
         call = record.only(port.path)
@@ -194,7 +195,7 @@ def _outputs(record: Record, layers: str, ports: dict[Site, PortPlace]) -> dict[
 
 
 def _stream_ports(call: Call) -> dict[ModuleKind, PortPlace | str]:
-    """The residual stream before and after a layer."""
+    """The ports of the residual stream before and after a layer."""
     found: dict[ModuleKind, PortPlace | str] = {}
     sides: tuple[tuple[ModuleKind, Side, tuple[int, ...]], ...] = (
         ("resid_pre", "input", call.read_shape),
@@ -212,7 +213,7 @@ def _stream_ports(call: Call) -> dict[ModuleKind, PortPlace | str]:
 
 
 def _inner_ports(record: Record, call: Call) -> dict[ModuleKind, PortPlace | str]:
-    """What attention and MLP add to the residual stream, and the input of attention's projection."""
+    """The ports of the terms that attention and MLP add to the residual stream, and of the inputs of both."""
     projection = _named(record, call.path, PROJECTIONS)
     mlps = [_named(record, call.path, [path]) for path in MLPS]
     added = _added(record, call, projection, [mlp for mlp in mlps if mlp])
@@ -230,7 +231,7 @@ def _inner_ports(record: Record, call: Call) -> dict[ModuleKind, PortPlace | str
 
 
 def _named(record: Record, layer: str, paths: Iterable[str]) -> Call | None:
-    """The call of the first module that a layer has at one of some paths."""
+    """The call of the first module that a layer has at one of the given paths."""
     for path in paths:
         if f"{layer}.{path}" in record.modules:
             return record.only(f"{layer}.{path}")
@@ -238,7 +239,7 @@ def _named(record: Record, layer: str, paths: Iterable[str]) -> Call | None:
 
 
 def _input_port(call: Call | None, *, lacking: str, uneven: str) -> PortPlace | str:
-    """What a module reads, or why it cannot be read: there is no such module, or it reads no vector for each token."""
+    """The port of a module's input, or why there is none: no such module, or its input is not one vector per token."""
     if call is None:
         return lacking
     if call.read_shape[:-1] != TRIAL_SHAPE:
@@ -247,12 +248,12 @@ def _input_port(call: Call | None, *, lacking: str, uneven: str) -> PortPlace | 
 
 
 def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]) -> dict[ModuleKind, PortPlace | str]:
-    """What attention and MLP add to the residual stream.
+    """The ports of the terms that attention and MLP add to the residual stream.
 
-    How to see this: the graph says what a layer's output is the sum of: its input, and some terms.
-    The term that is computed from attention's projection is attention's, the one that is computed
-    from the MLP is the MLP's; from anything behind the residual stream in between, all later terms
-    are computed. The port is the module that returns the term.
+    How to see this: the graph gives a layer's output as a sum: its input, and some terms. The term
+    that is computed from attention's projection is attention's, and the term computed from the MLP is
+    the MLP's. The search stops at the residual stream, because all later terms are computed from
+    earlier ones through it. The port is the module that returns the term.
     """
     if call.read is None or call.made is None:
         return _refused("autograd sees nothing of the layer")
@@ -282,7 +283,7 @@ def _refused(reason: str) -> dict[ModuleKind, PortPlace | str]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module has gains and biases alone, as norms do."""
+    """Whether all of a module's parameters are gains and biases, as in norms."""
     parameters = list(module.parameters())
     return bool(parameters) and all(parameter.ndim == 1 for parameter in parameters)
 
@@ -297,13 +298,13 @@ class _Whole:
 
     @classmethod
     def of(cls, record: Record, call: Call) -> "_Whole | None":
-        """The sum that a layer's output is; None unless its input is in it once, as it is."""
+        """The sum that makes up a layer's output; None unless the layer's input occurs in it once, unscaled."""
         inside = []
         norms = {}
         for path, module in record.modules.items():
             inner = record.only(path) if path.startswith(f"{call.path}.") else None
             if inner is None or inner.made is None or inner.made == inner.read:
-                continue  # not called once, or a dropout that does nothing
+                continue  # called not exactly once, or an inactive dropout
             inside.append(inner)
             if inner.read and inner.read_shape == inner.made_shape and _is_norm(module):
                 norms[inner.made] = inner.read
@@ -315,7 +316,7 @@ class _Whole:
         return cls(whole, whole.terms, inside)
 
     def terms_from(self, calls: list[Call]) -> list[Place]:
-        """The terms that are computed from what some modules return."""
+        """The terms that are computed from the outputs of some modules."""
         nodes = {call.made[0] for call in calls if call.made}
         found = []
         for term in self.terms:
@@ -324,7 +325,7 @@ class _Whole:
         return found
 
     def port(self, terms: list[Place], named: list[Call], what: str) -> PortPlace | str:
-        """The module that returns a term: the one that is known by name, else the outermost."""
+        """The module that returns a term: the one known by name, or else the outermost."""
         if not named:
             return f"the layer has no module that is known to be {what}"
         if not terms:

@@ -1,4 +1,4 @@
-"""How a language model's logits follow from its last residual stream: found by looking, then checked.
+"""How a language model's logits follow from its last residual stream: found by a trial, then checked.
 
 In shapes: B sequences, C positions, D width of the residual stream, V vocabulary, N = B·C.
 """
@@ -15,23 +15,23 @@ from saerelay.errors import ModelError
 from saerelay.lm.trial import made_stream, read_stream, trial_tokens
 
 _CLOSE = 0.02
-"""Relative difference under which two tensors are taken to be the same, computed in bfloat16."""
+"""Relative difference below which two tensors computed in bfloat16 are taken to be the same."""
 
 _LEAST_CORRELATION = 0.99
-"""Between how logits move and how the unembedding says that they do."""
+"""Least correlation between the measured changes of logits and those that the unembedding predicts."""
 
 
 @torch.no_grad()
 def linear_readout(model: Any, last_layer: nn.Module, name: str) -> Tensor:
-    """What a direction of the last residual stream adds to each logit: float32 (V,D).
+    """The matrix that maps a direction of the last residual stream to its effect on each logit: float32 (V,D).
 
-    Raises ModelError where logits are no linear function of the normed residual stream: where a
-    head has layers of its own in between, say.
+    Raises ModelError if logits are not a linear function of the normed residual stream, for example
+    because a head has layers of its own in between.
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if weight is not None and hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()  # of which this rank has a part
+        weight = weight.full_tensor()  # this rank holds a part of it
     if weight is None or weight.ndim != 2:
         raise _not_linear(name, "it has no unembedding matrix")
     if not weight.is_floating_point() or weight.element_size() == 1:
@@ -54,10 +54,10 @@ def linear_readout(model: Any, last_layer: nn.Module, name: str) -> Tensor:
 def _tail(
     model: Any, last_layer: nn.Module, head: nn.Module
 ) -> tuple[Tensor, list[tuple[nn.Module, Tensor]], Tensor | None, Tensor | None, Tensor]:
-    """What passes at the end of a forward over a few tokens.
+    """Record the end of a forward over a few tokens.
 
-    The last layer's output (B,C,D); the modules that read it and return a tensor of its shape, with
-    what they return; what the unembedding reads and returns; and the logits.
+    Returns the last layer's output (B,C,D); the modules that read it and return a tensor of its shape,
+    each with its output; the input and the output of the unembedding; and the logits.
     """
     streams: list[Tensor] = []
     readers: list[tuple[nn.Module, Tensor]] = []
@@ -106,11 +106,11 @@ def _same_order(scores: Tensor, logits: Tensor) -> bool:
 
 
 def _through_norm(W_U: Tensor, norm: nn.Module, x: Tensor, name: str) -> Tensor:
-    """An unembedding (V,D) behind a norm, checked by finite differences around rows x (N,D).
+    """An unembedding (V,D) with the norm before it folded in, checked by finite differences around rows x (N,D).
 
-    The gain is measured, since some norms keep it as its distance from 1. A vector of signs has
-    mean 0 and size 1, so a norm only multiplies it by its gain and adds its bias; half of norm(s) −
-    norm(−s) is without the bias. Whether a norm takes the mean out shows when one is added.
+    The gain is measured, since some norms store its distance from 1. A vector of signs has mean 0 and
+    size 1, so a norm only multiplies it by the gain and adds the bias; half of norm(s) − norm(−s) is
+    free of the bias. Adding a mean to the input shows whether the norm removes the mean.
     """
     signs = torch.ones(x.shape[1]).to(x)
     signs[1::2] = -1
@@ -120,7 +120,7 @@ def _through_norm(W_U: Tensor, norm: nn.Module, x: Tensor, name: str) -> Tensor:
     if centres:
         readout = readout - readout.mean(dim=1, keepdim=True)
 
-    # A step across x, and across the mean, changes nothing that a norm divides by.
+    # A step orthogonal to x and to the mean changes nothing that a norm divides by.
     centred = x - x.mean(dim=1, keepdim=True)
     step = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     step -= step.mean(dim=1, keepdim=True)

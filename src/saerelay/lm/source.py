@@ -1,4 +1,4 @@
-"""Where a language model comes from: a directory or the hub, and errors with their remedy."""
+"""The source of a language model: a directory or the hub, and errors with their remedy."""
 
 import re
 import struct
@@ -21,13 +21,13 @@ _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Endings of the names of classes that predict the next token."""
 
 _MOST = {"layer": 4_096, "block": 4_096, "expert": 65_536, "head": 65_536}
-"""Most modules that a configuration may ask for under a key with such a word; no model comes near."""
+"""The most modules that a configuration may ask for under keys with these words; no model comes near."""
 
 TOKENIZER_REMEDY = "Put a tokenizer.json beside its config.json, or give token ids (data.tokens) instead of text."
 
 
 class Location(NamedTuple):
-    """What `from_pretrained` is called with."""
+    """The arguments of `from_pretrained`."""
 
     name_or_path: str
     """A hub id, or the path of a directory."""
@@ -37,7 +37,7 @@ class Location(NamedTuple):
 
     @property
     def gguf(self) -> str:
-        """The GGUF file in it that holds the model; "" if it is saved as transformers saves models."""
+        """The GGUF file in the directory that holds the model; "" if it is saved in the format of transformers."""
         return self.options.get("gguf_file", "")
 
     @property
@@ -50,9 +50,9 @@ class Location(NamedTuple):
 
 
 def locate(spec: ModelSpec) -> Location:
-    """Where a model is: a directory, or a hub id and its revision.
+    """Find a model: a directory, or a hub id and its revision.
 
-    Raises ModelError if the name can only mean a directory or a file, and there is no model.
+    Raises ModelError if the name can only mean a directory or a file, and no model is there.
     """
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     path = MODEL_DIR if spec.name == "demo" else Path(spec.name).expanduser()
@@ -79,9 +79,9 @@ def locate(spec: ModelSpec) -> Location:
 
 
 def _gguf_in(directory: Path, asked: str) -> str:
-    """The GGUF file that holds the model of a directory; "" if that is saved as transformers saves models.
+    """The GGUF file that holds the model of a directory; "" if it is saved in the format of transformers.
 
-    Raises ModelError if neither is there, or if it is not clear which file is meant.
+    Raises ModelError if neither is there, or if several GGUF files could be meant.
     """
     if asked:
         if not (directory / asked).is_file():
@@ -108,9 +108,9 @@ def _listed(directory: Path) -> str:
 
 
 def resolved_revision(spec: ModelSpec) -> str:
-    """The commit that a hub model's revision stands for now; of a directory, what the recipe says.
+    """The commit that a hub model's revision stands for now; for a directory, the recipe's revision.
 
-    Raises ModelError where no commit can be told, and what `transformers` raises where there is no
+    Raises ModelError if the commit cannot be determined, and what `transformers` raises if there is no
     such model.
     """
     from transformers.utils.hub import cached_file
@@ -141,7 +141,7 @@ def resolved_revision(spec: ModelSpec) -> str:
 
 
 def commit_of(path: str) -> str:
-    """The commit that a file in the hub's cache is of; "" if its path does not tell.
+    """The commit that a file in the hub's cache belongs to; "" if its path does not tell.
 
     >>> commit_of(f"cache/models--me--x/snapshots/{40 * 'a'}/part/model.gguf") == 40 * "a"
     True
@@ -151,7 +151,7 @@ def commit_of(path: str) -> str:
 
 
 def can_only_be_a_path(name: str) -> bool:
-    """Whether a name means a place on this machine, whether or not there is something.
+    """Whether a name can only mean a path on this machine, whether or not it exists.
 
     >>> can_only_be_a_path("~/model"), can_only_be_a_path("user/model")
     (True, False)
@@ -167,7 +167,7 @@ def refuse_pipes(directory: Path) -> None:
 
 
 def _refuse_adapter(path: Path) -> None:
-    """Raise ModelError for an adapter, which is applied to the weights or not, by what is installed."""
+    """Raise ModelError for an adapter, which would be applied to the weights only if `peft` happens to be installed."""
     if not path.is_file():
         return
     try:
@@ -192,13 +192,13 @@ def read_config(spec: ModelSpec) -> Any:
     config = AutoConfig.from_pretrained(location.name_or_path, **location.options)
     _check_counts(spec, config.to_dict())
     if location.gguf and not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        # Such a file holds a whole language model, and names no class of transformers.
+        # A GGUF file holds a whole language model, but names no class of transformers.
         config.architectures = [getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")]
     return config
 
 
 def require_packages(spec: ModelSpec, what: str, *packages: str) -> None:
-    """Raise ModelError unless packages are installed, which together are an extra named after the first."""
+    """Raise ModelError unless some packages are installed; together they are the extra named after the first."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ModelError(
@@ -208,7 +208,7 @@ def require_packages(spec: ModelSpec, what: str, *packages: str) -> None:
 
 
 def quantisation(config: Any) -> str:
-    """How the weights of a model are quantised, such as "bitsandbytes"; "" for plain ones."""
+    """How the weights of a model are quantised, such as "bitsandbytes"; "" for plain weights."""
     given = getattr(config, "quantization_config", None)
     if not given:
         return ""
@@ -218,7 +218,7 @@ def quantisation(config: Any) -> str:
 
 
 def _check_counts(spec: ModelSpec, keys: dict[Any, Any]) -> None:
-    """Raise ModelError for more layers, experts or heads than can be meant: it would take days to make them."""
+    """Raise ModelError for an absurd number of layers, experts or heads, which would take days to build."""
     for key, value in keys.items():
         if isinstance(value, dict):
             _check_counts(spec, value)
@@ -233,7 +233,7 @@ def _check_counts(spec: ModelSpec, keys: dict[Any, Any]) -> None:
 
 
 def model_class(config: Any) -> Any:
-    """The transformers class to load a model with: with its LM head if it has one."""
+    """The transformers class to load a model with: the one with the LM head, if the model has a head."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     return AutoModelForCausalLM if is_causal_lm(config) else AutoModel
@@ -242,8 +242,8 @@ def model_class(config: Any) -> Any:
 def is_causal_lm(config: Any) -> bool:
     """Whether the saved weights include an LM head that predicts the next token.
 
-    What decides is the class that the model was saved from: a backbone without its head is of the
-    same family.
+    The class that the model was saved from decides, since a backbone without its head is of the same
+    family.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -260,11 +260,11 @@ def model_skeleton(spec: ModelSpec, config: Any) -> Any:
 
 
 def quantisation_options(location: Location, facts: ModelFacts) -> dict[str, Any]:
-    """What `from_pretrained` is told of quantised weights: those of GGUF files are made plain, others stay on a GPU."""
+    """Options of `from_pretrained` for quantised weights: GGUF weights are made plain, others stay on a GPU."""
     if location.gguf:
         try:
             from transformers import GgufConfig
-        except ImportError:  # an older transformers makes them plain without being told
+        except ImportError:  # an older transformers makes them plain by default
             return {}
         return {"quantization_config": GgufConfig(dequantize=True)}
     if facts.quantised and facts.on_gpu:
@@ -273,7 +273,7 @@ def quantisation_options(location: Location, facts: ModelFacts) -> dict[str, Any
 
 
 def pinned(spec: ModelSpec, facts: ModelFacts) -> ModelSpec:
-    """A model as a plan knows it: at its commit, with the adapter at its own."""
+    """A model's specification with the plan's commits of the model and of its adapter."""
     return spec.changed(revision=facts.revision, adapter=facts.adapter or spec.adapter)
 
 
@@ -296,7 +296,7 @@ def loading(spec: ModelSpec) -> Iterator[None]:
 
 @contextmanager
 def _only_downloads_shown() -> Iterator[None]:
-    """Silence transformers' load reports and progress bars, but not those of downloads."""
+    """Silence transformers' load reports and progress bars, but keep those of downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -320,7 +320,7 @@ def _only_downloads_shown() -> Iterator[None]:
 
 
 def _explain(spec: ModelSpec, error: BaseException) -> str:
-    """What an error in loading means, and what to do about it."""
+    """Say what an error in loading means, and what to do about it."""
     name = spec.name
     text = " ".join(str(error).split())
     from_hub = explain_hub(name, spec.revision, error)

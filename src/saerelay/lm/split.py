@@ -1,7 +1,7 @@
 """A language model too large for one GPU, held by several ranks together: `model.tensor_parallel`.
 
-transformers cuts the weights of each layer by the tensor-parallel plan of the model's family, and adds up what the
-ranks of a group compute. Between layers every rank has the whole residual stream.
+transformers cuts the weights of each layer by the tensor-parallel plan of the model's family, and sums the partial
+results of the ranks of a group. Between layers every rank has the whole residual stream.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from saerelay.rank import n_ranks
 from saerelay.site import Site
 
 OWN_HEADS = "each of the ranks that hold the model together has only its own attention heads (model.tensor_parallel)"
-"""Why what the attention heads return cannot be read."""
+"""The reason why the outputs of attention heads cannot be read."""
 
 
 def check_splittable(skeleton: Any, config: Any, spec: ModelSpec) -> None:
@@ -46,9 +46,9 @@ def check_splittable(skeleton: Any, config: Any, spec: ModelSpec) -> None:
 
 
 def split_over_ranks(spec: ModelSpec) -> dict[str, Any]:
-    """What `from_pretrained` is called with on all ranks at once, so that each group of them holds the model.
+    """Options with which all ranks call `from_pretrained` at once, so that each group of ranks holds the model.
 
-    Raises ModelError where something is lacking that this needs.
+    Raises ModelError if something that this needs is missing.
     """
     from transformers.utils.import_utils import is_accelerate_available
 
@@ -69,7 +69,7 @@ def split_over_ranks(spec: ModelSpec) -> dict[str, Any]:
         )
 
     class Groups(DistributedConfig):
-        """Groups of ranks, of which each holds the whole model; transformers' own would also share weights out."""
+        """Groups of ranks, each of which holds the whole model; transformers' own class would also shard it."""
 
         @property
         def dp_size(self) -> int:
@@ -80,7 +80,7 @@ def split_over_ranks(spec: ModelSpec) -> dict[str, Any]:
 
 
 def check_whole(by_rank: Sequence[Mapping[Site, Tensor]], facts: ModelFacts, degree: int) -> None:
-    """Raise ModelError unless all `degree` ranks of a group have the same, whole activations (B, C, D) at each site."""
+    """Raise ModelError unless all `degree` ranks of a group hold the same, whole activations (B, C, D) at each site."""
     for rank, found in enumerate(by_rank):
         first = by_rank[rank - rank % degree]
         for site, x in found.items():

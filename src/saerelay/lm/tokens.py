@@ -27,8 +27,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         else:
             tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **location.options)
 
-    # Where a model has no tokenizer files, AutoTokenizer makes one that knows its special tokens
-    # only.
+    # For a model without tokenizer files, AutoTokenizer makes a tokenizer that knows special tokens only.
     has_vocabulary = len(tokenizer) > len(tokenizer.added_tokens_decoder)
     if not has_vocabulary or not tokenizer.is_fast:
         raise ModelError(f'"{spec.name}" has no fast tokenizer. {TOKENIZER_REMEDY}')
@@ -53,7 +52,7 @@ def _bare_tokenizer(spec: ModelSpec, file: Path) -> Any:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """The text that one token stands for, "<7>" where the tokenizer has no token 7.
+    """The text of one token; "<7>" if the tokenizer has no token 7.
 
     >>> tokenizer = load_tokenizer(ModelSpec())
     >>> [token_text(tokenizer, token) for token in (*tokenizer.encode("if x:"), 10**6)]
@@ -64,22 +63,21 @@ def token_text(tokenizer: Any, token: int) -> str:
         return f"<{token}>"
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
-    # SentencePiece writes a leading space as "▁", and leaves it out where it decodes the first
-    # token.
+    # SentencePiece writes a leading space as "▁", and omits it when it decodes the first token.
     if piece.startswith("▁") and not text.startswith(" "):
         return f" {text}"
     return text
 
 
 def first_id(ids: int | list[int] | None) -> int | None:
-    """A configuration's BOS or EOS id: some models have several, of which the first is used."""
+    """A configuration's BOS or EOS id; of several, the first."""
     if isinstance(ids, list):
         return ids[0]
     return ids
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """The ids that stand for no text; that of unknown text does.
+    """The ids of special tokens that stand for no text; the token for unknown text is not one of them.
 
     >>> special_ids(load_tokenizer(ModelSpec()))
     [0]

@@ -1,4 +1,4 @@
-"""A forward over a few tokens, all of whose calls are recorded, with weights or without.
+"""A forward over a few tokens, with weights or without, with a record of all module calls.
 
 On torch's meta device there are shapes, and the graph that autograd records, but no numbers.
 
@@ -20,15 +20,15 @@ from saerelay.errors import ModelError
 from saerelay.lm.graph import Place, place_of
 
 TRIAL_SHAPE = (2, 7)
-"""B and C of the tokens that are tried: two numbers that differ, and that no width is likely to be."""
+"""B and C of the trial tokens: two different numbers, neither of them likely to be a width."""
 
 _CONSTANT = 0.02
-"""Every weight of a model that stands for one whose weights are not at hand."""
+"""Value of every weight in the stand-in for a model whose weights are not available."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: the places and shapes of the stream it was given, and of what it returned."""
+    """One call of a module: the places and shapes of its input stream and of its output stream."""
 
     path: str
     number: int
@@ -40,22 +40,22 @@ class Call:
 
 @dataclass(eq=False)
 class Record:
-    """All calls of a forward."""
+    """All module calls of a forward."""
 
     modules: dict[str, nn.Module]
     calls: dict[str, list[Call]] = field(default_factory=dict)
     n_calls: int = 0
 
     def only(self, path: str) -> Call | None:
-        """The call of a module that was called exactly once."""
+        """The call of a module, if it was called exactly once."""
         calls = self.calls.get(path, [])
         return calls[0] if len(calls) == 1 else None
 
 
 def read_stream(args: tuple, kwargs: Mapping[str, Any]) -> int | str | None:
-    """Which argument of a module is the activations: its position, or its name.
+    """Which argument of a module holds the activations: its position, or its name.
 
-    The first tensor of numbers; of those given by name, `hidden_states` comes first.
+    It is the first floating-point tensor; among arguments given by name, `hidden_states` comes first.
     """
     for i, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -68,13 +68,13 @@ def read_stream(args: tuple, kwargs: Mapping[str, Any]) -> int | str | None:
 
 
 def made_stream(output: Any) -> Tensor | None:
-    """The activations in what a module returns: a tensor, or the first of several."""
+    """The activations in a module's output: the tensor itself, or the first of several."""
     first = output[0] if isinstance(output, tuple | list) and output else output
     return first if isinstance(first, Tensor) else None
 
 
 def trial_tokens(model: Any) -> Tensor:
-    """A few token ids (B,C) for a trial, on the model's device; ModelError if it has no vocabulary."""
+    """A few token ids (B,C) for a trial, on the model's device; ModelError if the model has no vocabulary."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     parameter = next(iter(model.parameters()), None)
     if not vocabulary or parameter is None:
@@ -85,7 +85,7 @@ def trial_tokens(model: Any) -> Tensor:
 
 
 def trial(model: Any, where: str) -> Record:
-    """A forward over a few tokens, all of whose calls are recorded."""
+    """Run a forward over a few tokens, and record all module calls."""
     ids = trial_tokens(model)
     answers = _PlausibleValues() if ids.is_meta else nullcontext()
     with _recording(model) as record, _with_gradients(model), answers:
@@ -156,16 +156,16 @@ def _with_gradients(model: Any) -> Iterator[None]:
 
 
 class _PlausibleValues(TorchDispatchMode):
-    """Gives values where a forward on the meta device asks for one, to choose a branch or a size.
+    """Provides values if a forward on the meta device asks for one, to choose a branch or a size.
 
-    Which branch it takes hardly matters to what is looked at here: masks, and which expert gets
-    which token.
+    The branch hardly matters for what is examined here: it concerns masks, and which expert gets which
+    token.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         first = args[0] if args else None
         if func._schema.name == "aten::_local_scalar_dense" and not isinstance(first, Tensor):
-            return first  # a number of Python's in a product
+            return first  # a Python number in a product
         if isinstance(first, Tensor) and first.is_meta:
             match func._schema.name:
                 case "aten::_local_scalar_dense":
@@ -178,15 +178,15 @@ class _PlausibleValues(TorchDispatchMode):
 
 
 def without_weights(model: Any) -> Any:
-    """A copy of a model on the meta device, which costs no memory and has none of its hooks."""
+    """A copy of a model on the meta device, which takes no memory and has none of the model's hooks."""
     return _with_tensors(model, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def with_constants(model: Any) -> Any:
-    """A copy of a model on the CPU that costs next to no memory: every weight is the same number.
+    """A copy of a model on the CPU that takes next to no memory: every weight is the same number.
 
-    For models that do not run on the meta device: those that ask for the values of tensors, to
-    divide tokens among experts, say.
+    For models that do not run on the meta device because they ask for the values of tensors, for
+    example to divide tokens among experts.
     """
 
     def constant(tensor: Tensor) -> Tensor:

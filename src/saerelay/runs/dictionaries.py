@@ -16,9 +16,9 @@ _REMEDY = DictionaryInfo.REMEDY
 
 
 def publish(directory: Path, dictionary: Dictionary, info: Mapping[str, Any]) -> None:
-    """Write dictionary.safetensors and then dictionary.json, whose presence says that both are whole.
+    """Write dictionary.safetensors and then dictionary.json, whose presence means that both are complete.
 
-    `info` are the keys of `DictionaryInfo` beyond the dictionary's shape, and any others worth keeping.
+    `info` holds the keys of `DictionaryInfo` beyond the dictionary's shape, and any others worth keeping.
     """
     tensors = {name: tensor.cpu() for name, tensor in dictionary.tensors().items()}
     write_tensors(directory / "dictionary.safetensors", tensors)
@@ -61,12 +61,12 @@ def read_dictionary(directory: Path) -> tuple[Dictionary, DictionaryInfo]:
 
 
 def read_info(directory: Path) -> DictionaryInfo:
-    """What is known about a published dictionary, without its weights."""
+    """Read the facts about a published dictionary, without its weights."""
     return DictionaryInfo.load(directory / "dictionary.json")
 
 
 def _check_header(info: DictionaryInfo, path: Path) -> None:
-    """Refuse what is no dictionary of ours before any tensor is read: kind, k, names, dtypes, shapes."""
+    """Raise RunDirectoryError, before any tensor is read, unless kind, k, names, dtypes and shapes are right."""
     F = info.n_latents
     D = info.d_model
     D_out = info.d_out or D

@@ -26,17 +26,17 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Path:
-        """What was asked for."""
+        """The recipe."""
         return self.root / "run.toml"
 
     @property
     def plan(self) -> Path:
-        """What it was compiled to."""
+        """The plan that the recipe was compiled to."""
         return self.root / "plan.json"
 
     @property
     def survey(self) -> Path:
-        """What the survey behind preset = "auto" measured; its own run is in `survey/` while it lasts."""
+        """The measurements of the survey behind preset = "auto"; its own run is in `survey/` while it lasts."""
         return self.root / "survey.json"
 
     @property
@@ -46,7 +46,7 @@ class RunDirectory:
 
     @property
     def cost(self) -> Path:
-        """What the run took."""
+        """The time that the run took, and the positions it read."""
         return self.root / "cost.json"
 
     @property
@@ -61,12 +61,12 @@ class RunDirectory:
 
     @property
     def model_digest(self) -> Path:
-        """By which another language model in the place of the run's own is noticed."""
+        """The digest by which a change of the run's language model is noticed."""
         return self.state / "model.json"
 
     @property
     def told(self) -> Path:
-        """What loggers were told of, so that nothing is told twice after a kill."""
+        """The points that loggers were told of, so that no point is told twice after a kill."""
         return self.state / "told.jsonl"
 
     @property
@@ -75,11 +75,11 @@ class RunDirectory:
         return f"saerelay train {quote(str(self.recipe))} --out {quote(str(self.root))} --resume"
 
     def leg(self, leg_id: str) -> Path:
-        """A published leg."""
+        """The directory of a published leg."""
         return self.root / "legs" / leg_id
 
     def snapshot(self, leg_id: str, age: int) -> Path:
-        """A published snapshot of a leg."""
+        """The directory of a published snapshot of a leg."""
         return self.leg(leg_id) / "snapshots" / str(age)
 
     def ages(self, leg: Leg) -> list[int]:
@@ -101,21 +101,21 @@ class RunDirectory:
 
     @property
     def matrix(self) -> Path:
-        """Every dictionary on every layer."""
+        """The quality of every dictionary on every layer."""
         return self.root / "matrix.json"
 
     @property
     def measures(self) -> Path:
-        """What dictionaries have in common: the measures of Ghilardi et al. 2024."""
+        """How much dictionaries have in common: the measures of Ghilardi et al. 2024."""
         return self.root / "measures.json"
 
     @property
     def lineage(self) -> Path:
-        """What became of each latent across layers."""
+        """The lineage of each latent across layers."""
         return self.root / "lineage.json"
 
     def features(self, leg_id: str) -> Path:
-        """What each latent of a leg means."""
+        """The features of a leg: what each of its latents means."""
         return self.root / "features" / f"{leg_id}.safetensors"
 
     def circuits(self, task: str) -> Path:
@@ -123,28 +123,28 @@ class RunDirectory:
         return self.root / "circuits" / f"{task}.json"
 
     def interpretation(self, leg_id: str) -> Path:
-        """What a language model makes of some latents of a leg."""
+        """A language model's explanations of some latents of a leg."""
         return self.root / "interpret" / f"{leg_id}.json"
 
     @property
     def answers(self) -> Path:
-        """Every answer that was paid for."""
+        """All answers that were paid for."""
         return self.root / "interpret" / "answers.jsonl"
 
     @property
     def judging(self) -> Path:
-        """Pages for judges, their keys, and what judges said."""
+        """Pages for judges, their keys, and the judges' answers."""
         return self.root / "judging"
 
     @property
     def report(self) -> Path:
-        """The page that shows all of it."""
+        """The page that shows everything."""
         return self.root / "report"
 
 
 @contextmanager
 def sole_writer(root: Path) -> Iterator[None]:
-    """Hold the run's lock: a second process on the same run is refused."""
+    """Hold the run's lock; raise RunDirectoryError if another process has it."""
     lock = filelock.FileLock(root / "state" / "lock")
     try:
         (root / "state").mkdir(parents=True, exist_ok=True)
@@ -163,9 +163,9 @@ def sole_writer(root: Path) -> Iterator[None]:
 
 @contextmanager
 def one_at_a_time(root: Path) -> Iterator[None]:
-    """Let commands that measure a run wait for one another: each writes files that others read.
+    """Make commands that measure a run wait for one another, since each writes files that others read.
 
-    A run that can only be read is measured without waiting.
+    A read-only run directory is measured without waiting.
     """
     lock = filelock.FileLock(root / "state" / "measuring.lock")
     with ExitStack() as held:
@@ -176,7 +176,7 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 
 
 def read_plan(directory: Path) -> Plan:
-    """The plan of a run directory; RunDirectoryError if there is none, or if a pipe lies among its files."""
+    """The plan of a run directory; RunDirectoryError if there is none, or if one of its files is a pipe."""
     paths = RunDirectory(directory)
     odd = odd_file(directory, deep=True)
     if odd:

@@ -26,44 +26,44 @@ class Example(NamedTuple):
     position: int
     """Position of the strongest token."""
     start: int
-    """Position that `activations` begin at: windows are cut at the ends of a sequence."""
+    """Position at which `activations` begin: windows are cut off at the ends of a sequence."""
     activations: list[float]
-    """Activations on the tokens around it, itself among them; 0 where the latent is silent or a position left out."""
+    """Activations on the tokens around `position`, and on it; 0 where the latent is silent or a position left out."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Features:
-    """What the latents of one dictionary mean; the tensors of features/<id>.safetensors (see docs/run-directory.md)."""
+    """What the latents of one dictionary mean: the tensors of features/<id>.safetensors (see docs/run-directory.md)."""
 
     facts: FeatureFacts
-    """How it was measured."""
+    """The facts of the measurement."""
     n_fired: Tensor
     """int32 (F): number of tokens each latent fires on."""
     max_activation: Tensor
-    """(F)."""
+    """(F): largest activation."""
     mean_activation: Tensor
-    """(F): over the tokens it fires on; 0 if there are none."""
+    """(F): mean activation over the tokens the latent fires on; 0 if there are none."""
     histogram: Tensor
-    """int32 (F, H): counts of activations in half octaves, from 2^`facts.histogram_first_edge` on."""
+    """int32 (F, H): counts of activations in bins of half an octave, from 2^`facts.histogram_first_edge` on."""
     example_sequence: Tensor
-    """int32 (F, E): -1 for no example; by falling activation, at most one per sequence."""
+    """int32 (F, E): -1 for no example; in decreasing order of activation, at most one per sequence."""
     example_position: Tensor
-    """int32 (F, E)."""
+    """int32 (F, E): position of the strongest token."""
     example_window: Tensor
     """(F, E, W): activations around the position."""
     top_logits: Tensor | None = None
-    """int32 (F, 10): tokens whose logits the decoder row raises most, and `bottom_logits` those it lowers most."""
+    """int32 (F, 10): tokens whose logits the decoder row raises most; in `bottom_logits`, those it lowers most."""
     top_logits_values: Tensor | None = None
     bottom_logits: Tensor | None = None
     bottom_logits_values: Tensor | None = None
     above_latents: Tensor | None = None
-    """int32 (F, 3): the most similar latents at the next layer, and `below_latents` those at the previous one."""
+    """int32 (F, 3): the most similar latents at the next layer; `below_latents`: at the previous layer."""
     above_cosine: Tensor | None = None
     below_latents: Tensor | None = None
     below_cosine: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, without those that are None."""
+        """The tensors by name, without fields that are None."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def with_(self, **fields: Any) -> "Features":
@@ -71,7 +71,7 @@ class Features:
         return replace(self, **fields)
 
     def examples(self, latent: int) -> list[Example]:
-        """The strongest examples of a latent, by falling activation."""
+        """The strongest examples of a latent, in decreasing order of activation."""
         before, context = self.facts.window_before, self.facts.context
         rows = zip(
             self.example_sequence[latent].tolist(),
@@ -83,7 +83,7 @@ class Features:
         for sequence, position, window in rows:
             if sequence < 0:
                 continue
-            # The window holds positions from `position - before` on; those outside the sequence are cut off.
+            # The window holds positions from `position - before` on; positions outside the sequence are cut off.
             start = max(0, position - before)
             inside = window[start - position + before : context - position + before]
             examples.append(Example(sequence, position, start, inside))
@@ -107,7 +107,7 @@ class Features:
 
 
 def load_facts(path: Path) -> FeatureFacts | None:
-    """What a features file says about itself, without its tensors; None if it is missing or of another schema."""
+    """Read the facts of a features file, without its tensors; None if it is missing or of another schema."""
     if not path.is_file():
         return None
     data = read_facts(path, _REMEDY)
@@ -117,5 +117,5 @@ def load_facts(path: Path) -> FeatureFacts | None:
 
 
 def load_features(paths: RunDirectory, leg_id: str) -> Features:
-    """What the latents of a leg mean, from its file; RunDirectoryError if there is none, or if it is damaged."""
+    """Read the features of a leg from its file; RunDirectoryError if there is none, or if it is damaged."""
     return Features.load(paths.features(leg_id))

@@ -1,10 +1,10 @@
 """The resume state of a run, and the training log that goes with it.
 
-    state/state.json              what is in the state (`ResumeFacts`), with digests of all of it
+    state/state.json              the contents of the state (`ResumeFacts`), with digests of all of it
     state/<n>/leg-<id>.safetensors, moments-<id>.safetensors
 
-Each leg's part is a file of its own, so that each rank of a team writes and reads only those of its own legs. Nothing
-in a state depends on how many ranks there are. The n-th state of a run is written beside the one before it.
+Each leg's part is a file of its own, so that each rank of a team writes and reads only the files of its own legs.
+Nothing in a state depends on the number of ranks. The n-th state of a run is written beside the one before it.
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from saerelay.runs.documents.training import ResumeFacts
 from saerelay.runs.tensors import changed_tensor, damage_named, digests, read_tensors, write_tensors
 
 FACTS_FILE = "state.json"
-"""What is in the saved state, and where: to write it is to make a state the one that is resumed from."""
+"""Describes the saved state and names its directory: writing this file commits the state to resume from."""
 _REMEDY = "delete it to start the run over"
 
 Tensors = Mapping[str, Tensor]
 
 
 def save_part(directory: Path, name: str, tensors: Tensors) -> dict[str, str]:
-    """Write one leg's part of a state that is not committed yet; returns the digests of its tensors."""
+    """Write one leg's part of a state that is not committed yet; return the digests of its tensors."""
     write_tensors(directory / f"{name}.safetensors", tensors)
     return digests(tensors)
 
 
 def commit_state(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Make a state whose parts are all written the one to resume from, and remove the one before.
+    """Make a state whose parts are all written the one to resume from, and remove the state before it.
 
-    Killed at any instant, the old state or the new one is there whole.
+    If the process is killed at any instant, either the old state or the new one is complete.
     """
     checked = ResumeFacts.model_validate(facts)
     text = checked.model_dump_json()
@@ -48,13 +48,13 @@ def commit_state(directory: Path, facts: Mapping[str, Any]) -> None:
 
 
 def save_state(directory: Path, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
-    """Write a whole resume state: its parts, and then the facts that name them."""
+    """Write a whole resume state: its parts, and then the facts that describe them."""
     found = {name: save_part(directory / str(facts["serial"]), name, tensors) for name, tensors in parts.items()}
     commit_state(directory, {**facts, "digests": found})
 
 
 def state_facts(directory: Path) -> dict[str, Any] | None:
-    """What the last saved state says about itself (`ResumeFacts`), without its tensors; None if there is no state."""
+    """Read the facts of the last saved state (`ResumeFacts`), without its tensors; None if there is no state."""
     path = directory / FACTS_FILE
     older = directory / "state.safetensors"
     if not path.is_file() and older.is_file():
@@ -71,7 +71,7 @@ def state_facts(directory: Path) -> dict[str, Any] | None:
 
 
 def load_part(directory: Path, name: str, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """One part of the state that has these facts."""
+    """Read one part of the state with the given facts."""
     path = directory / str(facts["serial"]) / f"{name}.safetensors"
     tensors = read_tensors(path, f"delete {directory / FACTS_FILE} to start the run over")
     changed = changed_tensor(tensors, facts["digests"][name])
@@ -98,26 +98,26 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under `prefix`, without it."""
+    """The tensors whose names begin with `prefix`/, under the rest of the name."""
     start = f"{prefix}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def append_metrics(log: IO[str], cursor: int, leg_id: str, values: Mapping[str, Any]) -> None:
-    """Write a line of the training log, at once: after a kill it says what loggers have been told."""
+    """Write a line of the training log, and flush: after a kill the log shows what loggers have been told."""
     line = {"cursor": cursor, "leg": leg_id, **values}
     log.write(json.dumps(finite(line)) + "\n")
     log.flush()
 
 
 def truncate_metrics(path: Path, n_bytes: int) -> None:
-    """Cut the training log back to the length that it had when the state was saved."""
+    """Cut the training log back to its length when the state was saved."""
     if path.is_file() and path.stat().st_size > n_bytes:
         os.truncate(path, n_bytes)
 
 
 def last_ages(path: Path) -> dict[str, int]:
-    """Each leg's age in its last line of the training log; what is damaged does not count, nor what comes after it."""
+    """Each leg's age in its last line of the training log; a damaged line and everything after it are ignored."""
     ages: dict[str, int] = {}
     if not path.is_file():
         return ages

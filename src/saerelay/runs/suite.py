@@ -1,4 +1,4 @@
-"""A finished run: its published dictionaries, and the one answer to how its legs relate to one another."""
+"""A finished run: its published dictionaries, and how its legs relate to one another."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -18,9 +18,9 @@ from saerelay.spec import few_of
 class PublishedSuite:
     """The published dictionaries of a run, by site or by leg id.
 
-    A site with several legs gives the one that stands for it: neither a control nor continued by another leg, and of
-    several tiers the one with the recipe's own L0; `suite[site, k]` is another tier. Of several seeds it is the first.
-    If a plan written leg by leg leaves more than one, the error lists them.
+    For a site with several legs, the suite gives the one that stands for it: neither a control nor continued by another
+    leg; of several tiers, the one with the recipe's own L0 (`suite[site, k]` is another tier); of several seeds, the
+    first. If a plan written leg by leg leaves more than one, the error lists them.
     """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
@@ -34,7 +34,7 @@ class PublishedSuite:
 
     @property
     def legs(self) -> list[Leg]:
-        """The legs that are published, in the order of the plan."""
+        """The published legs, in the order of the plan."""
         return [leg for leg in self.plan.legs if self._is_published(leg)]
 
     def _is_published(self, leg: Leg) -> bool:
@@ -42,7 +42,7 @@ class PublishedSuite:
 
     @property
     def final_legs(self) -> list[Leg]:
-        """The legs that are neither controls nor continued by another, kind by kind and layer by layer.
+        """The legs that are neither controls nor continued by another leg, kind by kind and layer by layer.
 
         There are several per site if seeds differ, or if the suite has tiers.
         """
@@ -54,7 +54,7 @@ class PublishedSuite:
 
     @property
     def suite_legs(self) -> list[Leg]:
-        """The final legs of the suite's own tier and first seed, which analyses compare across layers.
+        """The final legs of the suite's own tier and first seed; analyses compare these across layers.
 
         There are several per site if a plan written leg by leg has them.
         """
@@ -72,13 +72,13 @@ class PublishedSuite:
         return list(first.values())
 
     def _of_own_l0(self, legs: list[Leg]) -> list[Leg]:
-        """Those of some legs that have the L0 of the recipe, and are no repeats; all, if none is."""
+        """The given legs with the recipe's L0, without repeats; all legs but repeats if none has that L0."""
         own = self.plan.recipe.dictionary.l0
         legs = self._first_seeds(legs)
         return [leg for leg in legs if leg.dictionary.l0 == own] or legs
 
     def _first_seeds(self, legs: list[Leg]) -> list[Leg]:
-        """Those of some legs that repeat no other with another seed; all, if all do."""
+        """The given legs that are not repeats of another leg with another seed; all of them if all are."""
         return [leg for leg in legs if not self.plan.repeat_of(leg)] or legs
 
     @property
@@ -88,7 +88,7 @@ class PublishedSuite:
 
     @property
     def modules(self) -> str:
-        """What is read, in words: "resid_post", or "resid_post, mlp_out, mlp_in"."""
+        """The kinds of modules that are read, in words: "resid_post", or "resid_post, mlp_out, mlp_in"."""
         return ", ".join(dict.fromkeys(kind.module for kind in self.kinds))
 
     @property
@@ -97,7 +97,7 @@ class PublishedSuite:
         return sorted({leg.site for leg in self.legs})
 
     def method(self, leg: Leg) -> str | None:
-        """The method by which a leg's dictionary was carried to its layer; None for one from scratch."""
+        """The method by which a leg's dictionary was carried to its layer; None for a leg from scratch."""
         hop = self.info(leg).hop
         return hop.method if hop else leg.method
 
@@ -117,9 +117,9 @@ class PublishedSuite:
         return f"{method_of(leg, method)} from {leg.parent}"
 
     def continuation_of(self, leg: Leg) -> Leg | None:
-        """The leg that continues another one at the same site, as `saerelay train --extend` makes them.
+        """The leg that continues a leg at the same site, as made by `saerelay train --extend`.
 
-        A copy at another L0 is no continuation, but another tier.
+        A copy at another L0 is not a continuation, but another tier.
         """
         for other in self.legs:
             if other.parent == leg.id and other.site == leg.site and not self.plan.tier_of(other):
@@ -131,7 +131,7 @@ class PublishedSuite:
         return [other for other in self.legs if other.control_of == leg.id]
 
     def scratch_counterparts(self, leg: Leg) -> list[Leg]:
-        """The legs from scratch that a transferred one is compared with: its controls, and roots in its place."""
+        """The legs from scratch that a transferred leg is compared with: its controls, and roots at its place."""
         counterparts = []
         place = (leg.site, leg.kind, leg.dictionary.l0)
         for other in self.legs:
@@ -146,7 +146,7 @@ class PublishedSuite:
         return counterparts
 
     def origin(self, leg: Leg) -> Origin:
-        """Where a leg's latents come from; one that continues another of its layer has the origin of that one.
+        """Where a leg's latents come from; a leg that continues another of its layer has the origin of that leg.
 
         A hop that was trained from scratch, since no map helped, comes from scratch.
         """
@@ -168,10 +168,10 @@ class PublishedSuite:
     def _same_module(self, leg: Leg) -> list[Leg]:
         return [other for other in self.one_per_site if other.kind == leg.kind]
 
-    # --- one of them ------------------------------------------------------------------------------------------------
+    # --- a single leg -----------------------------------------------------------------------------------------------
 
     def leg_at(self, site: Site, k: float | None = None, kind: SiteKind | None = None) -> Leg:
-        """The leg that stands for a site; or its tier of L0 `k`, or the leg of one `kind` where several read there."""
+        """The leg that stands for a site; or its tier of L0 `k`, or its leg of one `kind` if several read there."""
         final = [leg for leg in self.final_legs if leg.site == site and kind in (None, leg.kind)]
         if k is None:
             final = self._of_own_l0(final)
@@ -189,7 +189,7 @@ class PublishedSuite:
         raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}{of_tier}: {names}; ask for one by its id")
 
     def leg(self, name: str) -> Leg:
-        """The leg with an id, or, for a number, the one that stands for that layer."""
+        """The leg with an id or, for a number, the leg that stands for that layer."""
         published = {leg.id: leg for leg in self.legs}
         if name in published:
             return published[name]
@@ -200,9 +200,9 @@ class PublishedSuite:
         raise RunDirectoryError(f'{self.directory.root}: no leg "{name}"; the published legs are: {names}')
 
     def digest(self, legs: Iterable[Leg], *, snapshots: bool = False) -> str:
-        """A digest of some legs' dictionaries, and of their snapshots; "" if their files are old and have no digests.
+        """A digest of the dictionaries of some legs, and of their snapshots; "" if old files have no digests.
 
-        What was measured of other dictionaries is out of date.
+        Measurements of dictionaries with another digest are out of date.
         """
         found: list[object] = []
         for leg in legs:
@@ -217,7 +217,7 @@ class PublishedSuite:
         return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest() if found else ""
 
     def info(self, leg: Leg) -> DictionaryInfo:
-        """What is known about a leg's dictionary: tokens, time, L0."""
+        """The facts about a leg's dictionary: tokens, time, L0."""
         return read_info(self.directory.leg(leg.id))
 
     def dictionary(self, leg: Leg) -> Dictionary:
@@ -242,9 +242,9 @@ class PublishedSuite:
 
 
 def method_of(leg: Leg, chosen: str | None = None) -> str:
-    """How a leg's dictionary is carried to its layer: "affine + refit"; "" for one from scratch.
+    """How a leg's dictionary is carried to its layer: "affine + refit"; "" for a leg from scratch.
 
-    `chosen` is the method that was taken where the plan has "auto".
+    `chosen` is the method that was chosen where the plan has "auto".
     """
     method = chosen or leg.method
     if leg.shared_layers:

@@ -1,4 +1,4 @@
-"""safetensors files of a run directory: written atomically, and named if they are damaged."""
+"""safetensors files of a run directory: written atomically; errors name the file if it is damaged."""
 
 import hashlib
 import os
@@ -19,12 +19,12 @@ from saerelay.files import parse_json, reason, replacing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically; OSError if the disk does not take it."""
+    """Write a safetensors file atomically; OSError if the disk does not accept it."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as temporary:
             save_file(contiguous, temporary, metadata)
-    except safetensors.SafetensorError as error:  # which has the operating system's number in its text only
+    except safetensors.SafetensorError as error:  # holds the operating system's error number only in its text
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise OSError(f"{path}: cannot be written ({error})") from None
@@ -32,13 +32,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """Read a safetensors file; RunDirectoryError names it, and what to do, if it is damaged."""
+    """Read a safetensors file; if it is damaged, RunDirectoryError names the file and the remedy."""
     with damage_named(path, remedy):
         return load_file(path)
 
 
 def read_shapes(path: Path, remedy: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype ("F32") and shape of each tensor of a safetensors file, from its header: no tensor is read."""
+    """The dtype ("F32") and shape of each tensor of a safetensors file, from its header; no tensor is read."""
     with damage_named(path, remedy), safetensors.safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
@@ -55,16 +55,16 @@ def read_facts(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_metadata(path: Path, remedy: str) -> dict[str, str]:
-    """What a safetensors file says of itself, without its tensors."""
+    """Read the metadata of a safetensors file, without its tensors."""
     with damage_named(path, remedy), safetensors.safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 @contextmanager
 def damage_named(path: Path, remedy: str) -> Iterator[None]:
-    """Turn whatever a damaged safetensors file raises into a RunDirectoryError that names the file and the remedy.
+    """Turn any error from a damaged safetensors file into a RunDirectoryError that names the file and the remedy.
 
-    A file that the operating system does not give out may be whole: nothing is said of deleting it.
+    A file that the operating system refuses to read may be intact, so the error does not advise deleting it.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise RunDirectoryError(f"{path}: not a regular file; {remedy}")
@@ -73,7 +73,7 @@ def damage_named(path: Path, remedy: str) -> Iterator[None]:
             pass
         yield
     except OSError as error:
-        if error.filename is None:  # of a library that came upon what it did not expect
+        if error.filename is None:  # raised by a library that read something unexpected
             raise RunDirectoryError(f"{path}: damaged ({error}); {remedy}") from None
         raise RunDirectoryError(reason(error)) from None
     except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -101,7 +101,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def changed_tensor(tensors: Mapping[str, Tensor], expected: Mapping[str, str]) -> str:
-    """The name of a tensor that is missing, or not what its digest says; "" if all are whole."""
+    """The name of a tensor that is missing or does not match its digest; "" if all match."""
     found = digests(tensors)
     names = sorted({*found, *expected})
     return next((name for name in names if found.get(name) != expected.get(name)), "")

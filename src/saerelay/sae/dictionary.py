@@ -5,9 +5,10 @@ threshold (F), r_mag (F). Canonical form acts on raw activations, with no normal
 
     pre = x W_encᵀ + b_enc        z = activation(pre)        x_hat = z W_dec + b_dec
 
-A transcoder (Dunefsky et al. 2024) is the same object: it reads x and reconstructs y, what the model makes of x
-elsewhere, such as an MLP's output from its input. Then rows of W_dec and b_dec have y's width, and there may be a skip
-connection W_skip (Dy, D), an affine path beside the latents (Paulo et al. 2025): y_hat = z W_dec + b_dec + x W_skipᵀ.
+A transcoder (Dunefsky et al. 2024) is the same object: it reads x and reconstructs other activations y that the model
+computes from x, such as an MLP's output from its input. Then b_dec and the rows of W_dec have y's width Dy, and there
+may be a skip connection W_skip (Dy, D), an affine path beside the latents (Paulo et al. 2025): y_hat = z W_dec + b_dec
++ x W_skipᵀ.
 """
 
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class Dictionary:
     b_dec: Tensor
     threshold: Tensor | None = None
     r_mag: Tensor | None = None
-    """The logarithm of what a latent's gate is multiplied by to give its magnitude; only training asks for it."""
+    """The logarithm of the factor that turns a latent's gate into its magnitude; only training uses it."""
     k: int | None = None
     W_skip: Tensor | None = None
     """(Dy, D): the skip connection of a transcoder."""
@@ -73,7 +74,7 @@ class Dictionary:
 
     @property
     def d_out(self) -> int:
-        """Width of what it reconstructs: for an SAE that of what it reads."""
+        """Width Dy of the activations that it reconstructs; for an SAE, D."""
         return self.W_dec.shape[1]
 
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class Dictionary:
         return x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Reconstruct activations x (..., D), or what a transcoder makes of them (..., Dy)."""
+        """Reconstruct activations x (..., D); a transcoder reconstructs its target (..., Dy) from them."""
         return self.decode(self.encode(x), x)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -113,11 +114,11 @@ class Dictionary:
 
 @torch.no_grad()
 def match_l0(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-    """Shift what decides which latents are active until mean L0 on activations x (B, D) is `l0`.
+    """Adjust thresholds or biases so that mean L0 on activations x (B, D) is `l0`.
 
-    BatchTopK: its one threshold. JumpReLU: all thresholds times one factor. ReLU: one number is added to all biases,
-    Gated: to those of the gate. TopK has no other L0 than k. A dictionary that does not reach `l0` with all its latents
-    is left at what it reaches.
+    BatchTopK: the common threshold is set. JumpReLU: all thresholds are multiplied by one factor. ReLU: one number is
+    added to all biases; Gated: to all biases of the gate. TopK stays as it is, since its L0 is k. A dictionary that
+    cannot reach `l0` even with all its latents comes as close as it can.
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(4), b_enc=torch.ones(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -129,7 +130,7 @@ def match_l0(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
 
 
 def unit_decoder(dictionary: Dictionary) -> Dictionary:
-    """Move the norms of decoder rows into the encoder: all but TopK, which re-ranks, stay the same function."""
+    """Move the norms of decoder rows into the encoder; the function stays the same, except for TopK, which re-ranks."""
     norms = dictionary.W_dec.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
     unit = replace(dictionary, W_dec=dictionary.W_dec / norms[:, None])
@@ -139,7 +140,7 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
 def scale_latents(dictionary: Dictionary, factor: Tensor) -> Dictionary:
     """Multiply the codes of each latent by a positive factor (F): encoder rows, biases and thresholds.
 
-    A gate's codes are multiplied with them, so r_mag stays.
+    The gate's codes are multiplied as well, so r_mag stays.
     """
     threshold = dictionary.threshold
     return replace(

@@ -11,7 +11,7 @@ from saerelay.sae.refit import affine_part
 from saerelay.sae.spec import SizedDictionarySpec
 
 INITIAL_ROWS = 1_024
-"""Rows that a fresh dictionary's scale and thresholds are set on."""
+"""Number of rows on which a fresh dictionary's scale and thresholds are set."""
 
 
 @torch.no_grad()
@@ -20,9 +20,9 @@ def initialise(
 ) -> Dictionary:
     """A fresh dictionary in training units: random unit decoder rows, encoder tied to them at the best common scale.
 
-    `x` (B, D) are activations in training units, of which the first INITIAL_ROWS are looked at; the scale α minimises
-    ‖x − α x_hat‖² in closed form, and thresholds start where L0 is what is asked for. A transcoder, which reconstructs
-    `target` (B, Dy), has no encoder to tie: see `_aimed`.
+    Of the activations `x` (B, D), in training units, the first INITIAL_ROWS are used. The scale α minimises
+    ‖x − α x_hat‖² in closed form, and thresholds start where L0 is what the spec asks for. A transcoder, which
+    reconstructs `target` (B, Dy), has no encoder to tie: see `_aimed`.
     """
     if target is not None:
         return _aimed(spec, x, generator, target)
@@ -34,9 +34,10 @@ def initialise(
 
 
 def _aimed(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator, target: Tensor) -> Dictionary:
-    """A fresh transcoder: random encoder rows, and as each decoder row what the target is like where they fire.
+    """A fresh transcoder: random encoder rows; each decoder row is the target's mean direction where its latent fires.
 
-    A skip connection is the ridge regression of the target on x, on all rows given, and rows aim at what it leaves.
+    A skip connection is fitted first, by ridge regression of the target on x over all rows given; the decoder rows then
+    aim at its residual.
     """
     W_skip = None
     b_dec = torch.zeros_like(target[0])
@@ -63,7 +64,7 @@ def _aimed(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator, tar
 
 
 def _untrained(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator) -> Dictionary:
-    """Random unit rows as encoder and decoder, at the L0 that is asked for on x (B, D)."""
+    """Random unit rows as encoder and decoder, at the L0 that the spec asks for on x (B, D)."""
     activation = spec.activation
     rows = torch.randn(spec.n_latents, x.shape[1], generator=generator, dtype=torch.float32).to(x)
     W_dec = torch.nn.functional.normalize(rows, dim=1)

@@ -10,10 +10,10 @@ from saerelay.sae.dictionary import Dictionary
 
 @dataclass(frozen=True, eq=False)
 class LayerNormed:
-    """A dictionary of activations that are first normalised token by token, as OpenAI's and some of SAELens are.
+    """A dictionary of activations that are first normalised per token, as in OpenAI's SAEs and some of SAELens'.
 
-    With mean m and deviation s (of a token's D values, D − 1 under the root), u = (x − m)/(s + eps) is encoded, and
-    x_hat = s·u_hat + m. No dictionary of raw x equals it; `at_scale` is the nearest.
+    With the mean m and standard deviation s of a token's D values (s with divisor D − 1), u = (x − m)/(s + eps) is
+    encoded, and x_hat = s·u_hat + m. No dictionary of raw x is equivalent; `at_scale` gives the nearest.
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -30,7 +30,7 @@ class LayerNormed:
         return self.dictionary.d_model
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u (..., D), m and s (..., 1) of activations x (..., D)."""
+        """Return u (..., D), m and s (..., 1) for activations x (..., D)."""
         mean, deviation = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
         return (x - mean) / (deviation + self.eps), mean, deviation
 
@@ -49,9 +49,9 @@ class LayerNormed:
 
     @torch.no_grad()
     def at_scale(self, x: Tensor) -> Dictionary:
-        """The dictionary of raw activations that takes all tokens to have the median deviation of x (B, D).
+        """The dictionary of raw activations that assumes the median deviation of x (B, D) for every token.
 
-        The mean of each token is taken out exactly; what comes back is their average, the same for all tokens.
+        The mean of each token is removed exactly; the decoder adds the average of these means back to all tokens.
         """
         d, (_, means, deviations) = self.dictionary, self.normalise(x)
         scale, mean = deviations.median(), means.mean()

@@ -1,7 +1,7 @@
 """The loss that each architecture is trained with, by autograd on dense codes.
 
-Written for training units (see `units`). It is the reference that the sparse step of `kernels` is tested against, and
-what trains on devices without sparse kernels. Shapes: B tokens, D model width, F latents.
+Written for training units (see `units`). The sparse step of `kernels` is tested against it, and devices without sparse
+kernels train with it. Shapes: B tokens, D model width, F latents.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import AnyDictionarySpec
 
 AUX_EVERY = 16
-"""AuxK looks at every 16th token of a batch, a fair sample of shuffled rows: as good, cheaper, and fewer stay dead."""
+"""AuxK uses every 16th token of a batch, a fair sample of shuffled rows: as good, cheaper, fewer latents stay dead."""
 
 
 class Loss(NamedTuple):
@@ -29,9 +29,9 @@ class Loss(NamedTuple):
 
 
 def error_divisor(spec: AnyDictionarySpec, x: Tensor) -> float:
-    """What Σ‖x − x_hat‖² is divided by in the loss: B·D in normalised units (so that it is close to FVU), else B.
+    """The divisor of Σ‖x − x_hat‖² in the loss: B·D in normalised units (so that the loss is close to FVU), else B.
 
-    `x` is what is reconstructed.
+    `x` are the activations to be reconstructed.
     """
     return float(x.numel() if spec.normalise else x.shape[0])
 
@@ -47,10 +47,10 @@ def training_loss(
 ) -> Loss:
     """The training loss on x (B, D) in training units, differentiable by autograd.
 
-    `target` (B, Dy) is what a transcoder reconstructs, if that is not x.
-    The squared error (of nested dictionaries the mean of theirs: Matryoshka, Bussmann et al. 2025), plus that of a gate
-    where there is one, plus the architecture's penalty at a share `warmth` in [0, 1] of its weight (its warm-up), plus
-    AuxK on the latents marked in `dead` (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
+    `target` (B, Dy) is what a transcoder reconstructs, if that is not x. The loss is the sum of the squared error (for
+    nested dictionaries, the mean of theirs: Matryoshka, Bussmann et al. 2025), the gate's squared error if there is a
+    gate, the architecture's penalty times `warmth` in [0, 1] (its warm-up), and AuxK on the latents marked in `dead`
+    (F, bool; Gao et al. 2024, eq. 7) for architectures that have it.
     """
     activation = spec.activation
     y = x if target is None else target
@@ -80,7 +80,7 @@ def training_loss(
 
 
 def gate_error(dictionary: Dictionary, gate: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Σ‖y − y_hat‖² of what a gate's codes (B, F) make of y (B, Dy), through a decoder that learns nothing of it.
+    """Σ‖y − y_hat‖² for y_hat (B, Dy) decoded from the gate's codes (B, F) by a decoder that gets no gradient from it.
 
     Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 9.
     """
@@ -89,7 +89,7 @@ def gate_error(dictionary: Dictionary, gate: Tensor, x: Tensor, y: Tensor) -> Te
 
 
 def aux_loss(dictionary: Dictionary, pre: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-    """AuxK: what share of the residual (B, D) the D/2 strongest dead latents of each token fail to explain.
+    """AuxK: the share of the residual (B, D) that the D/2 strongest dead latents of each token leave unexplained.
 
     Σ‖e − e_hat‖² / Σ‖e‖² with e_hat decoded without bias from the dead latents alone (Gao et al. 2024, eq. 6 and 7).
     """
@@ -103,5 +103,5 @@ def aux_loss(dictionary: Dictionary, pre: Tensor, residual: Tensor, dead: Tensor
 
 
 def k_aux(d_model: int, n_dead: int) -> int:
-    """How many dead latents AuxK uses on each token: half the model's width, if there are as many."""
+    """Number of dead latents that AuxK uses per token: half the model's width, or all if there are fewer."""
     return min(max(1, d_model // 2), n_dead)

@@ -16,16 +16,16 @@ from saerelay.sae.spec import Method
 from saerelay.sae.units import Balance, balance_factors
 
 ENOUGH_TOKENS = 250_000
-"""Training tokens after a hop below which its learning rate falls; that from scratch is at its upper bound there."""
+"""Below this many training tokens the learning rate after a hop falls; the rate from scratch is at its upper bound."""
 RIDGE = 1e-3
-"""Ridge of the affine maps, relative to the mean variance of the activations mapped from."""
+"""Ridge of the affine maps, relative to the mean variance of the activations that they map from."""
 LEAST_RATE_SHARE = 0.03
-"""Learning rate after a hop that left nothing to explain, as a share of the rate from scratch."""
+"""Learning rate after a hop whose map leaves nothing unexplained, as a share of the rate from scratch."""
 
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """Two maps between the activations of a source and a target, fitted apart: x_t ≈ A x_s + c and x_s ≈ B x_t + b."""
+    """Two maps between source and target activations, fitted separately: x_t ≈ A x_s + c and x_s ≈ B x_t + b."""
 
     A: Tensor
     """(T, S)."""
@@ -37,11 +37,11 @@ class AffineMap:
     """(S)."""
 
     def reversed(self) -> "AffineMap":
-        """The same, from the target to the source."""
+        """The same maps with source and target exchanged."""
         return AffineMap(self.B, self.b, self.A, self.c)
 
     def rescaled(self, source: Tensor, target: Tensor) -> "AffineMap":
-        """The map of raw activations, if this is one of activations divided by factors (S) and (T)."""
+        """The map of raw activations, where this one maps activations divided by factors (S) and (T)."""
         return AffineMap(
             A=target[:, None] * self.A / source,
             c=target * self.c,
@@ -52,14 +52,14 @@ class AffineMap:
 
 @dataclass(frozen=True, eq=False)
 class PairedMoments:
-    """What a transcoder's two maps are fitted on: the moments of what it reads, and of what it reconstructs."""
+    """The moments that a transcoder's two maps are fitted on: of its inputs, and of the activations it reconstructs."""
 
     inputs: Moments
     outputs: Moments
 
     @property
     def n_source(self) -> int:
-        """Width of what it reads at the source."""
+        """Width of the transcoder's inputs at the source."""
         return self.inputs.n_source
 
 
@@ -67,7 +67,7 @@ AnyMoments = Moments | PairedMoments
 
 
 def crossed(inputs: AffineMap, outputs: AffineMap) -> AffineMap:
-    """The map that a transcoder is folded through: B and b of what it reads, A and c of what it reconstructs."""
+    """The map that a transcoder is folded through: B and b from the map of inputs, A and c from the map of outputs."""
     return AffineMap(outputs.A, outputs.c, inputs.B, inputs.b)
 
 
@@ -107,9 +107,9 @@ def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
 
 
 def unexplained(moments: AnyMoments, ridge: float = RIDGE, balance: Balance = "auto") -> float:
-    """Share of the target's variance that the affine map from the source leaves: 1 − R², 0 to 1, balanced.
+    """Share of the target's variance that the affine map leaves unexplained: 1 − R², from 0 to 1, balanced.
 
-    Of a transcoder's two maps, the larger share.
+    For a transcoder, the larger share of its two maps.
     """
     if isinstance(moments, PairedMoments):
         return max(unexplained(part, ridge, balance) for part in (moments.inputs, moments.outputs))
@@ -126,11 +126,12 @@ def rate_share(left: float, tokens: int, newness: float = 0.0) -> float:
     >>> [round(rate_share(0.1, tokens), 3) for tokens in (1_000_000, 90_000, 40_000)]
     [0.275, 0.165, 0.11]
 
-    2.75·`left`, where `left` is the share of variance that the map leaves unexplained; in fewer than ENOUGH_TOKENS it
-    falls with the root of `tokens`, since steps that large would leave more noise than there is time to smooth. Or
-    0.75·`newness`, if that is more, where `newness` is the share of its own tokens in all that the dictionary will have
-    been trained on, its parents' included: a parent that is far from finished leaves much to learn as well. At least
-    LEAST_RATE_SHARE, at most 1 (decisions 019, 029 and 034). The sweeps had `left` from 0.03 to 0.34.
+    The share is 2.75·`left`, where `left` is the share of variance that the map leaves unexplained. Below ENOUGH_TOKENS
+    it falls with the square root of `tokens`, since large steps would leave more noise than there is time to smooth.
+    Where 0.75·`newness` is larger, it counts instead: `newness` is the number of the dictionary's own training tokens
+    as a share of all tokens it will have been trained on, its parents' included, and a parent that is far from finished
+    leaves much to learn as well. The result is at least LEAST_RATE_SHARE and at most 1 (decisions 019, 029 and 034).
+    The sweeps had `left` from 0.03 to 0.34.
     """
     short = math.sqrt(min(1.0, tokens / ENOUGH_TOKENS))
     return min(1.0, max(2.75 * left * short, 0.75 * newness, LEAST_RATE_SHARE))
@@ -144,7 +145,7 @@ def regress(cov: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
 
 def _through_means(moments: Moments, A: Tensor, B: Tensor) -> AffineMap:
-    """The maps with linear parts A and B that take the one mean to the other."""
+    """The maps with linear parts A and B, whose offsets take the mean of one site to the mean of the other."""
     m_s = moments.mean_source
     m_t = moments.mean_target
     return AffineMap(A, m_t - A @ m_s, B, m_s - B @ m_t)
@@ -158,11 +159,11 @@ def balanced(moments: Moments, balance: Balance) -> Moments:
 
 
 def map_between(method: Method, width: int, moments: AnyMoments | None, balance: Balance = "auto") -> AffineMap:
-    """The map of a method, between raw activations; all but identity need moments.
+    """Fit a method's map between raw activations; all methods but identity need moments.
 
-    It is fitted where dimensions are balanced by the power `balance` (see `Units`), so that no few large ones decide.
-    Raises TransferError where the two widths differ and the method cannot bridge them, where the moments are of too few
-    tokens, and where they are not finite. Of paired moments the two maps are crossed.
+    The fit is made on dimensions balanced by the power `balance` (see `Units`), so that a few large dimensions do not
+    dominate. Raises TransferError if the two widths differ and the method cannot bridge them, if the moments are of too
+    few tokens, or if they are not finite. For paired moments the two maps are crossed.
     """
     if isinstance(moments, PairedMoments):
         inputs = map_between(method, moments.inputs.n_source, moments.inputs, balance)

@@ -17,8 +17,8 @@ class Moments:
     ([3.0, 3.0], [[3.0, 0.0], [0.0, 3.0]])
 
     Shapes: source width S, target width T. Products are centred on the first batch's mean before they are formed in
-    float32, so that a large common offset costs no precision. All of it lies on one device, and what is fitted on it
-    is computed there.
+    float32, so that a large common offset costs no precision. All tensors lie on one device, and maps are fitted on
+    that device.
     """
 
     n_source: int
@@ -31,17 +31,17 @@ class Moments:
     products: Tensor
     """float64 (S + T, S + T): Σ (x − shift)(x − shift)ᵀ."""
     _covariance: Tensor | None = field(default=None, repr=False)
-    """Of what was taken in so far, once it was asked for."""
+    """Cached covariance of the tokens added so far; None until it is asked for."""
 
     @classmethod
     def empty(cls, n_source: int, n_target: int, device: torch.device | str = "cpu") -> "Moments":
-        """Moments of nothing yet."""
+        """Moments of no tokens yet."""
         n = n_source + n_target
         zeros = torch.zeros(n, dtype=torch.float64, device=device)
         return cls(n_source, 0, zeros.clone(), zeros.clone(), torch.zeros(n, n, dtype=torch.float64, device=device))
 
     def add(self, source: Tensor, target: Tensor) -> None:
-        """Take in activations (B, S) and (B, T) of the same tokens."""
+        """Add activations (B, S) and (B, T) of the same tokens."""
         self._covariance = None
         for start in range(0, source.shape[0], 4096):
             x = torch.cat([source[start : start + 4096], target[start : start + 4096]], dim=1).float()
@@ -64,7 +64,7 @@ class Moments:
         )
 
     def between(self, source: slice, target: slice) -> "Moments":
-        """The moments of two stretches of what was taken in, as those of a pair."""
+        """The moments of two slices of the S + T dimensions, as those of a source and a target."""
         all_places = torch.arange(len(self.shift), device=self.shift.device)
         places = torch.cat([all_places[source], all_places[target]])
         n_source = len(range(len(self.shift))[source])
@@ -110,7 +110,7 @@ class Moments:
         return self.covariance[self.n_source :, : self.n_source]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything, as tensors."""
+        """All fields, as tensors."""
         counts = torch.tensor([self.n_source, self.n_tokens])
         return {"counts": counts, "shift": self.shift, "total": self.total, "products": self.products}
 

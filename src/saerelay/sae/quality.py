@@ -21,9 +21,9 @@ def fvu(dictionary: Dictionary, x: Tensor, balance: Balance = 0.0, *, target: Te
     1.0
 
     FVU = Σ‖x − x_hat‖² / Σ‖x − mean of x‖². 0 is perfect, 1 no better than always predicting the mean, above 1 worse.
-    With `balance` each dimension is divided by its standard deviation to that power first: where a few dimensions are
-    a hundred times as large as the others, FVU is about these alone, and what a model loses is not (decision 031).
-    Of a transcoder it is the fraction of the variance of `target` (B, Dy) that is left.
+    With `balance` each dimension is divided by its standard deviation to that power first: where a few dimensions are a
+    hundred times as large as the others, plain FVU measures these few alone, but the model's loss depends on the others
+    too (decision 031). For a transcoder, it is the fraction of the variance of `target` (B, Dy) that is left.
     """
     y = x if target is None else target
     errors = torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)

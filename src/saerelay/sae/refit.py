@@ -1,4 +1,4 @@
-"""The decoder refit: a dictionary's decoder in closed form, with its codes as they are.
+"""The decoder refit: a new decoder in closed form, for the codes that the dictionary has.
 
 Shapes: B tokens, D model width, F latents.
 """
@@ -16,12 +16,12 @@ from saerelay.sae.maps import affine
 from saerelay.sae.moments import Moments
 
 DIRECT_LATENTS = 16_384
-"""Refits of no more latents factor their normal equations (1 GiB); larger ones iterate."""
+"""Refits of up to this many latents factor their normal equations (1 GiB); larger refits iterate."""
 
 
 @dataclass(frozen=True, eq=False)
 class NormalEquations:
-    """What a change ΔW (F, D) of the decoder has to solve: (ZᵀZ − n·mean·meanᵀ + damping) ΔW = goal.
+    """The equations of a change ΔW (F, D) of the decoder: (ZᵀZ − n·mean·meanᵀ + damping) ΔW = goal.
 
     The change of b_dec is eliminated; it follows from ΔW.
     """
@@ -38,13 +38,13 @@ class NormalEquations:
     """(F, D): Zᵀ(residuals), centred."""
 
     def solve_directly(self) -> Tensor:
-        """Factor the (F, F) matrix (Cholesky)."""
+        """Solve by factoring the (F, F) matrix (Cholesky)."""
         matrix = self.codes.gram().addr_(self.mean, self.mean, alpha=-self.codes.n_rows)
         matrix.diagonal().add_(self.damping)
         return torch.cholesky_solve(self.goal, torch.linalg.cholesky(matrix))
 
     def solve_iteratively(self, tolerance: float, max_iterations: int) -> Tensor:
-        """Conjugate gradients, which never form the matrix."""
+        """Solve by conjugate gradients, which never form the matrix."""
         n = self.codes.n_rows
         diagonal = (self.squares - n * self.mean.square() + self.damping).clamp(min=1e-12)
         return conjugate_gradients(self.times, self.goal, diagonal, tolerance, max_iterations)
@@ -70,11 +70,12 @@ def refit(
 ) -> Dictionary:
     """Refit a dictionary's decoder on activations x, batches (B, D), by ridge towards the decoder it has.
 
-    Minimises Σ‖x − b_dec − W_decᵀ z‖² + λ Σ_j g_j ‖w_j − w_j⁰‖² over W_dec and b_dec, with codes z fixed, g_j = Σ z_j²
-    plus its mean (so that a rare latent moves little and one that never fires not at all) and λ = `ridge`. Codes are
-    kept, sparse; activations are not. `direct` factors the (F, F) matrix, the default up to 16384 latents; above,
-    conjugate gradients never form it. Rows of the new decoder have unit norm: their norms go into the encoder. A
-    transcoder reconstructs `target`, batches (B, Dy) of the same tokens; its skip connection stays (see `refit_skip`).
+    Minimises Σ‖x − b_dec − W_decᵀ z‖² + λ Σ_j g_j ‖w_j − w_j⁰‖² over W_dec and b_dec, with codes z fixed, λ = `ridge`,
+    and g_j = Σ z_j² plus the mean of this sum over latents (so that a rare latent moves little, and a latent that never
+    fires does not move). Codes are kept, sparse; activations are not. With `direct`, the default up to 16384 latents,
+    the (F, F) matrix is factored; otherwise conjugate gradients never form it. Rows of the new decoder have unit norm:
+    their norms go into the encoder. A transcoder reconstructs `target`, batches (B, Dy) of the same tokens; its skip
+    connection stays (see `refit_skip`).
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
     ...                  b_dec=torch.zeros(2))
@@ -115,10 +116,10 @@ def refit(
 
 @torch.no_grad()
 def refit_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
-    """A transcoder with the best skip connection and b_dec for the codes that it has on activations x (B, D).
+    """Return a transcoder with the best skip connection and b_dec for the codes it has on activations x (B, D).
 
-    W_skip takes what is linear in x of what is left of `target` (B, Dy): a ridge regression. One without a skip
-    connection comes back as it is.
+    A ridge regression on x of the residual of `target` (B, Dy) is added to W_skip and b_dec. A transcoder without a
+    skip connection is returned as it is.
     """
     if dictionary.W_skip is None:
         return dictionary
@@ -129,7 +130,7 @@ def refit_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
 
 
 def affine_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """A (Dy, D) and c (Dy) of the ridge regression y ≈ A x + c, of activations (B, D) and (B, Dy)."""
+    """Return A (Dy, D) and c (Dy) of the ridge regression y ≈ A x + c, for activations x (B, D) and y (B, Dy)."""
     moments = Moments.empty(x.shape[1], y.shape[1], x.device)
     moments.add(x, y)
     regression = affine(moments)
@@ -137,7 +138,7 @@ def affine_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal_equations(codes: Codes, products_sum: Tensor, residual_sum: Tensor, ridge: float) -> NormalEquations:
-    """Those of a refit, from codes of all tokens, Zᵀ(residuals) (F, D) and Σ residuals (D)."""
+    """The normal equations of a refit, from the codes of all tokens, Zᵀ(residuals) (F, D) and Σ residuals (D)."""
     squares = latent_sums(codes.with_values(codes.values.square()))
     mean = latent_sums(codes) / codes.n_rows
     damping = (ridge * (squares + squares.mean())).clamp(min=1e-12)
@@ -148,9 +149,9 @@ def _normal_equations(codes: Codes, products_sum: Tensor, residual_sum: Tensor, 
 def conjugate_gradients(
     normal: Callable[[Tensor], Tensor], goal: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int
 ) -> Tensor:
-    """Solve normal(X) = goal for X (F, D), column by column side by side, preconditioned by `diagonal` (F).
+    """Solve normal(X) = goal for X (F, D), all columns side by side, preconditioned by `diagonal` (F).
 
-    `normal` is symmetric and positive definite; stops when ‖residual‖ ≤ tolerance·‖goal‖ in every column
+    `normal` is symmetric and positive definite; the iteration stops when ‖residual‖ ≤ tolerance·‖goal‖ in every column
     (Hestenes and Stiefel 1952).
     """
     X = torch.zeros_like(goal)

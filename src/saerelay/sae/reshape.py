@@ -1,4 +1,4 @@
-"""Give a dictionary other latents: revive silent ones, grow or prune it, change its architecture.
+"""Change a dictionary's latents: revive silent latents, add or remove latents, change the architecture.
 
 Shapes: B tokens, D model width, F latents, N silent latents.
 """
@@ -14,13 +14,13 @@ from saerelay.sae.kernels import encode_sparse, join_codes, latent_sums, reconst
 from saerelay.sae.maps import RIDGE, regress
 
 SAMPLE_ROWS = 8_192
-"""Tokens on which revived latents are set to fire as often as they should."""
+"""Number of tokens on which the firing frequency of revived latents is set."""
 SILENT_BELOW = 1 / 16_384
 """A latent that fires on a smaller share of tokens is silent."""
 REVIVED_FREQUENCY = 1 / 3
 """How often revived latents fire at first, relative to the mean latent."""
 ADDED_FREQUENCY = 0.1
-"""The same for latents that are added to a dictionary: at a third they displace too much (decision 026)."""
+"""The same for latents that are added to a dictionary: at a third they would displace too much (decision 026)."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,15 @@ def revive(
     *,
     target: Tensor | None = None,
 ) -> Dictionary:
-    """Give latents that are silent on activations x (B, D) something of x to stand for; others stay as they are.
+    """Give latents that are silent on activations x (B, D) new directions; the other latents stay as they are.
 
-    Each takes up the residual r of a token drawn with probability ∝ ‖r‖², as in Bricken et al. 2023, but its encoder is
-    the matched filter for r in what x is otherwise, C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon 1969), and its bias
-    lets it fire `frequency` times as often as the mean latent. The decoder is best refitted after this.
+    Each takes as its decoder row the residual r of a token drawn with probability ∝ ‖r‖², as in Bricken et al. 2023,
+    but its encoder is the matched filter for r against the rest of x, C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon
+    1969), and its bias lets it fire `frequency` times as often as the mean latent. The decoder is best refitted after
+    this.
 
-    A transcoder's latent takes up what is left of the token's `target` (B, Dy), and its encoder is the matched filter
-    for what the transcoder read there.
+    In a transcoder, r is the residual of the token's `target` (B, Dy), and the encoder is the matched filter for the
+    activation that the transcoder read at that token.
     """
     counts, residual = _firing_and_residual(dictionary, x, x if target is None else target)
     silent = (counts < SILENT_BELOW * len(x)).nonzero()[:, 0]
@@ -71,8 +72,8 @@ def revive(
         sought = torch.nn.functional.normalize(x[drawn] - mean, dim=1)
     filters = _matched_filters(x - mean, sought).to(x)
 
-    # A filter answers (x − mean)·filter. It fires on the `n_firing` tokens of the sample that it answers to most if its
-    # bias puts the answer to the last of these at the level that it takes to fire.
+    # A filter responds to x with (x − mean)·filter. It fires on the `n_firing` tokens of the sample with the strongest
+    # responses if its bias puts the weakest of these responses at the level that a latent must exceed to fire.
     sample = x[:SAMPLE_ROWS]
     n_fired = float(counts.sum())
     n_firing = max(1, round(frequency * n_fired / len(x) / dictionary.n_latents * len(sample)))
@@ -90,7 +91,7 @@ def revive(
 
 
 def _firing_and_residual(dictionary: Dictionary, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """On how many tokens x (B, D) each latent fires (F), and what is left of what is reconstructed, y (B, Dy)."""
+    """Return on how many of the tokens x (B, D) each latent fires (F), and the residual (B, Dy) of y (B, Dy)."""
     counts = torch.zeros_like(dictionary.b_enc)
     residuals = []
     for part, goal in zip(x.split(4096), y.split(4096), strict=True):
@@ -112,9 +113,9 @@ def _matched_filters(centred: Tensor, directions: Tensor) -> Tensor:
 def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor | None = None) -> Dictionary:
     """Give a dictionary another architecture, number of latents, or mean L0 on activations x (B, D).
 
-    With fewer latents those stay, in their order, that put most into reconstructions, by Σ z²‖w‖²; new ones are added
-    behind the others and revived (see `revive`). Other weights stay; `shape.l0` sets k, thresholds or (ReLU) biases.
-    `target` (B, Dy) is what a transcoder reconstructs.
+    With fewer latents, the ones that contribute most to reconstructions, by Σ z²‖w‖², stay in their order; new latents
+    are added behind the others and revived (see `revive`). Other weights stay; `shape.l0` sets k, thresholds or (ReLU)
+    biases. `target` (B, Dy) is what a transcoder reconstructs.
 
     >>> sae = Dictionary(architecture="topk", k=1, W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -139,7 +140,7 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor |
 
 
 def _pruned(dictionary: Dictionary, x: Tensor, n_latents: int) -> Dictionary:
-    """Only the latents that put most into the reconstructions of x (B, D), in their order."""
+    """Keep only the latents that contribute most to reconstructions of x (B, D), in their order."""
     codes = join_codes([encode_sparse(dictionary, part) for part in x.split(4096)])
     squares = latent_sums(codes.with_values(codes.values.square()))
     contribution = squares * dictionary.W_dec.square().sum(dim=1)
@@ -149,7 +150,7 @@ def _pruned(dictionary: Dictionary, x: Tensor, n_latents: int) -> Dictionary:
 
 
 def _converted(dictionary: Dictionary, shape: Shape) -> Dictionary:
-    """The same weights under another architecture, whose k is the L0 that is asked for, or the one it had."""
+    """The same weights under another architecture; k becomes the L0 asked for, or else stays."""
     kind = architecture_named(shape.architecture)
     activation = kind.of_dictionary(dictionary.k)
     if shape.l0:
@@ -169,7 +170,7 @@ def _gate_scale(dictionary: Dictionary) -> Tensor:
 
 
 def _with_empty_latents(dictionary: Dictionary, n_added: int) -> Dictionary:
-    """More latents, which never fire."""
+    """Append latents that never fire."""
     wider: dict[str, Tensor] = {}
     for name, tensor in dictionary.tensors().items():
         if name not in LATENT_PARAMETERS:

@@ -1,4 +1,4 @@
-"""What a dictionary is asked to be, and the names of transfer methods. Pure Python."""
+"""Specifications of dictionaries, and the names of transfer methods. Pure Python."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -16,14 +16,14 @@ MethodOrAuto = Method | Literal["auto"]
 LegMethod = MethodOrAuto | Literal["random"]
 """`random`: no map, but a random dictionary in the place of the parent's; for controls."""
 WITHOUT_MAP: tuple[LegMethod, ...] = ("identity", "random")
-"""Methods that no map has to be fitted for."""
+"""Methods that need no fitted map."""
 
 
 class AnyDictionarySpec(Spec):
-    """What a dictionary looks like but for its size.
+    """The specification of a dictionary, except for its size.
 
-    The keys of the architecture that is asked for are written beside the others; keys of other architectures may stand
-    there too, as in what `saerelay init` prints, and mean nothing.
+    The keys of the chosen architecture are written beside the others; keys of other architectures may be present too,
+    as in the output of `saerelay init`, and are ignored.
     """
 
     normalise: bool = Field(
@@ -50,11 +50,11 @@ class AnyDictionarySpec(Spec):
 
     @property
     def l0(self) -> float | None:
-        """Active latents per token that are asked for; None if they follow from a penalty."""
+        """Number of active latents per token that is asked for; None if it follows from a penalty."""
         return self.activation.l0
 
     def prefixes(self, n_latents: int) -> list[int]:
-        """How many of its latents each of the nested dictionaries has; the last has all.
+        """The number of latents of each of the nested dictionaries; the last has all.
 
         >>> AnyDictionarySpec(matryoshka=(0.25,)).prefixes(64)
         [16, 64]
@@ -63,14 +63,14 @@ class AnyDictionarySpec(Spec):
         return sorted(nested | {n_latents})
 
     def changed(self, **changes: Any) -> Self:
-        """See `Spec.changed`: keys of the architecture among them."""
+        """See `Spec.changed`; keys of the architecture may be changed too."""
         own = {key: changes.pop(key) for key in type(self.activation).model_fields if key in changes}
         if own:
             changes["activation"] = self.activation.changed(**own)
         return super().changed(**changes)
 
     def described(self) -> Iterator[Described]:
-        """See `Spec.described`: with the keys of all architectures."""
+        """See `Spec.described`; the keys of all architectures are included."""
         names = ", ".join(architecture.name for architecture in ARCHITECTURES)
         yield Described("architecture", self.architecture, names)
         for item in super().described():
@@ -91,7 +91,7 @@ class AnyDictionarySpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _choose_architecture(cls, data: Any) -> Any:
-        """Give the architecture that is named its keys."""
+        """Give its keys to the architecture that is named."""
         if not isinstance(data, dict) or "activation" in data:
             return data
         rest = dict(data)
@@ -124,7 +124,7 @@ class DictionarySpec(AnyDictionarySpec):
     n_latents: OrAuto[Count] = Field(default="auto", description='... or their number; "auto": by expansion')
 
     def sized(self, width: int) -> "SizedDictionarySpec":
-        """The same with its number of latents settled, on activations of a width."""
+        """Return the spec with its number of latents settled, for activations of a given width."""
         return SizedDictionarySpec(
             normalise=self.normalise,
             skip_connection=self.skip_connection,
@@ -140,7 +140,7 @@ class SizedDictionarySpec(AnyDictionarySpec):
     n_latents: Count
 
     def with_architecture(self, name: str) -> "SizedDictionarySpec":
-        """The same with another architecture, whose own keys have their defaults, at the same L0."""
+        """Return the spec with another architecture at the same L0, with defaults for its other keys."""
         if name == self.architecture:
             return self
         activation = architecture_named(name)()
@@ -149,12 +149,12 @@ class SizedDictionarySpec(AnyDictionarySpec):
         return self.changed(activation=activation)
 
     def with_l0(self, l0: float) -> "SizedDictionarySpec":
-        """The same, asking for another number of active latents per token."""
+        """Return the spec with another number of active latents per token."""
         return self.changed(activation=self.activation.with_l0(l0))
 
 
 def _keys_of_architectures() -> dict[str, list[type[Architecture]]]:
-    """Every key that an architecture has, and which do."""
+    """Every key that some architecture has, with the architectures that have it."""
     found: dict[str, list[type[Architecture]]] = {}
     for architecture in ARCHITECTURES:
         for key in architecture.model_fields:
@@ -163,5 +163,5 @@ def _keys_of_architectures() -> dict[str, list[type[Architecture]]]:
 
 
 def takes_sparse_step(device: str) -> bool:
-    """Whether training is by `kernels.sparse_step`: processors, and GPUs with Triton. Elsewhere it is by autograd."""
+    """Whether training uses `kernels.sparse_step`: on CPUs, and on GPUs with Triton. Elsewhere it uses autograd."""
     return device == "cpu" or (device.startswith("cuda") and find_spec("triton") is not None)

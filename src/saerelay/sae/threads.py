@@ -1,8 +1,9 @@
-"""Cores shared by pieces of work, each computed by one thread on its own.
+"""CPU cores shared by pieces of work, each computed by a single thread.
 
-torch splits single operations over cores, which costs a barrier each and leaves cores idle in whatever does not split.
-Here whole pieces go to threads that compute alone: pieces of one training step, or whole steps of several dictionaries.
-Pieces are cut by shapes, never by the number of threads, so the bits of a result do not depend on it.
+torch splits single operations over cores, which costs a barrier per operation and leaves cores idle in operations that
+do not split. Here each thread computes whole pieces alone: pieces of one training step, or whole steps of several
+dictionaries. Pieces are cut by shapes, never by the number of threads, so the bits of a result do not depend on that
+number.
 """
 
 import threading
@@ -17,16 +18,16 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 _mine = threading.local()
-"""`n_threads`: how many threads this one may share its work with, itself included. `busy`: it works on a piece."""
+"""`n_threads`: the number of threads this thread may share its work with, itself included. `busy`: it is at work."""
 _lock = threading.Lock()
 _helpers: list["SimpleQueue[Callable[[], None]]"] = []
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this thread compute with one core, so that `in_parallel` can use the others; numbers under 1e-38 are zero.
+    """Let this thread compute with one core, so that `in_parallel` can use the others; flush denormals to zero.
 
-    Denormal numbers, which the moments of dead latents decay to, would slow Adam down tenfold.
+    Denormal numbers (below 1e-38), to which the Adam moments of dead latents decay, would slow Adam down tenfold.
     """
     if getattr(_mine, "n_threads", 0):
         yield
@@ -44,7 +45,7 @@ def alone() -> Iterator[None]:
 
 
 def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> list[R]:
-    """`[function(item) for item in items]`, side by side on the cores that `alone` left free, if it did.
+    """`[function(item) for item in items]`, computed in parallel on the cores that `alone` left free, if it did.
 
     >>> with alone():
     ...     in_parallel(lambda x: x * x, range(5))
@@ -79,10 +80,10 @@ def in_parallel(function: Callable[[A], R], items: Iterable[A]) -> list[R]:
 
 
 def side_by_side(function: Callable[[A], R], items: Iterable[A], device: torch.device, *, n_in_all: int = 0) -> list[R]:
-    """`[function(item) for item in items]`, on one core each if that keeps all cores of a processor busy.
+    """`[function(item) for item in items]`, with one core per item if that keeps all cores of a CPU busy.
 
-    `n_in_all` counts the items where this process has but some of them: how each is computed, on which its bits may
-    depend, does not follow from who computes it.
+    `n_in_all` is the number of all items, if this process has only some of them: the bits of an item may depend on how
+    it is computed, so this must not depend on which process computes it.
     """
     work = list(items)
     enough = device.type == "cpu" and max(len(work), n_in_all) >= torch.get_num_threads()
@@ -91,7 +92,7 @@ def side_by_side(function: Callable[[A], R], items: Iterable[A], device: torch.d
 
 
 def _first_helpers(n: int) -> "list[SimpleQueue[Callable[[], None]]]":
-    """Queues of threads that each run what they are given, with one core."""
+    """Queues of threads; each thread runs the functions put into its queue, with one core."""
     with _lock:
         while len(_helpers) < n:
             queue: SimpleQueue[Callable[[], None]] = SimpleQueue()

@@ -1,4 +1,4 @@
-"""Transfer of a dictionary between sites, in closed form: fold it through a map, and `carry` it all the way.
+"""Closed-form transfer of a dictionary between sites: `fold` it through a map, or `carry` it all the way.
 
 Works on plain tensors; no language model is needed:
 
@@ -34,8 +34,8 @@ from saerelay.sae.units import Units
 L0_ROWS = 8_192
 """Rows on which L0 is measured and set."""
 REFIT_GAIN = 0.15
-"""What a refit has to gain at the site that its dictionary was trained at: a tenth is won on the documents of the rows
-alone, and lost on others (decision 025)."""
+"""The least share of FVU that a refit must gain at the site its dictionary was trained at: a gain of a tenth holds only
+for the documents of the rows, and is lost on others (decision 025)."""
 
 
 def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
@@ -45,8 +45,9 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
     b_enc' = n∘(b_enc + W_enc b), θ' = n∘θ. Exact for ReLU and JumpReLU under an invertible map with B = A⁻¹; TopK
     re-ranks its latents by n; BatchTopK's one threshold has to be calibrated again (`match_l0`).
 
-    A transcoder needs two maps in one (`crossed`): its encoder goes by B and b, between what it reads here and there,
-    its decoder by A and c, between what it reconstructs, and W_skip' = A W_skip B, b_dec' = A (b_dec + W_skip b) + c.
+    A transcoder needs two maps in one (`crossed`): B and b map its inputs between the sites and carry the encoder, A
+    and c map the activations it reconstructs and carry the decoder; W_skip' = A W_skip B, b_dec' = A (b_dec + W_skip b)
+    + c.
 
     Raises TransferError if the map does not start at the dictionary's width.
     """
@@ -78,15 +79,15 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Retraining:
-    """What a dictionary is revived and refitted on after a fold."""
+    """The activations that a dictionary is revived and refitted on after a fold."""
 
     rows: Tensor
     """Raw activations of the target (B, D)."""
     seed: int
     target: Tensor | None = None
-    """What a transcoder is to reconstruct there (B, Dy)."""
+    """Activations of the target that a transcoder is to reconstruct (B, Dy)."""
     checked: bool = False
-    """Refit only if that gains REFIT_GAIN on rows it has not seen: for a dictionary that stays at its site."""
+    """Refit only if this gains REFIT_GAIN on unseen rows: for a dictionary that stays at its site."""
 
     def normalised(self, units: Units) -> "Retraining":
         """The same rows in training units."""
@@ -103,7 +104,7 @@ class Carried(NamedTuple):
 
     dictionary: Dictionary
     refitted: bool
-    """Whether its decoder was refitted: asked for, and not held back by the check."""
+    """Whether its decoder was refitted: a refit was asked for, and the check did not reject it."""
 
 
 def carry(
@@ -118,10 +119,10 @@ def carry(
 ) -> Carried:
     """Bring a dictionary to a site: fold, reshape, revive and refit, at the mean L0 that is asked for.
 
-    `rows` (B, D) are raw activations of the target, on whose device the result is, and `units` those that it is trained
-    in: there its decoder rows have unit norm, by which TopK ranks, and there it is reshaped and refitted. Without a map
-    the dictionary stays as it is, without a shape it keeps its own, and without an L0 what decides which latents are
-    active is left alone.
+    `rows` (B, D) are raw activations of the target; the result is on their device. `units` are the training units of
+    the target: in them the dictionary is reshaped and refitted, and its decoder rows have unit norm, on which TopK's
+    ranking depends. Without a map the dictionary is not folded, without a shape it keeps its own, and without an L0 its
+    thresholds and biases are left alone.
     """
     folded = dictionary.to(rows.device)
     if between is not None:
@@ -137,7 +138,7 @@ def carry(
     if retraining:
         refitted = revive_and_refit(in_units, retraining.normalised(units))
 
-    # What is neither mapped nor changed keeps the norms that its decoder rows have.
+    # A dictionary that is neither mapped nor changed keeps the norms of its decoder rows.
     if refitted is not None:
         result = units.to_canonical(refitted)
     elif between is None and not shape:
@@ -154,16 +155,16 @@ def _normalised(units: Units, target: Tensor | None) -> Tensor | None:
 
 
 def refit_in(units: Units, dictionary: Dictionary, rows: Tensor, target: Tensor | None = None) -> Dictionary:
-    """A canonical dictionary with its decoder refitted on raw activations (B, D), of unit norm in training units.
+    """Return a canonical dictionary with its decoder refitted on raw activations (B, D).
 
-    `target` (B, Dy) is what a transcoder reconstructs.
+    In training units its decoder rows have unit norm. `target` (B, Dy) is what a transcoder reconstructs.
     """
     in_units = unit_decoder(units.from_canonical(dictionary))
     return units.to_canonical(refit_on(in_units, units.normalise(rows), _normalised(units, target)))
 
 
 def refit_on(dictionary: Dictionary, x: Tensor, target: Tensor | None, **how: Any) -> Dictionary:
-    """A dictionary with its decoder refitted on x (B, D); of a transcoder, the skip connection first.
+    """Return a dictionary with its decoder refitted on x (B, D); of a transcoder, the skip connection first.
 
     `how` are keywords of `refit`.
     """
@@ -174,9 +175,9 @@ def refit_on(dictionary: Dictionary, x: Tensor, target: Tensor | None, **how: An
 
 
 def revive_and_refit(dictionary: Dictionary, on: Retraining) -> Dictionary | None:
-    """A dictionary with silent latents revived and its decoder refitted, or None where the check holds it back.
+    """Revive silent latents and refit the decoder; return None where the check rejects the refit.
 
-    All is in training units, the rows too. The check holds back a quarter of the rows.
+    The dictionary and the rows are in training units. The check holds out a quarter of the rows.
     """
     n_fitted = 3 * len(on.rows) // 4 if on.checked else len(on.rows)
     fitted = on.at(slice(0, n_fitted))

@@ -1,7 +1,7 @@
-"""Which map a dictionary hops by: each is tried, its decoder refitted roughly, and measured on rows it has not seen.
+"""The choice of the map for a hop: try each map, refit the decoder roughly, and measure on unseen rows.
 
-No map is the best between all layers (decision 032): a copy fails where a huge dimension jumps, a regression shrinks
-what it explains badly, a rotation assumes that nothing is lost on the way.
+No map is the best between all layers (decision 032): a copy fails where the size of a huge dimension jumps, a
+regression shrinks directions that it explains badly, a rotation assumes that nothing is lost on the way.
 """
 
 from typing import get_args
@@ -20,12 +20,13 @@ from saerelay.sae.units import Balance, Units
 RANDOM = "random"
 """The name of a random dictionary among the trials."""
 REGRESSION_HANDICAP = 1.03
-"""What a regression's FVU is multiplied by: it shrinks what it explains badly towards the mean, which costs the model
-more than FVU says. Where the two were as good as this, the rotation always had the lower ΔCE (decision 032)."""
+"""Factor on a regression's FVU: a regression shrinks what it explains badly towards the mean, which costs the model
+more than FVU says. Where rotation and regression were this close, the rotation always had the lower ΔCE (decision
+032)."""
 TRIAL_ROWS = 32_768
-"""Rows that a trial looks at, at most; a quarter of them is held out."""
+"""Largest number of rows that a trial uses; a quarter of them is held out."""
 DIRECT_LATENTS = 8_192
-"""Trials of no more latents factor the normal equations of their refit: a third of the time of a few iterations."""
+"""Trials of up to this many latents factor their normal equations: a third of the time of a few iterations."""
 
 
 @torch.no_grad()
@@ -39,13 +40,13 @@ def try_methods(
     balance: Balance,
     l0: float | None = None,
 ) -> dict[str, float]:
-    """FVU in training units, on rows not seen, of a dictionary carried by each method and refitted; the best first.
+    """Carry a dictionary by each method, refit it, and return each FVU on unseen rows, the best first.
 
-    That of a regression is multiplied by `REGRESSION_HANDICAP`.
+    FVU is measured in training units; a regression's FVU is multiplied by `REGRESSION_HANDICAP`.
 
-    `on` are raw activations of the target. Beside the methods stands, if `fresh` is given, a random dictionary
-    of that size, refitted on the same rows (`RANDOM`): a hop that is no better has nothing to offer. Raises
-    TransferError for activations that are not finite.
+    `on` holds raw activations of the target. If `fresh` is given, a random dictionary of that size, refitted on the
+    same rows, is added under the name `RANDOM`: a hop that is no better has nothing to offer. Raises TransferError for
+    activations that are not finite.
     """
     on = on.at(slice(0, TRIAL_ROWS))
     rows = on.rows

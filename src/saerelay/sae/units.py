@@ -1,6 +1,6 @@
 """Training units: a leg trains on (x − mean) / scale, and is published for raw x.
 
-Both ways are exact, so that nothing that is trained or read needs to know the scale of a model's activations. In most
+Both conversions are exact, so neither training nor readers need to know the scale of a model's activations. In most
 language models a few dimensions are a hundred times as large as the others; units may also balance them (`balance`).
 Shapes: B tokens, D width.
 """
@@ -14,16 +14,16 @@ from torch import Tensor
 from saerelay.sae.dictionary import Dictionary
 
 Balance = float | Literal["auto"]
-"""Power of the deviations that dimensions are divided by; "auto" decides by the activations (see `power_for`)."""
+"""Power of the standard deviations that dimensions are divided by; "auto" decides by the data (see `power_for`)."""
 BALANCE = 0.75
-"""The power where some dimensions are huge (decision 031)."""
+"""The power used where some dimension is huge (decision 031)."""
 HUGE_DIMENSION = 0.05
-"""Share of the variance from which a dimension is huge: it has 0.13 to 0.78 in Gemma 3 270M, 0.02 in the demo model."""
+"""A dimension with more of the variance is huge; the largest share: 0.13 to 0.78 in Gemma 3 270M, 0.02 in the demo."""
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What activations are measured in.
+    """The offset and scale that activations are expressed in.
 
     >>> x = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
     >>> units = Units.fitted_to(x)
@@ -39,11 +39,11 @@ class Units:
     scale: Tensor
     """Scalar, or (D) where dimensions are balanced."""
     target: "Units | None" = None
-    """Those of what a transcoder reconstructs; None if that is what it reads."""
+    """Units of the activations that a transcoder reconstructs; None if it reconstructs what it reads."""
 
     @classmethod
     def fitted_to(cls, x: Tensor, balance: Balance = 0.0) -> Self:
-        """Those in which activations x (B, D) have mean 0 and, over all dimensions, mean square 1.
+        """Return units in which activations x (B, D) have mean 0 and mean square 1, averaged over all dimensions.
 
         Each dimension is also divided by its standard deviation to the power `balance`: with 0 dimensions keep their
         proportions, with 1 all have the same variance.
@@ -62,12 +62,12 @@ class Units:
 
     @classmethod
     def raw(cls, x: Tensor) -> Self:
-        """Those in which activations x (B, D) are as they are."""
+        """Return units that leave activations x (B, D) as they are."""
         return cls(torch.zeros_like(x[0]), torch.ones_like(x[0, 0]))
 
     @property
     def out(self) -> "Units":
-        """Those of what is reconstructed."""
+        """Units of the reconstructed activations."""
         return self.target or self
 
     @property
@@ -126,7 +126,7 @@ class Units:
 
 
 def power_for(variance: Tensor, balance: Balance) -> float:
-    """The power that dimensions of a variance (D) are balanced by: with "auto" BALANCE, or 0 where none is huge.
+    """The power that balances dimensions of variances (D): "auto" means BALANCE, or 0 where no dimension is huge.
 
     >>> power_for(torch.tensor([90.0, 5.0, 5.0]), "auto"), power_for(torch.ones(100), "auto")
     (0.75, 0.0)
@@ -138,9 +138,9 @@ def power_for(variance: Tensor, balance: Balance) -> float:
 
 
 def balance_factors(variance: Tensor, balance: Balance) -> Tensor:
-    """What dimensions of a variance (D) are divided by to balance them: deviation^power, geometric mean 1.
+    """Divisors that balance dimensions of variances (D): deviation^power, with geometric mean 1.
 
-    A dimension that is constant, or nearly, counts as one of a millionth of the mean variance.
+    A dimension that is constant, or nearly so, is treated as if its variance were a millionth of the mean variance.
     """
     damped = variance.clamp(min=1e-6 * float(variance.mean())).clamp(min=1e-30)
     logarithms = 0.5 * power_for(variance, balance) * damped.log()

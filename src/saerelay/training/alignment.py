@@ -1,4 +1,4 @@
-"""Activations of several layers as if they were of one: what an SAE that these layers share is trained on."""
+"""Activations of several layers mapped to one of them: the training data of an SAE that these layers share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from saerelay.site import Site
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """Takes the activations of some sites to one of them, `home`, so that they look alike there.
+    """Maps that take the activations of other sites to one site, `home`, so that all look alike there.
 
     >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     >>> alignment = Alignment(Site(5), {Site(6): (turn, torch.zeros(2))})
@@ -30,13 +30,13 @@ class Alignment:
 
     @classmethod
     def fitted(cls, home: Site, maps: Mapping[Site, AffineMap], device: torch.device) -> "Alignment":
-        """Of maps from other sites to `home`."""
+        """Build from maps of other sites to `home`."""
         return cls(
             home, {site: (m.A.to(device, torch.float32), m.c.to(device, torch.float32)) for site, m in maps.items()}
         )
 
     def rows(self, activations: Mapping[Site, Tensor]) -> Tensor:
-        """A batch (B, D), float32, of batches (B, D) of the same tokens: each row is of the next site, by turns."""
+        """Mix the sites' batches (B, D) of the same tokens into one (B, D), float32: sites take turns, row by row."""
         mixed = activations[self.home].to(torch.float32, copy=True)
         n_sites = 1 + len(self.maps)
         for turn, (site, (A, c)) in enumerate(self.maps.items(), start=1):
@@ -44,7 +44,7 @@ class Alignment:
         return mixed
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its maps by name, to be saved."""
+        """The maps by name, to be saved."""
         named = {}
         for site, (A, c) in self.maps.items():
             named[f"{site}.A"] = A
@@ -53,7 +53,7 @@ class Alignment:
 
     @classmethod
     def restore(cls, home: Site, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> "Alignment | None":
-        """Undo `tensors`; None where there are no other sites."""
+        """Undo `tensors`; None if there are no other sites."""
         if not sites:
             return None
         return cls(home, {site: (tensors[f"{site}.A"], tensors[f"{site}.c"]) for site in sites})

@@ -1,6 +1,6 @@
 """Several trainees in lockstep on one stream's batches.
 
-Lockstep is a loop over trainees, so that one that retires cannot change another's bits.
+Lockstep is a loop over trainees, so a trainee that retires cannot change another's bits.
 """
 
 import time
@@ -45,27 +45,27 @@ class Cohort:
         return leg_id in self.trainees
 
     def add(self, trainee: Trainee) -> None:
-        """Let a trainee take part from the next step on."""
+        """Add a trainee, which takes part from the next step on."""
         self.trainees[trainee.leg.id] = trainee
 
     def remove(self, leg_id: str) -> None:
-        """Forget a trainee."""
+        """Remove a trainee."""
         del self.trainees[leg_id]
 
     @property
     def live(self) -> list[Trainee]:
-        """Those with budget left."""
+        """The trainees with budget left."""
         return [trainee for trainee in self.trainees.values() if not trainee.done]
 
     def step(self, activations: Mapping[Site, Tensor], repetition: int = 0) -> None:
-        """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into its own batches.
+        """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into batches of its own size.
 
-        `repetition` counts passes over the same block: legs that train on a block less often sit out.
+        `repetition` counts passes over the same block: legs that make fewer passes sit out.
         """
         live = [trainee for trainee in self.live if trainee.leg.schedule.reuse > repetition]
 
-        # On a processor as many trainees as fill all cores evenly step side by side, each on one core; the others one
-        # after the other, each on all cores.
+        # On a CPU, as many trainees as fill all cores evenly step side by side, one core each; the remaining trainees
+        # step one after the other, with all cores each.
         on_cpu = [trainee for trainee in live if activations[trainee.leg.site].device.type == "cpu"]
         n_threads = torch.get_num_threads()
         side_by_side = on_cpu[: len(on_cpu) // n_threads * n_threads]
@@ -76,7 +76,7 @@ class Cohort:
             in_parallel(lambda trainee: self._step(trainee, activations), side_by_side)
 
     def settle(self) -> None:
-        """Wait for the steps that were launched on a GPU: see `Trainee.settle`."""
+        """Wait for the steps queued on a GPU: see `Trainee.settle`."""
         for trainee in self.trainees.values():
             trainee.settle()
 
@@ -96,7 +96,7 @@ class Cohort:
 
 @contextmanager
 def _shared_wall_clock(trainees: Sequence[Trainee]) -> Iterator[None]:
-    """Count the time that trainees step at once only once: each is charged its share of it."""
+    """Count the time of trainees that step at once only once: each is charged its share of it."""
     before = [trainee.state.seconds for trainee in trainees]
     began = time.perf_counter()
     yield

@@ -1,9 +1,9 @@
 """A leg's steps on a GPU: launched one after the other, without waiting for the device in between.
 
-What a step needs to know, and what the host would have to ask after each, lies on the device: the leg's age with the
-rates that follow from it (`Clock`), and whether its loss is still finite (`Fate`). So the same operations run in each
-step on the same memory, and can be recorded once as a CUDA graph and replayed (`Replayed`), which takes the host a
-fraction of the time that launching them one by one does. `Trainee.settle` asks the device, once a block.
+All that a step needs to know, or that the host would have to ask after each step, is on the device: the leg's age with
+the rates that follow from it (`Clock`), and whether its loss is still finite (`Fate`). So each step runs the same
+operations on the same memory, and can be recorded once as a CUDA graph and replayed (`Replayed`), which takes the host
+a fraction of the time of launching the operations one by one. `Trainee.settle` asks the device, once per block.
 """
 
 import warnings
@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 
 STEPS_AHEAD = 256
-"""Steps whose rates are computed and copied to the device at once."""
+"""Number of steps whose rates are computed and copied to the device at once."""
 STEPS_BEFORE_RECORDING = 3
-"""Steps of a shape taken as they are, which compile kernels and claim memory, before one is recorded."""
+"""Number of steps run unrecorded, to compile kernels and allocate memory, before a step is recorded."""
 
 
 class Now(NamedTuple):
-    """What a step depends on of its leg's age: numbers on a processor, single-number tensors on a GPU."""
+    """The quantities of a step that depend on its leg's age: numbers on a CPU, zero-dimensional tensors on a GPU."""
 
     age: int | Tensor
-    """Before the step."""
+    """The age before the step."""
     learning_rate: float | Tensor
     warmth: float | Tensor
     """Share of the penalty's weight in force."""
 
 
 class Clock:
-    """A leg's age, and what follows from it, on a device.
+    """A leg's age, and the rates that follow from it, on a device.
 
     >>> clock = Clock(torch.device("cpu"))
     >>> clock.set([Now(0, 0.1, 0.0), Now(512, 0.2, 0.5)])
@@ -47,10 +47,10 @@ class Clock:
         self.rates = torch.zeros(STEPS_AHEAD, 2, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.n_left = 0
-        """Steps that the host may still launch before it has to `set` the clock; the host counts them."""
+        """Steps that the host may still launch before it must `set` the clock; counted on the host."""
 
     def set(self, steps: Sequence[Now]) -> None:
-        """Let the coming steps, at most STEPS_AHEAD, be these."""
+        """Set the coming steps, at most STEPS_AHEAD."""
         ages = torch.tensor([step.age for step in steps])
         rates = torch.tensor([(step.learning_rate, step.warmth) for step in steps])
         for table, rows in ((self.ages, ages), (self.rates, rates)):
@@ -60,38 +60,38 @@ class Clock:
         self.n_left = len(steps)
 
     def now(self) -> Now:
-        """The step that comes next."""
+        """The coming step."""
         rates = self.rates.index_select(0, self.place)[0]
         return Now(self.ages.index_select(0, self.place)[0], rates[0], rates[1])
 
     def tick(self) -> None:
-        """Go on to the step after it."""
+        """Advance by one step."""
         self.place.add_(1)
 
 
 class Verdict(NamedTuple):
-    """What the host learns of the steps it launched."""
+    """What the host learns about the steps it launched."""
 
     failed: bool
     age: int
-    """After the last step whose loss was finite."""
+    """The age after the last step whose loss was finite."""
     loss: float
-    """Of the last step, or of the first that was not finite."""
+    """The loss of the last step, or of the first step whose loss was not finite."""
 
 
 @dataclass
 class Fate:
-    """Whether a leg's loss was finite in all its steps, on a device; from the first that was not on, nothing moves."""
+    """Whether a leg's loss was finite in all steps, kept on a device; after a non-finite loss nothing is updated."""
 
     failed: Tensor
-    """float32, 0 or 1: what Adam's kernel takes."""
+    """float32, 0 or 1: the form that Adam's kernel takes."""
     age: Tensor
-    """int64: after the last good step."""
+    """int64: the age after the last good step."""
     loss: Tensor
 
     @classmethod
     def at(cls, age: int, device: torch.device) -> "Fate":
-        """That of a leg which is well at some age."""
+        """The fate of a leg that has not failed, at some age."""
         return cls(
             failed=torch.zeros((), device=device),
             age=torch.full((), age, dtype=torch.int64, device=device),
@@ -99,20 +99,20 @@ class Fate:
         )
 
     def judge(self, loss: Tensor, age: Tensor) -> None:
-        """Take in the loss of a step after which the leg has an age."""
+        """Record the loss of a step, and the leg's age after it."""
         is_over = self.failed > 0
         self.loss.copy_(torch.where(is_over, self.loss, loss.float()))
         self.failed.copy_((is_over | ~torch.isfinite(loss)).float())
         self.age.copy_(torch.where(self.failed > 0, self.age, age))
 
     def verdict(self) -> Verdict:
-        """What became of the leg; the host waits for the device."""
+        """Read the outcome; the host waits for the device."""
         failed, age, loss = torch.stack([self.failed.double(), self.age.double(), self.loss.double()]).tolist()
         return Verdict(bool(failed), int(age), loss)
 
 
 class Stopwatch:
-    """Seconds that a device spends on what is launched between `start` and `stop`."""
+    """Measures the seconds that a device spends on work launched between `start` and `stop`."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -124,11 +124,11 @@ class Stopwatch:
         self.spans.append((begin, torch.cuda.Event(enable_timing=True)))
 
     def stop(self) -> None:
-        """End it."""
+        """End the span."""
         self.spans[-1][1].record()
 
     def read(self) -> float:
-        """Seconds since the last reading; the host waits for the device."""
+        """Return the seconds since the last reading; the host waits for the device."""
         seconds = 0.0
         for begin, end in self.spans:
             end.synchronize()
@@ -140,14 +140,14 @@ class Stopwatch:
 class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
     given: tuple[Tensor | None, ...]
-    """What it reads."""
+    """Memory that the graph reads its inputs from."""
 
 
 class Replayed:
-    """A function of a batch, one or two tensors, that is recorded as a CUDA graph for each shape, and then replayed.
+    """A function of one or two tensors that is recorded as a CUDA graph for each shape, and then replayed.
 
-    It must run the same operations on the same memory each time, must not wait for the device, and returns nothing.
-    Where recording fails, the function is called as it is from then on, and a warning says so.
+    The function must run the same operations on the same memory each time, must not wait for the device, and returns
+    nothing. If recording fails, a warning says so, and from then on the function is called directly.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -158,7 +158,7 @@ class Replayed:
         self.can_record = True
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> None:
-        """Call the function, or replay what it did."""
+        """Call the function, or replay its recording."""
         given = (x, target)
         shapes = _shapes(given)
         recording = self.recordings.get(shapes)
@@ -174,7 +174,7 @@ class Replayed:
         recording.graph.replay()
 
     def _record(self, given: tuple[Tensor, Tensor | None]) -> _Recording | None:
-        """The graph for the shapes of what is given; recording computes nothing."""
+        """Record the graph for the shapes of the inputs; recording computes nothing."""
         copies = tuple(None if tensor is None else tensor.clone() for tensor in given)
         recording = _Recording(torch.cuda.CUDAGraph(), copies)
         device = given[0].device
@@ -209,6 +209,6 @@ def _shapes(given: tuple[Tensor | None, ...]) -> tuple:
 
 
 _graphs: dict[torch.device, WeakSet[torch.cuda.CUDAGraph]] = {}
-"""Those that exist. They share the memory for what a step makes and forgets, since one is replayed after the other."""
+"""The existing graphs. They share memory for temporary tensors, since graphs are replayed one after the other."""
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-"""What is recorded, and not run, on a device."""
+"""The stream on which steps are recorded, by device; nothing runs there."""

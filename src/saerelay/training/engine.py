@@ -1,6 +1,6 @@
-"""Training of one SAE. Knows no language model, plan or directory.
+"""Training of one SAE. Knows nothing of language models, plans or directories.
 
-Everything scheduled is a function of a leg's own age (`schedule`); everything else that matters is in `TraineeState`.
+Every schedule is a function of the leg's own age (`schedule`); everything else that matters is in `TraineeState`.
 """
 
 import math
@@ -29,12 +29,12 @@ from saerelay.training.schedule import learning_rate, parameter_rates, penalty_w
 from saerelay.training.state import TraineeState, balance_of
 
 CALIBRATION_ROWS = 8_192
-"""Rows that a published threshold is calibrated on."""
+"""Number of rows on which a published threshold is calibrated."""
 _scratch = threading.local()
 
 
 class Progress(NamedTuple):
-    """How training went since the last look."""
+    """Averages of training since the last report."""
 
     age: int
     loss: float
@@ -48,7 +48,7 @@ class Progress(NamedTuple):
 
 
 class AutogradStep(NamedTuple):
-    """A batch that went forward and back by autograd on dense codes: what `kernels.Step` is tested against."""
+    """A batch after forward and backward passes by autograd on dense codes; `kernels.Step` is tested against it."""
 
     loss: Loss
     variance: Tensor
@@ -68,7 +68,7 @@ class AutogradStep(NamedTuple):
 
 @dataclass
 class _Sums:
-    """What the training log shows of the batches since the last look."""
+    """Sums over the batches since the last report, for the training log."""
 
     numbers: Tensor
     """float64 (4): Σ over batches of loss, Σ error², Σ‖x − mean‖², number active."""
@@ -77,7 +77,7 @@ class _Sums:
 
     @classmethod
     def nothing(cls, device: torch.device) -> "_Sums":
-        """Before the first batch."""
+        """Sums before the first batch."""
         return cls(torch.zeros(4, dtype=torch.float64, device=device))
 
     def clear(self) -> None:
@@ -88,7 +88,7 @@ class _Sums:
 
 
 class _Launched:
-    """What a trainee keeps on a GPU, where steps are launched without waiting for them (see `device`)."""
+    """State of a trainee on a GPU, where steps are launched without waiting for them (see `device`)."""
 
     def __init__(self, trainee: "Trainee") -> None:
         device = trainee.state.n_steps.device
@@ -97,7 +97,7 @@ class _Launched:
         self.fate = Fate.at(trainee.state.age, device)
         self.stopwatch = Stopwatch()
         self.gradients: dict[str, Tensor] = {}
-        """Where a recorded step writes them, so that the memory stays claimed."""
+        """Where a recorded step writes gradients; held here so that the memory stays allocated."""
         self.step: Callable[[Tensor, Tensor | None], None] = trainee._launched_step
         spec = trainee.leg.dictionary
         if spec.activation.selects_fixed_number and not spec.matryoshka and not trainee.dense:
@@ -107,8 +107,8 @@ class _Launched:
 class Trainee:
     """One dictionary in training; `dense` forces the autograd reference.
 
-    On a GPU a step is only launched: the state's age runs ahead of the device, and its seconds and a failure are those
-    of the last `settle`. Until then, parameters and all other tensors may be read as ever.
+    On a GPU a step is only launched: the state's age runs ahead of the device, while its seconds and any failure are as
+    of the last `settle`. Parameters and all other tensors may still be read at any time.
     """
 
     def __init__(self, leg: Leg, spec: TrainSpec, state: TraineeState, *, dense: bool = False) -> None:
@@ -120,7 +120,7 @@ class Trainee:
         device = state.n_steps.device
         self._sums = _Sums.nothing(device)
 
-        # Parameters and Adam's moments, cut into parts, which are views; b_dec is not one of the latents.
+        # Parameters and Adam's moments, cut into parts, which are views. b_dec has no entry per latent.
         triples: dict[str, Triple] = {}
         parameters = state.dictionary.tensors()
         for name, mean in state.gradient_means.items():
@@ -136,21 +136,21 @@ class Trainee:
 
     @property
     def seeks_goal(self) -> bool:
-        """Whether it has a goal that is not in sight yet."""
+        """Whether the leg has a goal that is not in sight yet."""
         return bool(self.leg.goal.goal_fvu) and self.state.budget_tokens == self.leg.budget_tokens
 
     def learning_rate(self, age: int) -> float:
-        """Rate of the step that it takes at `age`."""
+        """Learning rate of the step at `age`."""
         rate = learning_rate(self.leg, self.spec.optimizer, self.state.budget_tokens, age)
         return self.state.lr_share * rate
 
     def dead(self, age: int | Tensor | None = None) -> Tensor:
-        """Bool (F): latents that have not fired for the leg's dead window, at its present age or another."""
+        """Bool (F): latents that have not fired for the leg's dead window, at the current or a given age."""
         now = self.state.age if age is None else age
         return self.state.last_fired <= now - self.leg.schedule.dead_after_tokens
 
     def canonical(self, x: Tensor | None = None) -> Dictionary:
-        """The dictionary as it is now, for raw activations.
+        """The current dictionary, for raw activations.
 
         A BatchTopK threshold is calibrated on raw activations `x` (B, D) so that mean L0 is k there.
         """
@@ -167,9 +167,9 @@ class Trainee:
         return dictionary
 
     def check(self, x: Tensor, target: Tensor | None = None) -> None:
-        """Begin the decay now if, after it, FVU on held-out activations x (B, D) will meet the leg's goal.
+        """Begin the decay now if FVU on held-out activations x (B, D) is expected to meet the leg's goal after it.
 
-        The budget becomes that of which the tokens trained on so far are the share before the decay.
+        The budget is then set so that the tokens trained on so far are its share before the decay.
         """
         goal = self.leg.goal
         assert goal.goal_fvu
@@ -179,7 +179,7 @@ class Trainee:
             share_before_decay = 1 - self.spec.optimizer.decay
             self.state.budget_tokens = batch * math.ceil(self.state.age / share_before_decay / batch)
             if self._launched:
-                self._launched.clock.n_left = 0  # what it holds is that of the old budget
+                self._launched.clock.n_left = 0  # its rates are those of the old budget
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Trainee:
         self.state.seconds += time.perf_counter() - began
 
     def _launch(self, launched: _Launched, x: Tensor, target: Tensor | None) -> None:
-        """Let the device take a step when it has done those before."""
+        """Queue one step on the device."""
         batch = self.leg.schedule.batch_tokens
         if x.shape[0]:
             if not launched.clock.n_left:
@@ -210,20 +210,20 @@ class Trainee:
             self._sums.n_batches += 1
             self._sums.n_rows += x.shape[0]
         else:
-            launched.clock.n_left = 0  # it did not tick
+            launched.clock.n_left = 0  # the clock did not tick
         self.state.age += batch
 
     def _launched_step(self, x: Tensor, target: Tensor | None) -> None:
-        """What the device does in a step; nothing here depends on the host but the shape of x."""
+        """The device's work in a step; nothing here depends on the host but the shape of x."""
         assert self._launched
         clock = self._launched.clock
         self._train(x, target, clock.now())
         clock.tick()
 
     def settle(self) -> None:
-        """Wait for the steps that were launched, and learn what became of them; nothing to do on a processor.
+        """Wait for the launched steps and learn whether they succeeded; on a CPU there is nothing to do.
 
-        A leg whose loss was not finite at some step stays as it was before that step.
+        A leg whose loss was not finite in some step stays as it was before that step.
         """
         launched = self._launched
         if launched is None:
@@ -246,7 +246,7 @@ class Trainee:
         return Now(age, self.learning_rate(age), penalty_warmth(optimizer, self.state.budget_tokens, age))
 
     def _train(self, x: Tensor, target: Tensor | None, now: Now) -> None:
-        """One gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
+        """Take one gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
         state = self.state
         age_after = now.age + self.leg.schedule.batch_tokens
         dead = self.dead(now.age) if self.leg.dictionary.activation.weight_of_aux else None
@@ -292,7 +292,7 @@ class Trainee:
             self._sums.numbers += numbers
 
     def _shrink(self, norm: Tensor) -> Tensor | None:
-        """What gradients are divided by, so that their norm is at most `clip`; None for nothing."""
+        """The divisor of gradients that keeps their norm at `clip` or below; None if none is needed."""
         if not self.spec.optimizer.clip:
             return None
         shrink = (norm / self.spec.optimizer.clip).clamp(min=1)
@@ -322,7 +322,7 @@ class Trainee:
         return AutogradStep(loss, (y - y.mean(dim=0)).square().sum(), gradients)
 
     def _encoder(self, x: Tensor) -> Tensor:
-        """W_enc in the dtype that the product with it runs in; `LatentPart.update` keeps the copy up to date."""
+        """W_enc in the dtype of the product with it; `LatentPart.update` keeps the copy up to date."""
         asked = self.spec.precision
         half = asked == "bfloat16" or (asked == "auto" and x.dtype == torch.bfloat16)
         if not half:
@@ -332,7 +332,7 @@ class Trainee:
         return self.encoder
 
     def _gradient_buffers(self) -> dict[str, Tensor]:
-        """Room for the gradients: what this thread used last, if it fits, since new memory costs as much as a pass."""
+        """Memory for gradients: this thread's last buffers, if they fit, since new memory costs as much as a pass."""
         parameters = self.state.dictionary.tensors()
         shapes = {name: parameters[name].shape for name in parameters if name in self.parts[0].triples}
         device = self.state.dictionary.W_enc.device
@@ -343,10 +343,10 @@ class Trainee:
             self._launched.gradients = _scratch.gradients
         return _scratch.gradients
 
-    # --- what the log shows ---------------------------------------------------------------------------------------
+    # --- the training log -----------------------------------------------------------------------------------------
 
     def unreported(self) -> dict[str, Tensor]:
-        """What the next `look` will average over, to be saved."""
+        """The sums that the next `look` will average, to be saved."""
         sums = self._sums
         counts = torch.tensor([sums.n_batches, sums.n_rows])
         return {"numbers": sums.numbers.clone(), "counts": counts}
@@ -359,7 +359,7 @@ class Trainee:
         self._sums.n_rows = n_rows
 
     def look(self) -> Progress | None:
-        """Averages since the last look, or None if no gradient step was taken."""
+        """Return averages since the last look, or None if no gradient step was taken."""
         sums = self._sums
         if not sums.n_batches:
             return None

@@ -1,4 +1,4 @@
-"""How a leg begins from its parent: the parent carried to the leg's site, and the learning rate that this calls for."""
+"""How a leg begins from its parent: the parent carried to the leg's site, and the learning rate that follows."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -38,7 +38,7 @@ from saerelay.training.state import balance_of
 
 
 def gather_moments(now: Training, block: Block) -> None:
-    """Feed the moments of the hops that are coming, and of the layers that are to share a leg."""
+    """Add a block to the moments of upcoming hops, and of the layers that are to share a leg."""
     for leg in now.plan.legs:
         if not now.trains(leg) or not leg.start <= now.cursor < leg.fold_at:
             continue
@@ -52,7 +52,7 @@ def gather_moments(now: Training, block: Block) -> None:
 
 
 def _add_moments(now: Training, key: str, block: Block, source: Site, target: Site) -> None:
-    """Take a block's activations at a pair of sites into the moments under a key."""
+    """Add a block's activations at a pair of sites to the moments under a key."""
     width = now.plan.facts.width(target)
     moments = now.moments.setdefault(key, Moments.empty(width, width, block.keep.device))
     for rows in block.chunks([source, target]):
@@ -60,9 +60,9 @@ def _add_moments(now: Training, key: str, block: Block, source: Site, target: Si
 
 
 def align(now: Training, leg: Leg) -> Alignment | None:
-    """How the layers that share a leg look alike at its own; None if it is not shared.
+    """Fit the maps that make the layers sharing a leg look alike at its own layer; None if the leg is not shared.
 
-    They are only turned, shifted and stretched as one (procrustes), so that what is sparse at one stays sparse.
+    The maps only rotate, shift and scale uniformly (procrustes), so that what is sparse at one layer stays sparse.
     """
     if not leg.shared_layers:
         return None
@@ -76,41 +76,41 @@ def align(now: Training, leg: Leg) -> Alignment | None:
 
 
 def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:
-    """The moments that were gathered for a leg's hop, and forget them; a transcoder's are paired."""
+    """Return and forget the moments gathered for a leg's hop; a transcoder's are paired."""
     inputs = now.moments.pop(leg.id, None)
     outputs = now.moments.pop(f"{leg.id}{OUTPUTS}", None)
     return PairedMoments(inputs, outputs) if inputs and outputs else inputs
 
 
 class Parent(NamedTuple):
-    """What a leg is transferred from."""
+    """The dictionary that a leg is transferred from."""
 
     dictionary: Dictionary
-    """Canonical."""
+    """In canonical form."""
     l0: float | None
-    """Its mean L0 at its own site, where that is needed and known."""
+    """Its mean L0 at its own site, if needed and known."""
 
 
 class Inherited(NamedTuple):
-    """What a leg begins with, and how that was made."""
+    """The dictionary that a leg begins with, and how it was made."""
 
     dictionary: Dictionary | None
-    """Canonical; None where the leg had better start from scratch."""
+    """In canonical form; None where the leg should start from scratch instead."""
     lr_share: float
-    """Share of the leg's learning rate that this hop calls for."""
+    """Factor on the leg's learning rate that follows from this hop."""
     method: str
     trials: dict[str, float | None]
-    """FVU in training units of each method tried, on rows not seen; empty if the method was given."""
+    """FVU in training units of each method tried, on unseen rows; empty if the method was given."""
 
 
 def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units) -> Inherited:
-    """The parent `source` folded to the leg's site, revived, refitted, at the L0 that is asked for (or that it had).
+    """Carry the parent `source` to the leg's site: fold, revive, refit, at the leg's L0 (or else the parent's).
 
-    `units` are those that it is to be trained in. Raises TransferError if the hop cannot be made.
+    `units` are the units the leg is to be trained in. Raises TransferError if the hop cannot be made.
 
-    How to see this: each of the four things that `carry` may do is decided by itself, and is None if it is not wanted:
+    How to see this: each of the four things that `carry` may do is decided separately, and is None if it is not wanted:
     `between` (fold through a map), `shape` (another architecture or width), `retraining` (revive and refit), and `l0`
-    (match the sparsity). The learning rate then follows from what is known of how much is left to learn.
+    (match the sparsity). The learning rate then follows from how much is left to learn, as far as that is known.
     """
     assert leg.hop
     parent, parent_l0 = source
@@ -129,7 +129,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         assert moments
         n = max(L0_ROWS, leg.refit_tokens)
         sample = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
-        # Only a leg that is trained, and from the start, can do without its parent.
+        # Only a leg that is trained, and keeps its parent's shape, can do without its parent.
         fresh = leg.dictionary if leg.budget_tokens and not reshaped else None
         trials.update(try_methods(parent, moments, sample, units, fresh, balance=balance, l0=parent_l0))
         best = next(iter(trials))
@@ -138,7 +138,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         method = cast(Method, best)
     copied = method == "identity" and not reshaped
 
-    # What is copied and not trained is only looked at: its decoder keeps its norms, by which TopK does not rank.
+    # A copy that is not trained is only measured: its decoder keeps its norms, by which TopK does not rank.
     between = None
     if not copied or leg.budget_tokens:
         between = _map(now, leg, method, moments)
@@ -151,7 +151,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         target = block.target(leg, leg.refit_tokens)
         retraining = Retraining(block.rows(leg.site, leg.refit_tokens), seed, target, checked=at_home)
     if copied and not parent.activation.threshold_is_calibrated:
-        l0 = None  # the paper's copy: its L0 is what it is
+        l0 = None  # the paper's copy: its L0 is left as it is
 
     carried = carry(parent, between, rows, units, l0=l0, shape=shape, retraining=retraining)
     lr_share = 1.0
@@ -159,7 +159,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         left = unexplained(moments, balance=balance)
         lr_share = rate_share(left, leg.budget_tokens, now.plan.newness(leg))
     elif leg.schedule.lr_by_map:
-        # Without a map a refit tells: where it gained nothing, there is nothing to learn.
+        # Without a map the refit tells: if it gained nothing, there is nothing to learn.
         at_rest = copied and retraining is not None and not carried.refitted
         lr_share = LEAST_RATE_SHARE if at_rest else COPY_RATE
     return Inherited(carried.dictionary, lr_share, method, trials)
@@ -175,7 +175,7 @@ def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) ->
 
 
 def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
-    """A random dictionary, revived and refitted on the rows that a parent's would be: what training has to beat.
+    """A random dictionary, revived and refitted on the same rows as a parent would be: a baseline for training.
 
     See Korznikov et al. 2026, arXiv 2602.14111.
     """
@@ -189,7 +189,7 @@ def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
 
 
 def parent_of(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Parent | str:
-    """A leg's parent as it is now, on the rank that trains it, or trained it; or why there is none."""
+    """A leg's parent as it is now, on the rank that trains or trained the parent; or the reason why there is none."""
     if leg.parent in now.failures:
         return f"its parent {leg.parent} stopped"
     if leg.parent in now.cohort:
@@ -208,14 +208,14 @@ def parent_of(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Par
 def parents_from_elsewhere(
     now: Training, legs: Sequence[Leg], block: Block, paths: RunDirectory
 ) -> dict[str, Parent | str]:
-    """The parents of this rank's legs among `legs` that another rank trains, or trained, or why there is none; by leg.
+    """The parents (or why there is none), by leg, of this rank's legs among `legs` whose parent is another rank's.
 
-    Every rank makes this call with the same legs: whoever has a parent sends it, in the order of the legs.
+    Every rank makes this call with the same legs: the rank that has a parent sends it, in the order of the legs.
     """
     parents: dict[str, Parent | str] = {}
     device = block.keep.device
     for leg in legs:
-        source = now.owner.get(leg.parent, now.owner[leg.id])  # what is outside the plan is read by whoever needs it
+        source = now.owner.get(leg.parent, now.owner[leg.id])  # a parent outside the plan is read by the leg's own rank
         if source == now.owner[leg.id]:
             continue
         if source == now.team.rank:
@@ -227,7 +227,7 @@ def parents_from_elsewhere(
 
 
 def _on(device: torch.device, parent: Parent | str) -> Parent | str:
-    """A parent, if there is one, in the memory of a device."""
+    """Move a parent, if there is one, to a device."""
     if isinstance(parent, str):
         return parent
     return Parent(parent.dictionary.to(device), parent.l0)

@@ -1,4 +1,4 @@
-"""Some latents of a dictionary in training: their gradients, and the step they take."""
+"""A slice of the latents of a dictionary in training: their gradients, and their updates."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from saerelay.sae.kernels.adam import Adam, Triple
 
 
 class Backward(Protocol):
-    """A batch that went forward, and gives the gradients of any latents."""
+    """A batch after its forward pass, which gives the gradients of any latents."""
 
     def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
         """Write the gradients of some latents, by parameter name, into the tensors given."""
@@ -18,7 +18,7 @@ class Backward(Protocol):
 
 
 class LatentPart:
-    """Some latents of a dictionary in training; parts are worked on side by side."""
+    """A slice of the latents of a dictionary in training; parts are processed in parallel."""
 
     def __init__(self, latents: slice, triples: dict[str, Triple]) -> None:
         self.latents = latents
@@ -27,7 +27,7 @@ class LatentPart:
             self.triples[name] = (parameter[latents], mean[latents], square[latents])
 
     def differentiate(self, step: Backward, gradients: dict[str, Tensor]) -> Tensor:
-        """Write the gradients of these latents; Σ of their squares."""
+        """Write the gradients of these latents; return the sum of their squares."""
         own = {name: gradient[self.latents] for name, gradient in gradients.items()}
         step.gradients(self.latents, own)
         norms = [torch.linalg.vector_norm(gradient) for gradient in own.values()]
@@ -40,9 +40,9 @@ class LatentPart:
         rate_shares: dict[str, float],
         encoder: Tensor | None,
     ) -> None:
-        """Move these latents, each parameter at its share of the rate; `encoder` follows W_enc.
+        """Update these latents, each parameter at its share of the rate; `encoder` follows W_enc.
 
-        Decoder rows keep unit norm, thresholds stay positive.
+        Decoder rows keep unit norm; thresholds stay at or above zero.
         """
         ops = products(self.triples["W_dec"][0].device)
         for name, triple in self.triples.items():

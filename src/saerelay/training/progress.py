@@ -1,4 +1,4 @@
-"""What one sees while a run trains: a live table on a terminal, plain lines elsewhere."""
+"""The display of a run in training: a live table on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -15,17 +15,17 @@ from saerelay.training import engine
 
 
 class Watcher(Protocol):
-    """Is told how training goes; never changes it."""
+    """Is told how training proceeds; never changes it."""
 
     def tick(self, cursor: int) -> None:
-        """The stream has come to `cursor`."""
+        """Note that the stream has come to `cursor`."""
 
     def leg(self, leg_id: str, progress: engine.Progress) -> None:
-        """A leg's averages since it was last heard of."""
+        """Note a leg's averages since its last report."""
 
 
 class Speed:
-    """Tokens per second so far, known once a whole block is done: at its start the language model reads all of it."""
+    """Tokens per second, known once a whole block is done: the language model reads all of a block at its start."""
 
     def __init__(self, plan: Plan, cursor: int) -> None:
         self.plan = plan
@@ -34,13 +34,13 @@ class Speed:
         self.rate: float | None = None
 
     def tick(self, cursor: int) -> None:
-        """The stream has come to `cursor`."""
+        """Note that the stream has come to `cursor`."""
         ends_block = cursor % self.plan.block_tokens == 0
         if ends_block and cursor - self.first >= self.plan.block_tokens:
             self.rate = (cursor - self.first) / max(time.monotonic() - self.began, 1e-9)
 
     def said(self, cursor: int) -> str:
-        """The rate, and the time left from `cursor`."""
+        """The rate, and the time left from `cursor`, as text."""
         if self.rate is None:
             return "measuring the speed"
         left = (self.plan.n_tokens - cursor) / self.rate
@@ -79,7 +79,7 @@ class PlainLog:
 
 
 class LiveTable:
-    """A progress bar and a table of legs that renews itself; use as a context manager."""
+    """A progress bar and a table of legs that refreshes itself; use as a context manager."""
 
     def __init__(self, plan: Plan, console: Console, cursor: int = 0) -> None:
         self.plan, self.cursor = plan, cursor

@@ -1,4 +1,4 @@
-"""Everything that changes while a plan runs, and how it is saved and taken up again."""
+"""Everything that changes while a plan runs, and how it is saved and restored."""
 
 import hashlib
 import signal
@@ -30,11 +30,11 @@ from saerelay.training.saving import StateWriter
 from saerelay.training.state import TraineeState
 
 OUTPUTS = "@out"
-"""After a leg's id: the moments of what it reconstructs, if that is not what it reads."""
+"""Suffix of a leg's id: the moments of the activations that it reconstructs, if these are not its inputs."""
 
 
 def shared_key(leg: Leg, site: Site) -> str:
-    """Under which the moments are kept that align another layer with that of a leg which both share."""
+    """The key of the moments that align another layer with the leg's own layer, where both share the leg."""
     return f"{leg.id}@{site}"
 
 
@@ -56,14 +56,14 @@ class Line:
 
 
 class Journal:
-    """Where lines of the training log go: to a file and to whoever watches, or nowhere."""
+    """Destination of the training log's lines: a file and a watcher, or nowhere."""
 
     def __init__(self, log: IO[str] | None, watcher: Watcher) -> None:
         self.log = log
         self.watcher = watcher
 
     def write(self, lines: Iterable[Line]) -> None:
-        """Write some lines, in the order in which they came about."""
+        """Write some lines, in the order of their cursors."""
         if self.log is None:
             return
         for line in sorted(lines, key=lambda line: line.cursor):
@@ -73,27 +73,27 @@ class Journal:
 
 @dataclass(frozen=True)
 class Word:
-    """What a rank tells the others when they meet: all that they must know of its legs."""
+    """A rank's message to the others when they meet: all that they must know of its legs."""
 
     live: list[str]
-    """Its legs in training."""
+    """The rank's legs in training."""
     failures: dict[str, str]
     hops: dict[str, HopFacts]
     lines: list[Line]
     seconds: dict[str, float]
     moments: list[str]
     busy: float
-    """Seconds that it spent on its legs since its last block came."""
+    """Seconds that the rank spent on its legs since its last block arrived."""
     seconds_per_batch: float
-    """Of the language model, or 0 where it forwarded nothing."""
+    """Seconds per micro-batch of the language model, or 0 if the rank forwarded nothing."""
 
 
 @dataclass
 class Training:
-    """A plan under way; `save` and `restore` are all of resume.
+    """A plan in progress; `save` and `restore` are all there is to resuming.
 
-    A rank of a team trains its own legs only, and has the state of these. What it knows of the others' was said when
-    they last met: `ended`, `failures` and `hops`. These are the same on all ranks.
+    A rank of a team trains only its own legs, and holds only their state. All it knows of the others' legs was
+    exchanged when the ranks last met: `ended`, `failures` and `hops`. These are the same on all ranks.
     """
 
     plan: Plan
@@ -103,10 +103,10 @@ class Training:
     """The rank that trains each leg."""
     cursor: int = 0
     ended: set[str] = field(default_factory=set)
-    """Legs whose time has come and that do not live any more (or never did), on whichever rank."""
+    """Legs whose start has passed and that are no longer in training (or never were), on any rank."""
     moments: dict[str, Moments] = field(default_factory=dict)
-    """Of the hops that are coming, by leg; those of a transcoder's outputs with `OUTPUTS` after its id, and those that
-    align layers under their `shared_key`."""
+    """Moments for upcoming hops, by leg; of a transcoder's outputs, under the leg's id with the suffix `OUTPUTS`; for
+    the alignment of layers, under their `shared_key`."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why legs had to stop."""
     hops: dict[str, HopFacts] = field(default_factory=dict)
@@ -115,34 +115,34 @@ class Training:
     positions: dict[str, int] = field(default_factory=_no_positions)
     """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
     lines: list[Line] = field(default_factory=list)
-    """Of the training log, not yet written."""
+    """Lines of the training log that are not yet written."""
     log_bytes: int = 0
     """Length of the training log when the state was saved."""
     held_out: dict[Site, Tensor] = field(default_factory=dict)
-    """Validation activations of the sites of own legs, if there are goals."""
+    """Validation activations at the sites of this rank's legs, if there are goals."""
     serial: int = 0
-    """Number of the state that was saved last."""
+    """Number of the last saved state."""
     uncommitted: dict[str, Any] | None = None
     """Facts of a state whose tensors are being written."""
     writer: StateWriter = field(default_factory=StateWriter)
     began: float = field(default_factory=time.perf_counter)
-    """When the run began, by `time.perf_counter`, if it had never been interrupted."""
+    """When the run would have begun, by `time.perf_counter`, had it never been interrupted."""
     began_processor: float = field(default_factory=time.process_time)
     """The same by `time.process_time`."""
     block_came: float = 0.0
-    """When the last block was there, by `time.perf_counter`."""
+    """When the last block arrived, by `time.perf_counter`."""
 
     def trains(self, leg: Leg) -> bool:
-        """Whether a leg is this rank's."""
+        """Whether this rank trains a leg."""
         return self.owner[leg.id] == self.team.rank
 
     def held_out_target(self, leg: Leg) -> Tensor | None:
-        """The held-out rows of what a leg reconstructs, if it is a transcoder."""
+        """The held-out rows that a leg reconstructs, if it is a transcoder."""
         return self.held_out.get(leg.site_out) if leg.is_transcoder else None
 
     @property
     def n_repetitions(self) -> int:
-        """How many times some live leg trains on a block."""
+        """The greatest number of passes over a block among live legs."""
         return max((trainee.leg.schedule.reuse for trainee in self.cohort.live), default=1)
 
     def count(self, block: Block) -> None:
@@ -151,9 +151,9 @@ class Training:
         self.positions["left_out"] += int((~block.keep).sum())
 
     def meet(self, journal: Journal) -> list[Word]:
-        """Tell the others what became of this rank's legs, and learn it of theirs; rank 0 writes the training log.
+        """Exchange the state of all ranks' legs; rank 0 writes the training log.
 
-        This is the only source of what decides which sites are read, so that all ranks read the same.
+        All that decides which sites are read comes from this meeting, so that all ranks read the same.
         """
         self.seconds["total"] = time.perf_counter() - self.began
         self.seconds["processor"] = time.process_time() - self.began_processor
@@ -181,9 +181,9 @@ class Training:
         return words
 
     def save(self, paths: RunDirectory, words: Sequence[Word]) -> None:
-        """Let the state be written, each rank's part by itself; `commit` makes it the one to resume from.
+        """Begin to write the state, each rank its own part; `commit` makes it the state to resume from.
 
-        `words` are those of a meeting at this cursor, after which what was reported is in the training log.
+        `words` are from a meeting at this cursor, so the training log already holds everything reported so far.
         """
         parts: dict[str, dict[str, Tensor]] = {}
         for leg_id, trainee in self.cohort.trainees.items():
@@ -208,7 +208,7 @@ class Training:
         }
 
     def commit(self, paths: RunDirectory) -> None:
-        """Make the state that was saved the one to resume from, once all ranks have written their parts of it."""
+        """Make the saved state the one to resume from, once all ranks have written their parts of it."""
         if self.uncommitted is None:
             return
         digests: dict[str, dict[str, str]] = {}
@@ -217,11 +217,11 @@ class Training:
         if self.team.leads:
             commit_state(paths.state, {**self.uncommitted, "digests": digests})
         self.uncommitted = None
-        self.team.gather(None)  # nobody leaves before it is there
+        self.team.gather(None)  # no rank goes on before the state is there
 
     @classmethod
     def restore(cls, plan: Plan, paths: RunDirectory, device: torch.device, team: Team) -> "Training":
-        """Take up the saved state, of this rank's legs, or start at zero where there is none.
+        """Restore the saved state of this rank's legs, or start at zero if there is none.
 
         Raises RunDirectoryError if it is damaged, or if it is the state of another plan.
         """
@@ -259,12 +259,12 @@ class Training:
 
 
 def slowest(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The most that any rank spent in each phase."""
+    """The longest time that any rank spent, per phase."""
     return {name: max(of_rank[name] for of_rank in seconds) for name in seconds[0]}
 
 
 def check_plan(plan: Plan, expected: dict[str, str], paths: RunDirectory) -> None:
-    """Raise RunDirectoryError unless a plan has the legs that the state was saved with; it may have more."""
+    """Raise RunDirectoryError unless a plan has the legs that the state was saved with; further legs are allowed."""
     digests = {leg.id: leg_digest(leg) for leg in plan.legs}
     changed = sorted(leg_id for leg_id in expected if digests.get(leg_id) != expected[leg_id])
     if changed:
@@ -275,12 +275,12 @@ def check_plan(plan: Plan, expected: dict[str, str], paths: RunDirectory) -> Non
 
 
 def leg_digest(leg: Leg) -> str:
-    """A digest of all that a leg's training follows from."""
+    """A digest of everything that determines a leg's training."""
     return hashlib.blake2b(leg.model_dump_json().encode(), digest_size=8).hexdigest()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What bitwise equality depends on, for a run on a device."""
+    """The facts about this machine that bitwise equality depends on, for a run on a device."""
     processor = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -300,7 +300,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _version_of(*names: str) -> str | None:
-    """The version of the first of some packages that is installed."""
+    """The version of the first of the given packages that is installed."""
     for name in names:
         with suppress(PackageNotFoundError):
             return version(name)

@@ -1,4 +1,4 @@
-"""When the resume state is saved, and by whom: on a GPU by a thread, while training goes on."""
+"""When the resume state is saved, and how: on a GPU by a thread, while training goes on."""
 
 import threading
 import time
@@ -12,33 +12,33 @@ from saerelay.planning.recipe import TrainSpec
 from saerelay.runs.state import Tensors, save_part
 
 SECONDS_BETWEEN_STATES = 300.0
-"""Unless the recipe counts tokens instead."""
+"""Applies unless the recipe counts tokens instead."""
 
 
 class SavingTimes:
-    """Says when the next state is due: after so many tokens, or so much time, since the last."""
+    """Says when the next state is due: a number of tokens, or a time, after the last state."""
 
     def __init__(self, spec: TrainSpec, cursor: int) -> None:
         self.every = spec.checkpoint_every
         self.saved(cursor)
 
     def saved(self, cursor: int) -> None:
-        """Take note that the state was saved."""
+        """Note that the state was saved."""
         self.cursor = cursor
         self.time = time.monotonic()
 
     def due(self, cursor: int) -> bool:
-        """Whether it is time to save it again."""
+        """Whether it is time to save the state again."""
         if isinstance(self.every, str):  # "auto"
             return time.monotonic() - self.time >= SECONDS_BETWEEN_STATES
         return cursor - self.cursor >= self.every
 
 
 class StateWriter:
-    """Writes the parts of resume states, one state after the other; what goes wrong is raised by `wait`.
+    """Writes the parts of resume states, one state after the other; `wait` raises any error.
 
-    Tensors of a GPU are copied to pinned memory, which takes milliseconds, and written from there by a thread; those
-    of a processor, which training goes on to change, are written at once.
+    GPU tensors are copied to pinned memory, which takes milliseconds, and a thread writes them from there; CPU tensors,
+    which training goes on to change, are written at once.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class StateWriter:
         return self._thread is None or not self._thread.is_alive()
 
     def write(self, directory: Path, parts: Mapping[str, Tensors]) -> None:
-        """Write some parts of a state, once those of the one before are on disk."""
+        """Write some parts of a state, once the parts of the previous state are on disk."""
         self.wait()
         on_gpus = {tensor.device for tensors in parts.values() for tensor in tensors.values() if tensor.is_cuda}
         if not on_gpus:
@@ -68,7 +68,7 @@ class StateWriter:
         self._thread.start()
 
     def wait(self) -> dict[str, dict[str, str]]:
-        """Wait until all that was written is on disk; digests of its tensors, by part."""
+        """Wait until everything is on disk; return the digests of the tensors, by part."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -79,7 +79,7 @@ class StateWriter:
         return self._digests
 
     def _copied(self, part: str, name: str, tensor: Tensor) -> Tensor:
-        """A copy in pinned memory, which is kept for the next state: to claim it takes longer than to fill it."""
+        """A copy in pinned memory, which is kept for the next state: allocating it takes longer than filling it."""
         old = self._pinned.get((part, name))
         if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
             old = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()

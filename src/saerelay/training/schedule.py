@@ -1,4 +1,4 @@
-"""What a leg does at which age: learning rate, warm-up of the penalty, checks of its goal. Functions of age alone."""
+"""A leg's schedules: learning rate, warm-up of the penalty, checks of its goal. Functions of the leg's age alone."""
 
 import math
 
@@ -6,13 +6,13 @@ from saerelay.planning.plan import Leg
 from saerelay.planning.recipe import OptimizerSpec
 
 FIRST_CHECK = 0.25
-"""Share of the budget before which a goal is not looked at."""
+"""Share of the budget before which a goal is not checked."""
 N_CHECKS = 16
-"""How often a goal would be looked at in a whole budget."""
+"""Number of checks of a goal that would fit into a whole budget."""
 
 
 def learning_rate(leg: Leg, optimizer: OptimizerSpec, budget: int, age: int) -> float:
-    """Rate of the step that a leg with some budget takes at `age`: linear warm-up, constant, linear decay to zero."""
+    """Learning rate of a leg's step at `age` under a budget: linear warm-up, constant, linear decay to zero."""
     rise = 1.0
     if optimizer.warmup:
         rise = (age + leg.schedule.batch_tokens) / (optimizer.warmup * budget)
@@ -23,9 +23,9 @@ def learning_rate(leg: Leg, optimizer: OptimizerSpec, budget: int, age: int) -> 
 
 
 def parameter_rates(optimizer: OptimizerSpec, width: int) -> dict[str, float]:
-    """Rate of each parameter of the latents, as a share of the learning rate, which is the decoder's.
+    """Rates of the latents' parameters, as shares of the learning rate, which is the decoder's.
 
-    By default biases learn at a rate that does not fall with the width, as they should (Yang et al. 2022, table 8).
+    By default the biases' rate does not fall with the width, as it should not (Yang et al. 2022, table 8).
     """
     bias = math.sqrt(width) / 5 if optimizer.bias_lr == "auto" else optimizer.bias_lr
     return {"W_enc": optimizer.encoder_lr, "b_enc": bias, "threshold": bias, "r_mag": 1.0, "W_dec": 1.0}
@@ -38,7 +38,7 @@ def penalty_warmth(optimizer: OptimizerSpec, budget: int, age: int) -> float:
 
 
 def goal_is_due(leg: Leg, optimizer: OptimizerSpec, batch_tokens: int, age: int) -> bool:
-    """Whether a leg with a goal is measured at `age`: from a quarter of its budget on, until its decay begins."""
+    """Whether a leg's goal is checked at `age`: from a quarter of its budget on, until its decay begins."""
     if not leg.goal.goal_fvu:
         return False
     budget = leg.budget_tokens

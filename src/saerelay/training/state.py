@@ -1,4 +1,4 @@
-"""All of one SAE in training that is not a function of its age: its parameters, units, optimizer and counts."""
+"""Everything about an SAE in training that is not a function of its age: parameters, units, optimizer and counts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from saerelay.training.alignment import Alignment
 
 @dataclass
 class TraineeState:
-    """All of a trainee that is not a function of its age: what is saved, and nothing else is."""
+    """Everything about a trainee that is not a function of its age; exactly this is saved."""
 
     dictionary: Dictionary
     """In training units; W_enc reads activations times `whitening`."""
@@ -30,18 +30,18 @@ class TraineeState:
     gradient_squares: dict[str, Tensor]
     n_steps: Tensor
     last_fired: Tensor
-    """int64 (F): age at which each latent fired last."""
+    """int64 (F): age at which each latent last fired."""
     budget_tokens: int
-    """The leg's, or less once its goal is in sight."""
+    """The leg's budget, or less once its goal is in sight."""
     age: int = 0
     lr_share: float = 1.0
-    """What the leg's learning rate is multiplied by."""
+    """Factor on the leg's learning rate."""
     seconds: float = 0.0
-    """Spent in steps."""
+    """Seconds spent in steps."""
     failure: str = ""
     """Why training stopped; "" while it goes on."""
     alignment: Alignment | None = None
-    """Of the layers that share the leg, if several do."""
+    """Alignment of the layers that share the leg, if several do."""
 
     @classmethod
     def begin(
@@ -53,9 +53,9 @@ class TraineeState:
         budget_tokens: int,
         lr_share: float = 1.0,
     ) -> "TraineeState":
-        """At age 0, with parameters of its own and a fresh optimizer."""
+        """The state at age 0, with its own copy of the parameters and a fresh optimizer."""
         own = {name: tensor.detach().contiguous().clone() for name, tensor in dictionary.tensors().items()}
-        trained = {name: tensor for name, tensor in own.items() if name != "W_skip"}  # which is set in closed form
+        trained = {name: tensor for name, tensor in own.items() if name != "W_skip"}  # W_skip is set in closed form
         if dictionary.activation.threshold_is_calibrated:
             del trained["threshold"]
         device = dictionary.W_enc.device
@@ -72,7 +72,7 @@ class TraineeState:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but a failure, as tensors; a leg that failed is not saved."""
+        """Everything but a failure, as tensors; a failed leg is not saved."""
         tensors = {f"parameter.{name}": tensor for name, tensor in self.dictionary.tensors().items()}
         for name, tensor in self.gradient_means.items():
             tensors[f"adam.exp_avg.{name}"] = tensor
@@ -128,7 +128,7 @@ def balance_of(leg: Leg, spec: TrainSpec) -> Balance:
 def units_of(leg: Leg, spec: TrainSpec, first: Tensor, target: Tensor | None = None) -> Units:
     """The units that a leg trains in, fixed by the first raw activations (B, D) of its site.
 
-    `target` (B, Dy) are those of what a transcoder reconstructs.
+    `target` (B, Dy) are the first activations that a transcoder reconstructs.
     """
     if target is not None:
         return replace(units_of(leg, spec, first), target=units_of(leg, spec, target))
@@ -148,7 +148,7 @@ def first_state(
 ) -> TraineeState:
     """The state at age 0.
 
-    `first` are raw activations (B, D) of the leg's site that fix its units, and `target` (B, Dy) those of what a
+    `first` are raw activations (B, D) of the leg's site that fix its units, and `target` (B, Dy) the activations that a
     transcoder reconstructs; `inherited` is the folded parent, in canonical form, or None to start from scratch.
     """
     first = first.float()
@@ -173,9 +173,9 @@ def first_state(
 def whitening_matrix(x: Tensor, power: float) -> Tensor:
     """(C + λI)^-power of the covariance C of x (B, D), in training units; λ is a thousandth of the mean variance.
 
-    An encoder that reads x times this learns as if its gradient were multiplied by C^(-2·power): directions of little
-    variance keep up (as in K-FAC, Martens and Grosse 2015, and Shampoo, Gupta et al. 2018, of which this is the
-    input's half, held fixed). Entries are rounded to bfloat16, so that products in it change nothing.
+    An encoder that reads x times this matrix learns as if its gradient were multiplied by C^(-2·power): directions of
+    low variance keep up (as in K-FAC, Martens and Grosse 2015, and Shampoo, Gupta et al. 2018, of which this is the
+    input side, held fixed). Entries are rounded to bfloat16, so that products in bfloat16 change nothing.
 
     >>> x = torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 0.5])
     >>> (x @ whitening_matrix(x, 0.5)).std(dim=0).round(decimals=1)

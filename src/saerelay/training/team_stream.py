@@ -1,7 +1,8 @@
-"""One block of activations by all ranks: each forwards some micro-batches, and gets the sites of its own legs from all.
+"""One block of activations by all ranks: each forwards some micro-batches, and gets from all the sites of its legs.
 
-Whole micro-batches are dealt out, so what the model computes does not depend on who computes it; rows go to the same
-shuffled places as ever. So every rank has, at its sites, the bits that a process on its own would have.
+Whole micro-batches are distributed, so the model's results do not depend on the rank that computes them, and rows go to
+the same shuffled places as in a single process. So every rank has, at its sites, the bits that a single process would
+have.
 """
 
 import math
@@ -19,15 +20,15 @@ from saerelay.site import Site
 from saerelay.team import Team
 
 MAX_OUTBOX_BYTES = 2**31 - 2**24
-"""Most that a rank sends at once: a larger share of a block goes in several rounds."""
+"""The most that a rank sends at once: a larger share of a block is sent in several rounds."""
 ALIGNMENT = 16
-"""Bytes that each site's rows are aligned to, so that they may be viewed in any dtype, and copied in words."""
+"""Bytes that each site's rows are aligned to, so that they may be viewed in any dtype and copied in words."""
 MicroBatch = tuple[Tensor, Tensor]
-"""Tokens (s, C) of some sequences, and the row of the block that each position has."""
+"""Tokens (s, C) of some sequences, and the row of the block for each position."""
 
 
 class TeamStream(LiveStream):
-    """A `LiveStream` whose forward passes are spread over a team, whose ranks all ask for the same blocks."""
+    """A `LiveStream` whose forward passes are spread over a team; all ranks ask for the same blocks."""
 
     def __init__(self, stream: LiveStream, team: Team) -> None:
         plan = stream.plan
@@ -36,7 +37,7 @@ class TeamStream(LiveStream):
         self.degree = plan.recipe.model.tensor_parallel
         self.owner = owners(plan, team.size)
         self.needs: list[list[Site]] = []
-        """Of the block at hand, by rank."""
+        """The sites that each rank needs of the current block."""
         sites = plan.with_probe(plan.sites_read)
         self._dtypes = dict.fromkeys(sites, torch.bfloat16)
         if self.model and not self.cache:
@@ -45,12 +46,12 @@ class TeamStream(LiveStream):
         self._row_bytes = {site: plan.facts.width(site) * dtype.itemsize for site, dtype in self._dtypes.items()}
 
     def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:
-        """Those of the open sites that this rank needs."""
+        """The open sites that this rank needs."""
         self.needs = needed_sites(self.plan, self.owner, self.team.size, number, sites)
         return self.needs[self.team.rank]
 
     def _keep(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """One rank looks for outlier norms, and tells the others."""
+        """Look for outlier norms on one rank, and tell the others."""
         if self.plan.probe_site is None:
             return finite_positions(self.plan, tokens, self.buffers, order)
         source = prober(self.needs, self.plan.probe_site)
@@ -63,7 +64,7 @@ class TeamStream(LiveStream):
     def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
         """Run the model over this rank's share of tokens (S, C), and exchange activations with the others.
 
-        What the cache lacks is decided together: a sequence that one rank needs is forwarded, by whoever it falls to.
+        Ranks decide together what the cache lacks; a sequence that any rank needs is forwarded by the one it falls to.
         """
         wanted = self.needs
         if needed is not None:
@@ -80,11 +81,11 @@ class TeamStream(LiveStream):
             self._round(wanted, dealt)
 
     def _round(self, wanted: Sequence[Sequence[Site]], dealt: Sequence[Sequence[MicroBatch]]) -> None:
-        """Forward the micro-batches `dealt` to this rank; send each rank the sites it wants, and place what comes.
+        """Forward this rank's micro-batches of `dealt`, send each rank the sites it wants, and place what is received.
 
-        How to see this: the outbox is one piece of memory, cut by rank, then by site; the inbox likewise. Both ends
-        know all sizes, so nothing but activations is sent. What this rank forwards for itself goes straight to its
-        place.
+        How to see this: the outbox is one piece of memory, cut by rank, then by site; so is the inbox. Both ends know
+        all sizes, so nothing but activations is sent. Activations that this rank forwards for itself go straight to
+        their places.
         """
         me = self.team.rank
         ranks = range(self.team.size)
@@ -109,9 +110,9 @@ class TeamStream(LiveStream):
     def _forward(
         self, batches: Sequence[MicroBatch], wanted: Sequence[Sequence[Site]], parcels: Sequence[Mapping[Site, Tensor]]
     ) -> None:
-        """Run the model over some micro-batches: activations go to their rows of a block, and into parcels.
+        """Run the model over some micro-batches; write activations to their rows of a block, and into parcels.
 
-        Whoever wants what, every rank goes as deep as the others: those that hold the model together must.
+        Every rank runs to the deepest site that any rank wants: ranks that hold the model together must.
         """
         mine = wanted[self.team.rank]
         sites = sorted({site for of_rank in wanted for site in of_rank})
@@ -132,18 +133,18 @@ class TeamStream(LiveStream):
             self.team.own_seconds_per_batch = (time.perf_counter() - began) / len(batches)
 
     def _hand_out(self, site: Site, rows: Tensor | None, copies: Sequence[Tensor], x: Tensor) -> None:
-        """Put activations (..., D) into their rows of the block, if this rank needs them, and into copies (n, D)."""
+        """Write activations (..., D) to their rows of the block, if this rank needs them, and to copies (n, D)."""
         if rows is not None:
             self._put(site, rows, x)
         for copy in copies:
             copy.copy_(x.flatten(0, -2))
 
     def _bytes(self, n_tokens: int, sites: Sequence[Site]) -> int:
-        """Bytes that some sites' activations take in a box."""
+        """Number of bytes that the activations of some sites take in a box."""
         return sum(ALIGNMENT * math.ceil(n_tokens * self._row_bytes[site] / ALIGNMENT) for site in sites)
 
     def _cut(self, box: Tensor, n_tokens: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The activations (n_tokens, D) of some sites that lie one after the other in a box, uint8."""
+        """The activations (n_tokens, D) of some sites that lie one after the other in a box (uint8)."""
         parts = box.split([self._bytes(n_tokens, [site]) for site in sites])
         views = {}
         for site, part in zip(sites, parts, strict=True):

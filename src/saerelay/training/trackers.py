@@ -1,6 +1,6 @@
 """TensorBoard and Weights & Biases, where they are installed and a recipe asks for them (train.loggers).
 
-A logger that fails on the way, because the network is down, say, is left out from then on: the run goes on.
+A logger that fails during a run, because the network is down for example, is dropped, and the run goes on.
 """
 
 import json
@@ -24,7 +24,7 @@ SHOWN = ("loss", "fvu", "l0", "n_dead", "learning_rate")
 
 
 class Several:
-    """Tells several watchers."""
+    """Passes everything on to several watchers."""
 
     def __init__(self, watchers: Sequence[Watcher]) -> None:
         self.watchers = watchers
@@ -41,7 +41,7 @@ class Several:
 
 
 class Loggers:
-    """Tells loggers every point of the training log once, also where a resumed run comes by the same points again."""
+    """Gives loggers each point of the training log once, even if a resumed run logs the same points again."""
 
     def __init__(self, loggers: Sequence["TensorBoard | WandB"], logged_ages: Mapping[str, int]) -> None:
         self.loggers = list(loggers)
@@ -57,7 +57,7 @@ class Loggers:
         for logger in tuple(self.loggers):
             try:
                 logger.log(leg_id, progress)
-            except Exception as error:  # of another library, for any reason
+            except Exception as error:  # from another library, of any kind
                 _warn_of(logger, error)
                 self.loggers.remove(logger)
 
@@ -114,7 +114,7 @@ class WandB:
 
 
 def check_installed(plan: Plan) -> None:
-    """Refuse a recipe that asks for a logger which is not there."""
+    """Raise RecipeError if a recipe asks for a logger that is not installed."""
     for name in plan.recipe.train.loggers:
         if find_spec(name) is None:
             raise RecipeError(
@@ -141,10 +141,10 @@ def loggers_of(plan: Plan, paths: RunDirectory) -> Iterator[Watcher]:
 
 
 def _ages_told(paths: RunDirectory) -> dict[str, int]:
-    """Each leg's last age that loggers were told of, which is kept.
+    """The last age of each leg that loggers were told of; it is also saved.
 
-    How to see this: training cuts the log back to what was saved, and logs the same points again. If
-    it is killed before it comes to where it was the first time, the log says less than was told.
+    How to see this: training cuts the log back to the saved state, and logs the same points again. If it is killed
+    before it reaches the point where it was the first time, the log says less than the loggers were told.
     """
     told = last_ages(paths.metrics)
     if paths.metrics.is_file():

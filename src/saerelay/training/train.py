@@ -35,9 +35,9 @@ from saerelay.training.schedule import goal_is_due
 from saerelay.training.state import balance_of, first_state, units_of
 
 FIRST_ROWS = 32_768
-"""Rows that a leg looks at when it begins, for its units and its initialisation."""
+"""Number of rows that a leg's units and initialisation are based on."""
 HELD_OUT_ROWS = 4_096
-"""Rows of the validation split that goals are measured on."""
+"""Number of rows of the validation split that goals are measured on."""
 
 
 def train_plan(
@@ -51,7 +51,7 @@ def train_plan(
 ) -> None:
     """Run a plan to its end, from the saved state if there is one; `validation` is for legs with a goal.
 
-    Each rank of a `team` calls it, with a stream that gives the sites of its own legs (`TeamStream`).
+    Each rank of a `team` calls this, with a stream that gives the sites of its own legs (`TeamStream`).
 
     Raises Interrupted after a signal (state saved) and LegFailed at the end if a leg had to stop.
     """
@@ -81,7 +81,7 @@ def train_plan(
                 watcher.tick(now.cursor)
                 if now.cursor == end_of_block:
                     end_block(now, block, paths, journal)
-                if now.cursor == end_of_block or team.size == 1:  # ranks agree on what follows once a block
+                if now.cursor == end_of_block or team.size == 1:  # ranks agree once per block on what follows
                     save_if_due(now, block, paths, journal, saving, stop)
         now.commit(paths)
         words = now.meet(journal)
@@ -96,7 +96,7 @@ def train_plan(
 
 
 def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:
-    """What is due before a block's first batch: legs that start here, and the moments of hops that are coming."""
+    """Do the work due before a block's first batch: start legs, and add to the moments of upcoming hops."""
     with timed(now.seconds, "fits"):
         begin_legs(now, block, paths, hops=False)
         gather_moments(now, block)
@@ -104,7 +104,7 @@ def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:
 
 
 def end_block(now: Training, block: Block, paths: RunDirectory, journal: Journal) -> None:
-    """What is due after a block's last batch: all ranks meet, then hops are made from what they now know is there."""
+    """Do the work due after a block's last batch: all ranks meet, then make the hops whose parents are there."""
     drop_failed(now, block, paths)
     report(now, now.cohort.live)
     now.meet(journal)
@@ -115,7 +115,7 @@ def end_block(now: Training, block: Block, paths: RunDirectory, journal: Journal
 def save_if_due(
     now: Training, block: Block, paths: RunDirectory, journal: Journal, saving: SavingTimes, stop: threading.Event
 ) -> None:
-    """Save the state if it is time to, or if one rank was asked to stop; raises Interrupted then, on all of them."""
+    """Save the state if it is time, or if any rank was asked to stop; in that case raise Interrupted on all ranks."""
     stopping, due = now.team.any(stop.is_set(), saving.due(now.cursor))
     if stopping or due:
         now.commit(paths)
@@ -130,7 +130,7 @@ def save_if_due(
 
 @contextmanager
 def journal_of(now: Training, paths: RunDirectory, watcher: Watcher) -> Iterator[Journal]:
-    """The training log, cut back to the saved state, and whoever watches; on rank 0, which writes for all."""
+    """The training log, cut back to the saved state, and the watcher; on rank 0, which writes for all."""
     if not now.team.leads:
         yield Journal(None, watcher)
         return
@@ -158,10 +158,10 @@ def complain_of_missing(plan: Plan, paths: RunDirectory) -> None:
 
 
 def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) -> None:
-    """Bring to life the legs whose age is 0 here: from scratch or copied at a block's start, or, `hops`, at its end.
+    """Begin the legs whose age is 0 here: from scratch or as copies at a block's start; with `hops`, at its end.
 
-    A hop's map and refit are made from the blocks before it, so that its own tokens are all new to it. Hops that begin
-    at the same time are made side by side, parents before their children.
+    A hop's map and refit are made from earlier blocks, so that all its own tokens are new to it. Hops that begin at the
+    same time are made in parallel, parents before their children.
     """
     due = [leg for leg in now.plan.legs if leg.fold_at == now.cursor and hops == (leg.start < leg.fold_at)]
     while due:
@@ -183,9 +183,9 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) 
 def begin(
     now: Training, block: Block, paths: RunDirectory, sent: Mapping[str, Parent | str], leg: Leg
 ) -> Trainee | str:
-    """A leg at age 0, from scratch or from its parent, or the reason why it cannot start.
+    """Return a leg at age 0, from scratch or from its parent, or the reason why it cannot start.
 
-    `sent` are the parents that other ranks have, or why there is none, by leg.
+    `sent` holds, by leg, the parents received from other ranks, or why there is none.
     """
     parent = None
     if leg.hop:
@@ -244,7 +244,7 @@ def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor]
 
 
 def check_goals(now: Training, repetition: int) -> None:
-    """Measure the legs with a goal that are due, and let those begin their decay that will meet it."""
+    """Measure the legs whose goal is due for a check, and begin the decay of those that will meet it."""
     if not now.held_out or not now.plan.recipe.plan.stop:
         return
     train = now.plan.recipe.train
@@ -267,7 +267,7 @@ def end_legs(now: Training, block: Block, paths: RunDirectory, repetition: int) 
 
 
 def drop_failed(now: Training, block: Block, paths: RunDirectory) -> None:
-    """Find out which legs failed on a device that was not waited for, and retire them."""
+    """Find out which legs failed on a device that the host did not wait for, and retire them."""
     now.cohort.settle()
     for trainee in list(now.cohort.trainees.values()):
         if trainee.state.failure:
@@ -275,7 +275,7 @@ def drop_failed(now: Training, block: Block, paths: RunDirectory) -> None:
 
 
 def retire(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -> None:
-    """Publish a leg that is done, or what was good of one that failed, and forget it."""
+    """Publish a leg that is done, or the last good state of a leg that failed, and forget it."""
     publish_leg(now, trainee, block, paths)
     if trainee.state.failure:
         now.failures[trainee.leg.id] = trainee.state.failure
@@ -284,7 +284,7 @@ def retire(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -
 
 
 def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirectory) -> None:
-    """Write the dictionary of a leg that is done, or a snapshot of one that is not (or that failed)."""
+    """Write the dictionary of a finished leg, or a snapshot of a leg that is unfinished (or failed)."""
     trainee.settle()
     leg = trainee.leg
     state = trainee.state
@@ -318,7 +318,7 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
 
 
 def report(now: Training, trainees: list[Trainee]) -> None:
-    """One line per leg for the training log, and for whoever watches."""
+    """Add one line per leg to the training log, which watchers see too."""
     for trainee in trainees:
         progress = trainee.look()
         if progress is not None:

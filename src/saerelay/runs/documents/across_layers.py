@@ -7,7 +7,7 @@ from saerelay.runs.documents.quality import Metrics
 
 
 class HeldOutFacts(Record):
-    """Of which model, at which module and on which tokens something was measured."""
+    """The model, module and tokens that something was measured on."""
 
     model: str
     """Name of the language model."""
@@ -27,7 +27,7 @@ class HeldOutFacts(Record):
 
 
 class MatrixQuestion(Record):
-    """What a matrix was asked for."""
+    """The question that a matrix answers."""
 
     tokens: int
     """Number of held-out tokens."""
@@ -40,11 +40,11 @@ class MatrixQuestion(Record):
     dictionaries: str = ""
     """A digest of the weights of the legs and their snapshots; "" where dictionary.json has none."""
     legs: dict[str, list[int]]
-    """Ages measured of each leg of the suite, in tokens: that of its end, and those of its snapshots if asked for."""
+    """Ages measured of each leg of the suite, in tokens: the final age, and those of snapshots if asked for."""
 
 
 class MatrixKey(Record):
-    """Which dictionary was carried where, and how."""
+    """Which dictionary was carried to which layer, and how."""
 
     leg: str
     """Id of the leg."""
@@ -53,7 +53,7 @@ class MatrixKey(Record):
     snapshot: bool
     """Whether it is a snapshot."""
     method: str
-    """Method by which it was carried: `identity` is a plain copy, and the only one at the leg's own layer."""
+    """Method by which it was carried: `identity` is a plain copy, the only method at the leg's own layer."""
     source: int
     """Layer it was trained at."""
     target: int
@@ -71,7 +71,7 @@ class Matrix(HeldOutFacts, Document):
     MADE_BY: ClassVar = "`saerelay matrix RUN`"
 
     asked: MatrixQuestion
-    """What was asked for; another question makes the file again."""
+    """The question; another question makes the file again."""
     ablation: str = "zero, all positions"
     """What ablating a site means."""
     layers: list[int]
@@ -89,14 +89,14 @@ class Matrix(HeldOutFacts, Document):
 
 
 class MeasuresQuestion(Record):
-    """What measures were asked for."""
+    """The question that measures answer."""
 
     tokens: int
     """Number of held-out tokens."""
     prompts: str | None
     """Digest of the prompts given; null for the model's own task."""
     matrix: MatrixQuestion | None
-    """What the matrix was asked for that scores and offsets come from; null without one."""
+    """The question of the matrix that scores and offsets come from; null without a matrix."""
     dictionaries: str = ""
     """A digest of the weights of the legs and their snapshots; "" where dictionary.json has none."""
     legs: dict[str, list[int]]
@@ -122,15 +122,15 @@ class Similarity(Record):
     kind: Literal["suite", "hop", "scratch"]
     """`suite`: two legs of the suite; `hop`: parent and child; `scratch`: a transferred leg and one from scratch."""
     leg: str
-    """Id of the leg that the comparison is about: the child, or the transferred one; in a suite, the target."""
+    """Id of the leg that the comparison is about: the child, or the transferred leg; in a suite, the target."""
     tokens: int
     """Age of that leg, in tokens."""
     snapshot: bool
     """Whether it is a snapshot of that leg."""
     source: str
-    """Id of the leg whose latents are looked for."""
+    """Id of the leg whose latents are searched for."""
     target: str
-    """Id of the leg among whose latents they are looked for."""
+    """Id of the leg in which they are searched for."""
     source_layer: int
     """Layer of the source."""
     target_layer: int
@@ -142,14 +142,14 @@ class Similarity(Record):
 
 
 class Transferability(Version):
-    """Shares of tokens that a transferred leg's latents have in common with those of its parent, by index."""
+    """Shares of tokens that a transferred leg's latents have in common with its parent's, by index."""
 
     parent: str
     """Id of the parent."""
     parent_layer: int
     """Layer of the parent."""
     n_latents: int
-    """Number of latents alive in both, over which shares are means."""
+    """Number of latents alive in both; shares are means over these."""
     transferability: Measured
     """Mean of the three shares below."""
     top_logits: Measured
@@ -171,13 +171,13 @@ class TransferScore(Version):
     parent_layer: int
     """Layer of the parent."""
     method: str
-    """Method by which the parent was carried over for zero-shot."""
+    """Method by which the parent was carried over for the zero-shot value."""
     scratch: str
     """Id of the leg from scratch."""
     scratch_tokens: int
     """Number of tokens that leg was trained on."""
     scratch_kind: Literal["root", "equal_tokens", "full"]
-    """Whether it is a root or which kind of control."""
+    """Whether it is a root, or which kind of control."""
     fvu: Measured
     """Score of FVU."""
     explained_variance: Measured
@@ -187,10 +187,10 @@ class TransferScore(Version):
 
 
 class OffsetMean(Record):
-    """The mean of matrix cells with the same distance between the layer used on and the layer trained at."""
+    """The mean of matrix cells with the same distance between the layer measured on and the layer trained at."""
 
     kind: str = ""
-    """What the SAEs read and reconstruct: a kind of module, or `transcoder`; "" in files of old versions."""
+    """Kind of site that the SAEs are for: a kind of module, or `transcoder`; "" in files of old versions."""
     metric: str
     """Name of the metric."""
     method: str
@@ -206,16 +206,16 @@ class OffsetMean(Record):
 
 
 class Attribution(Version):
-    """Direct logit attribution of one leg: of each prompt, the largest effect of a latent on the answer."""
+    """Direct logit attribution of one leg: for each prompt, the largest effect of a latent on the answer."""
 
     mean: Measured
     """Mean over prompts."""
     standard_error: Measured
     """Standard error of the mean over prompts."""
     scores: list[float]
-    """Largest effect for each prompt: activation × decoder row · (unembedding of the right − the wrong token)."""
+    """Largest effect for each prompt: activation × decoder row · (unembedding of the right − of the wrong token)."""
     latents: list[int]
-    """Latent that has the largest effect, for each prompt."""
+    """Latent with the largest effect, for each prompt."""
 
 
 class Attributions(Record):
@@ -230,13 +230,13 @@ class Attributions(Record):
 
 
 class Measures(HeldOutFacts, Document):
-    """`measures.json`: what dictionaries have in common and what transfer brought, as in Ghilardi et al. 2024."""
+    """`measures.json`: how much dictionaries have in common and what transfer gained, as in Ghilardi et al. 2024."""
 
     SCHEMA: ClassVar = 2
     MADE_BY: ClassVar = "`saerelay measures RUN`"
 
     asked: MeasuresQuestion
-    """What was asked for; another question makes the file again."""
+    """The question; another question makes the file again."""
     n_matrix_tokens: int | None
     """Number of positions of matrix.json; null without it."""
     similarity: list[Similarity]

@@ -8,16 +8,16 @@ from saerelay.planning.plan import Role
 
 
 class CircuitQuestion(Record):
-    """What was asked about a task."""
+    """The question about a task."""
 
     task: str
-    """Name of the task, or of the file of prompts without its ending."""
+    """Name of the task, or of the file of prompts without its extension."""
     prompts: str
     """Digest of the prompts."""
     n_prompts: int
     """Number of prompts."""
     seed: int
-    """Seed that the prompts were drawn with."""
+    """Seed with which the prompts were drawn."""
     method: str
     """`attribution` or `integrated-gradients`."""
     k: list[int]
@@ -28,7 +28,7 @@ class Ability(Record):
     """How well the model does the task; m is the logit of the right token minus that of the wrong one."""
 
     description: str
-    """What the task is."""
+    """Description of the task."""
     model: str
     """Name of the language model."""
     revision: str
@@ -38,7 +38,7 @@ class Ability(Record):
     n_found_on: int
     """Number of prompts that circuits are found on."""
     n_judged_on: int
-    """Number of other prompts that they are judged on."""
+    """Number of other prompts that circuits are judged on."""
     n_tokens: list[int]
     """Smallest and largest number of tokens of a prompt, BOS included."""
     means: str
@@ -69,7 +69,7 @@ class Circuit(Record):
 
 
 class CircuitScores(Record):
-    """What was measured of circuits of one leg, prompt by prompt."""
+    """Measurements of the circuits of one leg, prompt by prompt."""
 
     latents: list[int]
     """Latents of the largest circuit, the largest effect first."""
@@ -93,7 +93,7 @@ class CircuitLeg(CircuitScores):
     module: str
     """Kind of module it reads."""
     role: Role
-    """What it is for."""
+    """Role of the leg."""
     parent: str | None
     """Id or directory of the dictionary it started from."""
     control_of: str | None
@@ -126,7 +126,7 @@ class Circuits(Ability, Document):
     MADE_BY: ClassVar = "`saerelay circuits RUN --task TASK`"
 
     asked: CircuitQuestion
-    """What was asked for; another question about the task makes the file again."""
+    """The question; another question about the task makes the file again."""
     clean: list[float]
     """m of the clean model for each prompt judged on."""
     legs: list[CircuitLeg]

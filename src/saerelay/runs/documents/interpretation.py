@@ -11,18 +11,18 @@ from saerelay.runs.documents.quality import Origin
 
 
 class Estimate(Record):
-    """What an interpretation will take."""
+    """The estimated size and cost of an interpretation."""
 
     n_latents: int
     """Number of latents that fire often enough to be explained."""
     n_requests: int
     """Number of requests to be sent."""
     n_known: int
-    """Number of requests whose answer is already on file."""
+    """Number of requests whose answer is already on disk."""
     tokens_in: int
-    """Estimated tokens of the requests, one for every three bytes."""
+    """Estimated tokens of the requests, one per three bytes."""
     tokens_out: int
-    """Most tokens of the answers; −1 if the request sets no bound."""
+    """Largest possible number of tokens of the answers; −1 if the request sets no bound."""
     cost: Measured
     """Highest cost in USD; null if the request sets no bound."""
 
@@ -58,16 +58,16 @@ class AskedModel(Record):
     endpoint: str
     """Address of the endpoint."""
     body: dict[str, Any]
-    """Further fields of each request; texts among them, which may be keys, are not kept."""
+    """Further fields of each request; text values, which may be API keys, are not kept."""
 
 
 class AnswerCost(Record):
-    """What the answers took that a file rests on, whenever they were paid for."""
+    """The cost of the answers that a file is based on, whenever they were paid for."""
 
     n_questions: int
     """Number of questions."""
     tokens_in: int
-    """Tokens of the questions, as the endpoint counts them, or one for every three bytes."""
+    """Tokens of the questions, as counted by the endpoint, or else one per three bytes."""
     tokens_out: int
     """Tokens of the answers."""
     usd: float | None
@@ -75,16 +75,16 @@ class AnswerCost(Record):
 
 
 class ExplanationScores(Record):
-    """How well an explanation tells where a latent fires; null where it was not asked or not answered."""
+    """How well an explanation predicts where a latent fires; null where this was not asked or not answered."""
 
     detection: Measured = None
     """Balanced accuracy of telling texts in which the latent fires from others."""
     detection_by_quantile: list[float | None] | None = None
-    """The same for texts of each quantile of strength, the strongest first, beside all texts without it."""
+    """The same for texts of each quantile of strength, the strongest first, against all texts in which it is silent."""
     detection_counts: list[int] | None = None
     """Hits, misses, false alarms and correct rejections."""
     fuzzing: Measured = None
-    """Balanced accuracy of telling tokens on which the latent fires from other tokens of such texts."""
+    """Balanced accuracy of telling tokens on which the latent fires from other tokens of the same texts."""
     fuzzing_by_quantile: list[float | None] | None = None
     """The same by quantile."""
     fuzzing_counts: list[int] | None = None
@@ -103,9 +103,9 @@ class InterpretedLatent(ExplanationScores):
     n_questions: int
     """Number of questions asked about it."""
     n_failed: int
-    """Number of questions without an answer that can be read."""
+    """Number of questions without a readable answer."""
     tokens_in: int
-    """Tokens of these questions."""
+    """Tokens of the questions."""
     tokens_out: int
     """Tokens of the answers."""
 
@@ -124,7 +124,7 @@ class InterpretedLeg(Record):
     parent: str | None
     """Id or directory of the dictionary it started from."""
     model: str
-    """Name of the language model that it belongs to."""
+    """Name of the language model that the leg belongs to."""
     asked: AskedModel
     """The model that was asked."""
     seed: int
@@ -143,19 +143,19 @@ class InterpretationScores(InterpretedLeg):
     n_latents: int
     """Number of latents asked about."""
     n_explained: int
-    """Number of these with an explanation."""
+    """Number of these that have an explanation."""
     n_rare: int
     """Number of these that fire in too few pieces of text to be asked about."""
     n_failed: int
-    """Number of these that were asked about and have no explanation."""
+    """Number of these that were asked about but have no explanation."""
     n_failed_questions: int
-    """Number of questions without an answer that can be read."""
+    """Number of questions without a readable answer."""
     detection: MeanScore
     """Mean detection score over explained latents."""
     fuzzing: MeanScore
     """Mean fuzzing score over explained latents."""
     cost: AnswerCost
-    """What the answers took."""
+    """Cost of the answers."""
 
 
 class Interpretation(InterpretationScores, Document):
@@ -204,7 +204,7 @@ class InterpretationSummary(Record):
 
 
 def summarise(documents: Sequence[Interpretation]) -> InterpretationSummary:
-    """Scores by leg, in the order of layers, and by origin over all latents of its legs."""
+    """Scores by leg, in the order of layers, and by origin, over all latents of its legs."""
     by_layer = sorted(documents, key=lambda document: (document.layer, document.leg))
     origins = []
     for origin in get_args(Origin):

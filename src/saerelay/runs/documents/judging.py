@@ -11,7 +11,7 @@ class JudgedItem(Record):
     """One latent on a judging page."""
 
     item: int
-    """Its number on the page, from 1."""
+    """Number on the page, from 1."""
     layer: int
     """Layer of its leg."""
     module: str
@@ -27,18 +27,18 @@ class JudgedItem(Record):
 
 
 class PageFacts(Record):
-    """Which judging page, and how its latents were drawn."""
+    """The identity of a judging page, and how its latents were drawn."""
 
     page: str
-    """Name of the page: 12 hexadecimal digits, a digest of the seed and of what it shows."""
+    """Name of the page: 12 hexadecimal digits, a digest of the seed and of its content."""
     model: str
     """Name of the language model."""
     seed: int
     """Seed of the draw."""
     n: int
-    """Number of latents drawn of each origin at each layer, at most."""
+    """Largest number of latents drawn of each origin at each layer."""
     n_tokens: int
-    """Number of kept positions of the test split that examples come from."""
+    """Number of kept positions of the test split, from which examples come."""
 
 
 class JudgingKey(PageFacts, Document):
@@ -52,7 +52,7 @@ class JudgingKey(PageFacts, Document):
 
 
 class Share(Record):
-    """A share of latents that people find interpretable, with its 95 % interval (Wilson)."""
+    """The share of latents that people find interpretable, with its 95 % interval (Wilson)."""
 
     share: Measured
     """Share of the judged latents, ties left out."""
@@ -63,14 +63,14 @@ class Share(Record):
 
 
 class Tally(Share):
-    """How many of some latents are interpretable: those with more judges for yes than for no."""
+    """How many of some latents are interpretable: a latent is if more judges say yes than no."""
 
     n_latents: int
     """Number of latents."""
     n_judged: int
-    """Number of these that someone answered yes or no on."""
+    """Number of these that someone answered with yes or no."""
     n_tied: int
-    """Number of these with as many judges for yes as for no."""
+    """Number of these with equally many judges for yes and for no."""
     n_interpretable: int
     """Number of these with more judges for yes."""
 
@@ -98,7 +98,7 @@ class LayerTally(Tally):
 
 
 class JudgeTally(Share):
-    """What one judge answered."""
+    """The answers of one judge."""
 
     judge: str
     """Name the judge gave."""
@@ -113,10 +113,10 @@ class JudgeTally(Share):
 
 
 class OriginDifference(Record):
-    """Share of an origin minus that from scratch, over the layers that have both."""
+    """Share of an origin minus the share from scratch, over the layers that have both."""
 
     origin: JudgedOrigin
-    """Where the latents come from that are compared with those from scratch."""
+    """Origin of the latents that are compared with those from scratch."""
     layers: list[int]
     """Layers that have both."""
     difference: Measured
@@ -128,7 +128,7 @@ class OriginDifference(Record):
 
 
 class Agreement(Record):
-    """How far two judges agree, on the latents that both judged."""
+    """How far two judges agree on the latents that both judged."""
 
     judges: list[str]
     """Names of the two judges."""
@@ -141,7 +141,7 @@ class Agreement(Record):
 
 
 class Scores(PageFacts, Document):
-    """`judging/scores.json`: what judges of one page answered."""
+    """`judging/scores.json`: the answers of the judges of one page."""
 
     SCHEMA: ClassVar = 1
     MADE_BY: ClassVar = "`saerelay score RUN FILE...`"
@@ -155,4 +155,4 @@ class Scores(PageFacts, Document):
     differences: list[OriginDifference]
     """Transferred latents compared with those from scratch."""
     agreement: list[Agreement]
-    """Each two judges."""
+    """Agreement of each pair of judges."""

@@ -5,11 +5,11 @@ from typing import Any, ClassVar, Literal
 from saerelay.document import Document, Measured, Record
 
 STATUSES = {"k": "kept", "d": "drifted", "r": "replaced", "x": "died", "b": "born", "-": "silent"}
-"""What can become of a latent from one leg to another: the letter in `lineage.json`, and the word for it."""
+"""What can become of a latent from one leg to another: the letter in `lineage.json`, and its word."""
 
 
 class FeatureQuestion(Record):
-    """What a features file was asked for."""
+    """The question that a features file answers."""
 
     leg: str
     """Id of the leg."""
@@ -18,13 +18,13 @@ class FeatureQuestion(Record):
     n_sequences: int
     """Number of held-out sequences, from the first."""
     n_examples: int
-    """Number of examples kept of each latent."""
+    """Number of examples kept per latent."""
     window_before: int
-    """Number of positions kept before an example's strongest one."""
+    """Number of positions kept before an example's strongest token."""
     window_after: int
     """Number of positions kept after it."""
     above: str | None
-    """Id of the leg at the next layer, among whose latents similar ones were looked for."""
+    """Id of the leg at the next layer, in which similar latents were searched for."""
     dictionaries: str = ""
     """A digest of the weights of the leg and of its neighbours; "" where dictionary.json has none."""
     below: str | None
@@ -46,17 +46,17 @@ class FeatureFacts(Document):
     n_tokens: int
     """Number of kept positions in them."""
     n_examples: int
-    """Number of examples kept of each latent."""
+    """Number of examples kept per latent."""
     context: int
     """Number of tokens in a sequence."""
     window_before: int
-    """Number of positions kept before an example's strongest one."""
+    """Number of positions kept before an example's strongest token."""
     window_after: int
     """Number of positions kept after it."""
     histogram_first_edge: float
     """Lowest edge of the histograms, log2 of the activation; bins are half octaves."""
     above: str | None = None
-    """Id of the leg at the next layer, among whose latents similar ones were looked for."""
+    """Id of the leg at the next layer, in which similar latents were searched for."""
     dictionaries: str = ""
     """A digest of the weights of the leg and of its neighbours; "" where dictionary.json has none."""
     below: str | None = None
@@ -67,7 +67,7 @@ class FeatureFacts(Document):
 
 
 class LineageLeg(Record):
-    """A leg that links join."""
+    """A leg at an end of a link."""
 
     layer: int
     """Layer it reads."""
@@ -76,7 +76,7 @@ class LineageLeg(Record):
 
 
 class LineageQuestion(Record):
-    """What a lineage was asked for."""
+    """The question that a lineage answers."""
 
     model: str
     """Name of the language model."""
@@ -95,20 +95,20 @@ class LineageQuestion(Record):
 
 
 class LineageFacts(LineageQuestion, Document):
-    """All of `lineage.json` but its links."""
+    """All of `lineage.json` except its links."""
 
     SCHEMA: ClassVar = 1
     MADE_BY: ClassVar = "`saerelay show RUN LEG LATENT`"
     INDENT: ClassVar = None
 
     n_tokens: int
-    """Number of kept positions that correlations are over."""
+    """Number of kept positions on which correlations are measured."""
     map_tokens: int
     """Number of training positions that maps between layers are fitted on."""
 
 
 class LineageLink(Record):
-    """What became of a leg's latents in another leg; lists have one entry for each latent of the source."""
+    """What became of a leg's latents in another leg; lists have one entry per latent of the source."""
 
     kind: Literal["hop", "depth", "control"]
     """`hop`: parent to child; `depth`: a layer's leg to the next layer's; `control`: a leg to its control."""
@@ -121,21 +121,21 @@ class LineageLink(Record):
     target_layer: int
     """Layer of the target."""
     by: Literal["index", "assignment"]
-    """`index` where both descend from one root, whose latents keep their numbers; else matched one to one."""
+    """`index` if both descend from one root, whose latents keep their numbers; else they are matched one to one."""
     partner: list[int] | None
-    """Matched latent of the target, −1 for none; null where latents keep their numbers."""
+    """Matched latent of the target, −1 for none; null if latents keep their numbers."""
     decoder_cosine: list[float | None]
     """Cosine of decoder rows, the source folded through the affine map between the layers."""
     encoder_cosine: list[float | None]
     """Cosine of encoder rows, likewise folded."""
     correlation: list[float | None]
-    """Pearson correlation of activations on the same tokens, zeros counted; null where one never fires."""
+    """Pearson correlation of activations on the same tokens, zeros included; null where one of the two never fires."""
     status: str
-    """One letter per latent: k(ept), d(rifted), r(eplaced), x (died), b(orn), or - for silent in both."""
+    """One letter per latent: k(ept), d(rifted), r(eplaced), x (died), b(orn), or - for silent in both legs."""
 
     @property
     def n_alive(self) -> int:
-        """Number of latents that are alive at either end."""
+        """Number of latents that are alive in at least one of the two legs."""
         return len(self.status) - self.status.count("-")
 
 
@@ -153,9 +153,9 @@ class LatentHistogram(Record):
     """Counts of activations."""
 
     first_edge: float
-    """Lowest edge, log2 of the activation."""
+    """Lowest edge, as log2 of the activation."""
     counts: list[int]
-    """Number of tokens in each half octave from there."""
+    """Number of tokens in each half octave from that edge on."""
 
 
 class LatentExample(Record):
@@ -205,7 +205,7 @@ class SimilarLatents(Record):
 
 
 class LineageStep(Record):
-    """A latent of a leg, and how alike it is to the one it was reached from; null for the first step."""
+    """A latent of a leg, and how similar it is to the latent of the step before; null for the first step."""
 
     leg: str
     """Id of the leg."""
@@ -224,14 +224,14 @@ class LineageStep(Record):
 
 
 class Relative(LineageStep):
-    """A counterpart of a latent beside its way through the layers."""
+    """A counterpart of a latent off its path through the layers."""
 
     kind: str
     """`parent`, `control`, or `control of`."""
 
 
 class LatentExplanation(Record):
-    """What a language model made of a latent."""
+    """A language model's explanation of a latent."""
 
     model: str
     """Name of the model that was asked."""
@@ -269,7 +269,7 @@ class LatentActivity(Record):
 
 
 class LatentDescription(LatentActivity):
-    """All that is known of one latent: `saerelay show --json`."""
+    """Everything known about one latent: `saerelay show --json`."""
 
     top_logits: list[LogitEffect] | None
     """Tokens it promotes most; null without a language-model head."""
@@ -282,7 +282,7 @@ class LatentDescription(LatentActivity):
     similar: dict[Literal["above", "below"], SimilarLatents]
     """Most similar latents at the next and the previous layer."""
     interpretation: LatentExplanation | None
-    """What `saerelay interpret` found, or null."""
+    """Result of `saerelay interpret`, or null."""
 
     def to_data(self) -> dict[str, Any]:
         """The description as plain JSON data."""

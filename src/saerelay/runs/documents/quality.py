@@ -25,9 +25,9 @@ class Reconstruction(Record):
     explained_variance: Measured = None
     """1 − FVU."""
     balanced_fvu: Measured = None
-    """Mean over dimensions of the FVU of each, so that no few large ones decide; ranks SAEs of a layer as ΔCE does."""
+    """Mean of the FVU of each dimension, so that no few large ones dominate; ranks SAEs of a layer as ΔCE does."""
     largest_dimension: Measured = None
-    """Share of the variance of x in its largest dimension: where it is large, FVU says little."""
+    """Share of the variance of x in its largest dimension; if it is large, FVU says little."""
     mse: Measured = None
     """E‖x − x̂‖², summed over the width."""
     cossim: Measured = None
@@ -71,7 +71,7 @@ class Density(Record):
     log10_edges: list[float]
     """Edges of the histogram, log10 of the firing frequency."""
     counts: list[int]
-    """Number of latents in each bin; latents that never fire are in none."""
+    """Number of latents in each bin; latents that never fire are in no bin."""
     never: int
     """Number of latents that never fire."""
     freq_over_1_percent: float
@@ -81,12 +81,12 @@ class Density(Record):
 
 
 class EvaluationMetrics(Metrics):
-    """All that is measured of a dictionary on held-out tokens."""
+    """All metrics of a dictionary on held-out tokens."""
 
     n_tokens: int
     """Number of kept positions measured on (BOS and outlier norms are left out)."""
     left_out: LeftOut | None = None
-    """What was left out for its norm; null in files of old versions."""
+    """Positions left out because of their norm; null in files of old versions."""
     density: Density
     """How often latents fire."""
     sequence_delta_ce: list[float] | None = None
@@ -94,7 +94,7 @@ class EvaluationMetrics(Metrics):
 
 
 class EvaluationQuestion(Record):
-    """What an evaluation was asked for."""
+    """The question that an evaluation answers."""
 
     tokens: int
     """Number of held-out tokens."""
@@ -113,7 +113,7 @@ class Evaluation(Document):
     MADE_BY: ClassVar = "`saerelay eval RUN`"
 
     asked: EvaluationQuestion
-    """What was asked for; another question makes the file again."""
+    """The question; another question makes the file again."""
     split: str = "test"
     """Split of the corpus measured on."""
     ablation: str = "zero, all positions"
@@ -130,22 +130,22 @@ class Evaluation(Document):
 
 
 class LegFacts(Record):
-    """Which leg a row is about."""
+    """The identity of a leg."""
 
     id: str
     """Id of the leg."""
     role: Role
-    """What it is for: a control is a leg from scratch that another leg is compared with."""
+    """Role of the leg: a control is a leg from scratch that another leg is compared with."""
     control_of: str | None = None
     """Id of the leg that a control is compared with."""
     control_kind: ControlKind | None = None
-    """`equal_tokens`: as many tokens as the transfer looked at; `full`: a root's budget; `random`: not trained."""
+    """`equal_tokens`: as many tokens as the transfer used in all; `full`: a root's budget; `random`: not trained."""
     layer: int
     """Layer it reads."""
     module: str
     """Kind of module it reads."""
     module_out: str | None = None
-    """Kind of module that a transcoder reconstructs, which its quality is about; null for an SAE."""
+    """Kind of module that a transcoder reconstructs, and that its quality refers to; null for an SAE."""
     architecture: str
     """Architecture of its dictionary."""
     method: str | None = None
@@ -155,7 +155,7 @@ class LegFacts(Record):
     n_latents: int
     """Number of latents."""
     target_l0: Measured = None
-    """Number of active latents per token that was asked for; null where it follows from a penalty, and in old files."""
+    """Number of active latents per token asked for; null if it follows from a penalty, and in files of old versions."""
     lr: Measured
     """The highest learning rate it was trained with."""
     seed: int
@@ -168,19 +168,19 @@ class LegStanding(Record):
     """Where a leg's latents come from, and whether it counts as part of the suite."""
 
     origin: Origin
-    """Where its latents come from; a leg that continues another of its layer has the origin of that one."""
+    """Where its latents come from; a leg that continues another of its layer has the origin of that leg."""
     made: str
     """How it was made, in words, such as "affine + refit from L5"."""
     continued_by: str | None = None
     """Id of the leg that continues this one at the same site."""
     found_again: Measured = None
-    """Of a repeat: share of its latents whose decoder row has a cosine above 0.7 with one of the leg it repeats."""
+    """For a repeat: share of its latents whose decoder row has a cosine above 0.7 with one of the leg it repeats."""
     in_suite: bool
-    """Whether it is the one leg that stands for its site: neither control nor continued, the first of several seeds."""
+    """Whether it is the leg that stands for its site: not a control, not continued, the first of several seeds."""
 
 
 class LegTokens(Record):
-    """What a leg was trained and measured on."""
+    """The numbers of tokens that a leg was trained and measured on."""
 
     tokens: int
     """Number of tokens trained on."""
@@ -195,9 +195,9 @@ class LegTokens(Record):
     predicted_fvu: Measured = None
     """Validation FVU that a survey predicted."""
     validation_fvu: Measured = None
-    """FVU on the validation rows that goals and predictions are about."""
+    """FVU on the validation rows that goals and predictions refer to."""
     n_eval_tokens: int
-    """Number of held-out positions its metrics are means over."""
+    """Number of held-out positions; its metrics are means over these."""
 
 
 class SnapshotSummary(Metrics):
@@ -215,17 +215,17 @@ class LegSummary(Metrics, LegTokens, LegStanding, LegFacts):
 
     @property
     def kind(self) -> str:
-        """What it reads and reconstructs, in a word: "mlp_out", or "transcoder"."""
+        """Its kind of site, in a word: "mlp_out", or "transcoder"."""
         return str(SiteKind(self.module, self.module_out))  # type: ignore[arg-type]
 
     @property
     def place(self) -> tuple[int, str]:
-        """Where it reads, and what kind it is."""
+        """Its layer and its kind of site."""
         return self.layer, self.kind
 
 
 class ControlCost(Record):
-    """What the control legs took."""
+    """The cost of the control legs."""
 
     sae_samples: int
     """Number of activations they were trained on."""
@@ -236,10 +236,10 @@ class ControlCost(Record):
 
 
 class ScratchCost(Record):
-    """What all layers from scratch take at `plan.root_tokens`, sharing one pass of the language model."""
+    """The cost of all layers from scratch at `plan.root_tokens`, sharing one pass of the language model."""
 
     tokens: int
-    """Number of tokens that each is trained on."""
+    """Number of tokens that each SAE is trained on."""
     lm_tokens: int
     """Number of tokens the language model reads."""
     sae_samples: int
@@ -247,14 +247,14 @@ class ScratchCost(Record):
     flops: float
     """Floating-point operations."""
     lm_flops: float
-    """Those of the language model among them."""
+    """Floating-point operations of the language model among them."""
     seconds_estimate: Measured
-    """Estimated wall-clock time: the time per token of the legs that were trained from scratch, and the language
-    model's, in seconds."""
+    """Estimated wall-clock time in seconds, from the time per token of the legs that were trained from scratch and of
+    the language model."""
 
 
 class SuiteCost(Record):
-    """What the suite took without its controls and without evaluation, beside all layers from scratch."""
+    """The cost of the suite without its controls and without evaluation, beside that of all layers from scratch."""
 
     lm_tokens: int
     """Number of tokens the language model read."""
@@ -263,29 +263,29 @@ class SuiteCost(Record):
     lm_tokens_unique: int
     """Number of different tokens among `lm_tokens`."""
     survey: SurveyCost | None
-    """What the survey took, on top of all else; null without one."""
+    """Cost of the survey, on top of everything else; null without a survey."""
     sae_samples: int
     """Number of activations that SAEs were trained or refitted on."""
     flops: float
     """Floating-point operations executed."""
     lm_flops: float
-    """Those of the language model among them."""
+    """Floating-point operations of the language model among them."""
     flops_dense_equivalent: float
     """Floating-point operations with dense SAE steps, 12·D·F per token."""
     seconds: Measured
     """Wall-clock time, in seconds."""
     processor_seconds: Measured = None
-    """Processor time of the whole run, controls included, in seconds; what other programs took is not in it."""
+    """CPU time of the whole run, controls included, in seconds; the time of other programs is not included."""
     seconds_lm: Measured
     """Wall-clock time of the language model's forward passes, in seconds."""
     from_scratch: ScratchCost
-    """What the same layers take from scratch."""
+    """Cost of the same layers from scratch."""
     controls: ControlCost
-    """What the controls took."""
+    """Cost of the controls."""
 
     @property
     def with_survey(self) -> "SuiteCost":
-        """The same, with what the survey took of samples, tokens, operations and time."""
+        """The same cost with the survey's samples, tokens, operations and time added."""
         survey = self.survey
         if survey is None:
             return self
@@ -309,13 +309,13 @@ class Summary(Document):
     revision: str
     """Resolved revision of the language model."""
     data: str
-    """Where the text comes from."""
+    """Source of the text."""
     legs: list[LegSummary]
     """All published legs, in the order of the plan."""
     left_out: LeftOut | None = None
     """Positions that were not measured on because of their norm; null in files of old versions."""
     cost: SuiteCost
-    """What the suite took."""
+    """Cost of the suite."""
 
     def leg(self, leg_id: str) -> LegSummary:
         """The leg with an id."""
@@ -323,12 +323,12 @@ class Summary(Document):
 
     @property
     def suite(self) -> list[LegSummary]:
-        """The one leg that stands for each site, kind by kind and layer by layer."""
+        """The legs that stand for each site, kind by kind and layer by layer."""
         return self.in_order(leg for leg in self.legs if leg.in_suite)
 
     @property
     def final_legs(self) -> list[LegSummary]:
-        """All legs that are neither controls, nor repeats, nor continued by another, in order.
+        """All legs that are neither controls, nor repeats, nor continued by another leg, in order.
 
         There are several per site if the suite has tiers.
         """
@@ -336,7 +336,7 @@ class Summary(Document):
 
     @property
     def first_seeds(self) -> list[LegSummary]:
-        """All legs but those that repeat another with another seed."""
+        """All legs but repeats of another leg with another seed."""
         return [leg for leg in self.legs if not leg.repeat_of]
 
     def over_seeds(self, leg: LegSummary) -> list[LegSummary]:
@@ -344,7 +344,7 @@ class Summary(Document):
         return [leg, *(other for other in self.legs if other.repeat_of == leg.id)]
 
     def in_order(self, legs: Iterable[LegSummary]) -> list[LegSummary]:
-        """Legs kind by kind, as the plan has them, and layer by layer; at each site the suite's own tier first."""
+        """Sort legs by kind, in the order of the plan, and by layer; at each site, the suite's own tier comes first."""
         kinds = self.kinds
         return sorted(
             legs,
@@ -357,20 +357,20 @@ class Summary(Document):
         return list(dict.fromkeys(leg.kind for leg in self.legs))
 
     def is_other_tier(self, leg: LegSummary) -> bool:
-        """Whether a leg has another L0 than the one that stands for its site; a control counts with its leg."""
+        """Whether a leg has another L0 than the leg that stands for its site; a control counts with its leg."""
         if leg.control_of and any(other.id == leg.control_of for other in self.legs):
             leg = self.leg(leg.control_of)
         own = [other.target_l0 for other in self.legs if other.in_suite and other.place == leg.place]
         return bool(own) and leg.target_l0 not in own
 
     def of_kind(self, kind: str = "") -> Self:
-        """The suite of one kind of site, with its controls and without other tiers; by default of the first kind."""
+        """The suite of one kind of site (by default the first kind), with its controls and without other tiers."""
         kind = kind or self.kinds[0]
         return self.changed(legs=[leg for leg in self.legs if leg.kind == kind and not self.is_other_tier(leg)])
 
     @property
     def drawn_legs(self) -> list[LegSummary]:
-        """The legs that figures show: a random dictionary is so much worse that it would squeeze all others."""
+        """The legs that figures show: a random dictionary is so much worse that it would compress all others."""
         return [leg for leg in self.first_seeds if leg.control_kind != "random"]
 
     def controls_of(self, leg: LegSummary) -> list[LegSummary]:

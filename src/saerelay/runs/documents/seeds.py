@@ -1,4 +1,4 @@
-"""How much legs that differ only in their seed differ in quality."""
+"""How much quality varies among legs that differ only in their seed."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ class Spread(NamedTuple):
 
     mean: float | None
     deviation: float | None
-    """Standard deviation, of the seeds as a sample (n − 1)."""
+    """Standard deviation over seeds, taken as a sample (n − 1)."""
 
 
 def spread(legs: Sequence[LegSummary], metric: str) -> Spread:
-    """A metric of legs over their seeds; None where it was not measured."""
+    """Mean and deviation of a metric over the seeds of a leg; None if it was not measured."""
     values = [getattr(leg, metric) for leg in legs]
     if len(values) < 2 or None in values:
         return Spread(None, None)
@@ -24,6 +24,6 @@ def spread(legs: Sequence[LegSummary], metric: str) -> Spread:
 
 
 def found_again(legs: Sequence[LegSummary]) -> float | None:
-    """Mean share of latents that repeats have in common with the first leg; None where it was not measured."""
+    """Mean share of latents that repeats have in common with the first leg; None if it was not measured."""
     shares = [leg.found_again for leg in legs if leg.found_again is not None]
     return statistics.mean(shares) if shares else None

@@ -1,4 +1,4 @@
-"""What training leaves behind: published dictionaries, the log, the cost, and the resume state."""
+"""The documents that training writes: published dictionaries, the log, the cost, and the resume state."""
 
 from typing import Any, ClassVar
 
@@ -14,26 +14,26 @@ class DictionaryShape(Record):
     architecture: str
     """`topk`, `batchtopk`, `jumprelu`, `gated` or `relu`."""
     k: int | None = Field(strict=True)
-    """Number of active latents per token; null for architectures without one."""
+    """Number of active latents per token; null for architectures without a k."""
     d_model: int = Field(gt=0, strict=True)
     """Width D of the activations it reads."""
     d_out: int | None = Field(default=None, gt=0, strict=True)
-    """Width of what it reconstructs, if that is another."""
+    """Width of the activations it reconstructs, if different from `d_model`."""
     skip_connection: bool = False
     """Whether a transcoder has an affine path beside its latents."""
     n_latents: int = Field(gt=0, strict=True)
     """Number of latents F."""
     digests: dict[str, str] = {}
-    """A digest of each tensor in dictionary.safetensors, by which damage is noticed."""
+    """A digest of each tensor in dictionary.safetensors, to detect damage."""
 
 
 class DictionarySite(Record):
-    """What a dictionary reads; only imported dictionaries say more than the layer, module and model."""
+    """The site of a dictionary; only imported dictionaries state more than layer, module and model."""
 
     layer: int | None = Field(default=None, ge=0, strict=True)
-    """Layer it reads; null if an imported file did not say."""
+    """Layer it reads; null if an imported file does not state it."""
     module: ModuleKind | None = None
-    """Kind of module it reads, such as `resid_post`; null if, and only if, the layer is."""
+    """Kind of module it reads, such as `resid_post`; null if, and only if, the layer is null."""
     module_out: ModuleKind | None = None
     """Kind of module that a transcoder reconstructs, such as `mlp_out`; null for an SAE."""
     model: str = ""
@@ -54,16 +54,16 @@ class HopFacts(Record):
     """How a transferred leg began."""
 
     method: str
-    """Method of the map; `scratch` where no map was better than a random dictionary."""
+    """Method of the map; `scratch` if no map was better than a random dictionary."""
     trials: dict[str, Measured] = {}
-    """With method "auto": FVU in training units of each method, refitted, on rows not seen; the best first."""
+    """With method "auto": FVU in training units of each method, after a refit, on unseen rows; the best first."""
 
 
 class DictionaryTraining(Record):
     """How a dictionary was trained."""
 
     leg: dict[str, Any] = {}
-    """The leg as it stands in plan.json: parent, method, learning rate, seed and budget."""
+    """The leg as in plan.json: parent, method, learning rate, seed and budget."""
     hop: HopFacts | None = None
     """How it began, if it was transferred."""
     tokens: int = 0
@@ -87,7 +87,7 @@ class DictionaryTraining(Record):
 
 
 class DictionaryInfo(DictionaryTraining, DictionarySite, DictionaryShape, Document):
-    """`dictionary.json`: what is known about one dictionary. Imported ones may hold further keys."""
+    """`dictionary.json`: the facts about one dictionary. Imported dictionaries may have further keys."""
 
     SCHEMA: ClassVar = 2
     MADE_BY: ClassVar = "`saerelay train`"
@@ -101,7 +101,7 @@ class DictionaryInfo(DictionaryTraining, DictionarySite, DictionaryShape, Docume
         return self
 
     def to_data(self) -> dict[str, Any]:
-        """Only the keys that were given: an imported dictionary says nothing about its training."""
+        """Only the keys that were given: an imported dictionary states nothing about its training."""
         return {"schema": self.SCHEMA, **self.model_dump(mode="json", exclude_unset=True)}
 
 
@@ -129,12 +129,12 @@ class TrainingLine(Record):
 
 
 class PhaseSeconds(Record):
-    """Wall-clock time of a run, in seconds: of several ranks, that of the one which took longest in each phase."""
+    """Wall-clock time of a run, in seconds; of several ranks, the longest time of any rank in each phase."""
 
     total: float
-    """From the start to the end, without pauses between resumptions."""
+    """From the start to the end, without the pauses between an interruption and the resumption."""
     processor: float | None = None
-    """Processor time, of all threads, in seconds: it does not count what other programs took."""
+    """CPU time of all threads, in seconds; the time of other programs is not included."""
     lm: float
     """Forward passes of the language model."""
     fits: float = 0.0
@@ -142,7 +142,7 @@ class PhaseSeconds(Record):
     goals: float = 0.0
     """Measuring goals on validation rows."""
     exchange: float = 0.0
-    """Sending activations between ranks, of `lm`; 0 for a process on its own."""
+    """Sending activations between ranks, a part of `lm`; 0 for a process on its own."""
 
 
 class ReadPositions(Record):
@@ -151,7 +151,7 @@ class ReadPositions(Record):
     read: int = 0
     """Positions of the training split."""
     left_out: int = 0
-    """Positions of these that no leg was trained on (BOS and outlier norms)."""
+    """Number of these positions that no leg was trained on (BOS and outlier norms)."""
     held_out: int = 0
     """Positions of the validation split, read to measure goals."""
 
@@ -169,7 +169,7 @@ class RunCost(Document):
 
 
 class ResumeFacts(Record):
-    """What the resume state says about itself besides its tensors."""
+    """The facts of a resume state, beside its tensors."""
 
     cursor: int
     """Number of token positions read."""
@@ -186,12 +186,12 @@ class ResumeFacts(Record):
     moments: list[str]
     """Ids of the legs whose moments are being gathered."""
     machine: dict[str, Any]
-    """Threads, instruction set and torch version, on which the bits depend."""
+    """Threads, instruction set, torch version and, on a GPU, its kind and libraries, on which the bits depend."""
     log_bytes: int
     """Length of metrics.jsonl, to which it is cut back on resume."""
     legs: dict[str, str]
     """A digest of each leg of the plan that the state belongs to."""
     serial: int
-    """Name of the directory that its tensors are in: the number of states saved before it, plus one."""
+    """Name of the directory with its tensors: the number of states saved before it, plus one."""
     digests: dict[str, dict[str, str]]
     """A digest of each tensor, by file."""

@@ -1,6 +1,6 @@
 """The architectures: one file each, and this list.
 
-A new one is a file with one final class and a place in ARCHITECTURES; nothing else in the package names it.
+A new architecture is a file with one final class and a place in ARCHITECTURES; nothing else in the package names it.
 Nothing here loads torch: a class is also the spec that a recipe is read into, and planning reads recipes without torch.
 """
 

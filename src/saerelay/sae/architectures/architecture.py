@@ -3,8 +3,8 @@
 An instance is what a recipe asks for (its fields are keys of `[dictionary]`); the methods say how such a dictionary
 turns pre-activations into codes, what training adds to the squared error, and how its mean L0 is set.
 
-Shapes: B tokens, F latents, n_active the non-zero codes of a batch. Thresholds (F) belong to the dictionary, and are
-None where an architecture has none; so do r_mag (F), the scales of gates.
+Shapes: B tokens, F latents, n_active the non-zero codes of a batch. Thresholds (F) and r_mag (F), the scales of gates,
+belong to the dictionary, and are None where an architecture has none.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ if TYPE_CHECKING:
 
 
 class BatchSums(NamedTuple):
-    """What a penalty may depend on: sums over the codes of a batch."""
+    """Sums over the codes of a batch, on which a penalty may depend."""
 
     n_rows: int
     n_active: Tensor
     """Non-zero codes."""
     total_code: Tensor
-    """Σ z; of an architecture with a gate the sum of the gate's codes."""
+    """Σ z; for an architecture with a gate, the sum of the gate's codes."""
     divisor: float
-    """What the squared error of the batch is divided by in the loss."""
+    """The divisor of the batch's squared error in the loss."""
 
 
 class Penalty(NamedTuple):
-    """What an architecture adds to the loss of a batch, with its gradients."""
+    """The term that an architecture adds to the loss of a batch, with its gradients."""
 
     loss: Tensor
     to_z: float | Tensor | None = None
-    """∂loss/∂z of every active code, or of every code of the gate, if it depends on codes."""
+    """∂loss/∂z of every active code, or of every code of the gate, if the term depends on codes."""
     to_step: Tensor | None = None
-    """∂loss/∂1[pre > threshold], if it depends on how many codes are active."""
+    """∂loss/∂1[pre > threshold], if the term depends on how many codes are active."""
 
 
 class GateGradients(NamedTuple):
-    """What the loss of a gate's codes gives to what they are made of."""
+    """Gradients that a loss of the gate's codes gives to the tensors they are computed from."""
 
     z: Tensor
     threshold: Tensor
@@ -58,31 +58,31 @@ class Architecture(Spec):
     """One kind of sparse autoencoder."""
 
     name: ClassVar[str]
-    """As recipes and files spell it."""
+    """The name as recipes and files spell it."""
     title: ClassVar[str]
-    """As people spell it."""
+    """The name as people spell it."""
     l0_key: ClassVar[str | None] = None
     """The field that asks for a mean number of active latents, if there is one."""
     has_threshold: ClassVar[bool] = False
     """Whether dictionaries have a threshold (F)."""
     threshold_is_calibrated: ClassVar[bool] = False
-    """Whether the threshold is no parameter: it is set so that mean L0 is k on given activations."""
+    """Whether the threshold is not trained, but set so that mean L0 is k on given activations."""
     has_gate: ClassVar[bool] = False
-    """Whether training also reconstructs from a gate's codes (`gate_codes`), whose scale, r_mag, dictionaries have."""
+    """Whether training also reconstructs from a gate's codes (`gate_codes`); dictionaries then have the scale r_mag."""
     selects_over_batch: ClassVar[bool] = False
-    """Whether training chooses active latents over a whole batch, not token by token."""
+    """Whether training chooses active latents over a whole batch rather than per token."""
     selects_fixed_number: ClassVar[bool] = False
-    """Whether training selects the same number of latents in every batch of a size."""
+    """Whether training selects the same number of latents in every batch of the same size."""
     l0_is_exact: ClassVar[bool] = False
     """Whether every token has the same number of active latents, whatever the activations."""
 
     @property
     def l0(self) -> float | None:
-        """Active latents per token that are asked for; None if they follow from a penalty."""
+        """Number of active latents per token that is asked for; None if it follows from a penalty."""
         return None if self.l0_key is None else float(getattr(self, self.l0_key))
 
     def with_l0(self, l0: float) -> Self:
-        """The same, asking for another number of active latents; unchanged if it asks for none."""
+        """Return the architecture with another number of active latents; unchanged if it asks for none."""
         if self.l0_key is None:
             return self
         kind = type(getattr(self, self.l0_key))
@@ -101,7 +101,7 @@ class Architecture(Spec):
 
     @classmethod
     def of_dictionary(cls, k: int | None) -> Self:
-        """As it encodes in a trained dictionary, which knows nothing of training but `k`."""
+        """The architecture of a trained dictionary, which keeps nothing of its training settings but `k`."""
         return cls() if k is None or "k" not in cls.model_fields else cls.model_validate({"k": k})
 
     # --- encoding -------------------------------------------------------------------------------------------------
@@ -111,17 +111,17 @@ class Architecture(Spec):
         """Codes z (..., F), non-negative and mostly zero, of pre-activations (..., F)."""
 
     def encode_sparse(self, pre: Tensor, threshold: Tensor | None, ops: ModuleType) -> Codes:
-        """The same codes of pre-activations (B, F) without the zeros; `ops` are the sparse kernels of their device."""
+        """The same codes of pre-activations (B, F), without the zeros; `ops` are the sparse kernels of the device."""
         return ops.nonzero_codes(self.activate(pre, threshold))
 
     # --- a given mean L0 ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-        """Shift what decides which latents are active until mean L0 on activations x (B, D) is `l0`."""
+        """Adjust thresholds or biases so that mean L0 on activations x (B, D) is `l0`."""
 
     def firing_level(self, dictionary: Dictionary, x: Tensor, latents: Tensor) -> Tensor:
-        """What the pre-activation of each of some latents must exceed to fire on activations x (B, D)."""
+        """The level that the pre-activation of each given latent must exceed to fire on activations x (B, D)."""
         if dictionary.threshold is None:
             return x.new_zeros(())
         return dictionary.threshold[latents]
@@ -133,52 +133,52 @@ class Architecture(Spec):
         return self.activate(pre, threshold)
 
     def training_penalty(self, pre: Tensor, z: Tensor, threshold: Tensor | None, divisor: float) -> Tensor | None:
-        """What is added to the squared error once its warm-up is over, differentiable; None if nothing is.
+        """The term added to the squared error once its warm-up is over, differentiable; None if there is none.
 
-        z (B, F) are the codes, or the gate's where there is one.
+        z (B, F) are the codes, or the gate's codes where there is a gate.
         """
         return None
 
     def gate_codes(self, z: Tensor, threshold: Tensor, r_mag: Tensor) -> Tensor:
-        """The gate's codes, differentiable, if `has_gate`: of codes z with the threshold and r_mag of their latents."""
+        """The gate's codes, differentiable, for codes z and their latents' threshold and r_mag; only if `has_gate`."""
         raise NotImplementedError
 
     # --- training, by the sparse step -----------------------------------------------------------------------------
 
     def shift(self, threshold: Tensor | None) -> Tensor | None:
-        """What is subtracted from pre-activations (F) before latents are selected; None for nothing."""
+        """The numbers (F) subtracted from pre-activations before latents are selected; None for none."""
         return None
 
     def select(self, pre: Tensor, ops: ModuleType) -> Codes:
-        """The latents of each row of shifted pre-activations (B, F) that the step looks at."""
+        """Select the latents that the step considers in each row of shifted pre-activations (B, F)."""
         return ops.codes_at_least(pre, pre.new_zeros(1, 1))
 
     def select_over_batch(self, pres: Sequence[Tensor], ops: ModuleType) -> list[Codes]:
-        """The same for a whole batch, given in pieces (rows, F), if `selects_over_batch`."""
+        """Select them for a whole batch, given in pieces (rows, F); only if `selects_over_batch`."""
         raise NotImplementedError
 
     def unshift(self, codes: Codes, shift: Tensor) -> tuple[Codes, Tensor | None]:
-        """Codes with their true values from selected ones, and which are in the straight-through window (n_active).
+        """Return selected codes with their true values, and a mask (n_active) of the straight-through window.
 
-        None if there is no such window.
+        The mask is None if there is no such window.
         """
         raise NotImplementedError
 
     def penalty(self, sums: BatchSums, warmth: float | Tensor) -> Penalty | None:
-        """The same with its gradients; `warmth` in [0, 1] is the share of its weight in force (its warm-up)."""
+        """The penalty with its gradients; `warmth` in [0, 1] is the share of its weight in force (its warm-up)."""
         return None
 
     def threshold_gradient(self, to_z: Tensor, to_step: Tensor, threshold: Tensor, window: Tensor) -> Tensor:
-        """∂loss/∂threshold at the codes' positions (n_active), for thresholds that are trained."""
+        """∂loss/∂threshold at the codes' positions (n_active), for architectures that train thresholds."""
         raise NotImplementedError
 
     def gate_gradients(self, to_gate: Tensor, gate: Tensor, r_mag: Tensor) -> GateGradients:
-        """What ∂loss/∂gate's codes is to what these are made of, all at the codes' positions (n_active)."""
+        """Carry ∂loss/∂(gate's codes) back to z, threshold and r_mag, all at the codes' positions (n_active)."""
         raise NotImplementedError
 
 
 def with_common_threshold(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-    """Give all latents the one threshold at which mean L0 on activations x (B, D) is `l0`, but none below zero."""
+    """Give all latents one threshold, at least 0, at which mean L0 on activations x (B, D) is `l0`."""
     threshold = level_exceeded(dictionary.pre_activations(x), l0).clamp(min=0)
     return replace(dictionary, threshold=threshold.expand(dictionary.n_latents).clone())
 

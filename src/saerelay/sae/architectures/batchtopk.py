@@ -1,6 +1,6 @@
 """BatchTopK (Bussmann et al. 2024): the k·B largest pre-activations of a batch, if positive.
 
-At inference one threshold stands for the batch: it is calibrated so that mean L0 is k on given activations.
+At inference a common threshold replaces the batch: it is calibrated so that mean L0 is k on given activations.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class BatchTopK(Architecture):
         return pre.relu() * (pre > threshold)
 
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-        """Calibrate the one threshold."""
+        """Calibrate the common threshold."""
         return with_common_threshold(dictionary, x, l0)
 
     def training_codes(self, pre: Tensor, threshold: Tensor | None) -> Tensor:

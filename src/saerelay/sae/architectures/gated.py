@@ -1,4 +1,4 @@
-"""Gated SAEs (Rajamanoharan et al. 2024, arXiv 2404.16014): a gate decides which latents are active, nothing else.
+"""Gated SAEs (Rajamanoharan et al. 2024, arXiv 2404.16014): a gate decides which latents are active, and only that.
 
 The paper has, with one encoder W for gate and magnitude (equations 6 to 8),
 
@@ -13,7 +13,7 @@ in all but its training:
     pre = W_enc x + b_enc        z = pre · 1[pre > threshold]        gate = (pre − threshold) e^−r_mag
 
 These are the same functions of x, and by the chain rule they learn from the same gradients. Thresholds are kept from
-falling below zero, where the gate would only let through what is zero anyway.
+falling below zero, where the gate would only let through pre-activations whose codes are zero anyway.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Gated(Architecture):
     # --- the reference --------------------------------------------------------------------------------------------
 
     def training_penalty(self, pre: Tensor, z: Tensor, threshold: Tensor | None, divisor: float) -> Tensor | None:
-        """gate_l1 · (L0 / target)^4 · Σ gate, over what the squared error is divided by; the weight has no gradient."""
+        """gate_l1 · (L0 / target)^4 · Σ gate, divided as the squared error is; the weight has no gradient."""
         return self._weight((z > 0).to(z).sum(), len(z)) * z.sum() / divisor
 
     def gate_codes(self, z: Tensor, threshold: Tensor, r_mag: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Gated(Architecture):
     # --- the sparse step ------------------------------------------------------------------------------------------
 
     def shift(self, threshold: Tensor | None) -> Tensor | None:
-        """The threshold: what is positive above it passes the gate."""
+        """The threshold: a pre-activation that is still positive after the shift passes the gate."""
         return threshold
 
     def unshift(self, codes: Codes, shift: Tensor) -> tuple[Codes, Tensor | None]:
@@ -104,6 +104,6 @@ class Gated(Architecture):
     def _weight(self, n_active: Tensor, n_rows: int) -> Tensor:
         """The L1 penalty's weight: steep enough that L0 is close to its target, whatever weight that takes.
 
-        A steeper one follows the noise of a batch's L0, and costs quality.
+        A steeper weight would follow the noise of a batch's L0, and cost quality.
         """
         return self.gate_l1 * (n_active / n_rows / self.target_l0) ** 4

@@ -1,7 +1,7 @@
 """JumpReLU (Rajamanoharan et al. 2024): every pre-activation above its latent's own threshold, which is trained.
 
-Neither the step 1[pre > θ] nor the jump pre·1[pre > θ] has a gradient to θ almost everywhere. Training uses that of a
-rectangular window of width `bandwidth` around θ instead (equations 11 and 12 of the paper).
+Neither the step 1[pre > θ] nor the jump pre·1[pre > θ] has a gradient to θ almost everywhere. Training uses the
+gradient of a rectangular window of width `bandwidth` around θ instead (equations 11 and 12 of the paper).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class JumpReLU(Architecture):
         return pre.relu() * (pre > threshold)
 
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-        """Multiply all thresholds by one factor; where there are none yet, give all latents the same."""
+        """Multiply all thresholds by one factor; if there are none yet, give all latents a common threshold."""
         if dictionary.threshold is None:
             return with_common_threshold(dictionary, x, l0)
         relative = dictionary.pre_activations(x) / dictionary.threshold.clamp(min=1e-12)
@@ -70,8 +70,9 @@ class JumpReLU(Architecture):
         return self.l0_weight * (l0 / self.target_l0 - 1) ** 2
 
     # --- the sparse step ------------------------------------------------------------------------------------------
-    # What lies in a latent's window gets a gradient, too, so the step selects from the window's lower end on: shifted
-    # pre-activations are positive there, the threshold lies at half a bandwidth, and the window ends at a bandwidth.
+    # Pre-activations in a latent's window get a gradient even below the threshold, so the step selects from the
+    # window's lower end upwards. After the shift the window reaches from 0 to `bandwidth`, with the threshold at half
+    # of that.
 
     def shift(self, threshold: Tensor | None) -> Tensor | None:
         """The lower end of each latent's window."""
@@ -86,7 +87,7 @@ class JumpReLU(Architecture):
         return codes.with_values(true * (above > self.bandwidth / 2)), window
 
     def penalty(self, sums: BatchSums, warmth: float | Tensor) -> Penalty | None:
-        """See `training_penalty`; the gradient to each step is the same."""
+        """See `training_penalty`; the gradient is the same for every step 1[pre > θ]."""
         excess = sums.n_active / sums.n_rows / self.target_l0 - 1
         weight = warmth * self.l0_weight
         to_step = weight * 2 * excess / (self.target_l0 * sums.n_rows)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @final
 class ReLU(Architecture):
-    """Every positive pre-activation; sparsity comes from an L1 penalty on codes, whose decoder rows have unit norm."""
+    """Every positive pre-activation; sparsity comes from an L1 penalty on codes, with decoder rows of unit norm."""
 
     name: ClassVar[str] = "relu"
     title: ClassVar[str] = "ReLU"
@@ -39,10 +39,10 @@ class ReLU(Architecture):
         return replace(dictionary, b_enc=dictionary.b_enc - level)
 
     def training_penalty(self, pre: Tensor, z: Tensor, threshold: Tensor | None, divisor: float) -> Tensor | None:
-        """l1 · Σ z, over what the squared error is divided by."""
+        """l1 · Σ z, divided as the squared error is."""
         return self.l1 * z.sum() / divisor
 
     def penalty(self, sums: BatchSums, warmth: float | Tensor) -> Penalty | None:
-        """The same, with its gradient."""
+        """`training_penalty` with its gradient."""
         weight = warmth * self.l1 / sums.divisor
         return Penalty(weight * sums.total_code, to_z=weight)

@@ -21,7 +21,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Jump(torch.autograd.Function):
-    """pre·1[pre > θ], the gradient to θ as for `_Step`."""
+    """pre·1[pre > θ], with the gradient to θ as for `_Step`."""
 
     @staticmethod
     def forward(ctx, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -42,11 +42,11 @@ class TopK(Architecture):
         return ops.top_codes(pre, self.k)
 
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-        """Nothing to shift: L0 is k, whatever the activations."""
+        """Return the dictionary as it is: L0 is k, whatever the activations."""
         return dictionary
 
     def firing_level(self, dictionary: Dictionary, x: Tensor, latents: Tensor) -> Tensor:
-        """The mean over tokens of the k-th largest pre-activation: what it takes to be among the k."""
+        """The mean over tokens of the k-th largest pre-activation: the level for being among the k."""
         import torch  # here alone, so that reading a recipe does not load it
 
         smallest = [dictionary.pre_activations(part).topk(self.k, dim=1).values[:, -1] for part in x.split(1024)]

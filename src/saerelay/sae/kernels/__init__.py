@@ -1,4 +1,4 @@
-"""Sparse encoding, decoding and training: what makes a step cost little more than its encoder product."""
+"""Sparse encoding, decoding and training, with which a step costs little more than its encoder product."""
 
 from saerelay.sae.kernels.codes import Codes, add_at, dense_codes, join_codes, latent_sums, split_codes
 from saerelay.sae.kernels.step import Reading, Step, encode_sparse, latent_pieces, products, reconstruct, sparse_step

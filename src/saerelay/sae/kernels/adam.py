@@ -1,4 +1,4 @@
-"""One step of Adam (Kingma and Ba 2015), on tensors that are moved part by part."""
+"""One step of Adam (Kingma and Ba 2015), on tensors that are updated part by part."""
 
 from typing import NamedTuple
 
@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
-"""A parameter, the running mean of its gradient and that of its square."""
+"""A parameter, the running mean of its gradient, and the running mean of the squared gradient."""
 
 EPS = 1e-8
-"""What is added to the root of the mean square."""
+"""Added to the root of the mean square."""
 
 
 class Adam(NamedTuple):
-    """What a step of Adam does to every tensor."""
+    """One step of Adam, applied to every tensor."""
 
     lr: float | Tensor
-    """On a GPU a single-number tensor of float32."""
+    """On a GPU, a zero-dimensional float32 tensor."""
     betas: tuple[float, float]
     n_steps: Tensor
     shrink: Tensor | None
-    """What gradients are divided by."""
+    """The divisor of gradients (for clipping)."""
     failed: Tensor | None = None
-    """float32: 1 where nothing is to move, on devices that the host does not wait for."""
+    """float32: 1 if nothing is to be updated; for devices that the host does not wait for."""
 
     def move(self, triple: Triple, gradient: Tensor, rate_share: float = 1.0) -> None:
-        """Move a parameter and its moments, at a share of the rate."""
+        """Update a parameter and its moments, at a share of the learning rate."""
         parameter, mean, square = triple
         torch._fused_adam_(  # pyright: ignore  # what torch.optim.Adam(fused=True) calls, which cannot take parts
             [parameter],

@@ -1,4 +1,4 @@
-"""AuxK in the sparse step: dead latents learn to reconstruct what the others leave (Gao et al. 2024, eq. 6 and 7).
+"""AuxK in the sparse step: dead latents learn to reconstruct the others' residual (Gao et al. 2024, eq. 6 and 7).
 
 Shapes: B tokens, D model width, F latents, N dead latents.
 """
@@ -12,23 +12,23 @@ from saerelay.sae.kernels.codes import added_up, joined, tensor_cores
 from saerelay.sae.loss import AUX_EVERY, k_aux
 
 LISTED_SHARE = 4
-"""On a GPU AuxK looks at no more dead latents than a quarter of all."""
+"""On a GPU, AuxK considers at most F / LISTED_SHARE dead latents: a quarter of all."""
 
 
 class DeadLatents(NamedTuple):
-    """The latents that AuxK looks at."""
+    """The latents that AuxK considers."""
 
     latents: Tensor
-    """int64 (N), each once."""
+    """int64 (N), without repetitions."""
     are_dead: Tensor | None
-    """Bool (N): which of them are dead; None if all are."""
+    """Bool (N): which of the latents are dead; None if all are."""
 
     @classmethod
     def among(cls, dead: Tensor) -> "DeadLatents | None":
-        """Those marked in `dead` (F, bool), or None if there are none.
+        """The latents marked in `dead` (F, bool), or None if there are none.
 
-        On a GPU a list of fixed length, which the host need not wait for: the dead latents, up to a share of all, and
-        behind them living ones.
+        On a GPU the list has a fixed length, so that the host need not wait for it: the dead latents, up to a share of
+        all, then living latents to fill it up.
         """
         if dead.device.type == "cpu":
             latents = dead.nonzero().squeeze(1)
@@ -54,7 +54,7 @@ class AuxPart(NamedTuple):
 
     @classmethod
     def of(cls, dead: DeadLatents, W_dead: Tensor, pre: Tensor, residual: Tensor) -> "AuxPart":
-        """AuxK on pre-activations (rows, F) and what is left of their tokens, e (rows, D); W_dead (N, D)."""
+        """AuxK on pre-activations (rows, F) and the residuals e (rows, D) of the same tokens; W_dead (N, D)."""
         # Not in bf16: oneDNN would keep a compiled kernel for each number of dead latents.
         pre_dead = pre[:, dead.latents].to(W_dead)
         if dead.are_dead is not None:
@@ -76,9 +76,9 @@ class Aux(NamedTuple):
     z: Tensor
     to_z: Tensor
     g: Tensor
-    """Those of `AuxPart`, all rows together."""
+    """As in `AuxPart`, for all rows."""
     scale: Tensor
-    """What gradients are multiplied by."""
+    """Factor on the gradients."""
     loss: Tensor
 
     @classmethod
@@ -116,7 +116,7 @@ class Aux(NamedTuple):
             gradients[name].index_add_(0, rows, gradient * self.scale)
 
     def _listed(self, latents: slice) -> tuple[int, int]:
-        """Where in the list some latents begin and end; on a GPU, where they are not cut, they are all."""
+        """Where in the list some latents begin and end; on a GPU, where latents are not cut, the whole list."""
         listed = self.dead.latents
         if self.dead.are_dead is not None:
             return 0, len(listed)

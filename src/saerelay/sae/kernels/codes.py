@@ -14,8 +14,8 @@ from torch import Tensor
 class Codes:
     """The non-zero codes Z (B, F) of a batch, row by row.
 
-    Row i's entries are `columns[row_starts[i]:row_starts[i + 1]]`, with `values` beside them. Entries that a rule
-    selected but whose value is zero may be kept: they contribute nothing.
+    The entries of row i are `columns[row_starts[i]:row_starts[i + 1]]`, with `values` beside them. Selected entries
+    whose value is zero may be kept: they contribute nothing.
     """
 
     row_starts: Tensor
@@ -38,17 +38,17 @@ class Codes:
         return torch.repeat_interleave(counts, output_size=self.columns.shape[0])
 
     def with_values(self, values: Tensor) -> "Codes":
-        """The same places with other values."""
+        """The same positions with other values."""
         return Codes(self.row_starts, self.columns, values, self.n_latents, self._transpose)
 
     def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Zᵀ's row starts (F + 1), columns (n_active), and the order that takes `values` there; found once."""
+        """Zᵀ's row starts (F + 1), columns (n_active), and the order that brings `values` there; computed once."""
         if not self._transpose:
             self._transpose.append(self._by_counting() if self.columns.device.type == "cpu" else self._by_sorting())
         return self._transpose[0]
 
     def transposed(self, latents: slice = slice(None)) -> tuple["Codes", Tensor]:
-        """Some rows of Zᵀ (F, B), and where their values stand among ours."""
+        """Some rows of Zᵀ (F, B), and where their values are in `values`."""
         starts, rows, order = self.transpose()
         if latents != slice(None) and (latents.start, latents.stop) != (0, self.n_latents):
             low, high = int(starts[latents.start]), int(starts[latents.stop])
@@ -56,14 +56,14 @@ class Codes:
         return Codes(starts, rows, self.values.index_select(0, order), self.n_rows), order
 
     def between(self, first: int, last: int) -> tuple["Codes", Tensor]:
-        """The codes of latents first ≤ j < last, at their own columns, and where their values stand among ours."""
+        """The codes of latents first ≤ j < last, at their own columns, and where their values are in `values`."""
         places = ((self.columns >= first) & (self.columns < last)).nonzero().squeeze(1)
         rows = torch.arange(self.n_rows + 1, device=self.columns.device)
         starts = torch.searchsorted(self.rows()[places], rows, out_int32=True)
         return Codes(starts, self.columns[places], self.values[places], self.n_latents), places
 
     def gram(self) -> Tensor:
-        """ZᵀZ (F, F), dense; made from the pairs that are active together, so K² operations a token (on a CPU)."""
+        """ZᵀZ (F, F), dense; made from the pairs of latents active together, so K² operations per token (on a CPU)."""
         total = self.values.new_zeros(self.n_latents, self.n_latents)
         if total.device.type != "cpu":
             with tensor_cores():
@@ -98,7 +98,8 @@ class Codes:
 def tensor_cores() -> Iterator[None]:
     """Let float32 products on a GPU round their operands to TF32 (10 bits), which is several times as fast.
 
-    Good enough for what is damped, such as the normal equations of a refit, and for AuxK, a small part of the gradient.
+    Accurate enough for systems that are damped, such as the normal equations of a refit, and for AuxK, which is a
+    small part of the gradient.
     """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -124,9 +125,9 @@ def latent_sums(codes: Codes) -> Tensor:
 
 
 def add_at(total: Tensor, index: Tensor, values: Tensor) -> None:
-    """total[index] += values, for (n) places of which some repeat: the same bits each time, also on a GPU.
+    """total[index] += values, for (n) indices that may repeat: the same bits each time, also on a GPU.
 
-    There `index_add_` adds with atomics, in whatever order they come; here equal places are brought together first.
+    On a GPU, `index_add_` adds atomically, in arbitrary order; here equal indices are brought together first.
     """
     if total.device.type == "cpu":
         total.index_add_(0, index, values)
@@ -138,7 +139,7 @@ def add_at(total: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """The rows of all parts of a batch; a part that is alone (on a GPU it always is) as it is, without a copy."""
+    """The rows of all parts of a batch; a single part (on a GPU there is only one) is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -148,7 +149,7 @@ def added_up(parts: list[Tensor]) -> Tensor:
 
 
 def join_codes(parts: list[Codes]) -> Codes:
-    """The codes of several batches as those of one."""
+    """Join the codes of several batches into those of one batch."""
     if len(parts) == 1:
         return parts[0]
     ends = [0]

@@ -1,4 +1,4 @@
-"""A gate in the sparse step: its codes reconstruct as well, through the decoder, which learns nothing of it.
+"""A gate in the sparse step: its codes also reconstruct, through the decoder, which gets no gradient from them.
 
 See `loss.gate_error`. Shapes: B tokens, D model width, F latents, n_active the non-zero codes of a batch.
 """
@@ -18,15 +18,15 @@ class GatePart(NamedTuple):
     """The gate on one piece of tokens, or on a whole batch."""
 
     codes: Tensor
-    """(n_active): the gate's codes where codes are."""
+    """(n_active): the gate's codes, at the positions of the codes."""
     to_gate: Tensor
-    """(n_active): ∂(squared error)/∂gate, up to what a residual is multiplied by."""
+    """(n_active): ∂(squared error)/∂gate, up to the factor on residuals."""
     error: Tensor
     """Σ error²."""
 
     @classmethod
     def of(cls, codes: Codes, goal: Tensor, dictionary: Dictionary, ops: ModuleType) -> "GatePart":
-        """The gate of codes (rows, F) that are to sum to `goal` (rows, D), which is overwritten."""
+        """The gate of codes (rows, F) that are to reconstruct `goal` (rows, D), which is overwritten."""
         assert dictionary.threshold is not None and dictionary.r_mag is not None
         columns = codes.columns
         values = dictionary.activation.gate_codes(
@@ -40,9 +40,9 @@ class GatePart(NamedTuple):
 def gradients_of_gates(
     parts: list[GatePart], codes: Codes, dictionary: Dictionary, to_x_hat: float, penalty: Penalty | None
 ) -> GateGradients:
-    """What the gate of a batch gives to what it is made of, from those of its pieces, where all codes are.
+    """Carry the gradients of a batch's gate, joined from its pieces, back to z, threshold and r_mag, where codes are.
 
-    Residuals are multiplied by `to_x_hat`.
+    `to_x_hat` is the factor on residuals.
     """
     assert dictionary.r_mag is not None
     gate = joined([part.codes for part in parts])

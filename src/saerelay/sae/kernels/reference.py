@@ -1,4 +1,4 @@
-"""Sparse products in plain torch: runs everywhere, and is what the fast versions are tested against."""
+"""Sparse products in plain torch: runs everywhere, and is the reference for tests of the fast versions."""
 
 import torch
 from torch import Tensor
@@ -31,12 +31,12 @@ def decode_pair(
 
 
 def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
-    """g Wᵀ at the codes' places: (B, D), (F, D) -> (n_active,)."""
+    """g Wᵀ at the codes' positions: (B, D), (F, D) -> (n_active,)."""
     return torch.linalg.vecdot(g[codes.rows()], W[codes.columns.long()])
 
 
 def explain(left: Tensor, codes: Codes, W: Tensor) -> Tensor:
-    """left −= Z W, in place (B, D), and then left Wᵀ at the codes' places (n_active)."""
+    """left −= Z W, in place (B, D), and then left Wᵀ at the codes' positions (n_active)."""
     subtract_decoded(left, codes, W)
     return sampled(codes, left, W)
 
@@ -50,13 +50,13 @@ def fired(codes: Codes) -> Tensor:
 def adam_rows(
     adam: Adam, triple: Triple, gradient: Tensor, rate_share: float, *, unit: bool, copy: Tensor | None
 ) -> None:
-    """Move the rows of a matrix (F, D), at a share of the rate; then give them `unit` norm; then let a copy follow."""
+    """Update the rows of a matrix (F, D) at a share of the rate, give them `unit` norm, and write them to a copy."""
     adam.move(triple, gradient, rate_share)
     parameter = triple[0]
     if unit:
         norms = torch.linalg.vector_norm(parameter, dim=1, keepdim=True)
         if adam.failed is not None:
-            norms = norms.masked_fill(adam.failed > 0, 1.0)  # even a division by almost 1 would move them
+            norms = norms.masked_fill(adam.failed > 0, 1.0)  # even a division by almost 1 would change the rows
         parameter.div_(norms)
     if copy is not None:
         copy.copy_(parameter)

@@ -1,7 +1,7 @@
 """Selection of active latents from dense pre-activations, without sorting them.
 
 Latents are put into groups of 16: one pass over memory finds each group's maximum, and the few groups whose maximum
-reaches a bound hold everything that does. Shapes: B tokens, F latents, G latents in a group, F/G groups.
+reaches a bound hold all values that reach it. Shapes: B tokens, F latents, G latents in a group, F/G groups.
 """
 
 import math
@@ -35,7 +35,7 @@ def _top_by_groups(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns (B, k) of the k largest of each row, in no order.
 
     The k-th largest of a row's group maxima is a bound: k values reach it, so the k largest do. It is seldom far below
-    the k-th largest value, so few others reach it, and all that do are in the k groups with the largest maxima.
+    the k-th largest value, so few other values reach it, and all of them are in the k groups with the largest maxima.
     """
     groups = _groups(pre)
     maxima, group = groups.amax(1).topk(k, dim=1, sorted=False)
@@ -46,9 +46,9 @@ def _top_by_groups(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest_of_ragged(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, k: int) -> tuple[Tensor, Tensor]:
-    """Values and columns (B, k) of the k largest of each row's entries, which come row by row.
+    """Values and columns (B, k) of the k largest of each row's entries, which are given row by row.
 
-    Entries are laid out in a table as wide as the longest row, with −∞ behind the ends of shorter ones.
+    Entries are laid out in a table as wide as the longest row; shorter rows are filled up with −∞.
     """
     counts = torch.bincount(rows, minlength=n_rows)
     width = max(k, int(counts.max()))  # a row of NaN has fewer than k entries
@@ -67,7 +67,7 @@ def top_codes_of_batch(pres: Sequence[Tensor], n: int) -> list[Codes]:
     """The n largest of all pre-activations of a batch, given in pieces (rows, F), negative ones as zero (BatchTopK).
 
     Each piece is searched above a bound that is guessed from some of its rows. Where the guess was too high, the piece
-    may hold more of the largest: it is searched again, above the lowest bound of all.
+    may hold more of the largest values: it is searched again, above the lowest bound of all.
     """
     if pres[0].device.type != "cpu":
         return [_top_of_all(pre, n) for pre in pres]  # one piece: an accelerator takes the whole batch
@@ -95,7 +95,7 @@ def _top_of_all(pre: Tensor, n: int) -> Codes:
 
 
 def _guessed_bound(pre: Tensor, k: int) -> Tensor:
-    """A guess, from some rows, below the (k·B)-th largest of pre-activations (B, F); a scalar."""
+    """A guess, from some rows, of a bound below the (k·B)-th largest of pre-activations (B, F); a scalar."""
     sample = pre[:: max(1, pre.shape[0] // 64)]
     maxima = _groups(sample).amax(1) if pre.shape[1] % GROUP == 0 else sample
     n = min(maxima.numel(), sample.shape[0] * k * 5 // 4)
@@ -105,8 +105,8 @@ def _guessed_bound(pre: Tensor, k: int) -> Tensor:
 def _keep_largest(parts: list[Codes], n: int) -> tuple[list[Codes], float]:
     """The n largest entries of all parts together (the first of equal ones), and the smallest of them.
 
-    How to see this: everything above the n-th largest value is kept; whatever room is left goes to the entries equal to
-    it, part by part from the first on. A part's new row starts are the numbers of entries kept before its old ones.
+    How to see this: everything above the n-th largest value is kept; the remaining room goes to entries equal to that
+    value, part by part from the first on. A part's new row starts are the numbers of entries kept before its old ones.
     """
     values = np.concatenate([part.values.numpy() for part in parts])
     if values.shape[0] <= n:
@@ -152,12 +152,12 @@ def nonzero_codes(z: Tensor) -> Codes:
 
 
 def _groups(pre: Tensor) -> Tensor:
-    """(B, F) -> (B, G, F/G): group j is columns j, j + F/G, j + 2F/G ..., so that maxima are taken side by side."""
+    """(B, F) -> (B, G, F/G): group j is columns j, j + F/G, j + 2F/G ..., so that maxima are computed side by side."""
     return pre.view(pre.shape[0], GROUP, -1)
 
 
 def _reaching(groups: Tensor, rows: Tensor, group: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value of those members of some rows' groups that are at least the row's bound (B, 1)."""
+    """Row, column and value of those members of the given groups that are at least their row's bound (B, 1)."""
     members = groups[rows, :, group]
     hit, member = (members >= bound[rows]).nonzero(as_tuple=True)
     columns = group[hit] + member * groups.shape[2]
@@ -165,12 +165,12 @@ def _reaching(groups: Tensor, rows: Tensor, group: Tensor, bound: Tensor) -> tup
 
 
 def _row_by_row(pre: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Codes:
-    """Codes from entries of pre-activations (B, F) that come row by row."""
+    """Codes from entries of pre-activations (B, F) that are given row by row."""
     all_rows = torch.arange(pre.shape[0] + 1, device=pre.device)
     row_starts = torch.searchsorted(rows, all_rows, out_int32=True)
     return Codes(row_starts, columns.int(), values.to(_wide(pre)), pre.shape[1])
 
 
 def _wide(pre: Tensor) -> torch.dtype:
-    """What values are kept in: half-precision ones as float32."""
+    """The dtype that values are kept in: float32 for half precision."""
     return torch.float32 if pre.element_size() < 4 else pre.dtype

@@ -1,12 +1,12 @@
 """The sparse training step: one dense encoder product, then work only where latents are active.
 
-Gradients are written out by hand and equal those of autograd on `loss.training_loss`; a test in float64 keeps it so.
+Gradients are written out by hand and equal those of autograd on `loss.training_loss`, as a test in float64 checks.
 With e = x_hat − x and g = 2e / divisor:
 
     ∂W_dec = Zᵀg        ∂pre = g W_decᵀ where z > 0        ∂W_enc = (∂pre)ᵀ x        biases: sums over tokens
 
-On a CPU the batch is cut into pieces of tokens whose pre-activations stay in the cache (`Forward`), what the pieces
-leave behind is joined (`Step`), and gradients are made for pieces of latents. Pieces are cut by shapes alone.
+On a CPU the batch is cut into pieces of tokens whose pre-activations stay in the cache (`Forward`), the results of the
+pieces are joined (`Step`), and gradients are computed for pieces of latents. Pieces are cut by shapes alone.
 Shapes: B tokens, D model width, F latents, N dead latents, n_active the non-zero codes of a batch.
 """
 
@@ -29,9 +29,9 @@ from saerelay.sae.threads import in_parallel
 from saerelay.sae.units import Units
 
 ROWS = 256
-"""Tokens in a piece, or half of a batch that has fewer than two."""
+"""Tokens per piece; a batch of 65 to 256 tokens makes two pieces."""
 NUMBERS, MAX_PIECES = 2**18, 16
-"""Numbers in a piece of the weights, if that does not make too many pieces."""
+"""Numbers per piece of the weights, unless that makes more than MAX_PIECES."""
 
 
 def products(device: torch.device) -> ModuleType:
@@ -44,7 +44,7 @@ def products(device: torch.device) -> ModuleType:
 
 
 def encode_sparse(dictionary: Dictionary, x: Tensor) -> Codes:
-    """The codes of x (B, D), as `Dictionary.encode` gives them, without the zeros."""
+    """The codes of x (B, D), as from `Dictionary.encode`, without the zeros."""
     pre = dictionary.pre_activations(x)
     return dictionary.activation.encode_sparse(pre, dictionary.threshold, products(x.device))
 
@@ -62,7 +62,7 @@ def reconstruct(dictionary: Dictionary, x: Tensor) -> tuple[Codes, Tensor]:
 
 
 def pieces(n: int, n_pieces: int, device: torch.device) -> list[slice]:
-    """Cut n rows into about equal slices, by shapes alone; one slice on an accelerator."""
+    """Cut n rows into slices of about equal size, by shapes alone; one slice on an accelerator."""
     size = -(-n // n_pieces) if device.type == "cpu" else n
     return [slice(first, min(first + size, n)) for first in range(0, n, size)]
 
@@ -76,35 +76,35 @@ def latent_pieces(d: Dictionary) -> list[slice]:
 def row_pieces(x: Tensor) -> list[slice]:
     """The tokens of a batch x (B, D), piece by piece."""
     n_rows = x.shape[0]
-    at_least_two = min(2, -(-n_rows // 64))  # of a batch that has more than 64 rows
+    at_least_two = min(2, -(-n_rows // 64))  # for a batch of more than 64 rows
     return pieces(n_rows, max(-(-n_rows // ROWS), at_least_two), x.device)
 
 
-# --- what a batch leaves behind -----------------------------------------------------------------------------------
+# --- the result of a batch ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A batch that went forward: its loss, and what the gradients are made of."""
+    """A batch after the forward pass: its loss, and all that gradients are computed from."""
 
     ops: ModuleType
     loss: Loss
     x: Tensor
-    """What the encoder read (B, D)."""
+    """Input of the encoder (B, D)."""
     prefixes: list[int]
-    """How many latents each of the nested dictionaries has; a dictionary that is not nested is one prefix."""
+    """Number of latents of each nested dictionary; a dictionary that is not nested is one prefix."""
     residuals: list[Tensor]
-    """For each prefix, what its own latents are to reduce (B, Dy), in training units: what is reconstructed less its
-    reconstruction, as the mean over this prefix and all longer ones."""
+    """For each prefix, what its own latents are to reduce (B, Dy), in training units: the residual (target minus
+    reconstruction), averaged over this prefix and all longer ones."""
     to_x_hat: float
-    """∂loss/∂x_hat as a multiple of the residuals."""
+    """∂loss/∂x_hat is this factor times the residuals."""
     codes: Codes
     to_pre: Tensor
     """∂loss/∂pre-activation at the codes' positions (n_active)."""
     to_numbers: dict[str, Tensor]
-    """∂loss/∂ those parameters that are one number for each latent, at the codes' positions (n_active), by name."""
+    """∂loss/∂p for each parameter p with one number per latent, at the codes' positions (n_active), by name."""
     variance: Tensor
-    """Σ‖x − mean of the batch‖², of what is reconstructed."""
+    """Σ‖y − mean of the batch‖² of the activations y that are reconstructed."""
     b_dec: Tensor
     """∂loss/∂b_dec (Dy)."""
     aux: Aux | None
@@ -125,7 +125,7 @@ class Step:
             self.aux.add(latents, self.x, into)
 
     def _gradients_of(self, latents: slice, residuals: Tensor, into: dict[str, Tensor]) -> None:
-        """The same for latents that have the same residuals, without AuxK."""
+        """Write the gradients of latents that share the same residuals, without AuxK."""
         z, order = self.codes.transposed(latents)
         to_pre = self.to_pre.index_select(0, order)
         to_row = z.values * self.to_x_hat
@@ -136,18 +136,18 @@ class Step:
 
 
 class Part(NamedTuple):
-    """What one piece of tokens leaves behind."""
+    """The result of one piece of tokens."""
 
     codes: Codes
     to_z: Tensor
     """∂(squared error)/∂z at the codes' positions."""
     window: Tensor | None
-    """Which positions are in the straight-through window of their threshold, for architectures that have one."""
+    """Which positions are in the straight-through window of their threshold, for architectures with such a window."""
     numbers: Tensor
-    """(5): Σ error², number active, Σ x², Σ of codes that a penalty is on, Σ error² as it counts in the loss: the mean
-    over nested dictionaries, and that of the gate."""
+    """(5): Σ error², number active, Σ y², Σ of the penalised codes, and Σ error² as it counts in the loss: the mean
+    over nested dictionaries, plus the gate's."""
     x_sum: Tensor
-    """(Dy): Σ of what is reconstructed."""
+    """(Dy): Σ y of the activations that are reconstructed."""
     residual_sum: Tensor
     """(Dy)."""
     aux: AuxPart | None
@@ -162,21 +162,21 @@ class Reading:
     """How the encoder reads a batch of raw activations."""
 
     units: Units | None = None
-    """None if the batch is in training units already."""
+    """None if the batch is already in training units."""
     encoder: Tensor | None = None
-    """A copy of W_enc (F, D) in the dtype that the product with it runs in."""
+    """A copy of W_enc (F, D) in the dtype of the product with it."""
     whitening: Tensor | None = None
-    """(D, D): what activations are multiplied by before the encoder."""
+    """(D, D): the matrix that activations are multiplied by before the encoder."""
     target: Tensor | None = None
-    """(B, Dy): what a transcoder reconstructs, in the batch's units; None if that is the batch."""
+    """(B, Dy): activations that a transcoder reconstructs, in the batch's units; None if it is the batch itself."""
 
 
 class Forward:
-    """One batch on its way forward, piece by piece of its tokens.
+    """The forward pass of one batch, piece by piece of its tokens.
 
     How to see this: a piece goes through `pre_activations`, selection and `backward` on its own thread, writes its rows
-    of the batch's buffers (`inputs`, `residuals`, `encoded`), and returns what must be added up over pieces as a
-    `Part`. `joined` adds these up, always in the same order, so that the bits do not depend on the threads.
+    of the batch's buffers (`inputs`, `residuals`, `encoded`), and returns everything that must be summed over pieces as
+    a `Part`. `joined` sums always in the same order, so that the bits do not depend on the threads.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Forward:
         bias = dictionary.b_enc if self.shift is None else dictionary.b_enc - self.shift
         self.bias = bias.to(self.encoder)
 
-        # Buffers of the batch, which pieces write their rows of.
+        # Buffers of the batch; each piece writes its rows.
         self.inputs = x.new_empty(x.shape, dtype=dictionary.W_dec.dtype)
         self.targets = self.inputs
         if reading.target is not None:
@@ -215,7 +215,7 @@ class Forward:
         self.W_dead = None if self.dead is None else dictionary.W_dec[self.dead.latents]
 
     def pre_activations(self, rows: slice) -> Tensor:
-        """Pre-activations (rows, F), less the architecture's shift."""
+        """Pre-activations (rows, F) minus the architecture's shift."""
         inputs = self.inputs[rows]
         _put(self.x[rows], self.reading.units, inputs)
         if self.reading.target is not None:
@@ -228,12 +228,12 @@ class Forward:
         return torch.nn.functional.linear(read, self.encoder, self.bias)
 
     def whole(self, rows: slice) -> Part:
-        """One piece of tokens, for architectures that select token by token."""
+        """Process one piece of tokens, for architectures that select token by token."""
         pre = self.pre_activations(rows)
         return self.backward(rows, pre, self.activation.select(pre, self.ops))
 
     def backward(self, rows: slice, pre: Tensor, codes: Codes) -> Part:
-        """The residual of one piece and its gradient to the selected codes."""
+        """Compute the residual of one piece and its gradient to the selected codes."""
         window = None
         if self.shift is not None:
             codes, window = self.activation.unshift(codes, self.shift)
@@ -268,11 +268,11 @@ class Forward:
         )
 
     def _nested(self, rows: slice, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-        """What codes are to reduce where dictionaries are nested, the residual of all latents, and the mean error.
+        """Nested dictionaries: the gradient to codes (up to the factor `to_x_hat`), the whole residual, the mean error.
 
-        How to see this: a latent is in its own prefix and in all longer ones, and what it is to reduce is the mean of
-        their residuals. So first the residual of each prefix, from the shortest to the longest; then, from the longest
-        to the shortest, their running sum.
+        How to see this: a latent is in its own prefix and in all longer ones, and it is to reduce the mean of their
+        residuals. So the first loop computes the residual of each prefix, from the shortest to the longest; the second,
+        from the longest to the shortest, their running sum.
         """
         W_dec = self.dictionary.W_dec
         n = len(self.prefixes)
@@ -297,14 +297,14 @@ class Forward:
         return to_z, residual, error / n
 
     def _aux(self, rows: slice, pre: Tensor, residual: Tensor) -> AuxPart | None:
-        """AuxK on every 16th token of the batch that lies in a piece."""
+        """AuxK on those tokens of a piece that are every 16th of the batch."""
         if self.dead is None or self.W_dead is None:
             return None
         sample = slice(-rows.start % AUX_EVERY, None, AUX_EVERY)
         return AuxPart.of(self.dead, self.W_dead, pre[sample], residual[sample])
 
     def joined(self, parts: list[Part], warmth: float | Tensor) -> Step:
-        """The whole batch, with what the architecture and AuxK add to loss and gradients."""
+        """Join the parts of the batch, and add the terms of the architecture and of AuxK to loss and gradients."""
         codes = join_codes([part.codes for part in parts])
         to_z = joined([part.to_z for part in parts])
         error, n_active, square, total_code, mean_error = added_up([part.numbers for part in parts])
@@ -342,7 +342,7 @@ class Forward:
     def _beside(
         self, codes: Codes, to_z: Tensor, penalty: Penalty | None, parts: list[Part]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """∂loss/∂pre, and those of thresholds (by their window or their gate) and of r_mag, where the codes are."""
+        """∂loss/∂pre, and the gradients of thresholds (by window or gate) and of r_mag, all at the codes' positions."""
         threshold = self.dictionary.threshold
         gates = [part.gate for part in parts if part.gate is not None]
         if gates:
@@ -358,7 +358,7 @@ class Forward:
 
 
 def _put(x: Tensor, units: Units | None, out: Tensor) -> None:
-    """Write activations (rows, D) into `out`, in units if they are not in these already."""
+    """Write activations (rows, D) into `out`, converted to units unless these are None."""
     if units is None:
         out.copy_(x)
     else:
@@ -376,10 +376,10 @@ def sparse_step(
     warmth: float | Tensor = 1.0,
     ops: ModuleType | None = None,
 ) -> Step:
-    """Take a batch of activations x (B, D) forward; see `Step.gradients` for the way back.
+    """Take a batch of activations x (B, D) through the forward pass; `Step.gradients` is the backward pass.
 
-    `dead` (F, bool) marks the latents that AuxK looks at, `warmth` in [0, 1] is the share of the penalty's weight that
-    is in force, `ops` the kernels, if not the fastest of x's device.
+    `dead` (F, bool) marks the latents that AuxK considers, `warmth` in [0, 1] is the share of the penalty's weight in
+    force, and `ops` are the kernels, by default the fastest of x's device.
     """
     forward = Forward(spec, dictionary, x, reading or Reading(), dead, ops or products(x.device))
     rows = row_pieces(x)
