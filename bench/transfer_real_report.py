@@ -51,7 +51,8 @@ class Results:
     hops: list[Hop]
     random: dict[int, float]
     """ΔCE of a random dictionary, refitted, by layer."""
-    suites: dict[str, Summary]
+    suites: dict[tuple[str, int], Summary]
+    """By name and seed."""
     legs: list[LegSummary]
     """Every SAE that was measured, whatever its job; no random dictionaries."""
 
@@ -90,7 +91,7 @@ def read(out: Path) -> Results:
     scratch: dict[tuple[int, int, int], LegSummary] = {}
     hops: list[Hop] = []
     legs: list[LegSummary] = []
-    suites: dict[str, Summary] = {}
+    suites: dict[tuple[str, int], Summary] = {}
     random: dict[int, float] = {}
     for path in sorted(out.glob("*/summary.json")):
         job = path.parent.name
@@ -106,7 +107,7 @@ def read(out: Path) -> Results:
             for leg in summary.legs:
                 hops += read_hops(RunDirectory(path.parent), seed, leg)
         elif job.startswith("suite"):
-            suites[job.removeprefix("suite-")] = summary
+            suites[re.sub(r"-s\d$", "", job.removeprefix("suite-")), seed] = summary
     hops = [hop for hop in hops if hop.seed in {seed for seed, _, _ in scratch}]
     return Results(scratch, hops, random, suites, legs)
 
@@ -241,34 +242,37 @@ def budget_table(results: Results) -> str:
 
 
 def suite_rows(results: Results) -> list[dict[str, Any]]:
-    """What whole suites took, and how good they are, beside every layer from scratch at seed 0."""
-    controls = {
-        layer: leg for (seed, layer, tokens), leg in results.scratch.items() if (seed, tokens) == (0, results.full)
-    }
+    """What whole suites took, and how good they are, beside every layer from scratch with the same seed."""
     rows = []
     for name in SUITES:
-        if name not in results.suites:
+        seeds = sorted(seed for suite, seed in results.suites if suite == name)
+        if not seeds:
             continue
-        summary = results.suites[name]
-        ratios = [delta(leg) / delta(controls[leg.layer]) for leg in summary.suite]
-        worse = 0
-        for leg in summary.suite:
-            allowed = max(1.05 * delta(controls[leg.layer]), delta(controls[leg.layer]) + (leg.delta_ce_se or 0.0))
-            worse += delta(leg) > allowed
-        cost, survey, scratch = summary.cost, summary.cost.survey, summary.cost.from_scratch
+        ratios: list[float] = []
+        n_worse = 0
+        for seed in seeds:
+            for leg in results.suites[name, seed].suite:
+                control = delta(results.scratch[seed, leg.layer, results.full])
+                ratios.append(delta(leg) / control)
+                n_worse += delta(leg) > max(1.05 * control, control + (leg.delta_ce_se or 0.0))
+        cost = results.suites[name, seeds[0]].cost
+        survey, scratch = cost.survey, cost.from_scratch
         samples = cost.sae_samples + (survey.sae_samples if survey else 0)
+        lm_tokens = cost.lm_tokens + (survey.lm_tokens if survey else 0)
+        operations = cost.flops + (survey.flops if survey else 0.0)
         rows.append(
             {
                 "suite": name,
+                "seeds": seeds,
                 "samples": samples,
                 "samples_share": samples / scratch.sae_samples,
-                "lm_tokens": cost.lm_tokens + (survey.lm_tokens if survey else 0),
-                "lm_tokens_share": (cost.lm_tokens + (survey.lm_tokens if survey else 0)) / scratch.lm_tokens,
-                "flops": cost.flops + (survey.flops if survey else 0.0),
-                "flops_share": (cost.flops + (survey.flops if survey else 0.0)) / scratch.flops,
+                "lm_tokens": lm_tokens,
+                "lm_tokens_share": lm_tokens / scratch.lm_tokens,
+                "flops": operations,
+                "flops_share": operations / scratch.flops,
                 "ratio": geometric_mean(ratios),
                 "worst": max(ratios),
-                "worse": worse,
+                "worse": n_worse,
                 "n": len(ratios),
             }
         )
@@ -282,6 +286,7 @@ def suite_table(results: Results) -> str:
         rows.append(
             [
                 row["suite"],
+                str(len(row["seeds"])),
                 f"{format_count(row['samples'])} ({row['samples_share']:.2f})",
                 f"{format_count(row['lm_tokens'])} ({row['lm_tokens_share']:.2f})",
                 f"{flops(row['flops'])} ({row['flops_share']:.2f})",
@@ -290,7 +295,7 @@ def suite_table(results: Results) -> str:
                 f"{row['worse']} of {row['n']}",
             ]
         )
-    columns = ["suite", "samples (÷ scratch)", "LM tokens", "operations", "ΔCE ratio", "worst layer"]
+    columns = ["suite", "seeds", "samples (÷ scratch)", "LM tokens", "operations", "ΔCE ratio", "worst layer"]
     return table([*columns, "worse by more than 5% and an error"], rows)
 
 

@@ -79,6 +79,9 @@ def error_of(data: dict) -> str:
 
 def test_errors_name_the_key_and_the_remedy() -> None:
     assert error_of({"plan": {"presset": "hub"}}) == 'run.toml: unknown key "plan.presset"; did you mean "preset"?'
+    for section, key in (("dictionary", "activation"), ("train", "optimizer"), ("plan", "hop")):  # names in code only
+        assert error_of({section: {key: "topk"}}).startswith(f'run.toml: unknown key "{section}.{key}"; ')
+        assert error_of({section: {key: "topk"} | ({"k": 8} if section == "dictionary" else {})}).count("unknown") == 1
     assert 'unknown key "trian"; did you mean "train"?' in error_of({"trian": {}})
     assert "valid keys: name, revision" in error_of({"model": {"xyz": 1}})
     assert "sites.module" in error_of({"sites": {"module": "resid"}}) and "'resid_post'" in error_of(

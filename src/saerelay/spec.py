@@ -180,11 +180,11 @@ class Spec(BaseModel):
             return data
         rest = dict(data)
         for name in cls.inline:
-            if name in rest:  # constructed in code, from a finished part
+            if isinstance(rest.get(name), Spec | dict):  # constructed in code, from a finished part
                 continue
             part = cls.part(name, data)
             own = {key: rest.pop(key) for key in part.all_keys() if key in rest}
-            if own:
+            if own and name not in rest:  # a file that has the name of a part as a key is wrong: see `_explain`
                 rest[name] = part.model_validate(own)
         return rest
 
@@ -268,7 +268,7 @@ def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
     problems: dict[str, str] = {}
     for item in error.errors():
         key = _key_of(item["loc"])
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" or _is_name_of_part(cls, item):
             problems[key] = f'unknown key "{key}"; {_nearest_key(cls, item["loc"])}'
             continue
         if key in problems:  # a value of a union type fails once for each member
@@ -304,17 +304,32 @@ def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
     return f"valid keys: {', '.join(valid_keys)}"
 
 
+def _is_name_of_part(cls: type[Spec], item: Any) -> bool:
+    """Whether an error is about the name of an inline part, which is a field in code but no key of a file."""
+    location = item["loc"]
+    if not location or isinstance(item["input"], dict):
+        return False
+    section = _section(cls, location)
+    return location[-1] in section.model_fields and location[-1] not in _valid_keys(cls, location)
+
+
 def _valid_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The valid keys of the section that the last part of `location` belongs to."""
+    section = _section(cls, location)
+    return section.all_keys() if issubclass(section, Spec) else list(section.model_fields)
+
+
+def _section(cls: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section that the last part of `location` belongs to."""
     for part in location[:-1]:
-        if isinstance(part, int):  # an item of a list of sections, all of the same class
+        if isinstance(part, int) or part not in cls.model_fields:  # an item of a list, or a member of a union
             continue
         annotation = cls.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]  # `Section`, or `list[Section]`
         sections = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if sections:
             cls = sections[0]
-    return cls.all_keys() if issubclass(cls, Spec) else list(cls.model_fields)
+    return cls
 
 
 def seed_from(*parts: int | str) -> int:

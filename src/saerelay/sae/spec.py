@@ -92,14 +92,14 @@ class AnyDictionarySpec(Spec):
     @classmethod
     def _choose_architecture(cls, data: Any) -> Any:
         """Give its keys to the architecture that is named."""
-        if not isinstance(data, dict) or "activation" in data:
+        if not isinstance(data, dict) or isinstance(data.get("activation"), Spec | dict):
             return data
         rest = dict(data)
         chosen = architecture_named(rest.pop("architecture", TopK.name))
         own = {key: rest[key] for key in chosen.model_fields if key in rest}
         for key in _keys_of_architectures():
             rest.pop(key, None)
-        rest["activation"] = chosen.model_validate(own)
+        rest.setdefault("activation", chosen.model_validate(own))  # a file's own `activation` is an error, said below
         return rest
 
     @model_serializer(mode="wrap")
