@@ -362,7 +362,7 @@ def _put(x: Tensor, units: Units | None, out: Tensor) -> None:
     if units is None:
         out.copy_(x)
     else:
-        units.normalise(x.to(out.dtype), out=out)
+        units.normalise(x, out=out)
 
 
 @torch.no_grad()
