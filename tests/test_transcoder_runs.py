@@ -110,7 +110,7 @@ def test_the_affine_hop_is_the_better_refit(suite: sr.Suite) -> None:
 
 def test_what_is_not_done_with_transcoders_says_so(suite: sr.Suite, tiny_model: Path, place: Path) -> None:
     model = LanguageModel.load(suite.plan.recipe.model)
-    with pytest.raises(ModelError, match=r"L\d.transcoder.* is a transcoder, and attach puts SAEs to work"):
+    with pytest.raises(ModelError, match=r"L\d.transcoder.* is a transcoder, and attach takes SAEs"):
         suite.attach(model)
     with pytest.raises(RecipeError, match="circuits are found in SAEs"):
         suite.circuits("self")
