@@ -207,7 +207,7 @@ def interpret(
 ) -> None:
     """Have a language model explain latents, and score its explanations by detection and fuzzing, as in Delphi.
 
-    The cost is estimated first. All answers are kept, so that running the same command again asks only for the missing.
+    The cost is estimated first. All answers are kept, so that the same command, run again, sends only what is missing.
     """
     from saerelay.analysis.endpoint.address import Endpoint
     from saerelay.analysis.suite import load
