@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_on_another_gpu_says_so(
         assert shown.getvalue() == ""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another")
     with watching(plan, paths, Console(file=shown, width=400)):
-        assert "'gpu': 'another'" in shown.getvalue() and "not to bitwise" in shown.getvalue()
+        assert "'gpu': 'another'" in shown.getvalue() and "will not be bitwise" in shown.getvalue()
 
 
 GOALS = """

@@ -157,7 +157,7 @@ def test_tokens_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_files_that_do_not_say_where_they_read(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
     write_dictionary(tmp_path / "sae", read_dictionary(place / "run/legs/L1")[0], Origin(), "saerelay")
-    with pytest.raises(FormatError, match="do not say which layer it reads; say it with --from-layer"):
+    with pytest.raises(FormatError, match="do not say which layer it reads; name it with --from-layer"):
         sr.hop_run(tmp_path / "sae", 2, run, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     suite = sr.hop_run(tmp_path / "sae", 2, run, tmp_path / "x", site=sr.Site(1), tokens=0)

@@ -154,7 +154,7 @@ def test_a_run_without_features_is_exported_from_the_command_line(
 
 
 def test_what_is_no_run_and_what_is_no_repository_is_refused(suite: Suite, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="not a run; neuronpedia takes what was measured of latents"):
+    with pytest.raises(FormatError, match="not a run; neuronpedia takes measurements of latents"):
         share.export_to_neuronpedia(str(tmp_path), tmp_path / "out")
     with pytest.raises(FormatError, match='"/home/me" is not a repository on the hub; write user/name'):
         share.export_to_neuronpedia(str(suite.directory.root), tmp_path / "out", repo="/home/me")

@@ -116,7 +116,7 @@ def test_a_hop_names_its_leg_as_a_plan_would(suite: sr.Suite, tiny_model: Path, 
 
 def test_what_is_not_done_with_transcoders_says_so(suite: sr.Suite, tiny_model: Path, place: Path) -> None:
     model = LanguageModel.load(suite.plan.recipe.model)
-    with pytest.raises(ModelError, match=r"L\d.transcoder.* is a transcoder, and attach puts SAEs to work"):
+    with pytest.raises(ModelError, match=r"L\d.transcoder.* is a transcoder, and attach takes SAEs"):
         suite.attach(model)
     with pytest.raises(RecipeError, match="circuits are found in SAEs"):
         suite.circuits("self")

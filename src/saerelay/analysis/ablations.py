@@ -1,15 +1,15 @@
-"""Ablating latents in a forward pass: their effects on an answer, and how much of it a circuit carries.
+"""Ablation of latents in a forward pass: their effects on an answer, and how much of it a circuit carries.
 
-A model's answer to a prompt is m, the logit of the right token minus that of the wrong one, at the last position. A
-latent is ablated by giving it its mean over prompts in place of its activation; what the dictionary does not explain of
-the activations stays as it is throughout. So with codes z, their means z̄, and s(S) = Σ of (z̄_j − z_j) W_dec_j over the
-latents j of a set S, the model reads
+A model's answer to a prompt is m, the logit of the right token minus that of the wrong token, at the last position. A
+latent is ablated by replacing its activation with its mean over prompts; the part of the activations that the
+dictionary does not explain is never changed. So with codes z, their means z̄, and s(S) = Σ of (z̄_j − z_j) W_dec_j over
+the latents j of a set S, the model reads
 
     x + s(all)      all ablated (∅)                    x + s(not C)    a circuit C kept, the rest ablated
     x               none ablated (M), m is its own     x + s(C)        a circuit ablated, the rest kept
 
-Means and effects are taken on one half of the prompts, and circuits are judged on the other.
-Shapes: B prompts of a batch, N of all, C positions, D width, F latents, V vocabulary.
+Means and effects are taken on one half of the prompts, and circuits are evaluated on the other.
+Shapes: B prompts of a batch, N prompts in all, C positions, D width, F latents, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,12 +34,12 @@ from saerelay.site import Site
 
 Method = Literal["attribution", "integrated-gradients"]
 STEPS = 10
-"""Steps of integrated gradients: midpoints of equal parts of the way from nothing ablated to all."""
+"""Steps of integrated gradients: midpoints of equal parts of the path from nothing ablated to all ablated."""
 CODES = 2**24
-"""Numbers in the codes of a batch: 64 MiB."""
+"""Most numbers in the codes of a batch: 64 MiB."""
 
 AnswersWith = Callable[[Tensor], Tensor]
-"""m (B) of each prompt with other activations (B, C, D) at a site."""
+"""Gives m (B) of each prompt with other activations (B, C, D) at a site."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class PromptBatch:
 
 
 def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Iterator[PromptBatch]:
-    """Prompts in their order, those of one length that follow each other together."""
+    """Yield prompts in their order, in batches of consecutive prompts of the same length."""
     n_latents = max(leg.dictionary.n_latents for leg in plan.legs)
     most_tokens = min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.tokens.vocab_size))
     for length, group in groupby(prompts, key=lambda prompt: len(prompt.tokens)):
@@ -71,7 +71,7 @@ def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device |
 
 
 def answers(head: Head, states: Tensor, batch: PromptBatch) -> Tensor:
-    """m (B): the right token's logit minus the wrong one's, at the last position of hidden states (B, C, D).
+    """Return m (B): the right token's logit minus the wrong token's, at the last position of hidden states (B, C, D).
 
     >>> from saerelay.lm.model import LanguageModel
     >>> from saerelay.planning.recipe import ModelSpec
@@ -88,18 +88,18 @@ def answers(head: Head, states: Tensor, batch: PromptBatch) -> Tensor:
 
 
 def gradient(answers_with: AnswersWith, x: Tensor) -> Tensor:
-    """∂m/∂x (B, C, D) of each prompt at activations x (B, C, D), float32."""
+    """Return ∂m/∂x (B, C, D) of each prompt at activations x (B, C, D), float32."""
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         return torch.autograd.grad(answers_with(leaf).sum(), leaf)[0]
 
 
 def indirect_effects(dictionary: Dictionary, to_mean: Tensor, slope: Tensor) -> Tensor:
-    """What ablating each latent costs, to first order, summed over prompts and positions: (F).
+    """Return the loss of m from ablating each latent (F), to first order, summed over prompts and positions.
 
-    `to_mean` (B, C, F) is z̄ − z, `slope` (B, C, D) is ∂m/∂x, at x (attribution patching) or averaged on the way from x
-    to all ablated (integrated gradients). The effect is −Σ ∂m/∂z_j (z̄_j − z_j): Marks et al. 2024, eq. 3 and 4, with
-    the sign turned, so that latents whose ablation hurts the answer most have the largest.
+    `to_mean` (B, C, F) is z̄ − z, and `slope` (B, C, D) is ∂m/∂x, at x (attribution patching) or averaged along the path
+    from x to all ablated (integrated gradients). The effect is −Σ ∂m/∂z_j (z̄_j − z_j): Marks et al. 2024, eq. 3 and 4,
+    with the sign reversed, so that latents whose ablation hurts the answer most have the largest effects.
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
     ...                  b_dec=torch.zeros(2))
@@ -119,26 +119,26 @@ class Reading:
     batch: PromptBatch
     clean: Forward
     keep: Tensor
-    """bool (B, C): positions that latents are ablated at."""
+    """bool (B, C): positions at which latents are ablated."""
 
     def x(self, site: Site) -> Tensor:
-        """Activations (B, C, D), float32."""
+        """Return the activations (B, C, D) at a site, float32."""
         return self.clean.activations[site].float()
 
     @contextmanager
     def answering(self, model: LanguageModel, site: Site) -> Iterator[AnswersWith]:
-        """A function from activations at a site to m (B)."""
+        """Give a function from activations at a site to m (B)."""
         with model.resuming(self.clean, site) as states_with:
             yield lambda x: answers(model.head, states_with(x), self.batch)
 
 
 Halves = tuple[Sequence[Reading], Sequence[Reading]]
-"""Prompts to find circuits on, and prompts to judge them on."""
+"""Prompts to find circuits on, and prompts to evaluate them on."""
 
 
 @torch.no_grad()
 def readings(plan: Plan, model: LanguageModel, sites: Sequence[Site], prompts: Sequence[Prompt]) -> list[Reading]:
-    """All batches of prompts, read at some sites."""
+    """Read all batches of prompts at some sites."""
     found = []
     for batch in prompt_batches(plan, prompts, model.device):
         clean = model.forward(batch.tokens, plan.with_probe(sites))
@@ -158,10 +158,10 @@ def circuits_at(
     method: Method = "attribution",
     done: Done = uncounted,
 ) -> dict[str, CircuitScores]:
-    """What circuits of k latents of each dictionary at a site do, by key, as circuits/<task>.json has it.
+    """Measure circuits of k latents of each dictionary at a site, by key, as written to circuits/<task>.json.
 
-    Latents are ranked by their effects on the first half of the prompts, which were read at the site; m is measured on
-    the second, prompt by prompt. `done` counts the steps of `n_steps`.
+    Latents are ranked by their effects on the first half of the prompts; m is measured on the second half, prompt by
+    prompt. `done` counts the steps of `n_steps`.
     """
     find_on, judge_on = halves
     per_position = one_length([*find_on, *judge_on])
@@ -209,17 +209,17 @@ def circuits_at(
 
 @dataclass(frozen=True, eq=False)
 class MeanAblation:
-    """A dictionary whose latents are ablated to their means: (C, F) of each position, or (F)."""
+    """A dictionary whose latents are ablated to their means: (C, F) for each position, or (F) for all."""
 
     dictionary: Dictionary
     means: Tensor
 
     def change(self, x: Tensor, keep: Tensor) -> Tensor:
-        """z̄ − z (B, C, F), zero at positions (B, C) that are left alone."""
+        """Return z̄ − z (B, C, F), with zeros at positions (B, C) that are not ablated."""
         return (self.means - self.dictionary.encode(x)) * keep[..., None]
 
     def mean_slope(self, answers_with: AnswersWith, x: Tensor, change: Tensor) -> Tensor:
-        """∂m/∂x (B, C, D), averaged on the way from nothing ablated to all."""
+        """Return ∂m/∂x (B, C, D), averaged along the path from nothing ablated to all ablated."""
         s = change @ self.dictionary.W_dec
         slopes = []
         for i in range(STEPS):
@@ -230,7 +230,7 @@ class MeanAblation:
     def answers(
         self, answers_with: AnswersWith, x: Tensor, change: Tensor, ranking: Tensor, k: Sequence[int]
     ) -> Tensor:
-        """m (1 + 2 · len(k), B): all ablated; then for each size, the circuit kept, and the circuit ablated."""
+        """Return m (1 + 2 · len(k), B): with all ablated; then per size, with the circuit kept and with it ablated."""
         everything = change @ self.dictionary.W_dec
         changes = [everything]
         for size in k:
@@ -241,7 +241,7 @@ class MeanAblation:
 
 
 def n_steps(n_dictionaries: int, halves: Halves) -> int:
-    """How many steps the circuits of so many dictionaries at a site take."""
+    """Return the number of steps that the circuits of `n_dictionaries` dictionaries at a site take."""
     find_on, judge_on = halves
     return len(find_on) + n_dictionaries * len(judge_on)
 
@@ -249,7 +249,7 @@ def n_steps(n_dictionaries: int, halves: Halves) -> int:
 def mean_codes(
     site: Site, dictionaries: Mapping[str, Dictionary], readings: Sequence[Reading], *, per_position: bool
 ) -> dict[str, Tensor]:
-    """z̄ of each dictionary, by key, over positions that are trained on: (C, F), or (F) unless `per_position`."""
+    """Return z̄ of each dictionary, by key, over positions that are trained on: (C, F) if `per_position`, else (F)."""
     totals: dict[str, Tensor] = {}
     n = torch.zeros(())
     for reading in readings:
@@ -267,5 +267,5 @@ def one_length(readings: Sequence[Reading]) -> bool:
 
 
 def rounded(values: Tensor) -> list[float]:
-    """Logit differences as they are written."""
+    """Round logit differences as they are written to files."""
     return [round(value, 5) for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""Direct logit attribution: how much the strongest latent speaks for the right token of a prompt.
+"""Direct logit attribution: how much the strongest latent raises the right token of a prompt over the wrong one.
 
 Shapes: N prompts, C positions, D width, F latents.
 """
@@ -18,17 +18,18 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
 OWN_PROMPTS = 62
-"""Prompts drawn where none are given; the paper has as many."""
+"""Number of prompts drawn if none are given, as in the paper."""
 OWN_TASK = "the model's own task: positions of the test split whose next token it predicts, against its second choice"
 
 
 @torch.no_grad()
 def direct_logit_attribution(dictionary: Dictionary, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest direct effect of a latent on each prompt (N), and which latent has it (N).
+    """Return the largest direct effect of a latent on each prompt (N), and the latent that has it (N).
 
-    x (N, D) are activations at the last position, `directions` (N, D) unembeddings of the right − of the wrong token.
-    A latent's effect is its activation × (decoder row · direction): of the difference of logits, what it writes before
-    the final norm divides by the size of the stream. Values compare within a model, not between models.
+    x (N, D) are activations at the last position, and `directions` (N, D) the unembedding of the right token minus that
+    of the wrong token. A latent's effect is its activation × (decoder row · direction): its part of the difference of
+    logits before the final norm divides by the size of the stream. Values can be compared within a model, not between
+    models.
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(2), b_enc=torch.zeros(2), W_dec=torch.eye(2),
     ...                  b_dec=torch.zeros(2))
@@ -48,7 +49,7 @@ def direct_logit_attribution(dictionary: Dictionary, x: Tensor, directions: Tens
 
 
 def last_activations(model: LanguageModel, prompts: Sequence[Prompt], sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """Activations (N, D), float32, at the last position of each prompt."""
+    """Return activations (N, D), float32, at the last position of each prompt, by site."""
     rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for prompt in prompts:
         activations = model.harvest(torch.tensor([prompt.tokens]), sites)
@@ -59,10 +60,10 @@ def last_activations(model: LanguageModel, prompts: Sequence[Prompt], sites: Seq
 
 @torch.no_grad()
 def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int = OWN_PROMPTS) -> list[Prompt]:
-    """Up to n held-out positions whose next token the model predicts; the wrong token is its second choice.
+    """Draw up to n held-out positions whose next token the model predicts; the wrong token is its second choice.
 
-    They are drawn with the run's seed. Sequences (N, context) are read in an order that is drawn too, until they hold
-    four times as many such positions.
+    They are drawn with the run's seed. Sequences (N, context) are read in a random order, until they hold 4 n such
+    positions.
     """
     generator = np.random.default_rng(plan.recipe.train.seed)
     prompts: list[Prompt] = []

@@ -1,6 +1,6 @@
 """Sparse feature circuits (Marks et al. 2024): which latents carry a task in each leg, and how much of it they carry.
 
-See `ablations` for what is computed of one dictionary. Shapes: N prompts.
+See `ablations` for the computations on one dictionary. Shapes: N prompts.
 """
 
 import math
@@ -31,13 +31,13 @@ from saerelay.runs.suite import PublishedSuite
 from saerelay.site import Site
 
 K = (4, 36, 68, 100)
-"""Sizes of circuits where none are given; those of Ghilardi et al. 2024."""
+"""Default sizes of circuits, from Ghilardi et al. 2024."""
 CLEAN_BYTES = 2**30
-"""Activations of all prompts at all sites that are kept at once, at most."""
+"""Most bytes of activations, of all prompts at several sites, that are kept at once."""
 ACCURACY = 0.7
-"""The smallest share of prompts with m > 0 of a model that can do a task."""
+"""Least share of prompts with m > 0 for a model that can do a task."""
 CLEAR = 2.0
-"""Standard errors that a mean must be above 0 to be divided by, or to count as an ability."""
+"""Number of standard errors by which a mean must exceed 0 to be a divisor, or to count as an ability."""
 
 
 def circuits(
@@ -50,19 +50,19 @@ def circuits(
     method: str = "attribution",
     seed: int = 0,
 ) -> Circuits:
-    """Find and judge the circuits of a task in a run's legs; writes circuits/<task>.json.
+    """Find and evaluate the circuits of a task in a run's legs; writes circuits/<task>.json.
 
-    `task` is one of `prompts.TASKS` or a JSONL file; without `legs`, the suite's SAEs and all controls. What an earlier
-    call with the same question measured is kept, site by site. Raises RecipeError for an unknown task, leg or method or
-    a circuit larger than a dictionary, DataError for bad prompts, and ModelError if the model cannot do the task: fewer
-    than `ACCURACY` of the prompts right, or m not above 0 by `CLEAR` standard errors.
+    `task` is one of `prompts.TASKS` or a JSONL file; without `legs`, the suite's SAEs and all controls are analysed.
+    Measurements of an earlier call with the same question are kept, site by site. Raises RecipeError for an unknown
+    task, leg or method or a circuit larger than a dictionary, DataError for bad prompts, and ModelError if the model
+    cannot do the task: a share below `ACCURACY` of the prompts right, or m not above 0 by `CLEAR` standard errors.
     """
     suite = session.suite
     chosen = chosen_legs(suite, legs)
     transcoders = [leg.id for leg in chosen if leg.is_transcoder]
     if transcoders:
         raise RecipeError(
-            f"circuits are found in SAEs, and {transcoders[0]} is a transcoder; name other legs with --leg, or write "
+            f"circuits are found in SAEs, but {transcoders[0]} is a transcoder; name other legs with --leg, or write "
             "it for circuit-tracer: `saerelay export --format circuit-tracer`"
         )
     check_asked(chosen, k, method)
@@ -100,7 +100,7 @@ def circuits(
 def document_of(
     suite: PublishedSuite, asked: CircuitQuestion, ability: "ModelAbility", measured: Mapping[str, CircuitLeg]
 ) -> Circuits:
-    """What is known so far, as circuits/<task>.json has it."""
+    """Return the results so far, as written to circuits/<task>.json."""
     rows = [measured[leg.id] for leg in suite.legs if leg.id in measured]
     return Circuits(
         **ability.facts,
@@ -112,7 +112,7 @@ def document_of(
 
 
 def question(task: str, prompts: Sequence[Prompt], k: Sequence[int], method: str, seed: int) -> CircuitQuestion:
-    """What is asked about a task."""
+    """Return the question that a task's circuits answer."""
     return CircuitQuestion(
         task=task if task in TASKS else Path(task).stem,
         prompts=digest(prompts),
@@ -124,7 +124,7 @@ def question(task: str, prompts: Sequence[Prompt], k: Sequence[int], method: str
 
 
 def chosen_legs(suite: PublishedSuite, names: Sequence[str]) -> list[Leg]:
-    """The legs named, by id or layer; without names, the SAEs of the suite and all controls."""
+    """Return the legs named by id or layer; without names, the SAEs of the suite and all controls."""
     if names:
         return [suite.leg(name) for name in names]
     of_suite = {leg.id for leg in suite.suite_legs}
@@ -133,7 +133,7 @@ def chosen_legs(suite: PublishedSuite, names: Sequence[str]) -> list[Leg]:
 
 
 def check_asked(legs: Sequence[Leg], k: Sequence[int], method: str) -> None:
-    """Refuse circuits that are larger than a dictionary, and unknown methods."""
+    """Raise RecipeError for circuits that are larger than a dictionary, and for unknown methods."""
     smallest = min(legs, key=lambda leg: leg.dictionary.n_latents)
     n_latents = smallest.dictionary.n_latents
     if not k or min(k) < 1 or max(k) > n_latents:
@@ -146,7 +146,7 @@ def check_asked(legs: Sequence[Leg], k: Sequence[int], method: str) -> None:
 
 
 def measured_before(suite: PublishedSuite, document: Circuits | None) -> dict[str, CircuitLeg]:
-    """Rows of an earlier call, by leg; not of legs that were trained further since."""
+    """Return the rows of an earlier call by leg, without legs that were trained further since."""
     if document is None:
         return {}
     ages = {leg.id: suite.info(leg).tokens for leg in suite.legs}
@@ -154,7 +154,7 @@ def measured_before(suite: PublishedSuite, document: Circuits | None) -> dict[st
 
 
 def halved(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to find circuits on, and those to judge them on, each sorted by length for the sake of batches."""
+    """Return the prompts to find circuits on and those to evaluate them on, each sorted by length for batching."""
     half = len(prompts) // 2
     find_on = sorted(prompts[:half], key=lambda prompt: len(prompt.tokens))
     judge_on = sorted(prompts[half:], key=lambda prompt: len(prompt.tokens))
@@ -162,7 +162,7 @@ def halved(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def fitting(sites: Sequence[Site], plan: Plan, prompts: Sequence[Prompt]) -> Iterator[Sequence[Site]]:
-    """The sites, as many together as the prompts' activations may take `CLEAN_BYTES` at."""
+    """Yield the sites in groups at which the prompts' activations take at most `CLEAN_BYTES`."""
     n_tokens = sum(len(prompt.tokens) for prompt in prompts)
     widest = max(plan.facts.width(site) for site in sites)
     at_once = max(1, CLEAN_BYTES // (n_tokens * widest * plan.facts.bytes_per_value))
@@ -171,8 +171,8 @@ def fitting(sites: Sequence[Site], plan: Plan, prompts: Sequence[Prompt]) -> Ite
 
 
 def read_halves(session: Session, prompts: Sequence[Prompt], sites: Sequence[Site]) -> Halves:
-    """Both halves of the prompts, read at some sites."""
-    model = session.model  # loaded under a message of its own
+    """Read both halves of the prompts at some sites."""
+    model = session.model  # loaded first, since loading shows a message of its own
     find_on, judge_on = halved(prompts)
     with session.display.status("reading the prompts"):
         return readings(session.plan, model, sites, find_on), readings(session.plan, model, sites, judge_on)
@@ -185,11 +185,11 @@ class ModelAbility:
     facts: dict[str, Any]
     """The fields of `documents.circuits.Ability`."""
     clean: list[float]
-    """m of the prompts judged on."""
+    """m of each prompt of the second half, on which circuits are evaluated."""
 
 
 def model_ability(session: Session, task: str, halves: Halves) -> ModelAbility:
-    """How well the model does a task; ModelError if it cannot."""
+    """Measure how well the model does a task; ModelError if it cannot do it."""
     plan = session.plan
     by_half = []
     for half in halves:
@@ -231,20 +231,21 @@ def model_ability(session: Session, task: str, halves: Halves) -> ModelAbility:
 
 
 def standard_error(values: Tensor) -> float:
-    """The standard error of the mean of values (N), taken as independent."""
+    """Return the standard error of the mean of independent values (N)."""
     return float(values.std()) / math.sqrt(len(values))
 
 
 def recovered(m: Sequence[float], empty: Sequence[float], clean: Sequence[float]) -> tuple[float, Tensor]:
-    """Share of the answer that is left, (mean m − mean ∅) / (mean M − mean ∅), and each prompt's part of its error (N).
+    """Return the share of the answer left, (mean m − mean ∅) / (mean M − mean ∅), and each prompt's part of its error.
 
     >>> share, parts = recovered([3.0, 2.0], [1.0, 1.0], [3.0, 3.0])
     >>> share, round(standard_error(parts), 3)
     (0.75, 0.25)
 
-    With C kept, faithfulness; with C ablated, completeness. The parts have mean 0, and their standard error is that of
-    the ratio (delta method); those of two circuits, subtracted prompt by prompt, give that of their difference. NaN
-    where ∅ is not below M by `CLEAR` standard errors: a task that the dictionary carries nothing of.
+    With C kept, the share is the faithfulness; with C ablated, the completeness. The parts (N) have mean 0, and their
+    standard error is that of the ratio (delta method); the parts of two circuits, subtracted prompt by prompt, give the
+    standard error of their difference. NaN if ∅ is not below M by `CLEAR` standard errors: then the dictionary carries
+    nothing of the task.
     """
     nothing = torch.tensor(empty).double()
     answer = torch.tensor(m).double() - nothing
@@ -256,7 +257,7 @@ def recovered(m: Sequence[float], empty: Sequence[float], clean: Sequence[float]
 
 
 def circuit_leg(leg: Leg, tokens: int, scores: CircuitScores, clean: Sequence[float], k: Sequence[int]) -> CircuitLeg:
-    """A leg's row, with faithfulness and completeness of its circuits."""
+    """Return a leg's row, with faithfulness and completeness of its circuits."""
     judged = []
     for i, size in enumerate(k):
         faithfulness, faithfulness_parts = recovered(scores.m_kept[i], scores.m_empty, clean)
@@ -287,7 +288,7 @@ def circuit_leg(leg: Leg, tokens: int, scores: CircuitScores, clean: Sequence[fl
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """A transferred leg minus one from scratch, for circuits of one size: values, and each prompt's part (N)."""
+    """A transferred leg minus a leg from scratch, for circuits of one size: values, and each prompt's part (N)."""
 
     leg: str
     scratch: str
@@ -300,9 +301,9 @@ class Difference:
 def differences(
     suite: PublishedSuite, clean: Sequence[float], rows: Sequence[CircuitLeg], k: Sequence[int]
 ) -> list[CircuitDifference]:
-    """Transferred legs minus those from scratch at their sites, pair by pair, then means over pairs of a kind.
+    """Return transferred legs minus legs from scratch at their sites, pair by pair, then means over pairs of a kind.
 
-    Both legs of a pair answer the same prompts, so standard errors are those of differences prompt by prompt.
+    Both legs of a pair answer the same prompts, so standard errors are those of the differences prompt by prompt.
     """
     by_leg = {row.leg: row for row in rows}
     by_kind: dict[str, list[tuple[CircuitLeg, CircuitLeg]]] = {}
@@ -326,7 +327,7 @@ def differences(
 
 
 def difference(leg: CircuitLeg, scratch: CircuitLeg, clean: Sequence[float], i: int) -> Difference:
-    """One pair, for the circuits of the i-th size."""
+    """Return the difference of one pair, for circuits of the i-th size."""
     faithfulness, faithfulness_parts = recovered(leg.m_kept[i], leg.m_empty, clean)
     other_faithfulness, other_faithfulness_parts = recovered(scratch.m_kept[i], scratch.m_empty, clean)
     completeness, completeness_parts = recovered(leg.m_ablated[i], leg.m_empty, clean)
@@ -344,7 +345,7 @@ def difference(leg: CircuitLeg, scratch: CircuitLeg, clean: Sequence[float], i: 
 def mean_difference(
     pairs: Sequence[Difference], *, leg: str | None, scratch: str | None, kind: str, k: int
 ) -> CircuitDifference:
-    """The mean over pairs, with its standard error over prompts."""
+    """Return the mean difference over pairs, with its standard error over prompts."""
     faithfulness_parts = torch.stack([pair.faithfulness_parts for pair in pairs]).mean(dim=0)
     completeness_parts = torch.stack([pair.completeness_parts for pair in pairs]).mean(dim=0)
     return CircuitDifference(

@@ -1,10 +1,10 @@
 """Where the latents of many dictionaries fire most, and how strongly: one pass over held-out tokens for all of them.
 
 Memory is bounded: a latent keeps its strongest examples so far, and the activations around an example are cut out of
-the batch that brings it.
+the batch that contains it.
 
 Shapes: B kept positions of a batch of S sequences of C positions each, D width, F latents, E examples of a latent, W
-positions of the window around each. A `spot` is a position counted through a batch: sequence · C + position.
+positions in the window around each example. A `spot` numbers the positions of a batch: sequence · C + position.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,16 +27,16 @@ from saerelay.sae.threads import side_by_side
 from saerelay.site import Site
 
 EXAMPLES = 10
-"""Examples kept of each latent."""
+"""Number of examples kept per latent."""
 WINDOW = (10, 5)
-"""Positions kept before and after each example's strongest one."""
+"""Positions kept before and after each example's strongest position."""
 ENCODED = 2**20
-"""Pre-activations that a thread makes at once (at least 256 tokens' worth), to stay in a processor's cache."""
+"""Pre-activations that a thread computes at once (of at least 256 tokens), to stay in the CPU's cache."""
 ENCODED_ON_GPU = 2**28
 DENSE = 2**21
 """Numbers in a dense piece of codes, cosines or logits: 8 MiB."""
 OCTAVES = (-32, 32)
-"""Powers of two that histograms reach from and to; what is outside counts in the outermost bins."""
+"""Powers of two between which histograms extend; values outside count in the outermost bins."""
 BINS = 2 * (OCTAVES[1] - OCTAVES[0])
 
 
@@ -44,12 +44,12 @@ class CodedBatch(NamedTuple):
     """A batch of held-out sequences, encoded."""
 
     first: int
-    """Row of its first sequence."""
+    """Index of its first sequence among all sequences."""
     n_sequences: int
     spots: Tensor
-    """int64 (B): which of the batch's S·C positions were kept."""
+    """int64 (B): the kept positions among the batch's S·C positions."""
     codes: dict[str, Codes]
-    """(B, F) of each dictionary, by key."""
+    """Codes (B, F) of each dictionary, by key."""
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def encode_batches(
     *,
     track: Track = untracked,
 ) -> Iterator[CodedBatch]:
-    """Encode held-out sequences (N, context) with all dictionaries, batch by batch; one forward pass for each batch."""
+    """Encode held-out sequences (N, context) with all dictionaries, batch by batch, with one forward pass per batch."""
     on_device = {key: Placed.of(placed).on(model.device) for key, placed in dictionaries.items()}
     sites = plan.with_probe(placed.site for placed in on_device.values())
     first = 0
@@ -92,10 +92,10 @@ def collect(
     window: tuple[int, int] = WINDOW,
     track: Track = untracked,
 ) -> dict[str, Features]:
-    """Examples, counts and histograms of the latents of dictionaries, by key, on held-out sequences (N, context).
+    """Collect examples, counts and histograms of dictionaries' latents, by key, on held-out sequences (N, context).
 
-    Positions that are not kept (BOS, outlier norms) do not count. `window` is the number of positions kept before and
-    after an example's strongest one. One pass; see `Features`.
+    Positions that are not kept (BOS, outlier norms) do not count. `window` gives the numbers of positions kept before
+    and after an example's strongest position. Takes one pass; see `Features`.
     """
     collectors = {}
     for key, (_, dictionary, *_) in dictionaries.items():
@@ -107,7 +107,7 @@ def collect(
 
 
 class Collector:
-    """What is known about the latents of one dictionary so far; `shape` is that of all sequences (N, C)."""
+    """Collects the features of one dictionary's latents; `shape` is that of all sequences (N, C)."""
 
     def __init__(
         self,
@@ -126,13 +126,13 @@ class Collector:
         self.n_fired = torch.zeros(F, dtype=torch.int32, device=device)
         self.total = torch.zeros(F, dtype=torch.float64, device=device)
         self.histogram = torch.zeros(F * BINS, dtype=torch.int32, device=device)
-        # The examples of each latent, by falling activation; an activation of 0 is a free slot.
+        # The examples of each latent, in decreasing order of activation; an activation of 0 marks a free slot.
         self.best = torch.zeros(F, E, device=device)
         self.spot = torch.zeros(F, E, dtype=torch.long, device=device)  # counted through all sequences
         self.around = torch.zeros(F, E, W, device=device)
 
     def add(self, batch: CodedBatch, codes: Codes) -> None:
-        """Take in the codes of a batch."""
+        """Add the codes of a batch."""
         self.n_tokens += len(batch.spots)
         active = codes.values > 0
         latents = codes.columns[active].long()
@@ -148,12 +148,12 @@ class Collector:
         self._admit(batch, latents, spots, values)
 
     def _admit(self, batch: CodedBatch, latents: Tensor, spots: Tensor, values: Tensor) -> None:
-        """Let the batch's strongest examples, one per sequence, displace weaker ones; of equal ones, the first stays.
+        """Replace weaker examples by the batch's strongest, one per sequence; of equally strong ones, the first stays.
 
-        How to see this: the batch gives a table (F, S) of candidates, the highest activation of each latent in each
-        sequence and the first spot that reaches it. For the latents with a candidate stronger than their weakest
-        example, old examples and candidates are put side by side (E + S columns) and sorted; the first E stay. A
-        column of E or more is a candidate, whose window must be cut out of the batch.
+        The batch gives a table (F, S) of candidates: the highest activation of each latent in each sequence, and the
+        first spot that reaches it. For latents with a candidate stronger than their weakest example, old examples and
+        candidates are put side by side (E + S columns) and sorted, and the first E stay. A column index of E or more
+        denotes a candidate, whose window must be cut out of the batch.
         """
         F, E = self.best.shape
         S = batch.n_sequences
@@ -185,10 +185,10 @@ class Collector:
     def _windows(
         self, latents: Tensor, spots: Tensor, values: Tensor, some: Tensor, row: Tensor, centres: Tensor, n_spots: int
     ) -> Tensor:
-        """Activations (n, W) of latents some[row] (n, ascending) around spots `centres` (n), from a batch's codes.
+        """Return the activations (n, W) of latents some[row] (n, ascending) around spots `centres` (n) of a batch.
 
-        How to see this: the codes of a few latents of `some` at a time are laid out densely (step, n_spots), so that a
-        window is a slice of a row; the dense piece is wiped clean by the entries that filled it.
+        The codes of a few latents of `some` at a time are laid out densely (step, n_spots), so that a window is a slice
+        of a row; afterwards, the entries that were filled are set back to zero.
         """
         before, after = self.window
         around = centres[:, None] + torch.arange(-before, after + 1, device=centres.device)
@@ -212,7 +212,7 @@ class Collector:
         return windows * same_sequence
 
     def features(self) -> Features:
-        """What the latents mean, as far as activations tell."""
+        """Return the features that follow from activations."""
         F, E = self.best.shape
         counts = self.histogram.view(F, BINS)
         used = counts.sum(dim=0).nonzero()[:, 0].tolist() or [0]

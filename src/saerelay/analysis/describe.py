@@ -1,4 +1,4 @@
-"""All that is known of one latent."""
+"""Everything that is known about one latent."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -24,9 +24,9 @@ TokenText = Callable[[int], str]
 
 
 def describe(session: Session, leg: str, latent: int) -> LatentDescription:
-    """All that is known of one latent: what `saerelay show --json` prints.
+    """Return everything that is known about one latent, as printed by `saerelay show --json`.
 
-    `leg` is an id, or the number of a layer. Features and lineage of the run are made if they are not current. Raises
+    `leg` is an id or a layer number. Features and lineage of the run are computed if they are not current. Raises
     RunDirectoryError if there is no such leg or latent.
     """
     suite = session.suite
@@ -58,7 +58,7 @@ def describe(session: Session, leg: str, latent: int) -> LatentDescription:
 
 
 def examples(features: Features, latent: int, sequences: np.ndarray, text: TokenText) -> list[LatentExample]:
-    """The strongest examples of a latent, with the tokens of sequences (N, context) around them."""
+    """Return the strongest examples of a latent, with the tokens of sequences (N, context) around them."""
     described = []
     for example in features.examples(latent):
         stop = example.start + len(example.activations)
@@ -72,7 +72,7 @@ def examples(features: Features, latent: int, sequences: np.ndarray, text: Token
 def logit_effects(
     features: Features, side: Literal["top", "bottom"], latent: int, text: TokenText
 ) -> list[LogitEffect] | None:
-    """The tokens that a latent promotes ("top") or suppresses most; None where that was not computed."""
+    """Return the tokens that a latent promotes ("top") or suppresses ("bottom") most; None if not computed."""
     tensors = features.tensors()
     if f"{side}_logits" not in tensors:
         return None
@@ -85,7 +85,7 @@ def logit_effects(
 
 
 def similar(features: Features, latent: int) -> dict[Literal["above", "below"], SimilarLatents]:
-    """The most similar latents at the next and the previous layer."""
+    """Return the most similar latents at the next and the previous layer."""
     tensors = features.tensors()
     sides: dict[Literal["above", "below"], SimilarLatents] = {}
     for side in ("above", "below"):
@@ -100,7 +100,7 @@ def similar(features: Features, latent: int) -> dict[Literal["above", "below"], 
 
 
 def explanation(paths: RunDirectory, leg_id: str, latent: int) -> LatentExplanation | None:
-    """What a language model made of a latent; None if it was not asked, or did not explain it."""
+    """Return a language model's explanation of a latent; None if it was not asked, or gave none."""
     document = Interpretation.load_if_any(paths.interpretation(leg_id))
     if document is None:
         return None

@@ -1,4 +1,4 @@
-"""The held-out quality of a run's legs and snapshots: `eval/<id>.json`, and `summary.json` of them all."""
+"""The held-out quality of a run's legs and snapshots: `eval/<id>.json`, and `summary.json` for all of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from saerelay.team import Team
 def evaluate(session: Session, *, tokens: int = 0) -> Summary:
     """Evaluate every published leg and snapshot on the test split; writes eval/<id>.json and summary.json.
 
-    What was measured before, for the same question, is not measured again. `tokens` are `evaluate.tokens` if 0.
+    Legs already measured for the same question are not measured again. If `tokens` is 0, it is `evaluate.tokens`.
     """
     suite = session.suite
     questions = {leg.id: question(session, leg, tokens) for leg in suite.legs}
@@ -35,7 +35,7 @@ def evaluate(session: Session, *, tokens: int = 0) -> Summary:
             evaluation = evaluation_of(leg, questions[leg.id], metrics)
             evaluation.save(suite.directory.evaluation(leg.id))
 
-    session.team.gather(None)  # all evaluations are there
+    session.team.gather(None)  # wait until all evaluations are written
 
     def summary() -> Summary:
         document = summarise(suite, session.corpus)
@@ -46,7 +46,7 @@ def evaluate(session: Session, *, tokens: int = 0) -> Summary:
 
 
 def legs_to_measure(suite: PublishedSuite, questions: Mapping[str, EvaluationQuestion]) -> list[Leg]:
-    """The legs whose evaluations are missing, or answer other questions."""
+    """Return the legs whose evaluations are missing, or answer other questions."""
     missing = []
     for leg in suite.legs:
         path = suite.directory.evaluation(leg.id)
@@ -58,15 +58,15 @@ def legs_to_measure(suite: PublishedSuite, questions: Mapping[str, EvaluationQue
 def evaluate_run(
     suite: PublishedSuite, model: LanguageModel | None = None, *, tokens: int = 0, console: Console | None = None
 ) -> dict[str, Any]:
-    """Evaluate every published leg of a run; the content of summary.json. `Suite.evaluate` returns it as a type.
+    """Evaluate every published leg of a run; returns the content of summary.json (`Suite.evaluate` returns it typed).
 
-    `model` is the run's language model, if it is at hand.
+    `model` is the run's language model, if it is loaded already.
     """
     return evaluate(Session(suite, model=model, console=console, team=Team.joined()), tokens=tokens).to_data()
 
 
 def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
-    """What is asked about a leg."""
+    """Return the question that a leg's evaluation answers."""
     wanted = tokens or session.plan.recipe.evaluate.tokens
     return EvaluationQuestion(
         tokens=min(wanted, int(session.corpus.test.size)),
@@ -77,7 +77,7 @@ def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
 
 
 def versions(suite: PublishedSuite, leg: Leg) -> dict[str, Placed]:
-    """A leg's dictionary under its id, and those of its snapshots under id@age, each with its site."""
+    """Return a leg's dictionary under its id and those of its snapshots under id@age, each with its site."""
     dictionaries = {leg.id: Placed.at_home(leg, suite.dictionary(leg))}
     for age in suite.directory.ages(leg):
         dictionaries[f"{leg.id}@{age}"] = Placed.at_home(leg, suite.snapshot(leg, age))
@@ -85,7 +85,7 @@ def versions(suite: PublishedSuite, leg: Leg) -> dict[str, Placed]:
 
 
 def evaluation_of(leg: Leg, asked: EvaluationQuestion, metrics: dict[str, EvaluationMetrics]) -> Evaluation:
-    """The document of a leg, from the metrics of its `versions`."""
+    """Return the document of a leg, from the metrics of its `versions`."""
     return Evaluation(
         asked=asked,
         leg=leg.id,

@@ -1,7 +1,7 @@
-"""What each latent of a run's dictionaries means: `features/<id>.safetensors`.
+"""The features of each latent of a run's dictionaries: `features/<id>.safetensors`.
 
-Where it fires most and how strongly (`collecting`), which tokens' logits it changes, and the latents of neighbouring
-layers that are most similar to it. Shapes: F, G latents, D width, V vocabulary.
+They say where the latent fires most and how strongly (`collecting`), which tokens' logits it changes, and which latents
+of neighbouring layers are most similar to it. Shapes: F, G latents, D width, V vocabulary.
 """
 
 from typing import Any
@@ -24,18 +24,18 @@ from saerelay.sae.transfer import fold
 from saerelay.team import Team
 
 TOKENS = 10
-"""Tokens that a latent promotes most, and as many that it suppresses."""
+"""Number of tokens that a latent promotes most, and of tokens that it suppresses most."""
 OFF_THE_STREAM = ("attn_z", "mlp_in")
-"""Kinds of sites at which what is written is no direction of the residual stream."""
+"""Kinds of sites whose activations are not directions of the residual stream."""
 NEIGHBOURS = 3
-"""Similar latents of a neighbouring layer."""
+"""Number of similar latents listed per neighbouring layer."""
 
 
 def make_features(session: Session, *, tokens: int = 0) -> None:
-    """Find what the latents of every published leg mean, on the test split; writes features/<id>.safetensors.
+    """Compute the features of every published leg on the test split; writes features/<id>.safetensors.
 
-    Files that answer the same question are left as they are: whoever needs features asks for them here. `tokens` are
-    `evaluate.tokens` if 0.
+    Files that answer the same question are left as they are, so every analysis that needs features calls this. If
+    `tokens` is 0, it is `evaluate.tokens`.
     """
     missing = session.team.once(lambda: legs_without_features(session, tokens))
     legs = session.deal(missing)
@@ -45,21 +45,21 @@ def make_features(session: Session, *, tokens: int = 0) -> None:
         features = collect(session.plan, session.model, sequences, dictionaries, track=session.display.track)
         maps = session.maps.between(neighbour_pairs(session.suite, legs))
         write_features(session, features, maps, tokens)
-    session.team.gather(None)  # all files are there
+    session.team.gather(None)  # wait until all files are written
 
 
 def features_run(
     suite: PublishedSuite, model: LanguageModel | None = None, *, tokens: int = 0, console: Console | None = None
 ) -> None:
-    """Find what the latents of every published leg mean; `load_features` reads the files. See `Suite.features`.
+    """Compute the features of every published leg; `load_features` reads the files. See `Suite.features`.
 
-    `model` is the run's language model, if it is at hand.
+    `model` is the run's language model, if it is loaded already.
     """
     make_features(Session(suite, model=model, console=console, team=Team.joined()), tokens=tokens)
 
 
 def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:
-    """What is asked about a leg's latents."""
+    """Return the question that a leg's features answer."""
     above = session.suite.neighbour_above(leg)
     below = session.suite.neighbour_below(leg)
     return FeatureQuestion(
@@ -76,7 +76,7 @@ def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:
 
 
 def legs_without_features(session: Session, tokens: int = 0) -> list[Leg]:
-    """The legs whose features are missing, or were asked for differently."""
+    """Return the legs whose features are missing, or answer another question."""
     missing = []
     for leg in session.suite.legs:
         facts = load_facts(session.suite.directory.features(leg.id))
@@ -86,7 +86,7 @@ def legs_without_features(session: Session, tokens: int = 0) -> list[Leg]:
 
 
 def neighbour_pairs(suite: PublishedSuite, legs: list[Leg]) -> list[SitePair]:
-    """The pairs of sites between which similar latents are looked for."""
+    """Return the pairs of sites between which similar latents are looked for."""
     pairs = []
     for leg in legs:
         for other in (suite.neighbour_above(leg), suite.neighbour_below(leg)):
@@ -99,7 +99,7 @@ def neighbour_pairs(suite: PublishedSuite, legs: list[Leg]) -> list[SitePair]:
 def write_features(
     session: Session, collected: dict[str, Features], maps: dict[SitePair, AffineMap], tokens: int
 ) -> None:
-    """Write what was collected of some legs, with what weights tell: logits, and similar latents of neighbours."""
+    """Write the collected features of some legs, adding what follows from weights: logits and similar latents."""
     if not collected:
         return
     suite = session.suite
@@ -125,13 +125,13 @@ def write_features(
 
 @torch.no_grad()
 def logit_effects(W_dec: Tensor, W_U: Tensor, n: int = TOKENS) -> dict[str, Tensor]:
-    """The n tokens whose logits each decoder row (F, D) raises and lowers most, through an unembedding (V, D).
+    """Return the n tokens whose logits each decoder row (F, D) raises and lowers most, by an unembedding (V, D).
 
     >>> effects = logit_effects(torch.tensor([[2.0]]), torch.tensor([[1.0], [-3.0], [0.5]]), n=1)
     >>> effects["top_logits"].tolist(), effects["top_logits_values"].tolist(), effects["bottom_logits"].tolist()
     ([[0]], [[2.0]], [[1]])
 
-    Direct logit attribution: what the row adds to the last residual stream, nothing in between counted.
+    This is direct logit attribution: the row is added to the last residual stream, ignoring the layers in between.
     """
     n = min(n, W_U.shape[0])
     parts: dict[str, list[Tensor]] = {}
@@ -146,7 +146,7 @@ def logit_effects(W_dec: Tensor, W_U: Tensor, n: int = TOKENS) -> dict[str, Tens
 
 @torch.no_grad()
 def most_similar(rows: Tensor, others: Tensor, n: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
-    """For each decoder row (F, D), the n of others (G, D) with the highest cosine (F, n), and the cosines."""
+    """Return, for each decoder row (F, D), the n of `others` (G, D) with the highest cosines, and these cosines."""
     normalize = torch.nn.functional.normalize
     directions = normalize(others, dim=1).T
     indices = []

@@ -1,7 +1,7 @@
-"""Blind judging of latents by people: which latents are drawn, and what the judges' answers say.
+"""Blind judging of latents by people: which latents are drawn, and how the judges' answers are scored.
 
-A latent counts as interpretable if more judges said yes than no; one with as many of either is tied, and counted apart;
-skipped is not judged.
+A latent counts as interpretable if more judges said yes than no. A latent with as many yes as no is tied, and counted
+separately; a skipped latent is not judged.
 """
 
 import math
@@ -35,16 +35,16 @@ from saerelay.spec import Spec, seed_from
 ORIGINS: tuple[JudgedOrigin, ...] = get_args(JudgedOrigin)
 _OF_PAPER: dict[str, JudgedOrigin] = {"scratch": "scratch", "from below": "forward", "from above": "backward"}
 _PREFERENCE = (None, "full", "equal_tokens")
-"""Control kinds, in order of preference for a leg from scratch: none (of the suite), then the one with more tokens."""
+"""Control kinds, in order of preference for a leg from scratch: None (a leg of the suite), then the most tokens."""
 
 LegsByOrigin = dict[tuple[Site, JudgedOrigin], Leg]
 Answer = Literal["yes", "no", "skip"]
 Answers = Mapping[int, Answer]
-"""One judge's answers by item; what is not there was not answered."""
+"""One judge's answers by item; items that were not answered are missing."""
 
 
 class Judgements(Spec):
-    """What one judge exported."""
+    """The file that one judge exported."""
 
     version: Annotated[Literal[1], Field(alias="schema")]
     page: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
@@ -56,11 +56,11 @@ class Judgements(Spec):
 
 
 def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -> LegsByOrigin:
-    """The leg that stands for each site and origin, in order; only those at `layers`, if given.
+    """Return the leg that represents each site and origin, in order; if `layers` are given, only at these.
 
-    From scratch: the leg of the suite, else the control with the full budget, else the one with equal tokens. Of
-    several seeds the lowest; legs that another continued do not count. Raises RunDirectoryError for a layer without a
-    dictionary, or if there is nothing to judge.
+    From scratch, it is the leg of the suite, else the control with the full budget, else the control with equal tokens.
+    Of several seeds, the lowest is taken; legs that another leg continues do not count. Raises RunDirectoryError for a
+    layer without a dictionary, or if there is nothing to judge.
     """
     root = suite.directory.root
     of_suite = {leg.id for leg in suite.suite_legs}
@@ -87,10 +87,11 @@ def _comma_list(numbers: Sequence[int]) -> str:
 
 
 def drawn(legs: LegsByOrigin, features: Mapping[str, Features], n: int, seed: int) -> list[JudgedItem]:
-    """The latents to judge, in the order in which they are shown; `features` by leg id.
+    """Draw the latents to judge, in the order in which they are shown; `features` are by leg id.
 
-    For each site and origin n latents that fired on the held-out tokens, all equally likely, or all there are. Draws
-    depend on seed, site and origin, and the order on the seed: not on the order or the names of legs.
+    For each site and origin, they are n of the latents that fired on the held-out tokens, all equally likely, or all of
+    them if they are fewer. Draws depend on seed, site and origin, and the order on the seed, but neither depends on the
+    order or the names of legs.
     """
     chosen = []
     for (site, origin), leg in legs.items():
@@ -121,7 +122,7 @@ def drawn(legs: LegsByOrigin, features: Mapping[str, Features], n: int, seed: in
 
 
 def score(key: JudgingKey, answers: Mapping[str, Answers]) -> Scores:
-    """Join the key of a page with the answers of its judges, by name."""
+    """Score the answers of a page's judges, by their names, with the page's key."""
     on_page = {item.origin for item in key.items}
     origins: list[JudgedOrigin] = [origin for origin in ORIGINS if origin in on_page]
     compared: list[JudgedOrigin] = [origin for origin in origins if origin != "scratch"] if "scratch" in origins else []
@@ -140,7 +141,7 @@ def score(key: JudgingKey, answers: Mapping[str, Answers]) -> Scores:
 
 
 def judge_tally(name: str, items: Sequence[JudgedItem], judgements: Answers) -> JudgeTally:
-    """What one judge answered."""
+    """Count the answers of one judge."""
     answers = list(judgements.values())
     tally = tallied(items, {name: judgements})
     return JudgeTally(
@@ -156,13 +157,13 @@ def judge_tally(name: str, items: Sequence[JudgedItem], judgements: Answers) -> 
 
 
 def origin_tally(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> OriginTally:
-    """One origin over all layers."""
+    """Count the answers about one origin over all layers."""
     origin_items = [item for item in items if item.origin == origin]
     return OriginTally(origin=origin, **dict(tallied(origin_items, answers)))
 
 
 def layer_tallies(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> list[LayerTally]:
-    """Each origin at each site, in order."""
+    """Count the answers about each origin at each site, in order."""
     groups: dict[tuple[int, str, int], list[JudgedItem]] = {}
     for item in items:
         groups.setdefault((item.layer, item.module, ORIGINS.index(item.origin)), []).append(item)
@@ -183,7 +184,7 @@ def layer_tallies(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -
 
 
 def tallied(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> Tally:
-    """How many of some items are interpretable, of those that judges are not tied on; share with its 95 % interval."""
+    """Count the interpretable items among those without a tie; the share has a 95 % interval."""
     margins = []
     for item in items:
         votes = [judgements.get(item.item, "skip") for judgements in answers.values()]
@@ -211,7 +212,7 @@ def _share(n: int, of: int) -> float:
 
 
 def wilson(yes: int, n: int) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 %; NaN if n is 0.
+    """Return the 95 % Wilson score interval of a share; NaN if n is 0.
 
     >>> low, high = wilson(27, 32)
     >>> round(low, 4), round(high, 4)
@@ -226,7 +227,7 @@ def wilson(yes: int, n: int) -> tuple[float, float]:
 
 
 def difference(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> OriginDifference:
-    """Share of an origin minus that from scratch, over the sites that have both, with a 95 % interval.
+    """Return an origin's share minus that of scratch, over the sites that have both, with a 95 % interval.
 
     Newcombe, Statistics in Medicine 17, 1998, method 10: from the two Wilson intervals, d − √((p−l)² + (u'−p')²) to
     d + √((u−p)² + (p'−l')²).
@@ -255,7 +256,7 @@ def _sites_of(items: Sequence[JudgedItem], origin: JudgedOrigin) -> set[tuple[in
 
 
 def agreement(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> list[Agreement]:
-    """How far each two judges agree, on the items that both judged: the share of equal answers, and Cohen's kappa."""
+    """Return how far each pair of judges agrees on the items both judged: share of equal answers and Cohen's kappa."""
     rows = []
     for a, b in combinations(answers, 2):
         votes = []
@@ -272,12 +273,13 @@ def agreement(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> li
 
 
 def cohen_kappa(votes: np.ndarray) -> float:
-    """Agreement of two judges beyond chance; `votes` bool (items, 2). NaN without votes, or if both always vote alike.
+    """Return the agreement of two judges beyond chance; `votes` bool (items, 2).
 
     >>> cohen_kappa(np.array([[1, 1], [1, 1], [1, 0], [0, 0]], dtype=bool))
     0.5
 
-    Cohen, Educational and Psychological Measurement 20, 1960: (p_o − p_e) / (1 − p_e), p_e from each judge's own share.
+    Cohen, Educational and Psychological Measurement 20, 1960: (p_o − p_e) / (1 − p_e), with p_e from each judge's own
+    share of yes. NaN without votes, or if both judges give the same answer to all items.
     """
     if not len(votes):
         return math.nan

@@ -1,7 +1,7 @@
-"""What became of each latent of a run: from parent to child, from layer to layer, and beside a control.
+"""What became of each latent of a run: from parent to child, from layer to layer, and in comparison with a control.
 
-Children start as their parents: what is kept by index is inherited, not found again; links to controls say how much
-independent training finds. See `links` for how two legs are compared.
+Children start as copies of their parents, so latents kept by index are inherited, not found again; links to controls
+say how much independent training finds. See `links` for how two legs are compared.
 """
 
 from collections.abc import Mapping
@@ -54,12 +54,12 @@ class Lineage:
 
     @classmethod
     def from_document(cls, document: LineageDocument) -> "Lineage":
-        """The lineage that a document holds."""
+        """Make a lineage from its document."""
         facts = LineageFacts(**{name: getattr(document, name) for name in LineageFacts.model_fields})
         return cls(facts, [Link.from_document(link) for link in document.links])
 
     def link(self, source: str, target: str) -> Link:
-        """The link between two legs, by their ids."""
+        """Return the link between two legs, by their ids."""
         for link in self.links:
             if (link.source, link.target) == (source, target):
                 return link
@@ -67,10 +67,10 @@ class Lineage:
         raise RunDirectoryError(f"no link from {source} to {target}; the links are: {pairs}")
 
     def follow(self, leg: str, latent: int) -> list[LineageStep]:
-        """A latent of a leg, from the first layer to the last, along the depth links that it is on.
+        """Follow a latent of a leg from the first layer to the last, along depth links.
 
-        The way ends where a latent has no partner. A leg that no depth link joins (a control) gives a single step.
-        Raises RunDirectoryError if there is no such leg or latent.
+        The path ends where the latent has no partner. A leg without depth links (a control) gives a single step. Raises
+        RunDirectoryError if there is no such leg or latent.
         """
         legs = self.facts.legs
         if leg not in legs:
@@ -102,7 +102,7 @@ class Lineage:
         return steps
 
     def relatives(self, leg: str, latent: int) -> list[Relative]:
-        """A latent's counterparts off its way: in the leg's parent, in its controls, in what it is a control of."""
+        """Return a latent's counterparts off its path: in the leg's parent, its controls, and the leg it controls."""
         relatives = []
         for link in self.links:
             if link.kind == "depth":
@@ -125,7 +125,7 @@ class Lineage:
         return relatives
 
     def summary(self) -> list[dict[str, Any]]:
-        """One dict per link: kind, source, target, and its `shares`."""
+        """Return one dict per link: kind, source, target, and its `shares`."""
         rows = []
         for link in self.links:
             rows.append({"kind": link.kind, "source": link.source, "target": link.target, **link.shares()})
@@ -133,7 +133,7 @@ class Lineage:
 
 
 def _facts_of(link: Link, latent: int) -> dict[str, Any]:
-    """How alike a latent of the source and its partner are."""
+    """Return how alike a latent of the source and its partner are."""
     return {
         "decoder_cosine": float(link.decoder_cosine[latent]),
         "encoder_cosine": float(link.encoder_cosine[latent]),
@@ -155,8 +155,8 @@ def check_latent(leg: str, latent: int, n_latents: int) -> None:
 def make_lineage(session: Session, *, tokens: int = 0, features: bool = False) -> Lineage:
     """Find what became of each latent of a run, on the test split; writes lineage.json, unless it is current.
 
-    With `features`, also what `make_features` does, from the same pass over the tokens. `tokens` are `evaluate.tokens`
-    if 0.
+    With `features`, missing features are computed in the same pass over the tokens, as by `make_features`. If `tokens`
+    is 0, it is `evaluate.tokens`.
     """
     suite = session.suite
     asked = question(session, tokens)
@@ -215,13 +215,13 @@ def lineage_run(
 ) -> Lineage:
     """Find what became of each latent of a run; writes lineage.json. See `Suite.lineage`.
 
-    `model` is the run's language model, if it is at hand; with `features`, also what `features_run` does.
+    `model` is the run's language model, if it is loaded already; with `features`, features are computed as well.
     """
     return make_lineage(Session(suite, model=model, console=console), tokens=tokens, features=features)
 
 
 def question(session: Session, tokens: int) -> LineageQuestion:
-    """What is asked about a run's latents."""
+    """Return the question that a run's lineage answers."""
     legs = {}
     for leg in session.suite.legs:
         legs[leg.id] = LineageLeg(layer=leg.layer, n_latents=leg.dictionary.n_latents)
@@ -237,7 +237,7 @@ def question(session: Session, tokens: int) -> LineageQuestion:
 
 
 def leg_pairs(suite: PublishedSuite) -> list[LegPair]:
-    """Which legs are compared. A parent outside the run has no link."""
+    """Return the pairs of legs to compare; a parent outside the run has no link."""
     published = {leg.id: leg for leg in suite.legs}
     pairs = []
     for leg in suite.legs:
@@ -259,16 +259,16 @@ def compare(
     dictionaries: Mapping[str, Placed],
     maps: Mapping[SitePair, AffineMap],
 ) -> Comparison:
-    """The comparison of a pair, before any tokens are read."""
+    """Begin the comparison of a pair, before any tokens are read."""
     folded = fold(dictionaries[pair.source.id].dictionary, map_of_legs(maps, pair.source, pair.target))
     by_index = ancestor(plan, pair.source) == ancestor(plan, pair.target)
     return Comparison(pair, folded, dictionaries[pair.target.id].dictionary, by_index)
 
 
 def ancestor(plan: Plan, leg: Leg) -> str:
-    """The root that a leg's latents have their index from, or the directory of one outside the run.
+    """Return the root from which a leg's latents have their index, or the directory of a root outside the run.
 
-    A leg with more or fewer latents than its parent is itself such a root.
+    A leg with more or fewer latents than its parent counts as a root itself.
     """
     while leg.parent:
         inside = plan.has(leg.parent)

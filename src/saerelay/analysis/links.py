@@ -1,8 +1,8 @@
 """What became of one leg's latents in another leg: partners, how alike they are, and a status for each.
 
-Two legs that descend from one root have the same latents at the same index: a transfer never permutes them. Where they
-do not, latents are matched one to one by decoder cosine (optimal assignment). Before anything is compared, the source
-is folded through the affine map between the two layers, whose raw spaces are not comparable.
+Two legs that descend from one root have the same latents at the same index, since a transfer never permutes them.
+Latents of other legs are matched one to one by decoder cosine (optimal assignment). Before anything is compared, the
+source is folded through the affine map between the two layers, because their raw spaces are not comparable.
 
 The status of a latent and its partner: `k`ept (both fire, decoder cosine above KEPT_ABOVE), `d`rifted (the cosine is
 not above it), `r`eplaced (below REPLACED_BELOW: the index has another meaning now), `x` died (the partner does not
@@ -29,16 +29,17 @@ from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, add_at, split_codes
 
 KEPT_ABOVE = 0.7
-"""Decoder cosine above which a latent counts as the same. On the demo run latents that have kept their index make two
-humps: above 0.7 the partner is the most similar of all in more than 99 % of cases, below 0.3 never (what was silent
-after the hop was given another meaning); between them lie 1 % of the latents, in the first layers up to 22 %."""
+"""Decoder cosine above which a latent counts as the same. On the demo run, the cosines of latents with the same index
+have two modes: above 0.7 the partner is the most similar latent of all in more than 99 % of cases, below 0.3 never
+(latents that were silent after the hop got another meaning). Between them lie 1 % of the latents, in the first layers
+up to 22 %."""
 REPLACED_BELOW = 0.3
 ALIVE_ABOVE = 0
 """A latent is alive if it fires more often than this on the held-out tokens: the rule of `frac_alive`."""
 EXACT_LATENTS = 4_096
 """Up to this many latents, assignments are optimal over all pairs; beyond, over each latent's CANDIDATES most similar
-ones, or none. That takes a ninth of the time at 8192 latents (9 s become 1), and of the demo's controls it changes a
-tenth of the partners, of those with a cosine above 0.5 2 to 3 %."""
+latents, or none. That takes a ninth of the time at 8192 latents (1 s instead of 9). For the demo's controls it changes
+a tenth of the partners, and 2 to 3 % of those with a cosine above 0.5."""
 CANDIDATES = 32
 
 Kind = Literal["hop", "depth", "control"]
@@ -47,7 +48,7 @@ Kind = Literal["hop", "depth", "control"]
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """What became of a leg's latents in another leg; tensors have an entry for each latent of the source."""
+    """What became of a leg's latents in another leg; tensors have one entry per latent of the source."""
 
     kind: Kind
     source: str
@@ -55,34 +56,34 @@ class Link:
     source_layer: int
     target_layer: int
     partner: Tensor | None
-    """int64 (F): latents of the target, -1 for none; None where latents have kept their index."""
+    """int64 (F): latents of the target, -1 for none; None if latents have kept their index."""
     decoder_cosine: Tensor
-    """(F): of the folded source with the partner; NaN without one."""
+    """(F): cosine of the folded source with the partner; NaN without a partner."""
     encoder_cosine: Tensor
     correlation: Tensor
-    """(F): Pearson's, of the activations on the same tokens; NaN where one never fires."""
+    """(F): Pearson's correlation of the activations on the same tokens; NaN if either never fires."""
     status: str
     """One letter per latent: k, d, r, x, b or -."""
 
     def forward(self, latent: int) -> int | None:
-        """The partner of a latent of the source, or None."""
+        """Return the partner of a latent of the source, or None."""
         partner = latent if self.partner is None else int(self.partner[latent])
         return None if partner < 0 else partner
 
     def backward(self, latent: int) -> int | None:
-        """The latent of the source whose partner is `latent`, or None."""
+        """Return the latent of the source whose partner is `latent`, or None."""
         if self.partner is None:
             return latent
         sources = (self.partner == latent).nonzero()
         return int(sources[0, 0]) if len(sources) else None
 
     def shares(self) -> dict[str, float]:
-        """Shares of the source's latents with each status; their sum is 1."""
+        """Return the share of the source's latents with each status; the shares sum to 1."""
         counts = Counter(self.status)
         return {name: counts[letter] / len(self.status) for letter, name in STATUSES.items()}
 
     def to_document(self) -> LineageLink:
-        """The link as lineage.json has it."""
+        """Return the link as written to lineage.json."""
         return LineageLink(
             kind=self.kind,
             source=self.source,
@@ -99,7 +100,7 @@ class Link:
 
     @classmethod
     def from_document(cls, link: LineageLink) -> "Link":
-        """The link that lineage.json holds."""
+        """Read a link of lineage.json."""
         return cls(
             kind=link.kind,
             source=link.source,
@@ -126,13 +127,13 @@ def _with_nan(values: list[float | None]) -> Tensor:
 
 
 def assign(source: Tensor, target: Tensor) -> Tensor:
-    """Match decoder rows (F, D) with rows (G, D), one to one, so that the cosines' sum is largest: int64 (F), -1 none.
+    """Match decoder rows (F, D) with rows (G, D), one to one, for the largest sum of cosines: int64 (F), -1 for none.
 
     >>> rows = torch.eye(4)
     >>> assign(rows, rows[[2, 0, 3, 1]]).tolist()
     [1, 3, 0, 2]
 
-    Exact up to EXACT_LATENTS; beyond, among each row's CANDIDATES most similar ones (see there).
+    Exact up to EXACT_LATENTS; beyond, only among each row's CANDIDATES most similar rows (see EXACT_LATENTS).
     """
     exact = max(len(source), len(target)) <= EXACT_LATENTS
     rows, columns = _assign_exactly(source, target) if exact else _assign_among_candidates(source, target)
@@ -142,17 +143,17 @@ def assign(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _assign_exactly(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and their columns, over all pairs."""
+    """Return the matched rows and columns, over all pairs."""
     cosines = _unit(source) @ _unit(target).T
     rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
 def _assign_among_candidates(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and their columns, over each row's most similar ones.
+    """Return the matched rows and columns, over each row's most similar columns.
 
-    How to see this: a full matching of all rows must exist, so each row also gets a column of its own, at the highest
-    cost, which stands for having no partner. Costs are positive: 2 − cosine, and 3 without a partner.
+    The solver needs a full matching of all rows, so each row also gets a column of its own, at the highest cost, which
+    stands for having no partner. Costs are positive: 2 − cosine, and 3 without a partner.
     """
     F = len(source)
     G = len(target)
@@ -168,7 +169,7 @@ def _assign_among_candidates(source: Tensor, target: Tensor) -> tuple[Tensor, Te
 
 
 def paired_cosine(source: Tensor, target: Tensor, partner: Tensor | None) -> Tensor:
-    """Cosine (F) of each row (F, D) with its partner among rows (G, D); NaN without one."""
+    """Return the cosine (F) of each row (F, D) with its partner among rows (G, D); NaN without a partner."""
     if partner is None:
         return (_unit(source) * _unit(target)).sum(dim=1)
     cosines = (_unit(source) * _unit(target)[partner.to(target.device)]).sum(dim=1)
@@ -180,7 +181,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def status(decoder_cosine: Tensor, source_alive: Tensor, target_alive: Tensor) -> str:
-    """One letter per latent (see the top of this file); all (F), `target_alive` that of its partner.
+    """Return one letter per latent (see the top of this file); all tensors (F), `target_alive` about its partner.
 
     >>> before, after = torch.tensor([1, 1, 1, 1, 0, 0]).bool(), torch.tensor([1, 1, 1, 0, 1, 0]).bool()
     >>> status(torch.tensor([0.9, 0.5, 0.1, 0.9, 0.9, 0.9]), before, after)
@@ -204,7 +205,7 @@ def _status_letter(cosine: float, source_alive: bool, target_alive: bool) -> str
 
 
 class Firing:
-    """Sums over tokens of a dictionary's codes: how often, Σz and Σz² of each latent, in float64."""
+    """Sums over tokens of a dictionary's codes: the number of firings, Σz and Σz² of each latent, in float64."""
 
     def __init__(self, n_latents: int, device: torch.device) -> None:
         self.count = torch.zeros(n_latents, dtype=torch.long, device=device)
@@ -212,7 +213,7 @@ class Firing:
         self.squares = torch.zeros(n_latents, dtype=torch.float64, device=device)
 
     def add(self, codes: Codes) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         latents = codes.columns.long()
         values = codes.values.double()
         self.count.index_add_(0, latents, (values > 0).long())
@@ -230,7 +231,7 @@ class LegPair:
 
 
 class Comparison:
-    """Two legs while their codes go by: partners and cosines from the start, and Σ z·z' (F) of partners so far."""
+    """Two legs while their codes are read: partners and cosines from the start, and Σ z·z' (F) of partners so far."""
 
     def __init__(self, pair: LegPair, folded: Dictionary, other: Dictionary, by_index: bool) -> None:
         self.pair = pair
@@ -240,11 +241,11 @@ class Comparison:
         self.products = torch.zeros_like(self.decoder_cosine, dtype=torch.float64)
 
     def add(self, source: Codes, target: Codes, scratch: Tensor) -> None:
-        """Take in the codes of a batch; `scratch` (at least G) is zero, and left so.
+        """Add the codes of a batch; `scratch` (at least G numbers) is zero before and after.
 
-        How to see this: a few rows of the target's codes are laid out densely in `scratch`; each entry of the source's
-        codes then looks up its partner's activation on the same token. Without a partner it looks up anything: `link`
-        leaves such latents out.
+        A few rows of the target's codes at a time are laid out densely in `scratch`; each entry of the source's codes
+        then looks up its partner's activation on the same token. An entry without a partner looks up an arbitrary one;
+        `link` leaves such latents out.
         """
         G = target.n_latents
         n_rows = len(scratch) // G
@@ -258,7 +259,7 @@ class Comparison:
             scratch[filled] = 0
 
     def link(self, source: Firing, target: Firing, n_tokens: int) -> Link:
-        """The link, from the sums of both dictionaries over all tokens."""
+        """Return the link, from the sums of both dictionaries over all tokens."""
         partner = self.partner
         if partner is None:
             partner = torch.arange(len(self.products), device=self.products.device)

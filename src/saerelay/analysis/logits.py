@@ -1,12 +1,12 @@
-"""What changed hidden states of a language model lose against its clean ones: cross-entropy and KL divergence.
+"""Losses of changed hidden states of a language model against its clean ones: cross-entropy and KL divergence.
 
-Of logits s only log Σ exp s, Σ p s with the clean probabilities p, and s of the next token are needed:
+Of the logits s, only log Σ exp s, Σ p s with the clean probabilities p, and s of the next token are needed:
 CE = log Σ exp s − s_next, KL(clean ‖ changed) = Σ p log p − Σ p s + log Σ exp s.
 
-How to see this: the logits of all tokens are never there at once. The vocabulary is cut into parts. Of each part the
-clean logits are made, and beside them those of all changed states, which are summed up while they are in the
-processor's cache; then the sums of all parts are joined. Rows are cut, too. Cuts follow from shapes alone, so that the
-bits of a result depend neither on the number of threads nor on what else is measured.
+The logits of all tokens are never in memory at once. The vocabulary is cut into parts. For each part, the clean logits
+are computed, and then those of all changed states, which are summed while they are in the CPU's cache; then the sums of
+all parts are joined. Rows are cut as well. Cuts follow from shapes alone, so that the bits of a result depend neither
+on the number of threads nor on what else is measured.
 
 Shapes: B sequences of C positions, D width, V vocabulary; n rows (positions of all sequences), v tokens of a part,
 L kinds of logits, the clean ones first.
@@ -24,21 +24,21 @@ from saerelay.lm.head import Head
 from saerelay.sae.threads import side_by_side
 
 ROWS = 512
-"""Rows whose logits are made at once."""
+"""Rows whose logits are computed at once."""
 PART = 2048
-"""Tokens of a part of the vocabulary."""
+"""Tokens in a part of the vocabulary."""
 STRIPE = 64
 """Rows that are summed at once on a CPU."""
 PARTS = 16
-"""Parts that a thread goes through, one after the other."""
+"""Parts that a thread handles, one after another."""
 ON_GPU = 8
-"""How many times as many rows and tokens are taken at once on a GPU, which smaller ones do not keep busy."""
+"""Factor by which more rows and tokens are taken at once on a GPU, which fewer would not keep busy."""
 ROUNDING = 4
-"""States that differ by as many roundings of the largest one count as the same."""
+"""States count as the same if they differ by at most this many rounding errors (eps) of the largest number."""
 
 
 class Loss(NamedTuple):
-    """What states cost, in nats, float64; 0 where a position is not kept."""
+    """Losses of hidden states, in nats, float64; 0 at positions that are not kept."""
 
     ce: Tensor
     """Cross-entropy of each next token (B, C − 1)."""
@@ -70,12 +70,12 @@ class CleanStates:
 
     @torch.no_grad()
     def losses(self, changed: Sequence[Tensor], uniform: Sequence[Tensor] = ()) -> list[Loss]:
-        """What the clean states cost, then what each of the changed states (B, C, D) does, then each of `uniform`.
+        """Return the loss of the clean states, then of each of the changed states (B, C, D), then of each of `uniform`.
 
-        Those are logits (V), float32, that are the same at every position.
+        The entries of `uniform` are logits (V), float32, that are the same at every position.
         """
         following = torch.zeros_like(self.tokens)
-        following[:, :-1] = self.tokens[:, 1:]  # what follows the last position is not asked below
+        following[:, :-1] = self.tokens[:, 1:]  # the entry at the last position is not used
         states = [one.flatten(0, 1) for one in (self.states, *changed)]
         sums = self._all_sums(states, uniform, following.flatten())
 
@@ -87,7 +87,7 @@ class CleanStates:
         return [Loss(*of_one) for of_one in zip(ce, kl, strict=True)]
 
     def _all_sums(self, states: Sequence[Tensor], uniform: Sequence[Tensor], following: Tensor) -> "_Sums":
-        """The sums over the whole vocabulary, for all rows."""
+        """Return the sums over the whole vocabulary, for all rows."""
         times = 1 if following.device.type == "cpu" else ON_GPU
         row_ranges = _cut(0, len(following), times * ROWS)
         pieces = _cut(0, self.head.n_tokens, times * PARTS * PART)
@@ -106,7 +106,7 @@ class CleanStates:
 
 
 def same_everywhere(states: Tensor) -> bool:
-    """Whether states (B, C, D) are the same at every position but for rounding.
+    """Whether states (B, C, D) are the same at every position, up to rounding.
 
     >>> same_everywhere(torch.ones(1, 2, 3)), same_everywhere(torch.arange(6.0).view(1, 2, 3))
     (True, False)
@@ -117,9 +117,10 @@ def same_everywhere(states: Tensor) -> bool:
 
 
 def one_row(head: Head, states: Tensor) -> Tensor:
-    """The logits (V), float32, of states (B, C, D) that are the same everywhere.
+    """Return the logits (V), float32, of states (B, C, D) that are the same everywhere.
 
-    Part by part, and of several rows: a product of one row with a large vocabulary is slow in bfloat16.
+    They are computed part by part, and for several rows, because a product of one row with a large vocabulary is slow
+    in bfloat16.
     """
     parts = [head.logits(states[:1, :16], part)[0, 0] for part in _cut(0, head.n_tokens, PART)]
     return torch.cat(parts).float()
@@ -138,11 +139,11 @@ class _Sums(NamedTuple):
     products: Tensor
     """Σ exp(c − max c) s, with the clean logits c."""
     following: Tensor
-    """s of the next token; 0 if it is not one of them."""
+    """s of the next token; 0 if it is not among these tokens."""
 
 
 def _joined(a: _Sums, b: _Sums) -> _Sums:
-    """The sums over the tokens of both."""
+    """Return the sums over the tokens of both."""
     largest = torch.maximum(a.largest, b.largest)
     times_a = (a.largest - largest).exp()
     times_b = (b.largest - largest).exp()
@@ -159,14 +160,14 @@ class _Rows(NamedTuple):
 
     head: Head
     states: list[Tensor]
-    """(n, D) each, the clean ones first."""
+    """(n, D) each, the clean states first."""
     uniform: Sequence[Tensor]
-    """Logits (V) of all rows."""
+    """Logits (V) that are the same for all rows."""
     following: Tensor
     """The next token of each row (n)."""
 
     def sums(self, part: slice) -> _Sums:
-        """The sums over part of the vocabulary."""
+        """Return the sums over a part of the vocabulary."""
         n = len(self.following)
         device = self.following.device
         v = part.stop - part.start
@@ -195,7 +196,7 @@ class _Rows(NamedTuple):
 
 
 def _stripe(logits: Tensor, clean: Tensor, space: Tensor, *, is_clean: bool) -> Tensor:
-    """Largest logits, Σ exp(s − largest) and Σ s · clean of some rows: (3, n); sets `clean` first if these are they."""
+    """Return (3, n): largest logits, Σ exp(s − largest) and Σ s · clean of some rows; clean rows set `clean` first."""
     s, work = space
     s.copy_(logits)
     largest = s.amax(dim=1)
@@ -205,5 +206,5 @@ def _stripe(logits: Tensor, clean: Tensor, space: Tensor, *, is_clean: bool) -> 
 
 
 def _cut(start: int, stop: int, size: int) -> list[slice]:
-    """A range in parts of one size, but for the last."""
+    """Cut a range into parts of one size; the last may be smaller."""
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]

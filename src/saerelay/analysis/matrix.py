@@ -1,7 +1,7 @@
-"""Every dictionary of a suite on every layer: as it is (zero-shot, Ghilardi et al. 2024), and after closed-form hops.
+"""Every dictionary of a suite at every layer: unchanged (zero-shot, Ghilardi et al. 2024), and after closed-form hops.
 
-A cell is a dictionary at a site, measured like any other: `metrics.measure` shares among all cells what does not change
-with the dictionary, and starts the language model at the patched layer.
+A cell is a dictionary at a site, measured like any other: `metrics.measure` shares among all cells the results that do
+not depend on the dictionary, and starts the language model at the patched layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +30,11 @@ from saerelay.site import ModuleKind, Site
 METHODS: tuple[str, ...] = (*get_args(Method), "affine+refit")
 """Ways to carry a dictionary to another layer without training it there."""
 MATRIX_TOKENS = 8_192
-"""Held-out tokens of each cell, unless told otherwise or the recipe evaluates on fewer."""
+"""Default number of held-out tokens per cell, unless the recipe evaluates on fewer."""
 REFIT_ROWS = 32_768
-"""Rows that decoders are refitted on, the first of which L0 is matched on."""
+"""Rows on which decoders are refitted; L0 is matched on the first of them."""
 CELL_BYTES = 4 * 2**30
-"""Folded dictionaries measured in one pass over the tokens stay below this."""
+"""Most bytes of the folded dictionaries that are measured in one pass over the tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,37 @@ class Cell:
 
     leg: str
     tokens: int
-    """Its age."""
+    """Age of the leg or snapshot."""
     snapshot: bool
     source: Site
     target: Site
     method: str
     module_out: ModuleKind | None = None
-    """What a transcoder reconstructs."""
+    """The module that a transcoder reconstructs."""
 
     @property
     def source_out(self) -> Site:
-        """What it reconstructs at home."""
+        """The site it reconstructs where it was trained."""
         return self.source.at(self.module_out)
 
     @property
     def target_out(self) -> Site:
-        """What it reconstructs where it is carried to."""
+        """The site it reconstructs where it is carried to."""
         return self.target.at(self.module_out)
 
     @property
     def version(self) -> tuple[str, int, bool]:
-        """Which dictionary is carried: the same for all cells of a leg, or of a snapshot."""
+        """The dictionary that is carried: the same for all cells of a leg, or of a snapshot."""
         return self.leg, self.tokens, self.snapshot
 
 
 def matrix(
     session: Session, *, methods: Sequence[str] = ("identity", "affine"), tokens: int = 0, snapshots: bool = False
 ) -> Matrix:
-    """Measure the legs of the suite at all its sites; writes matrix.json, unless it answers the same question.
+    """Measure the legs of the suite at all its sites; writes matrix.json, unless it already answers the question.
 
-    `methods` are those of a transfer, or "affine+refit"; with `snapshots` also the legs' snapshots. Raises RecipeError
-    for an unknown method.
+    `methods` are methods of a transfer, or "affine+refit"; with `snapshots`, the legs' snapshots are measured as well.
+    Raises RecipeError for an unknown method.
     """
     for method in methods:
         if method not in METHODS:
@@ -96,7 +96,7 @@ def matrix(
 
 
 def document_of(session: Session, asked: MatrixQuestion, metrics: Mapping[Cell, EvaluationMetrics]) -> Matrix:
-    """The matrix as matrix.json has it."""
+    """Return the matrix as written to matrix.json."""
     facts = session.plan.facts
     return Matrix(
         model=facts.name,
@@ -111,7 +111,7 @@ def document_of(session: Session, asked: MatrixQuestion, metrics: Mapping[Cell, 
 
 
 def matrix_again(session: Session) -> Matrix | None:
-    """The matrix that a run has, measured again if its legs have changed since; None if it has none."""
+    """Return a run's matrix, measured again if its legs have changed since; None if it has none."""
     old = Matrix.load_if_any(session.suite.directory.matrix)
     if old is None:
         return None
@@ -119,7 +119,7 @@ def matrix_again(session: Session) -> Matrix | None:
 
 
 def current_matrix(session: Session) -> Matrix | None:
-    """The run's matrix.json, if it is about the legs that the run has now."""
+    """Return a run's matrix.json, if it is about the run's present legs; else None."""
     old = Matrix.load_if_any(session.suite.directory.matrix)
     if old is None:
         return None
@@ -128,7 +128,7 @@ def current_matrix(session: Session) -> Matrix | None:
 
 
 def question(session: Session, methods: Sequence[str], tokens: int, snapshots: bool) -> MatrixQuestion:
-    """What a matrix is asked for: which legs, at which ages, on which layers, carried how, on how many tokens."""
+    """Return the question of a matrix: which legs, at which ages, at which layers, by which methods, on what tokens."""
     suite = session.suite
     wanted = tokens or min(session.plan.recipe.evaluate.tokens, MATRIX_TOKENS)
     ages = {}
@@ -147,9 +147,9 @@ def question(session: Session, methods: Sequence[str], tokens: int, snapshots: b
 
 
 def cells_of(suite: PublishedSuite, method: str, snapshots: bool) -> Iterator[Cell]:
-    """All cells of a method: every leg of the suite at the sites of its own kind.
+    """Yield all cells of a method: every leg of the suite at the sites of its own kind.
 
-    At home, where there is nothing to carry it over, a leg counts as the identity's.
+    At its own site, where there is nothing to carry, a leg counts under the method "identity".
     """
     for leg in suite.suite_legs:
         age = suite.info(leg).tokens
@@ -163,7 +163,7 @@ def cells_of(suite: PublishedSuite, method: str, snapshots: bool) -> Iterator[Ce
 
 
 def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion) -> dict[Cell, EvaluationMetrics]:
-    """The metrics of some cells, part by part, so that the folded dictionaries of each part fit in memory."""
+    """Measure some cells, part by part, so that the folded dictionaries of each part fit in memory."""
     if not cells:
         return {}
     plan = session.plan
@@ -198,7 +198,7 @@ def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion
 
 
 def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
-    """The cells by target, cut where their dictionaries would take more than `CELL_BYTES`."""
+    """Divide cells, ordered by target, into parts whose dictionaries take at most `CELL_BYTES`."""
     cut: list[list[Cell]] = [[]]
     size = 0
     for cell in sorted(cells, key=lambda cell: (cell.target, cell.source)):
@@ -212,7 +212,7 @@ def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
 
 
 def load_version(suite: PublishedSuite, cell: Cell) -> tuple[Dictionary, DictionaryInfo]:
-    """The dictionary that a cell carries, and what its JSON says about it."""
+    """Return the dictionary that a cell carries, with its JSON document."""
     paths = suite.directory
     return read_dictionary(paths.snapshot(cell.leg, cell.tokens) if cell.snapshot else paths.leg(cell.leg))
 
@@ -220,9 +220,9 @@ def load_version(suite: PublishedSuite, cell: Cell) -> tuple[Dictionary, Diction
 def carried_to(
     cell: Cell, dictionary: Dictionary, l0: float | None, moments: AnyMoments, on: Retraining, balance: Balance
 ) -> Dictionary:
-    """A cell's dictionary: folded through the map, at the L0 it has at home, with its decoder refitted if asked.
+    """Return a cell's dictionary: folded through the map, with its L0 kept, and its decoder refitted if asked.
 
-    `on` are activations of the target.
+    `on` holds activations of the target.
     """
     method, _, refitted = cell.method.partition("+")
     between = map_between(cast(Method, method), dictionary.d_model, moments, balance)
@@ -234,7 +234,7 @@ def carried_to(
 
 
 def matrix_cell(cell: Cell, metrics: EvaluationMetrics) -> MatrixCell:
-    """A cell as matrix.json has it."""
+    """Return a cell as written to matrix.json."""
     return MatrixCell(
         leg=cell.leg,
         tokens=cell.tokens,

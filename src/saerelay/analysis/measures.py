@@ -42,11 +42,11 @@ OFFSET_METRICS = (*HIGHER_IS_BETTER, "l0", "delta_ce", "kl_div_score")
 
 @torch.no_grad()
 def measures(session: Session, *, prompts: Path | None = None, tokens: int = 0) -> Measures:
-    """Take all measures of a run's legs and snapshots; writes measures.json, unless it answers the same question.
+    """Take all measures of a run's legs and snapshots; writes measures.json, unless it already answers the question.
 
-    `tokens` of the test split are `evaluate.tokens` if 0; `prompts` is a file for `read_prompts`. Transfer scores and
-    offsets come from matrix.json, which is measured again if it is old, and are None if there is none. Features are
-    made first where they are missing.
+    `tokens` is the number of tokens of the test split (`evaluate.tokens` if 0); `prompts` is a file for `read_prompts`.
+    Transfer scores and offsets come from matrix.json, which is measured again if it is out of date; they are None if
+    there is no matrix.json. Missing features are computed first.
     """
     given = read_prompts(prompts, session.plan) if prompts else None
     matrix = matrix_again(session)
@@ -80,7 +80,7 @@ def measures(session: Session, *, prompts: Path | None = None, tokens: int = 0) 
 
 
 def measures_again(session: Session) -> Measures | None:
-    """The measures that a run has, taken again if its legs or its matrix have changed since; None if it has none."""
+    """Return a run's measures, taken again if its legs or its matrix have changed since; None if it has none."""
     old = Measures.load_if_any(session.suite.directory.measures)
     if old is None:
         return None
@@ -88,9 +88,9 @@ def measures_again(session: Session) -> Measures | None:
 
 
 def current_measures(session: Session, matrix: Matrix | None) -> Measures | None:
-    """The run's measures.json, if it is about the legs that the run has now, and about a matrix.
+    """Return a run's measures.json, if it is about the run's present legs and `matrix`; else None.
 
-    On whichever prompts: a file that was given then need not be at hand now.
+    Its prompts do not matter, since a file that was given then may no longer be there.
     """
     old = Measures.load_if_any(session.suite.directory.measures)
     if old is None:
@@ -102,7 +102,7 @@ def current_measures(session: Session, matrix: Matrix | None) -> Measures | None
 def question(
     session: Session, prompts: Sequence[Prompt] | None, matrix: Matrix | None, tokens: int
 ) -> MeasuresQuestion:
-    """What measures are asked for."""
+    """Return the question that measures answer."""
     suite = session.suite
     wanted = tokens or session.plan.recipe.evaluate.tokens
     return MeasuresQuestion(
@@ -125,11 +125,11 @@ class Comparison:
     source: LegVersion
     target: LegVersion
     about: LegVersion
-    """Which of the two the comparison is about."""
+    """The one of the two that the comparison is about."""
 
 
 def similarities(session: Session, versions: Sequence[LegVersion]) -> list[Similarity]:
-    """The source's latents among the target's, raw, and carried by x_target ≈ A x_source, for all comparisons."""
+    """Look for the source's latents among the target's, raw and carried by x_target ≈ A x_source, per comparison."""
     comparisons = comparisons_of(session.suite, versions)
     maps = session.maps.between(sorted({(c.source.leg.site_out, c.target.leg.site_out) for c in comparisons}))
     rows = []
@@ -140,7 +140,7 @@ def similarities(session: Session, versions: Sequence[LegVersion]) -> list[Simil
 
 
 def comparisons_of(suite: PublishedSuite, versions: Sequence[LegVersion]) -> list[Comparison]:
-    """What similarity is measured between, each pair in both directions; see docs/run-directory.md."""
+    """Return the pairs between which similarity is measured, in both directions; see docs/run-directory.md."""
     legs = finished(versions)
     comparisons = []
     for a, b in permutations(suite.one_per_site, 2):
@@ -160,7 +160,7 @@ def comparisons_of(suite: PublishedSuite, versions: Sequence[LegVersion]) -> lis
 
 
 def similarity(comparison: Comparison, A: Tensor, device: torch.device) -> Similarity:
-    """One row of measures.json."""
+    """Return the row of measures.json for a comparison."""
     source = comparison.source
     target = comparison.target
     P = source.dictionary.W_dec.to(device)
@@ -182,7 +182,7 @@ def similarity(comparison: Comparison, A: Tensor, device: torch.device) -> Simil
 
 
 def transferabilities(versions: Sequence[LegVersion]) -> list[Transferability]:
-    """Every transferred leg and snapshot against its parent, by index, where both have as many latents."""
+    """Compare every transferred leg and snapshot with its parent, by index, if both have the same number of latents."""
     legs = finished(versions)
     rows = []
     for child in versions:
@@ -209,9 +209,10 @@ def transferabilities(versions: Sequence[LegVersion]) -> list[Transferability]:
 
 
 def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Matrix) -> list[TransferScore]:
-    """Each transferred leg and snapshot between zero-shot and each leg from scratch at its site.
+    """Score each transferred leg and snapshot between zero-shot and each leg from scratch at its site.
 
-    All three on the tokens of matrix.json: what is not in it, controls and maybe snapshots, is measured on them here.
+    All three are measured on the tokens of matrix.json; versions that it does not hold (controls, perhaps snapshots)
+    are measured on them here.
     """
     legs = finished(versions)
     triples = []
@@ -248,7 +249,7 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
 
 
 def metrics_at_home(session: Session, matrix: Matrix, versions: Sequence[LegVersion]) -> dict[str, Metrics]:
-    """Metrics of versions at their own layers, by key: those of the matrix, and else measured on its tokens."""
+    """Return the metrics of versions at their own layers, by key: from the matrix, or else measured on its tokens."""
     home = {}
     for cell in matrix.cells:
         if cell.source == cell.target:
@@ -264,7 +265,7 @@ def metrics_at_home(session: Session, matrix: Matrix, versions: Sequence[LegVers
 
 
 def score_of(metric: str, transferred: float | None, zero_shot: float | None, scratch: float | None) -> float | None:
-    """A transfer score, or None where zero-shot is already as good as scratch, so that there was no way to go.
+    """Return a transfer score, or None if zero-shot is already as good as scratch, so that there was nothing to gain.
 
     >>> score_of("fvu", 0.125, 0.25, 0.0), score_of("fvu", 0.08, 0.1, 0.11)
     (0.5, None)
@@ -276,7 +277,7 @@ def score_of(metric: str, transferred: float | None, zero_shot: float | None, sc
 
 
 def offsets(suite: PublishedSuite, matrix: Matrix) -> list[OffsetMean]:
-    """Means by layer offset of metrics and methods of matrix.json, by kind: of finished legs, then of snapshots."""
+    """Average the metrics of matrix.json by layer offset, per kind and method: finished legs first, then snapshots."""
     rows = []
     for kind in suite.kinds:
         legs = {leg.id for leg in suite.one_per_site if leg.kind == kind}
@@ -312,7 +313,7 @@ def attributions(
     file: Path | None,
     sequences: np.ndarray,
 ) -> Attributions:
-    """Direct logit attribution of each leg and snapshot on all prompts: those given, or the model's own task."""
+    """Take the direct logit attribution of each leg and snapshot on the given prompts, or on the model's own task."""
     model = session.model
     prompts = given if given is not None else own_prompts(session.plan, model, sequences)
     attributed = [version for version in versions if version.associations] if prompts else []

@@ -1,8 +1,8 @@
 """The metrics of dictionaries on held-out tokens. Names and formulas are those of SAELens 6.54.
 
-Whatever does not change with the dictionary is computed once per batch and shared: the activations of all sites, the
-clean logits, and the logits with a site ablated. x are activations at kept positions (no BOS, no outlier norms), x_hat
-their reconstructions, E means over positions.
+Results that do not depend on the dictionary are computed once per batch and shared: the activations of all sites, the
+clean logits, and the logits with a site ablated. x denotes activations at kept positions (no BOS, no outlier norms),
+x_hat their reconstructions, and E the mean over positions.
 
 Shapes: B sequences of a batch, C positions, D width, F latents, V vocabulary, n kept positions of a batch.
 """
@@ -33,41 +33,41 @@ from saerelay.sae.threads import side_by_side
 from saerelay.site import Site
 
 BATCH_TOKENS = 4096
-"""Token positions in one batch, at most."""
+"""Most token positions in one batch."""
 LOGIT_BYTES = 2**29
-"""Logits of one batch stay below this."""
+"""Most bytes of one batch's logits."""
 STATES_BYTES = 2**28
-"""Last hidden states that wait to be compared, at most: all of a batch together need the clean logits only once."""
+"""Most bytes of last hidden states waiting for comparison: states compared together share one run of clean logits."""
 ON_GPU = 8
-"""How many times as much a batch holds on a GPU, which smaller ones do not keep busy."""
+"""Factor by which batches are larger on a GPU, which smaller ones would not keep busy."""
 
 
 class Placed(NamedTuple):
-    """A dictionary, and the site it is put at."""
+    """A dictionary, and the site where it is placed."""
 
     site: Site
-    """What it reads."""
+    """The site it reads."""
     dictionary: Dictionary
     target: Site | None = None
-    """What it reconstructs, if it is a transcoder."""
+    """The site it reconstructs, if it is a transcoder."""
 
     @classmethod
     def of(cls, placed: "Placed | tuple[Site, Dictionary]") -> "Placed":
-        """The same, if only a site and a dictionary are given."""
+        """Make a Placed from a site and a dictionary; a Placed is returned as it is."""
         return placed if isinstance(placed, Placed) else cls(*placed)
 
     @classmethod
     def at_home(cls, leg: Leg, dictionary: Dictionary) -> "Placed":
-        """A leg's dictionary where it was trained."""
+        """Place a leg's dictionary at the site where it was trained."""
         return cls(leg.site, dictionary, leg.site_out)
 
     @property
     def site_out(self) -> Site:
-        """What its reconstruction takes the place of."""
+        """The site whose activations its reconstruction replaces."""
         return self.target or self.site
 
     def on(self, device: torch.device) -> "Placed":
-        """The same on another device."""
+        """Move the dictionary to a device."""
         return self._replace(dictionary=self.dictionary.to(device))
 
 
@@ -81,11 +81,10 @@ def measure(
     ce: bool,
     track: Track = untracked,
 ) -> dict[str, EvaluationMetrics]:
-    """The metrics of dictionaries, by key, on sequences (N, context) of held-out token ids.
+    """Measure dictionaries, by key, on sequences (N, context) of held-out token ids.
 
-    Those of transcoders are about what they reconstruct, such as an MLP's output.
-
-    With `ce` also cross-entropy and KL, which take a forward pass for each dictionary.
+    The metrics of a transcoder are about the site it reconstructs, such as an MLP's output. With `ce`, they include
+    cross-entropy and KL, which take a forward pass per dictionary.
     """
     on_device = {key: Placed.of(placed).on(model.device) for key, placed in dictionaries.items()}
     sums = {key: MetricSums() for key in on_device}
@@ -131,14 +130,14 @@ def measure(
 
 
 def _done(jobs: Sequence[Callable[[], "Changed | None"]], model: LanguageModel) -> "list[Changed | None]":
-    """What jobs return; one after the other where other ranks hold the model with this one, and run the same."""
+    """Return the results of jobs, run in order if other ranks hold the model with this one and run the same jobs."""
     if model.is_split:
         return [job() for job in jobs]
     return side_by_side(lambda job: job(), jobs, model.device)
 
 
 def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
-    """Sequences (N, context) as batches of token ids (B, context); with `ce`, so few that their logits fit."""
+    """Yield sequences (N, context) in batches of token ids (B, context); with `ce`, so small that their logits fit."""
     context = plan.recipe.data.context
     times = ON_GPU if plan.facts.on_gpu else 1
     per_batch = max(1, times * BATCH_TOKENS // context)
@@ -150,7 +149,7 @@ def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
 
 
 def held_out(plan: Plan, split: np.ndarray, tokens: int) -> np.ndarray:
-    """The first sequences (N, context) of a split that hold `tokens`, or all that it has."""
+    """Return the first sequences (N, context) of a split that hold `tokens`, or all of them."""
     return split[: math.ceil(tokens / plan.recipe.data.context)]
 
 
@@ -170,20 +169,20 @@ def wants_ce(plan: Plan) -> bool:
 
 @dataclass
 class AblationSums:
-    """Running sums with one site zeroed at all positions, and the clean ones beside them."""
+    """Running sums with one site zeroed at all positions, together with the clean sums."""
 
     n_ce: int = 0
-    """Positions that cross-entropy is summed over: kept ones with a next token."""
+    """Positions over which cross-entropy is summed: kept positions with a next token."""
     n_kl: int = 0
-    """Positions that KL is summed over: kept ones."""
+    """Positions over which KL is summed: kept positions."""
     ce_clean: float = 0.0
     ce: float = 0.0
     kl: float = 0.0
     same_row: Tensor | None = None
-    """The logits (V) of every position, where zeroing the site leaves nothing to tell positions apart."""
+    """The logits (V) common to all positions, if zeroing the site makes all positions alike."""
 
     def add_loss(self, clean: Loss, loss: Loss, keep: Tensor) -> None:
-        """Add what a batch's kept positions (B, C) lose with the site zeroed."""
+        """Add the losses of a batch's kept positions (B, C) with the site zeroed."""
         self.n_ce += int(keep[:, :-1].sum())
         self.n_kl += int(keep.sum())
         self.ce_clean += float(clean.ce.sum())
@@ -200,7 +199,7 @@ class MetricSums:
     moments: Tensor | None = None
     """(3, D): Σ x, Σ x², Σ (x − x_hat)²."""
     n_fired: Tensor | None = None
-    """How often each latent fired (F)."""
+    """Number of times that each latent fired (F)."""
     sequence_delta_ce: list[Tensor] = field(default_factory=list)
 
     def add(self, **values: Tensor) -> None:
@@ -209,7 +208,7 @@ class MetricSums:
             self.sums[name] = self.sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
 
     def add_reconstruction(self, dictionary: Dictionary, read: Tensor, x: Tensor) -> Tensor:
-        """Take in kept activations (n, D) that are read, and x (n, Dy) to be reconstructed; returns x_hat; float32."""
+        """Add kept activations (n, D) to read, and x (n, Dy) to reconstruct, in float32; returns x_hat."""
         codes, x_hat = reconstruct(dictionary, read)
         active = codes.values != 0
         norm = x.norm(dim=1)
@@ -228,14 +227,14 @@ class MetricSums:
         return x_hat
 
     def add_loss(self, clean: Loss, loss: Loss, keep: Tensor) -> None:
-        """Add what a batch's kept positions (B, C) lose with the reconstructions in place."""
+        """Add the losses of a batch's kept positions (B, C) with the reconstructions in place."""
         self.add(ce=loss.ce, kl=loss.kl)
         n_kept = keep[:, :-1].sum(dim=1)
         delta_ce = (loss.ce - clean.ce).sum(dim=1) / n_kept.clamp(min=1)
         self.sequence_delta_ce.append(delta_ce[n_kept > 0].cpu())
 
     def metrics(self, ablated: AblationSums | None) -> EvaluationMetrics:
-        """The metrics; those of cross-entropy and KL only with the sums of an ablation."""
+        """Return the metrics; cross-entropy and KL are included only with the sums of an ablation."""
         assert self.moments is not None and self.n_fired is not None
         mean = {name: value / self.n_tokens for name, value in self.sums.items() if name not in ("ce", "kl")}
         x_mean, x_square, errors = self.moments / self.n_tokens
@@ -282,7 +281,7 @@ class MetricSums:
 
 
 def density(frequency: Tensor) -> Density:
-    """How often latents fire, from their firing frequencies (F).
+    """Summarise how often latents fire, from their firing frequencies (F).
 
     >>> density(torch.tensor([0.0, 0.02, 0.5])).freq_over_10_percent
     0.3333333333333333
@@ -302,17 +301,17 @@ def density(frequency: Tensor) -> Density:
 
 
 class Changed(NamedTuple):
-    """What the head reads with a site changed, and the sums that take in what that costs."""
+    """The head's input with a site changed, and the sums to which its losses are added."""
 
     sums: MetricSums | AblationSums
     states: Tensor | None = None
     """Last hidden states (B, C, D) ..."""
     row: Tensor | None = None
-    """... or the logits (V), float32, of every position."""
+    """... or the logits (V), float32, common to all positions."""
 
 
 def add_losses(clean: CleanStates, changed: Sequence[Changed]) -> None:
-    """Add to all sums what a batch loses."""
+    """Add a batch's losses to all sums."""
     moved = [(one.sums, one.states) for one in changed if one.states is not None]
     uniform = [(one.sums, one.row) for one in changed if one.row is not None]
     own, *losses = clean.losses([states for _, states in moved], [row for _, row in uniform])
@@ -326,19 +325,19 @@ class SiteBatch:
 
     site: Site
     whole: Tensor
-    """Activations (B, C, D), as the model has them."""
+    """Activations (B, C, D), in the model's dtype."""
     keep: Tensor
     """bool (B·C): kept positions."""
     rows: Mapping[Site, Tensor]
-    """Kept activations (n, D), float32, of the site and of those that transcoders to it read."""
+    """Kept activations (n, D), float32, of the site and of the sites that transcoders to it read."""
     states_with: Callable[[Tensor], Tensor] | None
-    """The last hidden states with other activations in place of `whole`; None if nobody asks what they cost."""
+    """Gives the last hidden states with other activations in place of `whole`; None if losses are not measured."""
 
     def add_ablation(self, sums: AblationSums, head: Head) -> Changed:
         """Run the layers above with the site zeroed.
 
-        Without the residual stream, they see the same at every position of every sequence. Whether that is so is
-        measured on the first batch; the others then need no forward.
+        Without the residual stream, these layers see the same input at every position of every sequence. Whether this
+        is so is checked on the first batch; if it is, later batches need no forward pass.
         """
         assert self.states_with
         if sums.same_row is not None:

@@ -1,4 +1,4 @@
-"""Progress of an analysis: a bar with the rate and the time left; in a file or a pipe, a line now and then."""
+"""Progress of an analysis: a bar with the rate and the time left; in a file or a pipe, an occasional line."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,35 +14,35 @@ T = TypeVar("T")
 
 
 class Track(Protocol):
-    """Gives the items of a sequence one by one, and may show how far it has come."""
+    """Yields the items of a sequence one by one, and may show its progress."""
 
     def __call__(self, items: Sequence[T], label: str, /) -> Iterable[T]: ...
 
 
 def untracked(items: Sequence[T], label: str) -> Iterable[T]:
-    """The items, without showing anything."""
+    """Return the items without showing progress."""
     return items
 
 
 Done = Callable[[], object]
-"""Is called after each step of some work."""
+"""Called after each step of some work."""
 
 
 def uncounted() -> None:
-    """Counts nothing."""
+    """Count nothing."""
 
 
 class RateColumn(ProgressColumn):
     """Items per second."""
 
     def render(self, task: Task) -> Text:
-        """The rate, once it is known."""
+        """Render the rate, once it is known."""
         rate = task.finished_speed or task.speed
         return Text("" if rate is None else f"{rate:.3g}/s")
 
 
 PLAIN_EVERY = 10.0
-"""Seconds between two lines where there is no terminal; work that is done sooner says nothing."""
+"""Seconds between two lines if there is no terminal; work that is done sooner prints nothing."""
 
 
 class PlainCount:
@@ -57,7 +57,7 @@ class PlainCount:
         self.began = self.told = clock()
 
     def done(self) -> None:
-        """Another step is done; says so if the last line was long ago."""
+        """Count a step that is done, and print a line if the last one was printed long ago."""
         self.n_done += 1
         now = self.clock()
         if now - self.told < PLAIN_EVERY:
@@ -82,14 +82,14 @@ def _lines(console: Console, n_steps: int, label: str) -> Iterator[Done]:
 
 
 class ProgressDisplay:
-    """Bars and messages on a console, one at a time: what begins inside another shows nothing."""
+    """Bars and messages on a console, one at a time: one that begins inside another shows nothing."""
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
         self.showing = False
 
     def track(self, items: Sequence[T], label: str) -> Iterator[T]:
-        """The items one by one, under a bar with the rate and the time left."""
+        """Yield the items one by one, under a bar with the rate and the time left."""
         with self.counting(len(items), label) as done:
             for item in items:
                 yield item
@@ -97,7 +97,7 @@ class ProgressDisplay:
 
     @contextmanager
     def counting(self, n_steps: int, label: str) -> Iterator[Done]:
-        """A bar with the rate and the time left, for work that says when each of its steps is done."""
+        """Show a bar with the rate and the time left, for work that reports each finished step."""
         if self.console is None or self.showing:
             yield uncounted
             return
@@ -111,7 +111,7 @@ class ProgressDisplay:
 
     @contextmanager
     def status(self, message: str) -> Iterator[None]:
-        """A message with a spinner while a block runs."""
+        """Show a message with a spinner while a block runs."""
         if self.console is None or self.showing or not self.console.is_terminal:
             yield
             return

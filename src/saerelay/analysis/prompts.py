@@ -1,8 +1,8 @@
-"""Tasks for circuits: prompts with one token that is right after them and one that is wrong.
+"""Tasks for circuits: prompts, each with a right and a wrong next token.
 
 A task is a list of `Prompt`. It comes from a user's file (`read_prompts`) or from a generator (`TASKS`): a function of
-`whole`, which keeps those words that are one token, and of a `Random`, that yields prompts as text, a balanced group at
-a time, without end. `task_prompts` turns either into prompts of a run's model.
+`whole`, which keeps the words that are single tokens, and of a `Random`, that yields prompts as text, one balanced
+group at a time, without end. `task_prompts` turns either into prompts of a run's model.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
 
 Example = tuple[str, str, str]
-"""A prompt, what is right after it, and what is wrong, as text."""
+"""A prompt, its right continuation, and its wrong continuation, as text."""
 Whole = Callable[[str, str], list[str]]
-"""`whole(before, words)`: which of the words are one token after a text, together with the blank it may end in."""
+"""`whole(before, words)`: the words that are a single token after a text, including the blank it may end in."""
 FEWEST_WORDS = 4
 FEWEST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text with one token that is right after it, and one that is wrong."""
+    """A text with a right and a wrong next token."""
 
     tokens: tuple[int, ...]
     right: int
@@ -39,13 +39,13 @@ class Prompt:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """What tells lists of prompts apart: 16 hexadecimal digits."""
+    """Return a digest of a list of prompts: 16 hexadecimal digits."""
     rows = [[*prompt.tokens, prompt.right, prompt.wrong] for prompt in prompts]
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
 
 def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Prompt]:
-    """At least n prompts of a task of `TASKS`, all of one length; or at most n of a JSONL file, in a random order.
+    """Return at least n prompts of a task of `TASKS`, all of one length, or at most n of a JSONL file, shuffled.
 
     The same seed gives the same prompts. Raises RecipeError for an unknown task, and DataError if the tokenizer leaves
     too few words or too few prompts.
@@ -66,10 +66,10 @@ def task_prompts(task: str, plan: Plan, n: int = 500, seed: int = 0) -> list[Pro
 
 
 def _generated(task: str, plan: Plan, n: int, seed: int) -> list[Prompt]:
-    """Prompts of a built-in task.
+    """Generate the prompts of a built-in task.
 
-    Their length is the first that n prompts have; groups are kept together, so that prompts stay balanced. Answers are
-    single tokens: a group is left out if some answer does not add exactly one token to its prompt.
+    Their length is the first for which there are n prompts; groups are kept together, so that prompts stay balanced.
+    Answers are single tokens: a group is left out if one of its answers does not add exactly one token to its prompt.
     """
     tokenizer = load_tokenizer(plan.recipe.model)
     start = start_of(plan)
@@ -90,15 +90,15 @@ def _generated(task: str, plan: Plan, n: int, seed: int) -> list[Prompt]:
     most = max((len(prompts) for prompts in by_length.values()), default=0)
     raise DataError(
         f'task "{task}": only {most} different prompts of one length could be made for the tokenizer of '
-        f"{plan.facts.name}, and {n} were asked for; ask for fewer with --n-prompts, or give a file of prompts"
+        f"{plan.facts.name}, but {n} were asked for; ask for fewer with --n-prompts, or give a file of prompts"
     )
 
 
 def read_prompts(path: Path, plan: Plan) -> list[Prompt]:
-    """Prompts from a file, one JSON object per line: {"prompt": ..., "right": ..., "wrong": ...}, text or token ids.
+    """Read prompts from a file, one JSON object per line: {"prompt": ..., "right": ..., "wrong": ...}, text or ids.
 
-    "correct" may stand for "right". A BOS token is put in front if the run has one there. Raises DataError if a line is
-    not such an object, a prompt is empty or too long, or an answer is not one token.
+    "correct" may stand for "right". A BOS token is put in front if the run does so. Raises DataError if a line is not
+    such an object, a prompt is empty or too long, or an answer is not a single token.
     """
     try:
         lines = read_text(path).split("\n")
@@ -122,7 +122,7 @@ class _PromptReader:
         self.tokenizer: Any = None
 
     def read(self, line: str, source: str) -> Prompt:
-        """The prompt of one line."""
+        """Read the prompt of one line."""
         try:
             row = parse_json(line)
             right = row["correct"] if "correct" in row else row["right"]
@@ -141,7 +141,7 @@ class _PromptReader:
         return Prompt(tuple(tokens), right, wrong)
 
     def _ids(self, part: Any, name: str, source: str) -> list[int]:
-        """Token ids of a text, of a list of ids, or of one id."""
+        """Return the token ids of a text, of a list of ids, or of one id."""
         if isinstance(part, str):
             self.tokenizer = self.tokenizer or load_tokenizer(self.plan.recipe.model)
             part = self.tokenizer.encode(part, add_special_tokens=False)
@@ -152,7 +152,7 @@ class _PromptReader:
         return ids
 
     def _answer(self, part: Any, name: str, source: str) -> int:
-        """The one token of an answer."""
+        """Return the single token of an answer."""
         ids = self._ids(part, name, source)
         if len(ids) != 1:
             raise DataError(
@@ -163,13 +163,13 @@ class _PromptReader:
 
 
 def start_of(plan: Plan) -> list[int]:
-    """What is in front of every prompt: BOS, where training has one there."""
+    """Return the tokens in front of every prompt: BOS, if it is in front of training sequences."""
     bos = plan.facts.tokens.bos_token_id
     return [bos] if plan.recipe.data.prepend_bos and bos is not None else []
 
 
 def _encode(tokenizer: Any, example: Example, start: list[int]) -> Prompt | None:
-    """An example's tokens; None if an answer does not add exactly one token to the prompt."""
+    """Return an example's tokens; None if an answer does not add exactly one token to the prompt."""
     text, right, wrong = example
     ids = tokenizer.encode(text, add_special_tokens=False)
     answers = []

@@ -1,4 +1,4 @@
-"""What the analyses of a run share: its language model, maps between its layers, held-out tokens, and progress."""
+"""The resources that the analyses of a run share: language model, maps between layers, held-out tokens, progress."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 
 class Session:
-    """A suite under analysis. Whatever is expensive is loaded when it is first used, and kept.
+    """A suite under analysis, and the first argument of every analysis.
 
-    The first argument of every analysis. `model` is the suite's language model, if it is at hand. Progress is shown on
-    `console`, if that is a terminal. Evaluation, matrix and features are dealt to the ranks of a `team`; where these
-    held the model together while it was trained on (`model.tensor_parallel`), they do so here, and a process on its own
-    loads the whole model. Raises RunDirectoryError if the run has no finished leg, PlanError if the ranks cannot form
-    groups.
+    Expensive resources are loaded when they are first used, and kept. `model` is the suite's language model, if it is
+    loaded already. Progress is shown on `console`, if that is a terminal. Evaluation, matrix and features are divided
+    among the ranks of a `team`. If ranks held the model together in training (`model.tensor_parallel`), they also do so
+    here; a single process loads the whole model. Raises RunDirectoryError if the run has no finished leg, PlanError if
+    the ranks cannot form groups.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Session:
         self.suite = suite
         self.team = team or Team.alone()
         self.degree = 1
-        """How many ranks hold the model together."""
+        """Number of ranks that hold the model together."""
         if self.team.size > 1:
             self.degree = suite.plan.recipe.model.tensor_parallel
             check_groups(suite.plan.recipe.model, self.team.size)
@@ -66,27 +66,28 @@ class Session:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The language model that the suite was trained on; ModelError if another has taken its place."""
+        """The language model that the suite was trained on; ModelError if another model is found in its place."""
         with self.display.status("loading the language model"):
             check_same_model(pinned(self.plan.recipe.model, self.plan.facts), self.suite.directory.model_digest)
             return load_model(self.plan, split=self.degree > 1)
 
     def deal(self, work: Sequence[T]) -> list[T]:
-        """The part of some work that falls to this rank, or to the ranks that hold the model with it."""
+        """Return this rank's part of some work; ranks that hold the model together have the same part."""
         if self.degree > 1:
-            _ = self.model  # which all ranks load at once, even those that are left without work
+            _ = self.model  # all ranks must load it at the same time, also those that get no work
         return self.team.share(work, self.degree)
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes what it measures: of those that measure the same, one does."""
+        """Whether this rank writes its results: of the ranks that measure the same, only one does."""
         return self.team.rank % self.degree == 0
 
     @cached_property
     def unembedding(self) -> Tensor | None:
-        """What a direction of the last residual stream adds to each logit, (V, D); None where nothing tells.
+        """The effect (V, D) of a direction of the last residual stream on each logit; None if it is not known.
 
-        That a head's logits do not follow from the stream linearly is said, not raised: only what needs it is missing.
+        A head whose logits are not linear in the stream leads to a warning, not an error: only the results that need
+        the unembedding are missing.
         """
         if not self.plan.facts.has_lm_head:
             return None
@@ -113,7 +114,7 @@ class Session:
 
     @cached_property
     def token_text(self) -> Callable[[int], str]:
-        """Gives the text of a token, or its number in <> if the model comes without a tokenizer."""
+        """A function that gives the text of a token, or its id in <> if the model comes without a tokenizer."""
         try:
             tokenizer = self.tokenizer
         except ModelError:
@@ -121,5 +122,5 @@ class Session:
         return cache(partial(token_text, tokenizer))
 
     def held_out(self, tokens: int = 0) -> np.ndarray:
-        """The first sequences (N, context) of the test split that hold `tokens`; `evaluate.tokens` if 0."""
+        """Return the first sequences (N, context) of the test split that hold `tokens` (`evaluate.tokens` if 0)."""
         return held_out(self.plan, self.corpus.test, tokens or self.plan.recipe.evaluate.tokens)

@@ -1,6 +1,7 @@
-"""Affine maps between the sites of a run, fitted on its training split: what its layers are compared through.
+"""Affine maps between the sites of a run, fitted on its training split, through which its layers are compared.
 
-The raw spaces of two layers are not comparable; a dictionary folded through the map between them is (`transfer.fold`).
+The raw spaces of two layers are not comparable, but a dictionary folded through the map between them can be compared
+(`transfer.fold`).
 """
 
 import math
@@ -21,21 +22,21 @@ from saerelay.sae.moments import Moments
 from saerelay.site import Site
 
 MAP_TOKENS = 65_536
-"""Smallest number of token positions that maps are fitted on, unless the corpus has fewer; see `enough_tokens`."""
+"""Least number of token positions on which maps are fitted, unless the corpus has fewer; see `enough_tokens`."""
 MOMENT_BYTES = 2 * 2**30
-"""Moments gathered in one pass over the tokens stay below this; more pairs of sites take more passes."""
+"""Most bytes of moments gathered in one pass over the tokens; more pairs of sites take more passes."""
 
 SitePair = tuple[Site, Site]
 """Source and target."""
 
 
 def sites_between(source: Leg, target: Leg) -> list[SitePair]:
-    """The pairs of sites that a dictionary is carried between: what is read, and what transcoders reconstruct."""
+    """Return the pairs of sites between which a dictionary is carried: those it reads, and those it reconstructs."""
     return list(dict.fromkeys([(source.site, target.site), (source.site_out, target.site_out)]))
 
 
 def map_of_legs(maps: Mapping[SitePair, AffineMap], source: Leg, target: Leg) -> AffineMap:
-    """The map that the source's dictionary is folded through to be compared with the target's."""
+    """Return the map through which the source's dictionary is folded for comparison with the target's."""
     inputs = maps[source.site, target.site]
     if not source.is_transcoder:
         return inputs
@@ -43,7 +44,7 @@ def map_of_legs(maps: Mapping[SitePair, AffineMap], source: Leg, target: Leg) ->
 
 
 def enough_tokens(plan: Plan, available: int) -> int:
-    """Positions that maps between a plan's sites are fitted on: 64 per dimension, in whole blocks, if there are any."""
+    """Return the number of positions for maps between a plan's sites: 64 per dimension if available, whole blocks."""
     widest = max(plan.facts.width(site) for site in plan.sites)
     wanted = max(MAP_TOKENS, 64 * widest)
     n_blocks = min(math.ceil(wanted / plan.block_tokens), available // plan.block_tokens)
@@ -55,11 +56,11 @@ class JointMoments:
     """Moments of the activations of several sites, side by side."""
 
     columns: dict[Site, slice]
-    """Where in the joint vector each site's activations are."""
+    """Columns of the joint vector that hold each site's activations."""
     moments: Moments
 
     def between(self, pair: SitePair) -> Moments:
-        """The moments of a pair of sites."""
+        """Return the moments of a pair of sites."""
         source, target = pair
         return self.moments.between(self.columns[source], self.columns[target])
 
@@ -68,8 +69,8 @@ class JointMoments:
 class SiteMaps:
     """Maps between the sites of a run, fitted on the first `tokens` positions of its training split, or a few more.
 
-    If `MOMENT_BYTES` hold the moments of all sites, these are gathered in one pass when a map is first asked for, and
-    kept; else those of a few sites at a time, for each request.
+    If the moments of all sites fit into `MOMENT_BYTES`, they are gathered in one pass when a map is first asked for,
+    and kept; else each request gathers the moments of a few sites at a time.
     """
 
     def __init__(self, plan: Plan, stream: AbstractStream, tokens: int, track: Track = untracked) -> None:
@@ -81,13 +82,13 @@ class SiteMaps:
 
     @classmethod
     def of(cls, plan: Plan, model: LanguageModel, train: np.ndarray, track: Track = untracked) -> "SiteMaps":
-        """The maps of a run, from its training sequences (N, context)."""
+        """Make the maps of a run, from its training sequences (N, context)."""
         return cls(plan, LiveStream(model, train, plan), enough_tokens(plan, train.size), track)
 
     def between(self, pairs: Iterable[SitePair]) -> dict[SitePair, AffineMap]:
-        """The affine map of each pair; the identity where both sites are the same.
+        """Return the affine map of each pair; the identity if both sites are the same.
 
-        The two directions of a pair share their moments. Raises TransferError if the tokens are too few.
+        The two directions of a pair share their moments. Raises TransferError if there are too few tokens.
         """
         wanted = list(dict.fromkeys(pairs))
         maps = {}
@@ -103,7 +104,7 @@ class SiteMaps:
         return {pair: maps[pair] for pair in wanted}
 
     def moments(self, pairs: Iterable[SitePair]) -> Iterator[tuple[SitePair, Moments]]:
-        """The moments of each pair of the plan's sites, one pair after the other."""
+        """Yield the moments of each of the given pairs of the plan's sites."""
         wanted = sorted(dict.fromkeys(pairs), key=lambda pair: (pair[0].module, pair[1].module))
         at_once = passes(self.plan, combinations(self.plan.sites, 2))
         if wanted and self.everything is None and len(at_once) == 1:
@@ -121,7 +122,7 @@ class SiteMaps:
 def gather(
     plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: int, *, track: Track = untracked
 ) -> JointMoments:
-    """Moments of all sites together, on at least `tokens` positions, whole blocks, from the start of a stream."""
+    """Gather the joint moments of all sites on at least `tokens` positions, in whole blocks, from a stream's start."""
     sites = sorted(sites)
     open_sites = plan.with_probe(sites)
     ends = list(accumulate((plan.facts.width(site) for site in sites), initial=0))
@@ -139,7 +140,7 @@ def gather(
 
 
 def passes(plan: Plan, pairs: Iterable[SitePair]) -> list[list[SitePair]]:
-    """The pairs, cut where the products of all their sites' activations would take more than `MOMENT_BYTES`."""
+    """Divide pairs into parts for which the products of all sites' activations take at most `MOMENT_BYTES`."""
     parts: list[list[SitePair]] = []
     sites: set[Site] = set()
     for pair in dict.fromkeys(pairs):

@@ -1,4 +1,4 @@
-"""The suite that users work with: a finished run, and everything that can be done with it."""
+"""The suite that users work with: a finished run, with all analyses as methods."""
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -32,14 +32,15 @@ from saerelay.site import Site
 
 
 class Suite(PublishedSuite):
-    """The published dictionaries of a run, by site or by leg id, and everything that can be done with them.
+    """The published dictionaries of a run, by site or by leg id, with all analyses as methods.
 
-    A site with several legs gives the one that stands for it: neither a control nor continued by another leg, and of
-    several tiers the one with the recipe's own L0; `suite[site, k]` is another tier. If seeds leave more than one, the
-    error lists them.
+    If a site has several legs, `suite[site]` is the leg that represents it: neither a control nor continued by another
+    leg, and of several tiers the one with the recipe's own L0; `suite[site, k]` is another tier. If several seeds leave
+    more than one such leg, the error lists them.
 
-    Every analysis writes a file of the run directory and returns it as a type; what is on file for the same question is
-    read, not measured again. The language model is loaded when it is first needed, and kept.
+    Every analysis writes a file into the run directory and returns its content as a typed document; if the file already
+    answers the same question, it is read, not measured again. The language model is loaded when it is first needed, and
+    kept.
     """
 
     @cached_property
@@ -49,7 +50,7 @@ class Suite(PublishedSuite):
 
     @property
     def model(self) -> LanguageModel:
-        """The language model that the suite was trained on; ModelError if another has taken its place."""
+        """The language model that the suite was trained on; ModelError if another model is found in its place."""
         return self.session.model
 
     @property
@@ -58,41 +59,41 @@ class Suite(PublishedSuite):
         return self.session.tokenizer
 
     def tokens(self, split: Split = "test") -> np.ndarray:
-        """The token ids (N, context) of a split of the run's corpus: "train", "validation" or "test"."""
+        """Return the token ids (N, context) of a split of the run's corpus: "train", "validation" or "test"."""
         corpus = Corpus.open(self.directory.tokens)
         return getattr(corpus, split)
 
     def evaluate(self, *, tokens: int = 0) -> Summary:
-        """The held-out quality of every leg and snapshot, and the cost of the suite.
+        """Measure the held-out quality of every leg and snapshot, and the cost of the suite.
 
-        `suite.evaluate().leg("L3").fvu` is one of the numbers. `tokens` are `evaluate.tokens` of the recipe if 0.
+        `suite.evaluate().leg("L3").fvu` is one of the numbers. If `tokens` is 0, it is the recipe's `evaluate.tokens`.
         """
         return evaluate(self.session, tokens=tokens)
 
     def matrix(
         self, *, methods: Sequence[str] = ("identity", "affine"), tokens: int = 0, snapshots: bool = False
     ) -> Matrix:
-        """The quality of every SAE of the suite on every layer, carried there by each method, without training."""
+        """Measure every SAE of the suite at every layer, carried there by each method, without training."""
         return matrix(self.session, methods=methods, tokens=tokens, snapshots=snapshots)
 
     def measures(self, *, prompts: str | Path | None = None, tokens: int = 0) -> Measures:
-        """What the SAEs have in common and what transfer brought, as in Ghilardi et al. 2024.
+        """Measure what SAEs have in common and what transfer gained, as in Ghilardi et al. 2024.
 
-        Direct logit attribution is about the prompts of a JSONL file, or else about the model's own predictions.
+        Direct logit attribution uses the prompts of a JSONL file, or, without one, the model's own predictions.
         """
         return measures(self.session, prompts=Path(prompts) if prompts else None, tokens=tokens)
 
     def features(self, leg: str, *, tokens: int = 0) -> Features:
-        """Where each latent of a leg fires most, and which tokens it promotes; `leg` is an id, or a layer's number."""
+        """Find where each latent of a leg fires most and which tokens it promotes; `leg` is an id or a layer number."""
         make_features(self.session, tokens=tokens)
         return load_features(self.directory, self.leg(leg).id)
 
     def lineage(self, *, tokens: int = 0) -> Lineage:
-        """What became of each latent from leg to leg; `suite.lineage().follow("L3", 123)` follows one."""
+        """Trace what became of each latent from leg to leg; `suite.lineage().follow("L3", 123)` follows one latent."""
         return make_lineage(self.session, tokens=tokens)
 
     def describe(self, leg: str, latent: int) -> LatentDescription:
-        """All that is known of one latent; `leg` is an id, or a layer's number."""
+        """Return all that is known about one latent; `leg` is an id or a layer number."""
         return describe(self.session, leg, latent)
 
     def circuits(
@@ -105,9 +106,9 @@ class Suite(PublishedSuite):
         method: str = "attribution",
         seed: int = 0,
     ) -> Circuits:
-        """The latents that carry a task in each leg (Marks et al. 2024).
+        """Find the latents of each leg that a task depends on (Marks et al. 2024).
 
-        `task` is a built-in one ("ioi", "greater-than", "sva", "brackets", "quotes", "self") or a JSONL file.
+        `task` is a built-in task ("ioi", "greater-than", "sva", "brackets", "quotes", "self") or a JSONL file.
         """
         return circuits(self.session, task, k=k, legs=legs, n_prompts=n_prompts, method=method, seed=seed)
 
@@ -119,17 +120,17 @@ class Suite(PublishedSuite):
         replace: bool = False,
         leave_alone: Collection[int] | None = None,
     ) -> AbstractContextManager[Attachment]:
-        """Put the suite's SAEs to work in a language model while a `with` block lasts.
+        """Run the suite's SAEs inside a language model while a `with` block lasts.
 
             with suite.attach(model) as attached:        # or layers=[3, 5]
                 attached[3].steer(123, 8.0)
                 model.generate(**inputs)
             z = attached[3].latents()                    # (B, C, F), prompt and generated tokens
 
-        Of a suite with several kinds of sites it takes the first. See `saerelay.attach`, which takes any SAEs by site;
-        `leave_alone` is by default the BOS that the run put in front of its sequences. `model`
-        is the one that the suite was trained on, or another with as many layers of that width, such as one fine-tuned
-        from it. Raises ModelError for any other, and RunDirectoryError for a layer without an SAE.
+        If a suite has several kinds of sites, the first is used. See `saerelay.attach`, which takes any SAEs by site.
+        `leave_alone` is by default the BOS token that the run put in front of its sequences. `model` is the model that
+        the suite was trained on, or another with the same number of layers of the same width, such as a fine-tuned
+        one. Raises ModelError for any other model, and RunDirectoryError for a layer without an SAE.
         """
         if isinstance(model, LanguageModel):
             model = model.hf_model
@@ -143,8 +144,8 @@ class Suite(PublishedSuite):
         transcoders = [leg.id for leg in legs if leg.is_transcoder]
         if transcoders:
             raise ModelError(
-                f"{self.directory.root}: {transcoders[0]} is a transcoder, and attach puts SAEs to work; "
-                "`saerelay export --format circuit-tracer` writes it for circuit-tracer, which intervenes on them"
+                f"{self.directory.root}: {transcoders[0]} is a transcoder, and attach takes SAEs; `saerelay export "
+                "--format circuit-tracer` writes it for circuit-tracer, which intervenes on transcoders"
             )
         if leave_alone is None:
             bos = self.plan.facts.tokens.bos_token_id
@@ -153,7 +154,7 @@ class Suite(PublishedSuite):
         return attach(model, dictionaries, replace=replace, leave_alone=leave_alone)
 
     def _check_shape(self, model: Any) -> None:
-        """Raise ModelError unless a model has as many layers of the same width as the one trained on."""
+        """Raise ModelError unless a model has the number of layers and the width of the one trained on."""
         facts = self.plan.facts
         n_layers, width = shape_of(model)
         if (n_layers, width) != (facts.n_layers, facts.d_model):
@@ -167,7 +168,7 @@ class Suite(PublishedSuite):
 def load(directory: str | Path) -> Suite:
     """Open a run directory.
 
-    `load("runs/a")[Site(3)]` is the dictionary of layer 3; `load("runs/a")["L3-from-L5"]` that of a leg.
+    `load("runs/a")[Site(3)]` is the dictionary of layer 3, and `load("runs/a")["L3-from-L5"]` that of a leg.
     Raises RunDirectoryError if there is no run.
     """
     return Suite(Path(directory), read_plan(Path(directory)))

@@ -1,4 +1,4 @@
-"""The document of a whole suite: the quality of every leg, and what the suite cost."""
+"""The document about a whole suite: the quality of every leg, and the cost of the suite."""
 
 import math
 
@@ -23,7 +23,7 @@ from saerelay.runs.suite import PublishedSuite
 
 
 def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
-    """The content of summary.json, from the eval/<id>.json of all published legs, which must be there."""
+    """Return the content of summary.json, from the eval/<id>.json of all published legs, which must exist."""
     facts = suite.plan.facts
     in_suite = {leg.id for leg in suite.one_per_site}
     return Summary(
@@ -37,7 +37,7 @@ def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
 
 
 def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummary:
-    """One leg's row."""
+    """Return a leg's row."""
     evaluation = Evaluation.load(suite.directory.evaluation(leg.id))
     info = suite.info(leg)
     continuation = suite.continuation_of(leg)
@@ -80,23 +80,22 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
 
 
 def _found_again(suite: PublishedSuite, leg: Leg, repeat_of: str) -> float | None:
-    """Share of a repeat's latents that the leg it repeats has as well; None for other legs."""
+    """Return the share of a repeat's latents that the leg it repeats has as well; None for other legs."""
     if repeat_of not in set(suite):
         return None
     return share_found_again(suite.dictionary(leg).W_dec, suite[repeat_of].W_dec)
 
 
 def shown_metrics(metrics: EvaluationMetrics) -> dict[str, float | None]:
-    """The metrics that summary.json and matrix.json show, by name."""
+    """Return the metrics that summary.json and matrix.json show, by name."""
     return {name: getattr(metrics, name) for name in Metrics.model_fields}
 
 
 def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
-    """What the suite took, without its controls and repeats, which are counted apart, and what all layers from scratch
-    would have.
+    """Return the cost of the suite, of its controls and repeats separately, and of all layers trained from scratch.
 
-    The time of all layers from scratch is an estimate: the time per token of the legs that were trained from scratch,
-    for every layer, and the language model's share of the time that a pass over a root's tokens takes.
+    The time of all layers from scratch is an estimate: for every layer, the time per token of the legs that were
+    trained from scratch, plus the language model's time for one pass over a root's tokens.
     """
     infos = {leg.id: suite.info(leg) for leg in suite.legs}
     plan = suite.plan.ended_after({leg_id: info.tokens for leg_id, info in infos.items()})
@@ -147,6 +146,6 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
 
 
 def survey_cost(suite: PublishedSuite) -> SurveyCost | None:
-    """What the survey behind a run took; None without one."""
+    """Return the cost of the survey behind a run; None without a survey."""
     path = suite.directory.survey
     return Survey.load(path).cost if path.is_file() else None

@@ -1,4 +1,4 @@
-"""The legs of a run and their snapshots, with what their latents stand for: what the measures compare."""
+"""The legs of a run and their snapshots, with the tokens associated with their latents, for the measures to compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,33 +19,33 @@ from saerelay.sae.dictionary import Dictionary
 
 @dataclass(frozen=True, eq=False)
 class LegVersion:
-    """A leg, or a snapshot of it, with what is known about its latents."""
+    """A leg, or a snapshot of it, with its live latents and their associated tokens."""
 
     leg: Leg
     tokens: int
-    """Its age."""
+    """Age of the leg or snapshot."""
     snapshot: bool
     dictionary: Dictionary
     alive: Tensor
     """bool (F): fired on the held-out tokens."""
     associations: TokenAssociations | None
-    """None without a language-model head, or where decoder rows are not directions of the residual stream."""
+    """None without a language-model head, or if decoder rows are not directions of the residual stream."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """How rows of measures.json name it."""
+        """The fields that identify it in rows of measures.json."""
         return {"leg": self.leg.id, "layer": self.leg.layer, "tokens": self.tokens, "snapshot": self.snapshot}
 
     @property
     def key(self) -> str:
-        """What tells versions apart."""
+        """A key that is unique among versions."""
         return f"{self.leg.id}@{self.tokens}" if self.snapshot else self.leg.id
 
 
 def load_versions(session: Session, sequences: np.ndarray, W_U: Tensor | None) -> list[LegVersion]:
-    """All published legs, each followed by its snapshots.
+    """Load all published legs, each followed by its snapshots.
 
-    Of legs their features files tell which latents are alive; of snapshots the held-out sequences are read here.
+    The features files of legs tell which of their latents are alive; for snapshots, held-out sequences are read here.
     """
     suite = session.suite
     snapshots = {}
@@ -79,7 +79,7 @@ def leg_version(
     sequences: np.ndarray,
     W_U: Tensor | None,
 ) -> LegVersion:
-    """One version, with the tokens that its latents stand for."""
+    """Return one version, with the tokens associated with its latents."""
     associations = None
     if W_U is not None and leg.site_out.module not in OFF_THE_STREAM:
         effects = features.tensors()
@@ -93,5 +93,5 @@ def leg_version(
 
 
 def finished(versions: Sequence[LegVersion]) -> dict[str, LegVersion]:
-    """The finished legs by id, without snapshots."""
+    """Return the finished legs by id, without snapshots."""
     return {version.leg.id: version for version in versions if not version.snapshot}

@@ -1,7 +1,7 @@
-"""The command line: each command parses its options, calls one workflow or analysis, and prints.
+"""The command line: each command parses its options, calls one workflow or analysis, and prints the result.
 
-One module per group of commands; `options` holds what they share. Heavy imports stand inside the commands, so that
-`saerelay --help` does not wait for torch.
+There is one module per group of commands; `options` holds what they share. Heavy imports stand inside the commands, so
+that `saerelay --help` does not wait for torch.
 """
 
 import sys
@@ -20,9 +20,10 @@ from saerelay.rank import in_team, n_ranks, rank
 
 HELP = "Sparse autoencoders for every layer of a language model: train one, relay it to the others."
 EPILOG = (
-    "Words: a leg is the training of one SAE, and by extension that SAE. A hop transfers an SAE to another layer: fit "
-    "a map, fold it into the weights, fine-tune. A root is a leg trained from scratch, from which others are "
-    "transferred. A suite is all SAEs of a run. Begin with: saerelay demo"
+    "Terms: a leg is the training of one SAE, and also the SAE that results. A hop transfers an SAE to another layer: "
+    "it fits a map between the two layers, folds the map into the SAE's weights, and fine-tunes. A root is a leg "
+    "trained from scratch from which others are transferred. A suite is the set of all SAEs of a run. Begin with: "
+    "saerelay demo"
 )
 
 app = typer.Typer(
@@ -37,10 +38,10 @@ for module in (training, measuring, judging, sharing):
 
 
 class Starting(TyperCommand):
-    """A command that needs torch, whose import takes seconds, which are better seen to pass."""
+    """A command that needs torch, and shows that it is starting during the seconds that the import takes."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Import it once the options are known to be right."""
+        """Import torch once the options are known to be valid."""
         with progress().status("starting"):
             import torch  # noqa: F401
         return super().invoke(ctx)
@@ -51,7 +52,7 @@ for command in app.registered_commands:
         command.cls = Starting
 
 TEAM_COMMANDS = ("train", "eval", "matrix")
-"""What several processes do together."""
+"""The commands that several processes can run together."""
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +62,7 @@ def _version(
 ) -> None:
     if n_ranks() > 1 and context.invoked_subcommand not in TEAM_COMMANDS:
         raise SaeRelayError(
-            f"saerelay {context.invoked_subcommand} is the work of one process; start it without torchrun "
+            f"saerelay {context.invoked_subcommand} runs in one process; start it without torchrun "
             f"(which is for {', '.join(TEAM_COMMANDS)})"
         )
     if version:
@@ -70,7 +71,7 @@ def _version(
 
 
 def main() -> None:
-    """Entry point: user errors are one message and an exit code, never a traceback."""
+    """Run the command line; a user error becomes one message and an exit code, never a traceback."""
     _show_anything()
     try:
         app()
@@ -80,13 +81,13 @@ def main() -> None:
         _leave_stopped(str(command))
     except SystemExit as leaving:
         _leave_team(leaving.code)
-        if leaving.code == 130:  # what typer makes of Ctrl-C
+        if leaving.code == 130:  # typer's exit code for Ctrl-C
             print("stopped.", file=sys.stderr)
         raise
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
-        _leave(f"{reason(error)}. What was written so far is whole", 2)
+        _leave(f"{reason(error)}. All files written so far are intact", 2)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def _leave_stopped(command: str) -> NoReturn:
-    if rank() == 0:  # of several ranks, which stop at the same place, one says so
+    if rank() == 0:  # all ranks stop at the same place, and only the first one says so
         print(f"stopped; the state is saved. This continues: {command}", file=sys.stderr)
     sys.exit(130)
 
@@ -108,14 +109,14 @@ def _leave_team(code: str | int | None) -> None:
 
 
 def _show_anything() -> None:
-    """Let a name that the terminal has no characters for be no reason to fail."""
+    """Print characters that the terminal cannot encode as escapes, instead of failing on them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was lacking; for the machine's own, torch has no error but RuntimeError."""
+    """Whether memory ran out; if it was the machine's main memory, torch raises a plain RuntimeError."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 

@@ -20,7 +20,7 @@ def judge(
     layers: Annotated[str, typer.Option(help="Layers, separated by commas, or all.")] = "all",
     n: Annotated[
         int,
-        typer.Option("--n", min=1, help="Number of latents per origin (from scratch, forward, backward) and layer."),
+        typer.Option("--n", min=1, help="Number of latents per layer and origin (from scratch, forward, backward)."),
     ] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for drawing latents.")] = 0,
     out: Annotated[
@@ -29,13 +29,13 @@ def judge(
     score_instead: Annotated[bool, typer.Option("--score", hidden=True)] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a page on which people judge latents blind to whether these were trained from scratch or transferred."""
+    """Make a page on which people judge latents without knowing which of them were transferred."""
     if score_instead:
         score(run, files or [], as_json)
         return
     if files:
         raise typer.BadParameter(
-            f"unexpected {files[0]}; to score what the judges exported: saerelay score RUN FILE..."
+            f"unexpected {files[0]}; to score the files that judges exported: saerelay score RUN FILE..."
         )
     from saerelay.analysis.suite import load
     from saerelay.views.tables.judging import drawn_lines
@@ -50,8 +50,8 @@ def judge(
     for line in drawn_lines(key):
         say(line)
     key_file = suite.directory.judging / f"{key.page}.json"
-    say(f"\nGive judges {page}; it needs nothing else. Do not give them its key, {key_file}.")
-    say(f"To score what they export: saerelay score {run} FILE...")
+    say(f"\nGive {page} to the judges; it needs nothing else. Do not give them its key, {key_file}.")
+    say(f"To score the files they export: saerelay score {run} FILE...")
 
 
 def score(
@@ -61,7 +61,7 @@ def score(
     ],
     as_json: Json = False,
 ) -> None:
-    """Score judges' answers: the share of latents that people find interpretable, by origin and layer."""
+    """Score the judges' answers: the share of latents that people find interpretable, by origin and layer."""
     from saerelay.analysis.suite import load
     from saerelay.views.tables.judging import judging_tables
     from saerelay.workflows.judge import score_run

@@ -25,7 +25,8 @@ from saerelay.cli.options import (
 )
 
 Methods = Annotated[
-    str, typer.Option("--methods", help="How SAEs are carried to other layers: identity, affine, affine+refit, ...")
+    str,
+    typer.Option("--methods", help="Methods of carrying an SAE to another layer: identity, affine, affine+refit, ..."),
 ]
 Snapshots = Annotated[bool, typer.Option("--snapshots", help="Measure snapshots of the legs as well.")]
 PromptFile = Annotated[
@@ -78,7 +79,7 @@ def matrix(
     methods: Methods = "identity,affine",
     snapshots: Snapshots = False,
 ) -> None:
-    """Measure every SAE on every layer, without training it there."""
+    """Measure every SAE at every layer, without training it there."""
     from saerelay.analysis.matrix import matrix as measure_matrix
     from saerelay.analysis.session import Session
     from saerelay.analysis.suite import load
@@ -111,19 +112,21 @@ def circuits(
     run: RunDir,
     task: Annotated[
         str,
-        typer.Option(help="ioi, greater-than, sva, brackets, quotes, self; or a file of prompts, PROMPTS.jsonl."),
+        typer.Option(help="A task: ioi, greater-than, sva, brackets, quotes, self; or a file of prompts (.jsonl)."),
     ],
     k: Annotated[str, typer.Option(help="Circuit sizes (numbers of latents), separated by commas.")] = "4,36,68,100",
     leg: Legs = [],  # noqa: B006
     n_prompts: Annotated[
-        int, typer.Option(help="Number of prompts: half to find circuits on, half to judge them.")
+        int, typer.Option(help="Number of prompts: half to find the circuits, half to evaluate them.")
     ] = 500,
-    method: Annotated[str, typer.Option(help="attribution or integrated-gradients.")] = "attribution",
+    method: Annotated[
+        str, typer.Option(help="How effects are estimated: attribution or integrated-gradients.")
+    ] = "attribution",
     seed: Annotated[int, typer.Option(help="Random seed for drawing prompts.")] = 0,
     as_json: Json = False,
     prompts: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Find the latents that carry a task in each SAE, and measure how faithful and complete these circuits are.
+    """Find the latents of each SAE that a task depends on, and measure how faithful and complete these circuits are.
 
     After Marks et al. 2024, "Sparse feature circuits".
     """
@@ -149,8 +152,8 @@ def circuits(
 
 def show(
     run: RunDir,
-    leg: Annotated[str, typer.Argument(help="Leg, by id or layer number.")],
-    latent: Annotated[int, typer.Argument(help="Number of the latent.")],
+    leg: Annotated[str, typer.Argument(help="Leg: its id or layer number.")],
+    latent: Annotated[int, typer.Argument(help="Index of the latent.")],
     as_json: Json = False,
 ) -> None:
     """Show one latent: where it fires, which tokens it promotes, and its counterparts in other layers.
@@ -172,24 +175,28 @@ def show(
 
 def interpret(
     run: RunDir,
-    explainer: Annotated[str, typer.Option(help="Name of the language model to ask, as the endpoint knows it.")] = "",
+    explainer: Annotated[str, typer.Option(help="Language model that explains, by its name at the endpoint.")] = "",
     endpoint: Annotated[
-        str, typer.Option(help="http(s)://host/v1. Default: $SAERELAY_ENDPOINT or $OPENAI_BASE_URL.")
+        str,
+        typer.Option(help="Address of the API, http(s)://host/v1. Default: $SAERELAY_ENDPOINT or $OPENAI_BASE_URL."),
     ] = "",
     key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the key. Default: SAERELAY_API_KEY or OPENAI_API_KEY.")
+        str,
+        typer.Option(help="Environment variable that holds the API key. Default: SAERELAY_API_KEY or OPENAI_API_KEY."),
     ] = "",
-    body: Annotated[str, typer.Option(help="More fields for each request, as JSON, such as a temperature.")] = "",
+    body: Annotated[str, typer.Option(help="Additional fields of each request, as JSON, such as a temperature.")] = "",
     leg: Legs = [],  # noqa: B006
     n: Annotated[int, typer.Option("--n", min=1, help="Number of latents per leg.")] = 64,
-    latents: Annotated[str, typer.Option(help="Explain these latents instead, separated by commas.")] = "",
+    latents: Annotated[
+        str, typer.Option(help="Explain these latents, separated by commas, instead of drawing some.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Random seed for drawing latents and texts.")] = 0,
-    concurrency: Annotated[int, typer.Option(min=1, help="Number of requests under way at a time.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Number of requests in flight at a time.")] = 8,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate the cost and show one prompt of each kind; send nothing.")
     ] = False,
-    price_in: Annotated[float, typer.Option(min=0, help="USD per million tokens of input.")] = 0.0,
-    price_out: Annotated[float, typer.Option(min=0, help="USD per million tokens of output.")] = 0.0,
+    price_in: Annotated[float, typer.Option(min=0, help="USD per million input tokens.")] = 0.0,
+    price_out: Annotated[float, typer.Option(min=0, help="USD per million output tokens.")] = 0.0,
     max_cost: Annotated[
         float | None, typer.Option(min=0, help="Stop before spending more than this, in USD; requires both prices.")
     ] = None,
@@ -200,7 +207,7 @@ def interpret(
 ) -> None:
     """Have a language model explain latents, and score its explanations by detection and fuzzing, as in Delphi.
 
-    The cost is estimated first. Every answer is kept, so the same command, given again, asks only what is missing.
+    The cost is estimated first. All answers are kept, so that the same command, run again, sends only what is missing.
     """
     from saerelay.analysis.endpoint.address import Endpoint
     from saerelay.analysis.suite import load
@@ -243,7 +250,7 @@ def report(
     ] = False,
     open_it: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Write a page that shows the whole run; measure first whatever is missing or out of date."""
+    """Write a page that shows the whole run, after measuring whatever is missing or out of date."""
     import webbrowser
 
     from saerelay.analysis.suite import load

@@ -27,32 +27,34 @@ OutRun = Annotated[Path, typer.Option("--out", help="New directory for the run."
 OutDir = Annotated[Path, typer.Option("--out", help="New directory.")]
 Legs = Annotated[
     list[str],
-    typer.Option("--leg", show_default="all", help="Leg, by id or layer number; repeat the option for several."),
+    typer.Option("--leg", show_default="all", help="Leg: its id or layer number; repeat the option for several legs."),
 ]
 OneLegPerLayer = Annotated[
     list[str],
-    typer.Option("--leg", show_default="one per layer", help="Leg, by id or layer number; repeat it for several."),
+    typer.Option(
+        "--leg", show_default="one per layer", help="Leg: its id or layer number; repeat it for several legs."
+    ),
 ]
 Licence = Annotated[str, typer.Option(help="Licence for the model card, as named on the hub: apache-2.0.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Source = Annotated[str, typer.Argument(help="Run directory, or one trained SAE in any format.")]
 AnySae = Annotated[str, typer.Argument(help="A trained SAE in any format: a path, or hf://user/repo/path.")]
 Seeds = Annotated[
     int | None,
     typer.Option(min=1, show_default="the recipe's", help="Train every leg with this many seeds, for error bars."),
 ]
-InputFormat = Annotated[str, typer.Option("--format", help="Format of the SAE, if detection fails: saelens, ...")]
+InputFormat = Annotated[str, typer.Option("--format", help="Format of the SAE, if it is not detected: saelens, ...")]
 
 
 def with_seeds(recipe: "Recipe", seeds: int | None) -> "Recipe":
-    """A recipe with another number of seeds, if one is given."""
+    """Return the recipe with another number of seeds, if one is given."""
     if seeds is None:
         return recipe
     return recipe.changed(train=recipe.train.changed(seeds=seeds))
 
 
 def token_count(value: str | int) -> int:
-    """A number of tokens from an option, which may be written "250k"."""
+    """Parse an option that is a number of tokens, such as "250k"."""
     try:
         count = parse_count(value)
     except ValueError as error:
@@ -71,7 +73,7 @@ HeldOutTokens = Annotated[
 
 
 def split_list(values: Sequence[str]) -> list[str]:
-    """The items of an option that may be repeated, and hold several with commas between them.
+    """Return the items of an option that may be repeated and may hold several items, separated by commas.
 
     >>> split_list(["L1,L2", "3"])
     ['L1', 'L2', '3']
@@ -83,7 +85,7 @@ def split_list(values: Sequence[str]) -> list[str]:
 
 
 def number_list(text: str, option: str, example: str) -> list[int]:
-    """Whole numbers with commas between them; `option` and `example` are for the error message.
+    """Parse whole numbers separated by commas; `option` and `example` are for the error message.
 
     >>> number_list("1, 2", "--layers", "1,2")
     [1, 2]
@@ -97,7 +99,7 @@ def number_list(text: str, option: str, example: str) -> list[int]:
 
 
 def one_at_a_time(command: Callable[..., None]) -> Callable[..., None]:
-    """A command on a run that waits while another one measures the same run."""
+    """Make a command on a run wait while another command measures the same run."""
 
     @wraps(command)
     def alone(**options: Any) -> None:
@@ -110,32 +112,32 @@ def one_at_a_time(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def site_of(layer: int | None, module: str) -> "Site | None":
-    """The site that two options name, or None."""
+    """Return the site named by the options for its layer and module; None without a layer."""
     from saerelay.site import Site
 
     return None if layer is None else Site.parse(f"L{layer}.{module}")
 
 
 class SafeConsole(Console):
-    """A console that shows what a terminal would obey: texts come from files that others wrote."""
+    """A console that escapes control characters, because texts may come from files that others wrote."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every text, also in a table, goes through here."""
+        """Escape and render a text; every text passes through here, those in tables included."""
         return super().render_str(printable(text), **options)
 
 
 def progress() -> Console:
-    """Where progress is shown: on stderr, so that stdout holds results only."""
+    """Return the console for progress: stderr, so that stdout holds results only."""
     return SafeConsole(stderr=True, quiet=rank() > 0)
 
 
 def output() -> Console:
-    """Where tables are printed; 120 columns wide if stdout is not a terminal."""
+    """Return the console for tables: stdout, 120 columns wide if it is not a terminal."""
     return SafeConsole(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
 
 
 def say(text: str) -> None:
-    """Print a text, safe for a terminal; of several ranks, the first one speaks."""
+    """Print a text with control characters escaped; of several ranks, only the first one prints."""
     if rank() == 0:
         print(printable(text))
 
@@ -148,7 +150,7 @@ def print_all(items: Iterable[RenderableType]) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON document; of several ranks, the first one does."""
+    """Print one JSON document; of several ranks, only the first one prints."""
     if rank() == 0:
         print(json.dumps(data))
 

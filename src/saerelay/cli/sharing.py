@@ -34,7 +34,7 @@ def import_sae(
     module: Annotated[str, typer.Option(help="With --layer: the kind of module, such as mlp_out.")] = "resid_post",
     model: Annotated[str, typer.Option(help="Language model the SAE reads, if its files do not say.")] = "",
 ) -> None:
-    """Convert a trained SAE in any format to one that acts on raw activations, in this program's format."""
+    """Convert a trained SAE in any format to this program's format, in which it acts on raw activations."""
     from saerelay.workflows.share import describe, import_dictionary
 
     site = site_of(layer, module)
@@ -48,13 +48,14 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="saelens, sparsify, dictionary_learning, circuit-tracer or saerelay; neuronpedia: what latents mean.",
+            help="saelens, sparsify, dictionary_learning, circuit-tracer or saerelay; or neuronpedia, for the examples "
+            "and explanations of latents.",
         ),
     ],
     out: OutDir,
     leg: OneLegPerLayer = [],  # noqa: B006
     licence: Licence = "",
-    repo: Annotated[str, typer.Option(help="Where the SAEs are on the hub, or will be: user/name.")] = "",
+    repo: Annotated[str, typer.Option(help="Hub repository that holds the SAEs, or will: user/name.")] = "",
 ) -> None:
     """Write a run's SAEs in another tool's format, one directory per layer, with a model card."""
     from saerelay.workflows.share import export_run, export_to_neuronpedia
@@ -94,7 +95,7 @@ def pull(
     ],
     out: OutDir,
 ) -> None:
-    """Download a repository of SAEs, or a folder of it, and check that each can be read."""
+    """Download a repository of SAEs, or one folder of it, and check that each SAE can be read."""
     from saerelay.workflows.share import pull as download
 
     for path in download(reference, out):

@@ -37,7 +37,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def init() -> None:
-    """Print a recipe with all defaults and what they mean."""
+    """Print a recipe with every key, its default and its meaning."""
     from saerelay.planning.recipe import Recipe
     from saerelay.planning.toml import annotated_toml
 
@@ -48,13 +48,13 @@ def plan(
     recipe: RecipePath,
     as_json: Json = False,
     timing: Annotated[
-        bool, typer.Option(help="Load the model's weights and time a few steps, to predict how long it takes.")
+        bool, typer.Option(help="Load the model's weights and time a few steps, to predict how long the run takes.")
     ] = False,
     write: Annotated[
         Path | None, typer.Option(help='With preset = "auto": write a recipe that spells out the chosen legs.')
     ] = None,
     ranks: Annotated[
-        int, typer.Option(min=1, help="Show how this many processes would share the work: see docs/scale-out.md.")
+        int, typer.Option(min=1, help="Show how this many processes would share the work; see docs/scale-out.md.")
     ] = 1,
     seeds: Seeds = None,
 ) -> None:
@@ -73,7 +73,7 @@ def plan(
         plan_auto(run, as_json, write, ranks)
         return
     if write:
-        raise typer.BadParameter(f'{recipe} needs no survey; this is for preset = "auto"', param_hint="--write")
+        raise typer.BadParameter(f'{recipe} needs no survey; this option is for preset = "auto"', param_hint="--write")
 
     with progress().status("planning"):
         compiled = plan_run(run)
@@ -97,7 +97,7 @@ def plan(
 
 
 def timed_plans(plans: "Sequence[Plan]") -> "list[Speeds]":
-    """How fast this machine is at plans for one model; says so while it measures."""
+    """Measure how fast this machine runs some plans for one model, and show that it is being measured."""
     from saerelay.lm.model import LanguageModel
     from saerelay.workflows.timing import measured_speeds
 
@@ -106,7 +106,7 @@ def timed_plans(plans: "Sequence[Plan]") -> "list[Speeds]":
 
 
 def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> None:
-    """Survey the layers, and show or write the legs chosen by it."""
+    """Survey the layers, and show or write the legs that are chosen from the survey."""
     from saerelay.files import write_text
     from saerelay.planning.choose import written_out
     from saerelay.planning.cost import plan_cost
@@ -143,7 +143,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
 def plan_data(
     plan: "Plan", cost: "Cost", from_scratch: "Cost", seconds: dict[str, float] | None, shares: "Spread"
 ) -> dict[str, Any]:
-    """A plan and what it takes, as `--json` has them; which rank does what, where there are several."""
+    """Return a plan and its cost for `--json`, with the work of each rank if there are several."""
     data: dict[str, Any] = {
         "plan": plan.to_data(),
         "cost": cost.model_dump(),
@@ -156,7 +156,7 @@ def plan_data(
 
 
 def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> None:
-    """What a plan saves against training every layer from scratch, and which rank does what where there are several."""
+    """Print what a plan saves over training every layer from scratch, and, on several ranks, the work of each."""
     from saerelay.views.tables.plan import spread_table
     from saerelay.views.tables.savings import savings_table, verdict
 
@@ -173,7 +173,7 @@ def train(
     extend: Annotated[bool, typer.Option("--extend", help="Add legs or tokens to a finished run.")] = False,
     seeds: Seeds = None,
 ) -> None:
-    """Train every SAE of a recipe."""
+    """Train all SAEs of a recipe."""
     from saerelay.planning.recipe import Recipe
     from saerelay.workflows.launch import train_run
     from saerelay.workflows.settle import mend_recipe
@@ -188,7 +188,7 @@ def train(
 def hop(
     source: Annotated[str, typer.Option("--from", help="A trained SAE in any format: a path, or hf://user/repo/path.")],
     to_layer: Annotated[int, typer.Option("--to-layer", help="Layer to transfer the SAE to.")],
-    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the model, the data and all defaults.")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the model, the data and all other settings.")],
     out: OutRun,
     tokens: Annotated[
         str, typer.Option(help="Tokens to train on after the transfer; 0 for none. Default: the recipe's.")
@@ -205,7 +205,7 @@ def hop(
     from_model: Annotated[
         str,
         typer.Option(
-            help="Model the SAE was trained on, if not the recipe's; the map is fitted between the two models."
+            help="Model the SAE was trained on, if it is not the recipe's; the map is fitted between the two models."
         ),
     ] = "",
     from_layer: Annotated[int | None, typer.Option(help="Layer the SAE reads, if its files do not say.")] = None,
@@ -216,8 +216,8 @@ def hop(
 ) -> None:
     """Transfer one trained SAE, in any format, to a layer of a model, with or without fine-tuning.
 
-    The target may be another layer, the same layer of a fine-tuned model, other text, or another number of latents,
-    sparsity or architecture. On its own layer, with --tokens 0 --no-refit, the SAE is only measured.
+    The target may differ in layer, model (a fine-tuned one), text, number of latents, sparsity or architecture. At the
+    SAE's own layer, --tokens 0 --no-refit leaves it unchanged, ready to be measured.
     """
     from saerelay.planning.recipe import Recipe
     from saerelay.workflows.hop import hop_run

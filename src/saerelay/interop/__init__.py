@@ -1,4 +1,4 @@
-"""Reads dictionaries of other tools, and writes ours for them: one file per format.
+"""Read other tools' dictionaries, and write ours for them: one file per format.
 
     own  saelens  gemma_scope  sparsify  dictionary_learning  llamascopium  openai  circuit_tracer
 
@@ -31,24 +31,24 @@ from saerelay.spec import few_of
 
 
 class Format(Protocol):
-    """What the module of a format has."""
+    """The interface of a format's module."""
 
     @property
     def NAME(self) -> str:
-        """What --format calls it; a constant."""
+        """Its name for --format; a constant."""
         ...
 
     def recognises(self, path: Path) -> bool:
-        """Whether a directory or file is of this format, by names alone: no tensors are read."""
+        """Whether a directory or file is of this format, judged by names alone, without reading tensors."""
         ...
 
     def read(self, path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
-        """The SAE in canonical form, exactly the same function, and its origin."""
+        """Read the SAE in canonical form, as exactly the same function, and its origin."""
         ...
 
 
 class WritableFormat(Format, Protocol):
-    """What the module of a format has that is written as well."""
+    """The interface of the module of a format that can also be written."""
 
     def write(self, path: Path, dictionary: Dictionary, origin: Origin) -> None:
         """Fill a directory; FormatError if the format cannot express the dictionary."""
@@ -65,13 +65,13 @@ FORMATS: tuple[Format, ...] = (
     openai,
     circuit_tracer,
 )
-"""All that are read, in the order in which they are tried."""
+"""All formats that can be read, in the order in which they are tried."""
 
 _WRITABLE: tuple[WritableFormat, ...] = (own, saelens, sparsify, dictionary_learning, circuit_tracer)
 _OF_TRANSCODERS = (own.NAME, circuit_tracer.NAME)
 
 WRITTEN = tuple(format.NAME for format in _WRITABLE)
-"""Names of the formats that are written as well."""
+"""Names of the formats that can also be written."""
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -85,10 +85,10 @@ def load_dictionary(
     `sae, origin =
     load_dictionary("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")`; a
     reference is a directory, a file, or `hf://user/repo[@revision][/path]`. The format is detected
-    unless `format` names it; `model` and `site` are used where the files do not say. Raises
-    HubError if the hub cannot provide it; FormatError if it is damaged or of no known format, if
-    its files name another site, or if it equals no dictionary of raw activations
-    (`load_layer_normed` reads those that do not).
+    unless `format` names it; `model` and `site` are used if the files do not say. Raises
+    HubError if the hub cannot provide the SAE; FormatError if it is damaged or of no known format, if
+    its files name another site, or if it is equivalent to no dictionary of raw activations
+    (`load_layer_normed` reads SAEs that normalise each token).
     """
     dictionary, origin = read_any(reference, format=format, model=model, site=site)
     if isinstance(dictionary, LayerNormed):
@@ -102,9 +102,9 @@ def load_dictionary(
 
 
 def load_layer_normed(reference: str | Path, *, format: str = "") -> tuple[LayerNormed, Origin]:
-    """Read a trained SAE with a layer norm over each token: OpenAI's v5, some of SAELens.
+    """Read a trained SAE with a layer norm over each token: OpenAI's v5 and some of SAELens'.
 
-    Raises what `load_dictionary` raises, and FormatError for SAEs of raw activations.
+    Raises the errors of `load_dictionary`, and FormatError for SAEs of raw activations.
     """
     dictionary, origin = read_any(reference, format=format)
     if isinstance(dictionary, Dictionary):
@@ -131,7 +131,7 @@ def read_any(
 
 
 def format_of(path: Path) -> Format:
-    """The format of a directory or file; FormatError if it is of none, or holds several SAEs."""
+    """Return the format of a directory or file; FormatError if it has no known format, or holds several SAEs."""
     if not path.exists():
         raise FormatError(f"{path}: no such file or directory")
     for format in FORMATS:
@@ -145,7 +145,7 @@ def format_of(path: Path) -> Format:
 
 
 def find_saes(directory: Path) -> list[Path]:
-    """The SAEs in a directory or below it, as far as names tell; none inside another."""
+    """Return the SAEs in or below a directory, as far as names tell; none inside another."""
     saes: set[Path] = set()
     for path in [directory, *sorted(directory.rglob("*"))]:
         is_inside_another = not saes.isdisjoint(path.parents)
@@ -155,7 +155,7 @@ def find_saes(directory: Path) -> list[Path]:
 
 
 def format_named(name: str) -> Format:
-    """The format with a name; FormatError if there is none."""
+    """Return the format with a name; FormatError if there is none."""
     for format in FORMATS:
         if format.NAME == name:
             return format
@@ -170,7 +170,7 @@ def _names(formats: tuple[Format, ...]) -> str:
 
 
 def takes_transcoders(format: str) -> bool:
-    """Whether transcoders are written in a format."""
+    """Whether a format can express transcoders."""
     return format in _OF_TRANSCODERS
 
 

@@ -1,4 +1,4 @@
-"""What other tools train, as dictionaries of raw activations without a bias to subtract."""
+"""Convert the SAEs of other tools to dictionaries of raw activations, without a bias to subtract first."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from saerelay.sae.dictionary import Dictionary
 
 
 def canonical(dictionary: Dictionary, *, subtracts_b_dec: bool = False, scale: float = 1.0) -> Dictionary:
-    """A dictionary of raw activations x from one of s·x, with b_dec subtracted first or not.
+    """Return a dictionary of raw activations x from a dictionary of s·x, with b_dec subtracted first or not.
 
     With u = s·x: pre = (u − b_dec) W_encᵀ + b_enc and u_hat = z W_dec + b_dec become
     W_enc' = s W_enc, b_enc' = b_enc − W_enc b_dec, W_dec' = W_dec / s, b_dec' = b_dec / s; codes
@@ -34,19 +34,19 @@ def canonical(dictionary: Dictionary, *, subtracts_b_dec: bool = False, scale: f
 
 
 def encoder_bias(dictionary: Dictionary) -> Tensor:
-    """b_enc (F) for tools whose encoder reads x − b_dec: undoes `subtracts_b_dec`."""
+    """Return b_enc (F) for tools whose encoder reads x − b_dec: undoes `subtracts_b_dec`."""
     return (dictionary.b_enc.double() + _product(dictionary.W_enc, dictionary.b_dec)).float()
 
 
 def _product(W: Tensor, b: Tensor) -> Tensor:
-    """W b (F), for W (F, D), in float64 and in parts: b is a large mean, W has gigabytes."""
+    """Return W b (F), for W (F, D), in float64, since b is a large mean, and in parts, since W may have gigabytes."""
     return torch.cat([rows.double() @ b.double() for rows in W.split(512)])
 
 
 def from_gate(W: Tensor, *, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc, b_enc and threshold of a gated encoder that is given by the weights of its gate.
+    """Return W_enc, b_enc and threshold of a gated encoder that is given by the weights of its gate.
 
-    W (F, D), the others (F).
+    W has shape (F, D), the others (F).
 
     1[W u + b_gate > 0]·relu(e^r W u + b_mag) (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 6
     to 8): with pre = e^r W u + b_mag, the gate is open where pre > b_mag − e^r b_gate.

@@ -2,7 +2,7 @@
 
     pre = x W_encᵀ + b_enc        z = relu(pre), or pre·1[pre > threshold]        y_hat = z W_dec + b_dec + x W_skipᵀ
 
-config.yaml says what is read and what is written, by TransformerLens' names of hooks, the same for all layers.
+config.yaml names the sites that are read and reconstructed, by TransformerLens' hook names, the same for all layers.
 """
 
 import re
@@ -28,18 +28,18 @@ _THRESHOLD = "activation_function.threshold"
 _SHAPES = {"W_enc": "FD", "b_enc": "F", "W_dec": "FE", "b_dec": "E"}
 _OPTIONAL = {_THRESHOLD: "F", "W_skip": "ED"}
 _MOST_BYTES = 2**20
-"""Size of a config.yaml; larger ones are not read."""
+"""Largest size of a config.yaml that is read."""
 
 
 def recognises(path: Path) -> bool:
-    """Whether a file is the transcoder of a layer, with the set's config.yaml beside it."""
+    """Whether a file is the transcoder of a layer, next to the set's config.yaml."""
     return bool(_LAYER.fullmatch(path.name)) and (path.parent / CONFIG).is_file()
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """The transcoder of one layer, a file such as set/layer_3.safetensors.
+    """Read the transcoder of one layer, a file such as set/layer_3.safetensors.
 
-    Raises FormatError for sites that saerelay cannot read, and for thresholds below zero, under which codes may be
+    Raises FormatError for sites that saerelay cannot read, and for thresholds below zero, with which codes may be
     negative.
     """
     match = _LAYER.fullmatch(path.name)
@@ -65,8 +65,8 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
 def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
     """Add a transcoder to the set in a directory, as layer_<i>.safetensors.
 
-    Raises FormatError for SAEs, for TopK, which circuit-tracer does not load, and for what does not fit to the
-    transcoders that are in the set.
+    Raises FormatError for SAEs, for TopK, which circuit-tracer does not load, and for a transcoder that does not match
+    those already in the set.
     """
     if not origin.site or not origin.site_out:
         raise FormatError(
@@ -88,7 +88,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def check_set(directory: Path) -> None:
-    """Warn of a set that circuit-tracer does not load as a whole: it wants every layer from 0 on."""
+    """Warn if circuit-tracer cannot load the set as a whole, because it lacks a layer from 0 on."""
     layers = sorted(int(match[1]) for path in directory.iterdir() if (match := _LAYER.fullmatch(path.name)))
     if layers != list(range(len(layers))):
         warnings.warn(
@@ -99,7 +99,7 @@ def check_set(directory: Path) -> None:
 
 
 def _add_to_config(path: Path, dictionary: Dictionary, origin: Origin) -> None:
-    """Write config.yaml, or check that a transcoder fits to the one there is."""
+    """Write config.yaml, or check that a transcoder matches the existing one."""
     assert origin.site and origin.site_out
     config = {
         "model_name": origin.model,
@@ -124,12 +124,12 @@ def _add_to_config(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def _hook(site: Site) -> str:
-    """A hook's name within a layer: "mlp.hook_in"."""
+    """Return a hook's name within a layer: "mlp.hook_in"."""
     return hook_name(site).split(".", 2)[2]
 
 
 def _sites(path: Path, config: dict[str, Any], layer: int) -> tuple[Site, Site]:
-    """What the transcoder of a layer reads and reconstructs."""
+    """Return the sites that the transcoder of a layer reads and reconstructs."""
     if config.get("model_kind") != "transcoder_set":
         raise FormatError(f"{path}: model_kind is {config.get('model_kind')!r}; only a transcoder_set is read")
     sites = []
@@ -145,7 +145,7 @@ def _sites(path: Path, config: dict[str, Any], layer: int) -> tuple[Site, Site]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The keys of a config.yaml; FormatError if it is damaged."""
+    """Read the keys of a config.yaml; FormatError if it is damaged."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise FormatError(f"{path}: is larger than any set's configuration")

@@ -52,8 +52,8 @@ _WRITTEN_CLASSES = {
     "batchtopk": "BatchTopKSAE",
     "gated": "GatedAutoEncoder",
 }
-"""Those that hold our architectures; JumpReLU, and BatchTopK with many thresholds, need
-another."""
+"""Their class for each of our architectures; JumpReLU, and BatchTopK with many thresholds, need
+another class."""
 
 _TRAINERS = {
     "AutoEncoder": "StandardTrainer",
@@ -72,17 +72,16 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """A `trainer_i` directory, an ae.pt, or a checkpoints/ae_STEP.pt in canonical form.
+    """Read a `trainer_i` directory, an ae.pt, or a checkpoints/ae_STEP.pt in canonical form.
 
-    BatchTopK and Matryoshka act as at inference, by
-    threshold. A backup (a state dict saved together with its optimizer) reads activations divided
-    by `norm_factor`, which is folded in.
+    BatchTopK and Matryoshka act as at inference, by threshold. A backup (a state dict saved
+    together with its optimizer) reads activations divided by `norm_factor`, which is folded in.
 
-    The class is what config.json says, or else what the names of the tensors say. TopK and
-    BatchTopK have the same names, and both keep a running threshold: without config.json they
-    cannot be told apart once there is one (FormatError).
+    The class is given by config.json, or else by the names of the tensors. TopK and BatchTopK have
+    the same names, and both keep a running threshold: without config.json, files with a threshold
+    are ambiguous (FormatError).
 
-    The site is that of `submodule_name`: "resid_post_layer_3", "resid_post" with `layer`, or a
+    The site is given by `submodule_name`: "resid_post_layer_3", "resid_post" with `layer`, or a
     module's path.
     """
     weights = path / WEIGHTS if path.is_dir() else path
@@ -115,11 +114,11 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
 
 
 def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
-    """Write a dictionary as a trained one of dictionary_learning, ae.pt and config.json.
+    """Write a dictionary in the form that dictionary_learning trains: ae.pt and config.json.
 
-    BatchTopK with one threshold stays BatchTopK; with several it becomes JumpReLU, which has one
-    for each latent. `AutoEncoder.from_pretrained` normalises the rows of W_dec and scales codes to
-    match.
+    BatchTopK with one threshold stays BatchTopK; with several thresholds it becomes JumpReLU, which
+    has one for each latent. `AutoEncoder.from_pretrained` normalises the rows of W_dec and scales
+    codes to match.
     """
     kind = _class_for(dictionary)
     state = _state(kind, dictionary)
@@ -141,7 +140,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def _class_for(dictionary: Dictionary) -> str:
-    """Their class that computes what a dictionary of ours does."""
+    """Return their class that computes the same function as a dictionary of ours."""
     kind = _WRITTEN_CLASSES.get(dictionary.architecture, "JumpReluAutoEncoder")
     threshold = dictionary.threshold
     if kind == "BatchTopKSAE" and threshold is not None and bool((threshold != threshold[0]).any()):
@@ -150,7 +149,7 @@ def _class_for(dictionary: Dictionary) -> str:
 
 
 def _state(kind: str, dictionary: Dictionary) -> dict[str, Tensor]:
-    """The tensors of a dictionary as their class names them."""
+    """Return the tensors of a dictionary under the names of their class."""
     if kind == "JumpReluAutoEncoder":
         assert dictionary.threshold is not None
         return {
@@ -187,7 +186,7 @@ def _state(kind: str, dictionary: Dictionary) -> dict[str, Tensor]:
 
 
 def _config(weights: Path) -> dict[str, Any]:
-    """The config.json beside the weights, or one level above those of a checkpoint."""
+    """Read the config.json next to the weights, or, for a checkpoint, one level above them."""
     directories = [weights.parent]
     if weights.parent.name == "checkpoints":
         directories.append(weights.parent.parent)
@@ -198,7 +197,7 @@ def _config(weights: Path) -> dict[str, Any]:
 
 
 def _class(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) -> str:
-    """Their class: what the configuration says, or else what the tensors say."""
+    """Return their class, as given by the configuration, or else by the tensors."""
     kind = lookup(trainer, "dict_class", str)
     if kind is not None:
         if kind not in SHAPES:
@@ -223,7 +222,7 @@ def _class(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) -> st
 
 
 def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) -> Dictionary:
-    """The dictionary of a state dict, in canonical form."""
+    """Return the dictionary of a state dict, in canonical form."""
     kind = _class(weights, values, trainer)
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     d_model = lookup(trainer, "activation_dim", int)
@@ -269,7 +268,7 @@ def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) 
 
 
 def _site(trainer: dict[str, Any], buffer: dict[str, Any]) -> Site | None:
-    """The site that a configuration names, if it names one of ours."""
+    """Return the site that a configuration names, if it is one of ours."""
     name = lookup(trainer, "submodule_name", str) or ""
     layer = lookup(trainer, "layer", int)
     for kind in MODULE_KINDS:

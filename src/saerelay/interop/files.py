@@ -19,16 +19,16 @@ from saerelay.files import is_deep, read_json, reason
 T = TypeVar("T")
 
 MAX_UNPACKED_RATIO = 20
-"""Weights hardly shrink: an archive that unpacks to more times its size is taken for one made to fill memory."""
+"""Largest ratio of unpacked to packed size. Weights hardly compress: a larger ratio indicates an attack on memory."""
 ALWAYS_UNPACKED_BYTES = 2**26
-"""Archives that unpack to less are unpacked whatever their size."""
+"""Archives that unpack to fewer bytes are unpacked whatever the ratio."""
 
 
 # --- configurations ----------------------------------------------------------------------------
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; FormatError if there is none."""
+    """Read the JSON object in a file; FormatError if there is none."""
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
@@ -41,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def lookup(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
-    """The value of a key in a configuration, or None if it has none, or one of another type.
+    """Return the value of a key in a configuration; None if it is missing or of another type.
 
     >>> lookup({"l0": 32}, "l0", float), lookup({"l0": "32"}, "l0", float)
     (32.0, None)
@@ -49,7 +49,7 @@ def lookup(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
     True
     """
     value: Any = config.get(key)
-    is_bool = isinstance(value, bool)  # which Python takes for an int as well
+    is_bool = isinstance(value, bool)  # bool is a subclass of int
     if is_bool and kind is not bool:
         return None
     if kind is float and isinstance(value, int):
@@ -58,7 +58,7 @@ def lookup(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
 
 
 def read_number(path: Path, config: Mapping[str, Any], key: str) -> float:
-    """The positive number that a configuration gives for a key; FormatError if there is none."""
+    """Return the positive number that a configuration gives for a key; FormatError if there is none."""
     value: Any = config.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
@@ -67,7 +67,7 @@ def read_number(path: Path, config: Mapping[str, Any], key: str) -> float:
 
 
 def read_count(path: Path, config: Mapping[str, Any], key: str, *, most: int) -> int:
-    """The whole number from 1 to `most` for a key; FormatError if there is none.
+    """Return the whole number from 1 to `most` for a key; FormatError if there is none.
 
     >>> read_count(Path("cfg.json"), {"k": 65}, "k", most=64)
     Traceback (most recent call last):
@@ -83,9 +83,9 @@ def read_count(path: Path, config: Mapping[str, Any], key: str, *, most: int) ->
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors, .npz or .pt file, or in the shards of an index.
+    """Read the tensors in a .safetensors, .npz or .pt file, or in the shards of an index.
 
-    Of a .pt file only the tensors are taken; `read_pickle` gives the rest. Raises FormatError if
+    Of a .pt file, only the tensors are read; `read_pickle` reads the rest. Raises FormatError if
     a file is missing or damaged.
     """
     index = path.with_name(f"{path.name}.index.json")
@@ -103,7 +103,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """What a .pt file holds: tensors and plain values.
+    """Read the contents of a .pt file: tensors and plain values.
 
     A pickle can run code when it is read; one that asks for more than tensors and plain values is
     refused with a FormatError.
@@ -130,7 +130,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _check_unpacked_size(path: Path) -> None:
-    """Raise FormatError for a zip archive that unpacks to far more than its size, or says that it does."""
+    """Raise FormatError for a zip archive that unpacks, or claims to unpack, to far more than its size."""
     with _reading(path):
         if not zipfile.is_zipfile(path):
             return
@@ -145,7 +145,7 @@ def _check_unpacked_size(path: Path) -> None:
 
 
 def _sum_of_arrays(archive: zipfile.ZipFile) -> int:
-    """Bytes of the arrays in an .npz file, by their headers; 0 for other archives."""
+    """Return the bytes of the arrays in an .npz file, from their headers; 0 for other archives."""
     total = 0
     for entry in archive.infolist():
         if entry.filename.endswith(".npy"):
@@ -158,7 +158,7 @@ def _sum_of_arrays(archive: zipfile.ZipFile) -> int:
 
 
 def _tensors_within(loaded: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in dicts and lists within one another, each list and dict looked at once."""
+    """Yield all tensors in nested dicts and lists, looking at each list and dict once."""
     waiting: list[tuple[str, Any]] = list(loaded.items())
     seen: set[int] = set()
     while waiting:
@@ -187,7 +187,7 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index lists, each of which must lie beside it."""
+    """Return the files that an index lists; each must lie next to it."""
     shards = read_config(index).get("weight_map")
     if not isinstance(shards, dict):
         raise FormatError(f"{index}: weight_map is missing, which tells the file of each tensor")
@@ -198,7 +198,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _is_file_name(name: Any) -> bool:
-    """Whether it is a plain name, which leads to no other directory."""
+    """Whether a name is plain, so that it leads to no other directory."""
     if not isinstance(name, str) or not name or name == ".." or "\\" in name:
         return False
     return PurePath(name).name == name
@@ -206,7 +206,7 @@ def _is_file_name(name: Any) -> bool:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading a file into a FormatError that names it."""
+    """Turn any error in reading a file into a FormatError that names the file."""
     if path.exists() and not path.is_file():
         raise FormatError(f"{path}: is not a regular file")
     try:
@@ -215,28 +215,28 @@ def _reading(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: no such file") from None
     except PermissionError as error:
         raise FormatError(reason(error)) from None
-    except UnpicklingError:  # whose text explains at length how to switch the protection off
+    except UnpicklingError:  # its own text explains at length how to switch the protection off
         raise FormatError(
             f"{path}: damaged, or holds Python objects besides tensors, and reading those can run "
             "code; refused. Convert it where you trust it: save only its tensors, with "
             "safetensors.torch.save_file"
         ) from None
-    except Exception as error:  # only libraries run in here, and damage makes them raise errors of every kind
+    except Exception as error:  # only libraries run here, and damaged files make them raise errors of every kind
         why = " ".join(str(error).split())[:300]
         raise FormatError(f"{path}: cut off or damaged, cannot be read ({why or type(error).__name__})") from None
 
 
 def take(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], **sizes: int | None) -> list[Tensor]:
-    """The tensors named in `shapes`, as float32, once their shapes are checked.
+    """Return the tensors named in `shapes`, as float32, after checking their shapes.
 
     >>> tensors = {"W": torch.zeros(2, 3), "b": torch.zeros(4)}
     >>> take(Path("a.safetensors"), tensors, {"W": "DF", "b": "F"})
     Traceback (most recent call last):
     saerelay.errors.FormatError: a.safetensors: tensor b has shape (4), expected (F) = (3)
 
-    Shapes have one letter per dimension, which means the same size in all of them; `sizes` are
-    those that are known from elsewhere, such as a configuration. Raises FormatError for a tensor
-    that is missing, of another shape, or not finite.
+    Shapes have one letter per dimension, which stands for the same size in all tensors; `sizes` are
+    the sizes known from elsewhere, such as a configuration. Raises FormatError for a tensor that is
+    missing, of another shape, or not finite.
     """
     bound = {letter: size for letter, size in sizes.items() if size is not None}
     taken = []
@@ -248,7 +248,7 @@ def take(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], *
             )
         if tensors[name].is_complex():
             raise FormatError(f"{path}: tensor {name} is of type {tensors[name].dtype}, expected real numbers")
-        with _reading(path):  # there are types that hold two numbers in a byte
+        with _reading(path):  # some dtypes hold two numbers in a byte
             tensor = tensors[name].float()
         for letter, size in zip(letters, tensor.shape, strict=False):
             bound.setdefault(letter, size)  # the first tensor with a letter decides its size
@@ -258,7 +258,7 @@ def take(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], *
 
 
 def _check(path: Path, name: str, tensor: Tensor, letters: str, sizes: Mapping[str, int]) -> None:
-    """Raise FormatError if a tensor is of another shape than its letters say, or not finite."""
+    """Raise FormatError if a tensor's shape does not match its letters, or if it is not finite."""
     expected = [sizes.get(letter, "?") for letter in letters]
     if list(tensor.shape) != expected:
         found_sizes = ", ".join(str(size) for size in tensor.shape)

@@ -2,8 +2,8 @@
 
     pre = x w_enc + b_enc        z = relu(pre)·1[pre > threshold]        x_hat = z w_dec + b_dec
 
-They read raw activations. At which site is in the names of repository and folders, and in
-config.json where there is one.
+They read raw activations. The site is given by the names of repository and folders, and by
+config.json if there is one.
 """
 
 import math
@@ -43,13 +43,13 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """The SAE of a directory such as gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71.
+    """Read the SAE of a directory such as gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71.
 
-    Those in `embedding` read embeddings before Gemma multiplies them by √D; here they read the
-    residual stream before layer 0, which comes after that (so b_dec is multiplied as well). Those
+    SAEs in `embedding` read embeddings before Gemma multiplies them by √D; here they read the
+    residual stream before layer 0, after the multiplication (so b_dec is multiplied as well). SAEs
     in the folders `transcoder` and `transcoder_all` of Gemma Scope 2 are transcoders from an MLP's
     input to its output, some with an affine skip connection. Raises FormatError for the first Gemma
-    Scope's transcoders, which read what no site gives, and for cross-layer transcoders.
+    Scope's transcoders, whose input is not a site, and for cross-layer transcoders.
     """
     file = _weights_file(path)
     config_file = file.with_name("config.json")
@@ -75,7 +75,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
 
 
 def _weights_file(path: Path) -> Path:
-    """The file in a directory, or the file itself; if neither exists, the name for the error."""
+    """Return the file in a directory, or the file itself; if neither exists, a name for the error message."""
     if path.is_file():
         return path
     for name in _FILES:
@@ -85,7 +85,7 @@ def _weights_file(path: Path) -> Path:
 
 
 def _check_is_readable(file: Path, kind: str, config: dict[str, Any], origin: Origin, tensor_names: set[str]) -> None:
-    """Raise FormatError for relatives of SAEs and transcoders, and for those between sites that are not known."""
+    """Raise FormatError for relatives of SAEs and transcoders, and for transcoders between unknown sites."""
     reads = config.get("hf_hook_point_in")
     writes = config.get("hf_hook_point_out")
     unknown = sorted(tensor_names - _SHAPES.keys() - {_SKIP})
@@ -103,7 +103,7 @@ def _check_is_readable(file: Path, kind: str, config: dict[str, Any], origin: Or
 
 
 def _kind(file: Path) -> str:
-    """What the path says is there: a key of _MODULES, a transcoder, or "".
+    """Return the kind that the path names: a key of _MODULES, a transcoder, or "".
 
     The name of a folder outranks that of the repository.
     """
@@ -116,7 +116,7 @@ def _kind(file: Path) -> str:
 
 
 def _repository(path: str) -> re.Match[str] | None:
-    """A repository's name in a path: gemma-scope-2b-pt-res, gemma-scope-2-4b-it."""
+    """Return the repository's name in a path: gemma-scope-2b-pt-res, gemma-scope-2-4b-it."""
     return re.search(
         r".*gemma-scope-(?P<gemma_3>2-)?(?P<size>\d+[mb])-(?P<variant>pt|it)"
         r"(?:-(?P<kind>res|mlp|att|transcoders))?(?![\w-])",
@@ -125,7 +125,7 @@ def _repository(path: str) -> re.Match[str] | None:
 
 
 def _origin(file: Path, kind: str, config: dict[str, Any]) -> Origin:
-    """Model, site and L0, by the path and the configuration."""
+    """Return model, site and L0, from the path and the configuration."""
     path = file.absolute().as_posix()
     l0 = re.search(r"/average_l0_(\d+)", path)
     return Origin(
@@ -151,7 +151,7 @@ def _site(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
 
 
 def _site_out(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
-    """What a transcoder reconstructs; None for an SAE."""
+    """Return the site that a transcoder reconstructs; None for an SAE."""
     site = _site(file, kind, config)
     if kind == "transcoder" and site and site.module == "mlp_in":
         return Site(site.layer, "mlp_out")
@@ -160,7 +160,7 @@ def _site_out(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
 
 
 def _model(path: str, config: dict[str, Any]) -> str:
-    """The hub id of the SAE's Gemma, "" if nothing says it; Gemma Scope 2 is of Gemma 3."""
+    """Return the hub id of the SAE's Gemma model, "" if unknown; Gemma Scope 2 is for Gemma 3."""
     named = re.search(r"gemma-v?3-(\d+[mb])-(pt|it)", str(config.get("model_name", "")))
     if named:
         return _hub_id("3", size=named[1], variant=named[2])

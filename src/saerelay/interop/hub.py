@@ -1,4 +1,4 @@
-"""The Hugging Face hub: bring what hf://user/repo[@revision][/path] names, upload a folder."""
+"""The Hugging Face hub: download the files that hf://user/repo[@revision][/path] names, upload a folder."""
 
 import difflib
 import glob
@@ -15,12 +15,12 @@ from saerelay.spec import few_of
 
 _WEIGHTS = (".safetensors", ".npz", ".pt")
 _FETCHED = (*_WEIGHTS, ".json", ".yaml", ".md")
-"""Endings of the files that are fetched: never code."""
+"""Suffixes of the files that are downloaded: never code."""
 _TRAINING_STATE = re.compile(r"(optimizer|lr_scheduler|state|rank_\d+_state).*\.pt")
 
 
 class Reference(NamedTuple):
-    """hf://user/repo@revision/path, taken apart."""
+    """The parts of hf://user/repo@revision/path."""
 
     repo: str
     revision: str
@@ -42,12 +42,12 @@ def is_remote(reference: str | Path) -> bool:
 
 
 def parse(reference: str | Path) -> Reference:
-    """Take a reference to the hub apart; HubError if it is not one.
+    """Parse a reference to the hub; HubError if it is not a valid one.
 
     >>> parse("hf://user/repo@refs/pr/1/layer_3")
     Reference(repo='user/repo', revision='refs/pr/1', path='layer_3')
     """
-    # One slash is enough: pathlib makes hf:/user/repo of hf://user/repo.
+    # One slash is enough, because pathlib turns hf://user/repo into hf:/user/repo.
     match = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@(refs/pr/\d+|[^/@]+))?(?:/+(.*?)/*)?", str(reference))
     if not match:
         raise HubError(
@@ -60,15 +60,15 @@ def parse(reference: str | Path) -> Reference:
 
 
 def local(reference: str | Path) -> Path:
-    """The directory or file that a reference means, fetched if it is on the hub.
+    """Return the directory or file that a reference names, downloading it if it is on the hub.
 
     >>> local("runs/a/legs/L3")
     PosixPath('runs/a/legs/L3')
 
-    Files go into the hub's cache, under the hash of the commit that the name means now; without a
-    network, what is in the cache is used. Of a directory only an SAE's own files are fetched, not
-    what lies below. Raises HubError if the repository, the revision or the path does not exist, or
-    is not accessible to you, and FormatError if the directory holds no SAE.
+    Files go into the hub's cache, under the hash of the commit that the revision currently names;
+    without a network, the cache is used. Of a directory, only the SAE's own files are downloaded,
+    not those of its subdirectories. Raises HubError if the repository, the revision or the path
+    does not exist or is not accessible to you, and FormatError if the directory holds no SAE.
     """
     if not is_remote(reference):
         return Path(reference).expanduser()
@@ -83,9 +83,9 @@ def local(reference: str | Path) -> Path:
 
 
 def download(reference: str, into: Path) -> Path:
-    """Fetch all SAEs in a repository or folder into a new directory; where they are then.
+    """Download all SAEs in a repository or folder into a new directory; returns where they are then.
 
-    Code and optimizer states are not fetched. Raises HubError as `local` does.
+    Code and optimizer states are not downloaded. Raises HubError as `local` does.
     """
     from huggingface_hub import snapshot_download
 
@@ -102,20 +102,20 @@ def download(reference: str, into: Path) -> Path:
 
 
 class _Names(NamedTuple):
-    """Names of the files in a repository, and where they were listed, for errors."""
+    """Names of the files in a repository, and where they were listed (for error messages)."""
 
     names: list[str]
     where: str
 
 
 def _file_names(remote: Reference) -> _Names:
-    """The files of a repository, or, if the hub cannot be asked, those of it in the cache."""
+    """List the files of a repository, or, if the hub cannot be reached, those in the cache."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # pyright: ignore  # re-exported
 
     try:
         siblings = HfApi().model_info(remote.repo, revision=remote.revision or None).siblings
-    except HfHubHTTPError:  # the hub's answer, and a kind of HTTPError
+    except HfHubHTTPError:  # an answer of the hub; a subclass of HTTPError
         raise
     except (HTTPError, OfflineModeIsEnabled):
         return _Names(_cached_files(remote), "the hub is not reachable, and the cache")
@@ -134,11 +134,11 @@ def _cached_files(remote: Reference) -> list[str]:
 
 
 def _own_files(remote: Reference, listed: _Names) -> list[str]:
-    """The files of the SAE that is named, by a folder or a file.
+    """Return the files of the SAE that a folder or a file names.
 
-    Those are the files in the folder (beside the file: its configuration), the weights in
-    `checkpoints` below it, and the config.json of the folders that it lies in. Raises FormatError
-    if there are no weights among them.
+    They are the files in the folder (for a file, its configuration next to it), the weights in
+    `checkpoints` below it, and the config.json of its parent folders. Raises FormatError if there
+    are no weights among them.
     """
     below = _files_below(remote, listed)
     folder = _folder(remote, listed)
@@ -155,7 +155,7 @@ def _own_files(remote: Reference, listed: _Names) -> list[str]:
 
 
 def _files_below(remote: Reference, listed: _Names) -> list[str]:
-    """Files worth fetching in and below the named folder; HubError if there is none."""
+    """Return the files to download in and below the named folder; HubError if there are none."""
     folder = _folder(remote, listed)
     is_root = folder == PurePosixPath(".")
     inside = [name for name in listed.names if is_root or name.startswith(f"{folder}/")]
@@ -166,13 +166,13 @@ def _files_below(remote: Reference, listed: _Names) -> list[str]:
 
 
 def _folder(remote: Reference, listed: _Names) -> PurePosixPath:
-    """The folder that a reference names, or that the file it names lies in."""
+    """Return the folder that a reference names, or the folder of the file that it names."""
     path = PurePosixPath(remote.path)
     return path.parent if remote.path in listed.names else path
 
 
 def _similar_paths(path: str, names: list[str]) -> str:
-    """Files and folders with similar names, as a question, or else all that exist."""
+    """Return files and folders with similar names, as a question, or else all that exist."""
     existing = set(names)
     for name in names:
         existing.update(str(parent) for parent in PurePosixPath(name).parents)
@@ -185,7 +185,7 @@ def _similar_paths(path: str, names: list[str]) -> str:
 
 @contextmanager
 def _asking_the_hub(remote: Reference) -> Iterator[None]:
-    """Turn what the hub raises into a HubError with its remedy."""
+    """Turn the hub's exceptions into a HubError with a remedy."""
     from huggingface_hub.errors import HTTPError  # pyright: ignore  # re-exported
 
     try:
@@ -200,7 +200,7 @@ def _asking_the_hub(remote: Reference) -> Iterator[None]:
 
 
 def upload(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Upload a folder to a repository, created if necessary; the address of the commit.
+    """Upload a folder to a repository, created if necessary; returns the address of the commit.
 
     Raises HubError if nobody is logged in, or the hub refuses.
     """

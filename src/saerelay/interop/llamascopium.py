@@ -35,7 +35,7 @@ def recognises(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Files:
-    """The two files of an SAE, and what they hold."""
+    """The two files of an SAE, and their contents."""
 
     config_file: Path
     weights_file: Path
@@ -49,11 +49,11 @@ class _Files:
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """The SAE of a directory, its normalisation by the dataset's norm folded in.
+    """Read the SAE of a directory, with its normalisation by the dataset's norm folded in.
 
     JumpReLU and ReLU keep their codes; TopK ranks by pre·n, so its codes become those of unit
-    decoder rows. Raises FormatError for what no dictionary of raw activations equals, with the
-    reason.
+    decoder rows. Raises FormatError, with the reason, for an SAE that is equivalent to no dictionary
+    of raw activations.
     """
     files = _open(path)
     activation = _activation(files.config)
@@ -112,7 +112,7 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 
 def _check_supported(config_file: Path, config: Mapping[str, Any]) -> None:
-    """Raise FormatError for what no dictionary of raw activations equals."""
+    """Raise FormatError for an SAE that is equivalent to no dictionary of raw activations."""
     reads = str(config.get("hook_point_in", ""))
     writes = str(config.get("hook_point_out", ""))
     activation = _activation(config)
@@ -136,7 +136,7 @@ def _check_supported(config_file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _weights(files: _Files) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc, b_enc, W_dec and b_dec, one row per latent; there are two sets of names."""
+    """Return W_enc, b_enc, W_dec and b_dec, one row per latent; files use one of two sets of names."""
     is_linear = "encoder.weight" in files.tensors
     if is_linear:
         shapes = {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"}
@@ -159,7 +159,7 @@ def _weights(files: _Files) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _scale(files: _Files) -> float:
-    """s: what activations are multiplied by before they are encoded."""
+    """Return s, by which activations are multiplied before they are encoded."""
     mode = files.config.get("norm_activation", "dataset-wise")
     if mode == "inference":
         return 1.0
@@ -183,7 +183,7 @@ def _scale(files: _Files) -> float:
 
 
 def _threshold(files: _Files, n_latents: int) -> Tensor:
-    """θ (F): a tensor with its logarithm, or, in older files, one number in the configuration."""
+    """Return θ (F), stored as a tensor of logarithms, or, in older files, as one number in the configuration."""
     for name in ("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold"):
         if name in files.tensors:
             return take(files.weights_file, files.tensors, {name: "F"}, F=n_latents)[0].exp()

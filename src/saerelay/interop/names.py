@@ -1,4 +1,4 @@
-"""What other tools call the sites of a model, and what everybody calls the models."""
+"""Other tools' names for the sites of a model, and public names of models."""
 
 import re
 from pathlib import Path
@@ -24,12 +24,12 @@ _MODULES: dict[ModuleKind, tuple[str, ...]] = {
     "attn_out": (*PROJECTIONS, "attn", "self_attn", "attention", "self_attention"),
     "attn_z": tuple(f"{path}.input" for path in PROJECTIONS),
 }
-"""Paths of modules within a layer whose output, or with ".input" whose input, is a site of each
-kind."""
+"""For each kind of site, the paths within a layer of modules whose output (with ".input": whose
+input) it is."""
 
 
 def hook_name(site: Site) -> str:
-    """TransformerLens' name of a site, which SAELens and llamascopium use.
+    """Return TransformerLens' name of a site, which SAELens and llamascopium also use.
 
     >>> hook_name(Site(3)), hook_name(Site(0, "attn_z"))
     ('blocks.3.hook_resid_post', 'blocks.0.attn.hook_z')
@@ -38,7 +38,7 @@ def hook_name(site: Site) -> str:
 
 
 def site_named(name: str) -> Site | None:
-    """The site that a TransformerLens hook or a module's path stands for; None for others.
+    """Return the site that a TransformerLens hook or a module's path names; None for others.
 
     >>> site_named("blocks.3.attn.hook_z"), site_named("gpt_neox.layers.10"), site_named("h.2.mlp")
     (Site(layer=3, module='attn_z'), Site(layer=10, module='resid_post'), Site(layer=2, module='mlp_out'))
@@ -65,7 +65,7 @@ def site_named(name: str) -> Site | None:
 
 
 def public_name(model: str) -> str:
-    """A model's name as others understand it: the hub id, or the name of its directory.
+    """Return a model's public name: the hub id, or the name of its directory.
 
     >>> public_name("demo"), public_name("EleutherAI/pythia-70m")
     ('saerelay-demo', 'EleutherAI/pythia-70m')
@@ -78,7 +78,7 @@ def public_name(model: str) -> str:
 
 
 def public_adapter(adapter: str) -> str:
-    """An adapter's name as others understand it: a hub id with its commit, or the name of its directory.
+    """Return an adapter's public name: a hub id with its commit, or the name of its directory.
 
     >>> public_adapter("me/lora@c0ffee"), public_adapter("/home/me/lora"), public_adapter("")
     ('me/lora@c0ffee', 'lora', '')
@@ -88,7 +88,7 @@ def public_adapter(adapter: str) -> str:
 
 
 def hub_id(name: str) -> str:
-    """The name, if it is a hub id and not a path on this machine, else "".
+    """Return the name if it is a hub id and not a path on this machine, else "".
 
     >>> hub_id("EleutherAI/pythia-70m"), hub_id("./mine"), hub_id("demo")
     ('EleutherAI/pythia-70m', '', '')
@@ -97,7 +97,7 @@ def hub_id(name: str) -> str:
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a name is written like those of the hub, user/name.
+    """Whether a name has the form of a hub id, user/name.
 
     >>> looks_like_hub_id("me/saes"), looks_like_hub_id("me/saes/layer_3")
     (True, False)

@@ -3,10 +3,10 @@
     <model>/<layer>-<set>/release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl
                           features/batch-<n>.jsonl.gz, activations/..., explanations/...
 
-A record has the columns that we know something about, and leaves the others to the database's
-defaults. The importer takes the columns of a file from its first line, so that all lines of a file
-have the same keys, and it cannot read an empty file, so that there is none. This is a format of
-what was found out about an SAE, not of the SAE; nothing here reads it.
+A record has the columns that we have data for, and leaves the others to the database's defaults.
+The importer takes the columns of a file from its first line, so all lines of a file have the same
+keys; it cannot read an empty file, so none is written. This format is for measurements of an SAE,
+not for the SAE itself; nothing here reads it.
 """
 
 import gzip
@@ -29,12 +29,12 @@ from saerelay.runs.features import Example, Features
 
 NAME = "neuronpedia"
 CREATOR = "clkht01d40000jv08hvalcvly"
-"""Whose records they are: the account that every Neuronpedia database begins with."""
+"""Owner of the records: the account that every Neuronpedia database begins with."""
 MOST_FILES = 1000
-"""Files of a kind, at most: the importer asks for one list of names, and a list has no more."""
+"""Most files of a kind: the importer asks for one list of names, which has no more entries."""
 FEATURES_PER_FILE = 1024
 BARS = 40
-"""Bars of a histogram."""
+"""Number of bars in a histogram."""
 
 _THEIR_NAMES = (
     ("^gpt2$", "gpt2-small"),
@@ -43,14 +43,14 @@ _THEIR_NAMES = (
     ("-instruct$", "-it"),
     ("-base$", "-pt"),
 )
-"""What Neuronpedia changes in the names of models."""
+"""Changes that Neuronpedia makes to the names of models."""
 
 
 # --- records: one table of the database each ---------------------------------------------------
 
 
 class Release(Record):
-    """What belongs together, such as all SAEs of a paper."""
+    """A release: SAEs that belong together, such as all SAEs of a paper."""
 
     name: str
     description: str
@@ -61,7 +61,7 @@ class Release(Record):
 
 
 class Model(Record):
-    """A language model; of one that the database has already, nothing is changed."""
+    """A language model; a model that the database has already is left unchanged."""
 
     id: str
     displayName: str
@@ -140,7 +140,7 @@ class Activation(Record):
 
 
 class Explanation(Record):
-    """What a latent stands for, in words."""
+    """An explanation of a latent, in words."""
 
     id: str
     modelId: str
@@ -152,7 +152,7 @@ class Explanation(Record):
 
 
 class Explained(NamedTuple):
-    """A latent, what it stands for, and who says so."""
+    """A latent, its explanation, and the author of the explanation."""
 
     latent: int
     text: str
@@ -172,7 +172,7 @@ class Upload(NamedTuple):
 
 
 def model_id(public_name: str) -> str:
-    """What Neuronpedia calls a model.
+    """Return Neuronpedia's name of a model.
 
     >>> model_id("google/gemma-3-270m"), model_id("google/gemma-3-1b-pt"), model_id("openai-community/gpt2")
     ('gemma-3-270m', 'gemma-3-1b', 'gpt2-small')
@@ -184,7 +184,7 @@ def model_id(public_name: str) -> str:
 
 
 def slug(text: str) -> str:
-    """A text as a part of an address: small letters, digits, dots and single dashes.
+    """Turn a text into a part of an address: small letters, digits, dots and single dashes.
 
     >>> slug("My suite: Gemma__3")
     'my-suite-gemma-3'
@@ -193,7 +193,7 @@ def slug(text: str) -> str:
 
 
 def model_record(public_name: str, n_layers: int, d_model: int, *, author: str) -> Model:
-    """The record of a model, for databases that do not have it."""
+    """Return the record of a model, for databases that do not have it."""
     identifier = model_id(public_name)
     on_hub = hub_id(public_name)
     return Model(
@@ -220,9 +220,9 @@ def write_source(
     token_text: Callable[[int], str],
     explanations: Sequence[Explained] = (),
 ) -> Path:
-    """Write all that is known of an SAE's latents; the folder, below `root`.
+    """Write all that is known about an SAE's latents; returns the folder, below `root`.
 
-    `sequences` (N, context) are the token ids that the features were found on.
+    `sequences` (N, context) are the token ids on which the features were computed.
     """
     source = upload.source
     folder = root / source.modelId / source.id
@@ -258,7 +258,7 @@ def write_lines(path: Path, records: Sequence[Record]) -> None:
 
 
 def storable(text: str) -> str:
-    """A text without what a database of theirs refuses: zero bytes, and halves of UTF-16 pairs.
+    """Return a text without characters that their database refuses: zero bytes and halves of UTF-16 pairs.
 
     >>> storable(chr(0) + "a" + chr(0xD800))
     ' a?'
@@ -287,9 +287,9 @@ def _feature(source: Source, features: Features, latent: int, text_of: Callable[
 
 
 def bars(features: Features, latent: int) -> tuple[list[float], list[float]]:
-    """Middles and heights of the bars of a histogram, from 0 to a latent's largest activation; none if it is silent.
+    """Return middles and heights of a histogram's bars, from 0 to a latent's largest activation; none if silent.
 
-    Ours are counts in half octaves, and their plot draws bars of equal width: a count is spread
+    Our counts are in half octaves, but their plot draws bars of equal width, so a count is spread
     evenly over the bars that its half octave covers.
     """
     counts = features.histogram[latent].double().numpy()
@@ -298,7 +298,7 @@ def bars(features: Features, latent: int) -> tuple[list[float], list[float]]:
         return [], []
     first = features.facts.histogram_first_edge
     edges = 2.0 ** (first + np.arange(len(counts) + 1) / 2)
-    edges[0] = 0.0  # the lowest bin holds whatever is smaller, too
+    edges[0] = 0.0  # the lowest bin also holds all smaller values
     edges = edges.clip(max=largest)
     below = np.concatenate([[0.0], counts.cumsum()])
     ends = np.linspace(0, largest, BARS + 1)
@@ -310,7 +310,7 @@ def bars(features: Features, latent: int) -> tuple[list[float], list[float]]:
 def _logits(
     tokens: Tensor | None, values: Tensor | None, latent: int, text_of: Callable[[int], str]
 ) -> tuple[list[str], list[float]]:
-    """The tokens whose logits a latent changes most, and by how much; none where that is not known."""
+    """Return the tokens whose logits a latent changes most, and by how much; none if not computed."""
     if tokens is None or values is None:
         return [], []
     texts = [text_of(token) for token in tokens[latent].tolist()]
@@ -350,12 +350,12 @@ def _explanation(source: Source, explained: Explained) -> Explanation:
 
 
 def _identifier(source: Source, latent: int, what: Example | str) -> str:
-    """The key of a row: always the same one, so that nothing is there twice when it is imported again."""
+    """Return the key of a row: always the same key, so that importing again makes no duplicates."""
     where = (what.sequence, what.position) if isinstance(what, Example) else what
     digest = hashlib.blake2b(repr((source.modelId, source.id, latent, where)).encode(), digest_size=12)
     return f"c{digest.hexdigest()}"
 
 
 def _short(value: float) -> float:
-    """A number to five digits."""
+    """Round a number to five digits."""
     return float(f"{value:.5g}")

@@ -28,16 +28,16 @@ _LOCATIONS: dict[str, ModuleKind | None] = {
     "resid_post_attn": None,  # between attention and MLP
     "mlp_post_act": None,  # inside the MLP
 }
-"""Their names of places in the model, and our sites there."""
+"""Their names of places in the model, and our kinds of sites there."""
 
 
 def recognises(path: Path) -> bool:
-    """Whether it is a file such as 6.pt or layer_6.pt."""
+    """Whether a path is a file such as 6.pt or layer_6.pt."""
     return re.fullmatch(r"(?:layer_)?\d+\.pt", path.name) is not None
 
 
 def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
-    """The SAE of a file; those of v5 keep their layer norm.
+    """Read the SAE of a file; SAEs of v5 keep their layer norm.
 
     Raises FormatError if it is damaged, has another activation, or holds objects besides tensors.
     """
@@ -65,7 +65,7 @@ def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
 
 
 def _origin(path: Path) -> Origin:
-    """What the path says: gpt2-small/resid_post_mlp_v5_32k/autoencoders/6.pt."""
+    """Return the origin from the path: gpt2-small/resid_post_mlp_v5_32k/autoencoders/6.pt."""
     parts = path.absolute().parts
     location = _location(parts)
     layer = re.search(r"\d+", path.stem)
@@ -79,7 +79,7 @@ def _origin(path: Path) -> Origin:
 
 
 def _location(parts: tuple[str, ...]) -> str:
-    """The location that a folder is named after, "" if there is none."""
+    """Return the location that a folder is named after, "" if there is none."""
     for location in _LOCATIONS:
         if any(part.startswith(location) for part in parts):
             return location

@@ -1,4 +1,4 @@
-"""Our own format: dictionary.safetensors in canonical form, dictionary.json beside it."""
+"""Our own format: dictionary.safetensors in canonical form, with dictionary.json next to it."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """The published dictionary of a directory; RunDirectoryError if it is damaged."""
+    """Read the published dictionary of a directory; RunDirectoryError if it is damaged."""
     dictionary, info = read_dictionary(path)
     origin = Origin(
         model=info.model,
@@ -43,7 +43,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def as_info(origin: Origin) -> dict[str, Any]:
-    """An origin as the keys of dictionary.json."""
+    """Return an origin as the keys of dictionary.json."""
     site = origin.site
     return {
         **origin.provenance,

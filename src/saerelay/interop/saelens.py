@@ -1,4 +1,4 @@
-"""SAELens before and since 6.0, SAEs and checkpoints: cfg.json, sae_weights.safetensors.
+"""SAELens, before and since version 6.0, SAEs and checkpoints: cfg.json, sae_weights.safetensors.
 
 Their forward, with W_enc (D, F): u = norm(x) − b_dec (if `apply_b_dec_to_input`),
 pre = u W_enc + b_enc, z by `architecture`, x_hat = norm⁻¹(z W_dec + b_dec). Thresholds are strict
@@ -29,7 +29,7 @@ CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
 REGISTRY = "pretrained_saes.yaml"
-"""The file in which SAELens lists published SAEs; ours holds one entry of it."""
+"""The file in which SAELens lists published SAEs; the file we write holds one entry of such a list."""
 VERSION = "6.54.12"
 """The version whose format is written."""
 
@@ -44,18 +44,17 @@ _ARCHITECTURES_WRITTEN: dict[str, str] = {
     "gated": "gated",
     "batchtopk": "jumprelu",
 }
-"""What our architectures are written as; SAELens itself turns a trained BatchTopK into
-JumpReLU."""
+"""SAELens' architecture for each of ours; SAELens itself turns a trained BatchTopK into JumpReLU."""
 
 _KEYS_BEFORE_6 = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
 }
-"""Keys of cfg.json before 6.0, and what they are called since."""
+"""Keys of cfg.json before 6.0, and their names since."""
 
 _KNOWN_METADATA = {
-    # what an Origin has a field for
+    # fields of Origin
     "model_name",
     "hook_name",
     "hf_hook_name",
@@ -64,7 +63,7 @@ _KNOWN_METADATA = {
     "dataset_path",
     "l0",
     "saerelay",
-    # what is about the file
+    # facts about the file itself
     "hook_head_index",
     "sae_lens_version",
     "sae_lens_training_version",
@@ -80,14 +79,14 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
-    """A SAELens directory in canonical form: the same codes and reconstructions.
+    """Read a SAELens directory in canonical form: the same codes and reconstructions.
 
-    TopK with `rescale_acts_by_decoder_norm`, and
-    checkpoints of BatchTopK and Matryoshka, become what SAELens itself makes of them at the end of
-    training: rows of W_dec have unit norm, and the running threshold is that of all latents. The
-    factor of `expected_average_only_in` is folded in if the directory has it
-    (activation_scaler.json); otherwise a warning says that it is missing. Raises FormatError for
-    transcoders, single heads, normalisations of other kinds, and damaged files.
+    TopK with `rescale_acts_by_decoder_norm`, and checkpoints of BatchTopK and Matryoshka, are
+    converted as SAELens itself does at the end of training: rows of W_dec have unit norm, and the
+    running threshold is that of all latents. The factor of `expected_average_only_in` is folded in
+    if the directory has it (activation_scaler.json); otherwise a warning says that it is missing.
+    Raises FormatError for transcoders, single heads, normalisations of other kinds, and damaged
+    files.
     """
     config = {}
     for key, value in read_config(path / CONFIG).items():
@@ -107,7 +106,7 @@ def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
 def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
     """Write a dictionary as a finished SAE of SAELens, with the same codes and reconstructions.
 
-    BatchTopK becomes JumpReLU, as in SAELens, with `training_architecture` to say what it was.
+    BatchTopK becomes JumpReLU, as in SAELens; `training_architecture` names the original.
     """
     site = origin.site
     config: dict[str, Any] = {
@@ -151,7 +150,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 class Listed(NamedTuple):
-    """What a list of SAEs says about one."""
+    """The facts about one SAE in a list of SAEs."""
 
     path: str
     """Its folder in the repository."""
@@ -160,7 +159,7 @@ class Listed(NamedTuple):
 
 
 def registry_entry(release: str, repo: str, model: str, saes: Sequence[Listed]) -> str:
-    """The entry of a suite in SAELens' list of published SAEs, as YAML.
+    """Return the entry of a suite in SAELens' list of published SAEs, as YAML.
 
     >>> print(registry_entry("mine", "me/saes", "openai-community/gpt2", [Listed("layer_3", 32.0, None)]), end="")
     mine:
@@ -186,10 +185,10 @@ def registry_entry(release: str, repo: str, model: str, saes: Sequence[Listed]) 
 
 
 def _origin(config: dict[str, Any], metadata: dict[str, Any]) -> Origin:
-    """What a configuration says about the model, the data and the provenance."""
+    """Return the model, the data and the provenance that a configuration states."""
     name = lookup(metadata, "hook_name", str) or ""
-    # SAELens also reads Hugging Face models without TransformerLens; hooks then have the names of
-    # modules.
+    # SAELens also reads Hugging Face models without TransformerLens; hooks then have the modules'
+    # names.
     module_path = lookup(metadata, "hf_hook_name", str)
     if not module_path:
         module_path = "" if "hook_" in name else name
@@ -212,7 +211,7 @@ def _origin(config: dict[str, Any], metadata: dict[str, Any]) -> Origin:
 
 
 def _architecture(config: dict[str, Any]) -> object:
-    """Their architecture; before 6.0, TopK was an activation of the standard one."""
+    """Return their architecture; before 6.0, TopK was an activation of the standard architecture."""
     architecture = config.get("architecture", "standard")
     if architecture == "standard" and config.get("activation_fn") == "topk":
         return "topk"
@@ -220,7 +219,7 @@ def _architecture(config: dict[str, Any]) -> object:
 
 
 def _check_supported(path: Path, config: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """Raise FormatError for what no dictionary of ours equals."""
+    """Raise FormatError for an SAE that is equivalent to no dictionary of ours."""
     architecture = _architecture(config)
     activation = config.get("activation_fn", "relu")
     normalisation = config.get("normalize_activations")
@@ -248,7 +247,7 @@ def _check_supported(path: Path, config: dict[str, Any], metadata: dict[str, Any
 
 
 def _dictionary(path: Path, config: dict[str, Any], metadata: dict[str, Any]) -> Dictionary:
-    """The dictionary of a directory, in canonical form."""
+    """Read the dictionary of a directory, in canonical form."""
     architecture = _architecture(config)
     tensors = read_tensors(path / WEIGHTS)
     _check_not_rescaled(path / WEIGHTS, tensors)
@@ -295,13 +294,13 @@ def _dictionary(path: Path, config: dict[str, Any], metadata: dict[str, Any]) ->
 
 
 def _shapes(architecture: object, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The tensors of an architecture: W_enc, W_dec, b_dec, an encoder bias, then others."""
+    """Return the tensors of an architecture: W_enc, W_dec, b_dec, an encoder bias, then others."""
     shapes = {"W_enc": "DF", "W_dec": "FD", "b_dec": "D"}
     match architecture:
         case "gated":
             return {**shapes, "b_gate": "F", "b_mag": "F", "r_mag": "F"}
         case "jumprelu":
-            is_old = "log_threshold" in tensors  # some checkpoints have its logarithm
+            is_old = "log_threshold" in tensors  # some checkpoints store the threshold's logarithm
             return {**shapes, "b_enc": "F", "log_threshold" if is_old else "threshold": "F"}
         case "batchtopk" | "matryoshka_batchtopk":
             return {**shapes, "b_enc": "F", "topk_threshold": ""}
@@ -310,7 +309,7 @@ def _shapes(architecture: object, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _check_not_rescaled(weights: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise FormatError where the decoder was rescaled in finetuning."""
+    """Raise FormatError if the decoder was rescaled in fine-tuning."""
     for name in ("scaling_factor", "finetuning_scaling_factor"):
         if name in tensors and not bool((tensors[name] == 1).all()):
             raise FormatError(
@@ -325,7 +324,7 @@ def _was_batchtopk(metadata: dict[str, Any]) -> bool:
 
 
 def _k(path: Path, config: dict[str, Any], metadata: dict[str, Any], *, most: int) -> int:
-    """Active latents per token, from wherever the versions of SAELens keep them."""
+    """Return the active latents per token, from wherever this version of SAELens keeps them."""
     architecture = _architecture(config)
     k: Any = config.get("k")
     if architecture == "topk" and "k" not in config:  # before 6.0
@@ -338,11 +337,11 @@ def _k(path: Path, config: dict[str, Any], metadata: dict[str, Any], *, most: in
 
 
 _LOADING = ("device", "dtype", "local", "revision", "token", "cache", "trust", "checkpoint", "n_devices", "hf_")
-"""Parts of the names of options that say from where and how a model is loaded, not what is done to it."""
+"""Parts of the names of options that say how a model is loaded, not how it is changed."""
 
 
 def _warn_of_changes(path: Path, metadata: dict[str, Any]) -> None:
-    """Warn of an SAE whose model was changed before it was read: here it reads the model as it is."""
+    """Warn about an SAE whose model was changed when it was loaded: here it reads the unchanged model."""
     changes = {}
     for key, value in (lookup(metadata, "model_from_pretrained_kwargs", dict) or {}).items():
         if value and not any(part in key for part in _LOADING):
@@ -359,7 +358,7 @@ def _warn_of_changes(path: Path, metadata: dict[str, Any]) -> None:
 
 
 def _scale(path: Path, config: dict[str, Any]) -> float:
-    """The factor s of a dictionary that reads s·x."""
+    """Return the factor s of a dictionary that reads s·x."""
     if config.get("normalize_activations") not in (True, "expected_average_only_in"):
         return 1.0
     if (path / SCALER).is_file():

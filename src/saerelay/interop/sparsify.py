@@ -29,12 +29,13 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[Dictionary, Origin]:
-    """A sparsify directory in canonical form: the same codes and reconstructions.
+    """Read a sparsify directory in canonical form: the same codes and reconstructions.
 
-    The site is what the directory's name says, if it says one: "layers.10" or "h.3.mlp" (for
-    "h.3.mlp/seed0", the part before). Model, context and data set are in the run's config.json
-    beside it. The Multi-TopK loss changes nothing: k are active, as in their `encode`. Raises
-    FormatError for transcoders, skip connections, other activations than TopK, and damaged files.
+    The site is given by the directory's name, if it names one: "layers.10" or "h.3.mlp" (for
+    "h.3.mlp/seed0", the part before). Model, context and data set come from the run's config.json
+    next to it. The Multi-TopK loss makes no difference: k latents are active, as in their `encode`.
+    Raises FormatError for transcoders, skip connections, activations other than TopK, and damaged
+    files.
     """
     config = read_config(path / CONFIG)
     _check_config(path / CONFIG, config)
@@ -83,7 +84,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """Raise FormatError for what is not a plain TopK SAE by its configuration."""
+    """Raise FormatError if the configuration is not that of a plain TopK SAE."""
     activation = config.get("activation", "topk")
     if config.get("signed"):
         activation = "signed topk"
@@ -107,7 +108,7 @@ def _check_tensors(path: Path, names: set[str]) -> None:
 
 
 def _origin(path: Path, config: dict[str, Any]) -> Origin:
-    """What the directory's name, the run's config.json and our note in cfg.json say."""
+    """Return the origin from the directory's name, the run's config.json and our note in cfg.json."""
     directory = path.resolve()
     if re.fullmatch(r"seed\d+", directory.name):
         directory = directory.parent

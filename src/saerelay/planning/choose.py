@@ -1,4 +1,4 @@
-"""From a survey to a plan: the cheapest tree of hops at a quality, and the quality that a budget buys."""
+"""From a survey to a plan: the cheapest tree of hops that reaches a quality, or the best quality that a budget buys."""
 
 import math
 from collections.abc import Sequence
@@ -21,43 +21,43 @@ from saerelay.site import Site
 
 DEFAULT_RATIO = 1.05
 MAX_ROOT_MULTIPLE = 10
-"""Goals that take more than this multiple of root_tokens from scratch are not extrapolated to."""
+"""Learning curves are not extrapolated beyond this multiple of root_tokens from scratch."""
 SLACK = 1.5
 """A leg that may stop early gets this multiple of the tokens it is predicted to need, unless there is a budget."""
 ROOT_MULTIPLES = (1.0, 1.5, 2.0, 3.0)
-"""Roots trained beyond what their own goal needs make all hops from them cheaper; these multiples are tried."""
+"""Multiples of the tokens that a root's own goal needs that are tried: a better root makes all hops from it cheaper."""
 DOUBT = 1.25
-"""A root other than the hub must be cheaper by this factor: its curve is less certain."""
+"""Factor by which a root other than the hub must be cheaper, since its curve is less certain."""
 CHILD_DECAY_GAIN = 0.97
-"""FVU after over before the decay of a leg that began with a hop."""
+"""FVU after the learning rate's decay over FVU before it, for a leg that began with a hop."""
 FORWARD_SHARES = (0.0, 0.5, 1.0)
-"""Shares of a forward pass that a leg is charged while the tree is chosen: legs that run side by side share it."""
+"""Shares of a forward pass that a leg is charged while the tree is chosen, since legs in training at once share it."""
 RATIO_TOLERANCE = 2e-3
-"""How finely the ratio that a budget buys is searched, in logarithms."""
+"""Tolerance, in the logarithm, of the search for the ratio that a budget buys."""
 
 
 class Choice(NamedTuple):
-    """What was chosen, and what it is predicted to take."""
+    """The legs chosen, and their predicted cost."""
 
     ratio: float
-    """FVU of every layer, at most, over what scratch with root_tokens is predicted to reach."""
+    """Upper bound on every layer's FVU, over the FVU predicted from scratch on root_tokens."""
     reference: dict[int, float]
-    """That FVU from scratch."""
+    """This FVU from scratch, by layer."""
     legs: list[LegSpec]
-    """As predicted: without slack and controls."""
+    """The legs as predicted, without slack and controls."""
     cost: Cost
-    """Of these legs; the survey's is apart."""
+    """Cost of these legs, without the survey."""
     seconds: float
     seconds_lm: float
 
     def time(self) -> dict[str, float]:
-        """Seconds predicted from those of the survey, as `saerelay plan --timing` measures them."""
+        """Return the seconds predicted from the survey's speeds, in the form of `saerelay plan --timing`."""
         return {"lm": self.seconds_lm, "steps": self.seconds - self.seconds_lm, "total": self.seconds}
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a plan is chosen for, and from what."""
+    """What a plan is chosen for, and the data it is chosen from."""
 
     recipe: Recipe
     facts: ModelFacts
@@ -67,12 +67,12 @@ class Question:
 
     @property
     def unit(self) -> str:
-        """What a plan's price is counted in: that of the budget, or hours."""
+        """The unit of a plan's price: that of the budget, or hours."""
         budget = self.recipe.plan.auto.budget
         return parse_budget(budget)[1] if budget else "hours"
 
     def price(self, choice: Choice) -> float:
-        """What a plan takes, in that unit."""
+        """Return the price of a plan in this unit."""
         prices = {
             "tokens": choice.cost.sae_samples,
             "FLOPs": choice.cost.flops,
@@ -82,16 +82,16 @@ class Question:
 
     @property
     def survey_price(self) -> float:
-        """What the survey took, in that unit."""
+        """The price of the survey in this unit."""
         cost = self.survey.cost
         prices = {"tokens": cost.sae_samples, "FLOPs": cost.flops, "hours": cost.seconds / 3600}
         return prices[self.unit]
 
 
 def choose(recipe: Recipe, facts: ModelFacts, survey: Survey, memory_bytes: float = math.inf) -> Choice:
-    """The cheapest tree at the quality asked for, or the best that the budget buys, the survey's cost included.
+    """Return the cheapest tree of the quality asked for, or the best that the budget buys, survey included.
 
-    Raises PlanError where the quality is out of reach, or the budget too small for any.
+    Raises PlanError if the quality is out of reach, or the budget too small for any tree.
     """
     question = Question(recipe, facts, survey, fit_curves(survey), memory_bytes)
     if recipe.plan.auto.budget:
@@ -109,7 +109,7 @@ def choose(recipe: Recipe, facts: ModelFacts, survey: Survey, memory_bytes: floa
 
 
 def _best_within_budget(question: Question, amount: float) -> Choice:
-    """The lowest ratio that a budget buys, by bisection."""
+    """Return the choice with the lowest ratio that a budget buys, by bisection."""
     surveyed = question.survey_price
     best = choose_at(10, question)
     if best is None or question.price(best) + surveyed > amount:
@@ -133,7 +133,7 @@ def _best_within_budget(question: Question, amount: float) -> Choice:
 
 
 def choose_at(ratio: float, question: Question) -> Choice | None:
-    """The cheapest plan in which every layer meets its goal, or None; true plans decide between a few trees."""
+    """Return the cheapest plan in which every layer meets its goal, or None; a few trees are compared as plans."""
     curves = question.curves
     root_tokens = question.recipe.plan.root_tokens
     reference = {layer: curves.scratch(layer, root_tokens) for layer in curves.pilot}
@@ -146,7 +146,7 @@ def choose_at(ratio: float, question: Question) -> Choice | None:
 
 
 def _as_choice(tree: "Tree", ratio: float, reference: dict[int, float], question: Question) -> Choice:
-    """A tree with the cost of the plan that it becomes."""
+    """Return a tree's legs with the cost of the plan that they compile to."""
     legs = tree_legs(tree, question.recipe, question.survey)
     recipe = with_legs(question.recipe, question.survey, legs)
     cost = plan_cost(compile_plan(recipe, question.facts, memory_bytes=question.memory_bytes))
@@ -160,27 +160,27 @@ def _as_choice(tree: "Tree", ratio: float, reference: dict[int, float], question
 
 
 class Tree(NamedTuple):
-    """Which layer is trained from which (None: from scratch), and on how many tokens."""
+    """The layer that each layer is trained from (None: from scratch), and on how many tokens."""
 
     parents: dict[int, int | None]
     tokens: dict[int, float]
     fvu: dict[int, float]
-    """Predicted of each layer."""
+    """Predicted FVU of each layer."""
 
 
 class Charges(NamedTuple):
     """What the edges of a tree cost, in a budget's unit."""
 
     per_sample: float
-    """A token in training."""
+    """Cost of training on one token."""
     per_read_token: dict[int, float]
-    """A token read by the language model up to a layer."""
+    """Cost of reading one token with the language model up to a layer, by layer."""
     moment_tokens: int
     root_price: dict[int, float]
-    """What is charged for a root, as a multiple of its cost."""
+    """Price of a root as a multiple of its cost, by layer."""
 
     def of_edge(self, parent: int | None, layer: int, tokens: float) -> float:
-        """The cost of training a layer from a parent, or from scratch, on some tokens."""
+        """Return the cost of training a layer from a parent, or from scratch, on some tokens."""
         tokens_read = tokens if parent is None else tokens + self.moment_tokens
         cost = tokens * self.per_sample + tokens_read * self.per_read_token[layer]
         return cost * self.root_price[layer] if parent is None else cost
@@ -191,19 +191,19 @@ class Overtraining(NamedTuple):
 
     layers: Sequence[int] = ()
     multiple: float = 1.0
-    """Of the tokens that their goal takes."""
+    """Multiple of the tokens that their goal takes."""
     only_parents: bool = False
-    """Whether nothing but they may have children."""
+    """Whether only these layers may have children."""
 
 
 def _candidates(goals: dict[int, float], question: Question) -> list[Tree]:
-    """Trees worth comparing: the cheapest at several prices of a forward pass, their roots overtrained or not, and all
-    layers from scratch in one pass.
+    """Return the trees worth comparing.
 
-    How to see this: an algorithm for trees wants a price for each edge, but two things depend on the tree as a whole.
-    Legs that train at the same time share their forward passes, so that a leg pays only some share of them, and better
-    roots make all their children cheaper. So a few shares and a few budgets of the roots are tried, and `choose_at`
-    compares the true costs of the trees that come out.
+    They are the cheapest trees at several prices of a forward pass, with their roots overtrained or not, and all layers
+    from scratch in one pass. An algorithm for spanning trees needs a price for each edge, but two costs depend on the
+    whole tree: legs that train at the same time share their forward passes, so that each pays only a share of them, and
+    better roots make all their children cheaper. So a few shares and a few budgets of the roots are tried, and
+    `choose_at` compares the true costs of the resulting trees.
     """
     roots = question.recipe.plan.roots
     without_hops = replace(question.curves, gap={})
@@ -228,10 +228,11 @@ def cheapest(
     roots: Sequence[int] = (),
     overtraining: Overtraining | None = None,
 ) -> Tree | None:
-    """The arborescence of least cost in which every layer meets its goal, or None.
+    """Return the arborescence of least cost in which every layer meets its goal, or None.
 
-    Only `roots` are trained from scratch if there are any. What a child needs follows from its parent's goal, not from
-    how the parent came to it, so that each edge has a price of its own and the best tree is a spanning arborescence.
+    If `roots` are given, only they are trained from scratch. The tokens a child needs follow from its parent's goal,
+    not from how the parent reached it, so that each edge has a fixed price and the best tree is a minimum spanning
+    arborescence.
     """
     overtraining = overtraining or Overtraining()
     from_scratch = {}
@@ -259,7 +260,7 @@ def cheapest(
         parent = parents[layer]
         if parent is None:
             fvu[layer] = curves.scratch(layer, tokens[layer])
-        elif not tokens[layer]:  # the hop alone is better than the goal
+        elif not tokens[layer]:  # the hop alone reaches the goal
             fvu[layer] = curves.child(parent, layer, from_scratch[parent], 0)
         else:
             fvu[layer] = goal
@@ -273,7 +274,10 @@ def _tokens_needed(
     roots: Sequence[int],
     overtraining: Overtraining,
 ) -> dict[tuple[int | None, int], float]:
-    """Tokens after which each layer meets its goal, by its parent (None: from scratch), for all edges allowed."""
+    """Return the tokens after which a layer meets its goal, by (parent, layer), for all edges allowed.
+
+    The parent of a layer trained from scratch is None.
+    """
     needed: dict[tuple[int | None, int], float] = {}
     for layer, goal in goals.items():
         if not roots or layer in roots:
@@ -285,13 +289,13 @@ def _tokens_needed(
 
 
 def charges_of(question: Question, share: float) -> Charges:
-    """What the edges of a tree cost; a leg pays `share` of the forward passes that it reads."""
+    """Return the costs of a tree's edges if a leg pays `share` of the forward passes that it reads."""
     recipe = question.recipe
     facts = question.facts
     survey = question.survey
     width = facts.width(Site(0, recipe.sites.first_kind.module))
     flops_per_step, _ = step_flops(recipe.dictionary.sized(width), facts, width)
-    prices = {  # of a training sample, and of an operation of the language model
+    prices = {  # unit: (of a training sample, of an operation of the language model)
         "tokens": (1.0, 0.0),
         "FLOPs": (flops_per_step, 1.0),
         "hours": (survey.cost.seconds_per_sample, survey.cost.seconds_per_lm_flop),
@@ -310,7 +314,7 @@ def charges_of(question: Question, share: float) -> Charges:
 
 
 def tree_legs(tree: Tree, recipe: Recipe, survey: Survey) -> list[LegSpec]:
-    """A tree as legs."""
+    """Return the legs of a tree."""
     batch = recipe.train.batch_tokens
     ids = {}
     for layer, parent in tree.parents.items():
@@ -333,9 +337,10 @@ def tree_legs(tree: Tree, recipe: Recipe, survey: Survey) -> list[LegSpec]:
 
 
 def decay_gain(layer: int, tokens: float, survey: Survey) -> float:
-    """What the decay of a leg from scratch is worth: FVU after over before.
+    """Return the FVU after the learning rate's decay over the FVU before it, for a leg from scratch.
 
-    Its pilot's, times what the long pilot's has over the short one's; and less at the lower rate of a longer leg.
+    It is the gain of the layer's pilot, times the ratio of the hub's long pilot's gain to its short pilot's; and closer
+    to 1 for a longer leg, which has a lower rate.
     """
     pilots = {pilot.layer: pilot.decay_gain for pilot in survey.layers}
     gain = min(1.0, pilots[layer] * survey.long.long_decay_gain / pilots[survey.hub])
@@ -343,17 +348,17 @@ def decay_gain(layer: int, tokens: float, survey: Survey) -> float:
 
 
 def with_legs(recipe: Recipe, survey: Survey, legs: list[LegSpec]) -> Recipe:
-    """The recipe with an explicit plan, and the survey's blocks."""
+    """Return the recipe with an explicit plan and the block size of the survey."""
     plan = recipe.plan.changed(legs=legs, controls=[])
     data = recipe.data.changed(block_tokens=survey.block_tokens)
     return recipe.changed(plan=plan, data=data)
 
 
 def written_out(recipe: Recipe, survey: Survey, choice: Choice) -> Recipe:
-    """The recipe with the legs chosen: with slack where they may stop early and no budget forbids it.
+    """Return the recipe with the legs chosen, with slack if they may stop early and there is no budget.
 
-    Slack does not go beyond root_tokens, with which scratch has the FVU that goals are measured by.
-    Controls are those of the layers that a transfer reaches; which these are, the recipe could not know.
+    Slack does not go beyond root_tokens, after which training from scratch has the FVU that goals are relative to.
+    Only layers that a transfer reaches get controls; the recipe could not know which layers these would be.
     """
     slack = SLACK if recipe.plan.stop and not recipe.plan.auto.budget else 1.0
     batch = recipe.train.batch_tokens

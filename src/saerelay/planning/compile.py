@@ -17,7 +17,7 @@ from saerelay.site import Site
 from saerelay.spec import format_count
 
 MAX_TOKENS = 10**11
-"""Most token positions that a plan may read: ten times what the largest published SAEs were trained on."""
+"""Most token positions that a plan may read: ten times as many as the largest published SAEs were trained on."""
 
 
 def compile_plan(
@@ -31,11 +31,11 @@ def compile_plan(
 ) -> Plan:
     """Turn a recipe into a plan; raises PlanError if it cannot be run.
 
-    `externals` describes the parents outside the plan, and `parents` names those that `plan.parents` asks for. Legs are
-    started as early as their parents and `memory_bytes` (training state of all live legs) allow. With a `finished`
-    plan, its legs stay as they are and what the recipe adds starts where it ended: new legs, and for a leg that got a
-    larger budget one that continues it (its rate warms up and decays again, so the result is not that of a longer first
-    run).
+    `externals` describes the parents outside the plan, and `parents` names the SAEs that `plan.parents` asks for. Legs
+    start as early as their parents and `memory_bytes` (training state of all live legs) allow. With a `finished` plan,
+    its legs stay as they are, and the recipe's additions start where it ended: new legs, and a continuation for each
+    leg with a larger budget (whose learning rate warms up and decays again, so that the result is not that of a longer
+    first run).
     """
     layers = _check_layers(recipe, facts)
     if finished and not recipe.plan.roots:
@@ -80,7 +80,7 @@ def compile_plan(
 
 
 def _check_nothing_else(recipe: Recipe) -> None:
-    """Raise PlanError where something is asked for that only presets have, beside a plan written leg by leg."""
+    """Raise PlanError if a recipe with a plan written leg by leg also sets keys that belong to presets."""
     plan = recipe.plan
     if plan.controls:
         raise PlanError(
@@ -95,16 +95,16 @@ def _check_nothing_else(recipe: Recipe) -> None:
 
 
 def _check_length(plan: Plan) -> None:
-    """Raise PlanError for a plan that nobody can mean: it would be read for years."""
+    """Raise PlanError for a plan that must be a mistake, because it would take years to run."""
     if plan.n_tokens > MAX_TOKENS:
         raise PlanError(
-            f"the plan reads {format_count(plan.n_tokens)} tokens, and the most is {format_count(MAX_TOKENS)}; "
+            f"the plan reads {format_count(plan.n_tokens)} tokens, but at most {format_count(MAX_TOKENS)} are allowed; "
             "lower plan.root_tokens, plan.transfer_tokens, plan.moment_tokens or the tokens of the legs"
         )
 
 
 def _check_layers(recipe: Recipe, facts: ModelFacts) -> list[int]:
-    """The layers asked for; PlanError where the model does not have them, or takes no such context."""
+    """Return the layers asked for; PlanError if the model lacks one of them, or does not take such a long context."""
     if facts.tokens.max_context and recipe.data.context > facts.tokens.max_context:
         raise PlanError(
             f"data.context is {recipe.data.context}; {facts.name} takes at most {facts.tokens.max_context} tokens; "
@@ -126,16 +126,16 @@ def _check_layers(recipe: Recipe, facts: ModelFacts) -> list[int]:
 
 
 def _with_roots_of(recipe: Recipe, finished: Plan) -> Recipe:
-    """The recipe with the roots that a finished plan had, so that more layers do not choose others."""
+    """Return the recipe with the roots of a finished plan, so that added layers do not change the choice of roots."""
     roots = sorted({leg.layer for leg in finished.legs if leg.role == "root"})
     plan = recipe.plan.changed(roots=roots)
     return recipe.changed(plan=plan)
 
 
 def _probe_layer(recipe: Recipe, facts: ModelFacts) -> int | None:
-    """The layer in the middle of the model: the same positions are left out whichever layers are read.
+    """Return the middle layer of the model, or the nearest layer that can be read.
 
-    Where that one cannot be read, the nearest one that can.
+    It does not depend on the layers that are read, so that the same positions are left out for all choices of layers.
     """
     if not recipe.data.outlier_norm:
         return None
@@ -143,14 +143,14 @@ def _probe_layer(recipe: Recipe, facts: ModelFacts) -> int | None:
     readable = [layer for layer in range(facts.n_layers) if str(Site(layer, module)) not in facts.sites.refusals]
     if not readable:
         raise PlanError(
-            f"no layer of {facts.name} has {module} (sites.module), at which outliers of norm are looked for; set "
-            "sites.module to what the model has, or data.outlier_norm = 0"
+            f"no layer of {facts.name} has {module} (sites.module), where outlier norms are looked for; set "
+            "sites.module to a module that the model has, or data.outlier_norm = 0"
         )
     return min(readable, key=lambda layer: abs(layer - facts.n_layers // 2))
 
 
 def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
-    """The legs in an order in which each follows all it names; PlanError if there is none."""
+    """Return the legs in an order in which each follows all legs that it names; PlanError if there is no such order."""
     by_id = {spec.id: spec for spec in specs}
     if len(by_id) < len(specs):
         ids = [spec.id for spec in specs]
@@ -183,12 +183,12 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
 
 
 def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
-    """What a recipe adds to a finished leg: a leg with the tokens it lacks, or None; other changes are refused."""
+    """Return a leg with the tokens that a recipe adds to a finished leg, or None; PlanError for any other change."""
     changed = _changed_keys(before, leg)
     if changed:
         raise PlanError(
-            f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; only a larger number of tokens "
-            "can be added. Choose another --out."
+            f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; a finished leg can only get "
+            "more tokens. Choose another --out."
         )
     last = before
     n_tokens = before.budget_tokens
@@ -213,7 +213,7 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
 
 
 def _changed_keys(before: Leg, now: Leg) -> list[str]:
-    """The keys, but for those that follow from the schedule, in which two versions of a leg differ."""
+    """Return the keys in which two versions of a leg differ, except those that follow from the schedule."""
     scheduled = {"start", "fork_at_tokens", "snapshots", "dead_after_tokens", "moment_tokens", "budget_tokens"}
     scheduled |= {"shared_layers", "alignment_tokens", "lr", "lr_by_map", "goal_fvu", "decay_gain", "predicted_fvu"}
     old = before.model_dump()
@@ -222,7 +222,7 @@ def _changed_keys(before: Leg, now: Leg) -> list[str]:
 
 
 def _check_widths(plan: Plan) -> None:
-    """Raise PlanError where a transfer does not fit: widths, layers of another model, too few tokens for a map."""
+    """Raise PlanError if a transfer is impossible: other widths, a layer the model lacks, too few tokens for a map."""
     for leg in plan.legs:
         if leg.hop:
             _check_width(plan, leg, leg.hop.method)
@@ -241,8 +241,8 @@ def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
         )
     if external and external.layer >= plan.facts.n_layers:
         raise PlanError(
-            f"leg {leg.id}: its parent {leg.parent} is of layer {external.layer}, and {plan.facts.name} has layers "
-            f"0 to {plan.facts.n_layers - 1}; it belongs to another model"
+            f"leg {leg.id}: its parent {leg.parent} reads layer {external.layer}, but {plan.facts.name} has layers "
+            f"0 to {plan.facts.n_layers - 1}; the parent belongs to another model"
         )
     _check_map_tokens(leg, width, method)
 

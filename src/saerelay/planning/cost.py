@@ -1,4 +1,4 @@
-"""What a plan takes, from shapes alone: tokens, operations, memory, disk."""
+"""The cost of a plan, predicted from shapes alone: tokens, operations, memory, disk."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from saerelay.spec import Spec
 
 
 class Cost(Spec):
-    """What a plan takes; `flops` are operations executed, `flops_dense_equivalent` what dense steps would take."""
+    """The cost of a plan; `flops` are operations executed, `flops_dense_equivalent` those of dense steps."""
 
     lm_tokens: int
     """Token positions read by the language model."""
@@ -19,23 +19,23 @@ class Cost(Spec):
     """Activations trained or refitted on, summed over legs."""
     flops: float
     lm_flops: float
-    """Those of the language model among them: what a suite cannot go below."""
+    """The language model's part of `flops`, below which no suite can go."""
     flops_dense_equivalent: float
     memory_bytes: float
-    """Largest training state of all live legs, one block's activations at the sites then open, the language model (or
-    one rank's part of it)."""
+    """The largest training state of all legs live at the same time, the activations of one block at the most sites that
+    are open at a time, and the language model (or one rank's part of it)."""
     disk_bytes: float
-    """Published dictionaries, snapshots, the saved state twice over, and the tokens."""
+    """Published dictionaries, snapshots, two copies of the saved state, and the tokens."""
     cache_bytes: float
-    """What `data.cache` takes if nothing is in it yet and no sequence is read twice; 0 without one."""
+    """Size of `data.cache` if it is empty at first and no sequence is read twice; 0 without a cache."""
 
 
 TYPICAL_L0 = 32.0
-"""Active latents per token that are counted where an architecture asks for no number of them."""
+"""Active latents per token that are assumed for an architecture without a target L0."""
 
 
 def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int) -> tuple[float, float]:
-    """Operations of one training step per token: (executed, dense equivalent 12·D·F)."""
+    """Return the operations of a training step per token: (executed, dense equivalent 12·D·F)."""
     dense = 12.0 * width * dictionary.n_latents
     if not takes_sparse_step(facts.device):
         return dense, dense
@@ -44,9 +44,9 @@ def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int) -
 
 
 def fit_flops(leg: Leg, width: int) -> float:
-    """Operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky.
+    """Return the operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky.
 
-    A leg that layers share has a map from each of the others, through which their activations go as it is trained.
+    A leg that several layers share has a map from each of the other layers, applied to their activations in training.
     """
     n_maps = len(leg.shared_layers) or 1
     moments = n_maps * leg.moment_tokens * 8.0 * width**2
@@ -61,12 +61,12 @@ def fit_flops(leg: Leg, width: int) -> float:
 
 
 def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
-    """Operations of the language model's first `n_layers` layers per token, attention included."""
+    """Return the operations per token of the language model's first `n_layers` layers, attention included."""
     return n_layers * (2.0 * facts.layer_params + 4.0 * context * facts.d_attn_z)
 
 
 def parameters(leg: Leg, facts: ModelFacts) -> int:
-    """Parameters of a leg's dictionary."""
+    """Return the number of parameters of a leg's dictionary."""
     width = facts.width(leg.site)
     width_out = facts.width(leg.site_out)
     skip = width * width_out if leg.dictionary.skip_connection else 0
@@ -74,14 +74,14 @@ def parameters(leg: Leg, facts: ModelFacts) -> int:
 
 
 def state_bytes(leg: Leg, facts: ModelFacts) -> float:
-    """Weights, gradients and Adam's two moments, in float32."""
+    """Return the size of a leg's weights, gradients and Adam's two moments, in float32."""
     return 16.0 * parameters(leg, facts)
 
 
 def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts) -> float:
-    """The largest training state of all legs that are live at the same time.
+    """Return the largest training state of all legs that are live at the same time.
 
-    How to see this: along the axis, what a leg takes is added where it starts and taken away where it ends, ends first.
+    Along the axis, a leg's state is added where it starts and subtracted where it ends; ends come before starts.
     """
     changes = []
     for leg in legs:
@@ -91,9 +91,9 @@ def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts) -> float:
 
 
 def model_bytes(plan: Plan) -> float:
-    """The language model's weights on one rank: all of them, or, with `tensor_parallel`, a part of each layer.
+    """Return the size of the language model's weights on one rank; with `tensor_parallel`, of its part of each layer.
 
-    What lies outside of the layers counts as whole, though ranks share most models' embeddings as well.
+    Weights outside the layers count in full, although ranks divide most models' embeddings among themselves as well.
     """
     facts = plan.facts
     in_layers = facts.n_layers * facts.layer_params

@@ -7,8 +7,8 @@ Four laws with few free parameters, found on the data of decision 030:
     hop        FVU(p → t) = FVU(t, n) + gap(p, t)            map and refit, from a parent worth n tokens
     child      FVU = FVU(t, n + m) + gap(p, t) / (1 + m / half)                after m tokens of its own
 
-A gap does not depend on how well the parent is trained. A dictionary is worth the tokens from scratch that reach its
-FVU, so a child's child starts from what the child is worth.
+A gap does not depend on how well the parent is trained. A dictionary is worth the number of tokens from scratch that
+reaches its FVU, so that a child's child starts from what the child is worth.
 """
 
 import math
@@ -21,11 +21,11 @@ import numpy as np
 from saerelay.planning.survey import Survey
 
 DECLINE = 0.55
-"""How fast a curve falls to its floor; between what two models have (decision 030)."""
+"""Exponent with which a curve falls to its floor; lies between the values of two models (decision 030)."""
 GAP_GROWTH = 1.3
-"""Gap after a finished parent over that after a pilot; a third of 1 − R² is the other estimate of it (decision 030)."""
+"""Gap after a finished parent over the gap after a pilot; the gap's other estimate is (1 − R²) / 3 (decision 030)."""
 HALF_PER_LATENT = 40
-"""Tokens after which half of a gap is closed, per latent."""
+"""Tokens per latent after which half of a gap is closed."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ class Curves:
     """Tokens that close half of a gap."""
 
     def hub(self, tokens: float) -> float:
-        """FVU at the hub after some tokens from scratch."""
+        """Return the FVU at the hub after some tokens from scratch."""
         return self.floor + self.slope * tokens**-DECLINE
 
     def scratch(self, layer: int, tokens: float) -> float:
-        """FVU at a layer after some tokens from scratch."""
+        """Return the FVU at a layer after some tokens from scratch."""
         return self.pilot[layer] * (self.hub(tokens) / self.hub(self.pilot_tokens)) ** self.power[layer]
 
     def tokens_from_scratch(self, layer: int, fvu: float) -> float:
-        """Tokens from scratch that reach an FVU at a layer; infinite if none do."""
+        """Return the tokens from scratch that reach an FVU at a layer; infinity if no number does."""
         at_hub = self.hub(self.pilot_tokens) * (fvu / self.pilot[layer]) ** (1 / self.power[layer])
         if at_hub <= self.floor:
             return math.inf
         return (self.slope / (at_hub - self.floor)) ** (1 / DECLINE)
 
     def child(self, parent: int, layer: int, parent_tokens: float, tokens: float) -> float:
-        """FVU of a child after some tokens, whose parent is worth `parent_tokens` from scratch."""
+        """Return the FVU, after some tokens, of a child whose parent is worth `parent_tokens` from scratch."""
         return self.scratch(layer, parent_tokens + tokens) + self.gap[parent, layer] / (1 + tokens / self.half)
 
     def child_tokens(self, parent: int, layer: int, parent_tokens: float, fvu: float) -> float:
-        """Tokens after which a child has an FVU, by bisection; infinite if scratch would need fewer."""
+        """Return the tokens after which a child has an FVU, by bisection; infinity if scratch would need fewer."""
         low = 0.0
         high = self.tokens_from_scratch(layer, fvu)
         if not high < math.inf or self.child(parent, layer, parent_tokens, high) > fvu:
@@ -79,10 +79,11 @@ class Curves:
 
 
 def fit_curves(survey: Survey) -> Curves:
-    """Fit the laws to what was measured.
+    """Fit the laws to a survey.
 
-    The hub's curve goes through its two pilots, and so do those of the first and the last layer. A gap is the geometric
-    mean of that of the pilots, grown, and of a third of what the map leaves unexplained.
+    The hub's curve goes through its two pilots, and so do the curves of the first and the last layer. A gap is the
+    geometric mean of two estimates: the gap of the pilots times GAP_GROWTH, and a third of what the map leaves
+    unexplained.
     """
     pilot = {layer.layer: layer.fvu for layer in survey.layers}
     refitted = {layer.layer: layer.refitted for layer in survey.layers}
@@ -106,11 +107,12 @@ def fit_curves(survey: Survey) -> Curves:
 
 
 def _fit_powers(survey: Survey, pilot: dict[int, float], refitted: dict[int, float]) -> dict[int, float]:
-    """How much faster than the hub's each layer's curve falls, as a power.
+    """Return how much faster than the hub's each layer's curve falls, as a power.
 
-    The hub, the first and the last layer have a long pilot, from which it follows. Another layer's power is the
-    geometric mean of three estimates, each rough: what the long pilot carried to it gains over its own, less the gap;
-    what the two layers gain in the decay; and between the powers of the layers that have a long pilot.
+    For the hub, the first and the last layer, the power follows from their long pilots. Another layer's power is the
+    geometric mean of three rough estimates: from the FVU of the hub's long pilot carried to the layer, less the gap,
+    over that of the layer's own pilot; from the gains of the two layers in the decay; and by interpolation between the
+    powers of the layers that have a long pilot.
     """
     hub = survey.hub
     decay = {layer.layer: math.log(layer.decay_gain - 1e-9) for layer in survey.layers}
@@ -136,11 +138,11 @@ def _fit_powers(survey: Survey, pilot: dict[int, float], refitted: dict[int, flo
 
 
 def _interpolated(layer: int, measured: Sequence[int], powers: dict[int, float]) -> float:
-    """Between the powers of the measured layers, in logarithms."""
+    """Interpolate between the powers of the measured layers, in logarithms."""
     logs = [math.log(powers[other]) for other in measured]
     return math.exp(np.interp(layer, measured, logs))
 
 
 def log_ratio(fvu: float, of: float) -> float:
-    """How far an FVU has fallen from another; below zero even where noise says otherwise."""
+    """Return the logarithm of an FVU over another that it has fallen from; negative even if noise says otherwise."""
     return min(-1e-9, math.log(fvu / of))

@@ -1,4 +1,4 @@
-"""What a plan must know of a language model."""
+"""What a plan must know about a language model."""
 
 from collections.abc import Collection
 from typing import Literal
@@ -10,46 +10,46 @@ from saerelay.site import MODULE_KINDS, ModuleKind, Site
 from saerelay.spec import Positive, Spec, Whole
 
 Precision = Literal["float32", "bfloat16", "float16"]
-"""What a language model runs in."""
+"""The dtypes a language model may run in."""
 
 
 class TokenFacts(Spec):
-    """What a model takes as tokens."""
+    """A language model's vocabulary, special tokens and context."""
 
     vocab_size: int
     max_context: int
-    """Longest sequence the model takes; 0 if it has no limit."""
+    """Longest sequence that the model takes; 0 if there is no limit."""
     bos_token_id: int | None
-    """What `prepend_bos` puts first: the BOS token, or the CLS token of an encoder, or none."""
+    """The token that `prepend_bos` puts first: BOS, or CLS for an encoder; None if the model has neither."""
     eos_token_id: int | None
-    """What separates packed documents: EOS, or SEP of an encoder, or none."""
+    """The token between packed documents: EOS, or SEP for an encoder; None if the model has neither."""
     pad_token_id: int | None = None
-    """What fills up sequences in files of tokens, or none."""
+    """The token that fills up sequences in files of tokens; None if the model has no such token."""
 
 
 class SiteFacts(Spec):
-    """Where a model's activations can be read, and how wide they are; found by a probe, without weights."""
+    """Where a model's activations can be read, and how wide they are; found by a probe that loads no weights."""
 
     d_attn_z: int
     """Width of the attention output projection's input (heads x head width), where it is widest."""
     widths: dict[ModuleKind, list[int]] = {}
     """Width of each kind of site by layer, 0 where it cannot be read; {} in plans of old versions."""
     refusals: dict[str, str] = {}
-    """Why a site cannot be read, by its name."""
+    """Why sites cannot be read, by their names."""
 
 
 class ModelFacts(Spec):
-    """What a plan must know of a language model; read from its configuration, without loading weights."""
+    """What a plan must know about a language model; read from its configuration, without loading weights."""
 
     inline = ("tokens", "sites")
 
     name: str
     revision: str
-    """Resolved revision where the hub gives one (commit hash), else what the recipe says."""
+    """Commit hash that the hub resolves the revision to, if any; else the recipe's revision."""
     adapter: str = ""
     """The adapter that is merged into its weights: a directory, or a hub id with its commit."""
     quantised: str = ""
-    """How its weights are quantised, such as "bitsandbytes"; "" for plain ones."""
+    """How its weights are quantised, such as "bitsandbytes"; "" if they are not."""
     family: str
     """`model_type` of the Hugging Face configuration."""
     dtype: Precision
@@ -76,18 +76,18 @@ class ModelFacts(Spec):
 
     @property
     def bytes_per_value(self) -> int:
-        """Size of one of its activations."""
+        """Size in bytes of one number of its activations."""
         return 4 if self.dtype == "float32" else 2
 
     def width(self, site: Site) -> int:
-        """Width D of the activations at a site."""
+        """Return the width D of the activations at a site."""
         widths = self.sites.widths.get(site.module, [])
         if site.layer < len(widths) and widths[site.layer]:
             return widths[site.layer]
         return self.d_attn_z if site.module == "attn_z" else self.d_model
 
     def check_site(self, site: Site) -> None:
-        """Raise ModelError where activations cannot be read, with the sites and layers that can be."""
+        """Raise ModelError if the site's activations cannot be read; the message names sites and layers that can be."""
         if str(site) in self.sites.refusals:
             readable = []
             for kind, widths in self.sites.widths.items():
@@ -96,7 +96,7 @@ class ModelFacts(Spec):
 
 
 def explain_refusal(site: Site, name: str, reason: str, readable: Collection[Site]) -> str:
-    """Why a site of a model cannot be read, and which can be: its kind in other layers, other kinds in its layer.
+    """Explain why a site cannot be read, and which sites can: other kinds in its layer, its kind in other layers.
 
     >>> explain_refusal(Site(0, "attn_z"), "x", "it has no attention", [Site(0), Site(1, "attn_z")])[:65]
     'L0.attn_z of "x" cannot be read: it has no attention. Layer 0 has'

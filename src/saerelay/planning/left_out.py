@@ -1,16 +1,16 @@
-"""How many positions are left out for the norm of their activations, and which token most of them hold."""
+"""How many positions are left out because of the norm of their activations, and which token most of them hold."""
 
 from saerelay.document import Record
 
 SHARE_WORTH_SAYING = 0.01
-"""Share of positions from which on it is said that they are left out."""
+"""Share of positions above which users are told that positions are left out."""
 
 
 class LeftOut(Record):
-    """Positions that are not trained or measured on, because their norm is far above the others'."""
+    """Positions that are not trained or measured on, because their norm is far above that of the others."""
 
     site: str | None
-    """Where norms are looked at; null if nothing is left out for its norm."""
+    """The site where norms are looked at; null if no positions are left out for their norm."""
     n: int
     """Number of positions left out."""
     n_read: int
@@ -22,7 +22,7 @@ class LeftOut(Record):
 
     @property
     def note(self) -> str:
-        """A sentence, if it is more than a hundredth of the positions; else "".
+        """A sentence, if more than a hundredth of the positions are left out; else "".
 
         >>> LeftOut(site="L4", n=30, n_read=1000, token=50, n_of_token=28).note[:60]
         'left out as outliers of norm: 3.0% of the positions read (30'

@@ -11,7 +11,7 @@ from saerelay.spec import Count, OrAuto, Spec, parse_count
 
 
 def _share_or_count(value: object) -> object:
-    """A float up to 1 is a share of the leg's budget, anything else a count of tokens."""
+    """Parse a value: a float up to 1 is a share of the leg's budget, anything else a count of tokens."""
     if isinstance(value, float) and 0 <= value <= 1:
         return value
     return parse_count(value)
@@ -22,11 +22,11 @@ LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
 """The id of a leg: safe as the name of a directory."""
 Rate = Annotated[float, Field(gt=0, lt=1)]
 ControlKind = Literal["equal_tokens", "full", "random"]
-"""From scratch with as many tokens, from scratch with the full budget, or random and refitted like a hop's."""
+"""From scratch on the transfer's tokens, from scratch on the full budget, or random and refitted as after a hop."""
 
 
 def tokens_of(value: float, budget: int) -> int:
-    """Tokens meant by a share (a float up to 1) or a count, of a leg with `budget` tokens.
+    """Return the tokens meant by a share (a float up to 1) or a count, for a leg with `budget` tokens.
 
     >>> tokens_of(0.5, 1000), tokens_of(300, 1000)
     (500, 300)
@@ -37,7 +37,7 @@ def tokens_of(value: float, budget: int) -> int:
 
 
 def repeat_name(leg_id: str, seed: int) -> str:
-    """The id of a leg's repeat with another seed.
+    """Return the id of a leg's repeat with another seed.
 
     >>> repeat_name("L3-from-L5", 1)
     'L3-from-L5-seed1'
@@ -46,11 +46,11 @@ def repeat_name(leg_id: str, seed: int) -> str:
 
 
 class LegHop(Spec):
-    """Where a leg is transferred from, and how; None leaves it to the plan."""
+    """What a leg is transferred from, and how; None leaves a choice to the plan."""
 
     parent: str
-    """Id of another leg, or a dictionary outside the plan: a directory (a leg or snapshot of another run, or another
-    tool's files) or `hf://user/repo[@revision][/path]`."""
+    """Id of another leg, or the place of a dictionary outside the plan: a directory (a leg or snapshot of another run,
+    or another tool's files) or `hf://user/repo[@revision][/path]`."""
     fork_at: ShareOrCount = 1.0
     """The parent's age at which this leg starts from it: a share of its tokens or a count."""
     method: LegMethod | None = None
@@ -68,20 +68,20 @@ class LegGoal(Spec):
     """What quality is expected of a leg: FVU in training units (see train.balance) on validation documents."""
 
     goal_fvu: float | None = Field(default=None, gt=0)
-    """At which the leg may end early (see plan.stop)."""
+    """FVU at which the leg may end early (see plan.stop)."""
     decay_gain: float = Field(default=0.9, gt=0, le=1)
-    """FVU after the learning rate's decay over FVU before it: what a leg with a goal counts on."""
+    """FVU after the learning rate's decay over FVU before it, which a leg with a goal counts on."""
     predicted_fvu: float | None = Field(default=None, gt=0)
-    """What a survey predicts; changes nothing."""
+    """FVU that a survey predicts; for information only."""
 
 
 class LegDictionary(Spec):
-    """How a leg's dictionary differs from its parent's, or from the recipe's; None leaves it as it is."""
+    """How a leg's dictionary differs from its parent's, or from the recipe's; None changes nothing."""
 
     architecture: str | None = None
-    """Another architecture than the parent's: thresholds are calibrated on the way."""
+    """An architecture other than the parent's; thresholds are calibrated during the hop."""
     n_latents: Count | None = Field(default=None, ge=1)
-    """More or fewer than the parent's: new ones take up its residual, those that explain least are left behind."""
+    """More or fewer latents than the parent: new ones take up its residual, those that explain least are dropped."""
     k: int | None = Field(default=None, ge=1)
     """Active latents per token, whatever the architecture (jumprelu, gated: their target_l0)."""
 
@@ -110,16 +110,16 @@ class LegSpec(Spec):
     layer: int
     module: ModuleKind | None = None
     module_out: ModuleKind | Literal[""] | None = None
-    """What a transcoder reconstructs. A leg that names neither this nor its module has both from the recipe."""
+    """The module that a transcoder reconstructs. A leg without `module` and `module_out` takes both from the recipe."""
     tokens: Count = Field(ge=0)
-    """Training tokens; 0 leaves a transfer untrained (but refitted, if it is to be)."""
+    """Training tokens; 0 leaves a transfer untrained (the decoder may still be refitted)."""
     seed: int | None = Field(default=None, ge=0)
     after: str = ""
-    """Start when this leg has ended (a leg from scratch starts at once otherwise)."""
+    """The leg that must end before this one starts (without it, a leg from scratch starts at once)."""
     hop: LegHop | None = None
-    """None trains from scratch."""
+    """None for a leg from scratch."""
     shared_layers: list[int] = []
-    """Other layers whose activations it is trained on, too, once they are aligned with its own layer's."""
+    """Other layers whose activations the SAE is trained on as well, after alignment with those of its own layer."""
     control: LegControl | None = None
     goal: LegGoal = LegGoal()
     dictionary: LegDictionary = LegDictionary()
@@ -127,18 +127,18 @@ class LegSpec(Spec):
 
     @property
     def parent(self) -> str:
-        """What it is transferred from; "" if it is trained from scratch."""
+        """What the leg is transferred from; "" if it is trained from scratch."""
         return self.hop.parent if self.hop else ""
 
     @property
     def control_of(self) -> str:
-        """The leg that it is a control of; "" if it is none."""
+        """The leg that this leg is a control of; "" if it is not a control."""
         return self.control.control_of if self.control else ""
 
     @model_validator(mode="before")
     @classmethod
     def _spelled_out(cls, data: Any) -> Any:
-        """An empty parent, or control_of, is none; a transcoder is one of an MLP."""
+        """Read an empty parent or control_of as none, and the module "transcoder" as an MLP's input and output."""
         if not isinstance(data, dict):
             return data
         rest = dict(data)

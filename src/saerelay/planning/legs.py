@@ -1,4 +1,4 @@
-"""One leg of a plan with all its choices made: what the recipe leaves open is settled here."""
+"""Settle a leg of a plan: make the choices that the recipe leaves open."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from saerelay.site import ModuleKind, Site
 
 @dataclass(frozen=True)
 class Setting:
-    """What all legs of a plan are compiled under."""
+    """What is common to all legs of a plan while they are compiled."""
 
     recipe: Recipe
     facts: ModelFacts
@@ -23,11 +23,11 @@ class Setting:
     externals: Mapping[str, External] = field(default_factory=dict)
     memory_bytes: float = math.inf
     begin: int = 0
-    """Cursor before which nothing new may start."""
+    """Cursor before which no new leg may start."""
 
 
 def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
-    """A leg with all its choices made, but not yet placed on the axis; `legs` are those compiled before it."""
+    """Return a leg with all its choices made, but not yet placed on the axis; `legs` were compiled before it."""
     recipe = setting.recipe
     site = site_of(spec, recipe)
     module_out = module_out_of(spec, recipe)
@@ -75,37 +75,37 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
 
 
 def _check_shared(spec: LegSpec, site: Site, module_out: ModuleKind | None) -> None:
-    """Raise PlanError where layers cannot share a leg."""
+    """Raise PlanError if layers cannot share the leg."""
     if spec.hop:
         raise PlanError(
-            f"leg {spec.id} is transferred from {spec.parent}, and shared_layers belong to a leg from scratch; keep one"
+            f"leg {spec.id} is transferred from {spec.parent}, but shared_layers belong to a leg from scratch; keep one"
         )
     if module_out:
         raise PlanError(
-            f"leg {spec.id} is a transcoder, and those of several layers are of different functions: layers share SAEs "
-            'alone. Choose another preset than "shared" for transcoders, or leave shared_layers out'
+            f"leg {spec.id} is a transcoder; the MLPs of several layers compute different functions, so that layers "
+            'can share SAEs only. Choose another preset than "shared" for transcoders, or leave shared_layers out'
         )
     if site.layer in spec.shared_layers or len(set(spec.shared_layers)) < len(spec.shared_layers):
         raise PlanError(
-            f"leg {spec.id}: shared_layers are other layers than its own, {site.layer}, each once, not "
+            f"leg {spec.id}: shared_layers must be other layers than its own, {site.layer}, each once, not "
             f"{spec.shared_layers}"
         )
 
 
 def site_of(spec: LegSpec, recipe: Recipe) -> Site:
-    """Where a leg reads."""
+    """Return the site that a leg reads."""
     return Site(spec.layer, spec.module or recipe.sites.first_kind.module)
 
 
 def sites_of(spec: LegSpec, recipe: Recipe) -> list[Site]:
-    """The sites that a leg is trained on: where it reads, with other layers that share it, and what it reconstructs."""
+    """Return the sites that a leg is trained on: those it reads, shared layers included, and that it reconstructs."""
     site = site_of(spec, recipe)
     shared = [Site(layer, site.module) for layer in spec.shared_layers]
     return [site, *shared, site.at(module_out_of(spec, recipe))]
 
 
 def module_out_of(spec: LegSpec, recipe: Recipe) -> ModuleKind | None:
-    """What a leg reconstructs, if it is a transcoder: what it says itself, or, if it names no module, the recipe."""
+    """Return the module a transcoder reconstructs (the recipe's, if the leg names no module); None for an SAE."""
     module_out = spec.module_out
     if module_out is None and spec.module is None:
         module_out = recipe.sites.first_kind.module_out
@@ -132,7 +132,7 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
 
 
 def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
-    """Training tokens, in whole batches; an equal-tokens control gets all tokens that its transfer looks at."""
+    """Return the training tokens, in whole batches; an equal-tokens control gets all tokens its transfer looks at."""
     batch = _batch_tokens(spec, setting.recipe)
     tokens = spec.tokens
     if spec.control and not spec.hop and not tokens:
@@ -151,7 +151,7 @@ def _batch_tokens(spec: LegSpec, recipe: Recipe) -> int:
 
 
 def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: int, *, at_home: bool) -> Schedule:
-    """How long and how fast; `at_home`: the leg stays at its parent's site."""
+    """Settle how long and how fast a leg is trained; `at_home`: the leg stays at its parent's site."""
     recipe = setting.recipe
     optimizer = recipe.train.optimizer
     batch = _batch_tokens(spec, recipe)
@@ -159,8 +159,8 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
     if given is None or given == "auto":
         given = optimizer.transfer_lr if hop else optimizer.lr
 
-    # After a hop the map says how much there is to learn, and at home the check of the refit does. A plain copy to
-    # another site has neither: it gets a fixed share of the rate from scratch.
+    # After a hop, the map tells how much there is to learn; at the parent's own site, the check of the refit does. A
+    # plain copy to another site has neither, and gets a fixed share of the rate from scratch.
     width = setting.facts.width(site_of(spec, recipe))
     by_map = hop is not None and given == "auto" and (hop.method != "identity" or at_home)
     if given == "auto":
@@ -187,7 +187,7 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
 def _settled_dictionary(
     spec: LegSpec, setting: Setting, parent: Leg | None, external: External | None
 ) -> SizedDictionarySpec:
-    """What a leg's dictionary looks like: as its parent's, or the recipe's, but for what it asks to be changed."""
+    """Return the spec of a leg's dictionary: its parent's, or the recipe's, with the changes that the leg asks for."""
     width = setting.facts.width(site_of(spec, setting.recipe))
     inherited = parent.dictionary if parent else setting.recipe.dictionary.sized(width)
     n_latents = inherited.n_latents
@@ -212,7 +212,7 @@ def _settled_dictionary(
 
 
 def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
-    """Raise PlanError if more latents are to be active than there are."""
+    """Raise PlanError if more latents are to be active than the dictionary has."""
     if dictionary.l0 is not None and dictionary.l0 > dictionary.n_latents:
         key = dictionary.activation.l0_key
         raise PlanError(
@@ -222,19 +222,19 @@ def check_sparsity(dictionary: SizedDictionarySpec, leg_id: str) -> None:
 
 
 LARGEST_SWEPT_BATCH = 4096
-"""Beyond batches of this many tokens the bound on the learning rate does not rise: nothing larger was tried."""
+"""Batch size in tokens beyond which the bound on the learning rate stops rising: larger batches were not tried."""
 
 
 def auto_dead_after(budget_tokens: int, batch_tokens: int) -> int:
-    """Tokens without firing after which a latent is dead, by default: a fiftieth of the budget, at most 10M."""
+    """Return the default of `dead_after`: a fiftieth of the budget, at most 10M tokens and at least one batch."""
     return max(batch_tokens, min(10_000_000, budget_tokens // 50))
 
 
 def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
-    """Default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512 (decision 007).
+    """Return the default learning rate from scratch: 5e-3 at width 192, 1M tokens and batches of 512 (decision 007).
 
-    It falls with the square roots of the width (a decoder row's entries are as small) and of the budget, and rises with
-    that of the batch. For short budgets it is at most twice the value at 1M tokens, and more only in large batches.
+    It falls with the square root of the width (as do the entries of a decoder row) and of the budget, and rises with
+    that of the batch size. For short budgets it is at most twice the value at 1M tokens, except in larger batches.
 
     >>> auto_lr(192, 1_000_000, 512), auto_lr(768, 4_000_000, 512)
     (0.005, 0.00125)
@@ -246,7 +246,7 @@ def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
 
 
 def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[int]:
-    """Ages at which a leg is also published, in whole batches; age 0 only after a hop."""
+    """Return the ages at which a leg is also published, in whole batches; age 0 only after a hop."""
     asked = recipe.train.snapshots
     if not asked and recipe.plan.preset == "paper":
         n_parts = 5 if transferred else 10
@@ -257,5 +257,5 @@ def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[in
 
 
 def _whole_blocks(tokens: int, block: int) -> int:
-    """Rounded to whole blocks, at least one."""
+    """Round to whole blocks, to at least one."""
     return block * max(1, round(tokens / block))

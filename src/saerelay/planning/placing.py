@@ -1,4 +1,4 @@
-"""Where a leg stands on the axis of token positions, and how large its blocks are."""
+"""Where a leg starts on the axis of token positions, and how large blocks are."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from saerelay.planning.recipe import Recipe
 
 MAX_BLOCK_TOKENS = 65_536
 BLOCK_BYTES = 2**30
-"""Activations of one block stay under this, in float32, when the recipe leaves its size to us."""
+"""Bound on the activations of one block, in float32, if the recipe does not set `data.block_tokens`."""
 BLOCK_BYTES_ON_GPU = 4 * 2**30
-"""The same on a GPU, in the model's dtype."""
+"""The same bound on a GPU, in the model's dtype."""
 LM_BATCH_TOKENS_ON_GPU = 32_768
-"""Tokens in one forward pass of the language model on a GPU, which fewer do not keep busy."""
+"""Tokens per forward pass of the language model on a GPU, which fewer tokens would not keep busy."""
 
 
 def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
-    """A leg with its start: as early as its parent, `after` and memory allow; `legs` are those placed before it."""
+    """Return a leg with its start: as early as its parent, `after` and memory allow; `legs` were placed before it."""
     needed = state_bytes(leg, setting.facts)
     if needed > setting.memory_bytes:
         raise PlanError(
@@ -40,7 +40,7 @@ def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -
     if spec.after:
         earliest = max(earliest, block * math.ceil(by_id[spec.after].end / block))
 
-    # Memory only becomes free where another leg ends, so only such blocks are worth trying after the earliest start.
+    # Memory becomes free only where another leg ends: after the earliest start, only these borders are worth trying.
     ends = {block * math.ceil(other.end / block) for other in legs}
     for start in sorted({earliest, *ends}):
         if start < earliest:
@@ -57,7 +57,7 @@ def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -
 
 
 def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
-    """Tokens shuffled together: a multiple of the batch and of the context, from shapes alone."""
+    """Return the number of tokens shuffled together, from shapes alone: a multiple of batch and context."""
     step = math.lcm(recipe.train.batch_tokens, recipe.data.context)
     asked = recipe.data.block_tokens
     if asked != "auto":
@@ -73,14 +73,14 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) ->
     if facts.on_gpu:
         most_in_memory = BLOCK_BYTES_ON_GPU // (facts.bytes_per_value * numbers_per_token)
 
-    # A block has at least 16 batches, and where all legs are hops, the tokens that they are refitted on.
+    # A block has at least 16 batches. If all legs are hops, it also has at least the tokens of their refit.
     least = 16 * recipe.train.batch_tokens
     hops_only = all(spec.hop for spec in specs)
     if hops_only and any(_is_refitted(spec, recipe) for spec in specs):
         least = max(least, recipe.plan.hop.refit_tokens)
 
-    # It has at most a quarter of the shortest leg (those that hardly train aside), so that no leg sees but a few
-    # sequences; and all blocks of the longest leg are equal, so that the last is not read in vain.
+    # It has at most a quarter of the shortest leg's tokens (ignoring legs that hardly train), so that no leg sees only
+    # a few sequences at a time. The longest leg divides into equal blocks, so that no part of the last is wasted.
     longest = max(least if hops_only else 0, *(spec.tokens for spec in specs))
     shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])
     largest = min(MAX_BLOCK_TOKENS, most_in_memory, max(shortest // 4, least))
@@ -89,7 +89,7 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) ->
 
 
 def lm_batch(facts: ModelFacts) -> int:
-    """Tokens in one forward pass of the language model, by device alone."""
+    """Return the tokens per forward pass of the language model, which depend on the device alone."""
     return LM_BATCH_TOKENS_ON_GPU if facts.on_gpu else LM_BATCH_TOKENS
 
 

@@ -1,15 +1,15 @@
 """The compiled, immutable plan: which leg is trained where, from which parent, when and for how long. Pure Python.
 
-All legs live on one axis, the cursor: raw token positions read from the corpus. A leg's life on it:
+All legs live on one axis, the cursor: the number of token positions read from the corpus so far. A leg's life on it:
 
     start ── moment_tokens ──> fold_at ── budget_tokens ──> end
             (the map from its parent      (gradient steps)
              is fitted; then fold and
              decoder refit, at once)
 
-A leg from scratch has no moments, nor has a plain copy; one that several layers share has those of its alignment.
-Starts lie on block borders; a child's moments end where its parent reaches the age it forks at, so that both share the
-language model's forward pass.
+A leg from scratch has no moments, nor has a plain copy; a leg that several layers share has those of its alignment.
+Starts lie on block borders. A child's moments end where its parent reaches the age at which the child forks off, so
+that both share the language model's forward passes.
 """
 
 import math
@@ -28,41 +28,41 @@ from saerelay.site import ModuleKind, Site, SiteKind
 from saerelay.spec import Positive, Spec, Whole, few_of
 
 COPY_RATE = 1 / 8
-"""Learning rate of a plain copy, which has no map to tell how far it has come, as a share of the rate from scratch."""
+"""Learning rate of a plain copy, which has no map to set the rate by, as a share of the rate from scratch."""
 
 LM_BATCH_TOKENS = 4096
-"""Tokens in one forward pass of the language model on a processor."""
+"""Tokens per forward pass of the language model on a CPU."""
 
 Role = Literal["root", "transfer", "control"]
 
 
 class External(Spec):
-    """A parent outside the plan: what its files say."""
+    """A parent outside the plan, as its files describe it."""
 
     layer: int
     module: ModuleKind
     module_out: ModuleKind | None = None
-    """What it reconstructs, if it is a transcoder."""
+    """The module it reconstructs, if it is a transcoder."""
     architecture: str
     n_latents: int
     d_model: int
     k: int | None
     skip_connection: bool = False
     l0: float | None = None
-    """Mean number of active latents, where its files say."""
+    """Mean number of active latents, if its files say."""
     model: str = ""
-    """The language model, where its files say."""
+    """The language model, if its files say."""
     path: str
-    """The directory that it is read from when the run needs it, absolute."""
+    """Absolute path of the directory that it is read from when the run needs it."""
 
     @property
     def site(self) -> Site:
-        """Where it reads."""
+        """The site it reads."""
         return Site(self.layer, self.module)
 
     @property
     def site_out(self) -> Site:
-        """What it reconstructs."""
+        """The site it reconstructs."""
         return self.site.at(self.module_out)
 
 
@@ -70,66 +70,67 @@ class Hop(Spec):
     """How a leg begins from its parent."""
 
     parent: str
-    """Id of a leg of this plan, or a dictionary outside it, as the recipe names it."""
+    """Id of a leg of this plan, or the recipe's name for a dictionary outside it."""
     method: LegMethod
-    """With "auto" several are tried when the hop is due, and the best on held-out rows is taken."""
+    """With "auto", several methods are tried when the hop is due, and the best on held-out rows is taken."""
     fork_at_tokens: Whole = 0
     """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
     moment_tokens: Whole = 0
-    """Tokens that the map is fitted on."""
+    """Tokens on which the map is fitted."""
     refit_tokens: Whole = 0
-    """Tokens that the decoder is refitted on: of the last block of the moments, or, without moments, of its first."""
+    """Tokens on which the decoder is refitted: of the last block of the moments, or, without moments, of the leg's
+    first block."""
 
 
 class Schedule(Spec):
     """How long a leg is trained, on what, and how fast."""
 
     budget_tokens: Whole
-    """Tokens trained on, repetitions counted."""
+    """Tokens trained on, counting repetitions."""
     batch_tokens: Positive
     lr: float
-    """Largest learning rate; if `lr_by_map`, times `maps.rate_share` of the map it hops by and of the plan's `newness`,
-    or, of a copy onto its parent's own site, by whether there is something to learn."""
+    """Largest learning rate. With `lr_by_map` it is multiplied by `maps.rate_share` of the hop's map and the plan's
+    `newness`; for a copy onto its parent's own site, by a factor for whether there is something to learn."""
     dead_after_tokens: Positive
     """Tokens without firing after which a latent is dead."""
     reuse: Positive = 1
-    """How many times each of its blocks is trained on; its age counts repetitions, so it is that multiple of the
-    cursor's."""
+    """How many times the leg trains on each of its blocks. The leg's age counts repetitions, so it grows this many
+    times as fast as the cursor."""
     lr_by_map: bool = False
     snapshots: list[Whole] = []
-    """Ages published in addition to the end."""
+    """Ages at which the leg is published, besides its end."""
 
 
 class Control(Spec):
-    """What a leg is a from-scratch control of."""
+    """Which leg a control is compared with, and how."""
 
     control_of: str
     control_kind: ControlKind
 
 
 class Goal(Spec):
-    """What FVU is expected of a leg, in training units, on held-out rows of the validation split."""
+    """The FVU expected of a leg, in training units, on held-out rows of the validation split."""
 
     goal_fvu: float | None = None
-    """At which it may end early."""
+    """FVU at which the leg may end early."""
     decay_gain: float = 0.9
-    """FVU after the learning rate's decay over FVU before it, as far as known."""
+    """FVU after the learning rate's decay over FVU before it, as far as it is known."""
     predicted_fvu: float | None = None
-    """What a survey predicts; changes nothing."""
+    """FVU that a survey predicts; for information only."""
 
 
 class Leg(Spec):
-    """One SAE's training."""
+    """The training of one SAE."""
 
     inline = ("hop", "schedule", "control", "goal")
 
     id: LegId
     role: Role
-    """A leg that continues another has that one's role, though it has a parent."""
+    """A leg that continues another leg keeps that leg's role, although it has a parent."""
     layer: int
     module: ModuleKind
     module_out: ModuleKind | None = Field(default=None, exclude_if=lambda given: given is None)
-    """What it reconstructs, if it is a transcoder."""
+    """The module it reconstructs, if it is a transcoder."""
     dictionary: SizedDictionarySpec
     seed: int
     schedule: Schedule
@@ -137,90 +138,90 @@ class Leg(Spec):
     hop: Hop | None = None
     """None for a leg from scratch."""
     shared_layers: list[int] = Field(default=[], exclude_if=lambda given: not given)
-    """Other layers whose activations, aligned with its own layer's, it is trained on, too."""
+    """Other layers whose activations, aligned with those of its own layer, it is trained on as well."""
     alignment_tokens: Whole = Field(default=0, exclude_if=lambda given: not given)
-    """Tokens that they are aligned on; 0 if there are none."""
+    """Tokens on which these layers are aligned; 0 if there are no such layers."""
     control: Control | None = None
     goal: Goal = Goal()
 
     @property
     def site(self) -> Site:
-        """Where it reads."""
+        """The site it reads."""
         return Site(self.layer, self.module)
 
     @property
     def site_out(self) -> Site:
-        """What it reconstructs: what it reads, unless it is a transcoder."""
+        """The site it reconstructs: the one it reads, unless it is a transcoder."""
         return self.out_at(self.site)
 
     @property
     def kind(self) -> SiteKind:
-        """What it reads and reconstructs, at whichever layer."""
+        """The modules it reads and reconstructs, whatever the layer."""
         return SiteKind(self.module, self.module_out)
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it reconstructs something else than it reads."""
+        """Whether it reconstructs another module than it reads."""
         return self.module_out is not None
 
     def out_at(self, site: Site) -> Site:
-        """What its dictionary would reconstruct if it read at a site."""
+        """Return the site that its dictionary would reconstruct if it read `site`."""
         return site.at(self.module_out)
 
     @property
     def parent(self) -> str:
-        """What it is transferred from; "" for a leg from scratch."""
+        """The leg or dictionary it is transferred from; "" for a leg from scratch."""
         return self.hop.parent if self.hop else ""
 
     @property
     def method(self) -> LegMethod | None:
-        """How; None for a leg from scratch."""
+        """The method of its transfer; None for a leg from scratch."""
         return self.hop.method if self.hop else None
 
     @property
     def moment_tokens(self) -> int:
-        """Tokens that the map from its parent is fitted on, or those of the layers that it shares; 0 without maps."""
+        """Tokens on which the map from its parent, or the maps of its shared layers, are fitted; 0 without maps."""
         return self.hop.moment_tokens if self.hop else self.alignment_tokens
 
     @property
     def shared_sites(self) -> list[Site]:
-        """Where it reads besides its own site, if several layers share it."""
+        """The sites it reads besides its own, if several layers share it."""
         return [Site(layer, self.module) for layer in self.shared_layers]
 
     @property
     def refit_tokens(self) -> int:
-        """Tokens that its decoder is refitted on before training; 0 if it is not."""
+        """Tokens on which its decoder is refitted before training; 0 if it is not refitted."""
         return self.hop.refit_tokens if self.hop else 0
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens trained on, repetitions counted."""
+        """Tokens trained on, counting repetitions."""
         return self.schedule.budget_tokens
 
     @property
     def fold_at(self) -> int:
-        """Cursor at which it comes to life: age 0."""
+        """Cursor at which its training begins: age 0."""
         return self.start + self.moment_tokens
 
     @property
     def end(self) -> int:
-        """Cursor at which it retires; an untrained one lives for one batch."""
+        """Cursor at which it ends; an untrained leg lasts for one batch."""
         positions = math.ceil(self.budget_tokens / self.schedule.reuse)
         return self.fold_at + max(positions, self.schedule.batch_tokens)
 
     @property
     def control_of(self) -> str:
-        """The leg that it is a control of; "" if it is none."""
+        """The leg that this leg is a control of; "" if it is not a control."""
         return self.control.control_of if self.control else ""
 
     @property
     def control_kind(self) -> ControlKind | None:
-        """With which budget; None if it is no control."""
+        """The kind of control; None if this leg is not a control."""
         return self.control.control_kind if self.control else None
 
 
 class Plan(Document):
-    """Everything that fixes a run: written to plan.json before training."""
+    """Everything that determines a run; written to plan.json before training."""
 
     SCHEMA: ClassVar = 2
     MADE_BY: ClassVar = "`saerelay train`"
@@ -230,12 +231,12 @@ class Plan(Document):
     facts: ModelFacts
     block_tokens: int = Field(gt=0)
     lm_batch_tokens: int = Field(default=LM_BATCH_TOKENS, gt=0)
-    """Tokens in one forward pass of the language model: fixed, since bits depend on it."""
+    """Tokens per forward pass of the language model: part of the plan, since the bits of the results depend on it."""
     legs: list[Leg] = Field(min_length=1)
     externals: dict[str, External] = {}
-    """Parents outside this plan, by the name that the recipe gives them."""
+    """Parents outside this plan, by the names that the recipe gives them."""
     probe: int | None
-    """Layer at which outlier norms are looked for, whichever sites are open; None if none are left out."""
+    """Layer at which outlier norms are looked for, whichever sites are open; None if no outliers are left out."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Plan":
@@ -244,7 +245,7 @@ class Plan(Document):
             raise ValueError("two legs have the same id")
         for leg in self.legs:
             if leg.hop and leg.parent not in ids and leg.parent not in self.externals:
-                raise ValueError(f"leg {leg.id} has a parent {leg.parent}, of which nothing is known")
+                raise ValueError(f"leg {leg.id} has the parent {leg.parent}, which the plan does not describe")
         return self
 
     def __repr__(self) -> str:
@@ -253,38 +254,38 @@ class Plan(Document):
     __str__ = __repr__
 
     def leg(self, leg_id: str) -> Leg:
-        """The leg with an id."""
+        """Return the leg with an id."""
         return next(leg for leg in self.legs if leg.id == leg_id)
 
     def has(self, leg_id: str) -> bool:
-        """Whether a leg has this id."""
+        """Whether the plan has a leg with this id."""
         return any(leg.id == leg_id for leg in self.legs)
 
     @property
     def n_tokens(self) -> int:
-        """Length of the axis: token positions the language model reads."""
+        """Length of the axis: the token positions that the language model reads."""
         last = max(leg.end for leg in self.legs)
         return self.block_tokens * math.ceil(last / self.block_tokens)
 
     @property
     def sites(self) -> list[Site]:
-        """The sites of all legs, in order: where they read, and what transcoders reconstruct."""
+        """The sites of all legs, in order: those that they read and those that they reconstruct."""
         return sorted({site for leg in self.legs for site in (leg.site, leg.site_out)})
 
     @property
     def sites_read(self) -> list[Site]:
-        """All sites that are read at some time, in order: those of legs, of layers that share one, of maps' sources."""
+        """All sites read at some time, in order: those of legs, of layers that share a leg, and of maps' sources."""
         return sorted({site for leg in self.legs for site in self.sites_of(leg, leg.start, leg.end)})
 
     @property
     def probe_site(self) -> Site | None:
-        """Where outlier norms are looked for: for transcoders in what they reconstruct, which no norm evens out."""
+        """The site where outlier norms are looked for; for transcoders, what they reconstruct: no norm evens it out."""
         return None if self.probe is None else Site(self.probe, self.recipe.sites.first_kind.written)
 
     def open_sites(self, start: int, stop: int, ended: Container[str] = ()) -> list[Site]:
-        """Sites whose activations are needed somewhere in [start, stop): by legs in training, or by a coming hop.
+        """Return the sites whose activations are needed within [start, stop), by a leg in training or a coming hop.
 
-        Legs that `ended` before their budget was spent need nothing.
+        Legs in `ended`, which ended before their budget was spent, need nothing.
         """
         sites: set[Site] = set()
         for leg in self.legs:
@@ -293,7 +294,7 @@ class Plan(Document):
         return self.with_probe(sites) if sites else []
 
     def sites_of(self, leg: Leg, start: int, stop: int) -> set[Site]:
-        """The sites that a leg needs in [start, stop): those that it is trained on, and those that maps are from."""
+        """Return the sites that a leg needs in [start, stop): those it is trained on, and the source of its map."""
         if stop <= leg.start or leg.end <= start:
             return set()
         sites = {leg.site, leg.site_out, *leg.shared_sites}
@@ -303,7 +304,7 @@ class Plan(Document):
         return sites
 
     def stretches(self) -> Iterator[tuple[int, list[Site]]]:
-        """The axis from its start to its end, by stretches with the same sites open: the number of blocks, the sites.
+        """Yield the stretches of the axis, in order, in which the same sites are open: (number of blocks, sites).
 
         There are a few per leg, however long the axis is.
         """
@@ -316,30 +317,30 @@ class Plan(Document):
             yield last - first, self.open_sites(first * block, (first + 1) * block)
 
     def share_of_depth(self, sites: Sequence[Site]) -> float:
-        """How much of the language model's work up to `deepest` the deepest of some sites takes, by layers."""
+        """Return the share of the layers up to `deepest` that the language model has to run to reach all of `sites`."""
         return (sites[-1].layer + 1) / (self.deepest.layer + 1)
 
     @property
     def deepest(self) -> Site:
-        """Where the language model stops at the latest: the last of all sites that are read, and the probe's."""
+        """The site beyond which the language model never runs: the last of all sites read and the probe site."""
         return self.with_probe(self.sites_read)[-1]
 
     def with_probe(self, sites: Iterable[Site]) -> list[Site]:
-        """Sites in order, and the one where outlier norms are looked for."""
+        """Return the sites in order, together with the probe site."""
         probed = set(sites)
         if self.probe_site:
             probed.add(self.probe_site)
         return sorted(probed)
 
     def without_controls(self) -> Self:
-        """The plan of the suite alone, without its control legs and without repeats with other seeds."""
+        """Return the plan of the suite alone, without control legs and repeats with other seeds."""
         return self.changed(legs=[leg for leg in self.legs if not leg.control and not self.repeat_of(leg)])
 
     def all_from_scratch(self) -> Self:
-        """What a plan is compared with: each of its sites from scratch, at the same time, with `plan.root_tokens`.
+        """Return the plan to compare with: every site trained from scratch on `plan.root_tokens`, all at the same time.
 
-        Every site has the dictionary that the plan ends with there, for each kind and each L0. Neither controls nor
-        repeats count.
+        Each site has, for each kind and each L0, the dictionary that the plan ends with there. Controls and repeats are
+        left out.
         """
         last_of_place = {(leg.site, leg.kind, leg.dictionary.l0): leg for leg in self.without_controls().legs}
         legs = []
@@ -358,18 +359,18 @@ class Plan(Document):
         return self.changed(legs=legs)
 
     def ended_after(self, tokens: dict[str, int]) -> Self:
-        """The plan as it was run, with the tokens that legs had when they ended."""
+        """Return the plan as it was run, with the tokens on which each leg had been trained when it ended."""
         legs = [leg.changed(budget_tokens=tokens.get(leg.id, leg.budget_tokens)) for leg in self.legs]
         return self.changed(legs=legs)
 
     def parent_site(self, leg: Leg) -> Site:
-        """Where a leg's parent reads."""
+        """Return the site that a leg's parent reads."""
         if self.has(leg.parent):
             return self.leg(leg.parent).site
         return self.externals[leg.parent].site
 
     def reshapes(self, leg: Leg) -> bool:
-        """Whether a leg's dictionary is of another architecture, number of latents or sparsity than its parent's."""
+        """Whether a leg's dictionary differs from its parent's in architecture, number of latents or sparsity."""
         now = leg.dictionary
         if self.has(leg.parent):
             before = self.leg(leg.parent).dictionary
@@ -378,14 +379,15 @@ class Plan(Document):
             before = self.externals[leg.parent]
             l0 = before.k or before.l0
             if not l0 or not now.l0:
-                l0 = now.l0  # where one of them is not known, they count as equal
+                l0 = now.l0  # an unknown L0 counts as equal
         shape = (before.architecture, before.n_latents, l0)
         return shape != (now.architecture, now.n_latents, now.l0)
 
     def repeat_of(self, leg: Leg) -> str:
-        """The leg that a leg repeats with another seed; "" if it is none. Ids say it: L3-seed1 repeats L3.
+        """Return the leg that a leg repeats with another seed, or "". Ids tell: L3-seed1 repeats L3.
 
-        What continues a repeat (L3-seed1+2M) repeats what continues the first (L3+2M), or else the first itself.
+        The continuation of a repeat (L3-seed1+2M) repeats the continuation of the first leg (L3+2M), or, if there is
+        none, the first leg itself.
         """
         name, plus, more = leg.id.partition("+")
         first = name.removesuffix(repeat_name("", leg.seed))
@@ -394,7 +396,7 @@ class Plan(Document):
         return next((other for other in (first + plus + more, first) if self.has(other)), "")
 
     def tier_of(self, leg: Leg) -> str:
-        """The leg of its own site that a leg is a copy of at another L0; "" if it is none."""
+        """Return the leg at the same site of which a leg is a copy at another L0, or ""."""
         if not self.has(leg.parent):
             return ""
         parent = self.leg(leg.parent)
@@ -402,7 +404,7 @@ class Plan(Document):
         return parent.id if same_place and parent.dictionary.l0 != leg.dictionary.l0 else ""
 
     def origin(self, leg: Leg) -> Literal["scratch", "from below", "from above", "same layer"]:
-        """Where a leg's latents come from; one that continues another leg of its layer has that one's origin."""
+        """Return where a leg's latents come from; a leg that continues another of its layer has the other's origin."""
         leg = self.first_at_layer(leg)
         if not leg.hop:
             return "scratch"
@@ -412,13 +414,13 @@ class Plan(Document):
         return "from below" if source < leg.layer else "from above"
 
     def first_at_layer(self, leg: Leg) -> Leg:
-        """The leg that a leg continues, if it does: the first one of its layer in its line."""
+        """Return the first leg of its layer in a leg's line of parents: the leg it continues, or the leg itself."""
         while self.has(leg.parent) and self.leg(leg.parent).layer == leg.layer:
             leg = self.leg(leg.parent)
         return leg
 
     def newness(self, leg: Leg) -> float:
-        """Share of a leg's own tokens in all that its dictionary is trained on, parents included; 0 if not known."""
+        """Return a leg's own tokens over all that its dictionary is trained on, parents included; 0 if unknown."""
         tokens_before = 0
         child = leg
         while child.hop:

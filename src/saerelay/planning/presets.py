@@ -1,4 +1,4 @@
-"""Presets: the legs that one word means, as if they had been written out."""
+"""Presets: the legs that the name of a preset stands for, as if they had been written out."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,19 +9,19 @@ from saerelay.site import SiteKind
 
 
 def hub_of(layers: Sequence[int]) -> int:
-    """The layer that others are best transferred from, if nothing more is known: a little above the middle."""
+    """Return the layer to transfer the others from if nothing more is known: a little above the middle."""
     return layers[5 * len(layers) // 8]
 
 
 Place = tuple[SiteKind, int, float | None]
-"""A kind of site, a layer, and the L0 that is asked for there."""
+"""A kind of site, a layer, and the L0 that the recipe asks for there."""
 
 
 def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, str] | None = None) -> list[LegSpec]:
-    """The legs that the recipe's preset means: for each kind of site, with its tiers and then its controls.
+    """Return the legs of the recipe's preset: for each kind of site its suite, then its tiers, then its controls.
 
-    With `parents`, the directories of another run's SAEs, each layer continues the one that it has there instead.
-    Raises PlanError where a root is not among the layers, or a control has nothing to be compared with.
+    With `parents`, the directories of another run's SAEs, each layer instead continues its SAE of that run.
+    Raises PlanError if a root is not among the layers, or a control has no transfer to be compared with.
     """
     plan = recipe.plan
     assert (parents is not None) == bool(plan.hop.parents)
@@ -43,7 +43,7 @@ def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, s
 
 
 def _suite_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[LegSpec]:
-    """The roots and the transfers of one kind of site."""
+    """Return the roots and the transfers of one kind of site."""
     plan = recipe.plan
     if plan.preset == "shared":
         return _shared_legs(recipe, kind, layers)
@@ -61,7 +61,10 @@ def _suite_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[L
 
 
 def _shared_legs(recipe: Recipe, kind: SiteKind, layers: Sequence[int]) -> list[LegSpec]:
-    """For each root one SAE of all the layers nearest to it, and its hops to all of them, itself included."""
+    """Return, for each root, one SAE that the layers nearest to it share, and its hops to each of these layers.
+
+    The root's own layer is one of them.
+    """
     plan = recipe.plan
     nearest = preset_parents(recipe, layers)
     legs = []
@@ -93,7 +96,7 @@ def _leg(kind: SiteKind, layer: int, name: str, tokens: int, hop: LegHop | None 
 def _continuing_legs(
     recipe: Recipe, kind: SiteKind, layers: Sequence[int], parents: Mapping[Place, str]
 ) -> list[LegSpec]:
-    """A copy of each layer's SAE of another run, that is trained on here: such as for an instruction-tuned model."""
+    """Return legs that train copies of another run's SAEs further, for an instruction-tuned model, for example."""
     own = recipe.dictionary.l0
     legs = []
     for layer in layers:
@@ -113,15 +116,16 @@ def _continuing_legs(
 
 
 def _tier_legs(recipe: Recipe, kind: SiteKind, suite: Sequence[LegSpec], parents: Mapping[Place, str]) -> list[LegSpec]:
-    """For each leg its copies at the other L0 of `plan.tiers`: of the parent that has it, or else of the leg itself.
+    """Return, for each leg, its copies at the other L0s of `plan.tiers`.
 
-    Raises PlanError for an architecture whose L0 follows from a penalty.
+    A copy starts from the parent that has this L0, or, if there is none, from the leg itself. Raises PlanError for an
+    architecture whose L0 follows from a penalty.
     """
     own = recipe.dictionary.l0
     tiers = recipe.plan.tier.tiers
     if tiers and own is None:
         raise PlanError(
-            f"plan.tiers asks for L0 {tiers}, and that of {recipe.dictionary.architecture} follows from a penalty; "
+            f"plan.tiers asks for L0 {tiers}, but the L0 of {recipe.dictionary.architecture} follows from a penalty; "
             "choose another architecture, or leave plan.tiers out"
         )
     tokens = recipe.plan.tier.tier_tokens
@@ -141,16 +145,16 @@ _CONTROL_NAMES: dict[ControlKind, str] = {"equal_tokens": "scratch-equal", "full
 
 
 def control_legs(recipe: Recipe, name: str, transfers: Sequence[LegSpec]) -> list[LegSpec]:
-    """The controls of the transfers to a site, of the kinds that the plan asks for; `name` is how its legs begin.
+    """Return the controls of the transfers to a site, of the kinds that the plan asks for; `name` begins their ids.
 
-    Raises PlanError where there is no transfer.
+    Raises PlanError if there is no transfer.
     """
     if not transfers:
         raise PlanError(f"plan.controls names {name}, which is not reached by a transfer in this plan")
     transfer = transfers[0]
     legs = []
     for kind in recipe.plan.control_kinds:
-        tokens = recipe.plan.root_tokens if kind == "full" else 0  # equal tokens are settled when it is compiled
+        tokens = recipe.plan.root_tokens if kind == "full" else 0  # compiling settles "equal_tokens"
         hop = None
         if kind == "random":
             assert transfer.hop
@@ -170,9 +174,9 @@ def control_legs(recipe: Recipe, name: str, transfers: Sequence[LegSpec]) -> lis
 
 
 def with_repeats(specs: Sequence[LegSpec], train: TrainSpec) -> list[LegSpec]:
-    """The legs, and after them their repeats with other seeds, if `train.seeds` asks for them.
+    """Return the legs, followed by their repeats with other seeds if `train.seeds` asks for any.
 
-    A repeat of a transfer starts from the repeat of its parent; a parent outside the plan is the same for all.
+    A repeat of a transfer starts from the repeat of its parent; all repeats share a parent outside the plan.
     """
     repeated = list(specs)
     firsts = {spec.id: train.seed if spec.seed is None else spec.seed for spec in specs}
@@ -201,7 +205,7 @@ def with_repeats(specs: Sequence[LegSpec], train: TrainSpec) -> list[LegSpec]:
 
 
 def preset_parents(recipe: Recipe, layers: Sequence[int]) -> dict[int, list[int]]:
-    """For each layer that is not (only) trained from scratch, the layers it is transferred from."""
+    """Return, for each layer that is not (only) trained from scratch, the layers it is transferred from."""
     match recipe.plan.preset:
         case "scratch":
             return {}
@@ -217,13 +221,13 @@ def preset_parents(recipe: Recipe, layers: Sequence[int]) -> dict[int, list[int]
             return _both_neighbours(layers, recipe.plan.direction)
         case "auto":
             raise PlanError(
-                'preset = "auto" plans from a survey, which this command does not make; write the plan out with '
+                'preset = "auto" plans from a survey, which this command does not run; write the plan out with '
                 "`saerelay plan run.toml --write planned.toml` and use that recipe"
             )
 
 
 def _hub(layers: Sequence[int], roots: list[int]) -> dict[int, list[int]]:
-    """All others straight from the nearest root; of two as near, from the one above."""
+    """Transfer every other layer directly from the nearest root; of two equally near roots, from the upper one."""
     roots = roots or [hub_of(layers)]
     parents = {}
     for layer in layers:
@@ -233,7 +237,7 @@ def _hub(layers: Sequence[int], roots: list[int]) -> dict[int, list[int]]:
 
 
 def _chain(chain: list[int], roots: list[int]) -> dict[int, list[int]]:
-    """Each from its predecessor in the chain; what precedes the first root, from its successor."""
+    """Transfer each layer from its predecessor in the chain; layers before the first root, from their successor."""
     roots = roots or [chain[0]]
     first = min(chain.index(root) for root in roots)
     parents = {}
@@ -246,7 +250,7 @@ def _chain(chain: list[int], roots: list[int]) -> dict[int, list[int]]:
 
 
 def _alternate(layers: Sequence[int], roots: list[int], *, backward: bool) -> dict[int, list[int]]:
-    """Every other layer from the neighbour above (or below); the other neighbour, or the nearest root, if none."""
+    """Transfer every other layer from its neighbour above (or below), else from its other neighbour or nearest root."""
     if not roots:
         first = 1 if backward and len(layers) > 1 else 0
         roots = list(layers[first::2])
@@ -262,7 +266,7 @@ def _alternate(layers: Sequence[int], roots: list[int], *, backward: bool) -> di
 
 
 def _both_neighbours(layers: Sequence[int], direction: str) -> dict[int, list[int]]:
-    """Each from the layer below, the one above, or both."""
+    """Transfer each layer from the layer below, the layer above, or both."""
     parents = {}
     for i, layer in enumerate(layers):
         below, above = _neighbours(layers, i)
@@ -276,7 +280,7 @@ def _both_neighbours(layers: Sequence[int], direction: str) -> dict[int, list[in
 
 
 def _neighbours(layers: Sequence[int], i: int) -> tuple[int | None, int | None]:
-    """The layers before and after the i-th."""
+    """Return the layers before and after the i-th; None where there is none."""
     below = layers[i - 1] if i > 0 else None
     above = layers[i + 1] if i + 1 < len(layers) else None
     return below, above

@@ -1,7 +1,7 @@
 """Which rank trains which leg, which sites it needs, and how much of the language model's work it does.
 
-None of this is part of a plan: it is worked out anew at every start, from the plan and the number of ranks, and no bit
-of a result depends on it.
+None of this is part of a plan: it is computed anew at every start, from the plan and the number of ranks, and no bit of
+the results depends on it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ def check_groups(model: ModelSpec, n_ranks: int) -> None:
 
 
 def owners(plan: Plan, n_ranks: int) -> dict[str, int]:
-    """The rank that trains each leg, by leg.
+    """Return the rank that trains each leg, by leg.
 
-    How to see this: the most expensive leg is placed first, and each goes to the rank that has the least to do while
-    that leg is in training. Legs that live at different times may share a rank.
+    Legs are placed in order of cost, the most expensive first, each on the rank that has the least to do while the leg
+    is in training. Legs that are trained at different times may share a rank.
     """
     costs = {leg.id: leg_flops(leg, plan.facts) for leg in plan.legs}
     by_rank: list[list[Leg]] = [[] for _ in range(n_ranks)]
-    for leg in sorted(plan.legs, key=lambda leg: -costs[leg.id]):  # equals stay in the plan's order
+    for leg in sorted(plan.legs, key=lambda leg: -costs[leg.id]):  # legs of equal cost stay in the plan's order
         loads = [sum(costs[other.id] * _overlap(leg, other) for other in legs) for legs in by_rank]
         elsewhere = [all(other.site != leg.site for other in legs) for legs in by_rank]
         best = min(range(n_ranks), key=lambda rank: (loads[rank], elsewhere[rank], rank))
@@ -44,13 +44,13 @@ def owners(plan: Plan, n_ranks: int) -> dict[str, int]:
 
 
 def leg_flops(leg: Leg, facts: ModelFacts) -> float:
-    """Operations of a leg's training steps, for its whole budget."""
+    """Return the operations of a leg's training steps over its whole budget."""
     executed, _ = step_flops(leg.dictionary, facts, facts.width(leg.site))
     return max(1, leg.budget_tokens) * executed
 
 
 def _overlap(leg: Leg, other: Leg) -> float:
-    """Share of another leg's training that falls into the time of this one."""
+    """Return the share of `other`'s training that takes place during the training of `leg`."""
     common = min(leg.end, other.end) - max(leg.fold_at, other.fold_at)
     return max(0, common) / (other.end - other.fold_at)
 
@@ -58,9 +58,9 @@ def _overlap(leg: Leg, other: Leg) -> float:
 def needed_sites(
     plan: Plan, owner: Mapping[str, int], n_ranks: int, number: int, open_sites: Sequence[Site]
 ) -> list[list[Site]]:
-    """The sites of block `number` that each rank needs: those of its legs, and those that its hops will come from.
+    """Return the sites that each rank needs in block `number`: those of its legs and the sources of its coming hops.
 
-    The first rank that needs the probe site looks for outlier norms there, or rank 0 if none does: see `prober`.
+    The first rank that needs the probe site looks for outlier norms there, or rank 0 if no rank does (see `prober`).
     """
     first = number * plan.block_tokens
     stop = first + plan.block_tokens
@@ -73,16 +73,16 @@ def needed_sites(
 
 
 def prober(needed: Sequence[set[Site]] | Sequence[list[Site]], probe_site: Site) -> int:
-    """The rank that looks for outlier norms in a block."""
+    """Return the rank that looks for outlier norms in a block."""
     ranks = [rank for rank, sites in enumerate(needed) if probe_site in sites]
     return ranks[0] if ranks else 0
 
 
 def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float, degree: int = 1) -> list[range]:
-    """Which of the `n_parts` micro-batches of a block each rank forwards, so that all ranks are done at the same time.
+    """Deal the `n_parts` micro-batches of a block to the ranks that forward them, so that all finish at the same time.
 
-    `busy` are the seconds that each rank spends on its legs per block. The `degree` ranks of a group, which hold the
-    language model together, forward the same ones.
+    `busy` are the seconds per block that each rank spends on its legs. The `degree` ranks of a group, which hold the
+    language model together, forward the same micro-batches.
 
     >>> deal(8, [0.0, 0.0, 4.0], seconds_per_part=1.0)
     [range(0, 4), range(4, 8), range(8, 8)]
@@ -101,13 +101,14 @@ def deal(n_parts: int, busy: Sequence[float], seconds_per_part: float, degree: i
 
 
 def _busy_groups(busy: Sequence[float], degree: int) -> list[float]:
-    """Seconds that the busiest rank of each group of `degree` ranks spends on its legs."""
+    """Return the seconds that the busiest rank of each group of `degree` ranks spends on its legs."""
     return [max(busy[first : first + degree]) for first in range(0, len(busy), degree)]
 
 
 def peers(rank: int, n_ranks: int, degree: int) -> list[int]:
-    """The ranks that a rank exchanges activations with: those with the same place in other groups, of which there are
-    `degree`. Ranks of its own group have forwarded the same themselves.
+    """Return the ranks that a rank exchanges activations with: those with its place in the other groups.
+
+    A group has `degree` ranks. The other ranks of its own group have forwarded the same micro-batches themselves.
 
     >>> peers(1, 6, degree=2), peers(1, 3, degree=1)
     ([3, 5], [0, 2])
@@ -115,11 +116,11 @@ def peers(rank: int, n_ranks: int, degree: int) -> list[int]:
     return [other for other in range(n_ranks) if other != rank and other % degree == rank % degree]
 
 
-# --- what to expect of a number of ranks ---------------------------------------------------------------------------
+# --- predictions for a number of ranks -----------------------------------------------------------------------------
 
 
 class Speeds(Spec):
-    """What was measured on one machine, in seconds per token."""
+    """Speeds measured on one machine, in seconds per token."""
 
     lm: float
     """Of the language model, up to the deepest site of the plan."""
@@ -128,11 +129,11 @@ class Speeds(Spec):
 
 
 class RankShare(Spec):
-    """What falls to one rank."""
+    """The part of a plan that falls to one rank."""
 
     legs: list[str]
     memory_bytes: float
-    """The model, training state of live legs, a block's activations at their sites, and what is sent and received."""
+    """The model, training state of live legs, a block's activations at their sites, and buffers for the exchange."""
 
 
 class Spread(Spec):
@@ -140,20 +141,20 @@ class Spread(Spec):
 
     ranks: list[RankShare]
     exchange_bytes: float
-    """Activations that ranks send to one another, for the whole plan."""
+    """Activations that ranks send to one another over the whole plan."""
     seconds: float | None
-    """Of the language model and the training steps, at given speeds; the exchange is not in it."""
+    """Time of the language model and the training steps, at given speeds, without the exchange."""
     seconds_of_one: float | None
-    """The same for a process on its own."""
+    """The same for a single process."""
 
 
 def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
-    """Predict what falls to each rank, and how long a plan takes on all of them.
+    """Predict the work of each rank, and how long a plan takes on all of them.
 
-    How to see this: in each stretch of blocks with the same sites open, the language model's work goes to whoever has
-    the least to do (`deal`). So a block takes what all work comes to, divided by the number of ranks, but not less than
-    the rank whose legs take longest. What a rank does not forward itself is sent to it. Without `speeds`, all forward
-    as much.
+    In each stretch of blocks with the same open sites, the language model's work goes to the ranks with the least to do
+    (`deal`). So a block takes the time of all its work divided by the number of ranks, but at least that of the rank
+    whose legs take longest. Activations that a rank does not compute itself are sent to it. Without `speeds`, all ranks
+    are taken to forward equally much.
     """
     check_groups(plan.recipe.model, n_ranks)
     facts = plan.facts
@@ -197,12 +198,14 @@ def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
 
 
 def forward_shares(busy: Sequence[float], lm: float, degree: int = 1) -> list[float]:
-    """The share of a block that each rank forwards, so that all are done at the same time: `deal`, of very many parts.
+    """Return the share of a block that each rank forwards, so that all finish at the same time.
+
+    This is the limit of `deal` for very many parts.
 
     >>> forward_shares([0.0, 1.0, 9.0], lm=3.0)
     [0.6666666666666666, 0.3333333333333333, 0.0]
     """
-    # How to see this: work is poured like water over what each group is busy with anyway, up to one level.
+    # Water filling: the work is poured like water on top of what each group has to do anyway, up to a common level.
     busy_groups = _busy_groups(busy, degree)
     of_group = lm / degree  # seconds, if one group forwarded all
     level = 0.0
@@ -221,7 +224,7 @@ def _bytes_per_token(facts: ModelFacts, sites: Sequence[Site]) -> int:
 def _work(
     plan: Plan, owner: Mapping[str, int], n_ranks: int, speeds: Speeds, cursor: int, sites: Sequence[Site]
 ) -> tuple[float, list[float]]:
-    """Seconds per token at a place of the axis: of the language model, and of each rank's legs."""
+    """Return the seconds per token at a cursor: of the language model, and of each rank's legs."""
     lm = speeds.lm * plan.share_of_depth(sites)
     busy = [0.0] * n_ranks
     for leg in plan.legs:

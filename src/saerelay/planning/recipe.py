@@ -1,6 +1,6 @@
-"""The recipe: what a user writes in `run.toml`. The comments that `saerelay init` prints are the descriptions here.
+"""The recipe: what a user writes in `run.toml`. `saerelay init` prints the descriptions given here as comments.
 
-Sections with many keys are made of parts; in a file their keys stand side by side (see `Spec.inline`).
+A section with many keys is made of parts, whose keys stand side by side in the file (see `Spec.inline`).
 """
 
 from typing import Annotated, Literal
@@ -20,7 +20,7 @@ BUDGET_UNITS = {"tokens": "tokens", "flops": "FLOPs", "hours": "hours", "hour": 
 
 
 def parse_budget(text: str) -> tuple[float, str]:
-    """A budget as (amount, "tokens" | "FLOPs" | "hours").
+    """Parse a budget into (amount, "tokens" | "FLOPs" | "hours").
 
     >>> parse_budget("10M tokens"), parse_budget("5e14 FLOPs"), parse_budget("1.5 hours")
     ((10000000.0, 'tokens'), (500000000000000.0, 'FLOPs'), (1.5, 'hours'))
@@ -42,7 +42,7 @@ def parse_budget(text: str) -> tuple[float, str]:
 
 
 class ModelSpec(Spec):
-    """Which language model is read."""
+    """The language model."""
 
     name: str = Field(
         default="demo", description='hub id, local directory, GGUF file, or "demo" for the built-in model'
@@ -52,15 +52,15 @@ class ModelSpec(Spec):
         default="auto", description='"auto": bfloat16 where the hardware is fast at it, else float32'
     )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
-    trust_remote_code: bool = Field(default=False, description="run Python code that comes with a hub model")
-    gguf_file: str = Field(default="", description="which GGUF file to read, of a repository or directory with several")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that comes with a hub model")
+    gguf_file: str = Field(default="", description="GGUF file to read, if the repository or directory has several")
     adapter: str = Field(
         default="", description='adapter (peft) to merge into the weights: directory, or hub id, "user/name@revision"'
     )
     tensor_parallel: int = Field(
         default=1,
         ge=1,
-        description="how many GPUs hold the model together, if it is too large for one: see docs/scale-out.md",
+        description="number of GPUs to split the model over, if it is too large for one; see docs/scale-out.md",
     )
 
 
@@ -70,12 +70,13 @@ class SitesSpec(Spec):
     layers: Literal["all"] | list[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
     module: KindName | list[KindName] = Field(
         default="resid_post",
-        description="resid_post, resid_pre, mlp_in, mlp_out, attn_out, attn_z or transcoder (the MLP's); or a list of "
-        "them, for all of which the plan is repeated in one pass of the language model",
+        description="resid_post, resid_pre, mlp_in, mlp_out, attn_out, attn_z or transcoder (of the MLP); or a list of "
+        "these: the plan is repeated for each of them, in one pass of the language model",
     )
     module_out: ModuleKind | Literal[""] = Field(
         default="",
-        description='what is reconstructed, if not what is read: "mlp_out", with module = "mlp_in", makes transcoders',
+        description='module to reconstruct, if not the one that is read; "mlp_out" with module = "mlp_in" makes '
+        "transcoders",
     )
 
     @model_validator(mode="after")
@@ -93,7 +94,7 @@ class SitesSpec(Spec):
 
     @property
     def kinds(self) -> list[SiteKind]:
-        """What is read and reconstructed, a kind for each suite of SAEs."""
+        """The kinds of sites that are read and reconstructed, one for each suite of SAEs."""
         if isinstance(self.module, list):
             return [SiteKind.named(name) for name in self.module]
         kind = SiteKind.named(self.module)
@@ -103,7 +104,7 @@ class SitesSpec(Spec):
 
     @property
     def first_kind(self) -> SiteKind:
-        """The kind that is meant where a layer is named and nothing else."""
+        """The kind of site that is meant where only a layer is named."""
         return self.kinds[0]
 
 
@@ -115,12 +116,12 @@ class DatasetSpec(Spec):
     )
     subset: str = Field(default="", description="the dataset's configuration name, if it has several")
     split: str = Field(default="train", description="the dataset's split")
-    column: str = Field(default="text", description="the dataset's column with the documents")
+    column: str = Field(default="text", description="the dataset's column that holds the documents")
     revision: str = Field(default="", description="the dataset's branch, tag or commit")
 
 
 class DataSpec(Spec):
-    """Where tokens come from. At most one of `dataset`, `text`, `tokens`; none means the built-in Python corpus."""
+    """Where tokens come from: at most one of `dataset`, `text`, `tokens`; without any, the built-in Python corpus."""
 
     inline = ("hub",)
 
@@ -143,7 +144,7 @@ class DataSpec(Spec):
     )
     block_tokens: OrAuto[Count] = Field(
         default="auto",
-        description='tokens that are shuffled together; "auto": by the shapes of model and plan, at most 65536',
+        description='tokens that are shuffled together; "auto": set by the shapes of model and plan, at most 65536',
     )
 
     @model_validator(mode="after")
@@ -156,24 +157,28 @@ class DataSpec(Spec):
 
 
 class HopSpec(Spec):
-    """How legs get from layer to layer."""
+    """How SAEs are transferred from layer to layer."""
 
     method: MethodOrAuto = Field(
         default="auto",
-        description='identity, rescale, procrustes or affine; "auto": what measures best on held-out rows, hop by hop',
+        description='identity, rescale, procrustes or affine; "auto": for each hop, the best on held-out rows',
     )
     refit: bool = Field(
         default=True, description="after a hop: revive silent latents, refit the decoder in closed form"
     )
-    moment_tokens: Count = Field(default=100_000, gt=0, description="tokens the map between two layers is fitted on")
-    refit_tokens: Count = Field(default=65_536, gt=0, description="tokens the decoder is refitted on, at most a block")
+    moment_tokens: Count = Field(
+        default=100_000, gt=0, description="tokens on which the map between two layers is fitted"
+    )
+    refit_tokens: Count = Field(
+        default=65_536, gt=0, description="tokens on which the decoder is refitted; at most one block"
+    )
     fork_at: ShareOrCount = Field(
-        default=1.0, description="when transfers branch off their parent: a share of its tokens, or a count"
+        default=1.0, description="age of the parent at which transfers branch off: a share of its tokens, or a count"
     )
     parents: str = Field(
         default="",
-        description="another run's directory: its SAEs are continued here, layer by layer, instead of a preset's legs; "
-        'such as for an instruction-tuned model; "" for none',
+        description="directory of another run, whose SAEs are trained further here, layer by layer, instead of the "
+        'preset\'s legs (for an instruction-tuned model, for example); "" for none',
     )
     reuse: int = Field(
         default=1,
@@ -183,15 +188,15 @@ class HopSpec(Spec):
 
 
 class TierSpec(Spec):
-    """At which other L0 the suite is published."""
+    """Further levels of sparsity (L0) at which the suite is published."""
 
     tiers: list[Annotated[int, Field(ge=1)]] = Field(
         default=[],
-        description="other numbers of active latents, such as [16, 64]: each SAE also as a copy that is trained on at "
-        "that k",
+        description="further numbers of active latents, such as [16, 64]: for each of them, every SAE gets a copy that "
+        "is trained further with that k",
     )
     tier_tokens: OrAuto[Count] = Field(
-        default="auto", description='training tokens of such a copy; "auto": as many as a transfer'
+        default="auto", description='training tokens of each such copy; "auto": transfer_tokens'
     )
 
 
@@ -199,15 +204,16 @@ class AutoSpec(Spec):
     """What `preset = "auto"` aims for."""
 
     budget: str = Field(
-        default="", description='auto: what the run may cost: "10M tokens" of training, "5e14 FLOPs" or "1.5 hours" ...'
+        default="",
+        description='preset "auto": what the run may cost: "10M tokens" of training, "5e14 FLOPs" or "1.5 hours" ...',
     )
     fvu_ratio: OrAuto[Annotated[float, Field(gt=0)]] = Field(
         default="auto",
-        description='... or the FVU to reach, as a multiple of what root_tokens from scratch give; "auto": 1.05',
+        description='... or the FVU to reach, as a multiple of that after root_tokens from scratch; "auto": 1.05',
     )
     survey_tokens: OrAuto[Count] = Field(
         default="auto",
-        description='auto: tokens of the longest pilot; "auto": root_tokens / 10, but at least 64 per latent',
+        description='preset "auto": tokens of the longest pilot; "auto": root_tokens / 10, but at least 64 per latent',
     )
 
     @field_validator("budget")
@@ -219,7 +225,7 @@ class AutoSpec(Spec):
 
     @property
     def given(self) -> bool:
-        """Whether an aim is stated."""
+        """Whether a budget or a ratio is given."""
         return bool(self.budget) or self.fvu_ratio != "auto"
 
 
@@ -233,7 +239,7 @@ class PlanSpec(Spec):
     )
     auto: AutoSpec = AutoSpec()
     stop: bool = Field(
-        default=True, description="if a leg (the training of one SAE) has a goal, end it once that is reached"
+        default=True, description="end a leg (the training of one SAE) that has a goal as soon as it reaches the goal"
     )
     roots: list[int] = Field(default=[], description="layers trained from scratch; [] lets the preset choose")
     direction: Literal["auto", "forward", "backward", "both"] = Field(
@@ -244,15 +250,16 @@ class PlanSpec(Spec):
     transfer_tokens: Count = Field(default=250_000, ge=0, description="training tokens of a transfer; 0 is zero-shot")
     hop: HopSpec = HopSpec()
     controls: list[int] = Field(
-        default=[], description="layers that also get controls: from scratch (equal tokens, and full), for comparison"
+        default=[], description="layers that also get controls, SAEs trained for comparison (see control_kinds)"
     )
     control_kinds: list[ControlKind] = Field(
         default=["equal_tokens", "full"],
-        description="which controls: equal_tokens, full, random (a random dictionary, refitted as after a hop)",
+        description="from scratch on the tokens of the transfer (equal_tokens) or on root_tokens (full); or random: a "
+        "random dictionary, refitted as after a hop",
     )
     tier: TierSpec = TierSpec()
     legs: list[LegSpec] = Field(
-        default=[], description="[[plan.legs]]: a plan written leg by leg, instead of a preset; see docs/plans.md"
+        default=[], description="[[plan.legs]]: a plan written leg by leg, in place of a preset; see docs/plans.md"
     )
 
     @model_validator(mode="after")
@@ -277,10 +284,10 @@ class OptimizerSpec(Spec):
 
     lr: OrAuto[Rate] = Field(
         default="auto",
-        description='learning rate of the decoder, from scratch; "auto": by width and budget (decision 007)',
+        description='learning rate of the decoder, from scratch; "auto": set by width and budget (decision 007)',
     )
     transfer_lr: OrAuto[Rate] = Field(
-        default="auto", description='learning rate after a transfer; "auto": by what its map leaves unexplained'
+        default="auto", description='learning rate after a transfer; "auto": set by what the map leaves unexplained'
     )
     encoder_lr: float = Field(default=0.5, gt=0, description="learning rate of the encoder's weights, as a share of lr")
     bias_lr: OrAuto[Annotated[float, Field(gt=0)]] = Field(
@@ -289,20 +296,20 @@ class OptimizerSpec(Spec):
     betas: tuple[Beta, Beta] = Field(default=(0.8, 0.99), description="Adam's beta1 and beta2")
     balance: Annotated[float, Field(ge=0, le=1)] | Auto = Field(
         default="auto",
-        description='each dimension is divided by its standard deviation to this power; 0: off; "auto": 0.75 where one '
+        description='each dimension is divided by its standard deviation to this power; 0: off; "auto": 0.75 if a '
         "dimension has over 5 % of the variance, else 0 (decision 031)",
     )
     whitening: float = Field(
         default=0.25,
         ge=0,
         le=0.5,
-        description="the encoder reads activations times their covariance to minus this power: learns faster; 0: off",
+        description="the encoder reads activations times their covariance to minus this power, to learn faster; 0: off",
     )
     warmup: float = Field(
         default=0.02, ge=0, lt=1, description="share of the budget over which the learning rate rises"
     )
     sparsity_warmup: float = Field(
-        default=0.05, ge=0, lt=1, description="jumprelu, relu: share over which the penalty rises"
+        default=0.05, ge=0, lt=1, description="jumprelu, relu: share of the budget over which the penalty rises"
     )
     decay: float = Field(
         default=0.3, ge=0, le=1, description="share of the budget over which the learning rate falls to 0"
@@ -317,26 +324,26 @@ class TrainSpec(Spec):
 
     batch_tokens: Count = Field(default=512, gt=0, description="tokens per training step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description='of the matrix product in the encoder; "auto": bfloat16 where the model runs in it'
+        default="auto", description='of the encoder\'s matrix product; "auto": bfloat16 if the activations are bfloat16'
     )
     optimizer: OptimizerSpec = OptimizerSpec()
     dead_after: OrAuto[Count] = Field(
         default="auto",
         description='tokens without firing after which a latent is dead; "auto": min(10M, a fiftieth of the budget)',
     )
-    seed: int = Field(default=0, ge=0, description="every random choice follows from it")
+    seed: int = Field(default=0, ge=0, description="every random choice follows from this seed")
     seeds: int = Field(
-        default=1, ge=1, description="train every leg with as many seeds (seed, seed + 1, ...), for error bars"
+        default=1, ge=1, description="train every leg with this many seeds (seed, seed + 1, ...), for error bars"
     )
     checkpoint_every: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
-        default="auto", description='tokens between two saved states; "auto": as many as take five minutes'
+        default="auto", description='tokens between two saved states; "auto": as many as are trained in five minutes'
     )
     snapshots: list[ShareOrCount] = Field(
-        default=[], description="ages at which to publish snapshots: shares or counts; 0 is right after a hop"
+        default=[], description="ages at which to publish snapshots: shares or counts of tokens; 0: right after a hop"
     )
     memory_gib: OrAuto[Annotated[float, Field(gt=0)]] = Field(
         default="auto",
-        description='let legs wait if their training state would exceed this; "auto": 70 % of the device\'s memory',
+        description='legs wait while the training state would exceed this; "auto": 70 % of the device\'s memory',
     )
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="in addition to metrics.jsonl: tensorboard, wandb"
@@ -346,9 +353,9 @@ class TrainSpec(Spec):
 class EvaluateSpec(Spec):
     """How quality is measured."""
 
-    tokens: Count = Field(default=131_072, gt=0, description="held-out tokens")
+    tokens: Count = Field(default=131_072, gt=0, description="number of held-out tokens")
     ce: bool | Auto = Field(
-        default="auto", description='CE and KL metrics; "auto": if the model has a language-model head'
+        default="auto", description='measure CE and KL; "auto": if the model has a language-model head'
     )
 
 
@@ -369,4 +376,4 @@ class Recipe(Spec):
 
 
 Run = Recipe
-"""The name that recipes had in the public interface at first."""
+"""The earlier name of `Recipe` in the public interface."""

@@ -1,8 +1,8 @@
-"""The survey behind `preset = "auto"`: a short pass over the training split that measures what a plan is chosen by.
+"""The survey behind `preset = "auto"`: a short pass over the training split, on which the choice of a plan is based.
 
 It is a small run of its own (`survey/` in the run directory): pilots from scratch at every layer, and long pilots at a
-middle layer, the hub, and at the first and the last. Every point of a curve is a run with its own decay. What they are
-worth is measured on rows of the validation split, as is the worth of every hop without training, refitted or not.
+middle layer (the hub), the first and the last. Every point of a curve is a run with its own decay. The pilots, and all
+hops between them without training, refitted or not, are measured on rows of the validation split.
 """
 
 import math
@@ -22,7 +22,7 @@ from saerelay.spec import Spec
 LONG = "long"
 """Id of the hub's long pilot."""
 TOKENS_PER_LATENT = 64
-"""Of the long pilot, at least; the curves have no floor to be seen when the short ones get less than a quarter."""
+"""Least tokens per latent of the long pilot; if short pilots get less than a quarter of it, curves show no floor."""
 
 
 class SurveyedLayer(Spec):
@@ -32,11 +32,11 @@ class SurveyedLayer(Spec):
     rms_norm: float
     """√ E‖x − E x‖²."""
     fvu: float
-    """Of the pilot, with `pilot_tokens`."""
+    """FVU of the pilot, after `pilot_tokens`."""
     refitted: float
-    """Of the pilot with its decoder refitted, as after a hop."""
+    """FVU of the pilot with its decoder refitted, as after a hop."""
     decay_gain: float
-    """Its FVU over that before the learning rate's decay."""
+    """FVU of the pilot over its FVU before the learning rate's decay."""
 
 
 class SurveyedHop(Spec):
@@ -47,22 +47,22 @@ class SurveyedHop(Spec):
     r2: float
     """Share of the target's variance that the affine map explains."""
     angle: float
-    """Mean angle between the activations of a token at the two layers, over π."""
+    """Mean angle between the activations of a token at the two layers, divided by π."""
     fvu: float
-    """Of the source's pilot, carried to the target."""
+    """FVU of the source's pilot carried to the target."""
     refitted: float
-    """Of that with its decoder refitted."""
+    """FVU of the same with its decoder refitted."""
 
 
 class SurveyCost(Spec):
-    """What the survey took, and the rates from which hours are predicted."""
+    """The cost of the survey, and the rates from which hours are predicted."""
 
     lm_tokens: int
     sae_samples: int
     flops: float
     seconds: float
     seconds_per_sample: float
-    """Of an SAE's training step, for one token."""
+    """Time of an SAE's training step, per token."""
     seconds_per_lm_flop: float
 
 
@@ -71,18 +71,18 @@ class LongPilots(Spec):
 
     long_tokens: int
     long_fvu: float
-    """Of the hub's."""
+    """FVU of the hub's long pilot."""
     long_refitted: float
-    """Of the hub's with its decoder refitted."""
+    """FVU of the hub's long pilot with its decoder refitted."""
     long_decay_gain: float
     long_hops: dict[int, float]
-    """FVU of the hub's carried to each other layer and refitted there."""
+    """FVU of the hub's long pilot carried to each other layer and refitted there."""
     ends: dict[int, float]
-    """FVU of those at the first and the last layer, where curves are least like the hub's."""
+    """FVU of the long pilots at the first and the last layer, where curves are least like the hub's."""
 
 
 class Survey(Document):
-    """What was measured: `survey.json`. All FVUs are on the same rows of the validation split."""
+    """The survey's measurements (`survey.json`). All FVUs are on the same rows of the validation split."""
 
     inline = ("long",)
 
@@ -93,7 +93,7 @@ class Survey(Document):
     hub: int
     n_latents: int
     block_tokens: int
-    """Of the pilots; the plan has the same, since what is learned from few tokens depends on how they are shuffled."""
+    """Block size of the pilots. The plan has the same, since the result of few tokens depends on their shuffling."""
     pilot_tokens: int
     layers: list[SurveyedLayer]
     hops: list[SurveyedHop]
@@ -102,9 +102,9 @@ class Survey(Document):
 
 
 def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.inf) -> Plan:
-    """The pilots, as a plan like any other.
+    """Return the pilots, as a plan like any other.
 
-    Raises PlanError for a recipe that no plan could be made of.
+    Raises PlanError for a recipe that cannot be compiled to a plan.
     """
     plain = recipe.plan.changed(preset="hub", auto=AutoSpec(), stop=True, controls=[])
     usual = compile_plan(recipe.changed(plan=plain), facts)
@@ -133,7 +133,7 @@ def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.in
 
 
 def pilot_tokens(recipe: Recipe, facts: ModelFacts) -> int:
-    """Tokens of the long pilot: a tenth of a root's, more where that is too short for a curve to have settled."""
+    """Return the tokens of the long pilot: a tenth of a root's, or more if that is too short for a curve to settle."""
     root_tokens = recipe.plan.root_tokens
     width = facts.width(Site(0, recipe.sites.first_kind.module))
     n_latents = recipe.dictionary.sized(width).n_latents
@@ -141,7 +141,7 @@ def pilot_tokens(recipe: Recipe, facts: ModelFacts) -> int:
 
 
 def before_decay(leg: Leg, recipe: Recipe) -> int:
-    """Age at which a leg's decay begins, in whole batches."""
+    """Return the age at which a leg's decay begins, in whole batches."""
     batch = recipe.train.batch_tokens
     share = 1 - recipe.train.optimizer.decay
     return batch * max(1, round(share * leg.budget_tokens / batch))

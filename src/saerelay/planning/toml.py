@@ -1,4 +1,4 @@
-"""A recipe as text: TOML with every key and what it means."""
+"""A recipe as TOML, with a comment on the meaning of every key."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from saerelay.planning.recipe import Recipe
 
 
 def annotated_toml(recipe: Recipe) -> str:
-    """The recipe as TOML with every key and what it means: the output of `saerelay init`."""
+    """Write the recipe as TOML with a comment on the meaning of every key: the output of `saerelay init`."""
     lines = ['# A recipe for `saerelay train run.toml --out runs/a`. Counts may be written 250_000 or "250k".', ""]
     for name, section in recipe:
         summary = (type(section).__doc__ or "").splitlines()[0]
@@ -21,7 +21,7 @@ def annotated_toml(recipe: Recipe) -> str:
             lines.append(f"{assignment:<34}# {description}")
         lines.append("")
     for leg in recipe.plan.legs:
-        given = leg.model_dump(exclude_defaults=True, exclude_none=True)  # the same after plan.json was read
+        given = leg.model_dump(exclude_defaults=True, exclude_none=True)  # the same for a leg read from plan.json
         lines.append("[[plan.legs]]")
         lines += [f"{key} = {_toml_value(value)}" for key, value in given.items()]
         lines.append("")
@@ -33,4 +33,4 @@ def _toml_value(value: Any) -> str:
         return f"{value:_}"
     if isinstance(value, tuple):
         value = list(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML wants escaped, too
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML wants DEL escaped, too

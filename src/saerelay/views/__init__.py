@@ -1,5 +1,5 @@
-"""What people look at: tables, figures, the report and the judging page.
+"""The output that people look at: tables, figures, the report and the judging page.
 
-Made from documents and features that exist already; nothing here measures.
+All of it is made from documents and features that exist already; nothing here measures.
 May import the ground, `planning` and `runs`.
 """

@@ -1,6 +1,6 @@
-"""Every word that people read for metrics, methods, statuses, origins and roles, in one place.
+"""The labels of metrics, methods, statuses, origins and roles, all in one place.
 
-Tables, figures, the report and the model card use these; the report's data files carry them to its scripts (`for_js`).
+Tables, figures, the report and the model card use them; the report's data files pass them to its scripts (`for_js`).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ METRICS = {
     "kl_div_with_sae": ("KL (nats per token)", "KL: KL(clean ‖ with SAE) over the vocabulary, lower is better"),
     "kl_div_score": ("KL score", "KL score: (KL zero-ablated − KL with SAE) / KL zero-ablated, higher is better"),
 }
-"""Name for an axis or a column, and definition."""
+"""For each metric, its name for an axis or a column, and its definition."""
 
 METHODS = {
     "identity": "plain copy",
@@ -60,24 +60,24 @@ ROLES = {
     "full": "control: from scratch, full budget",
     "random": "control: random dictionary, refitted",
 }
-"""What a leg is for; of controls, their kind."""
+"""The role of a leg; for controls, their kind."""
 
 SCRATCH_KINDS = {"root": "a root's tokens", "equal_tokens": "equal tokens", "full": "the full budget"}
-"""What a leg from scratch, that a transferred one is compared with, was trained on."""
+"""The budget of a leg from scratch with which a transferred leg is compared."""
 
 SPREAD_METRICS = {"l0": 1, "delta_ce": 4, "balanced_fvu": 4, "fvu": 4, "ce_loss_score": 4}
-"""Metrics whose spread over seeds is shown, and with how many digits."""
+"""Metrics whose spread over seeds is shown, with their number of digits."""
 
 
 def seeds_label(legs: Sequence[LegSummary]) -> str:
-    """What a row with the means over some legs' seeds is called."""
+    """Return the label of a row with the means over some legs' seeds."""
     shared = found_again(legs)
     label = f"mean ± SD of {len(legs)} seeds"
     return label if shared is None else f"{label}, {shared:.0%} of latents found again"
 
 
 def spread_cells(legs: Sequence[LegSummary]) -> list[str]:
-    """The means of legs over their seeds, with standard deviations: SPREAD_METRICS, and the share that is alive."""
+    """Return the means of legs over seeds, with standard deviations: SPREAD_METRICS, and the share of live latents."""
     cells = []
     for metric, digits in SPREAD_METRICS.items():
         cells.append(with_error(*spread(legs, metric), digits))
@@ -98,15 +98,15 @@ CURVES = {
     "n_dead": ("dead latents", "Dead latents: those that have not fired for longer than the leg's dead_after_tokens"),
     "learning_rate": ("learning rate", "The optimiser's learning rate"),
 }
-"""Columns of the training log: a name for an axis, and definition."""
+"""For each column of the training log, its name for an axis, and its definition."""
 
 
 LARGE_DIMENSION = 0.25
-"""Share of the variance from which one dimension is said to decide FVU."""
+"""Share of the variance above which readers are told that one dimension decides FVU."""
 
 
 def metric_name(metric: str) -> str:
-    """The short name of a metric, without its unit.
+    """Return the short name of a metric, without its unit.
 
     >>> metric_name("delta_ce")
     'ΔCE'
@@ -115,13 +115,13 @@ def metric_name(metric: str) -> str:
 
 
 def leading_metric(summary: Summary) -> str:
-    """The metric by which a run's SAEs are compared: what the model loses, or else what ranks SAEs as that does."""
+    """Return the metric to compare a run's SAEs by: ΔCE, or, if not measured, balanced FVU, which ranks them alike."""
     measured = all(leg.delta_ce is not None for leg in summary.final_legs)
     return "delta_ce" if measured else "balanced_fvu"
 
 
 def misleading_fvu(summary: Summary) -> str:
-    """A sentence on the layers where FVU is mostly about one dimension; "" if there are none."""
+    """Return a sentence on the layers where one dimension dominates FVU; "" if there are none."""
     places = []
     for kind in summary.kinds:
         layers = []
@@ -140,7 +140,7 @@ def misleading_fvu(summary: Summary) -> str:
 
 
 def place_name(summary: Summary, leg: LegSummary) -> str:
-    """Where a leg stands, in words: "layer 4", and its kind and its L0 where the run has several."""
+    """Return a leg's place in words: "layer 4", with its kind and its L0 if the run has several."""
     name = f"layer {leg.layer}"
     if len(summary.kinds) > 1:
         name += f", {leg.kind}"
@@ -150,7 +150,7 @@ def place_name(summary: Summary, leg: LegSummary) -> str:
 
 
 def mean_l0(summary: Summary) -> str:
-    """The mean L0 of a run's SAEs, tier by tier: "16", or "8, 16 and 32"."""
+    """Return the mean L0 of a run's SAEs, tier by tier: "16", or "8, 16 and 32"."""
     of_tier: dict[float | None, list[float]] = {}
     for leg in summary.final_legs:
         tier = leg.target_l0 if summary.is_other_tier(leg) else None
@@ -160,7 +160,7 @@ def mean_l0(summary: Summary) -> str:
 
 
 def carried(method: str) -> str:
-    """How dictionaries came to another layer, as part of a sentence.
+    """Say how dictionaries came to another layer, as part of a sentence.
 
     >>> carried("identity"), carried("affine")
     ('copied without change', 'carried by affine map')
@@ -171,7 +171,7 @@ def carried(method: str) -> str:
 
 
 def for_js() -> dict[str, Any]:
-    """The labels as the report's scripts read them."""
+    """Return the labels in the form that the report's scripts read."""
     return {
         "metrics": METRICS,
         "methods": METHODS,

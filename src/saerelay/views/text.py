@@ -1,4 +1,4 @@
-"""Numbers and other people's text, as they are shown to people."""
+"""Numbers, and text from others, formatted for people."""
 
 import math
 import unicodedata
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 MAX_TOKEN_CHARS = 40
-"""Characters of a token that are shown."""
+"""Most characters shown of a token."""
 _SIGNS = {"\n": "⏎", "\t": "⇥", " ": " "}
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
-    """Whether a value was measured: neither None nor NaN nor infinite."""
+    """Whether a value is a number: neither None nor NaN nor infinite."""
     return value is not None and math.isfinite(value)
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """A number with as many digits after the point, or "-" where there is none.
+    """Format a number with `digits` digits after the point; "-" for None.
 
     >>> decimal(0.0524, 3), decimal(None)
     ('0.052', '-')
@@ -25,7 +25,7 @@ def decimal(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, sign: str = "") -> str:
-    """A share in percent, or "-" where there is none; `sign` is "+" to show the sign of positive ones.
+    """Format a share in percent; "-" for None; with `sign` "+", positive shares show their sign.
 
     >>> percent(0.125), percent(0.1, "+"), percent(None)
     ('12.5%', '+10.0%', '-')
@@ -34,7 +34,7 @@ def percent(value: float | None, sign: str = "") -> str:
 
 
 def with_error(value: float | None, error: float | None, digits: int) -> str:
-    """A number and its standard error, if there is one.
+    """Format a number with its standard error, if there is one.
 
     >>> with_error(0.5, 0.012, 2), with_error(0.5, None, 2), with_error(None, None, 2)
     ('0.50 ± 0.01', '0.50', '-')
@@ -45,7 +45,7 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it.
+    """Format a time the way people say it.
 
     >>> duration(122.9), duration(4000), duration(36000)
     ('123 s', '67 min', '10.0 h')
@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 
 
 def flops(value: float) -> str:
-    """Operations, with a unit.
+    """Format a number of operations, with a unit.
 
     >>> flops(2.1e13)
     '21 TFLOP'
@@ -70,7 +70,7 @@ def flops(value: float) -> str:
 
 
 def listed(items: Sequence[Any]) -> str:
-    """Items as a list in a sentence.
+    """Join items to a list in a sentence.
 
     >>> listed([1]), listed([1, 2, 3])
     ('1', '1, 2 and 3')
@@ -82,7 +82,7 @@ def listed(items: Sequence[Any]) -> str:
 
 
 def visible(text: str, longest: int = MAX_TOKEN_CHARS) -> str:
-    """A token's text with everything that a terminal would not show, or would obey, as something to see.
+    """Return a token's text with invisible and control characters replaced by visible ones.
 
     >>> print(visible("a\\n\\x1b[2Jb\\u202e\\ud800"))
     a⏎\\x1b[2Jb\\u202e\ufffd

@@ -1,5 +1,5 @@
-"""What each command does, from the question to the files it leaves.
+"""What each command does, from parsed options to the files it writes.
 
-Workflows call the other wings in order, and hold no maths of their own.
+Workflows call the other wings in order, and contain no mathematics of their own.
 May import everything but the command line.
 """

@@ -25,9 +25,9 @@ from saerelay.training.train import HELD_OUT_ROWS
 
 
 def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_least: int = 0) -> Corpus:
-    """The run's tokens: those it has, if they are enough for the plan, or new ones that take their place.
+    """Return the run's tokens: those on disk if they are enough for the plan, else new ones that replace them.
 
-    As many as `at_least` are taken if the corpus has them.
+    New tokens are at least `at_least`, if the corpus has that many.
     """
     data = plan.recipe.data
     remove_replaced(paths.tokens)
@@ -68,7 +68,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
 
 
 def _check_corpus(plan: Plan, corpus: Corpus) -> None:
-    """Raise DataError unless there are enough training tokens for the plan at the epochs given."""
+    """Raise DataError unless the corpus has enough training tokens for the plan, given its number of epochs."""
     epochs = plan.recipe.data.epochs
     available = corpus.train.size
     if available * epochs < plan.n_tokens:
@@ -81,10 +81,10 @@ def _check_corpus(plan: Plan, corpus: Corpus) -> None:
 
 
 def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
-    """The plan's activations of sequences (N, context), with the language model, unless all of them are in data.cache.
+    """Return the stream of the plan's activations on sequences (N, context).
 
-    A model that several ranks hold together is not loaded yet: see `joined_stream`. Raises DataError if the cache is
-    damaged, or if what it lacks does not fit on its disk.
+    The language model is loaded unless all activations are in data.cache, or several ranks hold the model together (see
+    `joined_stream`). Raises DataError if the cache is damaged, or if the activations it lacks do not fit on its disk.
     """
     is_split = plan.recipe.model.tensor_parallel > 1
     if not plan.recipe.data.cache:
@@ -99,11 +99,11 @@ def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
 
 
 def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, team: Team) -> TeamStream:
-    """The activations that each rank of a team needs, computed by all.
+    """Return the stream of the activations that this rank of a team needs; all ranks compute them together.
 
-    `stream` is rank 0's, which has a model if anything is to be computed; None on the others. One rank of
-    each machine loads the model first, so that it is downloaded once; a model that ranks hold together is loaded by
-    all of them at once.
+    `stream` is rank 0's stream, which has a model if anything has to be computed; it is None on other ranks. One rank
+    of each machine loads the model first, so that it is downloaded only once; a model that ranks hold together is
+    loaded by all of them at once.
     """
     model = stream.model if stream else None
     if plan.recipe.model.tensor_parallel > 1:
@@ -115,7 +115,7 @@ def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, 
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
-    """The language model that groups of ranks hold together, once it is seen that each rank has whole activations."""
+    """Load the language model that groups of ranks hold together, and check that each rank gets whole activations."""
     model = load_model(plan, split=True)
     found = model.harvest(torch.zeros(1, 2, dtype=torch.long), plan.with_probe(plan.sites_read))
     by_rank = team.gather({site: x.cpu() for site, x in found.items()})
@@ -124,7 +124,7 @@ def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
 
 
 def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:
-    """Blocks of HELD_OUT_ROWS positions of the validation split."""
+    """Return a stream of blocks of HELD_OUT_ROWS positions of the validation split."""
     context = plan.recipe.data.context
     block_tokens = context * math.ceil(HELD_OUT_ROWS / context)
     small = plan.changed(block_tokens=block_tokens)

@@ -20,7 +20,7 @@ MARK = ".saerelay-demo"
 """Marks a directory that a demo made, so that the next demo may replace it."""
 
 DEMO = Recipe(
-    data=DataSpec(epochs=2),  # only needed where the standard library comes without its tests (Debian's)
+    data=DataSpec(epochs=2),  # needed only where Python comes without the standard library's tests (as in Debian)
     dictionary=DictionarySpec(expansion=16, activation=TopK(k=24)),
     plan=PlanSpec(preset="hub", root_tokens=1_000_000, transfer_tokens=125_000, controls=[2, 6]),
     train=TrainSpec(batch_tokens=512),
@@ -44,11 +44,11 @@ def run_demo(out: Path, console: Console | None) -> Summary:
 
 
 def clear_demo(out: Path) -> None:
-    """Remove an earlier demo, but for its lock."""
+    """Remove an earlier demo, except its lock."""
     if not out.is_dir():
         raise RunDirectoryError(f"{out} is a file; choose another --out")
     entries = {entry.name for entry in out.iterdir()}
-    if not entries - {f".{MARK}.tmp"}:  # killed before it was marked
+    if not entries - {f".{MARK}.tmp"}:  # the earlier demo was killed before it was marked
         return
     if MARK not in entries:
         raise RunDirectoryError(f"{out} holds something that is not a demo; move it away or choose another --out")

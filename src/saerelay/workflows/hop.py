@@ -1,4 +1,4 @@
-"""One hop of one trained SAE into a run of its own: of any format, and from any model that reads the same tokens."""
+"""One hop of a trained SAE, in any format and from any model with the same tokens, into a run of its own."""
 
 import math
 import time
@@ -56,25 +56,25 @@ def hop_run(
 ) -> Suite:
     """Transfer one trained SAE to a layer, with or without fine-tuning, into a run directory of its own.
 
-    `source` is a directory or file of any format, or `hf://user/repo[@revision][/path]`; `site` where it reads, if its
-    files do not say; `model` another language model that it was trained on, with the same tokens as the recipe's: the
-    map is then fitted between the two on the same text. `leg_keys` are keys of a leg of a plan (tokens, method, refit,
-    architecture, n_latents, k, lr, ...); what is not given is the recipe's. Onto its own site an SAE is copied,
-    refitted if that explains tokens better that the refit has not seen, and with tokens = 0 and nothing else asked for
-    only measured. The same hop into the same directory goes on where it was interrupted. Raises FormatError for a
-    source that cannot be read.
+    `source` is a directory or file in any format, or `hf://user/repo[@revision][/path]`. `site` is the site it reads,
+    if its files do not say. `model` is the language model it was trained on, if that is not the recipe's; it must have
+    the same tokens, and the map is fitted between the two models on the same text. `leg_keys` are keys of a leg of a
+    plan (tokens, method, refit, architecture, n_latents, k, lr, ...); the recipe gives the rest. On its own site an SAE
+    is copied, and the refit is kept if it is better on tokens it has not seen; with tokens = 0 and no other key, the
+    SAE is only measured. An interrupted hop continues if it is given again with the same directory. Raises FormatError
+    for a source that cannot be read.
     """
     paths = RunDirectory(Path(out))
     dictionary, origin = read_any(source, format=format, site=site)
     if not origin.site:
-        raise FormatError(f"{source}: its files do not say which layer it reads; say it with --from-layer")
+        raise FormatError(f"{source}: its files do not say which layer it reads; name it with --from-layer")
     recipe = of_one_kind(recipe, origin)
     target = Site(layer, recipe.sites.first_kind.module)
     if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
-        note = f"note: {source} was trained on {origin.model}; it is taken to read {recipe.model.name} as well"
+        note = f"note: {source} was trained on {origin.model}; it is assumed to read {recipe.model.name} as well"
         console.print(Text(printable(note)))
     if origin.site_out and model:
-        raise TransferError(f"{source}: is a transcoder; those are not carried between two models yet")
+        raise TransferError(f"{source}: is a transcoder; transcoders cannot be carried between two models yet")
     leg = _asked_leg(source, origin, recipe, layer, leg_keys)
     assert leg.hop
     if origin.site == target and not model:
@@ -85,7 +85,8 @@ def hop_run(
         )
     parent = Path(source) if Path(source).exists() else source
     if model or format or site or isinstance(dictionary, LayerNormed):
-        # What had to be read or changed in a way that was asked for is written down in canonical form first.
+        # The run reads its parent from files, so a dictionary that only these options can read is first written there
+        # in canonical form.
         check_directory(paths, resume=True)
         parent = paths.root / "parent"
         if model:
@@ -100,12 +101,12 @@ def hop_run(
             dictionary = scaled(dictionary, recipe, origin.site, console)
         write_dictionary(parent, dictionary, origin, "saerelay")
     name = str(parent) if "/" in str(parent) else f"./{parent}"
-    # A hop that was killed goes on: another one in its directory would have another recipe.
+    # Resume a hop that was killed; a different hop in its directory is refused, because its recipe differs.
     return train_run(with_leg(recipe, leg.changed(parent=name)), out, resume=True, console=console)
 
 
 def of_one_kind(recipe: Recipe, origin: Origin) -> Recipe:
-    """A recipe of several kinds of sites for the one that an SAE is of, or for the first if it is of none of them."""
+    """Reduce a recipe with several kinds of sites to the SAE's kind, or to the first kind if it has not the SAE's."""
     kinds = recipe.sites.kinds
     if len(kinds) == 1:
         return recipe
@@ -116,7 +117,7 @@ def of_one_kind(recipe: Recipe, origin: Origin) -> Recipe:
 
 
 def _asked_leg(source: str | Path, origin: Origin, recipe: Recipe, layer: int, leg_keys: dict[str, Any]) -> LegSpec:
-    """The leg that was asked for, named as a plan would name it, with a parent that is settled later."""
+    """Return the leg that was asked for, named as a plan would name it; its parent is settled later."""
     assert origin.site
     kind = recipe.sites.first_kind
     own = SiteKind(origin.site.module, origin.module_out)
@@ -132,7 +133,7 @@ def _asked_leg(source: str | Path, origin: Origin, recipe: Recipe, layer: int, l
 
 
 def _rate_after(moved: "CarriedFromModel", leg: LegSpec, recipe: Recipe) -> float:
-    """The learning rate after a hop from another model: what is given, or by what its map leaves unexplained."""
+    """Return the learning rate after a hop from another model: as given, or set by what the map leaves unexplained."""
     for given in (leg.training.lr, recipe.train.optimizer.transfer_lr):
         if given is not None and given != "auto":
             return given
@@ -141,13 +142,13 @@ def _rate_after(moved: "CarriedFromModel", leg: LegSpec, recipe: Recipe) -> floa
 
 
 def with_leg(recipe: Recipe, leg: LegSpec) -> Recipe:
-    """A recipe for one leg and nothing else."""
+    """Return the recipe reduced to one leg."""
     plan = recipe.plan.changed(legs=[leg], controls=[], roots=[], tiers=[], parents="")
     return recipe.changed(plan=plan)
 
 
 class CarriedFromModel(NamedTuple):
-    """A dictionary that was carried from another model, and the share of variance that its map leaves unexplained."""
+    """A dictionary carried from another model, and the share of variance that its map leaves unexplained."""
 
     dictionary: Dictionary
     origin: Origin
@@ -164,10 +165,10 @@ def carry_from_model(
     method: MethodOrAuto,
     console: Console | None = None,
 ) -> CarriedFromModel:
-    """Fold a dictionary of another model's activations into one of the recipe's model, by a map fitted on its text.
+    """Fold a dictionary of another model into one of the recipe's model, by a map fitted on the recipe's text.
 
-    Both models read the first plan.moment_tokens of the training split. Raises ModelError if they do not read the same
-    tokens, TransferError if the map cannot be fitted.
+    Both models read the first plan.moment_tokens of the training split. Raises ModelError if their tokens differ,
+    TransferError if no map can be fitted, or none is better than a random dictionary.
     """
     began = time.perf_counter()
     site = origin.site
@@ -233,7 +234,7 @@ def carry_from_model(
 
 
 def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Method:
-    """The method that measured best; TransferError if a random dictionary is as good."""
+    """Return the method that measured best; TransferError if a random dictionary measured best."""
     best = next(iter(trials))
     if best == RANDOM:
         raise TransferError(
@@ -243,20 +244,20 @@ def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Meth
 
 
 def scaled(dictionary: LayerNormed, recipe: Recipe, site: Site, console: Console | None) -> Dictionary:
-    """The dictionary of raw activations that is nearest to a layer-normed one on the recipe's text."""
+    """Return the dictionary on raw activations that is nearest to a layer-normed one on the recipe's text."""
     with status(console, "reading the scale of activations"):
         _, _, x = next(kept_rows(moments_plan(recipe, site), site))
     return dictionary.at_scale(x.cpu())
 
 
 def moments_plan(recipe: Recipe, site: Site) -> Plan:
-    """A plan that reads as many tokens at a site as maps are fitted on."""
+    """Return a plan that reads plan.moment_tokens tokens at a site."""
     leg = LegSpec(id="moments", layer=site.layer, module=site.module, tokens=recipe.plan.hop.moment_tokens)
     return plan_run(with_leg(recipe, leg))
 
 
 def kept_rows(plan: Plan, site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of training tokens (B, C), bool (B, C) for the positions that are kept, and their activations (n, D)."""
+    """Yield batches of training tokens (B, C), a mask (B, C) of the positions kept, and their activations (n, D)."""
     model, context = load_model(plan), plan.recipe.data.context
     with TemporaryDirectory(prefix="saerelay-") as place:
         corpus = tokenise(plan, RunDirectory(Path(place)), None)
@@ -268,7 +269,7 @@ def kept_rows(plan: Plan, site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 def check_tokens(recipe: Recipe, other: ModelSpec) -> None:
-    """Raise ModelError unless another model's tokenizer gives each token of the recipe's model the same number."""
+    """Raise ModelError unless the other model's tokenizer gives the tokens of the recipe's model the same ids."""
     if recipe.data.tokens:
         return
     ours, theirs = load_tokenizer(recipe.model).get_vocab(), load_tokenizer(other).get_vocab()

@@ -1,4 +1,4 @@
-"""`saerelay interpret`: what it will cost, whether to go on, and then the questions."""
+"""`saerelay interpret`: estimate the cost, ask for confirmation, and send the questions."""
 
 import sys
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from saerelay.views.tables.interpretation import estimate_text, prompts_text
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many requests are sent at a time, what tokens cost, and how much may be spent."""
+    """The number of requests in flight, the price of tokens, and the most that may be spent."""
 
     concurrency: int = 8
     price_in: float = 0.0
-    """USD per million tokens of input."""
+    """USD per million input tokens."""
     price_out: float = 0.0
-    """USD per million tokens of output."""
+    """USD per million output tokens."""
     max_cost: float | None = None
-    """USD; None for no limit."""
+    """Most to spend, in USD; None for no limit."""
 
     def __post_init__(self) -> None:
         if self.max_cost is not None and not any(self.prices):
@@ -36,31 +36,31 @@ class Budget:
 
     @property
     def prices(self) -> tuple[float, float]:
-        """USD per million tokens in and out."""
+        """USD per million input tokens and output tokens."""
         return self.price_in, self.price_out
 
     @property
     def limit(self) -> float:
-        """USD."""
+        """Most to spend, in USD; infinity for no limit."""
         return float("inf") if self.max_cost is None else self.max_cost
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What would be asked."""
+    """The questions that would be asked, and their estimated cost."""
 
     expected: Estimate
     prompts: dict[str, list[dict[str, str]]]
-    """Messages of one question of each kind."""
+    """Messages of one question of each kind, by kind."""
     asked: AskedModel
     prices: tuple[float, float]
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return the estimate and the questions as plain JSON data."""
         return {"estimate": self.expected.model_dump(), "prompts": self.prompts}
 
     def show(self, console: Console) -> None:
-        """Print it, safe for a terminal."""
+        """Print the estimate and the questions; `console` should escape control characters."""
         console.print(estimate_text(self.expected, self.asked, self.prices), prompts_text(self.prompts))
 
 
@@ -73,12 +73,12 @@ def prepare_study(
     seed: int,
     console: Console | None = None,
 ) -> Study:
-    """Draw what is asked about; sends nothing. See `study.prepare`."""
+    """Draw the latents and texts to ask about; sends nothing. See `study.prepare`."""
     return prepare(Session(suite, console=console), legs=legs, n=n, latents=latents, seed=seed)
 
 
 def dry_run(study: Study, endpoint: Endpoint, budget: Budget) -> DryRun:
-    """Estimate what a study will take, and show a question of each kind; sends nothing."""
+    """Estimate the cost of a study, with a question of each kind; sends nothing."""
     with _asker(study, endpoint, budget) as asker:
         expected = estimate(study, asker)
     return DryRun(expected, example_prompts(study, endpoint), _asked(endpoint), budget.prices)
@@ -87,9 +87,9 @@ def dry_run(study: Study, endpoint: Endpoint, budget: Budget) -> DryRun:
 def interpret_run(
     study: Study, endpoint: Endpoint, budget: Budget, *, yes: bool, resume_command: str, console: Console
 ) -> InterpretationSummary | None:
-    """Show what a study will take, ask whether to go on unless `yes`, and run it; None if the answer is no.
+    """Show the estimated cost of a study, ask for confirmation unless `yes`, and run it; None if the answer is no.
 
-    Raises EndpointError if it may cost more than allowed, or if there is nobody to ask.
+    Raises EndpointError if the study may cost more than allowed, or if there is no terminal to ask on.
     """
     with _asker(study, endpoint, budget) as asker:
         expected = estimate(study, asker)

@@ -1,8 +1,8 @@
-"""`saerelay judge` and `saerelay score`: do people make as much of transferred latents as of others?
+"""`saerelay judge` and `saerelay score`: are transferred latents as interpretable to people as others?
 
-judging/<page>.html     the page: one file, opened from disk; latents in random order, and not where they come from
-judging/<page>.json     its key: which latent of which leg each is; not for judges
-judging/scores.json     what judges answered, by origin and by layer
+judging/<page>.html     the page: one file, opened from disk; latents in random order, without their origin
+judging/<page>.json     its key, not for judges: which latent of which leg each item is
+judging/scores.json     the judges' scores, by origin and by layer
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,12 @@ def judge_run(
     out: Path | None = None,
     console: Console | None = None,
 ) -> tuple[Path, JudgingKey]:
-    """Write a page on which people judge latents without knowing where they come from; its path, and its key.
+    """Write a page on which people judge latents without knowing their origin; returns its path and its key.
 
-    Features are made first if they are not current. `n` latents of each origin at each layer (all layers if None) are
-    drawn, see `analysis.judging.drawn`. The page is judging/<page>.html of the run, or `out`, a file or a directory;
-    the key stays in the run. Raises RunDirectoryError if there is nothing to judge, or if `out` holds something else.
+    Features that are not current are computed first. `n` latents of each origin are drawn at each layer (at all layers
+    if `layers` is None); see `analysis.judging.drawn`. The page is judging/<page>.html in the run, or `out`, a file or
+    a directory; the key stays in the run. Raises RunDirectoryError if there is nothing to judge, or if `out` is another
+    file.
     """
     legs = legs_by_origin(suite, layers)
     session = Session(suite, console=console)
@@ -45,7 +46,7 @@ def judge_run(
 
 
 def write_judging(session: Session, legs: LegsByOrigin, n: int, seed: int, out: Path | None) -> tuple[Path, JudgingKey]:
-    """Write the page and its key, from features that are current."""
+    """Write the page and its key; the features must be current."""
     paths = session.suite.directory
     model = session.plan.facts.name
     features = {leg.id: load_features(paths, leg.id) for leg in legs.values()}
@@ -61,7 +62,7 @@ def write_judging(session: Session, legs: LegsByOrigin, n: int, seed: int, out: 
 
 
 def page_path(paths: RunDirectory, name: str, out: Path | None) -> Path:
-    """Where a page goes; RunDirectoryError if something else is there."""
+    """Return the path of a page; RunDirectoryError if another file is there."""
     if out is None:
         return paths.judging / f"{name}.html"
     path = out / f"judge-{name}.html" if out.is_dir() else out
@@ -73,8 +74,8 @@ def page_path(paths: RunDirectory, name: str, out: Path | None) -> Path:
 def score_run(suite: PublishedSuite, files: Sequence[Path]) -> Scores:
     """Score judges' exports of one page of this run; writes judging/scores.json.
 
-    Raises RecipeError for a damaged file, RunDirectoryError for one of another page, of an item that the page does not
-    have, or of a judge who is there already.
+    Raises RecipeError for a damaged file, and RunDirectoryError if files are of different pages or of another run's, if
+    one answers an item that its page does not have, or if two are by the same judge.
     """
     if not files:
         raise RunDirectoryError("give the files that the judges exported: saerelay score RUN FILE...")
@@ -98,12 +99,12 @@ def score_run(suite: PublishedSuite, files: Sequence[Path]) -> Scores:
 
 
 def checked_key(paths: RunDirectory, file: Path, export: Judgements) -> JudgingKey:
-    """The key of the page that an export is about; RunDirectoryError if this run has no such page or item."""
+    """Return the key of an export's page; RunDirectoryError if this run has no such page, or the page no such item."""
     path = paths.judging / f"{export.page}.json"
     if not path.is_file():
         pages = sorted(page.stem for page in paths.judging.glob("*.json") if page.stem != "scores")
         raise RunDirectoryError(
-            f"{file}: judgements of page {export.page}, which is not of this run (another run, seed, --n or --layers); "
+            f"{file}: judgements of page {export.page}, which is not in this run (another run, seed, --n or --layers); "
             f"pages of {paths.root}: {', '.join(pages) or 'none'}"
         )
     key = JudgingKey.load(path)

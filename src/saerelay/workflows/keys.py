@@ -1,4 +1,4 @@
-"""The keys of a recipe as keyword arguments of Python."""
+"""The keys of a recipe as Python keyword arguments."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,12 +10,13 @@ from saerelay.spec import Spec
 
 
 def sectioned(keys: dict[str, Any], sections: Iterable[str], *, others: Iterable[str] = ()) -> dict[str, Any]:
-    """Keys of some sections of a recipe, put into their sections; a whole section may be given as a dict.
+    """Sort keys of a recipe into its sections; a whole section may also be given as a dict.
 
     >>> sectioned({"k": 32, "lr": 1e-3, "data": {"context": 64}}, ("dictionary", "train", "data"))
     {'dictionary': {'k': 32}, 'train': {'lr': 0.001}, 'data': {'context': 64}}
 
-    Keys of `others` are left out. Raises RecipeError for a key of none, or of several: those are given by section.
+    Keys of the sections in `others` are dropped. Raises RecipeError for a key of no section, or of several sections,
+    which has to be given by section.
     """
     found: dict[str, Any] = {}
     owners: dict[str, list[str]] = {}

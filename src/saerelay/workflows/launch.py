@@ -44,7 +44,7 @@ from saerelay.workflows.watching import status, watching
 
 
 class Start(NamedTuple):
-    """What a run begins with."""
+    """A run's plan, tokens and activations, with which it begins."""
 
     plan: Plan
     corpus: Corpus
@@ -54,14 +54,14 @@ class Start(NamedTuple):
 def train_run(
     recipe: Recipe, out: str | Path, *, resume: bool = False, extend: bool = False, console: Console | None = None
 ) -> Suite:
-    """Train everything a recipe asks for into a new directory; returns its suite.
+    """Train all SAEs of a recipe into a new run directory; returns its suite.
 
-    `resume` continues a run that was interrupted (and starts over where there is no state yet); `extend` adds legs, or
-    tokens to finished legs, to a run, and continues an extension that was interrupted. In each of several processes
-    started by torchrun, this trains a share of the legs; a run that is there is then resumed without being asked.
+    `resume` continues an interrupted run (from the start if there is no state yet); `extend` adds legs, or tokens of
+    finished legs, to a run, and continues an interrupted extension. Called in each of several processes started by
+    torchrun, it trains a share of the legs in each; an existing run is then resumed without `resume`.
 
-    Raises RunDirectoryError if `out` holds something else or cannot be written to, DataError if the corpus is too
-    short, LegFailed if a leg had to stop, Interrupted after Ctrl-C, TeamError if another process is gone.
+    Raises RunDirectoryError if `out` holds other files or cannot be written to, DataError if the corpus is too short,
+    LegFailed if a leg had to stop, Interrupted after Ctrl-C, TeamError if another process is gone.
     """
     paths = RunDirectory(Path(out))
     team = Team.joined()
@@ -71,7 +71,7 @@ def train_run(
     with ExitStack() as held:
 
         def lead() -> Plan:
-            """What rank 0 does before the others know what to do."""
+            """Take the directory and settle the plan: rank 0 does this before the others begin."""
             nonlocal start
             _check_ranks(recipe, team)
             goes_on = resume or extend or (team.control is not None and paths.plan.is_file())
@@ -101,22 +101,22 @@ def train_run(
 
 
 def _check_ranks(recipe: Recipe, team: Team) -> None:
-    """Raise RecipeError or PlanError if so many ranks cannot train a recipe together."""
+    """Raise RecipeError or PlanError if this number of ranks cannot train the recipe together."""
     if team.size > 1 and ":" in recipe.model.device:
         raise RecipeError(
-            f'model.device is "{recipe.model.device}", and each of {team.size} ranks takes a GPU of its own; '
+            f'model.device is "{recipe.model.device}", but each of {team.size} ranks takes a GPU of its own; '
             'write "cuda" or "auto"'
         )
     if recipe.model.tensor_parallel > 1 and recipe.plan.surveyed:
         raise RecipeError(
-            'a survey (plan.preset = "auto") is the work of one process, and model.tensor_parallel is '
+            'a survey (plan.preset = "auto") runs in one process, but model.tensor_parallel is '
             f"{recipe.model.tensor_parallel}; choose another preset"
         )
     check_groups(recipe.model, team.size)
 
 
 def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Start:
-    """A run's plan, tokens and language model; when all are there, the plan is written."""
+    """Prepare a run's plan, tokens and language model; plan.json is written once all of them are ready."""
     plan = _settled_plan(recipe, paths, extend=extend, console=console)
     check_same_model(pinned(plan.recipe.model, plan.facts), paths.model_digest, begin=True)
     check_installed(plan)
@@ -126,14 +126,14 @@ def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Consol
     with status(console, "loading the language model"):
         stream = open_stream(plan, corpus.train)
     if extend:
-        paths.cost.unlink(missing_ok=True)  # which says that the run has ended
+        paths.cost.unlink(missing_ok=True)  # cost.json marks a finished run
     plan.save(paths.plan)
     write_text(paths.recipe, annotated_toml(plan.recipe))  # see `mend_recipe`
     return Start(plan, corpus, stream)
 
 
 def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -> tuple[LiveStream, LiveStream | None]:
-    """The activations that this rank trains on, and those that its goals are measured on, if the plan has goals."""
+    """Return the streams of the activations to train on, and to measure goals on if the plan has goals."""
     corpus = start.corpus if start else Corpus.open(paths.tokens)
     if team.control is None:
         assert start
@@ -146,7 +146,7 @@ def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -
 
 
 def _say_what_differs(team: Team, plan: Plan, console: Console | None) -> None:
-    """Tell what a team should know about its machines: where they differ, and what torchrun lacks to restart."""
+    """Print how the machines of a team differ, and what torchrun's environment lacks for its restarts to work."""
     machines = team.gather(machine(torch.device(plan.facts.device)))
     for rank, other in enumerate(machines):
         different = [
@@ -167,7 +167,7 @@ def _say_what_differs(team: Team, plan: Plan, console: Console | None) -> None:
 
 
 def _settled_plan(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Plan:
-    """The plan of a new run, the old plan of one that is resumed, or the old one with what an extension adds."""
+    """Return the plan of a new run, the saved plan of a resumed run, or the saved plan with the extension added."""
     is_new = not paths.plan.is_file()
     if is_new and recipe.plan.surveyed:
         survey, choice = survey_run(recipe, paths, console)
@@ -183,7 +183,7 @@ def _settled_plan(recipe: Recipe, paths: RunDirectory, *, extend: bool, console:
 
 @contextmanager
 def _nothing_left_on_error(root: Path, fresh: bool) -> Iterator[None]:
-    """Remove a new run's directory if it could not even begin, unless a survey was made in it."""
+    """Remove a new run's directory if preparing the run fails, unless it holds a survey."""
     try:
         yield
     except (SaeRelayError, OSError, MemoryError, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The model card of exported SAEs: what they are, how good, how made, how to load them."""
+"""The model card of exported SAEs: what they are, their quality, how they were made, how to load them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -71,13 +71,13 @@ y_hat = transcoder(x)            # x: what the MLP of layer {layer} reads
 
 @dataclass(frozen=True)
 class ExportedSAE:
-    """One SAE that was written: where, what it is, and how good."""
+    """One exported SAE: its folder, what it is, and its quality."""
 
     folder: str
     description: str
     origin: Origin
     leg: Leg | None
-    """The leg that trained it, if it is of a run."""
+    """The leg that trained it, if it belongs to a run."""
     metrics: dict[str, Any]
     """The metrics of eval/<id>.json; {} if it was not evaluated."""
 
@@ -85,9 +85,9 @@ class ExportedSAE:
 def model_card(
     saes: Sequence[ExportedSAE], format: str, *, licence: str = "", repo: str = "", plan: Plan | None = None
 ) -> str:
-    """The text of README.md: quality, lineage, how to load, recipe, licence.
+    """Return the text of README.md: quality, lineage, how to load, recipe, licence.
 
-    `plan` is that of the run, if the SAEs are of one. Names and texts from files are escaped.
+    `plan` is the plan of the run that the SAEs belong to, if any. Names and texts from files are escaped.
     """
     models = _distinct(sae.origin.model for sae in saes)
     names = ", ".join(_escaped(model) for model in models) or "a language model"
@@ -120,7 +120,7 @@ def model_card(
 
 
 def _header(saes: Sequence[ExportedSAE], format: str, licence: str) -> str:
-    """What the hub reads: YAML between dashes."""
+    """Return the metadata that the hub reads: YAML between dashes."""
     from huggingface_hub import ModelCardData
 
     models = _distinct(sae.origin.model for sae in saes)
@@ -140,7 +140,7 @@ def _are_transcoders(saes: Sequence[ExportedSAE]) -> bool:
 
 
 def _introduction(saes: Sequence[ExportedSAE], format: str, *, of_demo_model: bool) -> str:
-    """A sentence on the SAEs, and one on who wrote them."""
+    """Return a sentence on the SAEs, and one on the program that wrote them."""
     names = ("transcoder", "transcoders")
     if not _are_transcoders(saes):
         names = ("sparse autoencoder (SAE)", "sparse autoencoders (SAEs)")
@@ -159,7 +159,7 @@ def _introduction(saes: Sequence[ExportedSAE], format: str, *, of_demo_model: bo
 
 
 def _quality(saes: Sequence[ExportedSAE]) -> str:
-    """A table of the metrics, and what they are."""
+    """Return a table of the metrics, with their definitions."""
     columns = (
         "directory",
         "reads",
@@ -188,18 +188,18 @@ def _quality(saes: Sequence[ExportedSAE]) -> str:
 
     notes = [
         "FVU: fraction of variance unexplained. ΔCE: how much the language model's loss rises "
-        "when the SAE's reconstruction takes the place of the activations."
+        "when the SAE's reconstruction replaces the activations."
     ]
     measured = [sae.metrics["n_tokens"] for sae in saes if sae.metrics]
     if measured:
         notes.append(f"Measured by `saerelay eval` on {format_count(min(measured))} tokens of held-out documents.")
     if len(measured) < len(saes):
-        notes.append("`saerelay eval` on the run's directory measures those that were not evaluated.")
+        notes.append("`saerelay eval` on the run's directory measures the SAEs that were not evaluated.")
     return _table(columns, rows) + "\n\n" + " ".join(notes)
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:
-    """The cells for FVU, explained variance, ΔCE, CE score and latents that are alive."""
+    """Return the cells for FVU, explained variance, ΔCE, CE score and share of live latents."""
     if not metrics:
         return ["not evaluated", "-", "-", "-", "-"]
     delta_ce = _number(metrics.get("delta_ce"), ".4f")
@@ -216,7 +216,7 @@ def _metrics(metrics: dict[str, Any]) -> list[str]:
 
 
 def _lineage(saes: Sequence[ExportedSAE], plan: Plan) -> str:
-    """A table with a row for each leg and each of its ancestors."""
+    """Return a table with a row for each leg and each of its ancestors."""
     legs = [sae.leg for sae in saes if sae.leg]
     hops = {sae.leg.id: sae.origin.provenance.get("hop") or {} for sae in saes if sae.leg}
     related = {leg.id: leg for leg in legs}
@@ -250,7 +250,7 @@ def _lineage(saes: Sequence[ExportedSAE], plan: Plan) -> str:
 
 
 def _loading(format: str, repo: str, saes: Sequence[ExportedSAE]) -> list[str]:
-    """Code that loads one of the SAEs: by the tool whose format it is, and here."""
+    """Return code that loads one of the SAEs: with the tool that owns the format, and with saerelay."""
     first = saes[0]
     layers = [sae.origin.site.layer for sae in saes if sae.origin.site]
     templates = [_LOADING_TRANSCODER_HERE if _are_transcoders(saes) else _LOADING_HERE]
@@ -263,7 +263,7 @@ def _loading(format: str, repo: str, saes: Sequence[ExportedSAE]) -> list[str]:
 
 
 def _recipe(plan: Plan) -> str:
-    """The recipe as TOML, without the paths of this machine."""
+    """Return the recipe as TOML, without the paths of this machine."""
     public = without_paths(plan.recipe.model_dump())
     return annotated_toml(Recipe.parse(public, source="card"))
 
@@ -283,7 +283,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """Names without empty ones and repetitions, in order."""
+    """Return the names in order, without empty names and repetitions."""
     return list(dict.fromkeys(name for name in names if name))
 
 
@@ -299,7 +299,7 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that reads as it is, on one line, whatever markdown would make of it.
+    """Escape a text for Markdown, on one line, so that it shows as it is.
 
     >>> print(_escaped("a|b <b>\\nc"))
     a\\|b \\<b\\> c
@@ -309,7 +309,7 @@ def _escaped(text: str) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A block of code, whose fence is longer than any in the text."""
+    """Return a block of code whose fence is longer than any fence in the text."""
     runs = [len(run) for run in re.findall("`+", text)]
     fence = "`" * (1 + max([2, *runs]))
     return f"{fence}{language}\n{text.strip()}\n{fence}"

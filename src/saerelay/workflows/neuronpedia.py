@@ -1,4 +1,4 @@
-"""`saerelay export --format neuronpedia`: what a run's latents mean, as Neuronpedia's importer reads it."""
+"""`saerelay export --format neuronpedia`: a run's features and explanations, as Neuronpedia's importer reads them."""
 
 import re
 from pathlib import Path
@@ -25,25 +25,25 @@ _KINDS: dict[ModuleKind, tuple[str, str]] = {
     "attn_out": ("att", "Attention output"),
     "attn_z": ("att-z", "Attention heads"),
 }
-"""What the names of source sets call a kind of site, and what their descriptions call it."""
+"""For each kind of site, its name in the names of source sets and in their descriptions."""
 
 _README = """# {release}: features for Neuronpedia
 
 {n_sources} of {model}, written by saerelay in the layout that Neuronpedia's importer reads.
 They hold pieces of the text on which the SAEs were measured.
 
-To look at them in a Neuronpedia of your own, put the folder `{model}` where its importer looks
-(its bucket, under `v1/`), and import every source on its admin page. To have them published,
-write to Neuronpedia's maintainers. First read the small files: the author, title and addresses in
-release.jsonl and sourceset.jsonl are for you to complete, and the id in model.jsonl has to be the
-one that Neuronpedia uses for this model.
+To look at them in your own instance of Neuronpedia, put the folder `{model}` where its importer
+looks (its bucket, under `v1/`), and import every source on its admin page. To have them published,
+write to Neuronpedia's maintainers. First read the small files: complete the author, title and
+addresses in release.jsonl and sourceset.jsonl, and check that the id in model.jsonl is the one
+that Neuronpedia uses for this model.
 """
 
 
 def export_features(session: Session, directory: Path, legs: list[Leg], *, release: str, repo: str = "") -> list[Path]:
-    """Write one folder for each leg; the folders. Features that are missing are found first.
+    """Write one folder for each leg, after computing missing features; returns the folders.
 
-    `release` names the whole, and `repo` is where the SAEs are on the hub, if they are.
+    `release` names the release, and `repo` the hub repository of the SAEs, if there is one.
     """
     make_features(session)
     folders = []
@@ -70,7 +70,7 @@ def export_features(session: Session, directory: Path, legs: list[Leg], *, relea
 def upload_of(
     suite: PublishedSuite, leg: Leg, legs: list[Leg], features: Features, *, release: str, repo: str = ""
 ) -> Upload:
-    """What is said of a leg's SAE, its kind, its model, and the whole; `legs` are all that are written."""
+    """Return the records of a leg's source, its source set, its model and the release; `legs` are all legs written."""
     recipe, facts = suite.plan.recipe, suite.plan.facts
     name = public_name(recipe.model.name)
     author = repo.split("/")[0] or "unnamed"
@@ -112,7 +112,7 @@ def upload_of(
 
 
 def explanations_of(suite: PublishedSuite, leg: Leg) -> list[Explained]:
-    """The explanations of a leg's latents that `saerelay interpret` has on file."""
+    """Return the explanations of a leg's latents that `saerelay interpret` has saved."""
     document = Interpretation.load_if_any(suite.directory.interpretation(leg.id))
     if document is None:
         return []
@@ -125,7 +125,7 @@ def explanations_of(suite: PublishedSuite, leg: Leg) -> list[Explained]:
 
 
 def _scores(entry: InterpretedLatent) -> str:
-    """The scores of an explanation: "; detection 0.83, fuzzing 0.80"."""
+    """Return the scores of an explanation, such as "; detection 0.83, fuzzing 0.80"."""
     scores = []
     for name, score in (("detection", entry.detection), ("fuzzing", entry.fuzzing)):
         if score is not None:

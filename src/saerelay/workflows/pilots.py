@@ -1,4 +1,4 @@
-"""Measures the pilots of a survey: what they are worth, and what they are worth at other layers."""
+"""Measure the pilots of a survey: their FVU at their own layers, and carried to other layers."""
 
 import math
 import time
@@ -28,22 +28,22 @@ from saerelay.site import Site
 from saerelay.training.train import hold_out
 
 MAP_ROWS = 16_384
-"""Rows that the maps of the survey are fitted on, at least."""
+"""Least number of rows on which the survey's maps are fitted."""
 REACH = 2
-"""Layers further apart than this exchange no dictionaries, unless one of them is the hub."""
+"""Greatest distance of two layers between which hops are surveyed, unless one of them is the hub."""
 
 
 class PilotFVU(NamedTuple):
-    """FVU on held-out rows of a pilot at some site."""
+    """FVU of a pilot at some site, on held-out rows."""
 
     as_it_is: float
     refitted: float
-    """With its decoder refitted."""
+    """FVU with its decoder refitted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What is known of the pilots of a survey, and of the layers."""
+    """The measurements of a survey's pilots and layers."""
 
     plan: Plan
     rows: dict[Site, Tensor]
@@ -52,9 +52,9 @@ class Measured:
     """Validation rows (B, D) of each site."""
     maps: dict[tuple[Site, Site], AffineMap]
     fvu: dict[tuple[str, Site], PilotFVU]
-    """Of each leg at each site that it was measured at."""
+    """FVU of each leg at each site where it was measured."""
     decay_gain: dict[str, float]
-    """FVU over that before the learning rate's decay, by leg."""
+    """FVU over the FVU before the learning rate's decay, by leg."""
 
     @property
     def pilots(self) -> dict[Site, Leg]:
@@ -62,7 +62,7 @@ class Measured:
         return {leg.site: leg for leg in self.plan.legs if not leg.id.startswith(LONG)}
 
     def layers(self) -> list[SurveyedLayer]:
-        """What is said of each layer."""
+        """Return the survey's record of each layer."""
         layers = []
         for site, leg in sorted(self.pilots.items()):
             at_home = self.fvu[leg.id, site]
@@ -78,7 +78,7 @@ class Measured:
         return layers
 
     def hops(self) -> list[SurveyedHop]:
-        """What is said of each pair of layers."""
+        """Return the survey's record of each hop between two layers."""
         hops = []
         for source, target in sorted(self.maps):
             carried = self.fvu[self.pilots[source].id, target]
@@ -95,7 +95,7 @@ class Measured:
         return hops
 
     def long(self) -> LongPilots:
-        """What is said of the long pilots."""
+        """Return the survey's record of the long pilots."""
         hub = self.plan.leg(LONG)
         at_home = self.fvu[LONG, hub.site]
         ends = [leg for leg in self.plan.legs if leg.id.startswith(f"{LONG}-")]
@@ -114,7 +114,7 @@ class Measured:
 def measure_survey(
     asked: Recipe, plan: Plan, paths: RunDirectory, stream: LiveStream, validation: LiveStream
 ) -> Survey:
-    """Measure what the run of a survey's plan has trained, and the layers themselves."""
+    """Measure the pilots that a survey's run has trained, and the layers themselves."""
     began = time.perf_counter()
     suite = load(paths.root)
     widest = max(plan.facts.width(site) for site in plan.sites)
@@ -143,7 +143,7 @@ def measure_survey(
 
 
 def fit_maps(plan: Plan, rows: dict[Site, Tensor]) -> dict[tuple[Site, Site], AffineMap]:
-    """The affine map of each pair that exchanges dictionaries, both ways."""
+    """Fit the affine maps, in both directions, of each pair of sites between which hops are surveyed."""
     maps = {}
     for a, b in pairs(plan.sites, plan.leg(LONG).site):
         moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
@@ -162,7 +162,7 @@ def pilot_fvus(
     held_out: dict[Site, Tensor],
     maps: dict[tuple[Site, Site], AffineMap],
 ) -> dict[tuple[str, Site], PilotFVU]:
-    """FVU of all pilots at home, and of the short ones and the hub's long one wherever a map leads."""
+    """Measure all pilots at their own sites, and the short ones and the hub's long one wherever a map leads."""
     hub = plan.leg(LONG)
     pilots = {leg.site: leg for leg in plan.legs if not leg.id.startswith(LONG)}
     jobs = [(pilots[source], target) for source, target in maps]
@@ -185,7 +185,7 @@ def pilot_fvus(
 
 
 def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
-    """Sites near each other, and the hub with all."""
+    """Yield the pairs of sites near each other, and of the hub with every site."""
     for i, a in enumerate(sites):
         for j, b in enumerate(sites[i + 1 :], i + 1):
             if j - i <= REACH or hub in (a, b):
@@ -193,23 +193,23 @@ def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:
 
 
 def r2(between: AffineMap, source: Tensor, target: Tensor) -> float:
-    """Share of the variance of `target` (B, T) that the map of `source` (B, S) explains."""
+    """Return the share of the variance of `target` (B, T) that the map from `source` (B, S) explains."""
     residual = target - source @ between.A.T.to(source) - between.c.to(source)
     return 1 - float(residual.square().sum() / (target - target.mean(dim=0)).square().sum())
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """Mean angle between rows (B, D) of the same tokens, over π."""
+    """Return the mean angle between rows (B, D) of the same tokens, divided by π."""
     return float(torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1).arccos().mean() / math.pi)
 
 
 def rms_norm(x: Tensor) -> float:
-    """√ E‖x − E x‖² of rows (B, D)."""
+    """Return √ E‖x − E x‖² of rows (B, D)."""
     return float((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt())
 
 
 def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds: float) -> SurveyCost:
-    """What the survey took, its measuring included."""
+    """Return the cost of the survey, its measurements included."""
     cost = plan_cost(plan)
     seconds = RunCost.load(suite.directory.cost).seconds
     steps = sum(suite.info(leg).seconds for leg in suite.legs)

@@ -1,4 +1,4 @@
-"""What is made for others names no place on this machine: no path of the model, the text, or a parent."""
+"""Remove the paths of this machine from documents made for others: of the model, the text, or a parent."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _WITHIN_TEXT = re.compile(r"(?<![\w.:/~-])(?:file:/|~?/|\.{1,2}/|[A-Za-z]:\\)[^\
 
 
 def without_paths(data: Any) -> Any:
-    """JSON in which paths are cut to their last part: absolute ones, those from here on, and those within a text.
+    """Return JSON data with paths cut to their last part: absolute and relative paths, also within a text.
 
     >>> without_paths({"text": ["/home/me/notes"], "model": "EleutherAI/pythia-70m", "n": 3})
     {'text': ['notes'], 'model': 'EleutherAI/pythia-70m', 'n': 3}
@@ -36,7 +36,7 @@ def _without_paths(leaf: Any) -> Any:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a whole text is a path, as far as one can tell: user/repo may be a name on the hub."""
+    """Whether a whole text looks like a path; user/repo does not, since it may be a name on the hub."""
     if _ROOTED.match(text):
         return True
     parts = text.split("/")
@@ -48,7 +48,7 @@ def _last_part(path: str) -> str:
 
 
 def placeless(document: AnyDocument, names: Mapping[str, str] | None = None) -> AnyDocument:
-    """A document without paths; `names` are those of things that have a path for a name, and what others call them."""
+    """Return a document without paths; `names` maps things named by a path to their public names."""
 
     def shown(leaf: Any) -> Any:
         if names and isinstance(leaf, str) and leaf in names:
@@ -60,7 +60,7 @@ def placeless(document: AnyDocument, names: Mapping[str, str] | None = None) -> 
 
 
 def placeless_plan(plan: Plan) -> Plan:
-    """A plan without paths: parents outside it are known by the last part of their path."""
+    """Return a plan without paths, in which outside parents are named by the last part of their path."""
     names = public_names(plan)
     externals = {}
     for reference, external in plan.externals.items():
@@ -77,9 +77,9 @@ def placeless_plan(plan: Plan) -> Plan:
 
 
 def public_names(plan: Plan) -> dict[str, str]:
-    """What others call the model of a plan and the parents outside it.
+    """Return the public names of a plan's model and of the parents outside it.
 
-    A parent's name keeps a slash, which tells it from the legs of the plan, and parents with equal names get numbers.
+    A parent's name keeps a slash, which distinguishes it from legs of the plan; parents with equal names get numbers.
     """
     names = {plan.facts.name: public_name(plan.facts.name)}
     for reference in plan.externals:

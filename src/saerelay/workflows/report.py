@@ -1,4 +1,4 @@
-"""`saerelay report`: measure what is missing or out of date, and write the page."""
+"""`saerelay report`: measure whatever is missing or out of date, and write the page."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,17 +28,17 @@ from saerelay.views.report.sources import ReportSources
 from saerelay.workflows.placeless import placeless, placeless_plan, public_names
 
 MATRIX_TOKENS = 4_096
-"""Held-out tokens of a matrix that is made for a report; `saerelay matrix` takes more."""
+"""Held-out tokens of a matrix that is measured for a report; `saerelay matrix` uses more."""
 
 
 def report_run(
     suite: PublishedSuite, model: LanguageModel | None = None, *, quick: bool = False, console: Console | None = None
 ) -> Path:
-    """Make the report of a run, and first whatever of its measurements is missing or out of date; its index.html.
+    """Write the report of a run, after measuring whatever is missing or out of date; returns its index.html.
 
-    `quick` leaves out the matrix and the measures, whose cost grows with the square of the layers, unless they are
-    current. An earlier report is replaced. Raises RunDirectoryError if no leg is finished, or if report/ holds
-    something else. `model` is the run's language model, if it is at hand.
+    `quick` leaves out the matrix and the measures, whose cost grows with the square of the number of layers, unless
+    they are current. An earlier report is replaced. `model` is the run's language model, if it is loaded already.
+    Raises RunDirectoryError if no leg is finished, or if report/ holds other files.
     """
     check_replaceable(suite.directory.report)
     session = Session(suite, model=model, console=console)
@@ -58,7 +58,7 @@ def report_run(
 def report_sources(
     session: Session, summary: Summary, known_matrix: Matrix | None, known_measures: Measures | None
 ) -> ReportSources:
-    """What a report shows of a run whose features and lineage are current; it may be shown to anybody."""
+    """Return the sources of a report, without private paths; features and lineage must be current."""
     suite = session.suite
     paths = suite.directory
     names = public_names(suite.plan)
@@ -81,7 +81,7 @@ def report_sources(
 
 
 def for_others(document: Interpretation, names: Mapping[str, str]) -> Interpretation:
-    """An interpretation without the address that was asked, and what was sent along; its texts stay as they are."""
+    """Return an interpretation without the endpoint's address and request fields; its texts are unchanged."""
     return document.changed(
         model=names.get(document.model, document.model),
         parent=names.get(document.parent or "", document.parent),
@@ -90,23 +90,23 @@ def for_others(document: Interpretation, names: Mapping[str, str]) -> Interpreta
 
 
 def training_lines(path: Path) -> list[TrainingLine]:
-    """The training log, line by line; RunDirectoryError if it is damaged."""
+    """Read the training log, line by line; RunDirectoryError if it is damaged."""
     try:
         return [TrainingLine.model_validate_json(line) for line in read_text(path).splitlines()]
-    except ValueError as error:  # pydantic's errors are of this kind
+    except ValueError as error:  # pydantic's errors are ValueErrors
         first = str(error).splitlines()[0]
         raise RunDirectoryError(
-            f"{path}: damaged ({first}); a report needs it whole: remove the damaged lines"
+            f"{path}: damaged ({first}); a report needs an intact log: remove the damaged lines"
         ) from None
 
 
 def circuits_of(paths: RunDirectory) -> list[Circuits]:
-    """The circuits that were found in a run, task by task."""
+    """Return the circuits found in a run, by task."""
     documents = [Circuits.load_if_any(path) for path in sorted((paths.root / "circuits").glob("*.json"))]
     return [document for document in documents if document is not None]
 
 
 def interpretations_of(suite: PublishedSuite) -> list[Interpretation]:
-    """The interpretations of a run's legs."""
+    """Return the interpretations of a run's legs."""
     documents = [Interpretation.load_if_any(suite.directory.interpretation(leg.id)) for leg in suite.legs]
     return [document for document in documents if document is not None]

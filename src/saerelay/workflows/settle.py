@@ -1,4 +1,4 @@
-"""Settles the plan of a run before it starts: compiled from a recipe, taken up again, or extended."""
+"""Settle the plan of a run before it starts: compile it from a recipe, resume it, or extend it."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ FREE_TO_CHANGE = {
     "train": ("checkpoint_every", "loggers", "memory_gib"),
     "evaluate": ("tokens", "ce"),
 }
-"""Keys of a recipe that may differ from those a run was begun with."""
+"""Keys that may differ between a run's recipe and the recipe it is resumed with."""
 LEFT_BY_A_FAILED_START = {
     "state",
     "tokens",
@@ -55,9 +55,9 @@ LEFT_BY_A_FAILED_START = {
 
 
 def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
-    """Compile a recipe for the model it names: reads the model's configuration, no weights.
+    """Compile a recipe for the model it names; reads the model's configuration, but no weights.
 
-    With a `finished` plan, what the recipe adds to it is placed after its end.
+    With a `finished` plan, the recipe's additions are placed after its end.
     """
     facts = read_facts(recipe.model)
     named = [leg.parent for leg in recipe.plan.legs if "/" in leg.parent]
@@ -77,22 +77,22 @@ def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
 
 
 def memory_allowed(recipe: Recipe, facts: ModelFacts) -> float:
-    """Bytes that the training state of all live legs may take."""
+    """Return the bytes that the training state of all live legs may take."""
     gib = recipe.train.memory_gib
     return 0.7 * device_memory(facts.device) if gib == "auto" else gib * 2**30
 
 
 def device_memory(device: str) -> float:
-    """Bytes of memory of a device, free or not."""
+    """Return the total memory of a device in bytes, free or not."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def parents_in(directory: Path, recipe: Recipe) -> dict[Place, str]:
-    """Which SAE of a finished run stands for each place that a recipe asks for, as a directory.
+    """Return the directory of a finished run's SAE for each place (kind, layer, L0) that a recipe asks for.
 
-    Raises RunDirectoryError if there is no run.
+    Raises RunDirectoryError if there is no run in `directory`.
     """
     suite = PublishedSuite(directory, read_plan(directory))
     sites = recipe.sites
@@ -111,10 +111,10 @@ def parents_in(directory: Path, recipe: Recipe) -> dict[Place, str]:
 
 
 def describe_external(reference: str, recipe: Recipe) -> External:
-    """What a plan must know of a parent outside it: a dictionary of any format.
+    """Return what a plan must know about a parent outside it: a dictionary in any format.
 
-    Raises FormatError for one that reads a module of this model which is no site; warns of one that
-    was trained on text prepared in another way.
+    Raises FormatError if the parent reads a module of this model that is not a site; warns if it was trained on text
+    prepared in another way.
     """
     dictionary, origin = _load_with_site(reference)
     assert origin.site
@@ -136,7 +136,7 @@ def describe_external(reference: str, recipe: Recipe) -> External:
 
 
 def _check_module(reference: str, origin: Origin, recipe: Recipe) -> None:
-    """Raise FormatError for a parent whose files name a module that does not give what its site gives here."""
+    """Raise FormatError if a parent's files name a module whose output is not what its site reads in this model."""
     assert origin.site
     if not origin.module_path or site_named(origin.module_path) != origin.site:
         return
@@ -151,14 +151,14 @@ def _check_module(reference: str, origin: Origin, recipe: Recipe) -> None:
 
 
 def _compare_text(reference: str, origin: Origin, recipe: Recipe) -> None:
-    """Warn where a parent was trained on sequences of another form than the recipe's."""
+    """Warn if a parent was trained on sequences of another form than the recipe's."""
     differences = []
     if origin.prepend_bos is not None and origin.prepend_bos != recipe.data.prepend_bos:
         without = "with" if origin.prepend_bos else "without"
         now = str(recipe.data.prepend_bos).lower()
-        differences.append(f"on sequences {without} a BOS token in front, and data.prepend_bos is {now}")
+        differences.append(f"on sequences {without} a BOS token in front, but data.prepend_bos is {now}")
     if origin.context and origin.context != recipe.data.context:
-        differences.append(f"on {origin.context} tokens at a time, and data.context is {recipe.data.context}")
+        differences.append(f"on {origin.context} tokens at a time, but data.context is {recipe.data.context}")
     if differences:
         warnings.warn(f"{reference}: was trained {'; '.join(differences)}", stacklevel=2)
 
@@ -174,7 +174,7 @@ def _load_with_site(reference: str) -> tuple[Dictionary, Origin]:
 
 
 def with_canonical_parents(plan: Plan, paths: RunDirectory) -> Plan:
-    """The plan with parents of other formats copied into the run in canonical form, which is all that training reads.
+    """Return the plan with parents of other formats copied into the run in canonical form, the only one training reads.
 
     Parents in our own format are read where they are.
     """
@@ -214,7 +214,7 @@ def check_directory(paths: RunDirectory, *, resume: bool) -> None:
 
 
 def mend_recipe(root: Path) -> None:
-    """Write run.toml again where a process was killed after it had written plan.json, and before it wrote run.toml."""
+    """Write run.toml again if a process was killed between writing plan.json and run.toml."""
     paths = RunDirectory(root)
     if not paths.plan.is_file():
         return
@@ -224,14 +224,14 @@ def mend_recipe(root: Path) -> None:
 
 
 def new_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
-    """The plan of a run that begins; tokens of one that never began, perhaps with another recipe, are removed."""
+    """Return the plan of a new run, and remove tokens left by a run that never began (perhaps of another recipe)."""
     plan = plan_run(recipe)
     shutil.rmtree(paths.tokens, ignore_errors=True)
     return plan
 
 
 def resumed_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
-    """The plan that a run was begun with, and the recipe's keys that are free to change."""
+    """Return the plan that a run was begun with, updated with the recipe's keys that are free to change."""
     old = read_plan(paths.root)
     _check_same(old.recipe, recipe, paths)
     sections: dict[str, Any] = {}
@@ -242,9 +242,9 @@ def resumed_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
 
 
 def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
-    """The plan of a finished run with what the recipe adds: legs, layers, or tokens of a leg.
+    """Return the plan of a finished run with the recipe's additions: legs, layers, or tokens of a leg.
 
-    Of an extension that was interrupted, the plan that it was begun with.
+    For an interrupted extension, it is the plan that the extension was begun with.
     """
     old = read_plan(paths.root)
     saved = state_facts(paths.state)
@@ -267,7 +267,7 @@ def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
 
 
 def _check_same(old: Recipe, new: Recipe, paths: RunDirectory, *, extending: bool = False) -> None:
-    """A run goes on with the recipe it began with, but for keys free to change; extending changes layers and plan."""
+    """Raise RunDirectoryError if the recipes differ in fixed keys; an extension may change the layers and the plan."""
     lines = _differences(old, new, extending=extending)
     if lines:
         differences = "\n".join(lines)
@@ -278,10 +278,10 @@ def _check_same(old: Recipe, new: Recipe, paths: RunDirectory, *, extending: boo
 
 
 def _differences(old: Recipe, new: Recipe, *, extending: bool = False) -> list[str]:
-    """What a run's recipe and another one say differently, a line per key."""
+    """Return the differences between a run's recipe and another recipe, one line per key."""
     before = old.model_dump(mode="json")
     after = new.model_dump(mode="json")
-    if not new.plan.roots:  # which an extension takes from the run it extends
+    if not new.plan.roots:  # an extension takes its roots from the run it extends
         after["plan"]["roots"] = before["plan"]["roots"]
     lines = []
     for section, values in after.items():
@@ -295,13 +295,13 @@ def _differences(old: Recipe, new: Recipe, *, extending: bool = False) -> list[s
 
 
 def check_disk(plan: Plan, paths: RunDirectory) -> None:
-    """Refuse to begin what the disk cannot hold; a run that goes on has taken its space already."""
+    """Refuse to begin a run that the disk cannot hold; a resumed run has taken its space already."""
     if paths.plan.is_file():
         return
     needed = plan_cost(plan).disk_bytes
     free = shutil.disk_usage(paths.root).free
     if needed > free:
         raise RunDirectoryError(
-            f"{paths.root}: the run needs up to {needed / 2**30:.1f} GiB on disk and {free / 2**30:.1f} GiB are free; "
+            f"{paths.root}: the run needs up to {needed / 2**30:.1f} GiB on disk, but {free / 2**30:.1f} GiB are free; "
             "free space, choose another --out, or lower n_latents or the number of snapshots"
         )

@@ -1,4 +1,4 @@
-"""SAEs out and in: export with a model card, push to the hub, pull, import."""
+"""Share SAEs: export with a model card, push to the hub, pull from it, import."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def import_dictionary(
 ) -> tuple[Dictionary, Origin]:
     """Write a trained SAE of any format into a new directory in canonical form.
 
-    Raises what `load_dictionary` raises, FormatError if neither its files nor `site` say where it
+    Raises the errors of `load_dictionary`, FormatError if neither its files nor `site` say which site it
     reads, and RunDirectoryError if `out` exists.
     """
     with new_directory(out) as directory:
@@ -60,7 +60,7 @@ def import_dictionary(
 
 
 def describe(dictionary: Dictionary) -> str:
-    """A dictionary in a few words.
+    """Describe a dictionary in a few words.
 
     >>> import torch
     >>> describe(Dictionary(architecture="topk", k=2, W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
@@ -84,13 +84,13 @@ def save_dictionary(
     site: Site | None = None,
     site_out: Site | None = None,
 ) -> None:
-    """Write one SAE into a new directory, in our own format or that of another tool.
+    """Write one SAE into a new directory, in our own format or another tool's.
 
         sr.save_dictionary(sae, "layer_5", format="saelens", model="google/gemma-3-270m", site=sr.Site(5))
 
-    `model` and `site` say what it reads, `site_out` what a transcoder reconstructs: the files hold them,
-    `load_dictionary` and the other tool read them. Raises FormatError if the format cannot express the SAE or
-    is unknown, RunDirectoryError if `out` exists.
+    `model` and `site` say what the SAE reads, `site_out` what a transcoder reconstructs; they are written to the files,
+    from which `load_dictionary` and the other tool read them. Raises FormatError if the format is unknown or cannot
+    express the SAE, RunDirectoryError if `out` exists.
     """
     with new_directory(Path(out)) as directory:
         write_dictionary(directory, sae, Origin(model=model, site=site, site_out=site_out), format)
@@ -101,9 +101,9 @@ def export_run(
 ) -> list[ExportedSAE]:
     """Write a run's suite, or one SAE, into a new directory in a format, with a model card.
 
-    Each SAE has a directory named after its site: layer_3, layer_3.mlp_out; sparsify's are named
-    after the module's path: layers.3. `legs` are the ids of the legs to take, instead of one per
-    site. Raises FormatError for what the format cannot express, RunDirectoryError if `out` exists.
+    Each SAE has a directory named after its site (layer_3, layer_3.mlp_out), or, for sparsify, after the module's path
+    (layers.3). `legs` are the ids of the legs to export, instead of one per site. Raises FormatError for an SAE that
+    the format cannot express, RunDirectoryError if `out` exists.
     """
     _check_repo(repo)
     if format == neuronpedia.NAME:
@@ -131,16 +131,16 @@ def export_run(
 def export_to_neuronpedia(
     source: str, out: Path, *, legs: Iterable[str] = (), repo: str = "", console: Console | None = None
 ) -> list[Path]:
-    """Write what the latents of a run's suite mean into a new directory, as Neuronpedia's importer reads it.
+    """Write the features and explanations of a run's suite into a new directory, as Neuronpedia's importer reads them.
 
-    One folder for each SAE, below one that is named after the model; `out` names the release.
-    Features that are missing are found first, for which the language model is loaded. Raises
-    FormatError for a single SAE, RunDirectoryError if `out` exists.
+    Each SAE has a folder, inside a folder named after the model; `out` names the release. Missing features are computed
+    first, for which the language model is loaded. Raises FormatError for a single SAE, RunDirectoryError if `out`
+    exists.
     """
     _check_repo(repo)
     if not RunDirectory(Path(source)).plan.is_file():
         raise FormatError(
-            f"{source}: not a run; {neuronpedia.NAME} takes what was measured of latents, and only a run holds that. "
+            f"{source}: not a run; {neuronpedia.NAME} takes measurements of latents, and only a run holds them. "
             "Choose another --format for a single SAE"
         )
     with new_directory(out) as directory:
@@ -152,13 +152,13 @@ def export_to_neuronpedia(
 
 
 def _check_repo(repo: str) -> None:
-    """Raise FormatError for what is not a name on the hub: it would be written into what others read."""
+    """Raise FormatError if `repo` is not a name on the hub, since it is written into files that others read."""
     if repo and not looks_like_hub_id(repo):
         raise FormatError(f'"{repo}" is not a repository on the hub; write user/name')
 
 
 def _registry_entry(saes: list[ExportedSAE], name: str, repo: str) -> str:
-    """What SAELens' own list of SAEs would have to say of these."""
+    """Return the entry for these SAEs in SAELens' own list of SAEs."""
     entries = []
     for sae in saes:
         explained = sae.metrics.get("explained_variance")
@@ -170,9 +170,9 @@ def _registry_entry(saes: list[ExportedSAE], name: str, repo: str) -> str:
 def push_run(
     source: str, repo: str, format: str, *, legs: Iterable[str] = (), licence: str = "", private: bool = False
 ) -> str:
-    """Export a run or SAE, and upload that to the hub; the address of the commit.
+    """Export a run or SAE, and upload it to the hub; returns the address of the commit.
 
-    Raises what `export_run` raises, and HubError if nobody is logged in or the hub refuses.
+    Raises the errors of `export_run`, and HubError if nobody is logged in or the hub refuses.
     """
     with TemporaryDirectory(prefix="saerelay-push-") as temporary:
         directory = Path(temporary) / "export"
@@ -181,7 +181,7 @@ def push_run(
 
 
 def preview(source: str, repo: str, format: str, *, legs: Iterable[str] = (), licence: str = "") -> str:
-    """What `push_run` would upload: files with their sizes, and the model card."""
+    """Return the text of a dry run of `push_run`: the files with their sizes, and the model card."""
     with TemporaryDirectory(prefix="saerelay-push-") as temporary:
         directory = Path(temporary) / "export"
         export_run(source, directory, format, legs=legs, licence=licence, repo=repo)
@@ -198,7 +198,7 @@ def preview(source: str, repo: str, format: str, *, legs: Iterable[str] = (), li
 
 
 def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
-    """Write one SAE, of which nothing is known but what its own files say."""
+    """Write one SAE, about which nothing is known except what its own files say."""
     dictionary, origin = load_dictionary(source)
     origin = replace(
         origin,
@@ -234,7 +234,7 @@ def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) ->
 
 
 def _of_format(legs: list[Leg], format: str) -> list[Leg]:
-    """What a format takes of a suite with both SAEs and transcoders; all of any other suite."""
+    """Return the legs that a format takes of a suite with both SAEs and transcoders; all legs of any other suite."""
     transcoders = [leg for leg in legs if leg.is_transcoder]
     saes = [leg for leg in legs if not leg.is_transcoder]
     if format == circuit_tracer.NAME:
@@ -243,7 +243,7 @@ def _of_format(legs: list[Leg], format: str) -> list[Leg]:
 
 
 def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
-    """The numbers in a leg's evaluation, without curves; {} if it was not evaluated."""
+    """Return the numbers of a leg's evaluation, without curves; {} if it was not evaluated."""
     evaluation = Evaluation.load_if_any(suite.directory.evaluation(leg.id))
     if evaluation is None:
         return {}
@@ -252,7 +252,7 @@ def _metrics(suite: Suite, leg: Leg) -> dict[str, Any]:
 
 
 def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, module_path: str) -> Origin:
-    """What is published about a leg's dictionary: all that is known, but no local paths."""
+    """Return the origin that is published with a leg's dictionary: all that is known, without local paths."""
     provenance = {**without_paths(origin.provenance), "evaluation": metrics}
     if plan.facts.adapter:
         provenance["adapter"] = public_adapter(plan.facts.adapter)
@@ -269,7 +269,7 @@ def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, mo
 
 
 def _folder(origin: Origin, format: str, *, has_prefix: bool) -> str:
-    """layer_3, layer_3.mlp_out; for sparsify the module's path: layers.3, layers.3.mlp.
+    """Return the folder of an SAE: layer_3, layer_3.mlp_out; for sparsify the module's path: layers.3, layers.3.mlp.
 
     `has_prefix`: the module's path begins with the name of the base model ("gpt_neox.layers.3").
     """
@@ -298,7 +298,7 @@ def _folder(origin: Origin, format: str, *, has_prefix: bool) -> str:
 
 
 def _place(directory: Path, folder: str, format: str) -> Path:
-    """Where an SAE is written: in a folder of its own, or into the set that a directory is."""
+    """Return where an SAE is written: a folder of its own, or, for circuit-tracer, the directory of the set."""
     return directory if format == circuit_tracer.NAME else directory / folder
 
 
@@ -306,15 +306,15 @@ def _place(directory: Path, folder: str, format: str) -> Path:
 
 
 def pull(reference: str, out: Path) -> list[Path]:
-    """Download the SAEs in a repository or folder into a new directory; their paths.
+    """Download the SAEs of a repository or folder into a new directory; returns their paths.
 
-    Every SAE is read once: FormatError if one cannot be read, or if there is a pickle that belongs
-    to none; HubError if the hub does not have it or refuses. No code is fetched, and after an
-    interruption nothing is left.
+    Every SAE is read once. Raises FormatError if one cannot be read, or if there is a pickle that belongs to no SAE;
+    HubError if the hub does not have the repository or refuses. No code is downloaded, and an interruption leaves
+    nothing behind.
     """
     remote = reference if hub.is_remote(reference) else f"hf://{reference}"
     with new_directory(out) as directory:
-        # A name of its own: huggingface_hub remembers, within a process, what it put into a directory.
+        # A fresh name, because within a process huggingface_hub remembers what it has put into a directory.
         downloaded = hub.download(remote, directory.with_name(uuid.uuid4().hex))
         saes = find_saes(downloaded)
         for path in downloaded.rglob("*.pt"):
@@ -331,17 +331,17 @@ def pull(reference: str, out: Path) -> list[Path]:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory that becomes `out` at the end; if anything fails, nothing is left.
+    """Make a directory that becomes `out` at the end; if anything fails, nothing is left.
 
     Raises RunDirectoryError if `out` exists or cannot be made.
     """
     temporary = out.with_name(f".{out.name}.partial")
     if out.exists():
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed at the very end
-        raise RunDirectoryError(f"{out} exists; choose another place for what is written")
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed at the very end
+        raise RunDirectoryError(f"{out} exists; choose another place")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_directory(temporary)  # of a process that was killed
+        remove_directory(temporary)  # left by a process that was killed
         temporary.mkdir()
     except OSError as error:
         raise RunDirectoryError(f"{out}: cannot be created ({reason(error)}), or choose another place") from None

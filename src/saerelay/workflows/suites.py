@@ -20,13 +20,13 @@ Text = str | Path | Sequence[str | Path] | None
 
 
 def recipe(model: str | Path = "demo", text: Text = None, **keys: Any) -> Recipe:
-    """A recipe in code: the keys of `run.toml`, whatever their section.
+    """Make a recipe in Python from the keys of `run.toml`, whatever their section.
 
     >>> run = recipe("demo", layers=[3, 4, 5], k=24, root_tokens="1M", controls=[4])
     >>> run.sites.layers, run.dictionary.activation.k, run.plan.root_tokens
     ([3, 4, 5], 24, 1000000)
 
-    `text` are text files or directories of them. A key that several sections have is given by section:
+    `text` names text files or directories of text files. A key that several sections have is given by section:
     `data={"tokens": "ids.npy"}`. Raises RecipeError for unknown keys and impossible values.
     """
     sections = sectioned(keys, Recipe.model_fields)
@@ -38,7 +38,7 @@ def recipe(model: str | Path = "demo", text: Text = None, **keys: Any) -> Recipe
 
 
 def plan(model: str | Path = "demo", text: Text = None, **keys: Any) -> Plan:
-    """The plan of a recipe in code: each SAE, its parent, and its tokens; trains nothing.
+    """Return the plan of such a recipe: each SAE, its parent, and its tokens; trains nothing.
 
     >>> [leg.id for leg in plan("demo", layers=[4, 5], roots=[5]).legs]
     ['L5', 'L4-from-L5']
@@ -61,10 +61,10 @@ def train_suite(
         suite = sr.train_suite("EleutherAI/pythia-70m", "notes/", out="runs/a", k=32, root_tokens="5M")
         suite[sr.Site(3)].encode(x)
 
-    `model` is a name, a directory, or a transformers model that is already loaded, which is taken as it is: its weights
-    (and the `tokenizer`, if given) are written to `out/model`, where the run reads them. `text` are text files, or the
-    token ids of an array. `keys` are those of a recipe (see `recipe`). The result is that of `train_run`, which also
-    says what is raised; `resume` continues a run that was interrupted.
+    `model` is a name, a directory, or a loaded transformers model, which is used as it is: its weights (and the
+    `tokenizer`, if given) are written to `out/model`, where the run reads them. `text` names text files, or is an array
+    of token ids. `keys` are the keys of a recipe (see `recipe`). `resume` continues an interrupted run. The result and
+    the errors raised are those of `train_run`.
     """
     out = Path(out)
     if not isinstance(model, str | Path):
@@ -83,7 +83,7 @@ def train_suite(
 
 
 def _written(model: Any, tokenizer: Any, directory: Path) -> Path:
-    """A loaded model, written to a directory unless it is there from an earlier call."""
+    """Write a loaded model to a directory, unless it is there from an earlier call; returns the directory."""
     if not hasattr(model, "save_pretrained"):
         raise ModelError(f"train_suite: {type(model).__name__} is not a transformers model, nor the name of one")
     if (directory / "config.json").is_file():
@@ -97,7 +97,7 @@ def _written(model: Any, tokenizer: Any, directory: Path) -> Path:
 
 
 def _own_tokenizer(model: Any) -> Any:
-    """The tokenizer of the place that a model was loaded from; None where there is none."""
+    """Return the tokenizer of the place that a model was loaded from; None if there is none."""
     from transformers import AutoTokenizer
 
     name = model.config.name_or_path

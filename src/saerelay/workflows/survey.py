@@ -1,4 +1,4 @@
-"""The survey behind `preset = "auto"`, made where there is none yet, and the legs chosen by it."""
+"""Make the survey behind `preset = "auto"`, if there is none yet, and choose the legs from it."""
 
 import shutil
 from pathlib import Path
@@ -25,19 +25,19 @@ from saerelay.workflows.watching import status, watching
 
 
 def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> tuple[Survey, Choice]:
-    """What a survey measures of a recipe's layers, and the legs chosen by it; a finished survey is not made again.
+    """Survey a recipe's layers, and choose the legs from the survey; a finished survey is not made again.
 
-    It lives in `survey/` of the run directory until it is done, and is resumed there after an interruption.
+    It lives in `survey/` in the run directory until it is done, and is resumed there after an interruption.
     """
     kinds = recipe.sites.kinds
     if len(kinds) > 1 or kinds[0].module_out:
         raise PlanError(
-            'preset = "auto" surveys SAEs of one kind of site, and sites.module and sites.module_out ask for '
+            'preset = "auto" surveys SAEs of one kind of site, but sites.module and sites.module_out ask for '
             f'{", ".join(f"{kind}" for kind in kinds)}; choose another one, such as "hub"'
         )
     if recipe.plan.tier.tiers or recipe.plan.hop.parents:
         raise PlanError(
-            'plan.tiers and plan.parents do not go with preset = "auto"; leave them out, or choose another preset, '
+            'plan.tiers and plan.parents do not work with preset = "auto"; leave them out, or choose another preset, '
             'such as "hub"'
         )
     facts = read_facts(recipe.model)
@@ -45,9 +45,9 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
     inner = RunDirectory(paths.root / "survey")
     plan = survey_plan(recipe, facts, memory)
     survey = Survey.load_if_any(paths.survey)
-    # A survey is good for any budget and any ratio.
+    # A survey can be used for any budget and any ratio.
     if survey is not None and survey_plan(survey.asked, facts, memory) == plan:
-        remove_directory(inner.root)  # a process may have been killed while it did this
+        remove_directory(inner.root)  # a process may have been killed while removing it
         return survey, choose(recipe, facts, survey, memory)
 
     if not inner.plan.is_file() or read_plan(inner.root) != plan:
@@ -75,7 +75,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
 
 
 def survey_once(recipe: Recipe, console: Console | None) -> tuple[Survey, Choice]:
-    """A survey, and the legs chosen by it, that leave no files behind."""
+    """Make a survey and choose the legs from it, leaving no files behind."""
     with TemporaryDirectory(prefix="saerelay-survey-") as directory:
         try:
             return survey_run(recipe, RunDirectory(Path(directory)), console)

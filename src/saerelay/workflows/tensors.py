@@ -1,4 +1,4 @@
-"""SAEs from a script: trained, hopped and measured on activations that one has, without a language model or a file."""
+"""SAEs in Python: train, transfer and measure them on your own activations, without a language model or files."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ from saerelay.training.train import FIRST_ROWS
 from saerelay.workflows.keys import sectioned
 
 BUFFER_ROWS = 65_536
-"""Rows of an iterator that are shuffled together."""
+"""Number of rows of an iterator that are shuffled together."""
 
 Rows = Tensor | np.ndarray
 Activations = Rows | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]] | AbstractStream
@@ -50,18 +50,19 @@ def train(
     progress: bool = True,
     **keys: Any,
 ) -> Dictionary:
-    """Train an SAE on activations; the result acts on them raw.
+    """Train an SAE on activations; the trained SAE reads them raw.
 
     >>> x = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
     >>> sae = train(x, k=4, n_latents=64, batch_tokens=64, progress=False)
     >>> sae.n_latents, sae.encode(x[:3]).count_nonzero(dim=1).tolist()
     (64, [4, 4, 4])
 
-    `x` is a tensor or array (N, D), an iterable of tensors (B, D), or a stream with the `site` to read. With a `target`
-    (N, Dy), or an iterable of pairs, it is a transcoder. `tokens` is the budget: by default a tensor once; an iterator
-    needs it. A tensor is read over and over again in new orders, an iterator is shuffled in buffers of 65,536 rows.
-    `keys` are those of the recipe's sections `[dictionary]` and `[train]`. Raises RecipeError for other keys or
-    impossible ones, DataError for activations that end too early, LegFailed if the loss is not finite.
+    `x` is a tensor or array (N, D), an iterable of tensors (B, D), or a stream together with the `site` to read. With a
+    `target` (N, Dy), or an iterable of pairs, the result is a transcoder. `tokens` is the number of rows to train on:
+    by default each row of a tensor once; an iterator needs it. A tensor is read repeatedly, in a new order each time;
+    an iterator is shuffled in buffers of 65,536 rows. `keys` are keys of the recipe's sections `[dictionary]` and
+    `[train]`. Raises RecipeError for other keys or impossible values, DataError if the activations end too early,
+    LegFailed if the loss is not finite.
     """
     recipe = Recipe.parse(sectioned(keys, ("dictionary", "train")), source="train")
     if isinstance(x, np.ndarray):
@@ -85,7 +86,7 @@ def hop(
     progress: bool = True,
     **keys: Any,
 ) -> Dictionary:
-    """Take a trained SAE to other activations of the same tokens: the whole hop, with the map that measures best.
+    """Transfer a trained SAE to other activations of the same tokens: the whole hop, with the map that measures best.
 
     >>> x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
     >>> sae = train(x, k=4, n_latents=64, batch_tokens=64, progress=False)
@@ -93,12 +94,12 @@ def hop(
     >>> evaluate(there, 3 * x + 1).fvu < 1.1 * evaluate(sae, x).fvu
     True
 
-    `x_source` (N, S) are activations where it was trained, `x_target` (N, T) where it is to go, row by row of the same
-    tokens (only their number is checked); for a transcoder, `target` are what it reconstructs at both. A map is fitted
-    on all rows and folded into the SAE, silent latents are revived, the decoder is refitted in closed form, and it is
-    trained on `tokens` rows of `x_target` (by default each once; 0 for none). `keys` are those of a recipe's leg and
-    sections: method, refit, k, n_latents, architecture, lr, ... Raises TransferError where no map is better than a
-    random dictionary.
+    `x_source` (N, S) are activations at the site where it was trained and `x_target` (N, T) those at the target; their
+    rows belong to the same tokens (only their number is checked). For a transcoder, `target` holds the activations it
+    reconstructs, at both sites. A map is fitted on all rows and folded into the SAE, silent latents are revived, the
+    decoder is refitted in closed form, and the SAE is trained on `tokens` rows of `x_target` (by default each row once;
+    0 for none). `keys` are keys of a recipe's leg and sections: method, refit, k, n_latents, architecture, lr, ...
+    Raises TransferError if no map is better than a random dictionary.
     """
     keys = dict(keys)
     method = keys.pop("method", "auto")
@@ -142,7 +143,7 @@ def hop(
 
 @torch.no_grad()
 def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None = None) -> EvaluationMetrics:
-    """How well an SAE reconstructs activations (N, D), and how sparsely; of a transcoder, its `target` (N, Dy).
+    """Measure how well, and how sparsely, an SAE reconstructs activations (N, D), or a transcoder its `target` (N, Dy).
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -150,7 +151,7 @@ def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None
     >>> quality.fvu, quality.l0
     (0.0, 4.0)
 
-    The fields are those of `saerelay eval`, but for those that need a language model (ΔCE, KL).
+    The fields are those of `saerelay eval`, except for ΔCE and KL, which need a language model.
     """
     sums = MetricSums()
     batches: Iterable[tuple[Tensor, Tensor]]
@@ -174,7 +175,7 @@ def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Rows that are read, and what a transcoder is to reconstruct there."""
+    """Rows of activations to read and, for a transcoder, the rows to reconstruct."""
 
     x: Tensor
     target: Tensor | None = None
@@ -196,20 +197,20 @@ class _Pair:
 
 @dataclass(eq=False)
 class _Source:
-    """Buffers of shuffled rows, one after the other; the first is looked at before training begins."""
+    """Buffers of shuffled rows, one after another; the first is looked at before training begins."""
 
     buffers: Iterator[_Pair]
     ahead: _Pair
 
     @property
     def first(self) -> _Pair:
-        """The rows that units and initialisation follow from, float32."""
+        """The rows from which units and initialisation follow, in float32."""
         head = self.ahead.first(FIRST_ROWS)
         return _Pair(head.x.float(), None if head.target is None else head.target.float())
 
     @classmethod
     def of(cls, x: Activations, target: Tensor | None, site: Site | None, seed: int) -> "_Source":
-        """Of a tensor, an iterable or a stream."""
+        """Make a source from a tensor, an iterable or a stream."""
         generator = torch.Generator().manual_seed(seed)
         if isinstance(x, Tensor):
             _check(x, target)
@@ -225,7 +226,7 @@ class _Source:
         return cls(buffers, ahead)
 
     def batches(self, size: int) -> Iterator[_Pair]:
-        """Batches of a size, for as long as there are rows; the last rows of a buffer go before those of the next."""
+        """Yield batches of a size while there are rows; the last rows of a buffer come before those of the next."""
         rest = self.ahead
         while True:
             while len(rest) >= size:
@@ -240,8 +241,8 @@ class _Source:
 def _check_width(sae: Dictionary, x: Tensor) -> None:
     if x.dim() != 2 or x.shape[1] != sae.d_model:
         raise DataError(
-            f"evaluate: activations of the shape {tuple(x.shape)}; this SAE reads (tokens, {sae.d_model}). Is it of "
-            "another model, or of another kind of site?"
+            f"evaluate: activations of the shape {tuple(x.shape)}; this SAE reads (tokens, {sae.d_model}). Was it "
+            "trained on another model, or at another kind of site?"
         )
 
 
@@ -255,14 +256,14 @@ def _check(x: Tensor, target: Tensor | None, of: str = "train") -> None:
 
 
 def _orders(rows: _Pair, generator: torch.Generator) -> Iterator[_Pair]:
-    """A tensor's rows in one random order after the other."""
+    """Yield a tensor's rows in one random order after another."""
     while True:
         for part in torch.randperm(len(rows), generator=generator).split(BUFFER_ROWS):
             yield rows.at(part.to(rows.x.device))
 
 
 def _shuffled(items: Iterable[Any], generator: torch.Generator) -> Iterator[_Pair]:
-    """An iterable's rows in buffers, each shuffled."""
+    """Yield an iterable's rows in buffers, each of them shuffled."""
     waiting: list[_Pair] = []
     for item in items:
         pair = _Pair(*item) if isinstance(item, tuple) else _Pair(item)
@@ -283,7 +284,7 @@ def _mixed(parts: list[_Pair], generator: torch.Generator) -> _Pair:
 
 
 def _blocks(stream: AbstractStream, site: Site | None) -> Iterator[Tensor]:
-    """The kept rows of a stream's blocks; copies, since a block is gone once the next is asked for."""
+    """Yield the kept rows of a stream's blocks, as copies, since a block is overwritten when the next is asked for."""
     if site is None:
         raise RecipeError("train: a stream gives several sites; say which: site=Site(5)")
     for number in count():
@@ -292,7 +293,7 @@ def _blocks(stream: AbstractStream, site: Site | None) -> Iterator[Tensor]:
 
 
 def _n_rows(x: Activations) -> int:
-    """Rows of a tensor, or of a list of tensors."""
+    """Return the number of rows of a tensor, or of a list of tensors."""
     if isinstance(x, Tensor):
         return len(x)
     if isinstance(x, list | tuple):
@@ -304,7 +305,7 @@ def _n_rows(x: Activations) -> int:
 
 
 def _leg(spec: SizedDictionarySpec, recipe: Recipe, width: int, budget: int, *, transcoder: bool) -> Leg:
-    """The leg that is trained, with what the recipe leaves open settled as in a plan."""
+    """Return the leg to train; choices that the recipe leaves open are made as in a plan."""
     if spec.l0 is not None and spec.l0 > spec.n_latents:
         raise RecipeError(f"{spec.activation.l0_key} is {spec.l0:g} but there are only {spec.n_latents} latents")
     batch = min(recipe.train.batch_tokens, budget) or recipe.train.batch_tokens
@@ -330,7 +331,7 @@ def _leg(spec: SizedDictionarySpec, recipe: Recipe, width: int, budget: int, *, 
 
 
 def _spec_after(sae: Dictionary, recipe: Recipe, keys: dict[str, Any], x: Tensor) -> SizedDictionarySpec:
-    """What a hopped dictionary looks like: as before, but for the keys that are given."""
+    """Return the spec of a hopped dictionary: that of `sae`, except for the keys that are given."""
     given = sectioned(keys, ("dictionary",), others=("train",)).get("dictionary", {})
     spec = recipe.dictionary.sized(sae.d_model).changed(n_latents=given.get("n_latents", sae.n_latents))
     if "architecture" not in given:
@@ -347,7 +348,7 @@ def _moments(source: Tensor, target: Tensor) -> Moments:
 
 
 def _trained(trainee: Trainee, source: _Source, *, progress: bool) -> Dictionary:
-    """The dictionary at the end of its budget."""
+    """Train to the end of the budget, and return the dictionary."""
     began = time.perf_counter()
     bar = Progress(
         TextColumn("{task.description}"),

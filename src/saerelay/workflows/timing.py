@@ -1,4 +1,4 @@
-"""How long a plan will take here, from one forward pass and a few steps of each shape of leg."""
+"""Predict how long a plan takes on this machine, from a forward pass and a few steps of each shape of leg."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ REPEATS = 5
 
 
 def measured_speeds(plans: Sequence[Plan], model: LanguageModel) -> list[Speeds]:
-    """How fast this machine is at plans for one model."""
+    """Measure how fast this machine runs some plans for one model."""
     seconds_by_shape: dict[tuple, float] = {}
     speeds = []
     for plan in plans:
@@ -32,7 +32,7 @@ def measured_speeds(plans: Sequence[Plan], model: LanguageModel) -> list[Speeds]
 
 
 def plan_seconds(plan: Plan, speeds: Speeds) -> dict[str, float]:
-    """Seconds that a plan should take: of the language model, of training steps, and in total.
+    """Return the seconds that a plan should take: for the language model, for training steps, and in total.
 
     The language model stops at the deepest open site of each block.
     """
@@ -45,7 +45,7 @@ def plan_seconds(plan: Plan, speeds: Speeds) -> dict[str, float]:
 
 
 def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
-    """Seconds per token of the language model, up to the plan's deepest site."""
+    """Measure the seconds per token of the language model, up to the plan's deepest site."""
     context = plan.recipe.data.context
     shape = (max(1, plan.lm_batch_tokens // context), context)
     tokens = torch.randint(plan.facts.tokens.vocab_size, shape, device=model.device)
@@ -54,20 +54,20 @@ def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
 
 
 def _step_seconds(plan: Plan, leg: Leg, width: int, device: torch.device) -> float:
-    """Seconds per token of a leg's training step."""
+    """Measure the seconds per token of a leg's training step."""
     batch = leg.schedule.batch_tokens
     x = torch.randn(4 * batch, width, device=device)
     probe = leg.changed(budget_tokens=10**9).changed(hop=None)
     train = plan.recipe.train
     trainee = Trainee(probe, train, first_state(probe, train, x))
-    if device.type == "cuda":  # until it is recorded as a graph
+    if device.type == "cuda":  # until the step is recorded as a CUDA graph
         for _ in range(STEPS_BEFORE_RECORDING + 1):
             trainee.step(x[:batch])
     return _median_seconds(lambda: trainee.step(x[:batch]), device) / batch
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of a few calls, after one that warms up."""
+    """Return the median time of a few calls, after one call that warms up."""
     times = []
     for _ in range(REPEATS + 1):
         _finish(device)

@@ -1,4 +1,4 @@
-"""What shows a run under way: a live table on a terminal, plain lines elsewhere, and the loggers a recipe names."""
+"""Show the progress of a run: a live table on a terminal, plain lines elsewhere, and the loggers a recipe names."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,20 +16,20 @@ from saerelay.training.trackers import Several, loggers_of
 
 
 def status(console: Console | None, message: str | Text) -> AbstractContextManager[object]:
-    """A message with a spinner while a block runs; nothing without a console."""
+    """Show a message with a spinner while a block runs; nothing without a console."""
     return console.status(message) if console else nullcontext()
 
 
 @contextmanager
 def watching(plan: Plan, paths: RunDirectory, console: Console | None) -> Iterator[Watcher]:
-    """Whoever watches a run; nothing is printed without a console."""
+    """Make the watchers of a run; nothing is printed without a console."""
     saved = state_facts(paths.state)
     cursor = saved["cursor"] if saved else 0
     here = machine(torch.device(plan.facts.device))
     if saved and console and saved["machine"] != here:
         console.print(
-            f"note: this run was begun with {saved['machine']}, this is {here}: it goes on, but not to "
-            "bitwise the weights of an uninterrupted run"
+            f"note: this run was begun with {saved['machine']}, and this is {here}: it continues, but its weights "
+            "will not be bitwise those of an uninterrupted run"
         )
     with loggers_of(plan, paths) as loggers:
         if console is None:

@@ -1,4 +1,4 @@
-"""Where questions are sent, and what a request looks like."""
+"""The address to which questions are sent, and the form of a request."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from saerelay.files import leafwise, parse_json
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 ADDRESSES = ("SAERELAY_ENDPOINT", "OPENAI_BASE_URL")
-"""Environment variables that an endpoint's address is taken from: the first that is set."""
+"""Environment variables for an endpoint's address; the first that is set counts."""
 SHORTEST_SECRET = 6
-"""Characters of a text in a request's body that may be a key; "low" and "json" are none."""
+"""Least length of a text in a request's body that may be a key; "low" and "json" are not."""
 KEYS = ("SAERELAY_API_KEY", "OPENAI_API_KEY")
-"""Environment variables that its key is taken from."""
+"""Environment variables for an endpoint's key; the first that is set counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where to ask: an address, a model's name there, fields for each request, and a key that is never shown."""
+    """An endpoint to ask: its address, a model's name there, fields for each request, and a key that is never shown."""
 
     url: str
     model: str
@@ -31,7 +31,7 @@ class Endpoint:
 
     @property
     def secrets(self) -> list[str]:
-        """What is kept in no file: the key, and texts in the body, which some gateways take a key in."""
+        """Texts that are never written to a file: the key, and texts in the body, where some gateways take a key."""
         texts = [self.key]
         leafwise(lambda leaf: texts.append(leaf) if isinstance(leaf, str) else None, self.body)
         return [text for text in texts if len(text) >= SHORTEST_SECRET]
@@ -47,13 +47,13 @@ class Endpoint:
 
     @classmethod
     def of(cls, model: str, url: str = "", key_env: str = "", body: str = "") -> "Endpoint":
-        """An endpoint from options, and where they are empty, the environment; EndpointError if it cannot be used.
+        """Make an endpoint from options or, if they are empty, the environment; EndpointError if it cannot be used.
 
         >>> Endpoint.of("some-model", "http://localhost:8000/v1/", body='{"temperature": 1}').body
         {'temperature': 1}
 
-        `body` is JSON: fields that each request has besides the usual ones, or instead of them (null leaves one out). A
-        key is sent over https, and to this machine, only.
+        `body` is JSON: fields that are added to each request or replace its usual ones (null removes a field). A key is
+        sent only over https or to this machine.
         """
         url = url or _first_set(ADDRESSES)
         if not url:
@@ -67,7 +67,7 @@ class Endpoint:
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens of a text, on the large side: one for every three bytes of UTF-8.
+    """Estimate the tokens of a text, on the large side: one for every three bytes of UTF-8.
 
     >>> estimated_tokens("abcdefg")
     3
@@ -76,7 +76,7 @@ def estimated_tokens(text: str) -> int:
 
 
 def request_body(endpoint: Endpoint, system: str, question: str, max_tokens: int) -> bytes:
-    """The request, byte for byte the same for the same question.
+    """Return the request, byte for byte the same for the same question.
 
     >>> request_body(Endpoint(url="", model="m", body={"temperature": None}), "s", "q", 9).decode()
     '{"max_tokens":9,"messages":[{"content":"s","role":"system"},{"content":"q","role":"user"}],"model":"m"}'
@@ -94,7 +94,7 @@ def request_body(endpoint: Endpoint, system: str, question: str, max_tokens: int
 
 
 def _first_set(names: Sequence[str]) -> str:
-    """The value of the first environment variable that is set, or ""."""
+    """Return the value of the first environment variable that is set, or ""."""
     return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
@@ -103,7 +103,7 @@ def _parse_address(url: str) -> httpx2.URL:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
         raise EndpointError("--endpoint is not a valid address; write it like https://host/v1") from None
-    # None of these belongs to an address, and each of them may hold a key, which an error or a file would then show.
+    # An address needs none of these, and each of them may hold a key, which an error or a file would then show.
     beyond_path = parsed.userinfo or parsed.query or parsed.fragment
     if parsed.scheme not in ("http", "https") or not parsed.host or beyond_path:
         raise EndpointError(
@@ -123,7 +123,7 @@ def _parse_fields(body: str) -> dict[str, Any]:
 
 
 def _read_key(key_env: str, address: httpx2.URL) -> str:
-    """The key in an environment variable, `key_env` or one of `KEYS`; "" if none of these is set."""
+    """Return the key in an environment variable, `key_env` or one of `KEYS`; "" if none of them is set."""
     if key_env and not os.environ.get(key_env):
         raise EndpointError(f"--key-env {key_env}: no such environment variable, or it is empty")
     names = [key_env] if key_env else KEYS

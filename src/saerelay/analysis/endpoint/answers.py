@@ -1,4 +1,4 @@
-"""The answers that were paid for: a JSONL file with a lock, each answer under the digest of its request."""
+"""The answers received so far: a JSONL file with a lock, each answer under the digest of its request."""
 
 import json
 import os
@@ -19,20 +19,20 @@ class Answer(NamedTuple):
     value: Any
     """The answer as it was read; None if the question was given up."""
     tokens_in: int
-    """Over all times it was sent, as the endpoint counts them, or estimated."""
+    """Tokens over all times the question was sent, as counted by the endpoint, or estimated."""
     tokens_out: int
 
 
 @dataclass(frozen=True)
 class KeptAnswer:
-    """What is kept of an answer."""
+    """An answer as it is kept on file."""
 
     text: str
     tokens_in: int
     tokens_out: int
 
     def read(self, reader: Callable[[str], Any]) -> Answer:
-        """The answer, read by a function that raises ValueError if it cannot."""
+        """Return the answer, read by a function that raises ValueError if it cannot read the text."""
         try:
             value = reader(self.text)
         except ValueError:
@@ -41,7 +41,7 @@ class KeptAnswer:
 
 
 class AnswerFile:
-    """A file of answers that one process at a time adds to; open and locked in a `with`.
+    """A file of answers, to which one process at a time adds; it is open and locked in a `with` block.
 
     A line is `{"request": digest, "answer": text, "tokens_in": n, "tokens_out": n}`.
     """
@@ -84,7 +84,7 @@ class AnswerFile:
 
 
 def read_answers(path: Path) -> dict[str, KeptAnswer]:
-    """The answers in a file, by digest; a last line that was not finished is cut off, a damaged one left out."""
+    """Read the answers in a file, by digest; an unfinished last line is cut off, damaged lines are left out."""
     answers: dict[str, KeptAnswer] = {}
     if not path.is_file():
         return answers

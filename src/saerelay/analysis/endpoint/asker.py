@@ -1,4 +1,4 @@
-"""Asks many questions at a time, patiently: an endpoint that fails is asked again, one that refuses is not."""
+"""Ask many questions at a time: an endpoint that fails is asked again, an endpoint that refuses is not."""
 
 import asyncio
 import contextlib
@@ -20,32 +20,32 @@ from saerelay.analysis.endpoint.answers import Answer, AnswerFile, KeptAnswer
 from saerelay.errors import EndpointError, RunDirectoryError
 
 MAX_ATTEMPTS = 6
-"""Times a question is sent before it is given up, where the endpoint fails."""
+"""Times a question is sent before it is given up, if the endpoint fails."""
 MAX_UNREADABLE = 3
-"""Times a question is sent before it is given up, where the answers cannot be read; later runs send it once more."""
+"""Times a question is sent before it is given up, if its answers cannot be read; later runs send it once more."""
 MAX_CONSECUTIVE_FAILURES = 8
-"""Questions given up, one after the other, after which everything stops."""
+"""Number of questions given up in a row after which everything stops."""
 FIRST_WAIT = 1.0
-"""Seconds before the first repetition; they double with each further one."""
+"""Seconds before the first repetition; the wait doubles with each further one."""
 LONGEST_WAIT = 300.0
-"""Seconds before any repetition; an endpoint that asks for more stops everything."""
+"""Most seconds before a repetition; an endpoint that asks for more stops everything."""
 TIMEOUT = 300.0
 """Seconds until an answer must be complete."""
 MAX_BODY_BYTES = 2**20
 MAX_ANSWER_CHARS = 20_000
 MAX_ERROR_CHARS = 300
-"""How much is looked at of a response, of the answer in it, and of an error in it."""
+"""How much is read of a response, of the answer in it, and of an error in it."""
 MAX_CHARGED_TOKENS = 10**8
-"""An endpoint that counts more tokens for one answer is not believed."""
+"""Most tokens that an endpoint is believed to have charged for one answer."""
 RETRYABLE_STATUS = (408, 409, 425, 429)
 T = TypeVar("T")
 
 
 class Asker:
-    """Asks questions at an endpoint, several at a time, and keeps all answers; used in a `with`.
+    """Asks questions at an endpoint, several at a time, and keeps all answers; used in a `with` block.
 
-    `spent` is what this session's answers cost in USD: `prices` are those of a million tokens in and out. Nothing more
-    is sent once it comes to `max_cost`.
+    `spent` is the cost of this session's answers in USD; `prices` are the prices of a million input tokens and output
+    tokens. Once `spent` reaches `max_cost`, nothing more is sent.
     """
 
     def __init__(
@@ -77,23 +77,23 @@ class Asker:
         self.file.__exit__(*error)
 
     def digest(self, body: bytes) -> str:
-        """What an answer is kept under: a digest of the address and the request."""
+        """Return the key under which an answer is kept: a digest of the address and the request."""
         return hashlib.sha256(self.endpoint.url.encode() + b"\n" + body).hexdigest()
 
     def kept(self, body: bytes) -> KeptAnswer | None:
-        """The answer to a request, if it is on file."""
+        """Return the answer to a request, if it is on file."""
         return self.file.answers.get(self.digest(body))
 
     def is_answered(self, body: bytes, read: Callable[[str], Any]) -> bool:
-        """Whether a request has an answer on file that can be read; one that cannot is asked for again."""
+        """Whether a request has an answer on file that can be read; an unreadable answer is asked for again."""
         kept = self.kept(body)
         return kept is not None and kept.read(read).value is not None
 
     def run(self, jobs: Iterable[Coroutine[Any, Any, T]], bar: Progress | None = None, total: int = 0) -> list[T]:
-        """What all jobs (coroutines that call `ask`) return.
+        """Run all jobs (coroutines that call `ask`), and return their results.
 
         Raises EndpointError if the endpoint refuses or keeps failing, KeyboardInterrupt after Ctrl-C; in both cases
-        what was under way is waited for and kept, and a second Ctrl-C does not wait.
+        requests in flight are waited for and their answers kept. A second Ctrl-C does not wait.
         """
         self.bar = bar
         self.task = bar.add_task("asking", total=total, cost="") if bar else TaskID(0)
@@ -101,11 +101,11 @@ class Asker:
             asyncio.get_running_loop()
         except RuntimeError:
             return asyncio.run(self._all(jobs))
-        with ThreadPoolExecutor(1) as thread:  # a notebook has a loop already
+        with ThreadPoolExecutor(1) as thread:  # in a notebook, a loop is running already
             return thread.submit(asyncio.run, self._all(jobs)).result()
 
     async def ask(self, body: bytes, read: Callable[[str], Any]) -> Answer:
-        """The answer to a request; `read` makes something of its text, or raises ValueError if it is nonsense."""
+        """Return the answer to a request; `read` parses its text, or raises ValueError if it cannot."""
         kept = self.kept(body)
         if kept is not None and self.is_answered(body, read):
             return kept.read(read)
@@ -123,7 +123,7 @@ class Asker:
                 self._stop(error)
 
         answer = given.read(read)
-        if answer.value is not None or kept is None:  # what could not be read before is no sign of trouble now
+        if answer.value is not None or kept is None:  # an answer that was unreadable before is no sign of new trouble
             self._count(answer.value is not None, f'the last answer was "{self._inert(given.text)}"')
         return answer
 
@@ -133,8 +133,8 @@ class Asker:
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
-        secure = self.endpoint.url.startswith("https:")  # an address in the clear is not reached through a proxy
-        limits = httpx2.Limits()  # no limit but that of `turn`
+        secure = self.endpoint.url.startswith("https:")  # unencrypted addresses are not reached through a proxy
+        limits = httpx2.Limits()  # no limit except that of `turn`
         async with httpx2.AsyncClient(headers=headers, timeout=TIMEOUT, trust_env=secure, limits=limits) as self.client:
             tasks = [asyncio.create_task(job) for job in jobs]
             try:
@@ -149,9 +149,9 @@ class Asker:
         return [task.result() for task in tasks]
 
     async def _until_sensible(self, body: bytes, read: Callable[[str], Any], *, attempts: int) -> KeptAnswer | None:
-        """The first answer that can be read, or else the last one; None if there was none.
+        """Return the first answer that can be read, or else the last answer; None if there was none.
 
-        Its tokens are those of all answers on the way.
+        Its tokens are those of all answers received for the question.
         """
         price_in, price_out = self.prices
         text = ""
@@ -166,7 +166,7 @@ class Asker:
             tokens_out += answered.tokens_out
             self.spent += (answered.tokens_in * price_in + answered.tokens_out * price_out) / 1e6
             if self.spent >= self.max_cost:
-                self._stop(EndpointError(f"${self.spent:.4f} has been spent, and --max-cost is ${self.max_cost:.4f}"))
+                self._stop(EndpointError(f"${self.spent:.4f} has been spent; --max-cost is ${self.max_cost:.4f}"))
             try:
                 read(text)
                 break
@@ -175,7 +175,7 @@ class Asker:
         return KeptAnswer(text, tokens_in, tokens_out)
 
     async def _until_answered(self, body: bytes) -> KeptAnswer | None:
-        """The first response with an answer; None after MAX_ATTEMPTS, or when stopping."""
+        """Return the first response with an answer; None after MAX_ATTEMPTS, or when stopping."""
         trouble = ""
         for attempt in range(MAX_ATTEMPTS):
             wait = self.wait_until - time.monotonic()
@@ -210,7 +210,7 @@ class Asker:
         return None
 
     async def _post(self, body: bytes) -> tuple[int, httpx2.Headers, bytes]:
-        """Status, headers and the beginning of the body of one response."""
+        """Send a request, and return status, headers and the beginning of the body of the response."""
         content = b""
         async with self.client.stream("POST", f"{self.endpoint.url}/chat/completions", content=body) as response:
             async for part in response.aiter_bytes():
@@ -220,7 +220,7 @@ class Asker:
         return response.status_code, response.headers, content
 
     def _answer_in(self, content: bytes, request: bytes) -> KeptAnswer:
-        """The answer in a response, empty if there is none, and the tokens it is charged for."""
+        """Return the answer in a response (empty if there is none) and the tokens charged for it."""
         try:
             response = json.loads(content)
             text = response["choices"][0]["message"]["content"]
@@ -235,7 +235,7 @@ class Asker:
         return KeptAnswer(self._without_key(text)[:MAX_ANSWER_CHARS], tokens_in, tokens_out)
 
     def _refused(self, status: int, trouble: str) -> None:
-        """Stop, unless it may have been about this one question."""
+        """Stop, unless the refusal may be due to this one question."""
         remedies = {
             401: "check the key: " + " or ".join(KEYS) + ", or --key-env NAME",
             403: "the key may not use this model; choose another --explainer, or another key",
@@ -250,7 +250,7 @@ class Asker:
             self._count(False, trouble)
 
     def _count(self, good: bool, trouble: str) -> None:
-        """Stop after too many questions in a row that came to nothing."""
+        """Stop after too many questions in a row without a readable answer."""
         self.n_given_up = 0 if good else self.n_given_up + 1
         if self.n_given_up >= MAX_CONSECUTIVE_FAILURES:
             n = MAX_CONSECUTIVE_FAILURES
@@ -261,20 +261,20 @@ class Asker:
         self.stopping.set()
 
     async def _stopped_within(self, seconds: float) -> bool:
-        """Wait, but no longer than until everything stops; whether it does."""
+        """Wait, at most until everything stops; returns whether it does."""
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), seconds)
         return self.stopping.is_set()
 
     def _without_key(self, text: str) -> str:
-        """A text without the secrets that were sent along, should the endpoint repeat them."""
+        """Remove from a text the secrets that were sent along, in case the endpoint repeats them."""
         for secret in self.endpoint.secrets:
             text = text.replace(secret, "[key]")
         return text
 
     def _inert(self, text: str) -> str:
-        """The beginning of what an endpoint said, fit for a terminal."""
+        """Return the beginning of an endpoint's text, safe for a terminal."""
         harmless = ascii(self._without_key(text))[1:-1]
         if len(harmless) <= MAX_ERROR_CHARS:
             return harmless
@@ -282,13 +282,13 @@ class Asker:
 
 
 def _charged(usage: Any, name: str, otherwise: int) -> int:
-    """The tokens that an endpoint says it charges for, if it says something sensible."""
+    """Return the tokens that an endpoint says it charges for, or `otherwise` if the number is not sensible."""
     n = usage.get(name) if isinstance(usage, dict) else None
     return n if type(n) is int and 0 <= n < MAX_CHARGED_TOKENS else otherwise
 
 
 def retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for: a number, or a date; 0 if it says neither.
+    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 if it is neither.
 
     >>> retry_after("7"), retry_after("soon"), retry_after("Wed, 21 Oct 2015 07:28:00 GMT")
     (7.0, 0.0, 0.0)

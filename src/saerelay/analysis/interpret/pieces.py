@@ -1,6 +1,6 @@
-"""Which pieces of text are put before a reader: the strongest to explain a latent from, others to score it on.
+"""The pieces of text shown to a reader: the strongest to explain a latent from, others to score the explanation on.
 
-Texts are pieces of the test split, of one length, cut without regard to where the latent fires.
+Pieces are taken from the test split, all of one length, cut without regard to where the latent fires.
 Shapes: N sequences of C positions, M pieces of W positions, F latents.
 """
 
@@ -19,59 +19,60 @@ from saerelay.spec import seed_from
 LENGTH = 32
 """Tokens in a piece of text, or the run's context if that is shorter."""
 MOST_SHOWN = 20
-"""The strongest pieces, which the explanation is made from; at most a third of all that the latent fires in."""
+"""Most pieces, the strongest, to explain a latent from; also at most a third of those in which it fires."""
 QUANTILES = 5
-"""Ranges of strength, with the same number of pieces each, that scores are drawn from."""
+"""Number of ranges of strength, with the same number of pieces each, from which pieces for scores are drawn."""
 PER_QUANTILE = 8
-"""Pieces drawn from one quantile, at most."""
+"""Most pieces drawn from one quantile."""
 FEWEST = 20
-"""Pieces that a latent must fire in to be explained."""
+"""Least number of pieces in which a latent must fire to be explained."""
 PER_QUESTION = 5
-"""Pieces in one question."""
+"""Pieces per question."""
 
 Kind = Literal["detection", "fuzzing"]
 KINDS: tuple[Kind, ...] = ("detection", "fuzzing")
 
 
 class Piece(NamedTuple):
-    """A piece of text put before a reader."""
+    """A piece of text shown to a reader."""
 
     tokens: tuple[int, ...]
     levels: tuple[int, ...]
-    """Of each token: its activation over the latent's largest, in tenths, rounded up; 0 where it does not fire."""
+    """Activation on each token over the latent's largest, in tenths, rounded up; 0 where it does not fire."""
     quantile: int
-    """Of its strongest activation among those drawn from, 0 the strongest; -1 where the latent does not fire."""
+    """Quantile of its strongest activation among the pieces drawn from, 0 the strongest; -1 if it is not from one."""
     marked: tuple[int, ...]
     """Positions between «»."""
     truth: bool
-    """Detection: the latent fires in it. Fuzzing: what is marked is what it fires on."""
+    """Detection: whether the latent fires in it. Fuzzing: whether the marked tokens are those on which it fires."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One latent, and the pieces that it is explained from and scored on; none where it fires in too few."""
+    """One latent, and the pieces on which its explanation is based and scored; none if it fires in too few."""
 
     latent: int
     n_pieces: int
-    """Distinct pieces it fires in."""
+    """Number of distinct pieces in which it fires."""
     explained: list[Piece]
-    """What the explanation is made from, the strongest first."""
+    """The pieces from which the explanation is made, the strongest first."""
     detection: list[Piece]
     fuzzing: list[Piece]
 
     def questions(self, kind: Kind) -> list[list[Piece]]:
-        """The pieces of one kind, PER_QUESTION at a time."""
+        """Return the pieces of one kind, PER_QUESTION at a time."""
         pieces = self.detection if kind == "detection" else self.fuzzing
         return [pieces[start : start + PER_QUESTION] for start in range(0, len(pieces), PER_QUESTION)]
 
 
 def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, seed: int) -> Subject:
-    """What is asked about a latent with activations (M, W) on the tokens of distinct pieces (M, W).
+    """Draw the pieces for a latent with activations (M, W) on the tokens of distinct pieces (M, W).
 
-    The explanation sees the strongest. Of the rest, in QUANTILES of equal size by their strongest activation, up to
-    PER_QUANTILE are drawn of each: half of them have the tokens marked on which the latent fires, half as many others
-    of theirs (fuzzing). The first half serve detection too, with as many pieces in which it does not fire. What is
-    drawn depends on the seed and on where the latent fires, not on its number or leg.
+    The explanation is made from the strongest pieces. The rest are divided into QUANTILES of equal size by their
+    strongest activation, and up to PER_QUANTILE are drawn from each. For fuzzing, half of these have the tokens marked
+    on which the latent fires, and the other half the same number of other tokens. The first half also serve detection,
+    with as many pieces in which the latent does not fire. The draw depends on the seed and on where the latent fires,
+    not on its index or leg.
     """
     strength = activations.max(axis=1)
     firing = np.flatnonzero(strength)
@@ -110,9 +111,9 @@ def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, seed: int) ->
 
 
 def drawn_latents(n_fired: np.ndarray, n: int, seed: int) -> list[int]:
-    """The first n latents, in a random order of all numbers, of those that fire on at least FEWEST tokens.
+    """Draw n of the latents that fire on at least FEWEST tokens: the first n in a random order of all latents.
 
-    `n_fired` (F) is how often each fires.
+    `n_fired` (F) is the number of times that each latent fires.
 
     >>> drawn_latents(np.array([0, 50, 20, 19]), 8, seed=0)
     [1, 2]
@@ -124,16 +125,16 @@ def drawn_latents(n_fired: np.ndarray, n: int, seed: int) -> list[int]:
 # --- where chosen latents fire --------------------------------------------------------------------------------------
 
 Firings = tuple[np.ndarray, np.ndarray]
-"""Positions, counted through all sequences, and activations there."""
+"""Positions, numbered through all sequences, and the activations there."""
 
 
 def subjects_of(session: Session, chosen: Mapping[str, Sequence[int]], seed: int) -> dict[str, list[Subject]]:
-    """The subjects of chosen latents by leg, from one pass over the test split."""
+    """Return the subjects of chosen latents by leg, from one pass over the test split."""
     sequences = session.held_out()
     n_sequences, context = sequences.shape
     length = min(LENGTH, context)
     pieces = sequences[:, : context // length * length].reshape(-1, length)
-    # A piece that occurs twice is used once: what is shown must not be scored under another number.
+    # A piece that occurs twice is used once, so that a piece shown in explaining is not also scored.
     distinct = np.unique(pieces, axis=0, return_index=True)[1]
     distinct.sort()
 
@@ -151,9 +152,9 @@ def subjects_of(session: Session, chosen: Mapping[str, Sequence[int]], seed: int
 def firings(
     session: Session, sequences: np.ndarray, chosen: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, int], Firings]:
-    """Where chosen latents of legs fire on sequences (N, C), and how strongly, by (leg, latent).
+    """Find where chosen latents of legs fire on sequences (N, C), and how strongly, by (leg, latent).
 
-    One pass; only the firings of the chosen are kept, 12 bytes each.
+    Takes one pass; only the firings of the chosen latents are kept, 12 bytes each.
     """
     suite = session.suite
     parts: dict[tuple[str, int], list[Firings]] = {}
@@ -187,12 +188,12 @@ def firings(
 
 
 def dense(positions: np.ndarray, values: np.ndarray, shape: tuple[int, int], length: int) -> np.ndarray:
-    """Activations (M, length) of all pieces of sequences of a shape (N, C), from positions and values.
+    """Return the activations (M, length) of all pieces of sequences of a shape (N, C), from positions and values.
 
     >>> dense(np.array([1, 4, 7]), np.array([1.0, 2.0, 3.0]), (2, 5), 2).tolist()
     [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [3.0, 0.0]]
 
-    What is left at the end of a sequence is dropped.
+    An incomplete piece at the end of a sequence is dropped.
     """
     n_sequences, context = shape
     flat = np.zeros(n_sequences * context, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""How a language model is asked about a latent, and what is read from its answers. Both sides are only ever text."""
+"""How a language model is asked about a latent, and how its answers are read; both are treated as text only."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from saerelay.files import encodable
 TokenText = Callable[[int], str]
 
 LONGEST_EXPLANATION = 500
-"""Characters of an explanation that are kept."""
+"""Most characters kept of an explanation."""
 LONGEST_TOKEN = 100
-"""Characters of a token that are shown."""
+"""Most characters shown of a token."""
 EXPLAIN_TOKENS = 200
 """Tokens that an explanation may take, unless the endpoint's `body` says otherwise."""
 SCORE_TOKENS = 60
@@ -45,7 +45,7 @@ Answer with one JSON list and nothing else: for each text, in order, 1 if the ri
 
 
 def explain_request(text: TokenText, endpoint: Endpoint, subject: Subject) -> bytes:
-    """The request for an explanation of a latent; `text` gives the text of a token."""
+    """Return the request for an explanation of a latent; `text` gives the text of a token."""
     lines = []
     for number, piece in enumerate(subject.explained, start=1):
         lines.append(f"{number}. {marked_text(piece, text)}")
@@ -55,7 +55,7 @@ def explain_request(text: TokenText, endpoint: Endpoint, subject: Subject) -> by
 
 
 def score_requests(text: TokenText, endpoint: Endpoint, subject: Subject, kind: Kind, explanation: str) -> list[bytes]:
-    """The requests that score an explanation."""
+    """Return the requests that score an explanation."""
     system = DETECT if kind == "detection" else FUZZ
     requests = []
     for question in subject.questions(kind):
@@ -66,7 +66,7 @@ def score_requests(text: TokenText, endpoint: Endpoint, subject: Subject, kind: 
 
 
 def marked_text(piece: Piece, text: TokenText) -> str:
-    """A piece as a JSON string, runs of marked tokens between «».
+    """Return a piece as a JSON string, with runs of marked tokens between «».
 
     >>> marked_text(Piece((1, 2, 3), (0, 1, 1), 0, (1, 2), True), lambda token: f'"{token}')
     '"\\\\"1«\\\\"2\\\\"3»"'
@@ -81,7 +81,7 @@ def marked_text(piece: Piece, text: TokenText) -> str:
 
 
 def clean_text(text: TokenText) -> TokenText:
-    """The text of a token, without what would pass for a mark or cannot be encoded, and at a bounded length."""
+    """Make `text` safe to quote: without marks and characters that cannot be encoded, and of bounded length."""
 
     @cache
     def clean(token: int) -> str:
@@ -90,11 +90,11 @@ def clean_text(text: TokenText) -> TokenText:
     return clean
 
 
-# --- what is answered -----------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------------------------
 
 
 def read_explanation(text: str) -> str:
-    """The explanation in an answer, cut at LONGEST_EXPLANATION characters; ValueError if there is none.
+    """Return the explanation in an answer, cut at LONGEST_EXPLANATION characters; ValueError if there is none.
 
     >>> read_explanation('Sure! {"explanation": "the word \\\\"if\\\\""}')
     'the word "if"'
@@ -109,7 +109,7 @@ def read_explanation(text: str) -> str:
 
 
 def read_marks(text: str, n: int) -> list[bool]:
-    """The last JSON list of n numbers, each 0 or 1, in an answer; ValueError if the last list is another.
+    """Return the last JSON list of zeros and ones in an answer, as bool; ValueError if it does not have n numbers.
 
     >>> read_marks("Thus: [1, 0]", 2)
     [True, False]

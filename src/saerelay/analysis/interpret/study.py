@@ -52,16 +52,16 @@ from saerelay.runs.suite import PublishedSuite
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Latents to be interpreted, with everything that is asked about them."""
+    """Latents to be interpreted, with the pieces for all questions about them."""
 
     suite: PublishedSuite
     seed: int
     n_tokens: int
-    """Positions of the test split that pieces come from."""
+    """Number of positions of the test split from which pieces are taken."""
     text: Callable[[int], str]
     """The text of a token."""
     subjects: dict[str, list[Subject]]
-    """By leg."""
+    """The latents by leg."""
 
     @property
     def explicable(self) -> list[Subject]:
@@ -72,11 +72,11 @@ class Study:
 def prepare(
     session: Session, *, legs: Sequence[str] = (), n: int = 64, latents: Sequence[int] = (), seed: int = 0
 ) -> Study:
-    """Read the test split once, and draw what is asked about `latents`, or about n of each leg; sends nothing.
+    """Read the test split once, and draw the pieces for `latents`, or for n latents of each leg; sends nothing.
 
-    The n are drawn from those that fire on at least `pieces.FEWEST` tokens, in one random order of numbers for all
-    legs: legs of one root, whose latents kept their numbers, are asked about the same ones. Makes the run's features if
-    they are not current. Raises RunDirectoryError if there is no such leg or latent.
+    The n latents are drawn from those that fire on at least `pieces.FEWEST` tokens, in one random order of indices for
+    all legs, so that legs of one root, whose latents keep their index, are asked about the same latents. Features that
+    are not current are computed first. Raises RunDirectoryError if there is no such leg or latent.
     """
     suite = session.suite
     chosen_legs = [suite.leg(name) for name in legs] or suite.legs
@@ -98,7 +98,7 @@ def prepare(
 
 
 def estimate(study: Study, asker: Asker) -> Estimate:
-    """What is still to be asked, and what it will cost; explanations that are not known count as 120 characters."""
+    """Estimate the requests still to be sent, and their cost; unknown explanations count as 120 characters."""
     new: list[bytes] = []
     n_known = 0
     for subject in study.explicable:
@@ -132,13 +132,13 @@ def estimate(study: Study, asker: Asker) -> Estimate:
 
 
 def longest_answer(body: bytes) -> float:
-    """Tokens that the answer to a request may take; infinity if it sets no bound."""
+    """Return the most tokens that the answer to a request may take; infinity if the request sets no bound."""
     fields = json.loads(body)
     return fields.get("max_completion_tokens") or fields.get("max_tokens") or math.inf
 
 
 def example_prompts(study: Study, endpoint: Endpoint) -> dict[str, list[dict[str, str]]]:
-    """The messages of one question of each kind; none if no latent can be explained."""
+    """Return the messages of one question of each kind; none if no latent can be explained."""
     if not study.explicable:
         return {}
     subject = study.explicable[0]
@@ -154,8 +154,8 @@ def interpret(
 ) -> InterpretationSummary:
     """Explain and score the latents of a study; writes interpret/<leg>.json.
 
-    What was answered before is not asked again. Raises EndpointError if the endpoint refuses or keeps failing, and
-    Interrupted after Ctrl-C, with the command that goes on: all answers are kept.
+    Questions answered before are not asked again. Raises EndpointError if the endpoint refuses or keeps failing, and
+    Interrupted after Ctrl-C, with the command that continues; all answers are kept.
     """
     owners = [leg_id for leg_id, subjects in study.subjects.items() for _ in subjects]
     jobs = []
@@ -213,12 +213,12 @@ async def interpret_latent(study: Study, asker: Asker, subject: Subject) -> Inte
 
 
 def balanced_accuracy(hits: int, misses: int, false_alarms: int, rejections: int) -> float | None:
-    """Mean of the shares of right answers where the truth is yes, and where it is no; None if either was never asked.
+    """Return the mean of the shares of right answers where the truth is yes and where it is no.
 
     >>> balanced_accuracy(3, 1, 1, 1), balanced_accuracy(4, 0, 0, 0)
     (0.625, None)
 
-    0.5 is chance, and what always saying yes gives.
+    None if there are no questions of either truth. 0.5 is chance, and also the score of always answering yes.
     """
     if not hits + misses or not false_alarms + rejections:
         return None
@@ -226,9 +226,9 @@ def balanced_accuracy(hits: int, misses: int, false_alarms: int, rejections: int
 
 
 def score(kind: Kind, questions: list[list[Piece]], answers: list[list[bool] | None]) -> dict[str, Any]:
-    """Scores over the questions that were answered, as fields of `ExplanationScores`.
+    """Return the scores over the questions that were answered, as fields of `ExplanationScores`.
 
-    The score of a quantile is that of its pieces where the truth is yes, beside all pieces where it is no.
+    The score of a quantile uses its own pieces whose truth is yes, together with all pieces whose truth is no.
     """
     answered: list[tuple[Piece, bool]] = []
     for pieces, marks in zip(questions, answers, strict=True):
@@ -255,7 +255,7 @@ def score(kind: Kind, questions: list[list[Piece]], answers: list[list[bool] | N
 
 
 def leg_document(study: Study, asker: Asker, leg: Leg, latents: list[InterpretedLatent]) -> Interpretation:
-    """The document of a leg."""
+    """Return the document of a leg."""
     plan = study.suite.plan
     explained = [latent for latent in latents if latent.explanation]
     asked = [latent for latent in latents if latent.n_questions]

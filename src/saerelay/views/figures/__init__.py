@@ -3,10 +3,10 @@
     figure = matrix_figure(summary, matrix, "fvu", "affine")
     save(figure, Path("matrix.png"))
 
-Every function takes documents (see docs/run-directory.md) and returns a Figure, whose title says what is seen, and
-whose small print says of which SAEs, on which tokens, and what was measured. Nothing is below 7 points in print.
-Of a run with several kinds of sites, the first is shown, or the one of `summary.of_kind("mlp_out")`; of several tiers,
-the suite's own. `theme` is "light", for paper, or "dark", with no background, for a page that is dark itself.
+Every function takes documents (see docs/run-directory.md) and returns a Figure. Its title says what it shows, and its
+small print which SAEs were measured, on which tokens, and how. No text is below 7 points in print. If a run has several
+kinds of sites, the first is shown, or that of `summary.of_kind("mlp_out")`; if it has several tiers, the suite's own.
+`theme` is "light", for paper, or "dark", without a background, for a dark page.
 """
 
 from saerelay.views.figures.across_layers import matrix_figure, offsets_figure, similarity_figure

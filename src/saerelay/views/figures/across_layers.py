@@ -1,4 +1,4 @@
-"""Heat maps of every dictionary on every layer, and means by distance between layers."""
+"""Heat maps of every dictionary at every layer, and means by distance between layers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 Cells = dict[tuple[int, int], float | None]
 """Values by source and target layer."""
 MOST_NUMBERED = 10
-"""Heat maps of up to this many layers have numbers in their cells."""
+"""Most layers for which heat maps have numbers in their cells."""
 _MARKERS = dict(zip(METHODS, ("o", "v", "s", "D", "^", "P", "X"), strict=False))
-"""One for each method; there are more than methods."""
+"""A marker per method; there are more markers than methods."""
 
 
 def matrix_figure(
     summary: Summary, matrix: Matrix, metric: str = "fvu", method: str = "affine", *, theme: Theme = "light"
 ) -> "Figure":
-    """Heat map of one metric: the SAE that stands for each layer, on every layer's activations, carried by `method`."""
+    """Draw a heat map of one metric: each layer's SAE on every layer's activations, carried there by `method`."""
     summary = summary.of_kind()
     legs = {leg.id for leg in summary.suite}
     cells: Cells = {}
@@ -37,7 +37,7 @@ def matrix_figure(
 
 
 def similarity_figure(summary: Summary, measures: Measures, *, folded: bool = True, theme: Theme = "light") -> "Figure":
-    """Heat map of mean max cosine similarity of the legs that stand for the layers: folded, or raw as in the paper."""
+    """Draw a heat map of mean max cosine similarity between the layers' SAEs: folded, or raw as in the paper."""
     summary = summary.of_kind()
     cells: Cells = {(leg.layer, leg.layer): None for leg in summary.suite}
     legs = {leg.id for leg in summary.suite}
@@ -54,7 +54,7 @@ def similarity_figure(summary: Summary, measures: Measures, *, folded: bool = Tr
 
 
 def heat_map(theme: Theme, facts: str, title: str, definition: str, cells: Cells, label: str) -> "Figure":
-    """Layers × layers, with numbers if there is room; colours begin at 0 for scores, and may be logarithmic."""
+    """Draw layers × layers, with numbers if there is room; colours begin at 0 for scores, and may be logarithmic."""
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
@@ -103,7 +103,7 @@ def _number_cells(axis: "Axes", image: Any, values: Any) -> None:
 
 
 def short(value: float, digits: int = 2) -> str:
-    """A number where there is little room: `digits` after the point below 1, and fewer above.
+    """Format a number for little room: `digits` digits after the point below 1, and fewer above.
 
     >>> [short(value) for value in (0.8349, 1.462, 24.0, 3543.0, -0.277, 1.0)], short(0.99462, 3)
     (['0.83', '1.5', '24', '4k', '−0.28', '1.0'], '0.995')
@@ -120,7 +120,7 @@ def short(value: float, digits: int = 2) -> str:
 
 
 def offsets_figure(summary: Summary, measures: Measures, metric: str = "fvu", *, theme: Theme = "light") -> "Figure":
-    """A metric of matrix.json by distance from home, averaged over layers: one line per method."""
+    """Draw a metric of matrix.json by distance from the SAE's own layer, averaged over layers: one line per method."""
     summary = summary.of_kind()
     import matplotlib as mpl
 

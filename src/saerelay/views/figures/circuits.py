@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def circuits_figure(summary: Summary, circuits: Circuits, k: int | None = None, *, theme: Theme = "light") -> "Figure":
-    """Faithfulness and completeness of circuits of k latents by layer; without k, of the smallest."""
+    """Draw faithfulness and completeness of circuits of k latents by layer; without k, of the smallest circuits."""
     summary = summary.of_kind()
     asked = circuits.asked
     k = k or min(asked.k)

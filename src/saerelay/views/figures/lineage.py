@@ -14,13 +14,13 @@ _COLOURS = {
     "light": {"k": "#1b4965", "d": "#5fa8d3", "r": "#bfdbec", "x": "#b4bcc1", "b": "#ca6702"},
     "dark": {"k": "#8ecae6", "d": "#4279a3", "r": "#24445c", "x": "#6b7780", "b": "#f2914a"},
 }
-"""Of each status; silent latents are not drawn."""
+"""Colour of each status, by theme; silent latents are not drawn."""
 
 
 def lineage_figure(
     summary: Summary, lineage: LineageDocument, kind: str = "hop", *, theme: Theme = "light"
 ) -> "Figure":
-    """What became of latents over each link of a kind ("hop", "depth", "control"): shares of each status."""
+    """Draw what became of latents over each link of a kind ("hop", "depth", "control"): shares of each status."""
     summary = summary.of_kind()
     legs = {leg.id for leg in summary.legs}
     links = [link for link in lineage.links if link.kind == kind and link.target in legs]
@@ -50,7 +50,7 @@ def lineage_figure(
 
 
 def _percent(link: LineageLink, letter: str) -> float:
-    """Share of the alive latents with one status, in percent."""
+    """Return the share of live latents with a status, in percent."""
     return 100 * link.status.count(letter) / max(1, link.n_alive)
 
 

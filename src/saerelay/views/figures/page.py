@@ -1,4 +1,4 @@
-"""How all figures look: the page with its title and small print, axes, colours, legends, and the files."""
+"""The common look of all figures: the page with its title and small print, axes, colours, legends, and files."""
 
 import math
 import textwrap
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Theme = Literal["light", "dark"]
 
 WIDTH = 3.35
-"""Of a column, in inches."""
+"""Width of a column, in inches."""
 _LINE = 0.125
 """Height of a line of small print, in inches."""
 
@@ -49,12 +49,12 @@ COLOURS = {
         "random": "#5c666d",
     },
 }
-"""Of text and lines, and of the kinds of legs."""
+"""Colours of text and lines, and of the kinds of legs, by theme."""
 
 
 @dataclass(frozen=True)
 class LegKind:
-    """How legs of a kind are marked, and what the legend calls them."""
+    """The marks of legs of a kind, and their name in the legend."""
 
     marker: str
     label: str
@@ -73,7 +73,7 @@ _KIND_OF_ORIGIN = {"scratch": "root", "from below": "below", "from above": "abov
 
 
 def kind_of(leg: LegSummary) -> str:
-    """Which of `KINDS` a leg is."""
+    """Return the key of a leg's kind in `KINDS`."""
     return leg.control_kind or _KIND_OF_ORIGIN[leg.origin]
 
 
@@ -86,7 +86,7 @@ def save(figure: "Figure", path: Path) -> None:
     settings: dict[Any, str] = {
         "svg.fonttype": "none",
         "svg.hashsalt": path.name,
-    }  # text as text, the same bytes every time
+    }  # text stays text, and the bytes are the same every time
     with mpl.rc_context(settings), replacing(path) as temporary:
         figure.savefig(temporary, dpi=300, format=kind, metadata=metadata)
 
@@ -95,7 +95,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def facts_of(summary: Summary, tokens: int | None = None, split: str = "") -> str:
-    """Model, data, tokens, dictionaries, L0 and seed of a run; `tokens` if a figure's are not the summary's."""
+    """Return model, data, tokens, dictionaries, L0 and seed of a run; `tokens` if they are not the summary's."""
     legs = [leg for leg in summary.legs if leg.role != "control"] or summary.legs
     measured_on = split or f"test split, {tokens or legs[0].n_eval_tokens:,} tokens"
     data = f"{summary.data}, {measured_on}" if summary.data else measured_on
@@ -111,7 +111,7 @@ def facts_of(summary: Summary, tokens: int | None = None, split: str = "") -> st
 
 @contextmanager
 def page(theme: Theme, facts: str, title: str, definition: str, height: float) -> "Iterator[Figure]":
-    """An empty figure with a title, and small print: facts of the run, and the definition of what is drawn."""
+    """Make an empty figure with a title, and small print: facts of the run, and the definition of what is drawn."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -146,7 +146,7 @@ def page(theme: Theme, facts: str, title: str, definition: str, height: float) -
 
 
 def dress(axis: "Axes", theme: Theme, *, xlabel: str = "", ylabel: str = "", grid: bool = True) -> None:
-    """Labels, ticks and lines of an axis, all coloured here: ticks are made when drawn, beyond the page's settings."""
+    """Style the labels, ticks and lines of an axis, here because ticks are made too late for the page's settings."""
     colours = COLOURS[theme]
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
@@ -160,7 +160,7 @@ def dress(axis: "Axes", theme: Theme, *, xlabel: str = "", ylabel: str = "", gri
 
 
 def side_by_side(legs: Iterable[tuple[str, int]], step: float = 0.18) -> dict[str, float]:
-    """Where on an axis of layers each leg (key, layer) is drawn: those of one layer side by side.
+    """Return the place of each leg (key, layer) on an axis of layers: legs of one layer stand side by side.
 
     >>> side_by_side([("a", 3), ("b", 3), ("c", 4)], step=0.2)
     {'a': 2.9, 'b': 3.1, 'c': 4.0}
@@ -177,7 +177,7 @@ def side_by_side(legs: Iterable[tuple[str, int]], step: float = 0.18) -> dict[st
 
 
 def layer_ticks(axis: "Axes", layers: Iterable[int]) -> None:
-    """Whole layers below an axis, at most 16 of them."""
+    """Put whole layer numbers below an axis, at most 16 of them."""
     distinct = sorted(set(layers))
     axis.set_xticks(distinct[:: -(-len(distinct) // 16)])
     axis.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
@@ -185,7 +185,7 @@ def layer_ticks(axis: "Axes", layers: Iterable[int]) -> None:
 
 
 def offset_ticks(axis: "Axes", offsets: Sequence[int]) -> None:
-    """Whole numbers below an axis that is as long to both sides of 0, at most 16 of them."""
+    """Put at most 16 whole numbers below an axis that extends equally far to both sides of 0."""
     reach = max((abs(offset) for offset in offsets), default=1)
     step = -(-(2 * reach + 1) // 16)
     axis.set_xticks(range(-(reach // step) * step, reach + 1, step))
@@ -193,7 +193,7 @@ def offset_ticks(axis: "Axes", offsets: Sequence[int]) -> None:
 
 
 def legend(axis: "Axes", columns: int = 2) -> None:
-    """A legend above the axis, where it hides nothing; none where nothing is drawn."""
+    """Put a legend above the axis, where it hides nothing; no legend if nothing is drawn."""
     if not axis.get_legend_handles_labels()[0]:
         return
     axis.legend(
@@ -221,7 +221,7 @@ class Point:
 
 
 def draw_points(axis: "Axes", theme: Theme, points: Iterable[Point], labels: dict[str, str] | None = None) -> None:
-    """Markers with error bars, kind by kind; `labels` by kind, if not those of `KINDS`."""
+    """Draw markers with error bars, kind by kind; `labels` by kind, if not those of `KINDS`."""
     drawn = list(points)
     for kind, style in KINDS.items():
         of_kind = [point for point in drawn if point.kind == kind]
@@ -242,12 +242,12 @@ def draw_points(axis: "Axes", theme: Theme, points: Iterable[Point], labels: dic
 
 
 def ideal_line(axis: "Axes", theme: Theme, y: float, **style: Any) -> None:
-    """A dashed line across an axis."""
+    """Draw a dashed line across an axis."""
     dashes = {"linewidth": 0.6, "linestyle": (0, (4, 2)), **style}
     axis.axhline(y, color=COLOURS[theme]["ink"], **dashes)
 
 
 def viridis(theme: Theme, n: int) -> list[float]:
-    """n values of viridis, evenly spaced, that can be seen on the page."""
+    """Return n evenly spaced values of viridis that are visible on the page."""
     low, high = (0.0, 0.92) if theme == "light" else (0.25, 1.0)
     return [low + (high - low) * i / (n - 1) for i in range(n)]

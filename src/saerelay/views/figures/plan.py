@@ -1,4 +1,4 @@
-"""The plan: who is trained from whom, and when."""
+"""The plan: which leg is trained from which, and when."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NUMBERED = 24
-"""Plans of up to this many legs have their tokens written at their bars."""
+"""Most legs for which tokens are written at the bars."""
 
 
 def plan_figure(plan: Plan, *, theme: Theme = "light") -> "Figure":
-    """Each leg a bar over its layer, along the tokens that the language model reads, with arrows from its parent."""
+    """Draw each leg as a bar over its layer, along the tokens the language model reads, with arrows from parents."""
     x = side_by_side([(leg.id, leg.layer) for leg in plan.legs], 0.25)
     facts = (
         f"{plan.facts.name}; {format_count(plan.n_tokens)} tokens of the training split; seed {plan.recipe.train.seed}."
@@ -49,7 +49,7 @@ def _kind(leg: Leg) -> str:
 
 
 def _draw_bars(axis: "Axes", plan: Plan, x: dict[str, float], theme: Theme) -> None:
-    """The time in training of each leg, kind by kind."""
+    """Draw the time in training of each leg, kind by kind."""
     nearest = min((b - a for a, b in pairwise(sorted(set(x.values())))), default=0.7)
     for kind in ("root", "transfer", "equal_tokens", "full", "random"):
         legs = [leg for leg in plan.legs if _kind(leg) == kind]
@@ -70,7 +70,7 @@ def _write_tokens(axis: "Axes", leg: Leg, x: float) -> None:
 
 
 def _draw_arrow(axis: "Axes", leg: Leg, parent: Leg, x: dict[str, float], theme: Theme) -> None:
-    """An arrow from the parent, at the age it was left at, to the child at its fold."""
+    """Draw an arrow from the parent, at the age at which the child forks off, to the child at its fold."""
     assert leg.hop
     left_at = parent.fold_at + leg.hop.fork_at_tokens / parent.schedule.reuse
     bend = 0.12 if x[parent.id] < x[leg.id] else -0.12

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def quality_figure(summary: Summary, *, theme: Theme = "light") -> "Figure":
-    """Balanced FVU and, with a language-model head, ΔCE by layer: of the suite, and of its from-scratch controls."""
+    """Draw balanced FVU and, with a language-model head, ΔCE by layer, of the suite and its from-scratch controls."""
     summary = summary.of_kind()
     legs = summary.drawn_legs
     x = side_by_side((leg.id, leg.layer) for leg in legs)

@@ -21,7 +21,7 @@ _NAMES = {"root": "root", "transfer": "transferred", "control": "control"}
 
 
 def training_figure(summary: Summary, lines: Sequence[TrainingLine], *, theme: Theme = "light") -> "Figure":
-    """FVU against a leg's own tokens, from the lines of metrics.jsonl: colours are layers, strokes are roles."""
+    """Draw FVU against a leg's own tokens, from the lines of metrics.jsonl: colours are layers, line styles roles."""
     summary = summary.of_kind()
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable

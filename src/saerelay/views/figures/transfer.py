@@ -1,4 +1,4 @@
-"""What a transfer keeps and brings: transferability, transfer scores, direct logit attribution."""
+"""What a transfer keeps and gains: transferability, transfer scores, direct logit attribution."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -35,13 +35,13 @@ def _direction(row: Transferability | TransferScore) -> str:
 
 
 def _of(summary: Summary, rows: Sequence[Row] | None) -> list[Row]:
-    """The rows of measures.json about finished legs of a summary."""
+    """Return the rows of measures.json about finished legs of a summary."""
     legs = {leg.id for leg in summary.legs}
     return [row for row in rows or () if row.leg in legs and not row.snapshot]
 
 
 def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme = "light") -> "Figure":
-    """Feature transferability of each transferred leg by layer, beside the means that the paper reports."""
+    """Draw feature transferability of each transferred leg by layer, with the means that the paper reports."""
     summary = summary.of_kind()
     rows = [row for row in _of(summary, measures.transferability) if row.transferability is not None]
     several_per_layer = len(rows) > len({row.layer for row in rows})
@@ -73,7 +73,7 @@ def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme
 def transfer_score_figure(
     summary: Summary, measures: Measures, metric: str = "fvu", method: str = "identity", *, theme: Theme = "light"
 ) -> "Figure":
-    """Normalised transfer score of each transferred leg by layer, against each leg from scratch at its site."""
+    """Draw the normalised transfer score of each transferred leg by layer, against each leg from scratch there."""
     summary = summary.of_kind()
     rows = []
     for row in _of(summary, measures.transfer_scores):
@@ -109,7 +109,7 @@ def transfer_score_figure(
 
 
 def attribution_figure(summary: Summary, measures: Measures, *, theme: Theme = "light") -> "Figure":
-    """Direct logit attribution by layer: mean over prompts of the largest effect of a latent."""
+    """Draw direct logit attribution by layer: the mean over prompts of the largest effect of a latent."""
     summary = summary.of_kind()
     dla = measures.dla
     rows = [row for row in _of(summary, dla.legs if dla else None) if row.mean is not None]

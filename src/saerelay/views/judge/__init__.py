@@ -1,7 +1,7 @@
 """The judging page: one file, opened from disk, on which people judge latents blind.
 
-It shows where each latent fires and which tokens it promotes, in an order drawn at random, and not where latents come
-from. `workflows.judge` draws them and keeps the key.
+It shows where each latent fires and which tokens it promotes, in random order, but not where latents come from.
+`workflows.judge` draws the latents and keeps the key.
 """
 
 import base64
@@ -20,19 +20,19 @@ from saerelay.runs.features import Example, Features
 from saerelay.views.report.data import LEVELS, script_json
 
 BEYOND = 8
-"""Tokens shown on either side of an example's window, where activations are not known."""
+"""Tokens shown on either side of an example's window, whose activations are not known."""
 GENERATOR = '<meta name="generator" content="saerelay judge">'
-"""In every judging page, by which an older one is known."""
+"""A mark in every judging page, by which an older page is recognised."""
 
 
 def page_data(
     items: Sequence[JudgedItem], features: Mapping[str, Features], test: np.ndarray, text: Callable[[int], str]
 ) -> dict[str, Any]:
-    """All of the page's data: texts of tokens, and the items with tokens as numbers into these.
+    """Return all of the page's data: the texts of tokens, and the items, with tokens as indices into these texts.
 
-    `features` by leg id, `test` the tokens (N, context) of the test split, `text` gives the text of a token.
-    Activations are levels from 0 to LEVELS, relative to the latent's largest (-1 where they are not known), and effects
-    on logits relative to the largest of the latent's, since their units would tell the layer.
+    `features` are by leg id, `test` holds the tokens (N, context) of the test split, and `text` gives the text of a
+    token. Activations are levels from 0 to LEVELS, relative to the latent's largest (-1 where they are not known);
+    effects on logits are relative to the latent's largest effect. Their absolute values would give the layer away.
     """
     numbers: dict[str, int] = {}
 
@@ -51,7 +51,7 @@ def page_data(
 
 
 def _example(example: Example, strongest: float, row: np.ndarray, number_of: Callable[[int], int]) -> dict[str, Any]:
-    """An example's tokens, with some beyond its window, their levels, and which of them fires most."""
+    """Return an example's tokens, with some beyond its window, their levels, and the index of the strongest."""
     stop = example.start + len(example.activations)
     first = max(0, example.start - BEYOND)
     last = min(len(row), stop + BEYOND)
@@ -64,7 +64,7 @@ def _example(example: Example, strongest: float, row: np.ndarray, number_of: Cal
 
 
 def _logits(features: Features, latent: int, number_of: Callable[[int], int]) -> dict[str, Any]:
-    """The tokens that a latent promotes and suppresses most; nothing where that was not computed."""
+    """Return the tokens that a latent promotes and suppresses most; nothing if they were not computed."""
     tensors = features.tensors()
     if "top_logits_values" not in tensors or "bottom_logits_values" not in tensors:
         return {}
@@ -79,12 +79,12 @@ def _logits(features: Features, latent: int, number_of: Callable[[int], int]) ->
 
 
 def page_name(seed: int, data: Mapping[str, Any]) -> str:
-    """The name of a page: a digest of the seed and of what it shows."""
+    """Return the name of a page: a digest of the seed and the page's data."""
     return hashlib.blake2b(script_json([seed, data]).encode(), digest_size=6).hexdigest()
 
 
 def page_html(model: str, page: str, data: Mapping[str, Any]) -> str:
-    """The page, whole: styles, scripts and data are in it; its content policy allows these and no request."""
+    """Return the whole page, with styles, scripts and data inside; its content policy allows them and no request."""
     report = files("saerelay.views.report")
     judge = files("saerelay.views.judge")
     style = "".join(path.read_text(encoding="utf-8") for path in (report / "style.css", judge / "judge.css"))
@@ -103,5 +103,5 @@ def page_html(model: str, page: str, data: Mapping[str, Any]) -> str:
 
 
 def _content_hash(text: str) -> str:
-    """How a content policy names a style or a script that it allows."""
+    """Return the name by which a content policy allows a style or a script: its hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

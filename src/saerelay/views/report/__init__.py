@@ -1,7 +1,7 @@
-"""`saerelay report`: one page, opened from disk, that shows all of a run; made from documents only.
+"""`saerelay report`: one page, opened from disk, that shows the whole run; made from documents only.
 
-report/index.html, style.css, *.js     the page: the summary is in it, all else is drawn from data
-report/data/                           script files, loaded when they are looked at (see `data`)
+report/index.html, style.css, *.js     the page: it contains the summary and draws the rest from data
+report/data/                           script files, loaded when they are needed (see `data`)
 report/figures/                        PNG, for papers
 """
 
@@ -20,17 +20,17 @@ from saerelay.views.report.sources import ReportSources
 from saerelay.views.report.story import caption, story
 
 MARK = ".saerelay-report"
-"""Marks a directory that a report made, so that the next may replace it."""
+"""Marks a directory that a report has written, so that the next report may replace it."""
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace a folder that no report made."""
+    """Refuse to replace a folder that no report has written."""
     if folder.exists() and not (folder / MARK).is_file():
         raise RunDirectoryError(f"{folder} holds something that is not a report; move it away")
 
 
 def write_report(sources: ReportSources, folder: Path) -> Path:
-    """Write a report beside an older one, and put it in its place; returns its index.html."""
+    """Write a report beside an older one, then replace that one by it; returns its index.html."""
     check_replaceable(folder)
     fresh = folder.with_name(f".{folder.name}.new")
     remove_directory(fresh)
@@ -44,7 +44,7 @@ def write_report(sources: ReportSources, folder: Path) -> Path:
 
 
 def write_page(sources: ReportSources, pictures: list[Picture], folder: Path) -> None:
-    """Fill the template, with everything escaped, and put the page's own files beside it."""
+    """Fill the template, with everything escaped, and write the page's own files beside it."""
     assets = files("saerelay.views.report")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

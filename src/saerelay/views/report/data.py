@@ -8,8 +8,8 @@
     data/links/<n>.js                what became of each latent from one leg to another
     data/training.js, matrix.js, measures.js, interpretations.js
 
-Each but labels.js, which defines `labels`, is one call, `saerelay.feed(name, data)`. Token text and names come from
-strangers: see `feed`.
+Each file except labels.js, which defines `labels`, is one call, `saerelay.feed(name, data)`. Token text and names are
+not to be trusted: see `feed`.
 """
 
 import json
@@ -33,7 +33,7 @@ from saerelay.views.report.sources import ReportSources
 CHUNK = 512
 """Features per file."""
 CURVE_POINTS = 400
-"""Points of a training curve, at most."""
+"""Most points of a training curve."""
 LEVELS = 99
 """Activations in examples are whole numbers from 0 to this, relative to the latent's largest."""
 
@@ -53,7 +53,7 @@ def feed(folder: Path, name: str, data: Any) -> None:
 
 
 def script_json(data: Any) -> str:
-    """JSON that may stand in a script."""
+    """Return JSON that is safe inside a script."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -87,7 +87,7 @@ def write_data(sources: ReportSources, caption: str, folder: Path) -> None:
 def run_facts(
     sources: ReportSources, caption: str, legs: list[dict[str, Any]], links: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the page needs at once."""
+    """Return the data that the page needs at once."""
     lineage = sources.lineage
     return {
         "model": sources.summary.model,
@@ -115,7 +115,7 @@ def run_facts(
 
 
 def leg_facts(summary: Summary, leg: LegSummary, features: Features) -> dict[str, Any]:
-    """What the page needs to know of a leg at once."""
+    """Return the data about a leg that the page needs at once."""
     return {
         "id": leg.id,
         "layer": leg.layer,
@@ -136,7 +136,7 @@ def leg_facts(summary: Summary, leg: LegSummary, features: Features) -> dict[str
 
 
 def interpretation_columns(documents: Sequence[Interpretation]) -> dict[str, Any]:
-    """Scores by leg and by origin, and by leg and latent [explanation, detection, fuzzing]."""
+    """Return scores by leg and by origin, and [explanation, detection, fuzzing] by leg and latent."""
     latents: dict[str, dict[int, list[Any]]] = {}
     for document in documents:
         explained = [entry for entry in document.latents if entry.explanation]
@@ -150,7 +150,7 @@ def interpretation_columns(documents: Sequence[Interpretation]) -> dict[str, Any
 
 
 def write_features(leg_id: str, features: Features, test: np.ndarray, folder: Path) -> set[int]:
-    """Write a leg's index and its features in chunks; returns the token ids that its logits name."""
+    """Write a leg's index and its features in chunks; returns the token ids that occur in its logits."""
     feed(folder, f"index/{leg_id}", index_columns(features, test))
     columns = feature_columns(features)
     for first in range(0, len(features.n_fired), CHUNK):
@@ -164,7 +164,7 @@ def write_features(leg_id: str, features: Features, test: np.ndarray, folder: Pa
 
 
 def index_columns(features: Features, test: np.ndarray) -> dict[str, list[Any]]:
-    """What the list of features shows and searches: how often, how strongly, on which tokens, for which tokens."""
+    """Return the columns that the list of features shows and searches: frequency, strength, tokens, promoted tokens."""
     sequence = features.example_sequence.numpy()
     position = features.example_position.numpy()
     peaks = np.where(sequence >= 0, test[sequence, position].astype(np.int64), -1)
@@ -179,10 +179,10 @@ def index_columns(features: Features, test: np.ndarray) -> dict[str, list[Any]]:
 
 
 def feature_columns(features: Features) -> dict[str, list[Any]]:
-    """What the pages of a leg's features show, in short: lists with an entry for each feature.
+    """Return the contents of the pages of a leg's features, in compact form: lists with one entry per feature.
 
-    An example is [sequence, position, place in the window, level, place, level, …] of the tokens it fires on, a
-    histogram [first bin, counts …]; logits are [token, hundredths, …], similar latents [latent, thousandths, …].
+    An example is [sequence, position, place in the window, level, place, level, …] of the tokens it fires on; a
+    histogram is [first bin, counts …]; logits are [token, hundredths, …]; similar latents [latent, thousandths, …].
     """
     columns: dict[str, list[Any]] = {
         "fired": features.n_fired.tolist(),
@@ -203,7 +203,7 @@ def feature_columns(features: Features) -> dict[str, list[Any]]:
 
 
 def example_column(features: Features) -> list[list[list[int]]]:
-    """The examples of each feature."""
+    """Return the examples of each feature."""
     strongest = features.max_activation.clamp(min=1e-30)[:, None, None]
     levels = (features.example_window.float() * (LEVELS / strongest)).ceil().clamp(0, LEVELS).int()
     column = []
@@ -224,13 +224,13 @@ def example_column(features: Features) -> list[list[list[int]]]:
 
 
 def interleaved(ids: Tensor, values: Tensor, unit: int) -> list[list[int]]:
-    """Rows [id, value, id, value, …] of ids and values (F, n), values as whole multiples of 1 / unit."""
+    """Return rows [id, value, id, value, …] of ids and values (F, n), values as whole multiples of 1 / unit."""
     rounded = (values.float() * unit).round().int()
     return torch.stack([ids, rounded], dim=-1).flatten(1).tolist()
 
 
 def trimmed(counts: list[int]) -> list[int]:
-    """A histogram without its empty ends, preceded by the number of its first bin.
+    """Return a histogram without its empty ends, preceded by the index of its first bin.
 
     >>> trimmed([0, 0, 3, 0, 5, 0]), trimmed([0, 0])
     ([2, 3, 0, 5], [])
@@ -242,7 +242,7 @@ def trimmed(counts: list[int]) -> list[int]:
 
 
 def short(value: float) -> float | None:
-    """A number to three digits: what is shown of it.
+    """Round a number to the three digits that are shown.
 
     >>> short(0.123456), short(83.21999), short(2.0)
     (0.123, 83.2, 2)
@@ -257,7 +257,7 @@ def short(value: float) -> float | None:
 
 
 def write_link(number: int, link: LineageLink, folder: Path) -> dict[str, Any]:
-    """Write one link of lineage.json with cosines in thousandths; returns what is known of it without its latents."""
+    """Write one link of lineage.json with cosines in thousandths; returns its data without latents."""
     data = {
         "decoder_cosine": thousandths(link.decoder_cosine),
         "encoder_cosine": thousandths(link.encoder_cosine),
@@ -276,12 +276,12 @@ def write_link(number: int, link: LineageLink, folder: Path) -> dict[str, Any]:
 
 
 def thousandths(values: Sequence[float | None]) -> list[int | None]:
-    """Values as whole thousandths."""
+    """Return values as whole thousandths."""
     return [None if value is None else round(1000 * value) for value in values]
 
 
 def training_curves(lines: Sequence[TrainingLine]) -> dict[str, dict[str, list[Any]]]:
-    """The training log by leg, one list per column; long ones thinned."""
+    """Return the training log by leg, one list per column; long lists are thinned."""
     logs: dict[str, list[TrainingLine]] = {}
     for line in lines:
         logs.setdefault(line.leg, []).append(line)

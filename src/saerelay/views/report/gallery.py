@@ -1,4 +1,4 @@
-"""The report's figures, for papers: PNG files, each drawn for a light and for a dark page."""
+"""The report's figures, also for papers: PNG files, each drawn for a light and a dark page."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,13 +35,13 @@ class Drawing:
 
     name: str
     alt: str
-    """What it shows."""
+    """Text that says what the figure shows."""
     draw: Callable[..., "Figure"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that was written, for the page: sizes in hundredths of an inch."""
+    """A figure written for the page; sizes in hundredths of an inch."""
 
     name: str
     alt: str
@@ -50,7 +50,7 @@ class Picture:
 
 
 def write_figures(sources: ReportSources, folder: Path) -> list[Picture]:
-    """Draw what there is to draw: `<name>.png` for paper, `<name>-dark.png` for a dark page."""
+    """Draw all figures that have data: `<name>.png` for paper, `<name>-dark.png` for a dark page."""
     pictures = []
     for drawing in drawings(sources):
         save(drawing.draw(theme="dark"), folder / f"{drawing.name}-dark.png")
@@ -62,7 +62,7 @@ def write_figures(sources: ReportSources, folder: Path) -> list[Picture]:
 
 
 def drawings(sources: ReportSources) -> Iterator[Drawing]:
-    """All figures of a run."""
+    """Yield all figures of a run."""
     summary = sources.summary
     yield Drawing("quality", "Held-out quality by layer", partial(quality_figure, summary))
     yield Drawing("plan", "Who was trained from whom, and when", partial(plan_figure, sources.plan))
@@ -78,13 +78,13 @@ def drawings(sources: ReportSources) -> Iterator[Drawing]:
             yield Drawing(f"matrix-fvu-{method}", f"FVU of every SAE on every layer, {carried(method)}", draw)
     if sources.measures:
         yield from measure_drawings(summary, sources.measures)
-    for i, circuits in enumerate(sources.circuits):  # a user's names are no file names here
+    for i, circuits in enumerate(sources.circuits):  # names chosen by users are not used as file names
         draw = partial(circuits_figure, summary, circuits)
         yield Drawing(f"circuits-{i}", f"Circuits by layer: {circuits.asked.task}", draw)
 
 
 def measure_drawings(summary: Summary, measures: Measures) -> Iterator[Drawing]:
-    """The figures of measures.json that have something to show."""
+    """Yield the figures of measures.json that have data."""
     figures = (
         ("similarity", measures.similarity, "Mean maximum cosine similarity between layers", similarity_figure),
         ("transferability", measures.transferability, "Feature transferability by layer", transferability_figure),

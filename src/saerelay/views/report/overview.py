@@ -16,18 +16,18 @@ from saerelay.views.text import is_number, with_error
 
 METRICS_DRAWN = ("delta_ce", "balanced_fvu", "fvu")
 MARK_KINDS: tuple["MarkKind", ...] = ("root", "transfer", "equal_tokens", "full", "random")
-"""In the order in which those of one layer stand side by side."""
+"""Kinds of marks, in the order in which the marks of one layer stand side by side."""
 
 MarkKind = Literal["root", "transfer"] | ControlKind
 
 TOP, BOTTOM = 14.0, 164.0
-"""Where the largest value and 0 lie."""
+"""Vertical positions of the largest value and of 0."""
 HEADROOM = 1.04
 """The end of an axis, as a multiple of the largest value with its error."""
 MOST_TICKS = 16
-"""Layers that are named below a chart, at most."""
+"""Most layers that are named below a chart."""
 WIDE_FROM = 16
-"""Layers from which a chart takes the whole width of the page."""
+"""Number of layers from which on a chart takes the whole width of the page."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Mark:
     low: float
     high: float
     text: str
-    """Which SAE it is, and its value in numbers."""
+    """The SAE's name, and its value in numbers."""
     is_beyond: bool
-    """Whether the value is larger than the axis, and the mark stands at its end."""
+    """Whether the value exceeds the axis, so that the mark stands at the end of the axis."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Overview:
     """The charts of all metrics that were measured, over the same layers."""
 
     of: str
-    """The kind of site, where there are several; else ""."""
+    """The kind of site if there are several; else ""."""
     panels: list[Panel]
     layers: list[Tick]
     kinds: list[MarkKind]
@@ -78,13 +78,13 @@ class Overview:
 
 
 def overviews(summary: Summary) -> list[Overview]:
-    """The charts of a run, of each kind of site its own, without other tiers of L0."""
+    """Return the charts of a run, one set per kind of site, without other tiers of L0."""
     kinds = summary.kinds
     return [overview(summary.of_kind(kind), kind if len(kinds) > 1 else "") for kind in kinds]
 
 
 def overview(summary: Summary, kind: str = "") -> Overview:
-    """The charts of one kind of site, called `kind` where a run has several."""
+    """Return the charts of one kind of site, named `kind` if a run has several."""
     legs = list(summary.final_legs)
     for leg in summary.final_legs:
         legs += summary.controls_of(leg)
@@ -111,7 +111,7 @@ def overview(summary: Summary, kind: str = "") -> Overview:
 
 
 def mark_kind(leg: LegSummary) -> MarkKind:
-    """How a leg is marked."""
+    """Return the kind of mark of a leg."""
     if leg.control_kind:
         return leg.control_kind
     return "root" if leg.origin == "scratch" else "transfer"
@@ -121,7 +121,7 @@ def mark_kind(leg: LegSummary) -> MarkKind:
 
 
 def middle(column: int, n_columns: int) -> float:
-    """The middle of one of n columns of equal width, in percent.
+    """Return the middle of one of n columns of equal width, in percent.
 
     >>> middle(0, 4), middle(3, 4)
     (12.5, 87.5)
@@ -130,7 +130,7 @@ def middle(column: int, n_columns: int) -> float:
 
 
 def columns(legs: Sequence[LegSummary], layers: Sequence[int]) -> dict[str, float]:
-    """Where each leg is drawn, in percent: those of one layer side by side within its column."""
+    """Return the position of each leg, in percent: legs of one layer stand side by side within its column."""
     x = {}
     for i, layer in enumerate(layers):
         beside = [leg for leg in legs if leg.layer == layer]
@@ -145,9 +145,9 @@ def columns(legs: Sequence[LegSummary], layers: Sequence[int]) -> dict[str, floa
 
 
 def panel(legs: Sequence[LegSummary], metric: str, x: dict[str, float]) -> Panel:
-    """The chart of one metric, whose axis begins at 0.
+    """Return the chart of one metric, whose axis begins at 0.
 
-    A random dictionary is so much worse than all others that it would squeeze them: it does not count for the axis.
+    A random dictionary is so much worse than all others that it would compress them, so it does not count for the axis.
     """
     drawn = [leg for leg in legs if leg.control_kind != "random"]
     ends = [getattr(leg, metric) + error_of(leg, metric) for leg in drawn or legs]
@@ -177,20 +177,20 @@ def panel(legs: Sequence[LegSummary], metric: str, x: dict[str, float]) -> Panel
 
 
 def error_of(leg: LegSummary, metric: str) -> float:
-    """The standard error of a value; 0 where none was measured."""
+    """Return the standard error of a value; 0 if it was not measured."""
     if metric == "delta_ce" and is_number(leg.delta_ce_se):
         return leg.delta_ce_se
     return 0.0
 
 
 def mark_text(leg: LegSummary, metric: str) -> str:
-    """What a mark says when it is pointed at."""
+    """Return the text that a mark shows when it is pointed at."""
     value = with_error(getattr(leg, metric), error_of(leg, metric) or None, 4)
     return f"{leg.id}: {ROLES[mark_kind(leg)]}, {format_count(leg.tokens)} tokens\n{metric_name(metric)} {value}"
 
 
 def round_numbers(top: float) -> list[float]:
-    """Round numbers from 0 up to the end of an axis.
+    """Return round numbers from 0 up to the end of an axis.
 
     >>> round_numbers(0.23)
     [0.0, 0.1, 0.2]

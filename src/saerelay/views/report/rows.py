@@ -14,14 +14,14 @@ from saerelay.views.text import duration, flops, is_number
 
 @dataclass(frozen=True)
 class Tile:
-    """One price of the suite, beside that of all layers from scratch."""
+    """One price of the suite, compared with that of all layers from scratch."""
 
     name: str
     what: str
-    """What is counted, such as "wall-clock"."""
+    """The quantity that is counted, such as "wall-clock"."""
     ratio: str
     less: bool
-    """Whether the suite is the cheaper one."""
+    """Whether the suite is cheaper."""
     ours: str
     theirs: str
     share: float
@@ -29,7 +29,7 @@ class Tile:
 
 
 def tiles(summary: Summary) -> list[Tile]:
-    """The prices of the suite: samples, tokens and compute, which are the same anywhere, and time."""
+    """Return the prices of the suite: samples, tokens and compute, which are the same on any machine, and time."""
     cost = summary.cost.with_survey
     scratch = cost.from_scratch
 
@@ -65,13 +65,13 @@ class QualityRow:
 
     leg: LegSummary
     kind: str
-    """What it is one of, above the first row of each kind where a run has several; else ""."""
+    """The kind of site, in the first row of each kind if a run has several; else ""."""
     tokens: str
     ratio: float | None
-    """Its leading metric over that of its control with the full budget."""
+    """Its leading metric divided by that of its control with the full budget."""
     controls: list["ControlRow"] = field(default_factory=list)
     spreads: list["SpreadRow"] = field(default_factory=list)
-    """Of the leg and of its controls, those that were trained with several seeds."""
+    """Spreads of the leg and its controls, if they were trained with several seeds."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class SpreadRow:
 
     name: str
     cells: list[str]
-    """As of `spread_cells`."""
+    """Cells as from `spread_cells`."""
 
 
 def _spreads(summary: Summary, legs: Sequence[LegSummary]) -> list[SpreadRow]:
@@ -104,7 +104,7 @@ def _spreads(summary: Summary, legs: Sequence[LegSummary]) -> list[SpreadRow]:
 
 
 def quality_rows(summary: Summary) -> list[QualityRow]:
-    """A row for each final leg, with its controls."""
+    """Return a row for each final leg, with its controls."""
     metric = leading_metric(summary)
     rows = []
     kind = "" if len(summary.kinds) > 1 else summary.kinds[0]
@@ -128,7 +128,7 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
 
 
 def quality_ratio(leg: LegSummary, control: LegSummary | None, metric: str) -> float | None:
-    """A leg's metric over that of a control; None without one, or where a ratio says nothing."""
+    """Return a leg's metric divided by a control's; None without a control, or if a ratio would mean nothing."""
     if control is None:
         return None
     ours = getattr(leg, metric)
@@ -143,7 +143,7 @@ def quality_ratio(leg: LegSummary, control: LegSummary | None, metric: str) -> f
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A leg of the plan, with its life on the axis of tokens in percent."""
+    """A leg of the plan, with its time on the axis of tokens in percent."""
 
     id: str
     depth: int
@@ -151,7 +151,7 @@ class PlanRow:
     role: str
     control_kind: ControlKind | None
     parent: str
-    """The directory of a parent outside the plan; "" for one inside, which is the row above."""
+    """The directory of a parent outside the plan; "" for a parent inside it, which is the row above."""
     how: str
     tokens: str
     moments: str
@@ -162,7 +162,7 @@ class PlanRow:
 
 
 def plan_rows(plan: Plan) -> list[PlanRow]:
-    """The legs as a tree, parents first."""
+    """Return the legs as a tree, parents first."""
     ids = {leg.id for leg in plan.legs}
     tops = [leg for leg in plan.legs if leg.parent not in ids]
     kinds = list(dict.fromkeys(leg.kind for leg in plan.legs))
@@ -174,7 +174,7 @@ def plan_rows(plan: Plan) -> list[PlanRow]:
 
 
 def _branch(plan: Plan, leg: Leg, depth: int) -> list[PlanRow]:
-    """A leg and all that descend from it."""
+    """Return a leg and all its descendants."""
     rows = [_plan_row(plan, leg, depth)]
     children = [other for other in plan.legs if other.parent == leg.id]
     for child in sorted(children, key=lambda child: child.layer):

@@ -18,7 +18,7 @@ from saerelay.runs.features import Features
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReportSources:
-    """What a report shows; None or empty where the run has nothing."""
+    """The sources of a report; None or empty for what a run does not have."""
 
     run: str
     """Name of the run's directory."""

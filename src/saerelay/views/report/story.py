@@ -1,4 +1,4 @@
-"""What the report's first page says, computed from the run's documents: what was trained, saved and lost, and where."""
+"""The text of the report's first page, made from the run's documents: what was trained, saved and lost, and where."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from saerelay.views.text import duration, is_number, listed
 
 
 def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dict[str, Any]:
-    """Everything the page's template names: facts, answers as sentences, and rows of its tables."""
+    """Return everything that the page's template refers to: facts, answers as sentences, and rows of its tables."""
     return {
         "model": summary.model,
         "title": f"Sparse autoencoders for {_layers(plan, summary)} of {summary.model}",
@@ -38,7 +38,7 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
 
 
 def by_kind(summary: Summary, answer: Callable[[Summary], list[str]]) -> list[str]:
-    """What there is to say of each kind of site, said of its own suite, and named where there are several."""
+    """Return the answers about each kind of site, from its own suite, named if there are several kinds."""
     sentences = []
     for kind in summary.kinds:
         name = f"{kind}: " if len(summary.kinds) > 1 else ""
@@ -62,7 +62,7 @@ def _name(leg: LegSummary) -> str:
 
 
 def caption(summary: Summary) -> str:
-    """What every figure says below it: model, data, tokens, dictionaries, L0, seed."""
+    """Return the caption of every figure: model, data, tokens, dictionaries, L0, seed."""
     legs = summary.final_legs
     kinds = ", ".join(sorted({f"{_name(leg)}, {leg.n_latents} latents" for leg in legs}))
     modules = ", ".join(
@@ -79,7 +79,7 @@ def caption(summary: Summary) -> str:
 
 
 def trained(plan: Plan, summary: Summary) -> str:
-    """Which dictionaries were made, how, from what."""
+    """Say which dictionaries were trained, how, and on what."""
     legs = summary.final_legs
     first = legs[0]
     facts = plan.facts
@@ -131,7 +131,7 @@ def _at_layers(legs: Sequence[LegSummary]) -> str:
 
 
 def price(summary: Summary) -> str:
-    """At what quality the suite is as much cheaper as its tiles say."""
+    """Say at what quality the suite has the savings that its tiles show."""
     children = _transferred(summary)
     if not children:
         return ""
@@ -147,7 +147,7 @@ def price(summary: Summary) -> str:
 
 
 def _ratios(summary: Summary, legs: Sequence[LegSummary], kind: ControlKind) -> list[tuple[LegSummary, float]]:
-    """The legs that have a control of a kind, and their leading metric over its."""
+    """Return the legs that have a control of a kind, with their leading metric divided by the control's."""
     ratios = []
     for leg in legs:
         ratio = quality_ratio(leg, summary.control(leg, kind), leading_metric(summary))
@@ -157,7 +157,7 @@ def _ratios(summary: Summary, legs: Sequence[LegSummary], kind: ControlKind) -> 
 
 
 def saved(summary: Summary) -> str:
-    """What the suite took, beside all layers from scratch; what is counted and what is not."""
+    """Say what the suite cost, compared with all layers from scratch, and what is counted."""
     cost = summary.cost
     sentences = []
     ours = cost.with_survey.seconds
@@ -186,7 +186,7 @@ def saved(summary: Summary) -> str:
 
 
 def lost(summary: Summary) -> list[str]:
-    """What the saving cost in quality: against controls where there are any, and what the model loses."""
+    """Say what the saving cost in quality: against controls if there are any, and in the model's loss."""
     comparisons: tuple[tuple[ControlKind, str], ...] = (
         ("full", "from-scratch controls with the full budget"),
         ("equal_tokens", "from-scratch controls on as many tokens as a transfer looked at"),
@@ -213,7 +213,7 @@ def lost(summary: Summary) -> list[str]:
 
 
 def _gap(leg: LegSummary, control: LegSummary, gap: float) -> str:
-    """How much more the model loses with a leg than with its control; errors as if the two were independent."""
+    """Say how much more the model's loss rises with a leg than with its control; errors as if they were independent."""
     spread = ""
     if is_number(leg.delta_ce_se) and is_number(control.delta_ce_se):
         spread = f" ± {math.hypot(leg.delta_ce_se, control.delta_ce_se):.3f}"
@@ -221,7 +221,7 @@ def _gap(leg: LegSummary, control: LegSummary, gap: float) -> str:
 
 
 def _loss_rise(summary: Summary) -> str:
-    """By how much the model's own loss rises with an SAE in place; "" where that was not measured."""
+    """Say by how much the model's own loss rises with an SAE in place; "" if it was not measured."""
     rises = {}
     for leg in summary.final_legs:
         if is_number(leg.delta_ce):
@@ -240,7 +240,7 @@ def _loss_rise(summary: Summary) -> str:
 
 
 def transfers_badly(summary: Summary) -> list[str]:
-    """Which transferred layers fall behind, and where the run cannot tell."""
+    """Say which transferred layers fall behind, and for which the run cannot tell."""
     children = _transferred(summary)
     if not children:
         return ["Nothing was transferred in this run."]
@@ -259,7 +259,7 @@ def transfers_badly(summary: Summary) -> list[str]:
 
 
 def _worst_compared(ratios: list[tuple[LegSummary, float]], metric: str) -> str:
-    """The leg that is furthest behind its control; `ratios` from the largest to the smallest."""
+    """Name the leg that is furthest behind its control; `ratios` in decreasing order."""
     worst, ratio = ratios[0]
     others = [f"{other:.2f} at layer {leg.layer}" for leg, other in ratios[1:]]
     rest = f" (the others: {', '.join(others)})" if others else ""
@@ -275,7 +275,7 @@ def _worst_compared(ratios: list[tuple[LegSummary, float]], metric: str) -> str:
 
 
 def _worst_predicted(legs: Sequence[LegSummary]) -> str:
-    """The leg that came out worst against what a survey predicted; "" without a survey."""
+    """Name the leg that did worst against a survey's prediction; "" without a survey."""
     gaps = []
     for leg in legs:
         if is_number(leg.predicted_fvu) and is_number(leg.validation_fvu):
@@ -290,7 +290,7 @@ def _worst_predicted(legs: Sequence[LegSummary]) -> str:
 
 
 def _without_control(legs: Sequence[LegSummary]) -> str:
-    """What can be said of transferred legs that have no control with the full budget."""
+    """Say what is known about transferred legs that have no control with the full budget."""
     layers = sorted({leg.layer for leg in legs})
     subject = f"Layers {listed(layers)} have" if len(layers) > 1 else f"Layer {layers[0]} has"
     text = (
@@ -309,7 +309,7 @@ def _without_control(legs: Sequence[LegSummary]) -> str:
 
 
 def other_signs(summary: Summary, measures: Measures | None) -> list[str]:
-    """What else tells of a hard transfer: where features share fewest tokens with those that they started as."""
+    """Say what else indicates a hard transfer: where features share fewest tokens with the features they started as."""
     shares = []
     legs = {leg.id for leg in summary.legs}
     for row in (measures.transferability or ()) if measures else ():

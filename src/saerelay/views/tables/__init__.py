@@ -1,1 +1,1 @@
-"""Tables for people, on a terminal: one module per subject, each made from plans and documents."""
+"""Tables for the terminal: one module per subject, each made from plans and documents."""

@@ -10,7 +10,7 @@ from saerelay.views.text import decimal, percent
 
 
 def matrix_tables(matrix: Matrix) -> list[Text | Table]:
-    """FVU, and ΔCE where it was measured, of every leg on every layer: one titled table per metric and method."""
+    """Show FVU, and ΔCE if measured, of every leg at every layer: one titled table per metric and method."""
     cells = [cell for cell in matrix.cells if not cell.snapshot]
     tables: list[Text | Table] = []
     for metric in ("fvu", "delta_ce"):
@@ -47,7 +47,7 @@ def _matrix_table(matrix: Matrix, cells: list[MatrixCell], metric: str, method: 
 
 
 def measures_tables(measures: Measures) -> list[Table]:
-    """What each transferred leg shares with its parent and with scratch, how far it came, and what offsets cost."""
+    """Show what each transferred leg shares with its parent, its transfer scores, and mean FVU by layer offset."""
     tables = (_transfer_table(measures), _score_table(measures), _offset_table(measures))
     return [table for table in tables if table.row_count]
 

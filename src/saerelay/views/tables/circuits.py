@@ -1,4 +1,4 @@
-"""Circuits of a task."""
+"""The circuits of a task."""
 
 from rich.table import Table
 from rich.text import Text
@@ -8,7 +8,7 @@ from saerelay.views.text import visible, with_error
 
 
 def circuit_tables(document: Circuits) -> list[Text | Table]:
-    """Faithfulness and completeness of each leg's circuits, and of transferred legs minus those from scratch."""
+    """Show faithfulness and completeness of each leg's circuits, and of transferred legs minus legs from scratch."""
     asked = document.asked
     head = (
         f"{visible(asked.task)}: {document.model} is right on {document.accuracy:.1%} of {asked.n_prompts} prompts, "

@@ -10,7 +10,7 @@ from saerelay.views.text import visible, with_error
 
 
 def estimate_text(expected: Estimate, asked: AskedModel, prices: tuple[float, float]) -> Text:
-    """What an interpretation will take, before it is started."""
+    """Show the estimated cost of an interpretation, before it is started."""
     on_file = f" ({expected.n_known:,} are answered already)" if expected.n_known else ""
     most = "no bound on" if expected.tokens_out < 0 else f"at most {expected.tokens_out:,}"
     lines = [
@@ -25,7 +25,7 @@ def estimate_text(expected: Estimate, asked: AskedModel, prices: tuple[float, fl
 
 
 def prompts_text(prompts: dict[str, list[dict[str, str]]]) -> Text:
-    """One question of each kind, safe for a terminal."""
+    """Show one question of each kind, with control characters escaped."""
     lines = []
     for kind, messages in prompts.items():
         for message in messages:
@@ -35,7 +35,7 @@ def prompts_text(prompts: dict[str, list[dict[str, str]]]) -> Text:
 
 
 def interpretation_tables(document: InterpretationSummary) -> list[Table | Text]:
-    """Scores of explanations by leg, and by origin: means over latents, ± standard error."""
+    """Show scores of explanations by leg, and by origin: means over latents, ± standard error."""
     by_leg = Table(box=None, pad_edge=False, title="explanations: balanced accuracy", title_justify="left")
     for name in ("layer", "leg", "origin", "explained", "failed", "too rare", "detection", "fuzzing", "cost"):
         by_leg.add_column(name, justify="left" if name in ("leg", "origin") else "right")

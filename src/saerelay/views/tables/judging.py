@@ -1,4 +1,4 @@
-"""Blind judging: what a page holds, and what judges answered."""
+"""Blind judging: the contents of a page, and the judges' scores."""
 
 from rich.markup import escape
 from rich.table import Table
@@ -14,7 +14,7 @@ PUBLISHED = (
 
 
 def drawn_lines(key: JudgingKey) -> list[str]:
-    """What a judging page holds, by origin, and which origins the run lacks; not for judges."""
+    """List what a judging page holds, by origin, and which origins the run lacks; not for judges."""
     lines = []
     for origin in ("scratch", "forward", "backward"):
         legs = [item.leg for item in key.items if item.origin == origin]
@@ -25,7 +25,7 @@ def drawn_lines(key: JudgingKey) -> list[str]:
 
 
 def judging_tables(scores: Scores) -> list[Table | Text]:
-    """The share of latents that people find interpretable, by origin and layer, and how far judges agree."""
+    """Show the share of latents that people find interpretable, by origin and layer, and how far judges agree."""
     title = f"{escape(scores.model)}: share of latents found interpretable, with 95 % intervals"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for name in ("origin", "layer", "leg", "latents", "judged", "tied", "yes", "share", "interval"):

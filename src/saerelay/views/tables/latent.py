@@ -12,9 +12,9 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def latent_view(latent: LatentDescription, *, colour: bool) -> Group:
-    """How often a latent fires, on what, which tokens it promotes, and what became of it from layer to layer.
+    """Show how often a latent fires, on what, which tokens it promotes, and what became of it from layer to layer.
 
-    Tokens are shaded by activation; without `colour` the strongest of each example stands between »«.
+    Tokens are shaded by activation; without `colour`, the strongest token of each example stands between »«.
     """
     title = f"{latent.leg}, latent {latent.latent} (layer {latent.layer} of {latent.model})"
     lines: list[RenderableType] = [Text(title, style="bold")]
@@ -52,7 +52,7 @@ def _logits(label: str, effects: list[LogitEffect] | None) -> list[Text]:
 
 
 def _histogram(histogram: LatentHistogram) -> Text:
-    """The counts as a row of bars, from the first bin that is used to the last."""
+    """Draw the counts as a row of bars, from the first to the last non-empty bin."""
     used = [i for i, count in enumerate(histogram.counts) if count]
     first = used[0]
     last = used[-1]
@@ -77,7 +77,7 @@ def _example(example: LatentExample, most: float, colour: bool) -> Text:
 
 
 def _shade(share: float) -> str:
-    """The style of a token by its activation's share of the largest."""
+    """Return the style of a token, by its activation's share of the largest."""
     if share <= 0:
         return ""
     share = min(1.0, share)

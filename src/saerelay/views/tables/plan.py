@@ -1,4 +1,4 @@
-"""A plan before it runs: its legs, what it takes, and what a survey found."""
+"""A plan before it runs: its legs, its cost, and the results of a survey."""
 
 from rich.console import Group
 from rich.markup import escape
@@ -16,7 +16,7 @@ from saerelay.views.text import duration, flops
 
 
 def survey_table(survey: Survey) -> Table:
-    """One row per layer: what was measured of it, and of the hops to it from its neighbours."""
+    """Show the survey with one row per layer: its own measurements, and those of the hops from its neighbours."""
     table = Table(box=None, pad_edge=False, title="survey", title_justify="left")
     columns = ("layer", "norm", "pilot FVU", "R² from below", "above", "angle", "above ", "FVU after hop", "above  ")
     for name in columns:
@@ -38,7 +38,7 @@ def _hop_number(hop: SurveyedHop | None, name: str) -> str:
 
 
 def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
-    """What a choice rests on, and what it is predicted to take."""
+    """Say what a choice is based on, and what it is predicted to cost."""
     cost = survey.cost
     long_layers = ", ".join(str(layer) for layer in sorted({survey.hub, *survey.long.ends}))
     return [
@@ -57,9 +57,9 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
 
 
 def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
-    """One row per leg: what is trained where, from which parent, when, on how many tokens.
+    """Show a plan with one row per leg: what is trained where, from which parent, when, on how many tokens.
 
-    With `reference`, the FVU that each layer would have from scratch, predictions stand beside it.
+    With `reference`, the FVU that each layer would have from scratch, predicted FVUs and their ratios to it are shown.
     """
     table = Table(box=None, pad_edge=False)
     for name in ("leg", "role", "from", "method"):
@@ -85,7 +85,7 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
 
 
 def _learning_rate(leg: Leg) -> str:
-    """The largest rate; after a hop it may be less, by how well the map fits, which is found when it begins."""
+    """Return the largest learning rate; "≤" if the fit of the hop's map may lower it when training begins."""
     at_most = "≤ " if leg.hop and leg.schedule.lr_by_map else ""
     return f"{at_most}{leg.schedule.lr:.1e}"
 
@@ -99,7 +99,7 @@ def _role(plan: Plan, leg: Leg) -> str:
 
 
 def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Table:
-    """What a plan takes."""
+    """Show the cost of a plan."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("language model reads", f"{format_count(cost.lm_tokens)} tokens")
     table.add_row("SAEs train on", f"{format_count(cost.sae_samples)} activations, over {len(plan.legs)} legs")
@@ -128,7 +128,7 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
 
 
 def cache_pays(cost: Cost, seconds: dict[str, float] | None) -> str:
-    """From which reading speed on a cache beats computing activations again; measured, or by operations.
+    """Say above which reading speed a cache beats computing activations again, by measured time or by operations.
 
     >>> cost = Cost.model_construct(cache_bytes=4e9, lm_flops=8e12)
     >>> cache_pays(cost, {"lm": 2.0})
@@ -144,7 +144,7 @@ def cache_pays(cost: Cost, seconds: dict[str, float] | None) -> str:
 
 
 def spread_table(plan: Plan, spread: Spread) -> Group:
-    """Which rank trains what, what that takes, and what several ranks gain."""
+    """Show which rank trains which legs, the memory it needs, and what several ranks gain."""
     table = Table(box=None, pad_edge=False)
     table.add_column("rank", justify="right")
     table.add_column("memory", justify="right")

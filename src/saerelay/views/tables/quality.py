@@ -11,7 +11,7 @@ from saerelay.views.text import decimal, duration, is_number, percent, with_erro
 
 
 def quality_table(summary: Summary) -> Table:
-    """A row for each leg, with its controls and snapshots below it, layer by layer."""
+    """Show one row per leg, with its controls and snapshots below it, layer by layer."""
     title = f"{escape(summary.model)}: held-out quality of every leg"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     predicted = any(leg.predicted_fvu is not None for leg in summary.legs)
@@ -41,7 +41,7 @@ def quality_table(summary: Summary) -> Table:
 
 
 def _add_spread(table: Table, summary: Summary, leg: LegSummary) -> None:
-    """A row with a leg's mean over its seeds, if it has several."""
+    """Add a row with a leg's means over its seeds, if it has several."""
     legs = summary.over_seeds(leg)
     if len(legs) > 1:
         table.add_row("", f"  {seeds_label(legs)}", "", *spread_cells(legs), style="dim")
@@ -66,7 +66,7 @@ def _predictions(leg: LegSummary, predicted: bool) -> list[str]:
 
 
 def notes(summary: Summary) -> list[Text]:
-    """What the numbers above mean, and what the costs leave out."""
+    """Explain the numbers above, and what the costs leave out."""
     cost = summary.cost
     lines = []
     if is_number(cost.seconds) and is_number(cost.from_scratch.seconds_estimate):

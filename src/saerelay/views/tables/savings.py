@@ -1,4 +1,4 @@
-"""Cheaper in what? What a suite takes of samples, tokens, operations and time, beside the same layers from scratch."""
+"""Cheaper in what? Samples, tokens, operations and time of a suite, compared with the same layers from scratch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from saerelay.views.text import duration, flops, is_number, listed
 EQUAL = 1.05
 """Costs that differ by less than this factor count as the same."""
 OPERATIONS = "operations"
-"""The price by which training from scratch is made comparable."""
+"""The price by which training from scratch is given an equal budget."""
 
 
 @dataclass(frozen=True)
 class Price:
-    """One thing that training takes: how much a suite takes of it, and all layers from scratch."""
+    """One resource that training takes: how much of it a suite takes, and how much all layers from scratch take."""
 
     name: str
     ours: float
@@ -28,19 +28,19 @@ class Price:
 
     @property
     def factor(self) -> str:
-        """How many times as much the dearer one takes, in words."""
+        """The factor between the two, in words."""
         if self.ours <= self.theirs:
             return f"{self.theirs / self.ours:.1f} times less"
         return f"{self.ours / self.theirs:.1f} times more"
 
 
 def plan_prices(ours: Cost, theirs: Cost, seconds: tuple[float, float] | None) -> list[Price]:
-    """What a plan takes without its controls, beside all of its layers from scratch."""
+    """Return the cost of a plan without its controls, compared with all of its layers from scratch."""
     return _prices(ours, theirs, seconds)
 
 
 def summary_prices(summary: Summary) -> list[Price]:
-    """What a suite took, its survey included, beside all of its layers from scratch."""
+    """Return the cost of a suite, its survey included, compared with all of its layers from scratch."""
     ours = summary.cost.with_survey
     theirs = ours.from_scratch
     seconds = None
@@ -70,7 +70,7 @@ def _count(n: float) -> str:
 
 
 def savings_table(prices: Sequence[Price], tokens: int) -> Table:
-    """One row for each thing that training takes; from scratch, every layer is trained on `tokens`."""
+    """Show one row per resource that training takes; from scratch, every layer is trained on `tokens`."""
     table = Table(box=None, pad_edge=False, title="cheaper in what?", title_justify="left")
     table.add_column("")
     for name in ("this suite", f"from scratch, {format_count(tokens)} each", "the suite takes"):
@@ -81,7 +81,7 @@ def savings_table(prices: Sequence[Price], tokens: int) -> Table:
 
 
 def verdict(prices: Sequence[Price], tokens: int) -> Text:
-    """Which of these a suite saves, and how long training from scratch may take for the same operations."""
+    """Say what a suite saves, and how many tokens training from scratch could use for the same operations."""
     cheaper = [price.name for price in prices if price.ours * EQUAL < price.theirs]
     dearer = [price.name for price in prices if price.ours > EQUAL * price.theirs]
     if cheaper:
