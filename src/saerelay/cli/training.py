@@ -194,7 +194,11 @@ def hop(
         str, typer.Option(help="Tokens to train on after the transfer; 0 for none. Default: the recipe's.")
     ] = "",
     method: Annotated[
-        str, typer.Option(help="Map between the layers: identity, rescale, procrustes, affine. Default: the recipe's.")
+        str,
+        typer.Option(
+            help="Map between the layers: auto (the best by measurement), identity, rescale, procrustes, affine. "
+            "Default: the recipe's."
+        ),
     ] = "",
     refit: Annotated[bool | None, typer.Option(help="Refit the decoder in closed form. Default: the recipe's.")] = None,
     architecture: Annotated[
@@ -216,8 +220,9 @@ def hop(
 ) -> None:
     """Transfer one trained SAE, in any format, to a layer of a model, with or without fine-tuning.
 
-    The target may differ in layer, model (a fine-tuned one), text, number of latents, sparsity or architecture. At the
-    SAE's own layer, --tokens 0 --no-refit leaves it unchanged, ready to be measured.
+    The target may differ in layer, model (a fine-tuned one), text, number of latents, sparsity or architecture.
+
+    At the SAE's own layer, --tokens 0 --no-refit leaves it unchanged, ready to be measured.
     """
     from saerelay.planning.recipe import Recipe
     from saerelay.workflows.hop import hop_run

@@ -213,7 +213,8 @@ class AutoSpec(Spec):
     )
     survey_tokens: OrAuto[Count] = Field(
         default="auto",
-        description='preset "auto": tokens of the longest pilot; "auto": root_tokens / 10, but at least 64 per latent',
+        description='preset "auto": tokens of the longest pilot; "auto": root_tokens / 10, or 64 per latent if that is '
+        "more, but at most root_tokens / 4",
     )
 
     @field_validator("budget")
@@ -284,7 +285,7 @@ class OptimizerSpec(Spec):
 
     lr: OrAuto[Rate] = Field(
         default="auto",
-        description='learning rate of the decoder, from scratch; "auto": set by width and budget (decision 007)',
+        description='learning rate of the decoder, from scratch; "auto": set by width, budget and batch (decision 007)',
     )
     transfer_lr: OrAuto[Rate] = Field(
         default="auto", description='learning rate after a transfer; "auto": set by what the map leaves unexplained'

@@ -18,7 +18,7 @@ def annotated_toml(recipe: Recipe) -> str:
                 lines.append(f"# {description}")
                 continue
             assignment = f"{key} = {_toml_value(value)}"
-            lines.append(f"{assignment:<34}# {description}")
+            lines.append(f"{assignment:<33} # {description}")
         lines.append("")
     for leg in recipe.plan.legs:
         given = leg.model_dump(exclude_defaults=True, exclude_none=True)  # the same for a leg read from plan.json
