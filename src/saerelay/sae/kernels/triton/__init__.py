@@ -1,8 +1,8 @@
-"""Sparse products, selection and Adam on NVIDIA GPUs, in Triton: same names and shapes as `reference`.
+"""Sparse products, selection and Adam on NVIDIA GPUs, in Triton, with the names and shapes of `reference`.
 
-Sums run in float32 (float64 if the codes are), results have that type, and `W`, `x` and `g` may be bfloat16. No
-floating-point atomics: the same inputs give the same bits. Nothing here waits for the GPU. Block sizes are fixed
-rather than tuned, since another block size is another order of summation: a warp reads 16 bytes per lane.
+Sums and results are float32 (float64 if the codes are); `W`, `x` and `g` may be bfloat16. There are no floating-point
+atomics, so the same inputs give the same bits. Nothing here waits for the GPU. Block sizes are fixed rather than tuned,
+since another block size would be another order of summation. Each thread loads 16 bytes at once.
 """
 
 from saerelay.sae.kernels.select import codes_at_least, nonzero_codes

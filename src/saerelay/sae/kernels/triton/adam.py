@@ -1,4 +1,4 @@
-"""Adam on the rows of a matrix: a program takes a row, and goes over memory once."""
+"""Adam on the rows of a matrix, in one pass over memory; each program updates one row."""
 
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
@@ -12,12 +12,12 @@ from saerelay.sae.kernels.adam import EPS, Adam, Triple
 from saerelay.sae.kernels.triton.launching import jit, launch, power_of_two, tl, warps_for
 
 WIDEST = 8192
-"""Most columns of a row that are kept in registers."""
+"""The most columns of a row that are kept in registers."""
 
 
 @jit
 def _one_minus_exp(x):
-    """1 − eˣ for x ≤ 0, to all digits also where that is tiny."""
+    """Return 1 − eˣ for x ≤ 0, accurate also where the result is tiny."""
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
     return tl.where(x > -0.1, series, 1 - tl.exp(x))
 
@@ -53,14 +53,14 @@ def _adam_kernel(
 def adam_rows(
     adam: Adam, triple: Triple, gradient: Tensor, rate_share: float, *, unit: bool, copy: Tensor | None
 ) -> None:
-    """Move the rows of a matrix (F, D), at a share of the rate; then give them `unit` norm; then let a copy follow."""
+    """Update the rows of a matrix (F, D) at a share of the rate, normalise them if `unit`, and update their copy."""
     F, D = triple[0].shape
     tensors = (*triple, gradient) if copy is None else (*triple, gradient, copy)
     is_plain = isinstance(adam.lr, Tensor) and adam.failed is not None and all(t.is_contiguous() for t in tensors)
     if not is_plain or D > WIDEST:
         reference.adam_rows(adam, triple, gradient, rate_share, unit=unit, copy=copy)
         return
-    unread = adam.lr  # stands where the kernel reads nothing
+    unread = adam.lr  # a placeholder for pointers that the kernel does not read
     arguments = (*triple, gradient, unread if copy is None else copy)
     arguments += (adam.lr, adam.n_steps, unread if adam.shrink is None else adam.shrink, adam.failed, D, rate_share)
     for beta in adam.betas:

@@ -1,4 +1,4 @@
-"""How kernels are compiled and launched, and where Triton is not installed."""
+"""Compilation and launch of Triton kernels; importable where Triton is not installed."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def available() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel on the GPU of its first tensor; an empty grid runs nothing."""
+    """Run a kernel on the GPU of its first tensor; an empty grid launches nothing."""
     if all(grid):
         tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
         with torch.cuda.device_of(tensor):
@@ -38,5 +38,5 @@ def power_of_two(n: int) -> int:
 
 
 def warps_for(block: int) -> int:
-    """How many warps share a row of `block` numbers: eight numbers per thread, up to eight warps."""
+    """Return how many warps share a row of `block` numbers: eight numbers per thread, up to eight warps."""
     return min(8, max(1, block // 256))

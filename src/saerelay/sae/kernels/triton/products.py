@@ -1,4 +1,4 @@
-"""Sparse products: a program takes a token, or a latent, and a block of columns."""
+"""Sparse products; each program computes a block of columns for one token or one latent."""
 
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
@@ -10,11 +10,11 @@ from saerelay.sae.kernels.codes import Codes
 from saerelay.sae.kernels.triton.launching import jit, launch, power_of_two, tl, warps_for
 
 PIECE = 256
-"""Most entries of one latent that one program adds up; longer ones are cut, and the pieces added afterwards."""
+"""The most entries of one latent that one program adds up; longer lists are cut, and their partial sums added up."""
 CACHE_BYTES = 40 * 10**6
-"""Matrices of no more bytes stay in the L2 cache while all tokens read their rows (an H100's holds 50 MB)."""
+"""Matrices up to this size stay in the L2 cache while all tokens read their rows (an H100 has 50 MB)."""
 WIDEST = 4096
-"""Most columns of a token that `explain` keeps in registers."""
+"""The most columns of a token that `explain` keeps in registers."""
 
 
 def _fits_in_cache(W: Tensor) -> bool:
@@ -100,7 +100,7 @@ def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
     D, g, W = W.shape[1], g.contiguous(), W.contiguous()
     n_active = codes.columns.shape[0]
     block = _columns_block(D)
-    slab = D if _fits_in_cache(W) else block  # all tokens go through one slab of W before the next
+    slab = D if _fits_in_cache(W) else block  # all tokens read one slab of W before the next slab
     n_slabs = -(-D // slab)
     out = torch.empty(n_slabs, n_active, dtype=_sum_dtype(codes.values), device=W.device)
     arguments = (codes.row_starts, codes.columns, g, W, out, D, slab, n_active)
@@ -123,7 +123,7 @@ def _explain_kernel(row_starts, columns, values, W, left, out, D, BLOCK_N: tl.co
         w = tl.load(W + column[:, None] * D + d[None, :], mask=inside, other=0.0).to(rest.dtype)
         rest -= tl.sum(value[:, None] * w, axis=0)
     tl.store(place, rest, mask=d < D)
-    # The same rows of W again, which are still in the cache: so it is for matrices that fit there.
+    # This reads the same rows of W again. They are still in the cache, since `explain` is used only if W fits there.
     for first in range(low, high, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         column = tl.load(columns + at, mask=at < high, other=0).to(tl.int64)
@@ -238,7 +238,7 @@ def decode_pair(
     sums = (first, x.contiguous(), first_out, first_part, second, g.contiguous(), second_out, second_part, D)
     block = _columns_block(D)  # two sums of 8 rows take 64 registers, of 16 rows 128
     if x.shape[0] > 16_384:
-        block = min(block, 128)  # so that a slab of x and g fits in the cache
+        block = min(block, 128)  # so that a block of columns of x and g fits in the cache
     arguments = (codes.row_starts, codes.columns, owner, pieces_before, F, n_extra, *sums)
     launch(_transposed_kernel, (F + n_extra, -(-D // block)), *arguments, LENGTH=PIECE, BLOCK_N=8, BLOCK_D=block)
     arguments = (owner, pieces_before, F, first_out, first_part, second_out, second_part, D)

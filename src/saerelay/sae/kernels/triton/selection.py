@@ -1,4 +1,4 @@
-"""Selection of the largest pre-activations, of each token or of a whole batch."""
+"""Selection of the largest pre-activations: of each token (TopK), or of a whole batch (BatchTopK)."""
 
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
@@ -14,22 +14,22 @@ from saerelay.sae.kernels.codes import Codes
 from saerelay.sae.kernels.triton.launching import jit, launch, power_of_two, tl
 
 SLICE = 16384
-"""Most pre-activations among which one program selects."""
+"""The most pre-activations that one program selects from."""
 PROGRAMS, MOST_IN_TURN = 512, 8
-"""How many programs a selection has at least, if there are as many tokens; and the most tokens that one takes in turn,
-each of which it searches from the bound that it found for the one before."""
+"""The smallest number of programs that a selection is spread over, if there are that many tokens; and the most tokens
+that one program searches in turn, each from the bound that it found for the token before."""
 CHUNK = 256
-"""How many pre-activations a warp looks through at once for those to keep."""
+"""How many pre-activations a warp inspects at once for the ones to keep."""
 MANY_SLICES = 4096
-"""Slices of rows from which one warp for each is enough to fill a GPU; fewer have eight warps each."""
+"""From this number of slices on, one warp per slice is enough to fill a GPU; below it, eight warps share a slice."""
 COUNTED, LOOPS = 2048, 32
-"""How many pre-activations a program counts at once where it selects from a whole batch, and how often it does (fewer
-than 256 times, since it counts in bytes)."""
+"""How many pre-activations a program counts at once when selecting from a whole batch, and how often it does so (fewer
+than 256 times, since its counters are bytes)."""
 
 
 @jit
 def _keys(value, inside, HALF: tl.constexpr, SMALLEST: tl.constexpr):
-    """Integers in the order of floats, NaN last; 16 bits are enough for bfloat16."""
+    """Return integers that are ordered as the floats are, with NaN last; 16 bits are enough for bfloat16."""
     bits = value.to(tl.float32).to(tl.int32, bitcast=True)
     key = tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     if HALF:
@@ -46,20 +46,21 @@ def _floor_kernel(
     n = tl.minimum(length, F - low_column)
     at = tl.arange(0, BLOCK)
     guess = tl.zeros((), tl.int64)
-    step = tl.full((), -SMALLEST, tl.int64)  # the first row is searched from end to end, the others from the last floor
+    step = tl.full((), -SMALLEST, tl.int64)  # the first row is searched over its whole range
     first = tl.program_id(0).to(tl.int64) * ROWS
     for i in range(tl.minimum(ROWS, B - first)):
         row = first + i
         source = pre + row * F + low_column
         key = _keys(tl.load(source + at, mask=at < n, other=0.0), at < n, HALF, SMALLEST)
-        # At least k keys reach `low`, fewer reach `high`. Steps double until they lead across, and then halve.
+        # Invariant: at least k keys are >= low, and fewer than k are >= high. Starting from a guess, the stride doubles
+        # until the k-th largest key lies between low and high; from there on the interval is halved.
         low = tl.full((), SMALLEST, tl.int64)
         high = tl.full((), -SMALLEST, tl.int64)
         n_low = tl.full((), BLOCK + 1, tl.int32)
         n_high = tl.zeros((), tl.int32)
         probe = guess
         while (high - low > 1) & (n_low != k):
-            if HALF:  # −1 for each key below the probe: two instructions for three
+            if HALF:  # each key below the probe adds −1: two instructions instead of three
                 reached = BLOCK + tl.sum((key - probe.to(tl.int32)) >> 31, axis=0)
             else:
                 reached = tl.sum((key >= probe.to(tl.int32)).to(tl.int32), axis=0)
@@ -71,7 +72,7 @@ def _floor_kernel(
             stride = tl.minimum(step, (high - low) // 2)
             probe = tl.where(enough, low + stride, high - stride)
             step = tl.minimum(step * 2, -2 * SMALLEST)
-        # Either exactly those from `low` on are the k largest, or those above `low` and some that equal it.
+        # The k largest are either exactly the keys >= low, or the keys above low and some of those equal to it.
         slice_at = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(floors + slice_at, tl.where(n_low == k, low - 1, low).to(tl.int32))
         tl.store(room + slice_at, tl.where(n_low == k, 0, k - n_high))
@@ -94,9 +95,9 @@ def _gather_kernel(
         at = first + tl.arange(0, BLOCK)
         value = tl.load(source + at, mask=at < n, other=0.0)
         key = _keys(value, at < n, HALF, SMALLEST)
-        if tl.max(key, axis=0) >= floor:  # most stretches have nothing to keep
+        if tl.max(key, axis=0) >= floor:  # many stretches hold nothing to keep
             above, equal = key > floor, (key == floor) & (at < n)
-            marks = (above.to(tl.int32) << 16) + equal.to(tl.int32)  # two counts in one number
+            marks = (above.to(tl.int32) << 16) + equal.to(tl.int32)  # two counters in one integer
             running = before + tl.cumsum(marks, axis=0)
             n_above, n_equal = running >> 16, running & 0xFFFF
             place = start + n_above + tl.minimum(n_equal, room_at_floor) - 1
@@ -107,10 +108,11 @@ def _gather_kernel(
 
 
 def _gather(pre: Tensor, starts: Tensor, floors: Tensor, room: Tensor, n: int, length: int) -> tuple[Tensor, Tensor]:
-    """Values and int32 columns (n) of all that is above the floor of its slice of a row, and of the first at the floor.
+    """Collect the values and int32 columns (n) of the selected pre-activations, in order of columns.
 
-    In order of columns. A row of `pre` (B, F) is cut into slices of `length`; `starts`, `floors` and `room`, the
-    number to take at the floor, have a number for each slice, row by row.
+    Rows of `pre` (B, F) are cut into slices of `length`. For each slice, row by row, `floors` has the key above which
+    all are selected, `room` the number of those equal to it that are selected too (the first ones), and `starts` the
+    place of the slice's first value in the result.
     """
     B, F = pre.shape
     values = torch.empty(n, dtype=torch.float32, device=pre.device)
@@ -123,13 +125,13 @@ def _gather(pre: Tensor, starts: Tensor, floors: Tensor, room: Tensor, n: int, l
 
 
 def _order(pre: Tensor) -> dict[str, Any]:
-    """How `_keys` orders pre-activations: constants of the kernels that use it."""
+    """Return the constants by which `_keys` orders pre-activations of this dtype."""
     half = pre.dtype == torch.bfloat16
     return {"HALF": half, "SMALLEST": -(2**15) if half else -(2**31)}
 
 
 def _largest(pre: Tensor, k: int, length: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each `length` neighbours in a row: (B, F) -> values and int32 columns, (B, parts·k)."""
+    """Select the k largest in each slice of `length` columns: (B, F) -> values and int32 columns, (B, parts·k)."""
     B, F = pre.shape
     parts = -(-F // length)
     floors = torch.empty(B, parts, dtype=torch.int32, device=pre.device)
@@ -146,13 +148,13 @@ def _largest(pre: Tensor, k: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def top_codes(pre: Tensor, k: int) -> Codes:
-    """The k largest pre-activations (B, F) of each row, negative ones as zero; among equals, the first columns."""
+    """Select the k largest pre-activations (B, F) of each row, negative ones as zero; of equal ones, the first."""
     B, F = pre.shape
     if pre.dtype not in (torch.bfloat16, torch.float32) or k > min(F, SLICE // 8) or F > 2**20:
         return select.top_codes(pre, k)
     pre, parts = pre.contiguous(), -(-F // SLICE)
     values, columns = _largest(pre, k, F if parts == 1 else -(-F // parts // 16) * 16)
-    while values.shape[1] > k:  # the largest of each slice compete
+    while values.shape[1] > k:  # select among the largest of each slice
         values, picked = _largest(values, k, min(values.shape[1], SLICE // k * k))
         columns = columns.gather(1, picked.long())
     row_starts = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=pre.device)
@@ -166,7 +168,7 @@ def _digits_kernel(
     SHIFT: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     low = tl.load(search)
-    counts = tl.zeros((BLOCK,), tl.int64)  # eight counters of a byte each, in every lane
+    counts = tl.zeros((BLOCK,), tl.int64)  # eight one-byte counters in each number
     for i in range(LOOPS):
         at = (tl.program_id(0).to(tl.int64) * LOOPS + i) * BLOCK + tl.arange(0, BLOCK)
         key = _keys(tl.load(pre + at, mask=at < n, other=0.0), at < n, HALF, SMALLEST)
@@ -188,7 +190,9 @@ def _narrow_kernel(found, search, n_wanted, n_programs, BLOCK: tl.constexpr, SHI
         part = tl.load(found + program[:, None] * 8 + digit[None, :], mask=inside, other=0)
         counts += tl.sum(part.to(tl.int64), axis=0)
     low, n_above = tl.load(search), tl.load(search + 1)
-    reached = n_above + tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts  # from each digit on
+    reached = (
+        n_above + tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
+    )  # number of keys with this digit or a larger one, or above them all
     chosen = tl.maximum(tl.sum((reached >= n_wanted).to(tl.int32), axis=0) - 1, 0)
     tl.store(search, low + (chosen.to(tl.int64) << SHIFT))
     tl.store(search + 1, n_above + tl.sum(tl.where(digit > chosen, counts, 0), axis=0))
@@ -212,10 +216,10 @@ def _row_counts_kernel(
 
 
 def _floor_of_all(pre: Tensor, n: int) -> Tensor:
-    """The key of the n-th largest of all pre-activations (B, F), and how many are above it: int64 (2).
+    """Return the key of the n-th largest of all pre-activations (B, F), and the number of keys above it: int64 (2).
 
-    Found digit by digit, three bits at a time, from the highest on: each time all keys that may still be it are
-    counted by their next digit.
+    A radix search: three bits at a time, from the highest, it counts the remaining candidates by their next digit and
+    keeps those with the digit in which the n-th largest lies.
     """
     bits = 16 if pre.dtype == torch.bfloat16 else 32
     search = torch.zeros(2, dtype=torch.int64, device=pre.device)
@@ -233,9 +237,9 @@ def _floor_of_all(pre: Tensor, n: int) -> Tensor:
 
 
 def top_codes_of_batch(pres: Sequence[Tensor], n: int) -> list[Codes]:
-    """The n largest of all pre-activations of a batch, negative ones as zero; among equals, the first ones.
+    """Select the n largest of all pre-activations of a batch, negative ones as zero; among equals, the first ones.
 
-    `pres` is the batch (B, F) in one piece.
+    `pres` holds the batch (B, F) as a single piece.
     """
     (pre,) = pres
     B, F = pre.shape
@@ -247,7 +251,7 @@ def top_codes_of_batch(pres: Sequence[Tensor], n: int) -> list[Codes]:
     equal = torch.empty_like(above)
     launch(_row_counts_kernel, (B,), pre, search, above, equal, F, BLOCK=COUNTED, **_order(pre))
 
-    # Of those that equal the floor, the first rows have as many as there is room for.
+    # Values equal to the floor are selected from the first rows on, until there are n in all.
     equal_before = equal.cumsum(0) - equal
     room = (n - search[1] - equal_before).clamp(min=0).int()
     row_starts = torch.zeros(B + 1, dtype=torch.int32, device=pre.device)
