@@ -47,6 +47,27 @@ def test_hub_with_two_roots_uses_the_nearer_and_prefers_backward(facts: ModelFac
     assert {leg.layer: leg.parent for leg in plan.legs} == {1: "", 5: "", 0: "L1", 2: "L1", 3: "L5", 4: "L5"}
 
 
+def test_on_a_gpu_a_leg_takes_large_batches_where_it_still_takes_a_thousand_steps(facts: ModelFacts) -> None:
+    keys = {"root_tokens": 5_000_000, "transfer_tokens": 100_000, "controls": [0]}
+    open_recipe: dict[str, Any] = {"plan": keys, "data": {"block_tokens": 65_536}, "train": {"batch_tokens": "auto"}}
+    plan = compiled(facts.changed(device="cuda:0"), **open_recipe)
+    batches = {leg.id: leg.schedule.batch_tokens for leg in plan.legs}
+    assert batches["L3"] == batches["L0-scratch-full"] == 4096 and plan.recipe.train.batch == 4096
+    assert batches["L0-from-L3"] == batches["L0-scratch-equal"] == 512
+    assert plan.leg("L3").schedule.lr == auto_lr(facts.d_model, plan.leg("L3").budget_tokens, 4096)
+
+    on_cpu = compiled(facts, **open_recipe)
+    assert {leg.schedule.batch_tokens for leg in on_cpu.legs} == {on_cpu.recipe.train.batch} == {512}
+    asked = compiled(facts.changed(device="cuda:0"), **(open_recipe | {"train": {"batch_tokens": 1024}}))
+    assert {leg.schedule.batch_tokens for leg in asked.legs} == {1024}
+
+    # More legs keep the step of the run that they extend.
+    short = open_recipe | {"plan": keys | {"root_tokens": 100_000, "controls": []}}
+    finished = compiled(facts.changed(device="cuda:0"), **short)
+    longer = compiled(facts.changed(device="cuda:0"), finished=finished, **open_recipe)
+    assert longer.recipe.train.batch == finished.recipe.train.batch == 512
+
+
 def test_chains_follow_each_other(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"preset": "forward"})
     assert shape(plan) == {"L0": "", "L1-from-L0": "L0"} | {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import networkx as nx
 
 from saerelay.errors import PlanError
+from saerelay.planning.batches import usual_batch
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import Cost, forward_flops, plan_cost, step_flops
 from saerelay.planning.curves import Curves, fit_curves
@@ -315,7 +316,7 @@ def charges_of(question: Question, share: float) -> Charges:
 
 def tree_legs(tree: Tree, recipe: Recipe, survey: Survey) -> list[LegSpec]:
     """Return the legs of a tree."""
-    batch = recipe.train.batch_tokens
+    batch = usual_batch(recipe)
     ids = {}
     for layer, parent in tree.parents.items():
         name = recipe.sites.first_kind.leg_name(layer)
@@ -361,7 +362,7 @@ def written_out(recipe: Recipe, survey: Survey, choice: Choice) -> Recipe:
     Only layers that a transfer reaches get controls; the recipe could not know which layers these would be.
     """
     slack = SLACK if recipe.plan.stop and not recipe.plan.auto.budget else 1.0
-    batch = recipe.train.batch_tokens
+    batch = usual_batch(recipe)
     legs: list[LegSpec] = []
     for leg in choice.legs:
         most = min(slack * leg.tokens, max(leg.tokens, recipe.plan.root_tokens))

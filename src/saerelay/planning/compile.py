@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saerelay.errors import PlanError
+from saerelay.planning.batches import with_batches
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import Setting, settled_leg, sites_of
@@ -46,6 +47,7 @@ def compile_plan(
     for spec in specs:
         for site in sites_of(spec, recipe):
             facts.check_site(site)
+    recipe, specs = with_batches(recipe, facts, specs, finished)
     setting = Setting(
         recipe=recipe,
         facts=facts,

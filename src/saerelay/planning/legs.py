@@ -142,11 +142,9 @@ def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -
 
 
 def _batch_tokens(spec: LegSpec, recipe: Recipe) -> int:
-    batch = spec.training.batch_tokens or recipe.train.batch_tokens
-    if recipe.train.batch_tokens % batch:
-        raise PlanError(
-            f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {recipe.train.batch_tokens}"
-        )
+    batch = spec.training.batch_tokens or recipe.train.batch
+    if recipe.train.batch % batch:
+        raise PlanError(f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {recipe.train.batch}")
     return batch
 
 
@@ -251,7 +249,7 @@ def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[in
     if not asked and recipe.plan.preset == "paper":
         n_parts = 5 if transferred else 10
         asked = [i / n_parts for i in range(1, n_parts)]
-    batch = recipe.train.batch_tokens
+    batch = recipe.train.batch
     ages = {batch * round(tokens_of(value, budget) / batch) for value in asked}
     return sorted(age for age in ages if age < budget and (age or transferred))
 

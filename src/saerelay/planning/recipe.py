@@ -323,7 +323,11 @@ class TrainSpec(Spec):
 
     inline = ("optimizer",)
 
-    batch_tokens: Count = Field(default=512, gt=0, description="tokens per training step")
+    batch_tokens: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
+        default="auto",
+        description='tokens per training step; "auto": 512, on a GPU up to 4096 if a leg still takes 1000 steps '
+        "(decision 035)",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description='of the encoder\'s matrix product; "auto": bfloat16 if the activations are bfloat16'
     )
@@ -349,6 +353,12 @@ class TrainSpec(Spec):
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="in addition to metrics.jsonl: tensorboard, wandb"
     )
+
+    @property
+    def batch(self) -> int:
+        """Tokens per step of the whole run; settled in the recipe of a plan (see `batches`)."""
+        assert self.batch_tokens != "auto", "the recipe of a plan says how many tokens a step takes"
+        return self.batch_tokens
 
 
 class EvaluateSpec(Spec):

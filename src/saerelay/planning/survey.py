@@ -9,6 +9,7 @@ import math
 from typing import ClassVar
 
 from saerelay.document import Document
+from saerelay.planning.batches import usual_batch
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
@@ -111,7 +112,8 @@ def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.in
     layers = sorted({leg.layer for leg in usual.legs})
     hub = recipe.plan.roots[0] if recipe.plan.roots else hub_of(layers)
 
-    batch = recipe.train.batch_tokens
+    batch = usual_batch(recipe)
+    recipe = recipe.changed(train=recipe.train.changed(batch_tokens=batch))
     asked = recipe.plan.auto.survey_tokens
     long = batch * max(8, (pilot_tokens(recipe, facts) if asked == "auto" else asked) // batch)
     short = batch * (long // 4 // batch)
@@ -142,6 +144,6 @@ def pilot_tokens(recipe: Recipe, facts: ModelFacts) -> int:
 
 def before_decay(leg: Leg, recipe: Recipe) -> int:
     """Return the age at which a leg's decay begins, in whole batches."""
-    batch = recipe.train.batch_tokens
+    batch = usual_batch(recipe)
     share = 1 - recipe.train.optimizer.decay
     return batch * max(1, round(share * leg.budget_tokens / batch))

@@ -21,6 +21,7 @@ from saerelay.interop.names import public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer
+from saerelay.planning.batches import batch_of
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import Plan
@@ -138,7 +139,7 @@ def _rate_after(moved: "CarriedFromModel", leg: LegSpec, recipe: Recipe) -> floa
         if given is not None and given != "auto":
             return given
     share = rate_share(moved.unexplained, leg.tokens)
-    return share * auto_lr(moved.dictionary.d_model, leg.tokens, recipe.train.batch_tokens)
+    return share * auto_lr(moved.dictionary.d_model, leg.tokens, batch_of(leg, recipe, on_gpu=moved.on_gpu))
 
 
 def with_leg(recipe: Recipe, leg: LegSpec) -> Recipe:
@@ -148,11 +149,12 @@ def with_leg(recipe: Recipe, leg: LegSpec) -> Recipe:
 
 
 class CarriedFromModel(NamedTuple):
-    """A dictionary carried from another model, and the share of variance that its map leaves unexplained."""
+    """A dictionary carried from another model, the share of variance that its map leaves unexplained, and where."""
 
     dictionary: Dictionary
     origin: Origin
     unexplained: float
+    on_gpu: bool
 
 
 @torch.no_grad()
@@ -230,6 +232,7 @@ def carry_from_model(
             provenance={**origin.provenance, "carried_from": facts},
         ),
         unexplained=left,
+        on_gpu=plan.facts.on_gpu,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from saerelay.analysis.metrics import MetricSums
 from saerelay.data.stream import AbstractStream
 from saerelay.errors import DataError, LegFailed, RecipeError, TransferError
+from saerelay.planning.batches import auto_batch
 from saerelay.planning.legs import auto_dead_after, auto_lr
 from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import Recipe
@@ -71,7 +72,7 @@ def train(
     source = _Source.of(x, None if target is None else torch.as_tensor(target), site, recipe.train.seed)
     first = source.first
     spec = recipe.dictionary.sized(first.x.shape[1])
-    leg = _leg(spec, recipe, first.x.shape[1], budget, transcoder=first.target is not None)
+    leg = _leg(spec, recipe, first.x, budget, transcoder=first.target is not None)
     state = first_state(leg, recipe.train, first.x, target=first.target)
     return _trained(Trainee(leg, recipe.train, state), source, progress=progress)
 
@@ -109,7 +110,7 @@ def hop(
     if len(x_source) != len(x_target):
         raise DataError(f"hop: {len(x_source)} rows at the source, {len(x_target)} at the target; give the same tokens")
     spec = _spec_after(sae, recipe, keys, x_source)
-    leg = _leg(spec, recipe, x_target.shape[1], len(x_target) if tokens is None else tokens, transcoder=bool(target))
+    leg = _leg(spec, recipe, x_target, len(x_target) if tokens is None else tokens, transcoder=bool(target))
     source_y, y = map(torch.as_tensor, target) if target else (None, None)
 
     inputs = _moments(x_source, x_target)
@@ -304,18 +305,21 @@ def _n_rows(x: Activations) -> int:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _leg(spec: SizedDictionarySpec, recipe: Recipe, width: int, budget: int, *, transcoder: bool) -> Leg:
-    """Return the leg to train; choices that the recipe leaves open are made as in a plan."""
+def _leg(spec: SizedDictionarySpec, recipe: Recipe, x: Tensor, budget: int, *, transcoder: bool) -> Leg:
+    """Return the leg to train on rows such as x (B, D); choices that the recipe leaves open are made as in a plan."""
     if spec.l0 is not None and spec.l0 > spec.n_latents:
         raise RecipeError(f"{spec.activation.l0_key} is {spec.l0:g} but there are only {spec.n_latents} latents")
-    batch = min(recipe.train.batch_tokens, budget) or recipe.train.batch_tokens
+    batch = recipe.train.batch_tokens
+    if batch == "auto":
+        batch = auto_batch(budget, on_gpu=x.is_cuda)
+    batch = min(batch, budget) or batch
     budget = batch * (budget // batch)
     optimizer = recipe.train.optimizer
     dead_after = recipe.train.dead_after
     schedule = Schedule(
         budget_tokens=budget,
         batch_tokens=batch,
-        lr=auto_lr(width, budget, batch) if optimizer.lr == "auto" else optimizer.lr,
+        lr=auto_lr(x.shape[1], budget, batch) if optimizer.lr == "auto" else optimizer.lr,
         dead_after_tokens=auto_dead_after(budget, batch) if dead_after == "auto" else dead_after,
     )
     return Leg(

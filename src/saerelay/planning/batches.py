@@ -1,0 +1,68 @@
+"""How many tokens a training step takes, where the recipe leaves it to the device and the leg (decision 035).
+
+A CPU is as fast with 512 tokens as with more. A GPU trains on 4096 tokens in about twice the time of 512, but each leg
+should take enough steps: with fewer than about a thousand, larger batches cost quality.
+"""
+
+from collections.abc import Sequence
+
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import Recipe
+
+USUAL = 512
+"""Tokens per step on a CPU, and of short legs on a GPU."""
+LARGEST = 4096
+"""Most tokens per step on a GPU."""
+LEAST_STEPS = 1000
+"""A batch is not made larger where a leg would then take fewer steps than this."""
+
+
+def auto_batch(tokens: int, *, on_gpu: bool) -> int:
+    """Return the tokens per step of a leg that is trained on `tokens`.
+
+    >>> auto_batch(2_000_000, on_gpu=True), auto_batch(10_000_000, on_gpu=True), auto_batch(10_000_000, on_gpu=False)
+    (1024, 4096, 512)
+    """
+    batch = USUAL
+    while on_gpu and batch < LARGEST and tokens >= LEAST_STEPS * 2 * batch:
+        batch *= 2
+    return batch
+
+
+def batch_of(spec: LegSpec, recipe: Recipe, *, on_gpu: bool) -> int:
+    """Return the tokens per step of a leg: its own, or the recipe's, or those that its budget allows."""
+    asked = spec.training.batch_tokens or recipe.train.batch_tokens
+    return auto_batch(spec.tokens, on_gpu=on_gpu) if asked == "auto" else asked
+
+
+def usual_batch(recipe: Recipe) -> int:
+    """Return the tokens per step that a recipe asks for, or the usual number where it leaves them open."""
+    asked = recipe.train.batch_tokens
+    return USUAL if asked == "auto" else asked
+
+
+def with_batches(
+    recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec], finished: Plan | None
+) -> tuple[Recipe, Sequence[LegSpec]]:
+    """Settle the tokens per step of a recipe and of its legs, where the recipe leaves them open.
+
+    A step of the whole run takes as many tokens as the longest leg's; shorter legs cut these into batches of their own.
+    Legs that extend a finished plan take at most as many tokens per step as that plan.
+    """
+    if recipe.train.batch_tokens != "auto":
+        return recipe, specs
+    by_id = {spec.id: spec for spec in specs}
+    batches = []
+    for spec in specs:
+        transfer = by_id.get(spec.control_of)
+        # A control without tokens of its own gets as many as the transfer that it is compared with.
+        counted = spec.changed(tokens=transfer.tokens) if transfer and not spec.tokens else spec
+        batches.append(batch_of(counted, recipe, on_gpu=facts.on_gpu))
+    of_run = max(batches)
+    if finished:
+        of_run = finished.recipe.train.batch
+        batches = [min(batch, of_run) for batch in batches]
+    settled = [spec.changed(batch_tokens=batch) for spec, batch in zip(specs, batches, strict=True)]
+    return recipe.changed(train=recipe.train.changed(batch_tokens=of_run)), settled
