@@ -75,8 +75,8 @@ function inheritanceNote(run, legs, links) {
   if (!inherited) {
     return element(
       "p.wide",
-      "These SAEs were trained independently. Their features were matched one to one, so that " +
-        "the sum of decoder cosines is largest.",
+      "These SAEs were trained independently. Their features were matched one to one so as to " +
+        "maximise the sum of decoder cosines.",
     );
   }
   const controls = run.links
