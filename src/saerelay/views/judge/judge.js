@@ -124,10 +124,10 @@ function startOver() {
 }
 
 /**
- * Do what a key, or its button, stands for.
+ * Perform the action of a key, or of its button.
  *
  * @param {string} key in lower case
- * @returns {boolean} whether it stands for something
+ * @returns {boolean} whether the key has an action
  */
 function press(key) {
   if (key in ANSWERS && isJudging()) answer(ANSWERS[key]);

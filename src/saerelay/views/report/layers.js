@@ -111,8 +111,8 @@ function matrixPicture(run, matrix, choice) {
 }
 
 /**
- * Cells by "source,target": of one age, carried by one method. At home nothing is carried, so those
- * cells stand for every method.
+ * Cells by "source,target": of SAEs of one age, transferred by one method. The cells of SAEs at
+ * their own layers need no transfer, so they belong to every method.
  *
  * @param {Run} run
  * @param {Matrix} matrix

@@ -104,7 +104,7 @@ function keptShare({ counts, target }) {
 // --- the features of one band --------------------------------------------------------------------
 
 /**
- * A heading, room for the strand of a chosen feature, and a table, those that changed most first.
+ * A heading, room for the strand of a chosen feature, and a table of features, most changed first.
  *
  * @param {Run} run
  * @param {number} number the link's

@@ -24,8 +24,8 @@ def survey_table(survey: Survey) -> Table:
         "pilot FVU",
         "R² from below",
         "R² from above",
-        "angle from below",
-        "angle from above",
+        "angle/π from below",
+        "angle/π from above",
         "hop FVU from below",
         "hop FVU from above",
     )
