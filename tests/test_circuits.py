@@ -300,7 +300,7 @@ def test_the_command_shows_and_writes(run: Path, task: str, tmp_path: Path, caps
     copy = shutil.copytree(run, tmp_path / "run")
     asked = (copy, "--task", task, "--k", "1,2", "--leg", "0")
     code, shown, _ = call(capsys, monkeypatch, *asked, "--leg", "L0-scratch-full")
-    assert code == 0 and "right on 100.0% of 64 prompts" in " ".join(shown.split())
+    assert code == 0 and "answers 100.0% of 64 prompts right" in " ".join(shown.split())
     assert "1.00 ± 0.00" in shown and "K = 2" in shown and "− from scratch" in shown
     code, shown, _ = call(capsys, monkeypatch, *asked, "--json")
     document = Circuits.load(copy / "circuits/keys.json")

@@ -476,7 +476,7 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     recipe, planned = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "planned.toml"
     code, shown, stderr = call("plan", recipe, "--write", planned, **fixtures)
     assert code == 0 and all(len(line) <= 120 for line in shown.splitlines()), stderr
-    for part in ("survey", "pilot FVU", "predicted", "Basis: pilots of", "The survey took", "ratio", "The bound"):
+    for part in ("survey", "pilot FVU", "predicted", "Basis: pilots of", "The survey took", "ratio", "Lower bound"):
         assert part.lower() in " ".join(shown.split()).lower(), part
     explicit = sr.Recipe.from_toml(planned)
     assert {leg.layer for leg in explicit.plan.legs} == {0, 1, 2} and not explicit.plan.surveyed

@@ -247,7 +247,7 @@ def test_every_figure_says_of_what_it_is(theme: f.Theme) -> None:
         assert f"test split, {n} tokens" in said[name], name
     assert "training split" in said["training"] and "test split" not in said["training"]
     assert "mean over dimensions" in said["quality"] and "standard error" in said["quality"]
-    assert "copied without change" in said["matrix"] and "carried by affine map" in said["matrix_ce"]
+    assert "copied unchanged" in said["matrix"] and "transferred by affine map" in said["matrix_ce"]
     assert "not comparable" in said["raw"] and "affine map" in said["folded"]
     assert "30.3 %" in said["transferability"] and "28.8 %" in said["transferability"]
     assert "(transferred − zero-shot) / (from scratch − zero-shot)" in said["scores"]

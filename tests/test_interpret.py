@@ -539,7 +539,7 @@ def test_the_command_asks_first_and_the_key_is_nowhere(run: Path, study: Study, 
     with pytest.raises(SystemExit):
         main()
     shown = capsys.readouterr().out
-    assert "m explains it: <b>[red][key]\\u202e (detection 0.500, fuzzing 0.500)" in shown
+    assert "explanation by m: <b>[red][key]\\u202e (detection 0.500, fuzzing 0.500)" in shown
     for text in [*printed, shown, *(p.read_bytes().decode("latin-1") for p in run.rglob("*") if p.is_file())]:
         assert KEY not in text
 

@@ -271,7 +271,7 @@ def test_one_page_is_scored_and_each_judge_once(suite: Suite, tmp_path: Path) ->
     files = [answered(tmp_path / f"{i}.json", page, {1: "yes"}, str(i)) for i, page in enumerate(pages)]
     with pytest.raises(RunDirectoryError, match="judge 2 different pages"):
         score_run(suite, files)
-    with pytest.raises(RunDirectoryError, match='there is already a file by judge "0"'):
+    with pytest.raises(RunDirectoryError, match='another file is by judge "0"'):
         score_run(suite, [files[0], files[0]])
     with pytest.raises(RunDirectoryError, match="give the files that the judges exported"):
         score_run(suite, [])

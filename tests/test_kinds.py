@@ -361,7 +361,7 @@ def test_the_quality_table_has_a_heading_for_each_kind(summary: Summary) -> None
 def test_the_story_answers_for_each_kind(fake: Suite, summary: Summary) -> None:
     told = story(fake.plan, summary)
     assert "at each of resid_post, mlp_out and transcoder" in told["trained"]
-    assert "as a copy with 4 and 16 active latents" in told["trained"]
+    assert "Copies of each SAE with 4 and 16 active latents" in told["trained"]
     for kind in KINDS:
         assert any(sentence.startswith(f"{kind}: ") for sentence in told["lost"])
     assert [row.kind for row in told["rows"] if row.kind] == KINDS

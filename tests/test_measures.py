@@ -363,7 +363,7 @@ def test_measures_from_outside(
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit, match="0"):
         main()
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "what transfers" in shown and "normalised transfer score" in shown and "3 prompts, prompts.jsonl" in shown
     found = Measures.load(suite.directory.measures)
     assert found.similarity == document.similarity and found.dla and found.dla.prompts == "prompts.jsonl"

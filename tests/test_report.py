@@ -256,7 +256,7 @@ def test_predictions_stand_beside_outcomes(suite: Suite) -> None:
     changes = {leg.id: {"predicted_fvu": 0.1, "validation_fvu": 0.1 + leg.layer / 100} for leg in summary.legs}
     surveyed = with_legs(summary, **changes)
     assert story(suite.plan, surveyed)["surveyed"]
-    assert "layer 2 came out worst: 1.20 times the predicted FVU" in " ".join(transfers_badly(surveyed))
+    assert "layer 2 is worst: its FVU is 1.20 times the predicted one" in " ".join(transfers_badly(surveyed))
 
 
 def test_the_plan_is_a_tree_in_order(suite: Suite) -> None:

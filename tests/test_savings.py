@@ -32,8 +32,8 @@ def test_what_is_saved_and_what_is_not_are_told_apart() -> None:
     assert "4.0 times less" in table and "1.5 times more" in table and "from scratch, 2M each" in table
     said = " ".join(shown(verdict(prices, 2_000_000)).split())
     assert said.startswith(
-        "The suite saves SAE samples and operations; it takes more tokens of the language model and operations of the "
-        "language model. For the same operations every layer can be trained from scratch on 1M tokens"
+        "The suite saves SAE samples and operations; it needs more tokens of the language model and operations of the "
+        "language model. For the same operations, every layer could be trained from scratch on 1M tokens"
     )
 
 

@@ -56,7 +56,7 @@ def printed(shown: LatentDescription, *, colour: bool) -> str:
 
 def test_a_latent_is_printed_as_it_is() -> None:
     text = printed(document(), colour=False)
-    assert "fires on 0.700% of 1,000 held-out tokens (7), max 8, mean 2 where it does" in text
+    assert "fires on 0.700% of 1,000 held-out tokens (7), max 8, mean 2 when active" in text
     assert "activations 1 ▁█ 2, in steps of √2" in text
     assert "       8  [red]markup[/red] [link=x]»<script>alert(1)</script>&amp;«a⏎⇥b" in text
     assert "promotes   '[red]markup[/red] [link=x]' +1.50" in text

@@ -15,16 +15,16 @@ _FVU = "E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not b
 
 METRICS = {
     "fvu": ("FVU", f"FVU: {_FVU}, lower is better"),
-    "balanced_fvu": ("balanced FVU", "Balanced FVU: the mean over dimensions of the FVU of each, lower is better"),
+    "balanced_fvu": ("balanced FVU", "Balanced FVU: the mean over dimensions of each dimension's FVU, lower is better"),
     "explained_variance": ("explained variance", "Explained variance: 1 − FVU, higher is better"),
     "l0": ("L0", "L0: mean number of active latents per token"),
     "ce_loss_score": (
         "CE score",
-        "CE score: (CE zero-ablated − CE with SAE) / (CE zero-ablated − CE clean), 1 is best; it saturates",
+        "CE score: (CE zero-ablated − CE with SAE) / (CE zero-ablated − CE clean), 1 is best; it saturates near 1",
     ),
     "delta_ce": (
         "ΔCE (nats per token)",
-        "ΔCE: cross-entropy with the SAE in place minus the clean one, lower is better",
+        "ΔCE: cross-entropy with the SAE in place minus clean cross-entropy, lower is better",
     ),
     "kl_div_with_sae": ("KL (nats per token)", "KL: KL(clean ‖ with SAE) over the vocabulary, lower is better"),
     "kl_div_score": ("KL score", "KL score: (KL zero-ablated − KL with SAE) / KL zero-ablated, higher is better"),
@@ -33,12 +33,12 @@ METRICS = {
 
 METHODS = {
     "identity": "plain copy",
-    "rescale": "rescaled",
-    "procrustes": "rotated (Procrustes)",
+    "rescale": "rescaling",
+    "procrustes": "rotation (Procrustes)",
     "affine": "affine map",
-    "affine+refit": "affine map, decoder refitted",
+    "affine+refit": "affine map with decoder refit",
 }
-"""How a dictionary is carried to another layer."""
+"""How a dictionary is transferred to another layer."""
 
 FATES = STATUSES
 """What became of a latent from one leg to another, by its letter in lineage.json."""
@@ -87,15 +87,15 @@ def spread_cells(legs: Sequence[LegSummary]) -> list[str]:
 
 ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "gated": "Gated", "relu": "ReLU"}
 
-TITLES = {"hop": "from parent to child", "depth": "from layer to layer", "control": "beside from-scratch controls"}
+TITLES = {"hop": "from parent to child", "depth": "from layer to layer", "control": "from the suite to controls"}
 """Kinds of links of a lineage."""
 
 
 CURVES = {
-    "fvu": ("FVU", f"FVU in training units on the training tokens of each block: {_FVU}, lower is better"),
+    "fvu": ("FVU", f"FVU in normalised units, on the training tokens of each block: {_FVU}, lower is better"),
     "loss": ("loss", "Training loss in normalised units, including auxiliary terms"),
     "l0": ("L0", "L0: mean number of active latents per token"),
-    "n_dead": ("dead latents", "Dead latents: those that have not fired for longer than the leg's dead_after_tokens"),
+    "n_dead": ("dead latents", "Dead latents: latents that have not fired for more than dead_after_tokens tokens"),
     "learning_rate": ("learning rate", "The optimiser's learning rate"),
 }
 """For each column of the training log, its name for an axis, and its definition."""
@@ -134,8 +134,8 @@ def misleading_fvu(summary: Summary) -> str:
     if not places:
         return ""
     return (
-        f"FVU says little where one dimension holds much of the variance, as at {'; '.join(places)}: compare "
-        "SAEs of a layer by ΔCE, or by balanced FVU, which weighs all dimensions alike."
+        f"FVU says little where one dimension holds much of the variance, as at {'; '.join(places)}. Compare "
+        "the SAEs of such a layer by ΔCE, or by balanced FVU, which gives all dimensions equal weight."
     )
 
 
@@ -160,14 +160,14 @@ def mean_l0(summary: Summary) -> str:
 
 
 def carried(method: str) -> str:
-    """Say how dictionaries came to another layer, as part of a sentence.
+    """Say how dictionaries were transferred to another layer, as part of a sentence.
 
     >>> carried("identity"), carried("affine")
-    ('copied without change', 'carried by affine map')
+    ('copied unchanged', 'transferred by affine map')
     """
     if method == "identity":
-        return "copied without change"
-    return f"carried by {METHODS.get(method, method)}"
+        return "copied unchanged"
+    return f"transferred by {METHODS.get(method, method)}"
 
 
 def for_js() -> dict[str, Any]:

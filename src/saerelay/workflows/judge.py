@@ -1,4 +1,4 @@
-"""`saerelay judge` and `saerelay score`: are transferred latents as interpretable to people as others?
+"""`saerelay judge` and `saerelay score`: do people find transferred latents as interpretable as others?
 
 judging/<page>.html     the page: one file, opened from disk; latents in random order, without their origin
 judging/<page>.json     its key, not for judges: which latent of which leg each item is
@@ -74,8 +74,8 @@ def page_path(paths: RunDirectory, name: str, out: Path | None) -> Path:
 def score_run(suite: PublishedSuite, files: Sequence[Path]) -> Scores:
     """Score judges' exports of one page of this run; writes judging/scores.json.
 
-    Raises RecipeError for a damaged file, and RunDirectoryError if files are of different pages or of another run's, if
-    one answers an item that its page does not have, or if two are by the same judge.
+    Raises RecipeError for a damaged file, and RunDirectoryError if files belong to different pages or to another run,
+    if a file answers an item that its page does not have, or if two files are by the same judge.
     """
     if not files:
         raise RunDirectoryError("give the files that the judges exported: saerelay score RUN FILE...")
@@ -85,12 +85,12 @@ def score_run(suite: PublishedSuite, files: Sequence[Path]) -> Scores:
         export = Judgements.from_json(file)
         name = export.judge.strip() or file.stem
         if name in answers:
-            raise RunDirectoryError(f'{file}: there is already a file by judge "{name}"; give one per judge')
+            raise RunDirectoryError(f'{file}: another file is by judge "{name}" too; give one file per judge')
         keys[export.page] = checked_key(suite.directory, file, export)
         answers[name] = export.answers
     if len(keys) > 1:
         raise RunDirectoryError(
-            f"these files judge {len(keys)} different pages: {', '.join(sorted(keys))}; give those of one page"
+            f"these files judge {len(keys)} different pages: {', '.join(sorted(keys))}; give the files of one page"
         )
     (key,) = keys.values()
     scores = score(key, answers)

@@ -63,7 +63,7 @@ _LOADING_ONE_FILE = """
 from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
 from huggingface_hub import hf_hub_download
 
-path = hf_hub_download("{repo}", "{folder}")     # of a set without some layers, file by file
+path = hf_hub_download("{repo}", "{folder}")     # the set lacks some layers: load file by file
 transcoder = load_relu_transcoder(path, {layer}, lazy_encoder=False, lazy_decoder=False)
 y_hat = transcoder(x)            # x: what the MLP of layer {layer} reads
 """
@@ -106,12 +106,12 @@ def model_card(
     if plan:
         paragraphs += [
             "## Recipe",
-            "`saerelay train run.toml --out runs/a` with this `run.toml` reproduces them.",
+            "`saerelay train run.toml --out runs/a` with this `run.toml` reproduces these dictionaries.",
             _fenced(_recipe(plan), "toml"),
         ]
     paragraphs += [
         "## Licence",
-        _escaped(licence) if licence else "Whoever published these SAEs stated no licence.",
+        _escaped(licence) if licence else "The publisher of these dictionaries stated no licence.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -151,7 +151,7 @@ def _introduction(saes: Sequence[ExportedSAE], format: str, *, of_demo_model: bo
         text = f"A {names[0]} in {_escaped(format)}'s format."
     text += (
         " The input is the model's raw activations. Written by saerelay, which trains an SAE at "
-        "one layer and carries it to the others by closed-form maps."
+        "one layer and transfers it to the others by closed-form maps."
     )
     if of_demo_model:
         text += " `saerelay-demo` is the small model of Python code that comes with saerelay."
@@ -187,14 +187,15 @@ def _quality(saes: Sequence[ExportedSAE]) -> str:
         )
 
     notes = [
-        "FVU: fraction of variance unexplained. ΔCE: how much the language model's loss rises "
-        "when the SAE's reconstruction replaces the activations."
+        "FVU: fraction of variance unexplained. ΔCE: increase of the language model's loss, in nats per "
+        "token, when the SAE's reconstruction replaces the activations. CE score: (CE zero-ablated − CE with SAE) / "
+        "(CE zero-ablated − CE clean), 1 is best. Alive: share of latents that fired."
     ]
     measured = [sae.metrics["n_tokens"] for sae in saes if sae.metrics]
     if measured:
         notes.append(f"Measured by `saerelay eval` on {format_count(min(measured))} tokens of held-out documents.")
     if len(measured) < len(saes):
-        notes.append("`saerelay eval` on the run's directory measures the SAEs that were not evaluated.")
+        notes.append("`saerelay eval` on the run's directory evaluates the SAEs that are marked as not evaluated.")
     return _table(columns, rows) + "\n\n" + " ".join(notes)
 
 

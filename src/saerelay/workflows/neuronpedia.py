@@ -30,7 +30,7 @@ _KINDS: dict[ModuleKind, tuple[str, str]] = {
 _README = """# {release}: features for Neuronpedia
 
 {n_sources} of {model}, written by saerelay in the layout that Neuronpedia's importer reads.
-They hold pieces of the text on which the SAEs were measured.
+The files contain excerpts of the text on which the SAEs were evaluated.
 
 To look at them in your own instance of Neuronpedia, put the folder `{model}` where its importer
 looks (its bucket, under `v1/`), and import every source on its admin page. To have them published,

@@ -96,7 +96,7 @@ def training_lines(path: Path) -> list[TrainingLine]:
     except ValueError as error:  # pydantic's errors are ValueErrors
         first = str(error).splitlines()[0]
         raise RunDirectoryError(
-            f"{path}: damaged ({first}); a report needs an intact log: remove the damaged lines"
+            f"{path}: damaged ({first}); a report needs an intact log, so remove the damaged lines"
         ) from None
 
 

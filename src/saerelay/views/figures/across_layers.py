@@ -22,7 +22,7 @@ _MARKERS = dict(zip(METHODS, ("o", "v", "s", "D", "^", "P", "X"), strict=False))
 def matrix_figure(
     summary: Summary, matrix: Matrix, metric: str = "fvu", method: str = "affine", *, theme: Theme = "light"
 ) -> "Figure":
-    """Draw a heat map of one metric: each layer's SAE on every layer's activations, carried there by `method`."""
+    """Draw a heat map of one metric: each layer's SAE on every layer's activations, transferred by `method`."""
     summary = summary.of_kind()
     legs = {leg.id for leg in summary.suite}
     cells: Cells = {}
@@ -31,7 +31,7 @@ def matrix_figure(
         if cell.leg in legs and not cell.snapshot and cell.method == wanted:
             cells[cell.source, cell.target] = getattr(cell, metric)
     name, definition = METRICS[metric]
-    small = f"{definition}. SAEs {carried(method)}, not trained at the new layer."
+    small = f"{definition}. SAEs {carried(method)}, not trained at the target layer."
     title = f"{metric_name(metric)} across layers"
     return heat_map(theme, facts_of(summary, matrix.n_tokens), title, small, cells, name)
 
@@ -44,9 +44,9 @@ def similarity_figure(summary: Summary, measures: Measures, *, folded: bool = Tr
     for row in measures.similarity:
         if row.kind == "suite" and not row.snapshot and row.target in legs:
             cells[row.source_layer, row.target_layer] = row.mmcs_folded if folded else row.mmcs
-    small = "MMCS: mean over a SAE's alive latents of the largest cosine with a decoder row of the other's. "
+    small = "MMCS: mean over an SAE's alive latents of the largest cosine with any decoder row of the other SAE. "
     if folded:
-        small += "Sources are carried through the affine map between the layers."
+        small += "Sources are folded through the affine map between the layers."
     else:
         small += "Raw decoder rows, as in Ghilardi et al. 2024, although the spaces of two layers are not comparable."
     title = f"Mean max cosine similarity, {'folded' if folded else 'raw'}"
@@ -128,11 +128,11 @@ def offsets_figure(summary: Summary, measures: Measures, metric: str = "fvu", *,
     rows = [row for row in measures.offsets or () if (row.metric, row.tokens) == (metric, None) and row.kind in kinds]
     name, definition = METRICS[metric]
     small = (
-        f"{definition}. Mean over pairs of layers; untrained; offset is the layer used on minus the layer trained at."
+        f"{definition}. Mean over pairs of layers, without training at the target layer. Offset: target − source layer."
     )
     colours = [mpl.colormaps["viridis"](value) for value in viridis(theme, len(METHODS))]
     facts = facts_of(summary, measures.n_matrix_tokens)
-    with page(theme, facts, f"{metric_name(metric)} by offset", small, 2.3) as figure:
+    with page(theme, facts, f"{metric_name(metric)} by layer offset", small, 2.3) as figure:
         axis = figure.subplots()
         for (method, label), colour in zip(METHODS.items(), colours, strict=True):
             means = {row.offset: row.mean for row in rows if row.method == method and row.mean is not None}
@@ -148,7 +148,7 @@ def offsets_figure(summary: Summary, measures: Measures, metric: str = "fvu", *,
         means = [row.mean for row in rows if row.mean is not None]
         if means and min(means) > 0 and max(means) > 20 * min(means):
             axis.set_yscale("log")
-        dress(axis, theme, xlabel="offset (layers)", ylabel=name)
+        dress(axis, theme, xlabel="target layer − source layer", ylabel=name)
         offset_ticks(axis, [row.offset for row in rows])
         legend(axis)
     return figure

@@ -32,9 +32,9 @@ def circuits_figure(summary: Summary, circuits: Circuits, k: int | None = None, 
     x = side_by_side([(row.leg, row.layer) for row in rows])
     small = (
         f"Circuit: the {k} latents with the largest indirect effect ({asked.method}), found on "
-        f"{circuits.n_found_on} prompts, judged on {circuits.n_judged_on} others, ± standard error. Share of the "
-        "logit difference (1: nothing ablated, 0: all latents at their means) with only the circuit kept "
-        "(faithfulness, ideal 1), and with only it ablated (completeness, ideal 0)."
+        f"{circuits.n_found_on} prompts, judged on {circuits.n_judged_on} others, ± standard error. Faithfulness "
+        "(ideal 1): share of the logit difference that remains if only the circuit is kept; completeness (ideal 0): if "
+        "only the circuit is ablated. The share is 1 with nothing ablated, and 0 with all latents at their means."
     )
     facts = facts_of(summary, split=f"{asked.n_prompts} prompts of {asked.task}")
     with page(theme, facts, f"Circuits of {k} latents: {asked.task}", small, 3.65) as figure:

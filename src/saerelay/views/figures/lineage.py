@@ -27,11 +27,11 @@ def lineage_figure(
     links.sort(key=lambda link: (link.target_layer, link.source_layer))
     ways = sorted({"by index" if link.by == "index" else "by optimal assignment" for link in links})
     small = (
-        f"Latents alive at either end, {' and '.join(ways) or 'none'}. Kept: cosine of decoder rows above "
-        f"{lineage.kept_above}, the source folded through the affine map between the layers; replaced: below "
-        f"{lineage.replaced_below}; alive: fired more than {lineage.alive_above} times."
+        f"Latents alive in at least one of the two SAEs, matched {' and '.join(ways) or 'not at all'}. Kept: cosine of "
+        f"decoder rows above {lineage.kept_above}, the source folded through the affine map between the layers; "
+        f"replaced: below {lineage.replaced_below}; alive: fired more than {lineage.alive_above} times."
     )
-    title = TITLES[kind].capitalize()
+    title = f"Lineage of latents, {TITLES[kind]}"
     height = 0.6 + 0.17 * max(3, len(links))
     with page(theme, facts_of(summary, lineage.n_tokens), title, small, height) as figure:
         axis = figure.subplots()

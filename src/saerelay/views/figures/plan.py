@@ -22,8 +22,8 @@ def plan_figure(plan: Plan, *, theme: Theme = "light") -> "Figure":
         f"{plan.facts.name}; {format_count(plan.n_tokens)} tokens of the training split; seed {plan.recipe.train.seed}."
     )
     small = (
-        "A bar is an SAE in training, with its tokens; a thin line is where its map is fitted; an arrow leads from the "
-        "parent, at the age it was left at, to the child."
+        "Bars: training of the SAEs, with their numbers of tokens. Thin lines: fits of their maps. Arrows: from each "
+        "parent, at the age from which it was transferred, to the child."
     )
     with page(theme, facts, f"The plan: {len(plan.legs)} SAEs", small, 3.0) as figure:
         axis = figure.subplots()

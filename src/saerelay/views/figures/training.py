@@ -34,7 +34,7 @@ def training_figure(summary: Summary, lines: Sequence[TrainingLine], *, theme: T
     span = [mpl.colormaps["viridis"](value) for value in viridis(theme, 256)]
     colours = LinearSegmentedColormap.from_list("layers", span)
     norm = Normalize(layers[0], max(layers[-1], layers[0] + 1))
-    small = "FVU: E‖x − x̂‖² / E‖x − E x‖² over each block of the training split, while it is trained on."
+    small = "FVU: E‖x − x̂‖² / E‖x − E x‖² over each block of the training split, measured during training."
     facts = facts_of(summary, split="training split")
     with page(theme, facts, "Training curves", small, 2.5) as figure:
         axis = figure.subplots()

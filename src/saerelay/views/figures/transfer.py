@@ -48,8 +48,8 @@ def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme
     width = 0.36 if several_per_layer else 0.7
     x = side_by_side([(row.leg, row.layer) for row in rows], 0.38)
     small = (
-        "Transferability of a latent: top 10 logits, bottom 10 logits and 10 tokens of highest activation, shared with "
-        "the latent of the same index in the SAE it was transferred from, over 30; mean over latents alive in both."
+        "Transferability of a latent: share of its 10 most promoted tokens, 10 most suppressed tokens and 10 tokens of "
+        "highest activation that the parent SAE's latent of the same index has, too; mean over latents alive in both."
     )
     facts = facts_of(summary, measures.n_tokens)
     with page(theme, facts, "Feature transferability by layer", small, 2.3) as figure:
@@ -61,7 +61,7 @@ def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme
                 bars = [x[row.leg] for row in from_side]
                 axis.bar(bars, heights, width=width, color=COLOURS[theme][kind], label=KINDS[kind].label)
         for mean, direction, dashes in ((30.3, "forward", (4, 2)), (28.8, "backward", (1, 1.5))):
-            label = f"paper, {direction}: {mean} %"
+            label = f"Ghilardi et al. 2024, {direction}: {mean} %"
             ideal_line(axis, theme, mean, linewidth=0.7, linestyle=(0, dashes), label=label)
         dress(axis, theme, ylabel="transferability (%)")
         axis.set_ylim(0, 105)
@@ -83,7 +83,7 @@ def transfer_score_figure(
     name, definition = METRICS[metric]
     small = (
         f"Score: (transferred − zero-shot) / (from scratch − zero-shot) of {name}; zero-shot is the parent "
-        f"{carried(method)}, untrained. 0 is as good as zero-shot, 1 as good as from scratch. {definition}."
+        f"{carried(method)}, without training. 0: as good as zero-shot, 1: as good as from scratch. {definition}."
     )
     facts = facts_of(summary, measures.n_matrix_tokens)
     with page(theme, facts, f"Normalised transfer score ({name})", small, 2.3) as figure:
@@ -98,7 +98,7 @@ def transfer_score_figure(
                         KINDS[direction].marker,
                         markersize=4.5,
                         color=COLOURS[theme][kind],
-                        label=f"{ORIGINS[f'from {direction}']}, against scratch on {trained_on}",
+                        label=f"{ORIGINS[f'from {direction}']}, vs. scratch on {trained_on}",
                     )
         ideal_line(axis, theme, 1)
         dress(axis, theme, ylabel="normalised transfer score")
@@ -117,9 +117,9 @@ def attribution_figure(summary: Summary, measures: Measures, *, theme: Theme = "
     points = [Point(kind_of(summary.leg(row.leg)), x[row.leg], row.mean or 0, row.standard_error) for row in rows]
     n_prompts = dla.n_prompts if dla else 0
     small = (
-        "Attribution of a latent: activation at the last position times decoder row · (unembedding of the right − of "
-        f"the wrong token), before the final norm's division; largest over latents, mean over {n_prompts} prompts, "
-        f"± standard error. Prompts: {dla.prompts if dla else 'none'}."
+        "Attribution of a latent: activation at the last position × decoder row · (unembedding of the right token − "
+        "that of the wrong token), before the division by the final norm; largest over latents, mean over "
+        f"{n_prompts} prompts, ± standard error. Prompts: {dla.prompts if dla else 'none'}."
     )
     facts = facts_of(summary, measures.n_tokens)
     with page(theme, facts, "Direct logit attribution by layer", small, 2.3) as figure:

@@ -1,5 +1,5 @@
 // The judging page: an introduction, the features one by one, the end. Answers are kept in the
-// browser under the page's own name; the exported file is what `saerelay score` reads.
+// browser under the page's own name; `saerelay score` reads the exported file.
 "use strict";
 
 /** @type {JudgingData} */
@@ -29,7 +29,7 @@ function readState() {
 }
 
 /**
- * Throws for what has not even the form of a state.
+ * Whether this page wrote a stored state; throws if it has not even the form of a state.
  *
  * @param {any} stored
  */
@@ -74,7 +74,7 @@ function exportJudgements() {
 
 /**
  * @param {string} page
- * @param {string} judge whose name may hold what file names may not
+ * @param {string} judge a name that may contain characters not allowed in file names
  */
 function exportName(page, judge) {
   const safeJudge = judge.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
@@ -124,10 +124,10 @@ function startOver() {
 }
 
 /**
- * Do what a key, or its button, stands for.
+ * Perform the action of a key, or of its button.
  *
  * @param {string} key in lower case
- * @returns {boolean} whether it stands for something
+ * @returns {boolean} whether the key has an action
  */
 function press(key) {
   if (key in ANSWERS && isJudging()) answer(ANSWERS[key]);
@@ -241,9 +241,9 @@ function introduction() {
       rules(),
       element(
         "p",
-        "Judge mainly by the examples. “It always fires on the same token” is something that " +
-          "they have in common. The features come from several sources, in random order. This " +
-          "page does not know which comes from which, so please do not try to find out.",
+        "Judge mainly by the examples. If a feature always fires on the same token, its examples " +
+          "have that in common. The features come from several sources, in random order. This " +
+          "page does not contain their sources; please do not try to guess them.",
       ),
       element(
         "p.soft",
@@ -253,7 +253,7 @@ function introduction() {
       element(
         "form.begin",
         { submit },
-        element("label", "Your name, to go into the export", nameField()),
+        element("label", "Your name (will be in the exported file)", nameField()),
         element("button.button.primary", { type: "submit" }, begin, keycap("Enter")),
       ),
     ),
@@ -278,11 +278,11 @@ function rules() {
   /** @type {[key: string, name: string, meaning: Child][]} */
   const rows = [
     ["y", "Yes", "You can say in a few words what most of the examples have in common."],
-    ["n", "No", "They have nothing in common that you can name, or fall into unrelated groups."],
+    ["n", "No", "The examples have nothing in common that you can name, or form unrelated groups."],
     [
       "s",
       "Skip",
-      "You cannot tell, perhaps because you do not read the language. It will not count.",
+      "You cannot tell, perhaps because you do not read the language. Skips do not count.",
     ],
     [
       "u",

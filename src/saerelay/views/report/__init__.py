@@ -1,4 +1,4 @@
-"""`saerelay report`: one page, opened from disk, that shows the whole run; made from documents only.
+"""`saerelay report`: one page, opened from disk, that shows the whole run; made only from documents.
 
 report/index.html, style.css, *.js     the page: it contains the summary and draws the rest from data
 report/data/                           script files, loaded when they are needed (see `data`)
@@ -30,7 +30,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_report(sources: ReportSources, folder: Path) -> Path:
-    """Write a report beside an older one, then replace that one by it; returns its index.html."""
+    """Write a report beside an older one, then put it in the older one's place; return its index.html."""
     check_replaceable(folder)
     fresh = folder.with_name(f".{folder.name}.new")
     remove_directory(fresh)

@@ -143,8 +143,8 @@ function kindOf(run, legId) {
 }
 
 /**
- * A latent through all layers: which one it is in each SAE of the suite, and the step from there to
- * the next. Empty for a leg that is not of the suite.
+ * The path of a latent through all layers: its match in each SAE of the suite, and the step from
+ * there to the next. Empty for a leg outside the suite.
  *
  * @param {string} legId
  * @param {number} latent

@@ -70,7 +70,7 @@ function pagerLink(leg, latent, arrow, key) {
   return element("a.button", attributes, arrow);
 }
 
-/** Copies the address of the page; where a browser refuses that, shows it, selected. */
+/** Copies the address of the page, or shows it selected if the browser refuses to copy. */
 function copyLinkButton() {
   const button = element("button.button", { type: "button", "aria-live": "polite" }, "Copy link");
   button.addEventListener("click", async () => {

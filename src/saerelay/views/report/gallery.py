@@ -65,13 +65,13 @@ def drawings(sources: ReportSources) -> Iterator[Drawing]:
     """Yield all figures of a run."""
     summary = sources.summary
     yield Drawing("quality", "Held-out quality by layer", partial(quality_figure, summary))
-    yield Drawing("plan", "Who was trained from whom, and when", partial(plan_figure, sources.plan))
+    yield Drawing("plan", "Which SAE was trained from which, and when", partial(plan_figure, sources.plan))
     yield Drawing("training", "Training curves", partial(training_figure, summary, sources.training))
     kinds = {link.kind for link in sources.lineage.links}
     for kind in ("depth", "hop", "control"):
         if kind in kinds:
             draw = partial(lineage_figure, summary, sources.lineage, kind)
-            yield Drawing(f"lineage-{kind}", f"What became of latents {TITLES[kind]}", draw)
+            yield Drawing(f"lineage-{kind}", f"Lineage of latents, {TITLES[kind]}", draw)
     if sources.matrix:
         for method in dict.fromkeys(cell.method for cell in sources.matrix.cells):
             draw = partial(matrix_figure, summary, sources.matrix, "fvu", method)
@@ -89,7 +89,7 @@ def measure_drawings(summary: Summary, measures: Measures) -> Iterator[Drawing]:
         ("similarity", measures.similarity, "Mean maximum cosine similarity between layers", similarity_figure),
         ("transferability", measures.transferability, "Feature transferability by layer", transferability_figure),
         ("transfer_scores", measures.transfer_scores, "Transfer score by layer", transfer_score_figure),
-        ("offsets", measures.offsets, "FVU by distance between layers", offsets_figure),
+        ("offsets", measures.offsets, "FVU by layer offset", offsets_figure),
         ("dla", measures.dla, "Direct logit attribution by layer", attribution_figure),
     )
     for name, content, alt, draw in figures:

@@ -2,7 +2,7 @@
 "use strict";
 
 /**
- * `value(row, column)` is a number, or nothing for a cell without one. Rows and columns are layers,
+ * `value(row, column)` is a number, or nothing for an empty cell. Rows and columns are layers,
  * or SAEs, from the first to the last; where a row meets its own column, the cell is framed.
  *
  * @template {string | number} Name
@@ -128,7 +128,7 @@ function moveInTable(event) {
 }
 
 /**
- * The focus goes on, and with it what the Tab key can reach.
+ * Move the focus, and make the new element the one that the Tab key can reach.
  *
  * @param {HTMLElement | SVGElement} from
  * @param {HTMLElement | SVGElement} to

@@ -9,7 +9,7 @@ function shownSection() {
 const shortcutList = () => /** @type {HTMLDialogElement} */ (byId("keys"));
 
 /**
- * What a key does where it was pressed, or nothing.
+ * The action of a key at the place where it was pressed, or nothing.
  *
  * @param {KeyboardEvent} event
  * @returns {(() => void) | null | undefined}
@@ -49,7 +49,7 @@ addEventListener("DOMContentLoaded", () => {
 /** @returns {HTMLInputElement | null} the search field of the view on show */
 const searchField = () => shownSection().querySelector("input[type=search]");
 
-/** To the search field: of the view on show, or else of the list of the same SAE's features. */
+/** Go to the search field of the current view, or else of the list of the same SAE's features. */
 function goToSearch() {
   const field = searchField();
   if (field) {
@@ -82,7 +82,7 @@ function actionInSearch(key, place) {
 // --- arrows --------------------------------------------------------------------------------------
 
 /**
- * From result to result, and from the first one back to the search.
+ * Move from result to result, and from the first result back to the search.
  *
  * @param {string} key
  * @param {Element} row
@@ -100,7 +100,7 @@ function focusRow(row) {
 }
 
 /**
- * From mark to mark; only one at a time can be reached with the Tab key.
+ * Move from mark to mark; only one at a time can be reached with the Tab key.
  *
  * @param {string} key
  * @param {Element} mark
@@ -113,7 +113,7 @@ function actionInChart(key, mark) {
 }
 
 /**
- * To the same feature in the previous or next layer.
+ * Go to the same feature in the previous or next layer.
  *
  * @param {string} key
  */

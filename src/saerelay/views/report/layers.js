@@ -34,7 +34,7 @@ saerelay.views.layers = async function drawLayers(body) {
     element(
       "p.lead",
       "How well each layer's SAE reconstructs the activations of every layer, without any " +
-        "training there: how far a dictionary carries before fine-tuning.",
+        "training there: the starting point of each possible transfer, before fine-tuning.",
     ),
     element(
       "div.controls",
@@ -102,7 +102,7 @@ function matrixPicture(run, matrix, choice) {
     }),
     captionOf(
       run,
-      `Measured on the first ${wholeNumber(matrix.n_tokens)} of those tokens, so values on the ` +
+      `Measured on the first ${wholeNumber(matrix.n_tokens)} of these tokens, so values on the ` +
         "SAEs' own layers differ slightly from the summary. Maps were fitted on " +
         `${wholeNumber(matrix.map_tokens)} training tokens; nothing was trained on the target ` +
         `layer. ${definition}.`,
@@ -111,8 +111,8 @@ function matrixPicture(run, matrix, choice) {
 }
 
 /**
- * Cells by "source,target": of one age, carried by one method. At home nothing is carried, so those
- * cells stand for every method.
+ * Cells by "source,target": of SAEs of one age, transferred by one method. The cells of SAEs at
+ * their own layers need no transfer, so they belong to every method.
  *
  * @param {Run} run
  * @param {Matrix} matrix

@@ -75,8 +75,8 @@ function inheritanceNote(run, legs, links) {
   if (!inherited) {
     return element(
       "p.wide",
-      "These SAEs were trained independently. Their features were matched one to one, so that " +
-        "the sum of decoder cosines is largest.",
+      "These SAEs were trained independently. Their features were matched one to one so as to " +
+        "maximise the sum of decoder cosines.",
     );
   }
   const controls = run.links
@@ -104,7 +104,7 @@ function keptShare({ counts, target }) {
 // --- the features of one band --------------------------------------------------------------------
 
 /**
- * A heading, room for the strand of a chosen feature, and a table, those that changed most first.
+ * A heading, room for the strand of a chosen feature, and a table of features, most changed first.
  *
  * @param {Run} run
  * @param {number} number the link's

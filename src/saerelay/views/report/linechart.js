@@ -4,7 +4,7 @@
 const HOVER_RADIUS = 30; // in the drawing's units: how near the pointer must be to a point
 
 /**
- * A colour for one of an ordered list of names, from blue over red to green.
+ * A colour for one of an ordered list of names, from blue through red to green.
  *
  * @template {string | number} Name
  * @param {Name} name
@@ -234,7 +234,7 @@ function pointText({ xLabel, yLabel }, { line, x, y }) {
  * A button for each line, pressed while the line is pinned.
  *
  * @param {Line[]} lines
- * @param {(id: string) => string | null} pin pins a line, or lets go of it; which one is pinned now
+ * @param {(id: string) => string | null} pin pins or unpins a line; returns the pinned one
  */
 function swatchList(lines, pin) {
   const buttons = lines.map((line) => {

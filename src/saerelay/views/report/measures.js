@@ -107,7 +107,7 @@ function transferabilitySection(run, measures) {
       { name: "top_logits", heading: "promoted tokens", format: fixed },
       { name: "bottom_logits", heading: "suppressed tokens", format: fixed },
       { name: "top_tokens", heading: "top-activating tokens", format: fixed },
-      { name: "transferability", heading: "mean", format: fixed },
+      { name: "transferability", heading: "mean of the three", format: fixed },
     ]),
     captionOf(
       run,

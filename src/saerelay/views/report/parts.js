@@ -2,7 +2,7 @@
 "use strict";
 
 /**
- * Whether a value of a document is there, and is a number.
+ * Whether a value of a document exists and is a finite number.
  *
  * @param {unknown} value
  * @returns {value is number}
@@ -40,7 +40,7 @@ function inLayerOrder(legs) {
 }
 
 /**
- * The legs that stand for the sites of one kind, layer by layer.
+ * The suite's legs at the sites of one kind, layer by layer.
  *
  * @param {Run} run
  * @param {string} kind
@@ -48,7 +48,7 @@ function inLayerOrder(legs) {
 const standingOf = (run, kind) => run.standing.filter((id) => findLeg(run, id)?.kind === kind);
 
 /**
- * A menu of the run's kinds of sites; nothing where it has one.
+ * A menu of the run's kinds of sites; null if it has only one.
  *
  * @param {Run} run
  * @param {(kind: string) => void} onChange

@@ -100,7 +100,7 @@ def trained(plan: Plan, summary: Summary) -> str:
         if leg.shared_layers:
             shared = listed(sorted([leg.layer, *leg.shared_layers]))
             tokens = format_count(leg.budget_tokens)
-            parts.append(f"Layers {shared} shared one, trained on {tokens} tokens of their aligned activations.")
+            parts.append(f"Layers {shared} shared one SAE, trained on {tokens} tokens of their aligned activations.")
     if children:
         methods = set()
         for leg in children:
@@ -112,9 +112,9 @@ def trained(plan: Plan, summary: Summary) -> str:
     if tiers:
         l0 = listed([f"{tier:g}" for tier in sorted({leg.target_l0 or 0 for leg in tiers})])
         tokens = format_count(max(leg.tokens for leg in tiers))
-        parts.append(f"Each also as a copy with {l0} active latents, trained there on {tokens} tokens.")
+        parts.append(f"Copies of each SAE with {l0} active latents were trained on {tokens} tokens each.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
-    parts.append(f"Measured on {first.n_eval_tokens:,} tokens of documents that training never saw.")
+    parts.append(f"Evaluated on {first.n_eval_tokens:,} tokens of documents that were not used for training.")
     if summary.left_out and summary.left_out.note:
         parts.append(f"Note: {summary.left_out.note}.")
     return " ".join(parts)
@@ -131,17 +131,17 @@ def _at_layers(legs: Sequence[LegSummary]) -> str:
 
 
 def price(summary: Summary) -> str:
-    """Say at what quality the suite has the savings that its tiles show."""
+    """Say at what quality the suite achieves the savings that its tiles show."""
     children = _transferred(summary)
     if not children:
         return ""
     ratios = sorted(ratio for _, ratio in _ratios(summary, children, "full"))
     if not ratios:
-        return "Not at equal quality, perhaps: no transferred layer has a control with the full budget to compare with."
+        return "Quality may not be equal: no transferred layer has a control with the full budget to compare with."
     metric = metric_name(leading_metric(summary))
     span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
     return (
-        f"Not at equal quality: {metric} is {span} times that of from-scratch controls with the full budget, at the "
+        f"Quality is not equal: {metric} is {span} times that of from-scratch controls with the full budget, at the "
         f"{len(ratios)} of {len(children)} transferred layers that have one."
     )
 
@@ -165,18 +165,18 @@ def saved(summary: Summary) -> str:
     if is_number(ours) and is_number(theirs):
         verdict = f", {theirs / ours:.1f} times as long" if theirs > ours else ": nothing was saved"
         sentences.append(
-            f"The suite took {duration(ours)}; all its layers from scratch, each at the full budget, would have taken "
-            f"an estimated {duration(theirs)}{verdict}."
+            f"The suite took {duration(ours)}; training all its layers from scratch at the full budget would have "
+            f"taken an estimated {duration(theirs)}{verdict}."
         )
         sentences.append(
-            "That estimate is the time per token of the legs that were trained from scratch in this run, plus the "
-            "language model's forward passes, once for all layers."
+            "The estimate uses the time per token of the legs that this run trained from scratch, and counts the "
+            "language model's forward passes once for all layers."
         )
     if cost.survey:
         sentences.append(f"This includes the survey that chose the plan ({duration(cost.survey.seconds)}).")
     if cost.controls.seconds:
         controls = duration(cost.controls.seconds)
-        sentences.append(f"The controls took another {controls}, which is not counted; nor is evaluation.")
+        sentences.append(f"The controls took another {controls}; neither this nor evaluation is counted.")
     else:
         sentences.append("Evaluation is not counted.")
     return " ".join(sentences)
@@ -189,7 +189,7 @@ def lost(summary: Summary) -> list[str]:
     """Say what the saving cost in quality: against controls if there are any, and in the model's loss."""
     comparisons: tuple[tuple[ControlKind, str], ...] = (
         ("full", "from-scratch controls with the full budget"),
-        ("equal_tokens", "from-scratch controls on as many tokens as a transfer looked at"),
+        ("equal_tokens", "from-scratch controls on as many tokens as the transfer read in all"),
     )
     sentences = []
     for kind, words in comparisons:
@@ -197,14 +197,14 @@ def lost(summary: Summary) -> list[str]:
         if not ratios:
             continue
         by_layer = listed([f"{ratio:.2f} at layer {leg.layer}" for leg, ratio in ratios])
-        text = f"{metric_name(leading_metric(summary))} over that of {words}: {by_layer}"
+        text = f"{metric_name(leading_metric(summary))} divided by that of {words}: {by_layer}"
         gaps = []
         for leg, _ in ratios:
             control = summary.control(leg, kind)
             if control and is_number(leg.delta_ce) and is_number(control.delta_ce):
                 gaps.append(_gap(leg, control, leg.delta_ce - control.delta_ce))
         if gaps:
-            text += f"; the model's loss in nats per token is {listed(gaps)}"
+            text += f"; in nats per token, the model's loss is {listed(gaps)}"
         sentences.append(f"{text}.")
     if not sentences:
         sentences.append("No from-scratch controls were trained, so this run does not say what the transfer costs.")
@@ -254,7 +254,7 @@ def transfers_badly(summary: Summary) -> list[str]:
     alone = [leg for leg in children if not summary.control(leg, "full")]
     if alone:
         sentences.append(_without_control(alone))
-    sentences.append("Each leg was trained with one seed: a difference of a percent means nothing.")
+    sentences.append("These comparisons use one seed per leg, so differences of about one percent mean nothing.")
     return sentences
 
 
@@ -265,12 +265,12 @@ def _worst_compared(ratios: list[tuple[LegSummary, float]], metric: str) -> str:
     rest = f" (the others: {', '.join(others)})" if others else ""
     if ratio <= 1.05:
         return (
-            f"None of those with a full-budget control: layer {worst.layer} is the worst, at {ratio:.2f} times its "
-            f"control's {metric}{rest}."
+            f"None of the layers with a full-budget control: the worst is layer {worst.layer}, at {ratio:.2f} times "
+            f"its control's {metric}{rest}."
         )
     return (
-        f"Of {len(ratios)} that can be judged, layer {worst.layer}: its {metric} is {ratio:.2f} times that of its "
-        f"control with the full budget{rest}."
+        f"Of the {len(ratios)} with a full-budget control, layer {worst.layer}: its {metric} is {ratio:.2f} times that "
+        f"of its control{rest}."
     )
 
 
@@ -284,8 +284,8 @@ def _worst_predicted(legs: Sequence[LegSummary]) -> str:
         return ""
     ratio, layer = max(gaps, key=lambda gap: gap[0])
     return (
-        f"Against what the survey predicted, layer {layer} came out worst: {ratio:.2f} times the predicted FVU, on the "
-        "same validation rows."
+        f"Compared with the survey's prediction, layer {layer} is worst: its FVU is {ratio:.2f} times the predicted "
+        "one, on the same validation rows."
     )
 
 
@@ -294,22 +294,22 @@ def _without_control(legs: Sequence[LegSummary]) -> str:
     layers = sorted({leg.layer for leg in legs})
     subject = f"Layers {listed(layers)} have" if len(layers) > 1 else f"Layer {layers[0]} has"
     text = (
-        f"{subject} no control with the full budget: whether a high loss there is the transfer's doing or the layer's "
-        "own, this run cannot tell."
+        f"{subject} no control with the full budget, so this run cannot tell whether a high loss there comes from the "
+        "transfer or from the layer itself."
     )
     if len(legs) == 1:
         return text
     highest = max(legs, key=lambda leg: leg.balanced_fvu or 0)
-    text += f" Among them balanced FVU is highest at layer {highest.layer} ({highest.balanced_fvu:.4f})"
+    text += f" Among these layers, balanced FVU is highest at layer {highest.layer} ({highest.balanced_fvu:.4f})"
     scores = {leg.layer: leg.ce_loss_score for leg in legs if is_number(leg.ce_loss_score)}
     if scores:
         lowest = min(scores, key=scores.__getitem__)
-        text += f", and the CE score lowest at layer {lowest} ({scores[lowest]:.4f})"
+        text += f", and the CE score is lowest at layer {lowest} ({scores[lowest]:.4f})"
     return f"{text}."
 
 
 def other_signs(summary: Summary, measures: Measures | None) -> list[str]:
-    """Say what else indicates a hard transfer: where features share fewest tokens with the features they started as."""
+    """Say what else indicates a hard transfer: where features share fewest tokens with their parent features."""
     shares = []
     legs = {leg.id for leg in summary.legs}
     for row in (measures.transferability or ()) if measures else ():
@@ -321,6 +321,7 @@ def other_signs(summary: Summary, measures: Measures | None) -> list[str]:
     least = [f"{100 * share:.0f} % at layer {layer}" for share, layer in shares[:2]]
     most, most_layer = shares[-1]
     return [
-        f"Another sign: features share fewest tokens with those they started as ({listed(least)}; at most "
-        f"{100 * most:.0f} %, layer {most_layer}). That says how much had to change, not how good the result is."
+        "Another sign is feature transferability, the share of tokens that features have in common with the parent "
+        f"features they started from. It is lowest with {listed(least)}, and highest with {100 * most:.0f} % at layer "
+        f"{most_layer}. It says how much had to change, not how good the result is."
     ]

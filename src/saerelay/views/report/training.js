@@ -24,8 +24,8 @@ saerelay.views.training = async function drawTraining(body) {
     const caption = captionOf(
       run,
       `${definition}. Each point is a mean over one block of tokens; dashed lines are controls. ` +
-        "Values before the end are not those of a shorter run: the learning rate has not decayed " +
-        "yet.",
+        "Values before the end are not what a shorter run would reach, because the learning rate " +
+        "has not decayed yet.",
     );
     picture.replaceChildren(lineChart(chart), caption);
   }
@@ -33,8 +33,8 @@ saerelay.views.training = async function drawTraining(body) {
   body.append(
     element(
       "p.lead",
-      "Each SAE over the tokens it was trained on. A transferred SAE starts from its parent's " +
-        "weights, not from a random initialisation.",
+      "Each SAE during its training, by the number of tokens. A transferred SAE starts from its " +
+        "parent's weights, not from a random initialisation.",
     ),
     element(
       "div.controls",

@@ -36,7 +36,7 @@ interface DataFiles {
 /** Facts of the run; loaded with the page. */
 interface Run {
   model: string;
-  /** What stands below every figure: model, data, tokens, dictionaries, L0, seed. */
+  /** The caption of every figure: model, data, tokens, dictionaries, L0, seed. */
   caption: string;
   metrics: Record<string, Definition>;
   /** Features in each file of data/features. */
@@ -386,7 +386,7 @@ interface LineChart {
   xLabel: string;
   yLabel: string;
   logarithmic: boolean;
-  /** The drawing's description, for those who cannot see it. */
+  /** The drawing's description, for screen readers. */
   label: string;
 }
 

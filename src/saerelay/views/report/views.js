@@ -3,7 +3,7 @@
 
 /** @type {Map<string, Promise<unknown>>} data files that were requested, or came with the page */
 const dataFiles = new Map();
-/** @type {Map<string, (data: any) => void>} resolve the promises of those still being loaded */
+/** @type {Map<string, (data: any) => void>} resolve the promises of files still being loaded */
 const waiting = new Map();
 
 const saerelay = {
@@ -96,7 +96,7 @@ const ENTRY_OF_VIEW = /** @type {Record<string, string>} */ ({
   compare: "features",
 });
 
-/** How often a view was asked for: one that was drawn too late is not shown. */
+/** Number of views requested so far: a view that is drawn after a later request is not shown. */
 let timesAsked = 0;
 
 async function showCurrentView() {
@@ -138,7 +138,7 @@ function markNavigation(entry) {
 }
 
 /**
- * Draw a view beside the old one and replace that at once, so that nothing flickers.
+ * Draw a view off the page, then replace the old one at once, so that nothing flickers.
  *
  * @param {string} view
  * @param {number} turn

@@ -25,7 +25,7 @@ def matrix_tables(matrix: Matrix) -> list[Text | Table]:
             tables.append(_matrix_table(matrix, cells, metric, method))
     n_tokens = format_count(matrix.n_tokens)
     fitted = format_count(matrix.map_tokens)
-    tables.append(Text(f"\n{n_tokens} held-out tokens; maps fitted on {fitted} training tokens. Bold: at home."))
+    tables.append(Text(f"\n{n_tokens} held-out tokens; maps fitted on {fitted} training tokens. Bold: own layer."))
     return tables
 
 
@@ -54,11 +54,14 @@ def measures_tables(measures: Measures) -> list[Table]:
 
 def _transfer_table(measures: Measures) -> Table:
     table = Table(box=None, pad_edge=False, title_justify="left", caption_justify="left")
-    table.title = "what transfers, and direct logit attribution"
-    table.caption = "MMCS: of the parent's latents with the leg's. See docs/run-directory.md."
+    table.title = "what transfers, and direct logit attribution (DLA)"
+    table.caption = (
+        "MMCS: mean maximum cosine similarity of the parent's latents with the leg's; folded: after folding the parent "
+        "through the map between the layers. The shares are defined in docs/run-directory.md."
+    )
     for name in ("leg", "parent"):
         table.add_column(name, overflow="fold")
-    for name in ("MMCS", "folded", "transferability", "top logits", "bottom logits", "tokens", "DLA"):
+    for name in ("MMCS", "folded", "transferability", "top logits", "bottom logits", "top tokens", "DLA"):
         table.add_column(name, justify="right")
 
     hops = {}
@@ -93,9 +96,9 @@ def _share_columns(row: Transferability | None) -> list[str]:
 def _score_table(measures: Measures) -> Table:
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.title = "normalised transfer score: 0 is zero-shot, 1 is from scratch"
-    for name in ("leg", "zero-shot by", "scratch"):
+    for name in ("leg", "zero-shot method", "from scratch"):
         table.add_column(name)
-    for name in ("its tokens", "FVU", "CE score"):
+    for name in ("scratch tokens", "FVU", "CE score"):
         table.add_column(name, justify="right")
     for row in measures.transfer_scores or ():
         if not row.snapshot:
@@ -107,7 +110,7 @@ def _score_table(measures: Measures) -> Table:
 
 def _offset_table(measures: Measures) -> Table:
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.title = "mean FVU by offset (layer used on − layer trained at), untrained"
+    table.title = "mean zero-shot FVU by layer offset (target layer − source layer)"
     table.add_column("method")
     rows = [row for row in measures.offsets or () if row.metric == "fvu" and row.tokens is None]
     offsets = sorted({row.offset for row in rows})

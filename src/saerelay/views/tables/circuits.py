@@ -11,12 +11,12 @@ def circuit_tables(document: Circuits) -> list[Text | Table]:
     """Show faithfulness and completeness of each leg's circuits, and of transferred legs minus legs from scratch."""
     asked = document.asked
     head = (
-        f"{visible(asked.task)}: {document.model} is right on {document.accuracy:.1%} of {asked.n_prompts} prompts, "
-        f"mean logit difference {document.m:.3g} ± {document.m_se:.2g}. Circuits of K latents found on "
-        f"{document.n_found_on} prompts by {asked.method}, judged on the other {document.n_judged_on}."
+        f"{visible(asked.task)}: {document.model} answers {document.accuracy:.1%} of {asked.n_prompts} prompts right, "
+        f"mean logit difference {document.m:.3g} ± {document.m_se:.2g}. Circuits of K latents were found on "
+        f"{document.n_found_on} prompts by {asked.method}, and evaluated on the other {document.n_judged_on}."
     )
-    faithfulness = _table("faithfulness: 1 is the model's", ("leg", "∅"), asked.k)
-    completeness = _table("completeness: 0 is best", ("leg", "∅"), asked.k)
+    faithfulness = _table("faithfulness (ideal: 1)", ("leg", "∅"), asked.k)
+    completeness = _table("completeness (ideal: 0)", ("leg", "∅"), asked.k)
     for row in document.legs:
         empty = f"{sum(row.m_empty) / len(row.m_empty):.2f}"
         with_circuit = [with_error(circuit.faithfulness, circuit.faithfulness_se, 2) for circuit in row.circuits]
@@ -33,8 +33,8 @@ def circuit_tables(document: Circuits) -> list[Text | Table]:
         differences.add_row(*name, *cells)
 
     end = (
-        "\n∅: mean logit difference with all latents ablated, each at its mean over prompts; the reconstruction error "
-        "stays. ±: standard error over prompts."
+        "\n∅: mean logit difference with all latents ablated, each at its mean over prompts; the SAE's "
+        "reconstruction error stays in place. ±: standard error over prompts."
     )
     tables = [table for table in (faithfulness, completeness, differences) if table.row_count]
     return [Text(head), *tables, Text(end)]

@@ -55,7 +55,7 @@ def interpretation_tables(document: InterpretationSummary) -> list[Table | Text]
 
     note = (
         "Means over latents ± standard error; 0.5 is chance. Detection: in which texts does the latent fire? Fuzzing: "
-        "are the marked tokens those it fires on? Cost: of all answers these rest on, whenever they were paid for."
+        "does it fire on the marked tokens? Cost: of all answers behind these scores, earlier runs included."
     )
     n_failed = sum(leg.n_failed_questions for leg in document.legs)
     if n_failed:

@@ -14,7 +14,7 @@ PUBLISHED = (
 
 
 def drawn_lines(key: JudgingKey) -> list[str]:
-    """List what a judging page holds, by origin, and which origins the run lacks; not for judges."""
+    """List the latents of a judging page by origin, and the origins that the run lacks; not for judges."""
     lines = []
     for origin in ("scratch", "forward", "backward"):
         legs = [item.leg for item in key.items if item.origin == origin]
@@ -41,8 +41,8 @@ def judging_tables(scores: Scores) -> list[Table | Text]:
         layers = ", ".join(str(layer) for layer in row.layers) or "none"
         interval = f"{percent(row.low, '+')} to {percent(row.high, '+')}"
         lines.append(
-            f"{row.origin} − scratch, over the layers that have both ({layers}): {percent(row.difference, '+')}, "
-            f"{interval}"
+            f"{row.origin} − scratch, over the layers that have both ({layers}): {percent(row.difference, '+')} "
+            f"(95 % interval {interval})"
         )
     for row in scores.judges:
         answers = f"{row.n_yes} yes, {row.n_no} no, {row.n_skip} skipped, {row.n_left} not answered"

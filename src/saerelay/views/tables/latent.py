@@ -23,7 +23,7 @@ def latent_view(latent: LatentDescription, *, colour: bool) -> Group:
         lines.append(
             Text(
                 f"fires on {share:.3%} of {latent.n_tokens:,} held-out tokens ({latent.n_fired:,}), max "
-                f"{latent.max_activation:.3g}, mean {latent.mean_activation:.3g} where it does"
+                f"{latent.max_activation:.3g}, mean {latent.mean_activation:.3g} when active"
             )
         )
         lines += [_histogram(latent.histogram), Text()]
@@ -33,7 +33,7 @@ def latent_view(latent: LatentDescription, *, colour: bool) -> Group:
     if latent.interpretation:
         explained = latent.interpretation
         scores = f"detection {decimal(explained.detection)}, fuzzing {decimal(explained.fuzzing)}"
-        text = f"{visible(explained.model, 80)} explains it: {visible(explained.explanation, 500)} ({scores})"
+        text = f"explanation by {visible(explained.model, 80)}: {visible(explained.explanation, 500)} ({scores})"
         lines.append(Text(text))
     lines.append(Text())
     lines += _logits("promotes  ", latent.top_logits)

@@ -18,7 +18,17 @@ from saerelay.views.text import duration, flops
 def survey_table(survey: Survey) -> Table:
     """Show the survey with one row per layer: its own measurements, and those of the hops from its neighbours."""
     table = Table(box=None, pad_edge=False, title="survey", title_justify="left")
-    columns = ("layer", "norm", "pilot FVU", "R² from below", "above", "angle", "above ", "FVU after hop", "above  ")
+    columns = (
+        "layer",
+        "RMS norm",
+        "pilot FVU",
+        "R² from below",
+        "R² from above",
+        "angle/π from below",
+        "angle/π from above",
+        "hop FVU from below",
+        "hop FVU from above",
+    )
     for name in columns:
         table.add_column(name, justify="right")
     layers = [layer.layer for layer in survey.layers]
@@ -43,15 +53,16 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
     long_layers = ", ".join(str(layer) for layer in sorted({survey.hub, *survey.long.ends}))
     return [
         Text(
-            f"Predicted: FVU at every layer is at most {choice.ratio:.3f} times that of training from scratch on "
-            f"root_tokens, on validation rows. Basis: pilots of {format_count(survey.pilot_tokens)} tokens at all "
-            f"layers and of {format_count(survey.long.long_tokens)} at layers {long_layers}, and hops of the pilots "
-            "without training."
+            f"Predicted: at every layer, the FVU on validation rows is at most {choice.ratio:.3f} times that of an SAE "
+            f"trained from scratch on root_tokens. Basis: pilots of {format_count(survey.pilot_tokens)} tokens at all "
+            f"layers, pilots of {format_count(survey.long.long_tokens)} tokens at layers {long_layers}, and hops of "
+            "the pilots without training."
         ),
         Text(
             f"The survey took {duration(cost.seconds)}, {flops(cost.flops)}, {format_count(cost.sae_samples)} "
-            f"activations and {format_count(cost.lm_tokens)} tokens of the language model; the costs below come on "
-            f"top. The bound, the language model alone: {flops(choice.cost.lm_flops)}, {duration(choice.seconds_lm)}."
+            f"activations and {format_count(cost.lm_tokens)} tokens of the language model; the costs below do not "
+            f"include it. Lower bound, the language model alone: {flops(choice.cost.lm_flops)}, "
+            f"{duration(choice.seconds_lm)}."
         ),
     ]
 
@@ -64,7 +75,7 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("leg", "role", "from", "method"):
         table.add_column(name, overflow="fold")
-    numbers = ("starts at", "tokens", "latents", "lr") + (("FVU", "ratio") if reference else ())
+    numbers = ("starts at", "tokens", "latents", "lr") + (("predicted FVU", "ratio to scratch") if reference else ())
     for name in numbers:
         table.add_column(name, justify="right")
     for leg in plan.legs:
@@ -122,21 +133,21 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
         table.add_row(
             "cache",
             f"up to {cost.cache_bytes / 2**30:.2f} GiB of activations in {escape(plan.recipe.data.cache)} "
-            f"(less what is cached already, and what is read again); {cache_pays(cost, seconds)}",
+            f"(less if part of it is cached already, or is read again); {cache_pays(cost, seconds)}",
         )
     return table
 
 
 def cache_pays(cost: Cost, seconds: dict[str, float] | None) -> str:
-    """Say above which reading speed a cache beats computing activations again, by measured time or by operations.
+    """Say above which reading speed a cache is faster than computing activations again, by time or by operations.
 
     >>> cost = Cost.model_construct(cache_bytes=4e9, lm_flops=8e12)
     >>> cache_pays(cost, {"lm": 2.0})
-    'reading beats computing where it gives more than 2.0 GB/s per process'
+    'reading is faster than computing above 2.0 GB/s per process'
     >>> cache_pays(cost, None)
-    'reading beats computing where it gives more than 500 MB/s for each TFLOP/s of the language model'
+    'reading is faster than computing above 500 MB/s for each TFLOP/s of the language model'
     """
-    beats = "reading beats computing where it gives more than"
+    beats = "reading is faster than computing above"
     if seconds:
         return f"{beats} {cost.cache_bytes / seconds['lm'] / 1e9:.1f} GB/s per process"
     megabytes = cost.cache_bytes / cost.lm_flops * 1e12 / 1e6
@@ -162,6 +173,6 @@ def spread_table(plan: Plan, spread: Spread) -> Group:
         lines.append(
             f"If each rank is as fast as this machine: {duration(spread.seconds)} "
             f"({format_count(int(plan.n_tokens / spread.seconds))} tokens/s), against "
-            f"{duration(spread.seconds_of_one)} for one, without the exchange"
+            f"{duration(spread.seconds_of_one)} for a single rank; the exchange is not counted"
         )
     return Group(table, *lines)

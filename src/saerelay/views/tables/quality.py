@@ -12,14 +12,14 @@ from saerelay.views.text import decimal, duration, is_number, percent, with_erro
 
 def quality_table(summary: Summary) -> Table:
     """Show one row per leg, with its controls and snapshots below it, layer by layer."""
-    title = f"{escape(summary.model)}: held-out quality of every leg"
+    title = f"{escape(summary.model)}: held-out quality of every SAE"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     predicted = any(leg.predicted_fvu is not None for leg in summary.legs)
     for name in ("layer", "SAE"):
         table.add_column(name)
     numbers = ["tokens", "L0", "ΔCE (nats)", "balanced FVU", "FVU", "CE score", "alive"]
     if predicted:
-        numbers += ["predicted", "validation"]
+        numbers += ["predicted FVU", "validation FVU"]
     for name in numbers:
         table.add_column(name, justify="right")
 
@@ -36,7 +36,7 @@ def quality_table(summary: Summary) -> Table:
             table.add_row(*row, style="dim")
             _add_spread(table, summary, control)
         for snapshot in leg.snapshots:
-            table.add_row("", "  snapshot, mid-run", *_metrics(snapshot), style="dim")
+            table.add_row("", "  snapshot during training", *_metrics(snapshot), style="dim")
     return table
 
 
@@ -72,21 +72,23 @@ def notes(summary: Summary) -> list[Text]:
     if is_number(cost.seconds) and is_number(cost.from_scratch.seconds_estimate):
         lines.append(
             "Time is wall-clock time on this machine; from scratch it is extrapolated from the legs that were trained "
-            "from scratch. Where other programs run, trust samples and operations instead."
+            "from scratch. If other programs ran at the same time, rely on samples and operations instead."
         )
     if is_number(cost.processor_seconds):
-        lines.append(f"Processor time of the whole run, controls included: {duration(cost.processor_seconds)}.")
+        lines.append(f"CPU time of the whole run, controls included: {duration(cost.processor_seconds)}.")
     if cost.controls.seconds:
         extra = "Controls and repeats with other seeds" if summary.first_seeds != summary.legs else "Controls"
-        lines.append(f"{extra} took another {duration(cost.controls.seconds)}, not counted above; nor is evaluation.")
+        lines.append(
+            f"{extra} took another {duration(cost.controls.seconds)}; neither this nor evaluation is counted above."
+        )
     if summary.left_out and summary.left_out.note:
         lines.append(f"Note: {summary.left_out.note}.")
     misleading = misleading_fvu(summary)
     if misleading:
         lines.append(misleading)
     lines.append(
-        "ΔCE: rise of the model's loss with the SAE in place, ± standard error over sequences. These are the same for "
-        "all SAEs: differences between them are surer than the errors suggest (eval/*.json has ΔCE by sequence). FVU: "
-        "lower is better."
+        "ΔCE: increase of the model's loss with the SAE in place, ± standard error over sequences. The sequences are "
+        "the same for all SAEs, so differences between SAEs are more certain than these errors suggest (eval/*.json "
+        "has ΔCE by sequence). FVU: lower is better."
     )
     return [Text(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Cheaper in what? Samples, tokens, operations and time of a suite, compared with the same layers from scratch."""
+"""The cost of a suite in samples, tokens, operations and time, compared with the same layers from scratch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from saerelay.views.text import duration, flops, is_number, listed
 EQUAL = 1.05
 """Costs that differ by less than this factor count as the same."""
 OPERATIONS = "operations"
-"""The price by which training from scratch is given an equal budget."""
+"""The resource of which `verdict` gives training from scratch as much as the suite takes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def _count(n: float) -> str:
 
 def savings_table(prices: Sequence[Price], tokens: int) -> Table:
     """Show one row per resource that training takes; from scratch, every layer is trained on `tokens`."""
-    table = Table(box=None, pad_edge=False, title="cheaper in what?", title_justify="left")
+    table = Table(
+        box=None, pad_edge=False, title="cost, compared with training every layer from scratch", title_justify="left"
+    )
     table.add_column("")
     for name in ("this suite", f"from scratch, {format_count(tokens)} each", "the suite takes"):
         table.add_column(name, justify="right")
@@ -87,13 +89,13 @@ def verdict(prices: Sequence[Price], tokens: int) -> Text:
     if cheaper:
         sentence = f"The suite saves {listed(cheaper)}"
         if dearer:
-            sentence += f"; it takes more {listed(dearer)}"
+            sentence += f"; it needs more {listed(dearer)}"
     else:
         sentence = "The suite saves nothing"
 
     operations = next(price for price in prices if price.name == OPERATIONS)
     affordable = tokens * operations.ours / operations.theirs
     return Text(
-        f"{sentence}. For the same operations every layer can be trained from scratch on {_count(affordable)} "
-        "tokens: that is what it has to beat."
+        f"{sentence}. For the same operations, every layer could be trained from scratch on {_count(affordable)} "
+        "tokens; transfer pays only if it beats that."
     )
