@@ -62,7 +62,8 @@ def _transfer_table(measures: Measures) -> Table:
     for name in ("leg", "parent"):
         table.add_column(name, overflow="fold")
     for name in ("MMCS", "folded", "transferability", "top logits", "bottom logits", "top tokens", "DLA"):
-        table.add_column(name, justify="right")
+        longest_word = max(map(len, name.split()))  # so that a narrow terminal breaks names between words
+        table.add_column(name, justify="right", min_width=longest_word)
 
     hops = {}
     for row in measures.similarity:
