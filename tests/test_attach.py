@@ -492,7 +492,7 @@ def test_what_cannot_be_told_apart_is_an_error_and_not_lost(llama: Any) -> None:
         with pytest.raises(ModelError, match=r"L1: activations of the shape \(1, 4, 32\) passed here"):
             x = torch.randn(1, 4, 32)
             llama.model.layers[1](x, position_embeddings=llama.model.rotary_emb(x, torch.arange(4)[None]))
-        with pytest.raises(ModelError, match="padding cannot be seen in an attention mask of type str"):
+        with pytest.raises(ModelError, match="padding cannot be read from an attention mask of type str"):
             llama(input_ids=PROMPT, attention_mask="all")
 
 

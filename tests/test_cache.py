@@ -348,7 +348,7 @@ def test_disk_need_is_known_shown_and_refused(place: Path, tmp_path: Path, monke
     free = {"bytes": 1000}
     fake = lambda path: type("Usage", (), {"free": free["bytes"]}) if Path(path) == cache else real(path)  # noqa: E731
     monkeypatch.setattr("shutil.disk_usage", fake)
-    told = r"cache.*: this run adds [\d.]+ GiB of activations and 0.0 GiB are free; free space, set data.cache to"
+    told = r"cache.*: this run adds [\d.]+ GiB of activations, but 0.0 GiB are free; free disk space, set data.cache to"
     with pytest.raises(DataError, match=told) as caught:
         sr.train_run(run, tmp_path / "a")
     assert caught.value.exit_code == 2 and not (tmp_path / "a").exists() and not files(cache)

@@ -106,7 +106,7 @@ CASES = {
     "parent directory missing": (
         "controls = [0]", '[[plan.legs]]\nid = "a"\nlayer = 1\nparent = "no/where"\ntokens = 64', r"no/where: no such file or directory"
     ),
-    "logger not installed": ("[train]", '[train]\nloggers = ["wandb"]', r"asks for wandb, which is not installed; pip install"),
+    "logger not installed": ("[train]", '[train]\nloggers = ["wandb"]', r"names wandb, which is not installed; install it with pip"),
     "wrong budget": ("controls = [0]", 'budget = "soon"', r'plan.budget: "soon" is not a valid budget; write "10M tokens"'),
     "two aims": ("controls = [0]", 'budget = "1 hours"\nfvu_ratio = 1.1', r"budget and fvu_ratio are given; keep one"),
     "aim without auto": ("controls = [0]", "fvu_ratio = 1.1", r'belong to preset = "auto"'),
@@ -274,7 +274,7 @@ def test_several_legs_at_a_site_are_listed(place: Path, tmp_path: Path) -> None:
     run = sr.Recipe.from_toml(changed(place, tmp_path, 'preset = "hub"', 'preset = "paper"'))
     run = run.changed(plan=run.plan.changed(controls=[]))
     suite = sr.train_run(run, tmp_path / "paper")
-    with pytest.raises(sr.SaeRelayError, match="3 legs at L1: L1, L1-from-L0, L1-from-L2; ask for one by its id"):
+    with pytest.raises(sr.SaeRelayError, match="3 legs at L1: L1, L1-from-L0, L1-from-L2; name one by its id"):
         suite[sr.Site(1)]
     assert suite["L1-from-L2"].n_latents == 64
     assert len(list((tmp_path / "paper/legs/L1/snapshots").iterdir())) == 9
@@ -354,7 +354,7 @@ def test_a_hop_of_another_width_is_refused_before_anything_is_written(
         tmp_path / "x",
     ]
     code, _, stderr = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 2 and "reads activations 8 wide, L2 is 32 wide" in stderr and not (tmp_path / "x").exists()
+    assert code == 2 and "of width 8, but those of L2 have width 32" in stderr and not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

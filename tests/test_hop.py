@@ -135,9 +135,9 @@ def test_from_a_model_of_another_width(place: Path, run: sr.Run, tmp_path: Path)
     assert (suite[leg.id].d_model, suite[leg.id].n_latents) == (32, 64) and leg.id == "L2-from-L0"
     scratch = 0.1  # random models share little but tokens and positions: it has to work, not to be good
     assert fvu(tmp_path / "x") < 1 - scratch
-    with pytest.raises(sr.SaeRelayError, match="needs a source and a target of the same width; these are 48 and 32"):
+    with pytest.raises(sr.SaeRelayError, match="source and a target of the same width, but their widths are 48 and 32"):
         sr.hop_run(source, 2, run, tmp_path / "y", model=str(tmp_path / "wide"), method="rescale")
-    with pytest.raises(sr.SaeRelayError, match="reads activations 48 wide"):
+    with pytest.raises(sr.SaeRelayError, match="reads activations of width 48"):
         sr.hop_run(source, 1, run, tmp_path / "z")
 
 

@@ -396,7 +396,7 @@ def test_no_pickle_is_run(tmp_path: Path, kind: str) -> None:
     else:
         file = tmp_path / "6.pt"
         file.write_bytes(pickle.dumps({"encoder.weight": Bomb(marker)}, protocol=2))
-    reason = "allow_pickle=False" if kind == "npz" else "reading those can run code; refused"
+    reason = "allow_pickle=False" if kind == "npz" else "reading such objects can run code; refused"
     with pytest.raises(FormatError, match=rf"{file.name}: .*{reason}"):
         load_dictionary(file)
     assert not marker.exists()
@@ -435,7 +435,7 @@ def test_an_index_names_only_files_beside_it(tmp_path: Path, name: Any) -> None:
 @pytest.mark.parametrize("index", [{}, {"weight_map": 3}, {"weight_map": {"w_enc": "params.safetensors"}}])
 def test_an_index_without_files_is_refused(tmp_path: Path, index: dict) -> None:
     (tmp_path / "params.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FormatError, match="weight_map is missing|params.safetensors: no such file"):
+    with pytest.raises(FormatError, match="weight_map, .* is missing|params.safetensors: no such file"):
         load_dictionary(tmp_path, format="gemma_scope")
 
 

@@ -207,7 +207,7 @@ def test_a_missing_scaling_factor_is_warned_of(tmp_path: Path) -> None:
     path = copied("saelens/batchtopk-checkpoint-normed", tmp_path)
     with_factor, _ = load_dictionary(path)
     (path / "activation_scaler.json").unlink()
-    with pytest.warns(UserWarning, match=r"missing here \(activation_scaler.json\); read as if it were 1"):
+    with pytest.warns(UserWarning, match=r"missing here \(activation_scaler.json\); a factor of 1 is assumed"):
         without, _ = load_dictionary(path)
     assert not torch.allclose(with_factor.b_dec, without.b_dec)
 

@@ -145,9 +145,9 @@ def test_a_leg_may_be_called_a_transcoder(facts: ModelFacts) -> None:
     leg = {"id": "a", "layer": 0, "module": "transcoder", "tokens": 4096}
     (settled,) = make_plan(facts, plan={"legs": [leg], "tiers": []}).legs
     assert str(settled.kind) == "transcoder" and settled.site_out == Site(0, "mlp_out")
-    with pytest.raises(RecipeError, match='with module_out = "attn_out", name the module that is read'):
+    with pytest.raises(RecipeError, match='with module_out = "attn_out", set module to the module that is read'):
         make_plan(facts, plan={"legs": [leg | {"module_out": "attn_out"}], "tiers": []})
-    with pytest.raises(PlanError, match=r'a suite has it as suite\["L3.transcoder"\]'):
+    with pytest.raises(PlanError, match=r'write suite\["L3.transcoder"\]'):
         Site(3, "transcoder")  # type: ignore[arg-type]
 
 

@@ -227,11 +227,11 @@ def test_a_model_that_cannot_resume_runs_whole(family_directory: Callable[[str],
 def test_what_is_no_site_and_what_are_no_token_ids_say_so(llama: LanguageModel) -> None:
     with pytest.raises(PlanError, match=r"^1 is not a site; write Site\(1\)"):
         llama.harvest(TOKENS, [1])  # type: ignore[list-item]
-    with pytest.raises(DataError, match=r"not this: shape \(7,\)"):
+    with pytest.raises(DataError, match=r"found shape \(7,\)"):
         llama.harvest(TOKENS[0], [Site(1)])
-    with pytest.raises(DataError, match="not this: .*ndarray"):
+    with pytest.raises(DataError, match="found .*ndarray"):
         llama.harvest(TOKENS.numpy(), [Site(1)])  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"from \d+ to 101, but .* knows 0 to 100"):
+    with pytest.raises(DataError, match=r"from \d+ to 101, but .* knows only 0 to 100"):
         llama.harvest(TOKENS.clone().fill_(101).index_fill_(1, torch.tensor([0]), 0), [Site(1)])
 
 

@@ -89,7 +89,7 @@ def test_a_directory_with_one_gguf_file_means_that_and_of_several_one_is_named(g
     shutil.copy(gguf, alone / "a.gguf")
     assert read_facts(spec_of(alone)).family == "llama"
     shutil.copy(gguf, alone / "b.gguf")
-    with pytest.raises(ModelError, match=r"which of its GGUF files is meant\? Set model.gguf_file. There are: a.*b.gg"):
+    with pytest.raises(ModelError, match=r"holds several GGUF files; set model.gguf_file to one. There are: a.*b.gg"):
         read_facts(spec_of(alone))
     assert read_facts(spec_of(alone, gguf_file="b.gguf")).n_layers == 3
     with pytest.raises(ModelError, match=r"no file c.gguf here \(model.gguf_file\). There are: a.gguf, b.gguf"):
@@ -189,9 +189,9 @@ def test_another_adapter_in_its_place_is_refused_on_resume(llama: Path, tmp_path
     train_run(run, tmp_path / "run")
     train_run(run, tmp_path / "run", resume=True)
     write_adapter(tmp_path / "lora", llama, seed=1)
-    with pytest.raises(ModelError, match="tokenizer or adapter are not those that this run was begun with"):
+    with pytest.raises(ModelError, match="tokenizer or adapter have changed since this run began"):
         train_run(run, tmp_path / "run", resume=True)
-    with pytest.raises(ModelError, match="not those that this run was begun with"):
+    with pytest.raises(ModelError, match="have changed since this run began"):
         load(tmp_path / "run").evaluate()
 
     share.export_run(str(tmp_path / "run"), tmp_path / "out", "saerelay")
@@ -246,7 +246,9 @@ def test_adapters_that_cannot_be_merged_are_refused_with_the_reason(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
         get_peft_model(AutoModelForCausalLM.from_pretrained(llama), prompts).save_pretrained(tmp_path / "prompts")
-    with pytest.raises(ModelError, match="adapters of the kind PROMPT_TUNING cannot be merged into weights; LoRA can"):
+    with pytest.raises(
+        ModelError, match="adapters of the kind PROMPT_TUNING cannot be merged into weights; use a LoRA"
+    ):
         LanguageModel.load(spec_of(llama, adapter=str(tmp_path / "prompts")))
 
 
@@ -259,10 +261,10 @@ def test_an_adapter_with_tensors_missing_is_refused(llama: Path, tmp_path: Path)
     tensors = load_file(path)
     gone = min(tensors)
     save_file({key: value for key, value in tensors.items() if key != gone}, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="it lacks 1 tensors: base_model"):
+    with pytest.raises(ModelError, match="it lacks 1 of its tensors, such as base_model"):
         LanguageModel.load(spec_of(llama, adapter=str(tmp_path / "lora")))
     save_file(tensors | {"base_model.model.other": torch.zeros(2)}, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="it has, and the model has no place for, 1 tensors: base_model.model.other"):
+    with pytest.raises(ModelError, match="the model has no place for 1 of its tensors, such as base_model.model.other"):
         LanguageModel.load(spec_of(llama, adapter=str(tmp_path / "lora")))
 
 

@@ -112,7 +112,7 @@ def test_controls_have_equal_tokens_and_the_full_budget(facts: ModelFacts) -> No
     assert equal.control_of == full.control_of == transfer.id and (equal.parent, full.parent) == ("", "")
     assert equal.budget_tokens == transfer.budget_tokens + transfer.moment_tokens
     assert full.budget_tokens == plan.leg("L3").budget_tokens and full.start == 0
-    with pytest.raises(PlanError, match="L3, which is not reached by a transfer"):
+    with pytest.raises(PlanError, match="L3, which no transfer in this plan reaches"):
         compiled(facts, plan={"controls": [3]})
 
 
@@ -212,7 +212,7 @@ def test_explicit_legs(facts: ModelFacts) -> None:
         ({"layer": 9}, "layer 9 is out of range: paper-model has layers 0 to 5"),
         ({"k": 100}, "dictionary.k is 100 but there are only 64 latents; lower k or raise n_latents"),
         ({"batch_tokens": 48}, "batch_tokens 48 does not divide train.batch_tokens 64"),
-        ({"parent": "y", "module": "attn_z"}, "its parent y reads activations 16 wide, L1.attn_z is 24 wide"),
+        ({"parent": "y", "module": "attn_z"}, "reads activations of width 16, but those of L1.attn_z have width 24"),
         ({"id": "y"}, "two legs have the id y"),
         ({"tokens": 0}, "is trained from scratch with 0 tokens"),
     ],
@@ -306,7 +306,7 @@ def test_an_extension_keeps_the_roots_and_the_probe(facts: ModelFacts) -> None:
 
 def test_an_extension_does_not_change_what_is_finished(facts: ModelFacts) -> None:
     old = compiled(facts)
-    with pytest.raises(PlanError, match="is finished and the recipe changes its dictionary"):
+    with pytest.raises(PlanError, match="is finished, but the recipe changes its dictionary"):
         compiled(facts, finished=old, dictionary={"n_latents": 64, "k": 8})
 
 

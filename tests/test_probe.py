@@ -349,7 +349,7 @@ def test_logits_that_are_no_linear_readout_have_no_unembedding(tmp_path: Path, c
             hf_model.forward = lambda **options: negated(own(**options))
         case "no norm of the stream":
             hf_model.model.norm = Changed(nn.Linear(32, 32), torch.nn.functional.gelu)
-    with pytest.raises(ModelError, match="are no linear function of its normed residual stream"):
+    with pytest.raises(ModelError, match="are not a linear function of its normed residual stream"):
         model.unembedding()
 
 
@@ -363,5 +363,5 @@ def test_a_prediction_head_is_no_linear_readout(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("modernbert-decoder", **keys | ONE_EOS)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="are no linear function"):
+    with pytest.raises(ModelError, match="are not a linear function"):
         LanguageModel.load(spec_of(tmp_path)).unembedding()

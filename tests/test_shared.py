@@ -71,10 +71,10 @@ def test_a_plan_of_other_presets_says_nothing_of_it(facts: ModelFacts) -> None:
     ("leg", "said"),
     [
         ({"shared_layers": [0, 7]}, "layer 7 is out of range"),
-        ({"shared_layers": [1, 2]}, r"other layers than its own, 1, each once, not \[1, 2\]"),
+        ({"shared_layers": [1, 2]}, r"layers other than its own, 1, each once; found \[1, 2\]"),
         ({"shared_layers": [0, 0]}, "each once"),
         ({"shared_layers": [0], "parent": "runs/a/legs/L0"}, "belong to a leg from scratch"),
-        ({"shared_layers": [0], "module": "transcoder"}, "layers can share SAEs only"),
+        ({"shared_layers": [0], "module": "transcoder"}, "layers can share only SAEs"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(facts: ModelFacts, leg: dict[str, Any], said: str) -> None:

@@ -94,7 +94,7 @@ def test_many_files_stay_whole_and_a_byte_order_mark_is_honoured(
     [
         ("a café".encode()[:-1], r"notes.txt: ends in the middle of a character \(byte \d+\)"),
         ("wörd\n".encode("latin-1") * 900, r"notes.txt: not utf-8 text: byte 0xf6 at \d+\. Convert it"),
-        ("word\n".encode("utf-16-le") * 900, "notes.txt: has zero bytes in it, so it is no text, or UTF-16 without"),
+        ("word\n".encode("utf-16-le") * 900, "notes.txt: contains zero bytes, so it is either not text or UTF-16"),
         ("word\n".encode("utf-16") * 9000, "notes.txt: is utf-16 text, which cannot be cut into documents"),
     ],
 )
@@ -132,7 +132,7 @@ def test_text_that_cannot_be_read_is_refused_with_file_and_remedy(
     )
     path = write_jsonl(tmp_path / "a.jsonl", texts(30), key="body")
     said = message(lambda: make_corpus(text=[str(path)]))
-    assert f"{path}, line " in said and 'no text under "text"; found id, body. Name the right one in data.col' in said
+    assert f"{path}, line " in said and 'no text under "text"; found id, body. Set data.column to the right key' in said
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts(30)) + "\n\n{oops\n")
     assert f"{path}, line 32: not valid JSON (" in message(lambda: make_corpus(text=[str(path)]))
     (tmp_path / "empty.txt").touch()

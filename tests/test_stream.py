@@ -225,7 +225,8 @@ def test_tokens_that_are_left_out_for_their_norm_are_counted_and_named(setting) 
     keep[:, 0] = False
     count.add(tokens, keep)
     assert (
-        "6.2% of the positions read (2; the most frequent is token 50: 2), by their norm at L4" in count.left_out().note
+        "6.2% of the positions read (2, of which 2 hold token 50, the most frequent), by their norm at L4"
+        in count.left_out().note
     )
     stream = LiveStream(stream.model, stream.sequences, plan)
     for number in range(2):

@@ -136,7 +136,7 @@ def test_killed_with_two_ranks_and_resumed_with_three_gives_the_same_bits(
     began = time.monotonic()
     codes = ranks.wait(60)
     assert codes[1] == -signal.SIGKILL and codes[0] == 1, ranks.said()
-    assert "stopped, since another rank did" in ranks.said() and "Traceback" not in ranks.said()
+    assert "stopped because another rank stopped" in ranks.said() and "Traceback" not in ranks.said()
     assert time.monotonic() - began < 50
 
     again = Ranks(3, tmp_path, words)  # without --resume: a team goes on by itself

@@ -112,7 +112,7 @@ def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
     wait_for(tmp_path / "run/state/state.json")
     ranks.processes[1].kill()
     codes = ranks.wait(60)
-    assert codes[0] == 1 and "stopped, since another rank did" in ranks.said(), ranks.said()
+    assert codes[0] == 1 and "stopped because another rank stopped" in ranks.said(), ranks.said()
     again = Ranks(2, tmp_path, words)
     assert again.wait() == [0, 0], again.said()
     assert digests(tmp_path / "run") == digests(together)
@@ -197,5 +197,5 @@ def test_activations_that_are_not_whole_on_every_rank_are_noticed(
     check_whole([same, same, same, same], facts, 2)
     check_whole([same, same, {Site(0): x + 1}, {Site(0): x + 1}], facts, 2)  # groups are not compared
     wrong = x[..., :16] if damage == "a part" else x + 1
-    with pytest.raises(ModelError, match=r"L1: the ranks that hold .* do not all have its activations there"):
+    with pytest.raises(ModelError, match=r"L1: the ranks that hold .* do not all have its complete activations there"):
         check_whole([same, same, same, same | {Site(1): wrong}], facts, 2)

@@ -80,7 +80,7 @@ def test_what_is_written_is_its_formula(tmp_path: Path, architecture: str, skip:
 def test_topk_and_saes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"L3.mlp_in is topk; .*--architecture batchtopk --tokens 0"):
         write_dictionary(tmp_path, random_transcoder("topk"), Origin(**AT_3), "circuit-tracer")
-    with pytest.raises(FormatError, match="L3 is not a transcoder, which circuit-tracer takes; export it as saelens"):
+    with pytest.raises(FormatError, match="only transcoders, and the SAE at L3 is not one; export it as saelens"):
         write_dictionary(tmp_path, random_transcoder(skip=False), Origin(site=Site(3)), "circuit-tracer")
     with pytest.raises(FormatError, match="formats of transcoders: saerelay, circuit-tracer"):
         write_dictionary(tmp_path, random_transcoder(), Origin(**AT_3), "saelens")
@@ -90,7 +90,7 @@ def test_topk_and_saes_are_refused(tmp_path: Path) -> None:
 def test_a_set_is_of_one_kind_and_says_where_layers_lack(tmp_path: Path) -> None:
     write_dictionary(tmp_path, random_transcoder(), Origin(**AT_3), "circuit-tracer")
     at_4 = Origin(site=Site(4, "mlp_in"), site_out=Site(4, "mlp_out"))
-    with pytest.raises(FormatError, match="has skip_connection False where others have True"):
+    with pytest.raises(FormatError, match="has skip_connection False, and others have True"):
         write_dictionary(tmp_path, random_transcoder(skip=False), at_4, "circuit-tracer")
     with pytest.warns(UserWarning, match=r"the set has the layers \[3\]"):
         check_set(tmp_path)

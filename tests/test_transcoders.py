@@ -77,7 +77,7 @@ def test_it_is_its_formula(architecture: str, skip: bool) -> None:
 
 def test_a_skip_connection_needs_what_was_read() -> None:
     _, d, x, _ = example("topk", True)
-    with pytest.raises(TransferError, match="also needs what it read"):
+    with pytest.raises(TransferError, match="decode also needs its input"):
         d.decode(d.encode(x))
 
 

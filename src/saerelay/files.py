@@ -109,7 +109,7 @@ def read_text(path: Path) -> str:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
     if status.st_size > MAX_TEXT_BYTES:
-        raise ValueError(f"{status.st_size / 2**30:.1f} GiB, more than any such file has")
+        raise ValueError(f"{status.st_size / 2**30:.1f} GiB, larger than any file of this kind")
     return path.read_text(encoding="utf-8")
 
 
@@ -166,7 +166,7 @@ def is_deep(data: Any) -> bool:
 _REMEDIES = {
     errno.ENOSPC: "free disk space",
     errno.EDQUOT: "free disk space, or raise your quota",
-    errno.EROFS: "the disk can only be read; use a copy elsewhere",
+    errno.EROFS: "the disk is read-only; use a copy elsewhere",
     errno.EACCES: "check who may read and write it",
     errno.EPERM: "check who may read and write it",
 }

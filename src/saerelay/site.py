@@ -35,7 +35,7 @@ class Site:
         if self.module == "transcoder":
             raise PlanError(
                 f"a transcoder is at two sites: it reads {TRANSCODER.module} and reconstructs {TRANSCODER.module_out}; "
-                f'a suite has it as suite["{TRANSCODER.leg_name(self.layer)}"], a recipe as sites.module = "transcoder"'
+                f'write suite["{TRANSCODER.leg_name(self.layer)}"] in Python, sites.module = "transcoder" in a recipe'
             )
         if self.module not in MODULE_KINDS:
             raise PlanError(f'unknown module "{self.module}"; expected one of: {", ".join(MODULE_KINDS)}')

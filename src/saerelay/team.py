@@ -195,4 +195,4 @@ def stopping_together() -> Iterator[None]:
         raise
     except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise TeamError(f"stopped, since another rank did ({first_line[:200]})") from None
+        raise TeamError(f"stopped because another rank stopped ({first_line[:200]})") from None

@@ -73,13 +73,15 @@ def test_a_state_of_another_plan_is_refused(world: Path, run: Path) -> None:
     plan = Plan.load(run / "plan.json")
     legs = [leg.changed(lr=2 * leg.schedule.lr) for leg in plan.legs]
     plan.changed(legs=legs).save(run / "plan.json")
-    with pytest.raises(RunDirectoryError, match=r"plan.json: leg L0 is not the one that .* was saved with"):
+    with pytest.raises(
+        RunDirectoryError, match=r"plan.json: leg L0 differs from the leg in .*, so that one of the two"
+    ):
         resume(world, run)
 
 
 def test_a_run_that_ends_without_a_leg_has_failed(world: Path, run: Path, call: Call) -> None:
     shutil.rmtree(run / "legs/L1-from-L0")
-    with pytest.raises(LegFailed, match="these legs are not published: L1-from-L0"):
+    with pytest.raises(LegFailed, match="the files of these legs are missing: L1-from-L0"):
         resume(world, run)
     code, said = call("train", world / "r.toml", "--out", run, "--resume")
     assert code == 1 and "Traceback" not in said
@@ -121,7 +123,7 @@ def test_another_model_in_the_place_of_the_runs_own_is_refused(world: Path, tmp_
     shutil.rmtree(tmp_path / "run/eval")
     for words in (("eval", tmp_path / "run"), ("train", recipe, "--out", tmp_path / "run", "--resume")):
         code, said = call(*words)
-        assert code == 2 and "are not those that this run was begun with" in said
+        assert code == 2 and "have changed since this run began" in said
     with pytest.raises(ModelError):
         sr.load(tmp_path / "run").session.model  # noqa: B018
 

@@ -118,9 +118,9 @@ class ActivationCache:
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise DataError(
-                f"{folder}: this run adds {needed / 2**30:.1f} GiB of activations and {free / 2**30:.1f} GiB are "
-                'free; free space, set data.cache to another disk or to "" (compute them again when needed), or read '
-                "fewer tokens or layers"
+                f"{folder}: this run adds {needed / 2**30:.1f} GiB of activations, but {free / 2**30:.1f} GiB are "
+                'free; free disk space, set data.cache to another disk or to "" (activations are then computed again '
+                "when needed), or read fewer tokens or layers"
             )
 
     def bytes_per_sequence(self, site: Site) -> int:

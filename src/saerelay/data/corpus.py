@@ -80,8 +80,8 @@ class CorpusFacts(Document):
             lines.append(f"left out {n:,} padding tokens (id {token}) of {self.source}")
         if self.special_tokens:
             lines.append(
-                f"{self.special_tokens:,} special tokens are spelled out in the text of {self.source}; the tokenizer "
-                "cannot read them as text"
+                f"{self.special_tokens:,} special tokens are spelled out in the text of {self.source} and are read as "
+                "special tokens, because the tokenizer cannot read them as text"
             )
         return lines
 
@@ -377,7 +377,7 @@ def _check_recipe(data: DataSpec, facts: ModelFacts, tokenizer: object) -> None:
     if tokenizer is None and not data.tokens:
         raise DataError(
             f"the model {facts.name} comes without a tokenizer, so text cannot be read; "
-            "tokenise it yourself and give data.tokens (a .npy file of token ids)."
+            "tokenise the text yourself and set data.tokens to a .npy file of token ids."
         )
 
 

@@ -386,9 +386,9 @@ def check_finite(site: Site, x: Tensor, keep: Tensor) -> None:
     if not n_bad:
         return
     dtype = str(x.dtype).removeprefix("torch.")
-    remedy = 'Set model.dtype = "bfloat16" or "float32", which hold them.'
+    remedy = 'Set model.dtype = "bfloat16" or "float32", which have a larger range.'
     if x.dtype != torch.float16:
-        remedy = "The model's weights may be damaged, or the model unfit for this dtype."
+        remedy = "The model's weights may be damaged, or the model may not work in this dtype."
     raise ModelError(
         f"{site}: {n_bad:,} of {int(keep.sum()):,} positions have activations that are not finite in {dtype} (inf or "
         f"nan). {remedy}"

@@ -141,8 +141,8 @@ def _decoded(path: Path, start: int, content: bytes, encoding: str = "utf-8") ->
     except UnicodeDecodeError as error:
         if error.reason == "unexpected end of data":
             raise DataError(
-                f"{path}: ends in the middle of a character (byte {start + error.start}); it is not whole. Get it "
-                "again, or cut it before that byte."
+                f"{path}: ends in the middle of a character (byte {start + error.start}), so it is incomplete. Get the "
+                "file again, or cut it off before that byte."
             ) from None
         raise DataError(
             f"{path}: not {encoding} text: byte {content[error.start] if error.start < len(content) else 0:#04x} at "
@@ -150,8 +150,8 @@ def _decoded(path: Path, start: int, content: bytes, encoding: str = "utf-8") ->
         ) from None
     if "\0" in text:
         raise DataError(
-            f"{path}: has zero bytes in it, so it is no text, or UTF-16 without a byte order mark. Convert it, for "
-            "example with `iconv -f utf-16le -t utf-8`, or leave it out."
+            f"{path}: contains zero bytes, so it is either not text or UTF-16 without a byte order mark. Convert it, "
+            "for example with `iconv -f utf-16le -t utf-8`, or leave it out."
         )
     return text.removeprefix("\ufeff")
 
@@ -168,7 +168,7 @@ def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
         raise _bad_line(path, start, f"expected a JSON object, found a {type(row).__name__}")
     if column not in row or not isinstance(row[column], str | None):
         keys = ", ".join(row)
-        raise _bad_line(path, start, f'no text under "{column}"; found {keys}. Name the right one in data.column')
+        raise _bad_line(path, start, f'no text under "{column}"; found {keys}. Set data.column to the right key')
     return row[column] or ""
 
 

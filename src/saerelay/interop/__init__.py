@@ -94,9 +94,9 @@ def load_dictionary(
     if isinstance(dictionary, LayerNormed):
         raise FormatError(
             f"{reference}: normalises each token by its own mean and standard deviation, which an SAE "
-            "of raw activations cannot do. In Python, saerelay.load_layer_normed reads it as it "
-            "is, and its at_scale(x) is the closest such SAE for activations x; `saerelay hop` "
-            "uses that"
+            "of raw activations cannot do. In Python, saerelay.load_layer_normed reads it unchanged, "
+            "and at_scale(x) of the result is the closest SAE of raw activations, for activations x; "
+            "`saerelay hop` uses this SAE"
         )
     return dictionary, origin
 
@@ -119,7 +119,7 @@ def read_any(
     path = hub.local(reference)
     odd = odd_file(path)
     if odd:
-        raise FormatError(f"{odd}: not a regular file; put a copy of what it gives in its place")
+        raise FormatError(f"{odd}: not a regular file; replace it by a copy of its content")
     chosen = format_named(format) if format else format_of(path)
     dictionary, origin = chosen.read(path)
     if site and origin.site and site != origin.site:
@@ -141,7 +141,9 @@ def format_of(path: Path) -> Format:
     inside = [str(sae.relative_to(path)) for sae in find_saes(path)]
     if inside:
         raise FormatError(f"{path}: holds {len(inside)} SAEs; give one of them: {few_of(inside)}")
-    raise FormatError(f"{path}: no SAE of a known format here ({_names(FORMATS)}); if it is one, name it with --format")
+    raise FormatError(
+        f"{path}: no SAE of a known format here ({_names(FORMATS)}); if there is one, name its format with --format"
+    )
 
 
 def find_saes(directory: Path) -> list[Path]:
@@ -183,7 +185,7 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
         if writable.NAME == format:
             if origin.site_out and not takes_transcoders(format):
                 raise FormatError(
-                    f"{format} is written for SAEs, and this is a transcoder; formats of transcoders: "
+                    f"{format} can hold only SAEs, and this is a transcoder; formats of transcoders: "
                     f"{', '.join(_OF_TRANSCODERS)}"
                 )
             writable.write(Path(path), dictionary, origin)

@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     found: dict[str, Any] = dict(zip(shapes, take(path, tensors, shapes), strict=True))
     threshold = found.pop(_THRESHOLD, None)
     if threshold is not None and bool((threshold < 0).any()):
-        raise FormatError(f"{path}: has thresholds below zero; codes of saerelay are not negative")
+        raise FormatError(f"{path}: has thresholds below zero, but the codes of saerelay are never negative")
     architecture = "relu" if threshold is None else "jumprelu"
     dictionary = Dictionary(architecture=architecture, threshold=threshold, **found)
     return dictionary, Origin(model=str(config.get("model_name", "")), site=site, site_out=site_out)
@@ -70,7 +70,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
     """
     if not origin.site or not origin.site_out:
         raise FormatError(
-            f"the SAE at {origin.site} is not a transcoder, which circuit-tracer takes; export it as saelens"
+            f"circuit-tracer loads only transcoders, and the SAE at {origin.site} is not one; export it as saelens"
         )
     if dictionary.architecture == "topk":
         raise FormatError(
@@ -92,8 +92,8 @@ def check_set(directory: Path) -> None:
     layers = sorted(int(match[1]) for path in directory.iterdir() if (match := _LAYER.fullmatch(path.name)))
     if layers != list(range(len(layers))):
         warnings.warn(
-            f"the set has the layers {layers}, and circuit-tracer loads sets with every layer from 0 on; single files "
-            "can be read with its load_relu_transcoder",
+            f"the set has the layers {layers}, but circuit-tracer loads only sets with every layer from 0 on; its "
+            "load_relu_transcoder reads single files",
             stacklevel=2,
         )
 
@@ -115,8 +115,8 @@ def _add_to_config(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         different = sorted(key for key, value in config.items() if before.get(key) != value)
         if different:
             raise FormatError(
-                f"the transcoders of a set are alike, and the one at {origin.site} has {different[0]} "
-                f"{config[different[0]]!r} where others have {before.get(different[0])!r}; choose legs with --leg"
+                f"the transcoders of a set must be alike, but the one at {origin.site} has {different[0]} "
+                f"{config[different[0]]!r}, and others have {before.get(different[0])!r}; choose legs with --leg"
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _sites(path: Path, config: dict[str, Any], layer: int) -> tuple[Site, Site]:
         if site is None:
             raise FormatError(
                 f"{path}: {key} is {config.get(key)!r}, at which saerelay cannot read activations; it knows "
-                "mlp.hook_in (what the MLP reads, the gains of its norm included) and hook_mlp_out"
+                "mlp.hook_in (the MLP's input, including the gains of its norm) and hook_mlp_out"
             )
         sites.append(site)
     return sites[0], sites[1]

@@ -190,7 +190,7 @@ def _shards(index: Path) -> list[Path]:
     """Return the files that an index lists; each must lie next to it."""
     shards = read_config(index).get("weight_map")
     if not isinstance(shards, dict):
-        raise FormatError(f"{index}: weight_map is missing, which tells the file of each tensor")
+        raise FormatError(f"{index}: weight_map, which names the file of each tensor, is missing")
     for name in shards.values():
         if not _is_file_name(name):
             raise FormatError(f"{index}: names {name!r}, which is not a file beside it; refused")
@@ -217,8 +217,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise FormatError(reason(error)) from None
     except UnpicklingError:  # its own text explains at length how to switch the protection off
         raise FormatError(
-            f"{path}: damaged, or holds Python objects besides tensors, and reading those can run "
-            "code; refused. Convert it where you trust it: save only its tensors, with "
+            f"{path}: damaged, or holds Python objects besides tensors, and reading such objects can run "
+            "code; refused. If you trust the file, convert it: save only its tensors, with "
             "safetensors.torch.save_file"
         ) from None
     except Exception as error:  # only libraries run here, and damaged files make them raise errors of every kind

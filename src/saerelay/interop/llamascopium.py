@@ -101,8 +101,8 @@ def _open(path: Path) -> _Files:
     if (path / "sae_weights.dcp").exists() and not weights_file.is_file():
         raise FormatError(
             f"{path}/sae_weights.dcp: is a distributed checkpoint, which is a pickle; refused. "
-            "Where you trust it, load it in llamascopium without a device mesh and save it again: "
-            "that writes sae_weights.safetensors"
+            "If you trust it, load it in llamascopium without a device mesh and save it again, "
+            "which writes sae_weights.safetensors"
         )
     return _Files(config_file, weights_file, config=config, tensors=read_tensors(weights_file))
 
@@ -122,7 +122,7 @@ def _check_supported(config_file: Path, config: Mapping[str, Any]) -> None:
     elif reads != writes:
         problem = f"is a transcoder: it reads {reads} and writes {writes}"
     elif config.get("use_glu_encoder", False):
-        problem = "has an encoder with a gate (use_glu_encoder), which no SAE here has"
+        problem = "has an encoder with a gate (use_glu_encoder), which no SAE of saerelay has"
     elif activation.startswith("batch"):
         problem = (
             f"has act_fn {activation}, whose active latents of a token depend on the rest of the "

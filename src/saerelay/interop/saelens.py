@@ -350,9 +350,9 @@ def _warn_of_changes(path: Path, metadata: dict[str, Any]) -> None:
         listed = ", ".join(f"{key} = {value}" for key, value in changes.items())
         warnings.warn(
             f"{path}: was trained on a model that was changed when it was loaded "
-            f"(model_from_pretrained_kwargs: {listed}). Here it reads activations as transformers "
-            "gives them, so its reconstructions, FVU and explained variance are those of another "
-            "stream; with weights that were centred, say, take the mean over dimensions out first",
+            f"(model_from_pretrained_kwargs: {listed}). Here it reads the activations of the unchanged "
+            "model, on which its reconstructions, FVU and explained variance differ; if the weights "
+            "were centred, for example, subtract the mean over dimensions from the activations first",
             stacklevel=2,
         )
 
@@ -365,8 +365,8 @@ def _scale(path: Path, config: dict[str, Any]) -> float:
         return read_number(path / SCALER, read_config(path / SCALER), "scaling_factor")
     warnings.warn(
         f"{path / CONFIG}: was trained on activations times a factor (normalize_activations = "
-        f"expected_average_only_in) that is missing here ({SCALER}); read as if it were 1, as "
-        "SAELens does",
+        f"expected_average_only_in) that is missing here ({SCALER}); a factor of 1 is assumed, as "
+        "in SAELens",
         stacklevel=2,
     )
     return 1.0

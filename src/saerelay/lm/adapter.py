@@ -50,14 +50,16 @@ def find_adapter(spec: ModelSpec) -> Adapter | None:
         refuse_pipes(path)
         adapter = Adapter(str(path), path, is_local=True)
     elif path.exists() or can_only_be_a_path(spec.adapter):
-        raise ModelError(f"{path}: no such directory. Set model.adapter to one that `peft` has saved, or to a hub id.")
+        raise ModelError(
+            f"{path}: no such directory. Set model.adapter to a directory that `peft` has saved, or to a hub id."
+        )
     else:
         adapter = _from_hub(spec.adapter)
     for file in adapter.files:
         if not file.is_file():
             raise ModelError(
-                f"{adapter.name}: no adapter here ({file.name} is missing). Set model.adapter to what save_pretrained "
-                "of a peft model has written, in safetensors."
+                f"{adapter.name}: no adapter here ({file.name} is missing). Set model.adapter to an adapter that "
+                "save_pretrained of a peft model has written, in safetensors format."
             )
     return adapter
 
@@ -71,7 +73,9 @@ def _from_hub(reference: str) -> Adapter:
         config = cached_file(name, CONFIG, revision=revision or None)
         commit = commit_of(str(config))
         if not commit:
-            raise ModelError(f'"{reference}": its commit cannot be told from {config}; write {name}@COMMIT')
+            raise ModelError(
+                f'"{reference}": its commit cannot be determined from {config}; set model.adapter to {name}@COMMIT'
+            )
         cached_file(name, WEIGHTS, revision=commit)
     return Adapter(f"{name}@{commit}", Path(str(config)).parent, is_local=False)
 
@@ -87,8 +91,8 @@ def merged(model: Any, spec: ModelSpec) -> Any:
     how = quantisation(model.config)
     if how:
         raise ModelError(
-            f'"{spec.name}": an adapter is merged into plain weights, and these are quantised ({how}). Name the model '
-            "that is not quantised in model.name."
+            f'"{spec.name}": an adapter can only be merged into plain weights, and these are quantised ({how}). Set '
+            "model.name to the unquantised model."
         )
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -101,12 +105,14 @@ def merged(model: Any, spec: ModelSpec) -> Any:
             found = set(load_peft_weights(str(adapter.directory), device="cpu"))
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise _does_not_fit(spec, adapter, " ".join(str(error).split())) from None
-    for keys, problem in ((expected - found, "lacks"), (found - expected, "has, and the model has no place for,")):
+    for keys, problem in ((expected - found, "it lacks"), (found - expected, "the model has no place for")):
         if keys:
-            raise _does_not_fit(spec, adapter, f"it {problem} {len(keys)} tensors: {min(keys)}")
+            raise _does_not_fit(spec, adapter, f"{problem} {len(keys)} of its tensors, such as {min(keys)}")
     if not hasattr(wrapped, "merge_and_unload"):
         kind = read_json(adapter.directory / CONFIG).get("peft_type")
-        raise ModelError(f"{adapter.name}: adapters of the kind {kind} cannot be merged into weights; LoRA can.")
+        raise ModelError(
+            f"{adapter.name}: adapters of the kind {kind} cannot be merged into weights; use a LoRA adapter."
+        )
     return wrapped.merge_and_unload()
 
 
@@ -116,6 +122,6 @@ def _does_not_fit(spec: ModelSpec, adapter: Adapter, reason: str) -> ModelError:
     except (ValueError, AttributeError):
         base = None
     return ModelError(
-        f'{adapter.name}: the adapter does not fit "{spec.name}" ({reason}). Name the model that it was made for in '
-        f"model.name: {base or 'its configuration does not say which'}."
+        f'{adapter.name}: the adapter does not fit "{spec.name}" ({reason}). Set model.name to the model for which the '
+        f"adapter was trained: {base or 'its configuration does not name this model'}."
     )

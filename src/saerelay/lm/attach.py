@@ -259,9 +259,9 @@ class Tap:
         """Record the codes of activations (B,C,D), and return the activations that take their place."""
         if self._touched is None or x.shape[:2] != self._touched.shape:
             raise ModelError(
-                f"{self.site}: activations of the shape {tuple(x.shape)} passed here, but what the model was called "
-                "with does not say which tokens these are. Call the model itself, or its base model, with input_ids "
-                "or inputs_embeds."
+                f"{self.site}: activations of the shape {tuple(x.shape)} passed here, but the arguments of the model's "
+                "call do not show to which tokens they belong. Call the model itself, or its base model, with "
+                "input_ids or inputs_embeds."
             )
         touched = self._touched.to(x.device)
         changes = self._replace or bool(self._edits)

@@ -65,8 +65,8 @@ def check_same_model(spec: ModelSpec, path: Path, *, begin: bool = False) -> Non
         expected = _read(path)
         if expected != model_digest(spec):
             raise ModelError(
-                f"{spec.name}: its weights, configuration, tokenizer or adapter are not those that this run was begun "
-                f"with ({path}); put them back, or begin a new run with the model as it is now"
+                f"{spec.name}: its weights, configuration, tokenizer or adapter have changed since this run began "
+                f"({path}); restore them, or begin a new run with the model as it is now"
             )
     elif begin:
         write_json(path, {"digest": model_digest(spec)})
@@ -76,7 +76,7 @@ def _read(path: Path) -> str:
     try:
         return str(read_json(path)["digest"])
     except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{path}: damaged; delete it if the model is the one that the run was begun with") from None
+        raise ModelError(f"{path}: damaged; delete it if the model has not changed since the run began") from None
 
 
 def weights_identity(spec: ModelSpec, facts: ModelFacts) -> dict[str, Any]:

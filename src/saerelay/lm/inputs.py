@@ -84,8 +84,8 @@ class Inputs:
             return torch.ones(self.shape, dtype=torch.bool, device=self.device)
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 3, 4):
             raise ModelError(
-                f"padding cannot be seen in an attention mask of type {type(mask).__name__}; call the model with a "
-                "mask (sequences, positions), or without one"
+                f"padding cannot be read from an attention mask of type {type(mask).__name__}; call the model with a "
+                "mask tensor (sequences, positions), or without a mask"
             )
         C = self.shape[1]
         if mask.ndim == 2:  # it also covers the positions in the cache, which come first

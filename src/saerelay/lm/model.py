@@ -123,7 +123,7 @@ class LanguageModel:
             if missing:
                 raise ModelError(
                     f'the weights of "{spec.name}" lack {len(missing)} tensors ({missing[0]}), '
-                    "which would be random. Download the model again, or save it with "
+                    "which would be initialised at random. Download the model again, or save it with "
                     "save_pretrained from the class it was trained as."
                 )
             return cls(merged(module, exact), facts, split_anatomy=anatomy if split else None)
@@ -176,14 +176,14 @@ class LanguageModel:
     def _check_ids(self, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
             given = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens)
-            raise DataError(f"token ids are a tensor (sequences, positions) of whole numbers, not this: {given}")
+            raise DataError(f"expected token ids as an integer tensor (sequences, positions), found {given}")
         if tokens.is_cpu and tokens.numel():  # checking ids on a GPU would make the host wait
             lowest, highest = (int(end) for end in tokens.aminmax())
             n_known = self.facts.tokens.vocab_size
             if lowest < 0 or highest >= n_known:
                 raise DataError(
-                    f"token ids from {lowest} to {highest}, but {self.facts.name} knows 0 to {n_known - 1}; "
-                    "take the model's own tokenizer"
+                    f"the token ids range from {lowest} to {highest}, but {self.facts.name} knows only 0 to "
+                    f"{n_known - 1}; use the model's own tokenizer"
                 )
 
     def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:

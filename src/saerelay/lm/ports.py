@@ -93,7 +93,7 @@ def transformers_model(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise ModelError(f"{type(model).__name__} is not a transformers model, nor a wrapper of one.")
+    raise ModelError(f"{type(model).__name__} is neither a transformers model nor a wrapper of one.")
 
 
 def model_name(model: Any) -> str:

@@ -112,8 +112,8 @@ def _find_stack(record: Record, where: str) -> str:
 
 def _not_a_stack(where: str) -> str:
     return (
-        f"{where} is not a single stack of layers that every token passes through, each reading what "
-        "the one before it returns. Use a decoder-only or encoder-only language model."
+        f"{where} is not a single stack of layers that every token passes through, each reading "
+        "the output of the layer before it. Use a decoder-only or encoder-only language model."
     )
 
 
@@ -206,7 +206,7 @@ def _stream_ports(call: Call) -> dict[ModuleKind, PortPlace | str]:
             n = shape[2] if shape[:2] == TRIAL_SHAPE else shape[0]
             found[kind] = f"{n} residual streams pass between the layers, not one vector for each token"
         elif shape[:-1] != TRIAL_SHAPE:
-            found[kind] = "what passes between the layers is not one vector for each token"
+            found[kind] = "the layers do not pass one vector for each token to each other"
         else:
             found[kind] = PortPlace(call.path, side, shape[-1])
     return found
@@ -256,10 +256,10 @@ def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]
     earlier ones through it. The port is the module that returns the term.
     """
     if call.read is None or call.made is None:
-        return _refused("autograd sees nothing of the layer")
+        return _refused("autograd records nothing of the layer")
     whole = _Whole.of(record, call)
     if whole is None:
-        return _refused("the layer does not add it to the residual stream as it is: it scales or mixes the two")
+        return _refused("the layer does not simply add it to the residual stream, but scales or mixes the two")
 
     attention = whole.terms_from([projection] if projection else [])
     mlp = whole.terms_from(mlps)
@@ -274,7 +274,9 @@ def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]
     }
     inputs = {module.read for module in from_modules}
     if any(mlp.read in inputs for mlp in mlps):
-        found["mlp_out"] = "the layer also adds what another module makes of the MLP's input, such as shared experts"
+        found["mlp_out"] = (
+            "the layer also adds the output of another module that reads the MLP's input, such as shared experts"
+        )
     return found
 
 
@@ -329,7 +331,7 @@ class _Whole:
         if not named:
             return f"the layer has no module that is known to be {what}"
         if not terms:
-            return f"what the module of {what} returns is not added to the residual stream as it is"
+            return f"the output of the module of {what} is not added to the residual stream unchanged"
         if len(terms) > 1:
             return f"the layer adds {len(terms)} outputs of {what}"
         for module in (*named, *self.modules):

@@ -141,6 +141,6 @@ def _correlation(x: Tensor, y: Tensor) -> float:
 
 def _not_linear(name: str, reason: str) -> ModelError:
     return ModelError(
-        f'the logits of "{name}" are no linear function of its normed residual stream ({reason}), so there '
-        "is no telling which tokens a latent promotes."
+        f'the logits of "{name}" are not a linear function of its normed residual stream ({reason}), so the '
+        "tokens that a latent promotes cannot be determined."
     )

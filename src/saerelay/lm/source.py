@@ -94,7 +94,7 @@ def _gguf_in(directory: Path, asked: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ModelError(f"{directory}: which of its GGUF files is meant? Set model.gguf_file. {_listed(directory)}")
+        raise ModelError(f"{directory}: holds several GGUF files; set model.gguf_file to one. {_listed(directory)}")
     raise ModelError(
         f"{directory}: no Hugging Face model here (config.json is missing). "
         "Pass a directory that save_pretrained has written, or a .gguf file."
@@ -123,7 +123,8 @@ def resolved_revision(spec: ModelSpec) -> str:
     commit = commit_of(str(path))
     if not commit:
         raise ModelError(
-            f'"{spec.name}": the commit of its revision cannot be told from {path}; set model.revision to a commit.'
+            f'"{spec.name}": the commit of its revision cannot be determined from {path}; set model.revision to a '
+            "commit."
         )
     if location.gguf:
         return commit
@@ -163,7 +164,7 @@ def refuse_pipes(directory: Path) -> None:
     """Raise ModelError for a directory with a pipe or a device among its files, which could be read forever."""
     odd = odd_file(directory)
     if odd:
-        raise ModelError(f"{odd}: not a regular file; put a copy of what it gives in its place")
+        raise ModelError(f"{odd}: not a regular file; replace it by a copy of its content")
 
 
 def _refuse_adapter(path: Path) -> None:
@@ -176,9 +177,9 @@ def _refuse_adapter(path: Path) -> None:
         about = {}
     base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
     raise ModelError(
-        f"{path.parent}: holds an adapter ({path.name}; its base model: {base or 'not named'}), which would be applied "
-        "only where `peft` is installed. To have it merged into the weights, name its base model in model.name and "
-        f"this in model.adapter; to read the model here alone, remove {path.name}."
+        f"{path.parent}: holds an adapter ({path.name}; its base model: {base or 'not named'}), which transformers "
+        "would apply only if `peft` is installed. To merge it into the weights, set model.name to its base model and "
+        f"model.adapter to this directory; to use the model here without it, remove {path.name}."
     )
 
 
@@ -227,8 +228,8 @@ def _check_counts(spec: ModelSpec, keys: dict[Any, Any]) -> None:
         for word, most in _MOST.items():
             if word in str(key) and value > most:
                 raise ModelError(
-                    f'"{spec.name}": its configuration says {key} = {value:.3g}, and the most is {most:,}. Check its '
-                    "config.json."
+                    f'"{spec.name}": its configuration says {key} = {value:.3g}, but at most {most:,} is allowed. '
+                    "Check its config.json."
                 )
 
 

@@ -32,8 +32,8 @@ def check_splittable(skeleton: Any, config: Any, spec: ModelSpec) -> None:
     if spec.adapter or quantisation(config):
         what = f"the adapter {spec.adapter}" if spec.adapter else f"weights quantised by {quantisation(config)}"
         raise ModelError(
-            f'"{spec.name}" has {what}, and only plain weights can be cut; write the model out with plain weights '
-            "(merged and dequantised), or set model.tensor_parallel = 1"
+            f'"{spec.name}" has {what}, but only plain weights can be split among ranks; save the model with plain '
+            "weights (merged and dequantised), or set model.tensor_parallel = 1"
         )
     text_config = config.get_text_config()
     for key in ("num_attention_heads", "num_key_value_heads"):
@@ -58,14 +58,14 @@ def split_over_ranks(spec: ModelSpec) -> dict[str, Any]:
         DistributedConfig = None
     if DistributedConfig is None or not is_accelerate_available():
         raise ModelError(
-            "model.tensor_parallel needs accelerate, and a transformers that lets groups of ranks hold a model (5.23 "
-            "does). Install them: pip install --upgrade accelerate transformers"
+            "model.tensor_parallel needs accelerate, and a version of transformers that can split a model among ranks, "
+            "such as 5.23. Install them: pip install --upgrade accelerate transformers"
         )
     fastest = torch.accelerator.current_accelerator()
     if spec.device == "cpu" and fastest is not None:
         raise ModelError(
-            f'model.device is "cpu", and transformers cuts models for {fastest.type} on this machine; set model.device '
-            f'= "{fastest.type}", or hide the device'
+            f'model.device is "cpu", but on this machine transformers splits models for {fastest.type}; set '
+            f'model.device = "{fastest.type}", or hide that device'
         )
 
     class Groups(DistributedConfig):
@@ -87,6 +87,6 @@ def check_whole(by_rank: Sequence[Mapping[Site, Tensor]], facts: ModelFacts, deg
             if x.shape[-1] == facts.width(site) and torch.equal(x, first[site]):
                 continue
             raise ModelError(
-                f"{site}: the ranks that hold {facts.name} together do not all have its activations there as a whole; "
+                f"{site}: the ranks that hold {facts.name} together do not all have its complete activations there; "
                 "read another kind of site (sites.module), or set model.tensor_parallel = 1"
             )

@@ -104,7 +104,7 @@ def choose(recipe: Recipe, facts: ModelFacts, survey: Survey, memory_bytes: floa
     if choice is None:
         raise PlanError(
             f"plan.fvu_ratio is {ratio}, which is out of reach even for {MAX_ROOT_MULTIPLE} x root_tokens from "
-            "scratch, as far as the survey can predict; raise one of them"
+            "scratch, as the survey predicts; raise plan.fvu_ratio or plan.root_tokens"
         )
     return choice
 
@@ -117,8 +117,8 @@ def _best_within_budget(question: Question, amount: float) -> Choice:
         least = f"{question.price(best) + surveyed:.3g}" if best else "more"
         raise PlanError(
             f"plan.budget is {question.recipe.plan.auto.budget}, of which the survey takes {surveyed:.3g}; at least "
-            f"{least} {question.unit} are needed to bring every layer even to ten times the FVU that root_tokens from "
-            "scratch give. Raise the budget, or lower plan.survey_tokens"
+            f"{least} {question.unit} are needed to bring every layer to even ten times the FVU of an SAE trained from "
+            "scratch on root_tokens. Raise the budget, or lower plan.survey_tokens"
         )
     low = math.log(0.5)
     high = math.log(10)

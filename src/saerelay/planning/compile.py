@@ -165,7 +165,10 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
         if spec.id in ordered:
             return
         if spec.id in waiting:
-            raise PlanError(f"legs wait for each other in a circle: {' -> '.join([*waiting, spec.id])}")
+            raise PlanError(
+                f"legs wait for each other in a circle: {' -> '.join([*waiting, spec.id])}; change the key "
+                "parent, after or control_of of one leg"
+            )
         waiting.append(spec.id)
         for other in (spec.parent, spec.after, spec.control_of):
             outside = other == spec.parent and "/" in other
@@ -174,7 +177,7 @@ def _parents_first(specs: Sequence[LegSpec]) -> list[LegSpec]:
             elif other and not outside:
                 raise PlanError(
                     f'leg {spec.id} names "{other}", which is not a leg of this plan ({", ".join(sorted(by_id))}); '
-                    "an SAE from elsewhere is given as a directory, with a slash"
+                    "to start from an SAE outside the plan, give its directory, with a slash"
                 )
         waiting.pop()
         ordered[spec.id] = spec
@@ -189,7 +192,7 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     changed = _changed_keys(before, leg)
     if changed:
         raise PlanError(
-            f"leg {leg.id} is finished and the recipe changes its {', '.join(changed)}; a finished leg can only get "
+            f"leg {leg.id} is finished, but the recipe changes its {', '.join(changed)}; a finished leg can only get "
             "more tokens. Choose another --out."
         )
     last = before
@@ -238,8 +241,8 @@ def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
     source_width = external.d_model if external else plan.facts.width(plan.parent_site(leg))
     if source_width != width:
         raise PlanError(
-            f"leg {leg.id}: its parent {leg.parent} reads activations {source_width} wide, {leg.site} is {width} wide; "
-            "a transfer needs equal widths"
+            f"leg {leg.id}: its parent {leg.parent} reads activations of width {source_width}, but those of {leg.site} "
+            f"have width {width}; a transfer needs equal widths"
         )
     if external and external.layer >= plan.facts.n_layers:
         raise PlanError(

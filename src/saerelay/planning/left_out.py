@@ -30,7 +30,7 @@ class LeftOut(Record):
         if self.n <= SHARE_WORTH_SAYING * self.n_read:
             return ""
         return (
-            f"left out as outliers of norm: {self.n / self.n_read:.1%} of the positions read ({self.n:,}; the most "
-            f"frequent is token {self.token}: {self.n_of_token:,}), by their norm at {self.site}; data.outlier_norm = "
-            "0 keeps them all"
+            f"left out as outliers of norm: {self.n / self.n_read:.1%} of the positions read ({self.n:,}, of which "
+            f"{self.n_of_token:,} hold token {self.token}, the most frequent), by their norm at {self.site}; "
+            "data.outlier_norm = 0 keeps them all"
         )

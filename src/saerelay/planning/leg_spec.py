@@ -146,7 +146,7 @@ class LegSpec(Spec):
             if rest.get("module_out") not in (None, "", TRANSCODER.module_out):
                 raise ValueError(
                     f'module = "transcoder" reads {TRANSCODER.module} and reconstructs {TRANSCODER.module_out}; '
-                    f'with module_out = "{rest["module_out"]}", name the module that is read'
+                    f'with module_out = "{rest["module_out"]}", set module to the module that is read'
                 )
             rest["module"] = TRANSCODER.module
             rest["module_out"] = TRANSCODER.module_out

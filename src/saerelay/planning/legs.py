@@ -78,16 +78,17 @@ def _check_shared(spec: LegSpec, site: Site, module_out: ModuleKind | None) -> N
     """Raise PlanError if layers cannot share the leg."""
     if spec.hop:
         raise PlanError(
-            f"leg {spec.id} is transferred from {spec.parent}, but shared_layers belong to a leg from scratch; keep one"
+            f"leg {spec.id} is transferred from {spec.parent}, but shared_layers belong to a leg from scratch; keep "
+            "one or the other"
         )
     if module_out:
         raise PlanError(
-            f"leg {spec.id} is a transcoder; the MLPs of several layers compute different functions, so that layers "
-            'can share SAEs only. Choose another preset than "shared" for transcoders, or leave shared_layers out'
+            f"leg {spec.id} is a transcoder; the MLPs of several layers compute different functions, so layers can "
+            'share only SAEs. For transcoders, choose a preset other than "shared", or leave out shared_layers'
         )
     if site.layer in spec.shared_layers or len(set(spec.shared_layers)) < len(spec.shared_layers):
         raise PlanError(
-            f"leg {spec.id}: shared_layers must be other layers than its own, {site.layer}, each once, not "
+            f"leg {spec.id}: shared_layers must name layers other than its own, {site.layer}, each once; found "
             f"{spec.shared_layers}"
         )
 

@@ -104,8 +104,8 @@ def _continuing_legs(
             others = [f"{l0:g}" for of_kind, at, l0 in parents if (of_kind, at) == (kind, layer) and l0]
             at_l0 = f" of L0 {own:g}, only of {', '.join(others)}" if own and others else ""
             raise PlanError(
-                f"plan.parents: {recipe.plan.hop.parents} has no SAE at {kind.leg_name(layer)}{at_l0}; set sites and "
-                "the k of dictionary to what that run has"
+                f"plan.parents: {recipe.plan.hop.parents} has no SAE at {kind.leg_name(layer)}{at_l0}; set "
+                "sites and dictionary.k to those of that run"
             )
         hop = LegHop(parent=parents[kind, layer, own], method="identity")
         legs.append(_leg(kind, layer, kind.leg_name(layer), recipe.plan.transfer_tokens, hop))
@@ -150,7 +150,7 @@ def control_legs(recipe: Recipe, name: str, transfers: Sequence[LegSpec]) -> lis
     Raises PlanError if there is no transfer.
     """
     if not transfers:
-        raise PlanError(f"plan.controls names {name}, which is not reached by a transfer in this plan")
+        raise PlanError(f"plan.controls names {name}, which no transfer in this plan reaches; leave it out")
     transfer = transfers[0]
     legs = []
     for kind in recipe.plan.control_kinds:

@@ -268,7 +268,7 @@ class PlanSpec(Spec):
         if self.auto.budget and self.auto.fvu_ratio != "auto":
             raise ValueError("budget and fvu_ratio are given; keep one of them: each follows from the other")
         if self.preset != "auto" and self.auto.given:
-            raise ValueError('budget and fvu_ratio belong to preset = "auto"; set it, or remove them')
+            raise ValueError('budget and fvu_ratio belong to preset = "auto"; set this preset, or remove them')
         return self
 
     @property

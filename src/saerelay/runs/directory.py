@@ -154,7 +154,9 @@ def sole_writer(root: Path) -> Iterator[None]:
             f"{root}: another process is training this run; wait for it or stop it, or choose another --out"
         ) from None
     except OSError as error:
-        raise RunDirectoryError(f"{root}: cannot be written to ({reason(error)}), or choose another --out") from None
+        raise RunDirectoryError(
+            f"{root}: cannot be written to ({reason(error)}); make it writable, or choose another --out"
+        ) from None
     try:
         yield
     finally:

@@ -186,7 +186,7 @@ class PublishedSuite:
             raise RunDirectoryError(f"{root}: no dictionary at {site}; the run has dictionaries at: {sites}")
         names = ", ".join(leg.id for leg in at_site)
         of_tier = "" if k is None else f", and {len(final) or 'none'} of L0 {k:g}"
-        raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}{of_tier}: {names}; ask for one by its id")
+        raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}{of_tier}: {names}; name one by its id")
 
     def leg(self, name: str) -> Leg:
         """The leg with an id or, for a number, the leg that stands for that layer."""

@@ -91,7 +91,7 @@ class Dictionary:
         if self.W_skip is None:
             return x_hat
         if x is None:
-            raise TransferError("this transcoder has a skip connection: decode(z, x) also needs what it read")
+            raise TransferError("this transcoder has a skip connection: decode also needs its input; call decode(z, x)")
         return x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -170,8 +170,8 @@ def map_between(method: Method, width: int, moments: AnyMoments | None, balance:
         return crossed(inputs, map_between(method, moments.outputs.n_source, moments.outputs, balance))
     if moments and method in ("identity", "rescale") and moments.n_source != len(moments.mean_target):
         raise TransferError(
-            f"method {method} needs a source and a target of the same width; these are {moments.n_source} and "
-            f"{len(moments.mean_target)} wide; use affine"
+            f"method {method} needs a source and a target of the same width, but their widths are {moments.n_source} "
+            f"and {len(moments.mean_target)}; use method affine"
         )
     if method == "identity":
         return identity(width)
@@ -182,7 +182,10 @@ def map_between(method: Method, width: int, moments: AnyMoments | None, balance:
             f"raise plan.moment_tokens above {2 * width}"
         )
     if not bool(torch.isfinite(moments.products).all()):
-        raise TransferError(f"method {method}: the activations it was to be fitted on are not all finite")
+        raise TransferError(
+            f"method {method}: the activations to which the map is fitted are not all finite; run the model in float32 "
+            "or bfloat16, not float16"
+        )
     source = balance_factors(moments.cov_source.diagonal(), balance)
     target = balance_factors(moments.cov_target.diagonal(), balance)
     return _fit(method, moments.scaled(source, target)).rescaled(source, target)

@@ -100,7 +100,10 @@ def refit(
     if not batches:
         return dictionary
     if not bool(torch.isfinite(residual_sum).all()):
-        raise TransferError("the decoder refit met activations that are not finite")
+        raise TransferError(
+            "the activations on which the decoder is refitted are not all finite; run the model in float32 or "
+            "bfloat16, not float16"
+        )
 
     equations = _normal_equations(join_codes(batches), products_sum, residual_sum, ridge)
     if direct is None:

@@ -53,7 +53,7 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
     """
     if (dictionary.d_model, dictionary.d_out) != (between.B.shape[0], between.A.shape[1]):
         raise TransferError(
-            f"the dictionary reads activations of width {dictionary.d_model}, the map starts from width "
+            f"the dictionary reads activations of width {dictionary.d_model}, but the map starts from width "
             f"{between.A.shape[1]}; a transfer needs a source and a target of the same width"
         )
     W_enc = dictionary.W_enc.double()
@@ -132,7 +132,7 @@ def carry(
         sample = rows if retraining is None else retraining.rows
         target = None if retraining is None else retraining.target
         if units.target and target is None and shape.n_latents > in_units.n_latents:
-            raise TransferError("a transcoder that gets more latents has to be refitted; set refit = true")
+            raise TransferError("a transcoder that gets more latents must be refitted; set refit = true")
         in_units = reshape(in_units, units.normalise(sample), shape, target=_normalised(units, target))
     refitted = None
     if retraining:

@@ -51,7 +51,10 @@ def try_methods(
     on = on.at(slice(0, TRIAL_ROWS))
     rows = on.rows
     if not bool(torch.isfinite(rows).all()):
-        raise TransferError("the activations on which maps were to be tried are not all finite")
+        raise TransferError(
+            "the activations on which the maps are compared are not all finite; run the model in float32 or bfloat16, "
+            "not float16"
+        )
     n_fitted = 3 * len(rows) // 4
     in_units = on.normalised(units)
     fitted = in_units.at(slice(0, n_fitted))

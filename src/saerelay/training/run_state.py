@@ -269,8 +269,8 @@ def check_plan(plan: Plan, expected: dict[str, str], paths: RunDirectory) -> Non
     changed = sorted(leg_id for leg_id in expected if digests.get(leg_id) != expected[leg_id])
     if changed:
         raise RunDirectoryError(
-            f"{paths.plan}: leg {changed[0]} is not the one that {paths.state} was saved with; one of the two files "
-            f"is damaged or of another run. Restore it, or delete {paths.state} to start the run over"
+            f"{paths.plan}: leg {changed[0]} differs from the leg in {paths.state}, so that one of the two files is "
+            f"damaged or belongs to another run. Restore that file, or delete {paths.state} to start the run over"
         )
 
 

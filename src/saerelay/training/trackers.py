@@ -65,7 +65,7 @@ class Loggers:
 def _warn_of(logger: "TensorBoard | WandB", error: Exception) -> None:
     name = type(logger).__name__
     warnings.warn(
-        f"{name} failed ({type(error).__name__}: {error}) and is left out from here on; metrics.jsonl has every point",
+        f"{name} failed ({type(error).__name__}: {error}) and logs nothing from here on; metrics.jsonl has every point",
         stacklevel=3,
     )
 
@@ -118,8 +118,8 @@ def check_installed(plan: Plan) -> None:
     for name in plan.recipe.train.loggers:
         if find_spec(name) is None:
             raise RecipeError(
-                f"train.loggers asks for {name}, which is not installed; pip install 'saerelay[{name}]', or take it "
-                "out (metrics.jsonl is always written)"
+                f"train.loggers names {name}, which is not installed; install it with pip install 'saerelay[{name}]', "
+                "or remove it from train.loggers (metrics.jsonl is always written)"
             )
 
 
@@ -163,6 +163,6 @@ def _opened(name: str, plan: Plan, paths: RunDirectory) -> "TensorBoard | WandB"
         raise
     except Exception as error:
         raise RecipeError(
-            f"train.loggers: {name} cannot be opened ({type(error).__name__}: {error}); set it up, or take it out "
-            "(metrics.jsonl is always written)"
+            f"train.loggers: {name} cannot be opened ({type(error).__name__}: {error}); set it up, or remove it "
+            "from train.loggers (metrics.jsonl is always written)"
         ) from error

@@ -143,7 +143,7 @@ def complain_of_failures(now: Training, paths: RunDirectory) -> None:
     """Raise LegFailed if a leg had to stop."""
     if now.failures:
         lines = [f"leg {leg_id} stopped: {reason}" for leg_id, reason in now.failures.items()]
-        lines.append(f"its last good state is in {paths.root}/legs/ID/snapshots; all other legs are done")
+        lines.append(f"a stopped leg's last good state is in {paths.root}/legs/ID/snapshots; all other legs are done")
         raise LegFailed("\n".join(lines))
 
 
@@ -152,8 +152,8 @@ def complain_of_missing(plan: Plan, paths: RunDirectory) -> None:
     missing = [leg.id for leg in plan.legs if not (paths.leg(leg.id) / "dictionary.json").is_file()]
     if missing:
         raise LegFailed(
-            f"{paths.root} has ended, but these legs are not published: {', '.join(missing)}; their files were removed "
-            f"after they were trained. Put them back, or delete {paths.state} and resume to train all legs again"
+            f"{paths.root}: training has ended, but the files of these legs are missing: {', '.join(missing)}; they "
+            f"were removed after training. Put them back, or delete {paths.state} and resume to train all legs again"
         )
 
 
