@@ -5,6 +5,7 @@ Only this module knows how a site is written as text ("L3", "L3.mlp_out").
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, Self, get_args
 
 from saerelay.errors import PlanError
@@ -25,7 +26,7 @@ class Site:
     `resid_pre` and `resid_post` are the residual stream before and after the layer (after the last
     layer: before the final norm); `attn_out` and `mlp_out` are what attention and MLP add to it;
     `attn_z` is the input of attention's output projection, `mlp_in` the input of the MLP, after the norm.
-    Raises PlanError for an unknown module or a negative layer.
+    Raises PlanError for an unknown module, or a layer that is negative or not a number.
     """
 
     layer: int
@@ -37,6 +38,8 @@ class Site:
                 f"a transcoder is at two sites: it reads {TRANSCODER.module} and reconstructs {TRANSCODER.module_out}; "
                 f'write suite["{TRANSCODER.leg_name(self.layer)}"] in Python, sites.module = "transcoder" in a recipe'
             )
+        if not isinstance(self.layer, Integral):
+            raise PlanError(f'a layer is a number, and {self.layer!r} is not; Site.parse reads text such as "L3"')
         if self.module not in MODULE_KINDS:
             raise PlanError(f'unknown module "{self.module}"; expected one of: {", ".join(MODULE_KINDS)}')
         if self.layer < 0:

@@ -214,7 +214,7 @@ def quantisation(config: Any) -> str:
     if not given:
         return ""
     keys = given if isinstance(given, dict) else given.to_dict()
-    method = keys.get("quant_method") or "in a way that its configuration does not name"
+    method = keys.get("quant_method") or "a method that its configuration does not name"
     return str(getattr(method, "value", method))
 
 
