@@ -47,7 +47,7 @@ OTHER_SHARES = (1 / 32, 1 / 4)
 RATES = (0.5, 1.0, 2.0)
 """Learning rates of the sweep, over the one that `auto` gives."""
 BATCHES = (512, 4096)
-REPEATED = ("suite-shared-s", "suite-hub-s", "suite-alternate-s")
+REPEATED = ("suite-shared-s", "suite-hub-s", "suite-alternate-s", "suite-alternate-quarter-s")
 """Suites that are repeated with every seed, by the beginning of their names."""
 
 
