@@ -14,6 +14,7 @@ from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import External, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
+from saerelay.views.tables.plan import plan_table
 
 BASE: dict[str, Any] = {
     "data": {"context": 16, "block_tokens": 256},
@@ -55,6 +56,7 @@ def test_on_a_gpu_a_leg_takes_large_batches_where_it_still_takes_a_thousand_step
     assert batches["L3"] == batches["L0-scratch-full"] == 4096 and plan.recipe.train.batch == 4096
     assert batches["L0-from-L3"] == batches["L0-scratch-equal"] == 512
     assert plan.leg("L3").schedule.lr == auto_lr(facts.d_model, plan.leg("L3").budget_tokens, 4096)
+    assert [column.header for column in plan_table(plan).columns][-1] == "batch"
 
     on_cpu = compiled(facts, **open_recipe)
     assert {leg.schedule.batch_tokens for leg in on_cpu.legs} == {on_cpu.recipe.train.batch} == {512}

@@ -71,11 +71,17 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     """Show a plan with one row per leg: what is trained where, from which parent, when, on how many tokens.
 
     With `reference`, the FVU that each layer would have from scratch, predicted FVUs and their ratios to it are shown.
+    Tokens per step are shown where legs differ in them.
     """
+    batches_differ = len({leg.schedule.batch_tokens for leg in plan.legs}) > 1
     table = Table(box=None, pad_edge=False)
     for name in ("leg", "role", "from", "method"):
         table.add_column(name, overflow="fold")
-    numbers = ("starts at", "tokens", "latents", "lr") + (("predicted FVU", "ratio to scratch") if reference else ())
+    numbers = ["starts at", "tokens", "latents", "lr"]
+    if batches_differ:
+        numbers.append("batch")
+    if reference:
+        numbers += ["predicted FVU", "ratio to scratch"]
     for name in numbers:
         table.add_column(name, justify="right")
     for leg in plan.legs:
@@ -89,6 +95,8 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
             str(leg.dictionary.n_latents),
             _learning_rate(leg),
         ]
+        if batches_differ:
+            row.append(str(leg.schedule.batch_tokens))
         if reference and leg.goal.predicted_fvu:
             row += [f"{leg.goal.predicted_fvu:.4f}", f"{leg.goal.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(*row)
