@@ -88,12 +88,19 @@ def test_products_equal_the_reference(B: int, F: int, D: int, share: float) -> N
     rest = x.clone()
     ops.subtract_decoded(rest, codes, W)
     assert torch.allclose(rest, x - reference.decode(codes, W), rtol=1e-12)
-    for widest in (products.WIDEST, 1):  # in one kernel, and in two
+    for name in ("WIDEST", "CACHE_BYTES"):  # `explain` in two kernels, and weights that go through the cache by slabs
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(products, "WIDEST", widest)
-            left = x.clone()
-            assert torch.allclose(ops.explain(left, codes, W), reference.sampled(codes, rest, W), rtol=1e-10)
-            assert torch.allclose(left, rest, rtol=1e-12)
+            patch.setattr(products, name, 1)
+            assert torch.allclose(ops.sampled(codes, g, W), reference.sampled(codes, g, W), rtol=1e-10)
+            check_explain(codes, x, W, rest)
+    check_explain(codes, x, W, rest)
+
+
+def check_explain(codes: Codes, x: torch.Tensor, W: torch.Tensor, rest: torch.Tensor) -> None:
+    """`explain` leaves what is left of x, and returns its products with W."""
+    left = x.clone()
+    assert torch.allclose(ops.explain(left, codes, W), reference.sampled(codes, rest, W), rtol=1e-10)
+    assert torch.allclose(left, rest, rtol=1e-12)
 
 
 def test_which_latents_fired() -> None:
