@@ -48,6 +48,26 @@ def extended(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return root / "run"
 
 
+def test_what_a_recipe_leaves_open_stays_open_in_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    """So the same file resumes and extends the run: what was settled is in the plan, not in its recipe."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(1, 101, size=60_000).astype(np.uint16))
+
+    def recipe(tokens: str) -> sr.Recipe:
+        sections: dict[str, Any] = {
+            "model": {"name": str(tiny_model)},
+            "data": {"tokens": str(tmp_path / "tokens.npy"), "context": 16},
+            "dictionary": {"k": 4},
+            "plan": {"root_tokens": "4k", "transfer_tokens": tokens, "moment_tokens": "1k", "refit_tokens": "1k"},
+        }
+        return sr.Recipe.parse(sections, source="test")
+
+    suite = sr.train_run(recipe("1k"), tmp_path / "run")
+    assert suite.plan.recipe == recipe("1k")
+    sr.train_run(recipe("1k"), tmp_path / "run", resume=True)
+    longer = sr.train_run(recipe("2k"), tmp_path / "run", extend=True)
+    assert longer.plan.recipe.train == recipe("2k").train and longer.plan.n_tokens > suite.plan.n_tokens
+
+
 @pytest.fixture
 def run(extended: Path, tmp_path: Path) -> Path:
     """A run of one's own."""

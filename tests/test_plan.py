@@ -53,13 +53,13 @@ def test_on_a_gpu_a_leg_takes_large_batches_where_it_still_takes_a_thousand_step
     open_recipe: dict[str, Any] = {"plan": keys, "data": {"block_tokens": 65_536}, "train": {"batch_tokens": "auto"}}
     plan = compiled(facts.changed(device="cuda:0"), **open_recipe)
     batches = {leg.id: leg.schedule.batch_tokens for leg in plan.legs}
-    assert batches["L3"] == batches["L0-scratch-full"] == 4096 and plan.recipe.train.batch == 4096
+    assert batches["L3"] == batches["L0-scratch-full"] == 4096 and plan.batch_tokens == 4096
     assert batches["L0-from-L3"] == batches["L0-scratch-equal"] == 512
     assert plan.leg("L3").schedule.lr == auto_lr(facts.d_model, plan.leg("L3").budget_tokens, 4096)
     assert [column.header for column in plan_table(plan).columns][-1] == "batch"
 
     on_cpu = compiled(facts, **open_recipe)
-    assert {leg.schedule.batch_tokens for leg in on_cpu.legs} == {on_cpu.recipe.train.batch} == {512}
+    assert {leg.schedule.batch_tokens for leg in on_cpu.legs} == {on_cpu.batch_tokens} == {512}
     asked = compiled(facts.changed(device="cuda:0"), **(open_recipe | {"train": {"batch_tokens": 1024}}))
     assert {leg.schedule.batch_tokens for leg in asked.legs} == {1024}
 
@@ -67,7 +67,7 @@ def test_on_a_gpu_a_leg_takes_large_batches_where_it_still_takes_a_thousand_step
     short = open_recipe | {"plan": keys | {"root_tokens": 100_000, "controls": []}}
     finished = compiled(facts.changed(device="cuda:0"), **short)
     longer = compiled(facts.changed(device="cuda:0"), finished=finished, **open_recipe)
-    assert longer.recipe.train.batch == finished.recipe.train.batch == 512
+    assert longer.batch_tokens == finished.batch_tokens == 512
 
 
 def test_chains_follow_each_other(facts: ModelFacts) -> None:

@@ -205,7 +205,7 @@ class LiveStream(AbstractStream):
         return Block(
             activations=self.buffers,
             keep=keep,
-            batch_tokens=self.plan.recipe.train.batch,
+            batch_tokens=self.plan.batch_tokens,
         )
 
     def _sites(self, number: int, sites: Sequence[Site]) -> list[Site]:

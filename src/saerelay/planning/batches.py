@@ -43,16 +43,16 @@ def usual_batch(recipe: Recipe) -> int:
     return USUAL if asked == "auto" else asked
 
 
-def with_batches(
+def settled_batches(
     recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec], finished: Plan | None
-) -> tuple[Recipe, Sequence[LegSpec]]:
-    """Settle the tokens per step of a recipe and of its legs, where the recipe leaves them open.
+) -> tuple[int, Sequence[LegSpec]]:
+    """Return the tokens per step of the whole run, and the legs with theirs, where the recipe leaves them open.
 
     A step of the whole run takes as many tokens as the longest leg's; shorter legs cut these into batches of their own.
     Legs that extend a finished plan take at most as many tokens per step as that plan.
     """
     if recipe.train.batch_tokens != "auto":
-        return recipe, specs
+        return recipe.train.batch_tokens, specs
     by_id = {spec.id: spec for spec in specs}
     batches = []
     for spec in specs:
@@ -60,9 +60,8 @@ def with_batches(
         # A control without tokens of its own gets as many as the transfer that it is compared with.
         counted = spec.changed(tokens=transfer.tokens) if transfer and not spec.tokens else spec
         batches.append(batch_of(counted, recipe, on_gpu=facts.on_gpu))
-    of_run = max(batches)
+    of_run = max(batches, default=USUAL)
     if finished:
-        of_run = finished.recipe.train.batch
+        of_run = finished.batch_tokens
         batches = [min(batch, of_run) for batch in batches]
-    settled = [spec.changed(batch_tokens=batch) for spec, batch in zip(specs, batches, strict=True)]
-    return recipe.changed(train=recipe.train.changed(batch_tokens=of_run)), settled
+    return of_run, [spec.changed(batch_tokens=batch) for spec, batch in zip(specs, batches, strict=True)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saerelay.errors import PlanError
-from saerelay.planning.batches import with_batches
+from saerelay.planning.batches import settled_batches
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import Setting, settled_leg, sites_of
@@ -47,11 +47,12 @@ def compile_plan(
     for spec in specs:
         for site in sites_of(spec, recipe):
             facts.check_site(site)
-    recipe, specs = with_batches(recipe, facts, specs, finished)
+    batch_tokens, specs = settled_batches(recipe, facts, specs, finished)
     setting = Setting(
         recipe=recipe,
         facts=facts,
-        block_tokens=finished.block_tokens if finished else choose_block(recipe, facts, specs),
+        batch_tokens=batch_tokens,
+        block_tokens=finished.block_tokens if finished else choose_block(recipe, facts, specs, batch_tokens),
         externals=externals or {},
         memory_bytes=memory_bytes,
         begin=finished.n_tokens if finished else 0,

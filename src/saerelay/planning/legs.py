@@ -19,6 +19,7 @@ class Setting:
 
     recipe: Recipe
     facts: ModelFacts
+    batch_tokens: int
     block_tokens: int
     externals: Mapping[str, External] = field(default_factory=dict)
     memory_bytes: float = math.inf
@@ -134,7 +135,7 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
 
 def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
     """Return the training tokens, in whole batches; an equal-tokens control gets all tokens its transfer looks at."""
-    batch = _batch_tokens(spec, setting.recipe)
+    batch = _batch_tokens(spec, setting)
     tokens = spec.tokens
     if spec.control and not spec.hop and not tokens:
         transfer = by_id[spec.control.control_of]
@@ -142,10 +143,12 @@ def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -
     return batch * math.ceil(tokens / batch)
 
 
-def _batch_tokens(spec: LegSpec, recipe: Recipe) -> int:
-    batch = spec.training.batch_tokens or recipe.train.batch
-    if recipe.train.batch % batch:
-        raise PlanError(f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {recipe.train.batch}")
+def _batch_tokens(spec: LegSpec, setting: Setting) -> int:
+    batch = spec.training.batch_tokens or setting.batch_tokens
+    if setting.batch_tokens % batch:
+        raise PlanError(
+            f"leg {spec.id}: batch_tokens {batch} does not divide train.batch_tokens {setting.batch_tokens}"
+        )
     return batch
 
 
@@ -153,7 +156,7 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
     """Settle how long and how fast a leg is trained; `at_home`: the leg stays at its parent's site."""
     recipe = setting.recipe
     optimizer = recipe.train.optimizer
-    batch = _batch_tokens(spec, recipe)
+    batch = _batch_tokens(spec, setting)
     given = spec.training.lr
     if given is None or given == "auto":
         given = optimizer.transfer_lr if hop else optimizer.lr
@@ -179,7 +182,7 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
         dead_after_tokens=dead_after,
         reuse=spec.training.reuse or (recipe.plan.hop.reuse if hop else 1),
         lr_by_map=by_map,
-        snapshots=_snapshot_ages(recipe, budget, transferred=hop is not None),
+        snapshots=_snapshot_ages(setting, budget, transferred=hop is not None),
     )
 
 
@@ -244,13 +247,13 @@ def auto_lr(width: int, budget_tokens: int, batch_tokens: int) -> float:
     return min(max(rate, best / 6), 2 * best * large_batch)
 
 
-def _snapshot_ages(recipe: Recipe, budget: int, *, transferred: bool) -> list[int]:
+def _snapshot_ages(setting: Setting, budget: int, *, transferred: bool) -> list[int]:
     """Return the ages at which a leg is also published, in whole batches; age 0 only after a hop."""
-    asked = recipe.train.snapshots
-    if not asked and recipe.plan.preset == "paper":
+    asked = setting.recipe.train.snapshots
+    if not asked and setting.recipe.plan.preset == "paper":
         n_parts = 5 if transferred else 10
         asked = [i / n_parts for i in range(1, n_parts)]
-    batch = recipe.train.batch
+    batch = setting.batch_tokens
     ages = {batch * round(tokens_of(value, budget) / batch) for value in asked}
     return sorted(age for age in ages if age < budget and (age or transferred))
 

@@ -56,15 +56,15 @@ def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -
     return placed
 
 
-def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
+def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec], batch_tokens: int) -> int:
     """Return the number of tokens shuffled together, from shapes alone: a multiple of batch and context."""
-    step = math.lcm(recipe.train.batch, recipe.data.context)
+    step = math.lcm(batch_tokens, recipe.data.context)
     asked = recipe.data.block_tokens
     if asked != "auto":
         if asked % step:
             raise PlanError(
                 f"data.block_tokens is {asked}; it must be a multiple of train.batch_tokens "
-                f"({recipe.train.batch}) and data.context ({recipe.data.context}), that is, of {step}"
+                f"({batch_tokens}) and data.context ({recipe.data.context}), that is, of {step}"
             )
         return asked
     n_sites = max(1, len({site for spec in specs for site in sites_of(spec, recipe)}))
@@ -74,7 +74,7 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) ->
         most_in_memory = BLOCK_BYTES_ON_GPU // (facts.bytes_per_value * numbers_per_token)
 
     # A block has at least 16 batches. If all legs are hops, it also has at least the tokens of their refit.
-    least = 16 * recipe.train.batch
+    least = 16 * batch_tokens
     hops_only = all(spec.hop for spec in specs)
     if hops_only and any(_is_refitted(spec, recipe) for spec in specs):
         least = max(least, recipe.plan.hop.refit_tokens)

@@ -325,6 +325,12 @@ class Plan(Document):
         """The site beyond which the language model never runs: the last of all sites read and the probe site."""
         return self.with_probe(self.sites_read)[-1]
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per step of the whole run: as the recipe asks, or else those of the leg with the largest batches."""
+        asked = self.recipe.train.batch_tokens
+        return max(leg.schedule.batch_tokens for leg in self.legs) if asked == "auto" else asked
+
     def with_probe(self, sites: Iterable[Site]) -> list[Site]:
         """Return the sites in order, together with the probe site."""
         probed = set(sites)

@@ -354,12 +354,6 @@ class TrainSpec(Spec):
         default=[], description="in addition to metrics.jsonl: tensorboard, wandb"
     )
 
-    @property
-    def batch(self) -> int:
-        """Tokens per step of the whole run; settled in the recipe of a plan (see `batches`)."""
-        assert self.batch_tokens != "auto", "the recipe of a plan says how many tokens a step takes"
-        return self.batch_tokens
-
 
 class EvaluateSpec(Spec):
     """How quality is measured."""

@@ -122,7 +122,8 @@ def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.in
     for layer in sorted({layers[0], layers[-1]} - {hub}):
         legs.append(LegSpec(id=f"{LONG}-L{layer}", layer=layer, tokens=long))
 
-    block = choose_block(recipe, facts, [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers])
+    longest = [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers]
+    block = choose_block(recipe, facts, longest, batch)
     surveying = recipe.changed(
         plan=plain.changed(legs=legs, roots=[]),
         train=recipe.train.changed(snapshots=[], loggers=[], seeds=1),

@@ -225,7 +225,7 @@ class Training:
 
         Raises RunDirectoryError if it is damaged, or if it is the state of another plan.
         """
-        training = cls(plan, Cohort(plan.recipe.train.batch), team, owners(plan, team.size))
+        training = cls(plan, Cohort(plan.batch_tokens), team, owners(plan, team.size))
         facts = team.once(lambda: state_facts(paths.state))
         if facts is None:
             return training

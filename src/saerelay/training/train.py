@@ -251,7 +251,7 @@ def check_goals(now: Training, repetition: int) -> None:
     for trainee in now.cohort.live:
         if trainee.leg.schedule.reuse <= repetition or not trainee.seeks_goal:
             continue
-        if goal_is_due(trainee.leg, train.optimizer, train.batch, trainee.state.age):
+        if goal_is_due(trainee.leg, train.optimizer, now.plan.batch_tokens, trainee.state.age):
             with timed(now.seconds, "goals"):
                 trainee.check(now.held_out[trainee.leg.site], now.held_out_target(trainee.leg))
 
