@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import saerelay as sr
+from saerelay import cli
 from saerelay.cli import app, main
 from saerelay.runs.dictionaries import read_dictionary
 
@@ -234,6 +236,15 @@ def test_eval_prints_one_document_and_a_table(place: Path, capsys, monkeypatch) 
     code, stdout, _ = call("eval", place / "run", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0 and "control: from scratch, equal tokens" in stdout
     assert re.search(r"(identity|rescale|procrustes|affine) \+ refit from L1|no map from L1 helped", stdout), stdout
+
+
+def test_a_plan_of_roots_alone_is_not_compared_with_itself(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    fixtures = {"capsys": capsys, "monkeypatch": monkeypatch}
+    assert "cost, compared with training" in call("plan", place / "run.toml", **fixtures)[1]
+    scratch = changed(place, tmp_path, 'preset = "hub"', 'preset = "scratch"')
+    scratch.write_text(scratch.read_text().replace("controls = [0]\n", ""))
+    code, stdout, _ = call("plan", scratch, **fixtures)
+    assert code == 0 and "SAEs train on" in stdout and "compared with training" not in stdout
 
 
 def test_plan_trains_nothing(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -654,3 +665,16 @@ def test_judge_makes_a_page_and_keeps_its_key(place: Path, tmp_path: Path, capsy
         code, shown, stderr = call("judge", run, *wrong, capsys=capsys, monkeypatch=monkeypatch)
         said = " ".join(stderr.replace("│", " ").split())
         assert code == 2 and says in said and "Traceback" not in stderr and shown == ""
+
+
+def test_a_warning_is_a_note_without_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    cli._show_warnings_as_notes()
+    warnings.showwarning("layers\x1b[1m are missing", UserWarning, str(Path(cli.__file__).with_name("sharing.py")), 1)
+    warnings.showwarning("of another package", UserWarning, "/elsewhere/module.py", 1)
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("note: layers") and "are missing" in error and "\x1b" not in error and "sharing" not in error
+    )
+    assert shown == ["of another package"]

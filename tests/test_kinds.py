@@ -230,6 +230,8 @@ def test_the_recipes_own_l0_stands_for_a_site_and_others_are_named(whole: Path) 
     suite = load(whole)
     assert suite.leg_at(Site(1)).id == "L1" and suite[Site(1)].k == 8
     assert suite.leg_at(Site(0, "mlp_out")).id == "L0.mlp_out-from-L1"
+    assert suite.leg(0) == suite.leg("0") == suite.leg(Site(0)) == suite.leg_at(Site(0))
+    assert torch.equal(suite[0].W_dec, suite[Site(0)].W_dec)
     assert suite[Site(1), 16].k == 16
     assert suite.leg("2").id == "L2-from-L1"
     assert [leg.id for leg in suite.one_per_site][:4] == ["L0-from-L1", "L1", "L2-from-L1", "L0.mlp_out-from-L1"]

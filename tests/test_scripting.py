@@ -180,6 +180,8 @@ def test_a_loaded_model_is_taken_as_it_is(tiny_model: Path, tmp_path: Path) -> N
 def test_a_named_model_and_its_plan(tiny_model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.arange(20_000, dtype=np.uint16) % 100)
     keys = SMALL | {"data": {"tokens": str(tmp_path / "ids.npy")}}
+    with pytest.raises(DataError, match="no such file or directory"):
+        sr.plan(tiny_model, "/nothing/there", **SMALL)
     plan = sr.plan(tiny_model, **keys)
     assert [leg.layer for leg in plan.legs] in ([1, 0], [0, 1])
     assert repr(plan) == f"Plan({tiny_model}: {', '.join(leg.id for leg in plan.legs)})"

@@ -19,14 +19,15 @@ from saerelay.runs.documents.latents import (
     SimilarLatents,
 )
 from saerelay.runs.features import Features, load_features
+from saerelay.site import Site
 
 TokenText = Callable[[int], str]
 
 
-def describe(session: Session, leg: str, latent: int) -> LatentDescription:
+def describe(session: Session, leg: str | int | Site, latent: int) -> LatentDescription:
     """Return everything that is known about one latent, as printed by `saerelay show --json`.
 
-    `leg` is an id or a layer number. Features and lineage of the run are computed if they are not current. Raises
+    `leg` is an id, a layer or a site. Features and lineage of the run are computed if they are not current. Raises
     RunDirectoryError if there is no such leg or latent.
     """
     suite = session.suite

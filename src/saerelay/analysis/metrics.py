@@ -93,7 +93,7 @@ def measure(
     open_sites = plan.with_probe([*sites, *(placed.site for placed in on_device.values())])
     outliers = OutlierCount(plan)
 
-    for tokens in track(list(batches(plan, sequences, ce)), "evaluating"):
+    for tokens in track(list(batches(plan, sequences, ce)), "evaluating batches"):
         tokens = tokens.to(model.device)
         forward = model.forward(tokens, open_sites) if ce else None
         activations = forward.activations if forward else model.harvest(tokens, open_sites)

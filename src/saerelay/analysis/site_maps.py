@@ -127,7 +127,7 @@ def gather(
     open_sites = plan.with_probe(sites)
     ends = list(accumulate((plan.facts.width(site) for site in sites), initial=0))
     moments: Moments | None = None
-    for number in track(range(math.ceil(tokens / plan.block_tokens)), "fitting maps between layers"):
+    for number in track(range(math.ceil(tokens / plan.block_tokens)), "fitting maps between layers on blocks"):
         block = stream.block(number, open_sites)
         if moments is None:
             moments = Moments.empty(ends[-1], 0, block.keep.device)

@@ -83,8 +83,8 @@ class Suite(PublishedSuite):
         """
         return measures(self.session, prompts=Path(prompts) if prompts else None, tokens=tokens)
 
-    def features(self, leg: str, *, tokens: int = 0) -> Features:
-        """Find where each latent of a leg fires most and which tokens it promotes; `leg` is an id or a layer number."""
+    def features(self, leg: str | int | Site, *, tokens: int = 0) -> Features:
+        """Find where each latent fires most and which tokens it promotes; `leg` is an id, a layer or a site."""
         make_features(self.session, tokens=tokens)
         return load_features(self.directory, self.leg(leg).id)
 
@@ -92,8 +92,8 @@ class Suite(PublishedSuite):
         """Trace what became of each latent from leg to leg; `suite.lineage().follow("L3", 123)` follows one latent."""
         return make_lineage(self.session, tokens=tokens)
 
-    def describe(self, leg: str, latent: int) -> LatentDescription:
-        """Return all that is known about one latent; `leg` is an id or a layer number."""
+    def describe(self, leg: str | int | Site, latent: int) -> LatentDescription:
+        """Return all that is known about one latent; `leg` is an id, a layer or a site."""
         return describe(self.session, leg, latent)
 
     def circuits(

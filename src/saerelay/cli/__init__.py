@@ -5,7 +5,9 @@ that `saerelay --help` does not wait for torch.
 """
 
 import sys
+import warnings
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -73,6 +75,7 @@ def _version(
 def main() -> None:
     """Run the command line; a user error becomes one message and an exit code, never a traceback."""
     _show_anything()
+    _show_warnings_as_notes()
     try:
         app()
     except SaeRelayError as error:
@@ -113,6 +116,19 @@ def _show_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _show_warnings_as_notes() -> None:
+    """Print warnings of this package as one line, without the line of code that they come from."""
+    show_as_usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *others: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parents[1]):
+            print(f"note: {printable(str(message))}", file=sys.stderr)
+        else:
+            show_as_usual(message, category, filename, *others)
+
+    warnings.showwarning = show
 
 
 def _is_out_of_memory(error: Exception) -> bool:

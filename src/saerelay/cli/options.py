@@ -160,6 +160,9 @@ def print_summary(summary: "Summary") -> None:
     from saerelay.views.tables.quality import notes, quality_table
     from saerelay.views.tables.savings import savings_table, summary_prices, verdict
 
-    prices = summary_prices(summary)
-    tokens = summary.cost.from_scratch.tokens
-    print_all([quality_table(summary), "", savings_table(prices, tokens), verdict(prices, tokens), "", *notes(summary)])
+    items: list[Any] = [quality_table(summary), ""]
+    if any(leg.parent for leg in summary.legs):  # else the suite is what it would be compared with
+        prices = summary_prices(summary)
+        tokens = summary.cost.from_scratch.tokens
+        items += [savings_table(prices, tokens), verdict(prices, tokens), ""]
+    print_all([*items, *notes(summary)])

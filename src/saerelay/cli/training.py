@@ -64,10 +64,11 @@ def plan(
     from saerelay.planning.recipe import Recipe
     from saerelay.views.tables.plan import plan_facts, plan_table
     from saerelay.views.tables.savings import plan_prices
-    from saerelay.workflows.settle import plan_run
+    from saerelay.workflows.settle import check_text, plan_run
     from saerelay.workflows.timing import plan_seconds
 
     run = with_seeds(Recipe.from_toml(recipe), seeds)
+    check_text(run)
     ranks = max(ranks, run.model.tensor_parallel)
     if run.plan.surveyed:
         plan_auto(run, as_json, write, ranks)
@@ -160,8 +161,9 @@ def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> 
     from saerelay.views.tables.plan import spread_table
     from saerelay.views.tables.savings import savings_table, verdict
 
-    tokens = plan.recipe.plan.root_tokens
-    print_all(["", savings_table(prices, tokens), verdict(prices, tokens)])
+    if any(leg.hop for leg in plan.legs):  # else the suite is what it would be compared with
+        tokens = plan.recipe.plan.root_tokens
+        print_all(["", savings_table(prices, tokens), verdict(prices, tokens)])
     if len(shares.ranks) > 1:
         print_all(["", spread_table(plan, shares)])
 

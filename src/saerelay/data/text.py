@@ -49,13 +49,19 @@ def spans_of(paths: list[Path]) -> np.ndarray:
     return np.concatenate([_file_spans(path, i, piece_bytes) for i, path in enumerate(paths)])
 
 
+def check_exist(names: list[str]) -> None:
+    """Raise DataError unless each name is a file or directory."""
+    for name in names:
+        if not Path(name).expanduser().exists():
+            raise DataError(f'data.text: no such file or directory: "{name}" (relative paths start in {Path.cwd()}).')
+
+
 def text_files(names: list[str]) -> list[Path]:
     """The files named, and the text files in directories named, without repetitions."""
+    check_exist(names)
     files: dict[Path, Path] = {}
     for name in names:
         path = Path(name).expanduser()
-        if not path.exists():
-            raise DataError(f'data.text: no such file or directory: "{name}" (relative paths start in {Path.cwd()}).')
         candidates = [path]
         if not path.is_file():
             candidates = [inside for inside in sorted(path.rglob("*")) if inside.suffix in _TEXT_SUFFIXES]

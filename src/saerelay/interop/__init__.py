@@ -192,4 +192,6 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
             return
     is_read = any(readable.NAME == format for readable in FORMATS)
     what = f"{format} can be read but not written" if is_read else f'unknown format "{format}"'
-    raise FormatError(f"{what}; formats that can be written: {', '.join(WRITTEN)}")
+    raise FormatError(
+        f"{what}; formats that can be written: {', '.join(WRITTEN)} (and neuronpedia, by `saerelay export` alone)"
+    )

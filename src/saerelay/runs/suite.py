@@ -188,8 +188,11 @@ class PublishedSuite:
         of_tier = "" if k is None else f", and {len(final) or 'none'} of L0 {k:g}"
         raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}{of_tier}: {names}; name one by its id")
 
-    def leg(self, name: str) -> Leg:
-        """The leg with an id or, for a number, the leg that stands for that layer."""
+    def leg(self, name: str | int | Site) -> Leg:
+        """The leg with an id or, for a site or the number of a layer, the leg that stands for it."""
+        if isinstance(name, Site):
+            return self.leg_at(name)
+        name = str(name)
         published = {leg.id: leg for leg in self.legs}
         if name in published:
             return published[name]
@@ -228,11 +231,10 @@ class PublishedSuite:
         """A leg's dictionary at an earlier age, in tokens."""
         return read_dictionary(self.directory.snapshot(leg.id, age))[0]
 
-    def __getitem__(self, key: Site | str | tuple[Site, float]) -> Dictionary:
-        if isinstance(key, str):
-            return self.dictionary(self.leg(key))
-        site, k = key if isinstance(key, tuple) else (key, None)
-        return self.dictionary(self.leg_at(site, k))
+    def __getitem__(self, key: Site | str | int | tuple[Site, float]) -> Dictionary:
+        if isinstance(key, tuple):
+            return self.dictionary(self.leg_at(*key))
+        return self.dictionary(self.leg(key))
 
     def __iter__(self) -> Iterator[str]:
         return (leg.id for leg in self.legs)

@@ -66,11 +66,8 @@ class PlainLog:
         legs = "  ".join(f"{leg_id} {p.fvu:.4f}/{p.l0:.1f}" for leg_id, p in list(self.legs.items())[:6])
         more = f" (+{len(self.legs) - 6})" if len(self.legs) > 6 else ""
         done = f"{format_count(cursor):>6} of {format_count(self.plan.n_tokens)} tokens"
-        print(
-            f"{done}  {self.speed.said(cursor)}  FVU/L0: {legs or '-'}{more}",
-            file=self.out,
-            flush=True,
-        )
+        shown = f"  training FVU/L0: {legs}{more}" if legs else ""  # in training units: not the FVU of `eval`
+        print(f"{done}  {self.speed.said(cursor)}{shown}", file=self.out, flush=True)
         self.legs = {}
 
     def leg(self, leg_id: str, progress: engine.Progress) -> None:
@@ -119,7 +116,7 @@ class LiveTable:
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
-        for name in ("leg", "tokens", "FVU", "L0", "dead", "lr"):
+        for name in ("leg", "tokens", "training FVU", "L0", "dead", "lr"):
             table.add_column(name, justify="left" if name == "leg" else "right")
         live = {leg.id for leg in self.plan.legs if leg.start <= self.cursor <= leg.end}
         shown = [(i, p) for i, p in self.legs.items() if i in live]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from saerelay.data.text import check_exist
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import odd_file, write_text
 from saerelay.interop import load_dictionary, own, write_dictionary
@@ -52,6 +53,11 @@ LEFT_BY_A_FAILED_START = {
     "parents",
     "model",
 }
+
+
+def check_text(recipe: Recipe) -> None:
+    """Raise DataError if text that a recipe names does not exist; a plan itself needs none, nor does a resumed run."""
+    check_exist(recipe.data.text)
 
 
 def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:

@@ -14,7 +14,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.workflows.keys import sectioned
 from saerelay.workflows.launch import train_run
-from saerelay.workflows.settle import plan_run
+from saerelay.workflows.settle import check_text, plan_run
 
 Text = str | Path | Sequence[str | Path] | None
 
@@ -43,7 +43,9 @@ def plan(model: str | Path = "demo", text: Text = None, **keys: Any) -> Plan:
     >>> [leg.id for leg in plan("demo", layers=[4, 5], roots=[5]).legs]
     ['L5', 'L4-from-L5']
     """
-    return plan_run(recipe(model, text, **keys))
+    asked = recipe(model, text, **keys)
+    check_text(asked)
+    return plan_run(asked)
 
 
 def train_suite(

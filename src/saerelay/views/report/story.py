@@ -140,9 +140,8 @@ def price(summary: Summary) -> str:
         return "Quality may not be equal: no transferred layer has a control with the full budget to compare with."
     metric = metric_name(leading_metric(summary))
     span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-    verdict = "Quality is not equal" if ratios[-1] > 1 else "Quality is no worse"
     return (
-        f"{verdict}: {metric} is {span} times that of from-scratch controls with the full budget, at the "
+        f"Quality at this cost: {metric} is {span} times that of from-scratch controls with the full budget, at the "
         f"{len(ratios)} of {len(children)} transferred layers that have one."
     )
 
