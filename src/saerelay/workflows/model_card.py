@@ -106,7 +106,8 @@ def model_card(
     if plan:
         paragraphs += [
             "## Recipe",
-            "`saerelay train run.toml --out runs/a` with this `run.toml` reproduces these dictionaries.",
+            "`saerelay train run.toml --out runs/a` with this `run.toml` reproduces these dictionaries. Of local paths "
+            "only the last part is given; complete them first.",
             _fenced(_recipe(plan), "toml"),
         ]
     paragraphs += [
