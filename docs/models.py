@@ -179,7 +179,7 @@ def of_layers(n: int) -> str:
 def reason_of(error: ModelError) -> str:
     """An error without the model's name and the advice."""
     text = re.sub(r'^.*?"[\w-]+"( \([\w-]+\))? ', "", str(error))
-    inner = re.search(r"residual stream \((.*)\), so there", text)
+    inner = re.search(r"residual stream \((.*)\), so the ", text)
     return inner[1] if inner else re.split(r"\. Use|; use| \((?=\w+Error)", text)[0]
 
 

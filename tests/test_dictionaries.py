@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saerelay.errors import DataError
 from saerelay.sae.architectures import ARCHITECTURES as CLASSES
 from saerelay.sae.architectures import TopK
 from saerelay.sae.architectures.architecture import with_common_threshold
@@ -58,6 +59,12 @@ def test_encode_is_the_definition_entry_by_entry(architecture: str) -> None:
             }[architecture]
             assert float(z[t, j]) == pytest.approx(pre[j] if on else 0.0, abs=1e-12)
     assert torch.allclose(d(x), z @ d.W_dec + d.b_dec)
+
+
+def test_activations_of_another_width_are_refused() -> None:
+    dictionary = random_dictionary("topk")
+    with pytest.raises(DataError, match=f"are {dictionary.d_model + 1} wide, but this SAE reads {dictionary.d_model}"):
+        dictionary(torch.zeros(2, dictionary.d_model + 1))
 
 
 def test_threshold_is_strict() -> None:

@@ -152,7 +152,7 @@ def test_identity_on_unit_rows_changes_nothing() -> None:
 
 
 def test_fold_refuses_another_width() -> None:
-    with pytest.raises(TransferError, match="reads activations of width 10, the map starts from width 7"):
+    with pytest.raises(TransferError, match="reads activations of width 10, but the map starts from width 7"):
         fold(random_dictionary("topk"), identity(7))
 
 
@@ -201,7 +201,7 @@ def test_refit_leaves_a_silent_dictionary_and_refuses_infinities() -> None:
     silent = replace(d, b_enc=d.b_enc - 1e6)
     norms = d.W_dec.norm(dim=1, keepdim=True)
     assert torch.allclose(refit(silent, [x]).W_dec * norms, d.W_dec)
-    with pytest.raises(TransferError, match="not finite"):
+    with pytest.raises(TransferError, match="not all finite"):
         refit(d, [torch.full_like(x, torch.inf)])
 
 

@@ -184,7 +184,8 @@ def train(
         mend_recipe(out)
     run = with_seeds(Recipe.from_toml(recipe), seeds)
     suite = train_run(run, out, resume=resume, extend=extend, console=progress())
-    say(f"{len(suite)} SAEs in {out}/legs. Measure their quality: saerelay eval {out}")
+    saes = "1 SAE" if len(suite) == 1 else f"{len(suite)} SAEs"
+    say(f"{saes} in {out}/legs. Measure their quality: saerelay eval {out}")
 
 
 def hop(

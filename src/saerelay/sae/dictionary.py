@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from saerelay.errors import TransferError
+from saerelay.errors import DataError, TransferError
 from saerelay.sae.architectures import Architecture, architecture_named
 
 LATENT_PARAMETERS = ("W_enc", "b_enc", "W_dec", "threshold", "r_mag")
@@ -78,7 +78,9 @@ class Dictionary:
         return self.W_dec.shape[1]
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """Pre-activations (..., F) of activations x (..., D), in any dtype."""
+        """Pre-activations (..., F) of activations x (..., D), in any dtype; DataError for another width."""
+        if x.shape[-1] != self.d_model:
+            raise DataError(f"the activations are {x.shape[-1]} wide, but this SAE reads {self.d_model} dimensions")
         return torch.nn.functional.linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     Tokens per step are shown where legs differ in them.
     """
     batches_differ = len({leg.schedule.batch_tokens for leg in plan.legs}) > 1
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, caption_justify="left")
     for name in ("leg", "role", "from", "method"):
         table.add_column(name, overflow="fold")
     numbers = ["starts at", "tokens", "latents", "lr"]
@@ -100,6 +100,8 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
         if reference and leg.goal.predicted_fvu:
             row += [f"{leg.goal.predicted_fvu:.4f}", f"{leg.goal.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(*row)
+    if any(leg.schedule.lr_by_map for leg in plan.legs):
+        table.caption = "≤: the better a hop's map explains its layer, the lower the rate that training begins with."
     return table
 
 
@@ -121,7 +123,9 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
     """Show the cost of a plan."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("language model reads", f"{format_count(cost.lm_tokens)} tokens")
-    table.add_row("SAEs train on", f"{format_count(cost.sae_samples)} activations, over {len(plan.legs)} legs")
+    legs = "1 leg" if len(plan.legs) == 1 else f"{len(plan.legs)} legs"
+    controls = ", controls included" if any(leg.control for leg in plan.legs) else ""
+    table.add_row("SAEs train on", f"{format_count(cost.sae_samples)} activations, over {legs}{controls}")
     table.add_row(
         "operations",
         f"{flops(cost.flops)} executed ({flops(cost.flops_dense_equivalent)} if dense), "

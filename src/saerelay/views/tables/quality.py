@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
+from saerelay.site import SiteKind
 from saerelay.spec import format_count
 from saerelay.views.labels import ROLES, misleading_fvu, seeds_label, spread_cells
 from saerelay.views.text import decimal, duration, is_number, percent, with_error
@@ -23,7 +24,7 @@ def quality_table(summary: Summary) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
 
-    kind = "" if len(summary.kinds) > 1 else summary.kinds[0]
+    kind = "" if len(summary.kinds) > 1 else str(SiteKind())  # no heading where all are of the usual kind
     for leg in summary.in_order(leg for leg in summary.first_seeds if leg.role != "control"):
         if leg.kind != kind:
             kind = leg.kind
