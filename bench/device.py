@@ -50,7 +50,7 @@ from torch import Tensor
 from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import ModelSpec, Recipe, TrainSpec
 from saerelay.sae.initialise import initialise
-from saerelay.sae.kernels import dense_codes, products, reference, select, sparse_step
+from saerelay.sae.kernels import dense_codes, products, reference, sparse_step
 from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.loss import training_loss
 from saerelay.sae.maps import affine
@@ -329,7 +329,7 @@ def parts_of_a_step(shape: Shape, args: Namespace) -> dict[str, float]:
         "select": lambda: ops.top_codes(pre, shape.k),
         "select_torch": lambda: pre.topk(shape.k, dim=1, sorted=False),
         "select_batch": lambda: ops.top_codes_of_batch([pre], shape.batch * shape.k),
-        "select_batch_torch": lambda: select._top_of_all(pre, shape.batch * shape.k),
+        "select_batch_torch": lambda: reference.top_codes_of_batch([pre], shape.batch * shape.k),
         "explain": lambda: ops.explain(x.clone(), codes, W),
         "explain_in_two": decode_then_sample,
         "pair": lambda: ops.decode_pair(transposed, transposed.values, x, transposed.values, x, *outs),

@@ -47,8 +47,8 @@ OTHER_SHARES = (1 / 32, 1 / 4)
 RATES = (0.5, 1.0, 2.0)
 """Learning rates of the sweep, over the one that `auto` gives."""
 BATCHES = (512, 4096)
-REPEATED = ("suite-shared-s", "suite-hub-s", "suite-alternate-s", "suite-alternate-quarter-s")
-"""Suites that are repeated with every seed, by the beginning of their names."""
+REPEATED = ("hub", "shared", "alternate", "alternate-quarter")
+"""Suites that are repeated with every seed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def all_jobs(study: Study, seeds: int) -> Iterator[Job]:
         yield rates(study, batch)
     for seed in range(1, seeds):
         yield from budgets(study, seed)
-        yield from (job for job in suites(study, seed) if job.name.startswith(REPEATED))
+        names = [f"suite-{name}-s{seed}" for name in REPEATED]
+        yield from (job for job in suites(study, seed) if job.name in names)
 
 
 def with_legs(study: Study, seed: int, legs: Sequence[LegSpec], batch: int = 512) -> Recipe:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from saerelay.site import ModuleKind, Site
+from saerelay.site import ModuleKind, Site, SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,11 @@ class Origin:
     """Mean number of active latents, as stated in the file."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Any other facts to keep, as JSON: tokens seen, parents, metrics."""
+
+    @property
+    def kind(self) -> SiteKind | None:
+        """The kind of site that it is at; None if its files do not say where it reads."""
+        return SiteKind(self.site.module, self.module_out) if self.site else None
 
     @property
     def module_out(self) -> ModuleKind | None:

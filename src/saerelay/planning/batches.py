@@ -31,16 +31,20 @@ def auto_batch(tokens: int, *, on_gpu: bool) -> int:
     return batch
 
 
+def batch_for(recipe: Recipe, tokens: int, *, on_gpu: bool) -> int:
+    """Return the tokens per step that a recipe asks for, or else those that a budget of `tokens` allows."""
+    asked = recipe.train.batch_tokens
+    return auto_batch(tokens, on_gpu=on_gpu) if asked == "auto" else asked
+
+
 def batch_of(spec: LegSpec, recipe: Recipe, *, on_gpu: bool) -> int:
-    """Return the tokens per step of a leg: its own, or the recipe's, or those that its budget allows."""
-    asked = spec.training.batch_tokens or recipe.train.batch_tokens
-    return auto_batch(spec.tokens, on_gpu=on_gpu) if asked == "auto" else asked
+    """Return the tokens per step of a leg: its own, or else those of `batch_for`."""
+    return spec.training.batch_tokens or batch_for(recipe, spec.tokens, on_gpu=on_gpu)
 
 
 def usual_batch(recipe: Recipe) -> int:
-    """Return the tokens per step that a recipe asks for, or the usual number where it leaves them open."""
-    asked = recipe.train.batch_tokens
-    return USUAL if asked == "auto" else asked
+    """Return the tokens per step that a recipe asks for, or else those of a short leg."""
+    return batch_for(recipe, 0, on_gpu=False)
 
 
 def settled_batches(

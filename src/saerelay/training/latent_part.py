@@ -22,6 +22,7 @@ class LatentPart:
 
     def __init__(self, latents: slice, triples: dict[str, Triple]) -> None:
         self.latents = latents
+        self.ops = products(triples["W_dec"][0].device)
         self.triples: dict[str, Triple] = {}
         for name, (parameter, mean, square) in triples.items():
             self.triples[name] = (parameter[latents], mean[latents], square[latents])
@@ -44,12 +45,11 @@ class LatentPart:
 
         Decoder rows keep unit norm; thresholds stay at or above zero.
         """
-        ops = products(self.triples["W_dec"][0].device)
         for name, triple in self.triples.items():
             gradient = gradients[name][self.latents]
             if name in ("W_enc", "W_dec"):
                 copy = encoder[self.latents] if name == "W_enc" and encoder is not None else None
-                ops.adam_rows(adam, triple, gradient, rate_shares[name], unit=name == "W_dec", copy=copy)
+                self.ops.adam_rows(adam, triple, gradient, rate_shares[name], unit=name == "W_dec", copy=copy)
             else:
                 adam.move(triple, gradient, rate_shares[name])
         if "threshold" in self.triples:

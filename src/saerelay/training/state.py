@@ -54,7 +54,9 @@ class TraineeState:
         lr_share: float = 1.0,
     ) -> "TraineeState":
         """The state at age 0, with its own copy of the parameters and a fresh optimizer."""
-        own = {name: tensor.detach().contiguous().clone() for name, tensor in dictionary.tensors().items()}
+        own = {}
+        for name, tensor in dictionary.tensors().items():
+            own[name] = tensor.detach().clone(memory_format=torch.contiguous_format)  # as the GPU's kernels read it
         trained = {name: tensor for name, tensor in own.items() if name != "W_skip"}  # W_skip is set in closed form
         if dictionary.activation.threshold_is_calibrated:
             del trained["threshold"]

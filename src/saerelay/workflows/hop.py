@@ -36,7 +36,7 @@ from saerelay.sae.spec import Method, MethodOrAuto
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import RANDOM, TRIAL_ROWS, try_methods
 from saerelay.sae.units import Units
-from saerelay.site import Site, SiteKind
+from saerelay.site import Site
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.launch import train_run
 from saerelay.workflows.settle import check_directory, plan_run
@@ -111,18 +111,15 @@ def of_one_kind(recipe: Recipe, origin: Origin) -> Recipe:
     kinds = recipe.sites.kinds
     if len(kinds) == 1:
         return recipe
-    assert origin.site
-    own = SiteKind(origin.site.module, origin.module_out)
-    kind = own if own in kinds else kinds[0]
+    kind = origin.kind if origin.kind in kinds else kinds[0]
     return recipe.changed(sites=recipe.sites.changed(module=kind.module, module_out=kind.module_out or ""))
 
 
 def _asked_leg(source: str | Path, origin: Origin, recipe: Recipe, layer: int, leg_keys: dict[str, Any]) -> LegSpec:
     """Return the leg that was asked for, named as a plan would name it; its parent is settled later."""
-    assert origin.site
+    assert origin.site and origin.kind
     kind = recipe.sites.first_kind
-    own = SiteKind(origin.site.module, origin.module_out)
-    start = f"L{origin.site.layer}" if own == kind else own.leg_name(origin.site.layer)
+    start = f"L{origin.site.layer}" if origin.kind == kind else origin.kind.leg_name(origin.site.layer)
     keys = {
         "id": f"{kind.leg_name(layer)}-from-{start}",
         "layer": layer,

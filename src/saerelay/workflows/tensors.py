@@ -16,7 +16,7 @@ from torch import Tensor
 from saerelay.analysis.metrics import MetricSums
 from saerelay.data.stream import AbstractStream
 from saerelay.errors import DataError, LegFailed, RecipeError, TransferError
-from saerelay.planning.batches import auto_batch
+from saerelay.planning.batches import batch_for
 from saerelay.planning.legs import auto_dead_after, auto_lr
 from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import Recipe
@@ -309,9 +309,7 @@ def _leg(spec: SizedDictionarySpec, recipe: Recipe, x: Tensor, budget: int, *, t
     """Return the leg to train on rows such as x (B, D); choices that the recipe leaves open are made as in a plan."""
     if spec.l0 is not None and spec.l0 > spec.n_latents:
         raise RecipeError(f"{spec.activation.l0_key} is {spec.l0:g} but there are only {spec.n_latents} latents")
-    batch = recipe.train.batch_tokens
-    if batch == "auto":
-        batch = auto_batch(budget, on_gpu=x.is_cuda)
+    batch = batch_for(recipe, budget, on_gpu=x.is_cuda)
     batch = min(batch, budget) or batch
     budget = batch * (budget // batch)
     optimizer = recipe.train.optimizer

@@ -157,8 +157,8 @@ def join_codes(parts: list[Codes]) -> Codes:
         ends.append(ends[-1] + part.columns.shape[0])
     starts = [part.row_starts[:-1] + end for part, end in zip(parts, ends, strict=False)]
     last = torch.tensor([ends[-1]], dtype=torch.int32, device=parts[0].columns.device)
-    columns = joined([part.columns for part in parts])
-    values = joined([part.values for part in parts])
+    columns = torch.cat([part.columns for part in parts])
+    values = torch.cat([part.values for part in parts])
     return Codes(torch.cat([*starts, last]), columns, values, parts[0].n_latents)
 
 
