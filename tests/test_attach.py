@@ -408,8 +408,8 @@ def test_sites_widths_and_latents_that_do_not_exist_are_refused(llama: Any) -> N
             attached[1]
         with pytest.raises(ModelError, match="no activations have passed L1 yet"):
             attached[Site(1)].latents()
-        for wrong in (-1, F):
-            with pytest.raises(ModelError, match=f"L1: no latent {wrong}; latents are numbered 0 to {F - 1}"):
+        for wrong in (-1, F, "3"):
+            with pytest.raises(ModelError, match=f"L1: no latent {wrong!r}; latents are numbered 0 to {F - 1}"):
                 attached[Site(1)].ablate(wrong)
 
 

@@ -182,6 +182,8 @@ def test_a_named_model_and_its_plan(tiny_model: Path, tmp_path: Path) -> None:
     keys = SMALL | {"data": {"tokens": str(tmp_path / "ids.npy")}}
     with pytest.raises(DataError, match="no such file or directory"):
         sr.plan(tiny_model, "/nothing/there", **SMALL)
+    with pytest.raises(DataError, match="data.tokens: no such file"):
+        sr.plan(tiny_model, **SMALL | {"data": {"tokens": "/nothing/there.npy"}})
     plan = sr.plan(tiny_model, **keys)
     assert [leg.layer for leg in plan.legs] in ([1, 0], [0, 1])
     assert repr(plan) == f"Plan({tiny_model}: {', '.join(leg.id for leg in plan.legs)})"

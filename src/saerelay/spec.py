@@ -266,7 +266,8 @@ def _check_strings(data: Any, source: str, key: str = "") -> None:
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
     """Say what is wrong with each key, in our words, one line per key."""
     problems: dict[str, str] = {}
-    for item in error.errors():
+    words_last = sorted(error.errors(), key=lambda item: item["type"] == "literal_error")
+    for item in words_last:
         key = _key_of(item["loc"])
         if item["type"] == "extra_forbidden" or _is_name_of_part(cls, item):
             problems[key] = f'unknown key "{key}"; {_nearest_key(cls, item["loc"])}'

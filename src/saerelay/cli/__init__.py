@@ -4,6 +4,8 @@ There is one module per group of commands; `options` holds what they share. Heav
 that `saerelay --help` does not wait for torch.
 """
 
+import atexit
+import gc
 import sys
 import warnings
 from io import TextIOWrapper
@@ -76,6 +78,7 @@ def main() -> None:
     """Run the command line; a user error becomes one message and an exit code, never a traceback."""
     _show_anything()
     _show_warnings_as_notes()
+    atexit.register(gc.freeze)  # Python looks for garbage when it ends, half a second among a million objects
     try:
         app()
     except SaeRelayError as error:

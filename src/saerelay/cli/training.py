@@ -64,11 +64,10 @@ def plan(
     from saerelay.planning.recipe import Recipe
     from saerelay.views.tables.plan import plan_facts, plan_table
     from saerelay.views.tables.savings import plan_prices
-    from saerelay.workflows.settle import check_text, plan_run
-    from saerelay.workflows.timing import plan_seconds
+    from saerelay.workflows.settle import check_data, plan_run
 
     run = with_seeds(Recipe.from_toml(recipe), seeds)
-    check_text(run)
+    check_data(run)
     ranks = max(ranks, run.model.tensor_parallel)
     if run.plan.surveyed:
         plan_auto(run, as_json, write, ranks)
@@ -82,8 +81,7 @@ def plan(
     from_scratch = compiled.all_from_scratch()
     cost = plan_cost(compiled)
     plans = [compiled, suite, from_scratch]
-    speeds = timed_plans(plans) if timing else []
-    seconds = [plan_seconds(*pair) for pair in zip(plans, speeds, strict=False)]  # none without timing
+    speeds, seconds = timed_plans(plans) if timing else ([], [])
     shares = spread(compiled, ranks, speeds[0] if speeds else None)
     if as_json:
         prices = (cost, plan_cost(from_scratch))
@@ -97,13 +95,14 @@ def plan(
     print_savings(compiled, prices, shares)
 
 
-def timed_plans(plans: "Sequence[Plan]") -> "list[Speeds]":
-    """Measure how fast this machine runs some plans for one model, and show that it is being measured."""
+def timed_plans(plans: "Sequence[Plan]") -> "tuple[list[Speeds], list[dict[str, float]]]":
+    """Measure how fast this machine runs some plans for one model, and how long each takes; show that it measures."""
     from saerelay.lm.model import LanguageModel
-    from saerelay.workflows.timing import measured_speeds
+    from saerelay.workflows.timing import measured_speeds, plan_seconds
 
     with progress().status("loading the model and timing a few steps"):
-        return measured_speeds(plans, LanguageModel.load(plans[0].recipe.model))
+        speeds = measured_speeds(plans, LanguageModel.load(plans[0].recipe.model))
+    return speeds, [plan_seconds(*pair) for pair in zip(plans, speeds, strict=True)]
 
 
 def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> None:

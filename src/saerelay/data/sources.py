@@ -106,7 +106,7 @@ _MIN_SEPARATORS of them."""
 
 
 def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
-    tokens = _open_tokens(Path(data.tokens).expanduser(), facts)
+    tokens = _open_tokens(tokens_file(data.tokens), facts)
     if tokens.ndim == 2:
         rows = (tokens[i] for i in _shuffled(len(tokens), seed))
     else:
@@ -117,12 +117,18 @@ def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
     return Source(f"tokens in {data.tokens}", documents, padding)
 
 
+def tokens_file(name: str) -> Path:
+    """The path of a token file; DataError unless it exists."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(f'data.tokens: no such file: "{path}" (relative paths start in {Path.cwd()}).')
+    return path
+
+
 def _open_tokens(path: Path, facts: ModelFacts) -> np.ndarray:
     """Map a token file and check every id in it."""
     dtype = "uint16" if facts.tokens.vocab_size <= 1 << 16 else "uint32"
     convert = f'np.save("tokens.npy", array.astype(np.{dtype}))'
-    if not path.is_file():
-        raise DataError(f'data.tokens: no such file: "{path}" (relative paths start in {Path.cwd()}).')
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:

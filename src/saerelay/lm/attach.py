@@ -9,6 +9,7 @@ In shapes: B sequences, C positions, D width of the activations at a site, F lat
 that are touched (neither padding nor left alone), J latents that are edited.
 """
 
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -218,7 +219,8 @@ class Tap:
 
     def steer(self, latent: int, amount: float) -> None:
         """Add an amount to the code of a latent, or to the value it was `set` to, at every touched position."""
-        factor, addend = self._edits.get(self._checked(latent), (1.0, 0.0))
+        latent = self._checked(latent)
+        factor, addend = self._edits.get(latent, (1.0, 0.0))
         self._edits[latent] = (factor, addend + amount)
 
     def reset(self) -> None:
@@ -245,9 +247,13 @@ class Tap:
         return _joined(self._codes, f"activations have passed {self.site}").coalesce()
 
     def _checked(self, latent: int) -> int:
-        if not 0 <= latent < self.n_latents:
-            raise ModelError(f"{self.site}: no latent {latent}; latents are numbered 0 to {self.n_latents - 1}")
-        return latent
+        try:
+            index = operator.index(latent)
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.n_latents:
+            raise ModelError(f"{self.site}: no latent {latent!r}; latents are numbered 0 to {self.n_latents - 1}")
+        return index
 
     def _begin(self, start: int, touched: Tensor) -> None:
         """Prepare for a forward that begins at `start` and touches some positions, bool (B,C)."""

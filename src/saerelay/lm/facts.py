@@ -8,7 +8,15 @@ from saerelay.errors import ModelError
 from saerelay.lm.adapter import find_adapter
 from saerelay.lm.ports import n_parameters
 from saerelay.lm.probe import Anatomy, probe_skeleton
-from saerelay.lm.source import is_causal_lm, loading, model_skeleton, quantisation, read_config, resolved_revision
+from saerelay.lm.source import (
+    is_causal_lm,
+    loading,
+    model_skeleton,
+    quantisation,
+    read_config,
+    resolved_revision,
+    without_collection,
+)
 from saerelay.lm.split import OWN_HEADS, check_splittable
 from saerelay.lm.tokens import first_id, load_tokenizer
 from saerelay.planning.facts import ModelFacts, Precision, SiteFacts, TokenFacts
@@ -34,6 +42,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
     return facts
 
 
+@without_collection()
 def look_at(spec: ModelSpec) -> tuple[ModelFacts, Anatomy]:
     """Return the facts, and the anatomy that a probe finds on the way."""
     device = _resolve_device(spec.device)

@@ -1,5 +1,6 @@
 """The source of a language model: a directory or the hub, and errors with their remedy."""
 
+import gc
 import re
 import struct
 from collections.abc import Iterator
@@ -276,6 +277,22 @@ def quantisation_options(location: Location, facts: ModelFacts) -> dict[str, Any
 def pinned(spec: ModelSpec, facts: ModelFacts) -> ModelSpec:
     """A model's specification with the plan's commits of the model and of its adapter."""
     return spec.changed(revision=facts.revision, adapter=facts.adapter or spec.adapter)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Pause Python's garbage collector.
+
+    Reading a tokenizer of 262,144 tokens and importing transformers make millions of objects that all stay. The
+    collector would look through them again and again: 2 s of the 7 s that `saerelay plan` takes for Gemma 3.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 # --- errors ------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from saerelay.errors import ModelError
-from saerelay.lm.source import TOKENIZER_REMEDY, loading, locate, read_config
+from saerelay.lm.source import TOKENIZER_REMEDY, loading, locate, read_config, without_collection
 from saerelay.planning.recipe import ModelSpec
 
 
+@without_collection()
 def load_tokenizer(spec: ModelSpec) -> Any:
     """Load the model's fast tokenizer.
 

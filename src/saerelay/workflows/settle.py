@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from saerelay.data.sources import tokens_file
 from saerelay.data.text import check_exist
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import odd_file, write_text
@@ -55,9 +56,14 @@ LEFT_BY_A_FAILED_START = {
 }
 
 
-def check_text(recipe: Recipe) -> None:
-    """Raise DataError if text that a recipe names does not exist; a plan itself needs none, nor does a resumed run."""
+def check_data(recipe: Recipe) -> None:
+    """Raise DataError if text or tokens that a recipe names do not exist.
+
+    A plan itself needs none, nor does a resumed run.
+    """
     check_exist(recipe.data.text)
+    if recipe.data.tokens:
+        tokens_file(recipe.data.tokens)
 
 
 def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:

@@ -14,7 +14,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.workflows.keys import sectioned
 from saerelay.workflows.launch import train_run
-from saerelay.workflows.settle import check_text, plan_run
+from saerelay.workflows.settle import check_data, plan_run
 
 Text = str | Path | Sequence[str | Path] | None
 
@@ -44,7 +44,7 @@ def plan(model: str | Path = "demo", text: Text = None, **keys: Any) -> Plan:
     ['L5', 'L4-from-L5']
     """
     asked = recipe(model, text, **keys)
-    check_text(asked)
+    check_data(asked)
     return plan_run(asked)
 
 
