@@ -4,6 +4,11 @@
     python bench/transfer_real.py run ... --list                       # the jobs and their samples; trains nothing
     python bench/transfer_real.py report --out study --docs docs       # writes docs/transfer-real.json and the tables
 
+Layers may be studied in parts, in folders of their own that overlap in a layer; `report --also` puts them together:
+
+    python bench/transfer_real.py run ... --layers 0-4,11-17 --only scratch,hops,random,budgets --out others
+    python bench/transfer_real.py report --out study --also others
+
 Every job is an ordinary run of this tool in a directory of its own, <out>/<job>. The activations (`data.cache`, at
 <out>/activations) and the tokens are shared. A study that was stopped goes on with the same command.
 
@@ -243,6 +248,7 @@ def main() -> None:
     parser.add_argument("--full", type=int, default=819_200, help="the full budget, in tokens")
     parser.add_argument("--eval-tokens", type=int, default=6_144)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="of a report: folders with other layers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="jobs whose name begins with one of these, by commas")
     parser.add_argument("--list", action="store_true", help="say what would be done")
@@ -253,7 +259,7 @@ def main() -> None:
     if args.command == "report":
         from transfer_real_report import report
 
-        report(out, args.docs)
+        report([out, *args.also], args.docs)
         return
     if args.text is None:
         raise SystemExit("--text DIR: which text should the model read?")

@@ -86,24 +86,27 @@ def delta(leg: LegSummary) -> float:
     return leg.delta_ce
 
 
-def read(out: Path) -> Results:
-    """Everything that is finished."""
+def read(parts: Sequence[Path]) -> Results:
+    """Everything that is finished, in all parts of the study; what two parts have in common counts once."""
     scratch: dict[tuple[int, int, int], LegSummary] = {}
     hops: list[Hop] = []
     legs: list[LegSummary] = []
     suites: dict[tuple[str, int], Summary] = {}
     random: dict[int, float] = {}
-    for path in sorted(out.glob("*/summary.json")):
+    for path in (found for part in parts for found in sorted(part.glob("*/summary.json"))):
         job = path.parent.name
         summary = Summary.load(path)
         if job.startswith("random"):
-            random = {leg.layer: delta(leg) for leg in summary.legs}
+            random |= {leg.layer: delta(leg) for leg in summary.legs}
             continue
-        legs += summary.legs
         seed = int(job.rpartition("-s")[2]) if re.search(r"-s\d$", job) else 0
         if job.startswith("scratch"):
-            scratch |= {(seed, leg.layer, leg.tokens): leg for leg in summary.legs}
-        elif job.startswith(("hops", "budgets")):
+            new = {(seed, leg.layer, leg.tokens): leg for leg in summary.legs}
+            legs += [leg for key, leg in new.items() if key not in scratch]
+            scratch = new | scratch
+            continue
+        legs += summary.legs
+        if job.startswith(("hops", "budgets")):
             for leg in summary.legs:
                 hops += read_hops(RunDirectory(path.parent), seed, leg)
         elif job.startswith("suite"):
@@ -323,9 +326,9 @@ def correlation_table(results: Results) -> str:
     return table(["layer", *map(str, found)], rows)
 
 
-def report(out: Path, docs: Path) -> None:
+def report(parts: Sequence[Path], docs: Path) -> None:
     """Write the numbers and the tables."""
-    results = read(out)
+    results = read(parts)
     numbers = {
         "full": results.full,
         "equal": results.equal,

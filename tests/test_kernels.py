@@ -20,7 +20,15 @@ from saerelay.sae.kernels import (
     sparse_step,
     split_codes,
 )
-from saerelay.sae.kernels.select import GROUP, codes_at_least, nonzero_codes, top_codes, top_codes_of_batch
+from saerelay.sae.kernels.codes import row_sums
+from saerelay.sae.kernels.select import (
+    GROUP,
+    codes_at_least,
+    nonzero_codes,
+    positive_codes,
+    top_codes,
+    top_codes_of_batch,
+)
 from saerelay.sae.kernels.step import ROWS
 from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.spec import DictionarySpec, SizedDictionarySpec
@@ -169,6 +177,34 @@ def test_at_least_is_a_mask() -> None:
         pre = torch.randn(30, n, generator=torch.Generator().manual_seed(n))
         found = dense_codes(codes_at_least(pre, torch.tensor(0.7)))
         assert torch.equal(found, pre * (pre >= 0.7))
+
+
+@pytest.mark.parametrize("room", [0, 1, 700, 800, 2000])
+def test_positive_codes_in_limited_room(room: int) -> None:
+    pre = torch.randn(30, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pre[3], pre[29] = -1, 0
+    codes, n = positive_codes(pre, room)
+    whole = nonzero_codes(pre.relu())
+    n_kept = min(room, int(n))
+    assert int(n) == len(whole.values) and 700 < int(n) < 800
+    assert torch.equal(codes.values[:n_kept], whole.values[:n_kept]) and not codes.values[n_kept:].any()
+    assert torch.equal(codes.columns[:n_kept], whole.columns[:n_kept]) and not codes.columns[n_kept:].any()
+    assert torch.equal(codes.row_starts, whole.row_starts.clamp(max=room))
+    pre[3, 7] = torch.nan
+    assert int(positive_codes(pre, room)[1]) == int(n) + 1
+
+
+@pytest.mark.parametrize("n_latents", [50, 2**15])
+def test_padded_codes_are_the_same_codes(n_latents: int) -> None:
+    z = torch.randn(30, n_latents, generator=torch.Generator().manual_seed(1)).relu()
+    z[:, 200:] = 0
+    whole = nonzero_codes(z)
+    codes, _ = positive_codes(z, len(whole.values) + 11)
+    assert torch.equal(dense_codes(codes), z)
+    for (starts, rows, order), n in ((codes._by_sorting(), len(whole.values)), (whole._by_sorting(), None)):
+        assert torch.equal(starts, whole.transpose()[0])
+        assert torch.equal(rows[:n], whole.transpose()[1]) and torch.equal(order[:n].int(), whole.transpose()[2])
+    assert torch.equal(row_sums(codes.with_values(codes.values**2)), row_sums(whole.with_values(whole.values**2)))
 
 
 @pytest.mark.parametrize("ops", OPS)

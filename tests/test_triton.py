@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saerelay.sae.initialise import initialise
-from saerelay.sae.kernels import reference, select, sparse_step
+from saerelay.sae.kernels import Reading, reference, select, sparse_step
 from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.kernels.codes import Codes, dense_codes
 from saerelay.sae.loss import training_loss
@@ -236,9 +236,37 @@ def test_select_of_a_batch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) 
             assert torch.equal(codes.values, pre.float().flatten()[expected].relu())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [0, 400, 2000])
+def test_select_of_all_that_is_positive(dtype: torch.dtype, room: int) -> None:
+    pre = normal(7, 150, seed=0, dtype=torch.float32).to(dtype)
+    pre[1], pre[2, 70:], pre[3, :9], pre[4] = 0, torch.inf, torch.nan, -1
+    codes, n = ops.positive_codes(pre, room)
+    expected, n_expected = select.positive_codes(pre, room)
+    assert codes.is_padded and int(n) == int(n_expected)
+    for name in ("row_starts", "columns", "values"):
+        found = getattr(codes, name)
+        assert found.dtype == getattr(expected, name).dtype and len(found) == len(getattr(expected, name))
+        assert torch.allclose(found, getattr(expected, name), rtol=0, atol=0, equal_nan=True), name
+
+
+def test_products_of_padded_codes_are_those_of_the_same_codes() -> None:
+    pre, W, g = normal(9, 40, seed=0, dtype=torch.float32), normal(40, 37, seed=1), normal(9, 37, seed=2)
+    codes, _ = ops.positive_codes(pre, 300)
+    same = codes_of(pre.relu())
+    n = len(same.values)
+    assert torch.equal(ops.decode(codes, W), ops.decode(same, W))
+    assert torch.equal(ops.sampled(codes, g, W)[:n], ops.sampled(same, g, W))
+    assert torch.equal(ops.fired(codes), ops.fired(same))
+    padded = pair(codes, codes.values, g, codes.values, g)
+    exact = pair(same, same.values, g, same.values, g)
+    assert all(torch.equal(a, b) for a, b in zip(padded, exact, strict=True))
+
+
 def test_what_the_kernel_cannot_select_goes_to_torch() -> None:
     pre = normal(3, 40, seed=0)
     assert torch.equal(dense_codes(ops.top_codes(pre, 4)), dense_codes(select.top_codes(pre, 4)))
+    assert torch.equal(dense_codes(ops.positive_codes(pre, 90)[0]), pre.relu())
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "relu"])
@@ -251,7 +279,8 @@ def test_a_step_equals_autograd(architecture: str) -> None:
     parameters = {name: t.clone().requires_grad_() for name, t in d.tensors().items()}
     expected = training_loss(spec, replace(d, **parameters), x, dead=dead)
     expected.total.backward()
-    step = sparse_step(spec, d, x, dead=dead, ops=ops)
+    room = None if spec.activation.selects_fixed_number else B * F
+    step = sparse_step(spec, d, x, reading=Reading(room=room), dead=dead, ops=ops)
     gradients = {name: torch.empty_like(t) for name, t in parameters.items() if t.grad is not None and name != "b_dec"}
     step.gradients(slice(0, F), gradients)
     assert torch.allclose(step.loss.total, expected.total.detach(), rtol=1e-5)
@@ -309,6 +338,8 @@ ops.top_codes(torch.ones(2, 5000).bfloat16(), 64)
 ops.top_codes(torch.ones(2, 12288), 64)
 ops.top_codes_of_batch([torch.ones(2, 500).bfloat16()], 20)
 ops.top_codes_of_batch([torch.ones(2, 500)], 20)
+ops.positive_codes(torch.ones(2, 500), 20)
+ops.positive_codes(torch.ones(2, 500).bfloat16(), 20)
 kernels = [kernel for module in modules for kernel in vars(module).values() if isinstance(kernel, triton.JITFunction)]
 assert done == {kernel for kernel in kernels if kernel.__name__.endswith("_kernel")}
 """

@@ -6,6 +6,7 @@ operations on the same memory, and can be recorded once as a CUDA graph and repl
 a fraction of the time of launching the operations one by one. `Trainee.settle` asks the device, once per block.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor
 
 STEPS_AHEAD = 256
 """Number of steps whose rates are computed and copied to the device at once."""
+MORE_ROOM = 1.5
+"""Room for codes, over the most codes that a batch had."""
 STEPS_BEFORE_RECORDING = 3
 """Number of steps run unrecorded, to compile kernels and allocate memory, before a step is recorded."""
 
@@ -73,21 +76,34 @@ class Verdict(NamedTuple):
     """What the host learns about the steps it launched."""
 
     failed: bool
+    """Whether some step was not taken."""
     age: int
-    """The age after the last step whose loss was finite."""
+    """The age after the last step that was taken."""
     loss: float
-    """The loss of the last step, or of the first step whose loss was not finite."""
+    """The loss of the last step, or of the first that was not taken."""
+    n_selected: int
+    """The most codes of a batch, up to the first step that was not taken; 0 if they were not counted."""
+
+    @property
+    def lacked_room(self) -> bool:
+        """Whether the step that was not taken had more codes than there was room for."""
+        return self.failed and math.isfinite(self.loss)
 
 
 @dataclass
 class Fate:
-    """Whether a leg's loss was finite in all steps, kept on a device; after a non-finite loss nothing is updated."""
+    """Whether all steps of a leg could be taken, kept on a device; after the first that could not, nothing is updated.
+
+    A step cannot be taken if its loss is not finite, or if there was not enough room for its codes.
+    """
 
     failed: Tensor
     """float32, 0 or 1: the form that Adam's kernel takes."""
     age: Tensor
     """int64: the age after the last good step."""
     loss: Tensor
+    n_selected: Tensor
+    """int64: the most codes of a batch."""
 
     @classmethod
     def at(cls, age: int, device: torch.device) -> "Fate":
@@ -96,19 +112,26 @@ class Fate:
             failed=torch.zeros((), device=device),
             age=torch.full((), age, dtype=torch.int64, device=device),
             loss=torch.zeros((), device=device),
+            n_selected=torch.zeros((), dtype=torch.int64, device=device),
         )
 
-    def judge(self, loss: Tensor, age: Tensor) -> None:
-        """Record the loss of a step, and the leg's age after it."""
-        is_over = self.failed > 0
-        self.loss.copy_(torch.where(is_over, self.loss, loss.float()))
-        self.failed.copy_((is_over | ~torch.isfinite(loss)).float())
-        self.age.copy_(torch.where(self.failed > 0, self.age, age))
+    def judge(self, loss: Tensor, age: Tensor, n_selected: Tensor | None = None, room: int | None = None) -> None:
+        """Record the loss of a step, the leg's age after it, and the number of its codes, if room was limited."""
+        was_over = self.failed > 0
+        is_over = was_over | ~torch.isfinite(loss)
+        if n_selected is not None and room is not None:
+            is_over = is_over | (n_selected > room)
+            counted = torch.where(was_over, 0, n_selected)
+            self.n_selected.copy_(torch.maximum(self.n_selected, counted))
+        self.loss.copy_(torch.where(was_over, self.loss, loss.float()))
+        self.failed.copy_(is_over.float())
+        self.age.copy_(torch.where(is_over, self.age, age))
 
     def verdict(self) -> Verdict:
         """Read the outcome; the host waits for the device."""
-        failed, age, loss = torch.stack([self.failed.double(), self.age.double(), self.loss.double()]).tolist()
-        return Verdict(bool(failed), int(age), loss)
+        numbers = (self.failed, self.age, self.loss, self.n_selected)
+        failed, age, loss, n_selected = torch.stack([number.double() for number in numbers]).tolist()
+        return Verdict(bool(failed), int(age), loss, int(n_selected))
 
 
 class Stopwatch:
@@ -212,3 +235,59 @@ _graphs: dict[torch.device, WeakSet[torch.cuda.CUDAGraph]] = {}
 """The existing graphs. They share memory for temporary tensors, since graphs are replayed one after the other."""
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 """The stream on which steps are recorded, by device; nothing runs there."""
+
+
+class Launcher:
+    """The device's side of a leg in training: its clock, its fate, and the step, recorded where that is possible.
+
+    A TopK or BatchTopK step has a fixed number of codes. The steps of other architectures get `room` for somewhat more
+    codes than batches had so far. If there is too little for some batch, nothing is updated from there on, and the leg
+    repeats these steps with more room: numbers do not depend on the room.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        age: int,
+        step: Callable[[Tensor, Tensor | None], None],
+        *,
+        is_recorded: bool,
+        limits_room: bool,
+    ) -> None:
+        self.device = device
+        self.clock = Clock(device)
+        self.fate = Fate.at(age, device)
+        self.stopwatch = Stopwatch()
+        self.gradients: dict[str, Tensor] = {}
+        """Where a recorded step writes gradients; held here so that the memory stays allocated."""
+        self.limits_room = limits_room
+        self.room: int | None = None
+        """Places for a batch's codes; None if they are not limited, and before the first step has counted them."""
+        self.unsettled: list[tuple[Tensor, Tensor | None]] = []
+        """The batches since the last verdict, if room is limited: their steps may have to be repeated."""
+        self.unrecorded = step
+        self.step = Replayed(step) if is_recorded and not limits_room else step
+
+    def make_room(self, n_codes: int) -> None:
+        """Have room for somewhat more codes than a batch had; steps are recorded anew, as their memory changes."""
+        self.room = math.ceil(MORE_ROOM * max(n_codes, 1))
+        self.step = Replayed(self.unrecorded)
+
+    def settled(self, verdict: Verdict, age: int) -> None:
+        """All steps up to an age were taken: forget the batches, and change a room that is almost full or too large."""
+        self.unsettled.clear()
+        self.fate.age.fill_(age)  # batches without rows aged the leg, too
+        if self.room is None or not verdict.n_selected:
+            return
+        self.fate.n_selected.zero_()
+        if not self.room / MORE_ROOM**2 <= verdict.n_selected <= self.room / MORE_ROOM**0.25:
+            self.make_room(verdict.n_selected)
+
+    def start_again(self, verdict: Verdict, n_lost: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the batches of the last steps, which were not taken for want of room, and make enough of it."""
+        batches = self.unsettled[-n_lost:]
+        self.unsettled = []
+        self.make_room(verdict.n_selected)
+        self.fate = Fate.at(verdict.age, self.device)
+        self.clock.n_left = 0  # it has ticked on
+        return batches

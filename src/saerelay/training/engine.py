@@ -6,7 +6,7 @@ Every schedule is a function of the leg's own age (`schedule`); everything else 
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.quality import fvu
 from saerelay.sae.spec import takes_sparse_step
 from saerelay.sae.threads import alone, in_parallel
-from saerelay.training.device import STEPS_AHEAD, Clock, Fate, Now, Replayed, Stopwatch
+from saerelay.training.device import STEPS_AHEAD, Launcher, Now, Verdict
 from saerelay.training.latent_part import LatentPart
 from saerelay.training.schedule import learning_rate, parameter_rates, penalty_warmth
 from saerelay.training.state import TraineeState, balance_of
@@ -87,23 +87,6 @@ class _Sums:
         self.n_rows = 0
 
 
-class _Launched:
-    """State of a trainee on a GPU, where steps are launched without waiting for them (see `device`)."""
-
-    def __init__(self, trainee: "Trainee") -> None:
-        device = trainee.state.n_steps.device
-        self.device = device
-        self.clock = Clock(device)
-        self.fate = Fate.at(trainee.state.age, device)
-        self.stopwatch = Stopwatch()
-        self.gradients: dict[str, Tensor] = {}
-        """Where a recorded step writes gradients; held here so that the memory stays allocated."""
-        self.step: Callable[[Tensor, Tensor | None], None] = trainee._launched_step
-        spec = trainee.leg.dictionary
-        if spec.activation.selects_fixed_number and not spec.matryoshka and not trainee.dense:
-            self.step = Replayed(trainee._launched_step)
-
-
 class Trainee:
     """One dictionary in training; `dense` forces the autograd reference.
 
@@ -127,7 +110,13 @@ class Trainee:
             triples[name] = (parameters[name], mean, state.gradient_squares[name])
         self.bias = triples.pop("b_dec")
         self.parts = [LatentPart(latents, triples) for latents in latent_pieces(state.dictionary)]
-        self._launched = _Launched(self) if device.type == "cuda" else None
+        self._launched: Launcher | None = None
+        if device.type == "cuda":
+            activation = leg.dictionary.activation
+            is_recorded = not leg.dictionary.matryoshka and not self.dense
+            limits_room = is_recorded and not activation.selects_fixed_number
+            step = self._launched_step
+            self._launched = Launcher(device, state.age, step, is_recorded=is_recorded, limits_room=limits_room)
 
     @property
     def done(self) -> bool:
@@ -173,6 +162,7 @@ class Trainee:
         """
         goal = self.leg.goal
         assert goal.goal_fvu
+        self.settle()
         left = fvu(self.canonical(x), x, balance_of(self.leg, self.spec), target=target)
         if left * goal.decay_gain <= goal.goal_fvu:
             batch = self.leg.schedule.batch_tokens
@@ -196,7 +186,7 @@ class Trainee:
             self.state.age += self.leg.schedule.batch_tokens
         self.state.seconds += time.perf_counter() - began
 
-    def _launch(self, launched: _Launched, x: Tensor, target: Tensor | None) -> None:
+    def _launch(self, launched: Launcher, x: Tensor, target: Tensor | None) -> None:
         """Queue one step on the device."""
         batch = self.leg.schedule.batch_tokens
         if x.shape[0]:
@@ -211,6 +201,8 @@ class Trainee:
             self._sums.n_rows += x.shape[0]
         else:
             launched.clock.n_left = 0  # the clock did not tick
+        if launched.limits_room:
+            launched.unsettled.append((x, target))
         self.state.age += batch
 
     def _launched_step(self, x: Tensor, target: Tensor | None) -> None:
@@ -223,20 +215,31 @@ class Trainee:
     def settle(self) -> None:
         """Wait for the launched steps and learn whether they succeeded; on a CPU there is nothing to do.
 
-        A leg whose loss was not finite in some step stays as it was before that step.
+        A leg whose loss was not finite in some step stays as it was before that step. Steps whose codes found too
+        little room are repeated.
         """
         launched = self._launched
         if launched is None:
             return
         self.state.seconds += launched.stopwatch.read()
         verdict = launched.fate.verdict()
-        if not verdict.failed or self.state.failure:
-            return
+        if not verdict.failed:
+            launched.settled(verdict, self.state.age)
+        elif not self.state.failure:
+            self._go_back(launched, verdict)
+
+    def _go_back(self, launched: Launcher, verdict: Verdict) -> None:
+        """Go back to the last step that was taken: for good, or to repeat the next ones with more room for codes."""
         n_lost = (self.state.age - verdict.age) // self.leg.schedule.batch_tokens
         self._sums.n_rows -= n_lost * self._sums.n_rows // max(1, self._sums.n_batches)
         self._sums.n_batches -= n_lost
         self.state.age = verdict.age
-        self._fail(verdict.loss)
+        if not verdict.lacked_room:
+            self._fail(verdict.loss)
+            return
+        for x, target in launched.start_again(verdict, n_lost):
+            self._launch(launched, x, target)
+        self.settle()
 
     def _fail(self, loss: float) -> None:
         self.state.failure = f"the loss became {loss} at age {self.state.age} tokens"
@@ -255,7 +258,7 @@ class Trainee:
         failed = None
         if self._launched:
             assert isinstance(age_after, Tensor)
-            self._launched.fate.judge(step.loss.total.detach(), age_after)
+            self._judge(self._launched, step, age_after)
             failed = self._launched.fate.failed
         elif not bool(torch.isfinite(step.loss.total)):
             self._fail(float(step.loss.total))
@@ -291,6 +294,14 @@ class Trainee:
             state.last_fired.copy_(torch.where(fired, age_after, state.last_fired))
             self._sums.numbers += numbers
 
+    def _judge(self, launched: Launcher, step: Step | AutogradStep, age_after: Tensor) -> None:
+        """Let the device note whether a step can be taken; the first one of a leg tells how much room codes need."""
+        n_selected = step.n_selected if isinstance(step, Step) else None
+        launched.fate.judge(step.loss.total.detach(), age_after, n_selected, launched.room)
+        if launched.limits_room and launched.room is None:
+            assert isinstance(step, Step)
+            launched.make_room(step.codes.columns.shape[0])
+
     def _shrink(self, norm: Tensor) -> Tensor | None:
         """The divisor of gradients that keeps their norm at `clip` or below; None if none is needed."""
         if not self.spec.optimizer.clip:
@@ -302,7 +313,8 @@ class Trainee:
 
     def _sparse_step(self, x: Tensor, target: Tensor | None, dead: Tensor | None, now: Now) -> Step:
         state = self.state
-        reading = Reading(state.units, self._encoder(x), state.whitening, target)
+        room = self._launched.room if self._launched else None
+        reading = Reading(state.units, self._encoder(x), state.whitening, target, room)
         return sparse_step(self.leg.dictionary, state.dictionary, x, reading=reading, dead=dead, warmth=now.warmth)
 
     def _dense_step(self, x: Tensor, target: Tensor | None, dead: Tensor | None, now: Now) -> AutogradStep:

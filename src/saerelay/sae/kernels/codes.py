@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ class Codes:
     """The non-zero codes Z (B, F) of a batch, row by row.
 
     The entries of row i are `columns[row_starts[i]:row_starts[i + 1]]`, with `values` beside them. Selected entries
-    whose value is zero may be kept: they contribute nothing.
+    whose value is zero may be kept: they contribute nothing. `columns` and `values` may be longer than the rows
+    together, if they were allocated before anyone knew how many entries there would be (`is_padded`).
     """
 
     row_starts: Tensor
@@ -25,6 +26,8 @@ class Codes:
     values: Tensor
     """(n_active)."""
     n_latents: int
+    is_padded: bool = False
+    """Whether there are places beyond the last row, with the value 0 at column 0."""
     _transpose: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     @property
@@ -33,13 +36,16 @@ class Codes:
         return self.row_starts.shape[0] - 1
 
     def rows(self) -> Tensor:
-        """Row of each entry, int64 (n_active)."""
+        """Row of each entry, int64 (n_active); of places beyond the last row, the last row."""
+        if self.is_padded:
+            places = torch.arange(self.columns.shape[0], dtype=torch.int32, device=self.columns.device)
+            return torch.searchsorted(self.row_starts[1:], places, right=True).clamp_(max=self.n_rows - 1)
         counts = (self.row_starts[1:] - self.row_starts[:-1]).long()
         return torch.repeat_interleave(counts, output_size=self.columns.shape[0])
 
     def with_values(self, values: Tensor) -> "Codes":
         """The same positions with other values."""
-        return Codes(self.row_starts, self.columns, values, self.n_latents, self._transpose)
+        return replace(self, values=values)
 
     def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
         """Zᵀ's row starts (F + 1), columns (n_active), and the order that brings `values` there; computed once."""
@@ -53,7 +59,7 @@ class Codes:
         if latents != slice(None) and (latents.start, latents.stop) != (0, self.n_latents):
             low, high = int(starts[latents.start]), int(starts[latents.stop])
             starts, rows, order = starts[latents.start : latents.stop + 1] - low, rows[low:high], order[low:high]
-        return Codes(starts, rows, self.values.index_select(0, order), self.n_rows), order
+        return Codes(starts, rows, self.values.index_select(0, order), self.n_rows, self.is_padded), order
 
     def between(self, first: int, last: int) -> tuple["Codes", Tensor]:
         """The codes of latents first ≤ j < last, at their own columns, and where their values are in `values`."""
@@ -89,7 +95,11 @@ class Codes:
     def _by_sorting(self) -> tuple[Tensor, Tensor, Tensor]:
         # Where 16 bits are enough for a latent, a radix sort takes half as many passes.
         key_type = torch.int16 if self.n_latents < 2**15 else torch.int32
-        columns, order = self.columns.to(key_type).sort(stable=True)
+        keys = self.columns.to(key_type)
+        if self.is_padded:  # what lies beyond the last row belongs to no latent
+            places = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
+            keys = torch.where(places < self.row_starts[-1], keys, self.n_latents)
+        columns, order = keys.sort(stable=True)
         latents = torch.arange(self.n_latents + 1, dtype=key_type, device=columns.device)
         return torch.searchsorted(columns, latents, out_int32=True), self.rows()[order].int(), order
 
@@ -175,4 +185,5 @@ def split_codes(codes: Codes, n_rows: int) -> list[Codes]:
 def dense_codes(codes: Codes) -> Tensor:
     """Z itself, (B, F)."""
     z = codes.values.new_zeros(codes.n_rows, codes.n_latents)
-    return z.index_put_((codes.rows(), codes.columns.long()), codes.values)
+    places = (codes.rows(), codes.columns.long())
+    return z.index_put_(places, codes.values, accumulate=codes.is_padded)  # zeros beyond the last row replace nothing

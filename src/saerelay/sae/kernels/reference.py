@@ -7,6 +7,7 @@ from saerelay.sae.kernels.adam import Adam, Triple
 from saerelay.sae.kernels.codes import Codes
 from saerelay.sae.kernels.select import codes_at_least as codes_at_least
 from saerelay.sae.kernels.select import nonzero_codes as nonzero_codes
+from saerelay.sae.kernels.select import positive_codes as positive_codes
 from saerelay.sae.kernels.select import top_codes as top_codes
 from saerelay.sae.kernels.select import top_codes_of_batch as top_codes_of_batch
 

@@ -140,6 +140,29 @@ def codes_at_least(pre: Tensor, bound: Tensor) -> Codes:
     return _row_by_row(pre, *_reaching(groups, rows, group, bound))
 
 
+def positive_codes(pre: Tensor, room: int) -> tuple[Codes, Tensor]:
+    """All positive pre-activations (B, F), and their number (int64), without waiting to know it.
+
+    The codes have `room` places. If there are more of them, the last ones are left out. NaN counts as positive, so that
+    it is not overlooked.
+
+    >>> codes, n = positive_codes(torch.tensor([[0.0, 2.0, -1.0], [3.0, 0.0, 4.0]]), room=5)
+    >>> int(n), codes.row_starts.tolist(), codes.columns.tolist(), codes.values.tolist()
+    (3, [0, 1, 3], [1, 0, 2, 0, 0], [2.0, 3.0, 4.0, 0.0, 0.0])
+    """
+    B, F = pre.shape
+    positive = ~(pre <= 0)
+    ends = positive.sum(dim=1).cumsum(0)
+    row_starts = torch.zeros(B + 1, dtype=torch.int32, device=pre.device)
+    row_starts[1:] = ends.clamp(max=room)
+    place = positive.flatten().cumsum(0) - 1
+    place = torch.where(positive.flatten(), place, room).clamp_(max=room)  # the place after the last is thrown away
+    columns = torch.zeros(room + 1, dtype=torch.int32, device=pre.device)
+    columns.scatter_(0, place, torch.arange(F, dtype=torch.int32, device=pre.device).repeat(B))
+    values = pre.new_zeros(room + 1, dtype=_wide(pre)).scatter_(0, place, pre.flatten().to(_wide(pre)))
+    return Codes(row_starts, columns[:room], values[:room], F, is_padded=True), ends[-1]
+
+
 def nonzero_codes(z: Tensor) -> Codes:
     """The non-zero entries of dense codes (B, F)."""
     row_starts = torch.zeros(z.shape[0] + 1, dtype=torch.int32, device=z.device)

@@ -108,6 +108,8 @@ class Step:
     b_dec: Tensor
     """∂loss/∂b_dec (Dy)."""
     aux: Aux | None
+    n_selected: Tensor | None
+    """Number of codes (int64), where there was only so much room for them; if there were more, the step is void."""
 
     def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
         """Write the gradients of some latents, by parameter name, into the tensors given."""
@@ -152,6 +154,7 @@ class Part(NamedTuple):
     """(Dy)."""
     aux: AuxPart | None
     gate: GatePart | None
+    n_selected: Tensor | None
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
@@ -169,6 +172,9 @@ class Reading:
     """(D, D): the matrix that activations are multiplied by before the encoder."""
     target: Tensor | None = None
     """(B, Dy): activations that a transcoder reconstructs, in the batch's units; None if it is the batch itself."""
+    room: int | None = None
+    """On a GPU, the number of places for codes, for architectures that do not select a fixed number of them: without
+    it, the host waits to learn how many there are."""
 
 
 class Forward:
@@ -230,9 +236,12 @@ class Forward:
     def whole(self, rows: slice) -> Part:
         """Process one piece of tokens, for architectures that select token by token."""
         pre = self.pre_activations(rows)
-        return self.backward(rows, pre, self.activation.select(pre, self.ops))
+        if self.reading.room is None:
+            return self.backward(rows, pre, self.activation.select(pre, self.ops))
+        codes, n_selected = self.ops.positive_codes(pre, self.reading.room)
+        return self.backward(rows, pre, codes, n_selected)
 
-    def backward(self, rows: slice, pre: Tensor, codes: Codes) -> Part:
+    def backward(self, rows: slice, pre: Tensor, codes: Codes, n_selected: Tensor | None = None) -> Part:
         """Compute the residual of one piece and its gradient to the selected codes."""
         window = None
         if self.shift is not None:
@@ -255,16 +264,19 @@ class Forward:
             penalised = gate.codes
             mean_error = mean_error + gate.error
         n_active = (codes.values > 0).sum().to(error)
+        # With padding, a sum over all places would depend on their number in its last bits.
+        total_code = row_sums(codes.with_values(penalised)).sum() if codes.is_padded else penalised.sum()
         square = torch.linalg.vector_norm(targets).square()
         return Part(
             codes=codes,
             to_z=to_z.mul_(self.to_x_hat),
             window=window,
-            numbers=torch.stack([error, n_active, square, penalised.sum(), mean_error]),
+            numbers=torch.stack([error, n_active, square, total_code, mean_error]),
             x_sum=targets.sum(dim=0),
             residual_sum=self.residuals[0][rows].sum(dim=0),
             aux=self._aux(rows, pre, residual),
             gate=gate,
+            n_selected=n_selected,
         )
 
     def _nested(self, rows: slice, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
@@ -337,6 +349,7 @@ class Forward:
             variance=square - x_sum.square().sum() / n_rows,
             b_dec=residual_sum * self.to_x_hat,
             aux=aux,
+            n_selected=parts[0].n_selected,
         )
 
     def _beside(

@@ -77,7 +77,7 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
     table = Table(box=None, pad_edge=False, caption_justify="left")
     for name in ("leg", "role", "from", "method"):
         table.add_column(name, overflow="fold")
-    numbers = ["starts at", "tokens", "latents", "lr"]
+    numbers = ["trains from", "tokens", "latents", "lr"]
     if batches_differ:
         numbers.append("batch")
     if reference:

@@ -9,7 +9,7 @@ from saerelay.sae.kernels.select import codes_at_least, nonzero_codes
 from saerelay.sae.kernels.triton.adam import adam_rows
 from saerelay.sae.kernels.triton.launching import available
 from saerelay.sae.kernels.triton.products import decode, decode_pair, explain, fired, sampled, subtract_decoded
-from saerelay.sae.kernels.triton.selection import top_codes, top_codes_of_batch
+from saerelay.sae.kernels.triton.selection import positive_codes, top_codes, top_codes_of_batch
 
 __all__ = [
     "adam_rows",
@@ -20,6 +20,7 @@ __all__ = [
     "explain",
     "fired",
     "nonzero_codes",
+    "positive_codes",
     "sampled",
     "subtract_decoded",
     "top_codes",

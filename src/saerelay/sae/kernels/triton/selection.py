@@ -1,4 +1,4 @@
-"""Selection of the largest pre-activations: of each token (TopK), or of a whole batch (BatchTopK)."""
+"""Selection of pre-activations: the largest of each token (TopK) or of a whole batch (BatchTopK), or all above zero."""
 
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _floor_kernel(
 
 @jit
 def _gather_kernel(
-    pre, starts, floors, room, values, columns, F, length,
+    pre, starts, floors, room, values, columns, n_places, F, length,
     BLOCK: tl.constexpr, HALF: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     low_column = tl.program_id(1) * length
@@ -99,28 +99,33 @@ def _gather_kernel(
             above, equal = key > floor, (key == floor) & (at < n)
             marks = (above.to(tl.int32) << 16) + equal.to(tl.int32)  # two counters in one integer
             running = before + tl.cumsum(marks, axis=0)
-            n_above, n_equal = running >> 16, running & 0xFFFF
+            n_above, n_equal = (running >> 16) & 0xFFFF, running & 0xFFFF
             place = start + n_above + tl.minimum(n_equal, room_at_floor) - 1
-            keep = above | (equal & (n_equal <= room_at_floor))
+            keep = (above | (equal & (n_equal <= room_at_floor))) & (place < n_places)
             tl.store(values + place, value.to(tl.float32), mask=keep)
             tl.store(columns + place, low_column + at, mask=keep)
             before += tl.sum(marks, axis=0)
 
 
-def _gather(pre: Tensor, starts: Tensor, floors: Tensor, room: Tensor, n: int, length: int) -> tuple[Tensor, Tensor]:
+def _gather(
+    pre: Tensor, starts: Tensor, floors: Tensor, room: Tensor, n: int, length: int, *, fill: bool = False
+) -> tuple[Tensor, Tensor]:
     """Collect the values and int32 columns (n) of the selected pre-activations, in order of columns.
+
+    If more than n are selected, the last ones are left out; if fewer may be, `fill` puts zeros into the other places.
 
     Rows of `pre` (B, F) are cut into slices of `length`. For each slice, row by row, `floors` has the key above which
     all are selected, `room` the number of those equal to it that are selected too (the first ones), and `starts` the
     place of the slice's first value in the result.
     """
     B, F = pre.shape
-    values = torch.empty(n, dtype=torch.float32, device=pre.device)
-    columns = torch.empty_like(values, dtype=torch.int32)
+    make = torch.zeros if fill else torch.empty
+    values = make(n, dtype=torch.float32, device=pre.device)
+    columns = make(n, dtype=torch.int32, device=pre.device)
     grid = (B, -(-F // length))
     warps = 1 if grid[0] * grid[1] >= MANY_SLICES else 8
     sizes = {"BLOCK": warps * CHUNK, "num_warps": warps}
-    launch(_gather_kernel, grid, pre, starts, floors, room, values, columns, F, length, **_order(pre), **sizes)
+    launch(_gather_kernel, grid, pre, starts, floors, room, values, columns, n, F, length, **_order(pre), **sizes)
     return values, columns
 
 
@@ -258,3 +263,19 @@ def top_codes_of_batch(pres: Sequence[Tensor], n: int) -> list[Codes]:
     torch.cumsum(above + torch.minimum(equal, room), 0, dtype=torch.int32, out=row_starts[1:])
     values, columns = _gather(pre, row_starts, search[0].int().expand(B).contiguous(), room, n, F)
     return [Codes(row_starts, columns, values.relu_(), F)]
+
+
+def positive_codes(pre: Tensor, room: int) -> tuple[Codes, Tensor]:
+    """Select all positive pre-activations (B, F): see `select.positive_codes`."""
+    B, F = pre.shape
+    if pre.dtype not in (torch.bfloat16, torch.float32) or F >= 2**16:
+        return select.positive_codes(pre, room)
+    pre = pre.contiguous()
+    zero = torch.zeros(B, dtype=torch.int32, device=pre.device)  # the key of 0.0
+    above, equal = torch.empty_like(zero), torch.empty_like(zero)
+    launch(_row_counts_kernel, (B,), pre, zero, above, equal, F, BLOCK=COUNTED, **_order(pre))
+    ends = above.cumsum(0)
+    row_starts = torch.zeros(B + 1, dtype=torch.int32, device=pre.device)
+    row_starts[1:] = ends.clamp(max=room)
+    values, columns = _gather(pre, row_starts, zero, zero, room, F, fill=True)
+    return Codes(row_starts, columns, values, F, is_padded=True), ends[-1]
