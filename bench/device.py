@@ -50,7 +50,7 @@ from torch import Tensor
 from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import ModelSpec, Recipe, TrainSpec
 from saerelay.sae.initialise import initialise
-from saerelay.sae.kernels import dense_codes, products, reference, sparse_step
+from saerelay.sae.kernels import Reading, dense_codes, products, reference, sparse_step
 from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.loss import training_loss
 from saerelay.sae.maps import affine
@@ -187,7 +187,8 @@ def gradient_errors(kind: str, args: Namespace) -> dict:
     parameters = {name: t.double().requires_grad_() for name, t in dictionary.tensors().items()}
     expected = training_loss(spec, replace(dictionary, **parameters), x.double(), dead=dead)
     expected.total.backward()
-    step = sparse_step(spec, dictionary, x, dead=dead)
+    room = None if spec.activation.selects_fixed_number else 4 * B * k
+    step = sparse_step(spec, dictionary, x, reading=Reading(room=room), dead=dead)
     wanted = {name: t for name, t in parameters.items() if t.grad is not None and name != "b_dec"}
     into = {name: torch.full_like(t, torch.nan, dtype=torch.float32) for name, t in wanted.items()}
     step.gradients(slice(0, F), into)
@@ -314,6 +315,8 @@ def parts_of_a_step(shape: Shape, args: Namespace) -> dict[str, float]:
     half, low = x.bfloat16(), W.bfloat16()
     pre = half @ low.T
     codes = ops.top_codes(pre, shape.k)
+    n = shape.batch * shape.k
+    above = (pre.float() - codes.values.view(shape.batch, shape.k).min()).to(pre)  # a little more than k positive
     transposed, _ = codes.transposed()
     triple = (W.clone(), W.clone(), W.square())
     outs = (torch.empty_like(W), torch.empty_like(W))
@@ -328,8 +331,10 @@ def parts_of_a_step(shape: Shape, args: Namespace) -> dict[str, float]:
         "product": lambda: half @ low.T,
         "select": lambda: ops.top_codes(pre, shape.k),
         "select_torch": lambda: pre.topk(shape.k, dim=1, sorted=False),
-        "select_batch": lambda: ops.top_codes_of_batch([pre], shape.batch * shape.k),
-        "select_batch_torch": lambda: reference.top_codes_of_batch([pre], shape.batch * shape.k),
+        "select_batch": lambda: ops.top_codes_of_batch([pre], n),
+        "select_batch_torch": lambda: reference.top_codes_of_batch([pre], n),
+        "select_positive": lambda: ops.positive_codes(above, 4 * n),
+        "select_positive_torch": lambda: reference.codes_at_least(above, above.new_zeros(1, 1)),
         "explain": lambda: ops.explain(x.clone(), codes, W),
         "explain_in_two": decode_then_sample,
         "pair": lambda: ops.decode_pair(transposed, transposed.values, x, transposed.values, x, *outs),

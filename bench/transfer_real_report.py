@@ -26,6 +26,8 @@ SUITES = ("hub", "shared-untrained", "shared", "two-shared", "alternate", "alter
 class Hop:
     """A hop between neighbours, as it was measured."""
 
+    part: int
+    """Which part of the study it belongs to."""
     seed: int
     source: int
     target: int
@@ -46,8 +48,8 @@ class Hop:
 class Results:
     """All that is finished."""
 
-    scratch: dict[tuple[int, int, int], LegSummary]
-    """By seed, layer and tokens."""
+    scratch: dict[tuple[int, int, int, int], LegSummary]
+    """By part, seed, layer and tokens."""
     hops: list[Hop]
     random: dict[int, float]
     """ΔCE of a random dictionary, refitted, by layer."""
@@ -59,21 +61,21 @@ class Results:
     @property
     def full(self) -> int:
         """The full budget."""
-        return max(tokens for _, _, tokens in self.scratch)
+        return max(tokens for *_, tokens in self.scratch)
 
     @property
     def equal(self) -> int:
         """As many tokens as the usual hop looks at."""
-        return min(tokens for _, _, tokens in self.scratch)
+        return min(tokens for *_, tokens in self.scratch)
 
     @property
     def seeds(self) -> list[int]:
         """Seeds whose legs from scratch are there."""
-        return sorted({seed for seed, _, _ in self.scratch})
+        return sorted({seed for _, seed, *_ in self.scratch})
 
     def control(self, hop: Hop, tokens: int) -> LegSummary:
-        """The leg from scratch at a hop's target, of the same seed."""
-        return self.scratch[hop.seed, hop.target, tokens]
+        """The leg from scratch at a hop's target, of the same part and seed."""
+        return self.scratch[hop.part, hop.seed, hop.target, tokens]
 
     def ratio(self, hop: Hop) -> float:
         """ΔCE over that of the full budget from scratch."""
@@ -87,35 +89,33 @@ def delta(leg: LegSummary) -> float:
 
 
 def read(parts: Sequence[Path]) -> Results:
-    """Everything that is finished, in all parts of the study; what two parts have in common counts once."""
-    scratch: dict[tuple[int, int, int], LegSummary] = {}
+    """Everything that is finished, in all parts of the study."""
+    scratch: dict[tuple[int, int, int, int], LegSummary] = {}
     hops: list[Hop] = []
     legs: list[LegSummary] = []
     suites: dict[tuple[str, int], Summary] = {}
     random: dict[int, float] = {}
-    for path in (found for part in parts for found in sorted(part.glob("*/summary.json"))):
+    found = [(part, path) for part, out in enumerate(parts) for path in sorted(out.glob("*/summary.json"))]
+    for part, path in found:
         job = path.parent.name
         summary = Summary.load(path)
         if job.startswith("random"):
             random |= {leg.layer: delta(leg) for leg in summary.legs}
             continue
+        legs += summary.legs
         seed = int(job.rpartition("-s")[2]) if re.search(r"-s\d$", job) else 0
         if job.startswith("scratch"):
-            new = {(seed, leg.layer, leg.tokens): leg for leg in summary.legs}
-            legs += [leg for key, leg in new.items() if key not in scratch]
-            scratch = new | scratch
-            continue
-        legs += summary.legs
-        if job.startswith(("hops", "budgets")):
+            scratch |= {(part, seed, leg.layer, leg.tokens): leg for leg in summary.legs}
+        elif job.startswith(("hops", "budgets")):
             for leg in summary.legs:
-                hops += read_hops(RunDirectory(path.parent), seed, leg)
+                hops += read_hops(RunDirectory(path.parent), part, seed, leg)
         elif job.startswith("suite"):
             suites[re.sub(r"-s\d$", "", job.removeprefix("suite-")), seed] = summary
-    hops = [hop for hop in hops if hop.seed in {seed for seed, _, _ in scratch}]
+    hops = [hop for hop in hops if (hop.part, hop.seed) in {key[:2] for key in scratch}]
     return Results(scratch, hops, random, suites, legs)
 
 
-def read_hops(run: RunDirectory, seed: int, leg: LegSummary) -> Iterator[Hop]:
+def read_hops(run: RunDirectory, part: int, seed: int, leg: LegSummary) -> Iterator[Hop]:
     """A leg from a neighbour, and its snapshots; its id is L5-L6-METHOD-TOKENS.
 
     What `budgets` trains by the method that was chosen counts as `auto`.
@@ -128,6 +128,7 @@ def read_hops(run: RunDirectory, seed: int, leg: LegSummary) -> Iterator[Hop]:
     for version in (leg, *leg.snapshots):
         assert version.delta_ce is not None
         yield Hop(
+            part=part,
             seed=seed,
             source=int(source[1:]),
             target=int(target[1:]),
@@ -152,16 +153,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def zero_shot_table(results: Results) -> str:
     """ΔCE of every method without training, pair by pair, at seed 0; the one that was chosen is bold."""
     zero = {(h.source, h.target, h.method): h for h in results.hops if h.seed == 0 and h.tokens == 0}
-    chosen = {(h.source, h.target): h.chosen for h in results.hops if h.seed == 0 and h.method == "auto"}
     rows = []
-    for source, target in sorted(chosen, key=lambda pair: (pair[1], pair[0])):
-        row = [f"{source} → {target}"]
+    automatic = [hop for hop in usual_hops(results, 0) if hop.seed == 0]
+    for hop in sorted(automatic, key=lambda hop: (hop.target, hop.source)):
+        row = [f"{hop.source} → {hop.target}"]
         for method in METHODS:
-            text = f"{zero[source, target, method].delta_ce:.3f}"
-            row.append(f"**{text}**" if chosen[source, target] == method else text)
-        row.append(f"{results.random[target]:.2f}" if target in results.random else "-")
+            text = f"{zero[hop.source, hop.target, method].delta_ce:.3f}"
+            row.append(f"**{text}**" if hop.chosen == method else text)
+        row.append(f"{results.random[hop.target]:.2f}" if hop.target in results.random else "-")
         for tokens in (results.equal, results.full):
-            row.append(f"{delta(results.scratch[0, target, tokens]):.3f}")
+            row.append(f"{delta(results.control(hop, tokens)):.3f}")
         rows.append(row)
     names = ["copy", *METHODS[1:], "random dictionary"]
     names += [f"from scratch, {format_count(tokens)}" for tokens in (results.equal, results.full)]
@@ -186,11 +187,11 @@ def usual_hops(results: Results, tokens: int) -> list[Hop]:
 
 
 def better_neighbours(results: Results, hops: Sequence[Hop]) -> list[Hop]:
-    """Of both directions to a layer, the hop with the lower ΔCE, seed by seed."""
+    """Of both directions to a layer, the hop with the lower ratio, seed by seed."""
     best: dict[tuple[int, int], Hop] = {}
     for hop in hops:
         key = (hop.seed, hop.target)
-        if key not in best or hop.delta_ce < best[key].delta_ce:
+        if key not in best or results.ratio(hop) < results.ratio(best[key]):
             best[key] = hop
     return list(best.values())
 
@@ -231,8 +232,8 @@ def budget_table(results: Results) -> str:
         counts = [f"{row[key]} of {row['n']}" for key in ("worse_by_two_errors", "better_than_equal_tokens")]
         rows.append([name, str(len(row["seeds"])), *numbers, *counts])
     equal = [
-        delta(leg) / delta(results.scratch[seed, layer, results.full])
-        for (seed, layer, tokens), leg in results.scratch.items()
+        delta(leg) / delta(results.scratch[part, seed, layer, results.full])
+        for (part, seed, layer, tokens), leg in results.scratch.items()
         if tokens == results.equal
     ]
     name = f"from scratch, {format_count(results.equal)}"
@@ -255,7 +256,7 @@ def suite_rows(results: Results) -> list[dict[str, Any]]:
         n_worse = 0
         for seed in seeds:
             for leg in results.suites[name, seed].suite:
-                control = delta(results.scratch[seed, leg.layer, results.full])
+                control = delta(results.scratch[0, seed, leg.layer, results.full])
                 ratios.append(delta(leg) / control)
                 n_worse += delta(leg) > max(1.05 * control, control + (leg.delta_ce_se or 0.0))
         cost = results.suites[name, seeds[0]].cost
@@ -335,8 +336,15 @@ def report(parts: Sequence[Path], docs: Path) -> None:
         "seeds": results.seeds,
         "hops": [vars(hop) for hop in results.hops],
         "scratch": [
-            {"seed": seed, "layer": layer, "tokens": tokens, "delta_ce": delta(leg), "balanced_fvu": leg.balanced_fvu}
-            for (seed, layer, tokens), leg in sorted(results.scratch.items())
+            {
+                "part": part,
+                "seed": seed,
+                "layer": layer,
+                "tokens": tokens,
+                "delta_ce": delta(leg),
+                "balanced_fvu": leg.balanced_fvu,
+            }
+            for (part, seed, layer, tokens), leg in sorted(results.scratch.items())
         ],
         "random": results.random,
         "budgets": budget_rows(results),

@@ -13,6 +13,7 @@ from saerelay.sae.kernels.reference import adam_rows as adam_rows
 from saerelay.sae.kernels.reference import fired as fired
 from saerelay.sae.kernels.select import codes_at_least as codes_at_least
 from saerelay.sae.kernels.select import nonzero_codes as nonzero_codes
+from saerelay.sae.kernels.select import positive_codes as positive_codes
 from saerelay.sae.kernels.select import top_codes as top_codes
 from saerelay.sae.kernels.select import top_codes_of_batch as top_codes_of_batch
 
