@@ -106,6 +106,15 @@ def test_bytes_that_are_not_text_are_refused_with_the_file_named(
         make_corpus(text=[str(tmp_path / "notes.txt")])
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark(
+    make_corpus: MakeCorpus, tmp_path: Path, demo_tokenizer: Any
+) -> None:
+    lines = [json.dumps({"text": "a word \ud83d " * 90}) + "\n" for _ in range(40)]
+    (tmp_path / "notes.jsonl").write_text("".join(lines))
+    corpus = make_corpus(text=[str(tmp_path / "notes.jsonl")], context=16)
+    assert "a word ? a word" in demo_tokenizer.decode(corpus.train[0])
+
+
 def test_text_that_spells_a_special_token_stays_text(
     make_corpus: MakeCorpus, tmp_path: Path, demo_tokenizer: Any
 ) -> None:
@@ -339,16 +348,17 @@ def test_padding_in_a_token_file_is_left_out_and_counted(
     make_corpus: MakeCorpus, tmp_path: Path, pad: int | None
 ) -> None:
     """Wherever the model has a token for it, at both ends; without one, what fills the end of most of a row."""
-    rows = np.full((60, 20), 5 if pad is None else pad)
-    rows[:, 4:9] = np.random.default_rng(0).integers(10, 100, (60, 5))
+    rows = np.full((80, 20), 5 if pad is None else pad)  # the last 20 rows are nothing but padding
+    rows[:60, 4:9] = np.random.default_rng(0).integers(10, 100, (60, 5))
     if pad is None:
-        rows[:, :4] = 9
+        rows[:60, :4] = 9
     facts = FACTS.changed(pad_token_id=pad, eos_token_id=1, bos_token_id=0)
     corpus = make_corpus(tokens=save_tokens(tmp_path / "a.npy", rows), facts=facts, prepend_bos=False, context=4)
     token = 5 if pad is None else pad
     inside = corpus.train[corpus.train != 1]
     assert token == 1 or not (inside == token).any()
-    assert corpus.facts.padding == {token: 60 * (11 if pad is None else 15)}
+    assert corpus.facts.n_documents == 60
+    assert corpus.facts.padding == {token: 60 * (11 if pad is None else 15) + 20 * 20}
     assert f"padding tokens (id {token})" in corpus.facts.notes()[0]
 
 

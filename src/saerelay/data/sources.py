@@ -181,7 +181,7 @@ def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.n
 
     The model's padding token is removed wherever it occurs, but if it is also the BOS or EOS, only
     where it is repeated at either end. A token that fills at least a quarter of a document, at its
-    end, is padding whichever token it is.
+    end, is padding whichever token it is. A document of nothing but padding is empty.
     """
     before = len(ids)
     pad = facts.tokens.pad_token_id
@@ -190,15 +190,15 @@ def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.n
         ids = ids[ids != pad]
         padding[pad] += before - len(ids)
     for token in (pad, ids[-1] if len(ids) else None):
-        others = np.flatnonzero(ids != token)
-        if token is None or not len(others):
+        if token is None:
             continue
-        n_first = int(others[0])
-        n_last = len(ids) - 1 - int(others[-1])
+        others = np.flatnonzero(ids != token)
+        start, stop = (others[0], others[-1] + 1) if len(others) else (0, 0)
+        n_last = len(ids) - int(stop)
         filled = token == pad or n_last >= max(8, len(ids) // 4)
-        if filled and max(n_first, n_last) > 1:
-            padding[int(token)] += n_first + n_last
-            ids = ids[others[0] : others[-1] + 1]
+        if filled and max(start, n_last) > 1:
+            padding[int(token)] += int(start) + n_last
+            ids = ids[start:stop]
     return ids
 
 

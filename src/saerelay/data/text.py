@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from saerelay.errors import DataError
-from saerelay.files import parse_json
+from saerelay.files import encodable, parse_json
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 
@@ -163,7 +163,10 @@ def _decoded(path: Path, start: int, content: bytes, encoding: str = "utf-8") ->
 
 
 def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
-    """The text in a line of a .jsonl file, "" if there is none; DataError if it is not text."""
+    """The text in a line of a .jsonl file, "" if there is none; DataError if it is not text.
+
+    Half a surrogate pair, which JSON can spell but no encoding can hold, becomes a question mark.
+    """
     if not line.strip():
         return ""
     try:
@@ -175,7 +178,7 @@ def _json_text(path: Path, start: int, line: bytes, column: str) -> str:
     if column not in row or not isinstance(row[column], str | None):
         keys = ", ".join(row)
         raise _bad_line(path, start, f'no text under "{column}"; found {keys}. Set data.column to the right key')
-    return row[column] or ""
+    return encodable(row[column] or "")
 
 
 def _bad_line(path: Path, start: int, problem: str) -> DataError:
