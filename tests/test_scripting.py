@@ -177,6 +177,21 @@ def test_a_loaded_model_is_taken_as_it_is(tiny_model: Path, tmp_path: Path) -> N
     assert suite.evaluate().final_legs
 
 
+def test_a_model_is_not_mistaken_for_that_of_an_earlier_call(tiny_model: Path, tmp_path: Path) -> None:
+    model = GPTNeoXForCausalLM.from_pretrained(tiny_model)
+    out = tmp_path / "run"
+    with pytest.raises(RecipeError, match="unknown key"):
+        sr.train_suite(model, out=out, progress=False, tokenss=3, **SMALL)
+    assert not out.exists()
+    for _ in range(2):  # the second call finds the model that the first one wrote
+        with pytest.raises(ModelError, match="no fast tokenizer"):
+            sr.train_suite(model, out=out, progress=False, **SMALL)
+    with torch.no_grad():
+        model.gpt_neox.layers[0].mlp.dense_4h_to_h.bias += 3
+    with pytest.raises(ModelError, match="holds another model than the one given"):
+        sr.train_suite(model, out=out, progress=False, **SMALL)
+
+
 def test_a_named_model_and_its_plan(tiny_model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.arange(20_000, dtype=np.uint16) % 100)
     keys = SMALL | {"data": {"tokens": str(tmp_path / "ids.npy")}}

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from saerelay.analysis.suite import Suite
 from saerelay.errors import ModelError, RecipeError
+from saerelay.files import read_json
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.workflows.keys import sectioned
@@ -64,38 +66,59 @@ def train_suite(
         suite[sr.Site(3)].encode(x)
 
     `model` is a name, a directory, or a loaded transformers model, which is used as it is: its weights (and the
-    `tokenizer`, if given) are written to `out/model`, where the run reads them. `text` names text files, or is an array
-    of token ids. `keys` are the keys of a recipe (see `recipe`). `resume` continues an interrupted run. The result and
-    the errors raised are those of `train_run`.
+    `tokenizer`, if given) are written to `out/model`, where the run reads them; ModelError if another model is there
+    from an earlier call. `text` names text files, or is an array of token ids. `keys` are the keys of a recipe (see
+    `recipe`). `resume` continues an interrupted run. The result and the errors raised are those of `train_run`.
     """
-    out = Path(out)
-    if not isinstance(model, str | Path):
-        model = _written(model, tokenizer, out / "model")
-    elif tokenizer is not None:
+    is_named = isinstance(model, str | Path)
+    if is_named and tokenizer is not None:
         raise RecipeError("train_suite: a tokenizer belongs to a model that is already loaded; a named one has its own")
+    out = Path(out)
+    ids = None
+    ids_file = out / "model" / "ids.npy"
     if isinstance(text, np.ndarray | Tensor):
         ids = np.asarray(text)
-        path = out / "model" / "ids.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, ids.astype(np.uint16 if int(ids.max()) < 2**16 else np.uint32))
-        keys["data"] = {**keys.get("data", {}), "tokens": str(path)}
+        keys["data"] = {**keys.get("data", {}), "tokens": str(ids_file)}
         text = None
-    run = recipe(model, text, **keys)
+    run = recipe(model if is_named else out / "model", text, **keys)
+    if not is_named:
+        _write_model(model, tokenizer, out / "model")
+    if ids is not None:
+        ids_file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(ids_file, ids.astype(np.uint16 if int(ids.max()) < 2**16 else np.uint32))
     return train_run(run, out, resume=resume, console=Console(stderr=True) if progress else None)
 
 
-def _written(model: Any, tokenizer: Any, directory: Path) -> Path:
-    """Write a loaded model to a directory, unless it is there from an earlier call; returns the directory."""
+def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a loaded model to a directory, unless an earlier call did; ModelError if that was another model."""
     if not hasattr(model, "save_pretrained"):
         raise ModelError(f"train_suite: {type(model).__name__} is not a transformers model, nor the name of one")
     if (directory / "config.json").is_file():
-        return directory
+        if not _has_weights_of(model, directory):
+            raise ModelError(
+                f"train_suite: {directory} holds another model than the one given, or an incomplete one; choose "
+                f"another out, or, if no run was begun there, remove {directory.parent}"
+            )
+        return
     model.save_pretrained(directory)
     if tokenizer is None:
         tokenizer = _own_tokenizer(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    return directory
+
+
+def _has_weights_of(model: Any, directory: Path) -> bool:
+    """Whether a directory holds a model of this kind with exactly these weights."""
+    try:
+        if read_json(directory / "config.json")["model_type"] != model.config.model_type:
+            return False
+        written = type(model).from_pretrained(directory, dtype="auto").state_dict()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # it is damaged or incomplete
+        return False
+    given = model.state_dict()
+    if given.keys() != written.keys():
+        return False
+    return all(torch.equal(given[name].to(tensor), tensor) for name, tensor in written.items())
 
 
 def _own_tokenizer(model: Any) -> Any:
