@@ -90,6 +90,15 @@ def test_bars_hold_as_many_tokens_as_the_histogram_and_end_at_the_maximum(suite:
     assert neuronpedia.bars(features, 0) == ([], [])  # a silent latent
 
 
+def test_each_kind_of_transcoder_has_a_source_set_of_its_own(suite: Suite) -> None:
+    leg = suite.legs[0]
+    features = load_features(suite.directory, leg.id)
+    modules = [("mlp_in", "mlp_out"), ("attn_z", "attn_out"), ("attn_out", None)]
+    legs = [leg.changed(module=module, module_out=module_out) for module, module_out in modules]
+    uploads = [workflow.upload_of(suite, each, legs, features, release="r") for each in legs]
+    assert [upload.source_set.name for upload in uploads] == ["r-transcoder-600", "r-att-z-to-att-600", "r-att-600"]
+
+
 def test_nothing_of_this_machine_is_inside(suite: Suite, written: list[Path]) -> None:
     for folder in written:
         texts = repr(read_upload(folder))

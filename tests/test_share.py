@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,31 @@ def test_chosen_legs_of_one_site_have_their_ids(run: Path, tmp_path: Path) -> No
     with pytest.raises(RunDirectoryError, match='no leg "L9"'):
         share.export_run(str(run), tmp_path / "other", "saerelay", legs=["L9"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_transcoders_of_one_layer_do_not_take_each_others_place(tiny_model: Path, tmp_path: Path) -> None:
+    mlp = {"layer": 1, "module": "mlp_in", "module_out": "mlp_out", "tokens": 1024}
+    legs = [
+        {"id": "mlp", **mlp},
+        {"id": "sparse", **mlp, "k": 2},
+        {"id": "attention", "layer": 1, "module": "attn_z", "module_out": "attn_out", "tokens": 1024},
+    ]
+    sections: dict[str, Any] = {"model": {"name": str(tiny_model), "device": "cpu"}, "plan": {"legs": legs}}
+    sections |= {"data": {"context": 16}, "dictionary": {"architecture": "batchtopk", "n_latents": 64, "k": 4}}
+    plan, paths = plan_run(Recipe.parse(sections, source="test")), RunDirectory(tmp_path / "run")
+    write_text(paths.plan, plan.to_json())
+    for seed, leg in enumerate(plan.legs):
+        info = {"layer": 1, "module": leg.module, "module_out": leg.module_out, "leg": leg.model_dump()}
+        publish(paths.leg(leg.id), replace(random_sae(seed), architecture="relu", k=None), info)
+
+    ids = [leg["id"] for leg in legs]
+    shared = share.export_run(str(paths.root), tmp_path / "out", "saerelay", legs=[*ids, "mlp"])
+    places = ["layer_1.transcoder-mlp", "layer_1.transcoder-sparse", "layer_1.attn_z-to-attn_out"]
+    assert [one.folder for one in shared] == places
+    for seed, place in enumerate(places):
+        assert torch.equal(own.read(tmp_path / "out" / place)[0].W_enc, random_sae(seed).W_enc)
+    with pytest.raises(FormatError, match="one transcoder for each layer, but mlp, sparse are of the same layer"):
+        share.export_run(str(paths.root), tmp_path / "set", "circuit-tracer", legs=ids[:2])
 
 
 def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:

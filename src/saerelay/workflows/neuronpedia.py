@@ -13,7 +13,7 @@ from saerelay.planning.plan import Leg
 from saerelay.runs.documents.interpretation import Interpretation, InterpretedLatent
 from saerelay.runs.features import Features, load_features
 from saerelay.runs.suite import PublishedSuite
-from saerelay.site import ModuleKind
+from saerelay.site import TRANSCODER, ModuleKind, SiteKind
 from saerelay.spec import format_count
 from saerelay.workflows.placeless import without_paths
 
@@ -79,9 +79,7 @@ def upload_of(
     model = neuronpedia.model_record(name, facts.n_layers, facts.d_model, author=author)
 
     n_latents = len(features.n_fired)
-    kind, title = _KINDS[leg.site.module]
-    if leg.is_transcoder:
-        kind, title = "transcoder", "Transcoder"
+    kind, title = _names_of(leg.kind)
     source_set = f"{slug}-{kind}-{format_count(n_latents).lower()}"
     identifier = f"{leg.layer}-{source_set}"
     if [(other.site, other.kind) for other in legs].count((leg.site, leg.kind)) > 1:
@@ -109,6 +107,17 @@ def upload_of(
             hfRepoId=repo or None,
         ),
     )
+
+
+def _names_of(kind: SiteKind) -> tuple[str, str]:
+    """Return the name of a kind of site in the names of source sets, and in their descriptions."""
+    if kind == TRANSCODER:
+        return "transcoder", "Transcoder"
+    name, title = _KINDS[kind.module]
+    if kind.module_out is None:
+        return name, title
+    name_out, title_out = _KINDS[kind.module_out]
+    return f"{name}-to-{name_out}", f"Transcoder, {title} to {title_out}"
 
 
 def explanations_of(suite: PublishedSuite, leg: Leg) -> list[Explained]:

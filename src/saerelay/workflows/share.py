@@ -35,7 +35,7 @@ from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary
-from saerelay.site import Site
+from saerelay.site import Site, SiteKind
 from saerelay.workflows.model_card import ExportedSAE, model_card
 from saerelay.workflows.neuronpedia import export_features
 from saerelay.workflows.placeless import without_paths
@@ -101,9 +101,9 @@ def export_run(
 ) -> list[ExportedSAE]:
     """Write a run's suite, or one SAE, into a new directory in a format, with a model card.
 
-    Each SAE has a directory named after its site (layer_3, layer_3.mlp_out), or, for sparsify, after the module's path
-    (layers.3). `legs` are the ids of the legs to export, instead of one per site. Raises FormatError for an SAE that
-    the format cannot express, RunDirectoryError if `out` exists.
+    Each SAE has a directory named after its place (layer_3, layer_3.mlp_out, layer_3.transcoder), or, for sparsify,
+    after the module's path (layers.3). `legs` are the ids of the legs to export, instead of one per site. Raises
+    FormatError for an SAE that the format cannot express, RunDirectoryError if `out` exists.
     """
     _check_repo(repo)
     if format == neuronpedia.NAME:
@@ -146,7 +146,7 @@ def export_to_neuronpedia(
     with new_directory(out) as directory:
         suite = load(source)
         session = Session(suite, console=console)
-        chosen = [suite.leg(leg_id) for leg_id in legs] or suite.one_per_site
+        chosen = chosen_legs(suite, legs) or suite.one_per_site
         folders = export_features(session, directory, chosen, release=out.name, repo=repo)
         return [out / folder.relative_to(directory) for folder in folders]
 
@@ -206,31 +206,35 @@ def _export_one(source: str, directory: Path, format: str) -> ExportedSAE:
         dataset=hub_id(origin.dataset),
         provenance=without_paths(origin.provenance),
     )
-    folder = _folder(origin, format, has_prefix=True) if origin.site else "sae"
+    folder = "sae"
+    if origin.site and origin.kind:
+        folder = _folder(origin.kind, origin.site.layer, origin.module_path, format, has_prefix=True)
     write_dictionary(_place(directory, folder, format), dictionary, origin, format)
     return ExportedSAE(folder, describe(dictionary), origin, leg=None, metrics={})
 
 
 def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) -> list[ExportedSAE]:
     """Write the chosen legs of a run, or its suite."""
-    legs = [suite.leg(leg_id) for leg_id in ids] or _of_format(suite.one_per_site, format)
+    legs = chosen_legs(suite, ids) or _of_format(suite.one_per_site, format)
     if not legs:
         raise RunDirectoryError(
             f"{suite.directory.root}: no SAE is published yet; finish the run with `saerelay train`"
         )
-    places = [(leg.site, leg.kind) for leg in legs]
     paths = module_paths(suite.plan.recipe.model, [leg.site for leg in legs])
+    folders = _folders(legs, paths, format, has_prefix=suite.plan.facts.has_lm_head)
     saes = []
-    for leg in legs:
+    for leg, folder in zip(legs, folders, strict=True):
         dictionary, origin = own.read(suite.directory.leg(leg.id))
         metrics = _metrics(suite, leg)
         origin = _published_origin(origin, suite.plan, metrics, module_path=paths.get(leg.site, ""))
-        folder = _folder(origin, format, has_prefix=suite.plan.facts.has_lm_head)
-        if places.count((leg.site, leg.kind)) > 1 and format != circuit_tracer.NAME:
-            folder = f"{folder}-{leg.id}"
         write_dictionary(_place(directory, folder, format), dictionary, origin, format)
         saes.append(ExportedSAE(folder, describe(dictionary), origin, leg=leg, metrics=metrics))
     return saes
+
+
+def chosen_legs(suite: Suite, ids: Iterable[str]) -> list[Leg]:
+    """Return the legs of a run that are named, each once."""
+    return list({leg.id: leg for leg in map(suite.leg, ids)}.values())
 
 
 def _of_format(legs: list[Leg], format: str) -> list[Leg]:
@@ -268,30 +272,39 @@ def _published_origin(origin: Origin, plan: Plan, metrics: dict[str, Any], *, mo
     )
 
 
-def _folder(origin: Origin, format: str, *, has_prefix: bool) -> str:
+def _folders(legs: list[Leg], paths: dict[Site, str], format: str, *, has_prefix: bool) -> list[str]:
+    """Return the folder of each leg, with its id where several legs are at one place.
+
+    Raises FormatError if a format that has one file per layer would have to hold two SAEs in it.
+    """
+    folders = [_folder(leg.kind, leg.layer, paths.get(leg.site, ""), format, has_prefix=has_prefix) for leg in legs]
+    repeated = [leg.id for leg, folder in zip(legs, folders, strict=True) if folders.count(folder) > 1]
+    if repeated and format == circuit_tracer.NAME:
+        raise FormatError(
+            f"a set of {circuit_tracer.NAME} holds one transcoder for each layer, but {', '.join(repeated)} are of the "
+            "same layer; export each into a directory of its own, choosing legs with --leg"
+        )
+    return [f"{folder}-{leg.id}" if leg.id in repeated else folder for leg, folder in zip(legs, folders, strict=True)]
+
+
+def _folder(kind: SiteKind, layer: int, path: str, format: str, *, has_prefix: bool) -> str:
     """Return the folder of an SAE: layer_3, layer_3.mlp_out; for sparsify the module's path: layers.3, layers.3.mlp.
 
     `has_prefix`: the module's path begins with the name of the base model ("gpt_neox.layers.3").
     """
-    site = origin.site
-    assert site
-    is_residual = site.module == "resid_post"
     if format == circuit_tracer.NAME:
-        return f"layer_{site.layer}.safetensors"
-    if origin.site_out:
-        return f"layer_{site.layer}.transcoder"
-    if format != "sparsify":
-        return f"layer_{site.layer}" if is_residual else f"layer_{site.layer}.{site.module}"
+        return f"layer_{layer}.safetensors"
+    if kind.module_out or format != "sparsify":
+        return f"layer_{kind.leg_name(layer).removeprefix('L')}"
 
-    path = origin.module_path
     if has_prefix:
         path = path.partition(".")[2]
-    if not path and is_residual:
-        path = f"layers.{site.layer}"
+    if not path and kind.module == "resid_post":
+        path = f"layers.{layer}"
     is_output = re.fullmatch(r"\w+(\.\w+)*", path) and not path.endswith(".input")
     if not is_output:
         raise FormatError(
-            f"{site}: sparsify names SAEs after the path of the module whose output they read, "
+            f"{kind.leg_name(layer)}: sparsify names SAEs after the path of the module whose output they read, "
             f'and "{path}" is not one. Choose another --format'
         )
     return path
