@@ -84,6 +84,12 @@ def test_topk_and_saes_are_refused(tmp_path: Path) -> None:
         write_dictionary(tmp_path, random_transcoder(skip=False), Origin(site=Site(3)), "circuit-tracer")
     with pytest.raises(FormatError, match="formats of transcoders: saerelay, circuit-tracer"):
         write_dictionary(tmp_path, random_transcoder(), Origin(**AT_3), "saelens")
+    narrow = Dictionary(
+        architecture="relu", W_enc=torch.ones(F, D), b_enc=torch.ones(F), W_dec=torch.ones(F, 3), b_dec=torch.ones(3)
+    )
+    for transcoder in (random_transcoder(), narrow):  # their tensors say what they are, where nobody says it
+        with pytest.raises(FormatError, match="saelens can hold only SAEs"):
+            write_dictionary(tmp_path, transcoder, Origin(site=Site(3, "mlp_in")), "saelens")
     assert not list(tmp_path.iterdir())
 
 

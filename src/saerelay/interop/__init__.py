@@ -183,7 +183,8 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
     """
     for writable in _WRITABLE:
         if writable.NAME == format:
-            if origin.site_out and not takes_transcoders(format):
+            is_transcoder = origin.site_out or dictionary.W_skip is not None or dictionary.d_out != dictionary.d_model
+            if is_transcoder and not takes_transcoders(format):
                 raise FormatError(
                     f"{format} can hold only SAEs, and this is a transcoder; formats of transcoders: "
                     f"{', '.join(_OF_TRANSCODERS)}"
