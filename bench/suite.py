@@ -161,13 +161,14 @@ def sequences(job: Job, split: str) -> Any:
 
 def ours(job: Job, dtype: str = "auto") -> dict:
     """`train_plan`, as `saerelay train` calls it."""
+    from saerelay.data.stream import LiveStream
+    from saerelay.lm.model import load_model
     from saerelay.planning.recipe import Recipe
     from saerelay.runs.dictionaries import read_dictionary
     from saerelay.runs.directory import RunDirectory
     from saerelay.runs.documents.training import RunCost
     from saerelay.training.trackers import Several
     from saerelay.training.train import train_plan
-    from saerelay.workflows.activations import open_stream
     from saerelay.workflows.settle import plan_run
 
     recipe = {
@@ -179,7 +180,7 @@ def ours(job: Job, dtype: str = "auto") -> dict:
         "train": {"batch_tokens": job.batch, "lr": job.our_lr or "auto"},
     }
     plan = plan_run(Recipe.parse(recipe, source="bench"))
-    stream = open_stream(plan, sequences(job, "train")[: plan.n_tokens // CONTEXT])
+    stream = LiveStream(load_model(plan), sequences(job, "train")[: plan.n_tokens // CONTEXT], plan)
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         paths = RunDirectory(Path(folder))
         baseline, began = mebibytes("VmRSS"), time.perf_counter()

@@ -406,7 +406,7 @@ def train_groups(job: Job, out: Path) -> None:
     """
     directory = RunDirectory(out / job.name)
     plan, corpus = plan_run(job.run), Corpus.open(directory.tokens)
-    stream, sites, n_layers = open_stream(plan, corpus.train), plan.sites, len(plan.sites)
+    stream, sites, n_layers = open_stream(plan, corpus), plan.sites, len(plan.sites)
     block = stream.block(0, sites)
     norm, distance = np.zeros(n_layers), np.zeros((n_layers, n_layers))
     parts = list(block.chunks(sites))

@@ -11,7 +11,10 @@ import pytest
 
 import saerelay as sr
 from saerelay.analysis import matrix as matrix_module
+from saerelay.data.corpus import Corpus
+from saerelay.data.stream import LiveStream
 from saerelay.document import Document
+from saerelay.runs.directory import read_plan
 from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.latents import FeatureFacts, LineageDocument
 from saerelay.runs.documents.quality import Evaluation
@@ -66,6 +69,17 @@ def test_what_a_recipe_leaves_open_stays_open_in_the_run(tiny_model: Path, tmp_p
     sr.train_run(recipe("1k"), tmp_path / "run", resume=True)
     longer = sr.train_run(recipe("2k"), tmp_path / "run", extend=True)
     assert longer.plan.recipe.train == recipe("2k").train and longer.plan.n_tokens > suite.plan.n_tokens
+
+
+def test_an_extension_reads_new_text(extended: Path) -> None:
+    plan = read_plan(extended)
+    corpus = Corpus.open(extended / "tokens")
+    before = corpus.facts.grown_from[0]
+    stream = LiveStream(None, corpus.train, plan, grown_from=corpus.facts.grown_from)
+    order = stream.read_order(0, plan.n_tokens // 16)
+    assert len(set(order)) == len(order) > before
+    first = LiveStream(None, corpus.train[:before], plan)
+    assert list(order[:before]) == list(first.read_order(0, before))
 
 
 @pytest.fixture

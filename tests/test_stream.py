@@ -187,6 +187,15 @@ def test_every_epoch_reads_every_sequence_once_in_a_new_order(setting) -> None:
     assert list(np.concatenate(pieces)) == list(whole[:56])
 
 
+def test_sequences_that_were_added_are_read_after_those_that_were_there(setting) -> None:
+    plan, stream = setting
+    grown = LiveStream(None, np.zeros((34, 16), np.uint16), plan, grown_from=[20, 26])
+    order = grown.read_order(0, 34)
+    assert list(order[:20]) == list(stream.read_order(0, 20))
+    assert sorted(order[20:26]) == list(range(20, 26)) and sorted(order[26:]) == list(range(26, 34))
+    assert list(order[26:]) != list(range(26, 34))
+
+
 def test_outliers_of_norm_are_left_out_at_every_site(setting) -> None:
     plan, _ = setting
     tokens = torch.ones(2, 16, dtype=torch.long)

@@ -70,6 +70,8 @@ class CorpusFacts(Document):
     """Whether the source ended before every split was full, so that no more documents can be had."""
     padding: dict[int, int] = {}
     """Number of tokens of a file that were taken for padding and left out, by id."""
+    grown_from: list[int] = []
+    """Numbers of training sequences that it had before its run was extended, if that took more text."""
     special_tokens: int = 0
     """Number of special tokens that the tokenizer made from text that spells them."""
 

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -155,7 +156,8 @@ class LiveStream(AbstractStream):
     Each open site has one buffer (P, D), which all blocks share: activations go from the model's
     forward straight to their shuffled rows. With a cache, activations are rounded to bfloat16; cached
     ones are read, the others are computed and added to the cache. `model` may be None if the cache
-    holds everything that will be read.
+    holds everything that will be read. `grown_from` are the numbers of sequences that there were before
+    more were added.
     """
 
     def __init__(
@@ -164,11 +166,13 @@ class LiveStream(AbstractStream):
         sequences: np.ndarray,
         plan: Plan,
         cache: ActivationCache | None = None,
+        grown_from: Sequence[int] = (),
     ) -> None:
         self.model = model
         self.sequences = sequences
         self.plan = plan
         self.cache = cache
+        self.grown_from = grown_from
         self.ids = sequence_ids(sequences) if cache else np.empty(0, dtype=np.int64)
         self.buffers: dict[Site, Tensor] = {}
         self.outliers = OutlierCount(plan)
@@ -299,15 +303,16 @@ class LiveStream(AbstractStream):
         """The n sequences read from `first` on: every epoch reads all sequences, in a new order.
 
         Long documents fill many sequences in a row; in the original order, a short leg would see only a
-        few documents.
+        few documents. Sequences added later follow those that were there before, in an order of their own.
         """
         total = len(self.sequences)
         parts = []
         for epoch in range(first // total, (first + n - 1) // total + 1):
             if epoch != self._epoch:
                 generator = np.random.default_rng(seed_from("order", self.plan.recipe.train.seed, epoch))
+                added = pairwise([0, *self.grown_from, total])
                 self._epoch = epoch
-                self._epoch_order = generator.permutation(total)
+                self._epoch_order = np.concatenate([a + generator.permutation(b - a) for a, b in added])
             begin = max(0, first - epoch * total)
             end = first + n - epoch * total
             parts.append(self._epoch_order[begin:end])

@@ -32,7 +32,7 @@ class TeamStream(LiveStream):
 
     def __init__(self, stream: LiveStream, team: Team) -> None:
         plan = stream.plan
-        super().__init__(stream.model, stream.sequences, plan, stream.cache)
+        super().__init__(stream.model, stream.sequences, plan, stream.cache, stream.grown_from)
         self.team = team
         self.degree = plan.recipe.model.tensor_parallel
         self.owner = owners(plan, team.size)

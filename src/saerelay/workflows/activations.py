@@ -4,7 +4,6 @@ import math
 import shutil
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -27,14 +26,18 @@ from saerelay.training.train import HELD_OUT_ROWS
 def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_least: int = 0) -> Corpus:
     """Return the run's tokens: those on disk if they are enough for the plan, else new ones that replace them.
 
-    New tokens are at least `at_least`, if the corpus has that many.
+    New tokens are at least `at_least`, if the corpus has that many. If training has begun, they begin with those on
+    disk, and `grown_from` says so: the stream then reads the added ones last.
     """
     data = plan.recipe.data
+    grown_from: list[int] = []
     remove_replaced(paths.tokens)
     if (paths.tokens / "corpus.json").is_file():
         corpus = Corpus.open(paths.tokens)
         if corpus.train.size * data.epochs >= plan.n_tokens:
             return corpus
+        if paths.plan.is_file():
+            grown_from = [*corpus.facts.grown_from, corpus.facts.train_sequences]
     model = plan.recipe.model.changed(revision=plan.facts.revision)
     tokenizer = None if data.tokens else load_tokenizer(model)
     fresh = paths.tokens.with_name("tokens.new")
@@ -55,7 +58,9 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
             progress=show,
         )
     try:
-        _check_corpus(plan, Corpus.open(fresh))
+        corpus = Corpus.open(fresh)
+        _check_corpus(plan, corpus)
+        corpus.facts.changed(grown_from=grown_from).save(fresh / "corpus.json")
     except DataError:
         shutil.rmtree(fresh)
         raise
@@ -80,17 +85,18 @@ def _check_corpus(plan: Plan, corpus: Corpus) -> None:
         )
 
 
-def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
-    """Return the stream of the plan's activations on sequences (N, context).
+def open_stream(plan: Plan, corpus: Corpus) -> LiveStream:
+    """Return the stream of the plan's activations on the training split.
 
     The language model is loaded unless all activations are in data.cache, or several ranks hold the model together (see
     `joined_stream`). Raises DataError if the cache is damaged, or if the activations it lacks do not fit on its disk.
     """
     is_split = plan.recipe.model.tensor_parallel > 1
     if not plan.recipe.data.cache:
-        return LiveStream(None if is_split else load_model(plan), sequences, plan)
+        model = None if is_split else load_model(plan)
+        return LiveStream(model, corpus.train, plan, grown_from=corpus.facts.grown_from)
     cache = open_cache(plan)
-    stream = LiveStream(None, sequences, plan, cache)
+    stream = LiveStream(None, corpus.train, plan, cache, corpus.facts.grown_from)
     needed = stream.uncached_bytes()
     cache.check_room(needed)
     if needed and not is_split:
@@ -98,7 +104,7 @@ def open_stream(plan: Plan, sequences: np.ndarray) -> LiveStream:
     return stream
 
 
-def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, team: Team) -> TeamStream:
+def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, team: Team) -> TeamStream:
     """Return the stream of the activations that this rank of a team needs; all ranks compute them together.
 
     `stream` is rank 0's stream, which has a model if anything has to be computed; it is None on other ranks. One rank
@@ -111,7 +117,7 @@ def joined_stream(plan: Plan, sequences: np.ndarray, stream: LiveStream | None, 
     elif team.once(lambda: model is not None):
         model = team.in_turn(lambda: model or load_model(plan))
     cache = open_cache(plan) if plan.recipe.data.cache else None
-    return TeamStream(LiveStream(model, sequences, plan, cache), team)
+    return TeamStream(LiveStream(model, corpus.train, plan, cache, corpus.facts.grown_from), team)
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:

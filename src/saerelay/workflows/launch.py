@@ -124,7 +124,7 @@ def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Consol
     check_disk(plan, paths)
     corpus = tokenise(plan, paths, console)
     with status(console, "loading the language model"):
-        stream = open_stream(plan, corpus.train)
+        stream = open_stream(plan, corpus)
     if extend:
         paths.cost.unlink(missing_ok=True)  # cost.json marks a finished run
     plan.save(paths.plan)
@@ -139,7 +139,7 @@ def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -
         assert start
         stream = start.stream
     else:
-        stream = joined_stream(plan, corpus.train, start.stream if start else None, team)
+        stream = joined_stream(plan, corpus, start.stream if start else None, team)
     if not any(leg.goal.predicted_fvu for leg in plan.legs):
         return stream, None
     return stream, open_validation(plan, stream, corpus)

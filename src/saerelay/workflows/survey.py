@@ -58,7 +58,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
     check_same_model(pinned(recipe.model, facts), paths.model_digest, begin=True)
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
     with status(console, "loading the language model"):
-        stream = open_stream(plan, corpus.train)
+        stream = open_stream(plan, corpus)
     if console:
         console.print("surveying the layers")
     try:
