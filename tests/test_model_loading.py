@@ -14,7 +14,14 @@ import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub
 from model_families import ALL_SITES, COMMON, FAMILIES, GROUPED, ONE_EOS, TOKENS, build, spec_of
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
@@ -60,6 +67,18 @@ def test_facts_are_those_of_the_loaded_model(family: str, family_directory: Call
     in_layer_1 = sum(p.numel() for name, p in parameters.items() if ".1." in name)
     assert facts.layer_params == in_layer_1
     assert not any(p.requires_grad for p in parameters.values()) and not model._model.training
+
+
+def test_of_experts_only_those_that_a_token_is_sent_to_are_used(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    facts = read_facts(spec_of(tmp_path))
+    assert facts.idle_layer_params == 6 * 3 * 32 * 64
+    in_use = 4 * 32 * 32 + 2 * 3 * 32 * 64 + 8 * 32 + 2 * 32  # attention, two experts, the router, the norms
+    assert facts.layer_params - facts.idle_layer_params == in_use
 
 
 def test_a_backbone_without_its_head_has_none(family_directory: Callable[[str], Path], tmp_path: Path) -> None:

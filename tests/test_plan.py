@@ -8,7 +8,7 @@ import pytest
 
 from saerelay.errors import PlanError
 from saerelay.planning.compile import compile_plan
-from saerelay.planning.cost import forward_flops, plan_cost, state_bytes
+from saerelay.planning.cost import forward_flops, model_bytes, plan_cost, state_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import External, Plan
@@ -271,6 +271,24 @@ def test_cost_counts_what_runs(facts: ModelFacts) -> None:
     assert cost.flops == pytest.approx(lm + 2 * 4096 * (2 * 16 * 64 + 8 * 16 * 4))
     assert cost.flops_dense_equivalent == pytest.approx(lm + 2 * 4096 * 12 * 16 * 64)
     assert plan_cost(plan.all_from_scratch()) == cost
+
+
+def test_a_transcoder_costs_what_its_two_widths_and_its_skip_connection_do(facts: ModelFacts) -> None:
+    wide = facts.changed(d_attn_z=48)
+    sites: dict[str, Any] = {"module": "attn_z", "module_out": "attn_out", "layers": [1]}
+    sections: dict[str, Any] = {"plan": {"preset": "scratch"}, "sites": sites, "data": {"outlier_norm": 0}}
+    for skip in (False, True):
+        cost = plan_cost(compiled(wide, **sections, dictionary={"skip_connection": skip}))
+        of_skip = 4 * 48 * 16 * skip
+        assert cost.flops_dense_equivalent - cost.lm_flops == 4096 * (6 * 64 * (48 + 16) + of_skip)
+        assert cost.flops - cost.lm_flops == 4096 * (2 * 48 * 64 + (2 * 48 + 6 * 16) * 4 + of_skip)
+
+
+def test_experts_that_a_token_is_not_sent_to_cost_nothing_but_memory(facts: ModelFacts) -> None:
+    sparse = facts.changed(idle_layer_params=1000)
+    assert forward_flops(facts, 3, 16) - forward_flops(sparse, 3, 16) == 3 * 2 * 1000
+    plan = compiled(facts)
+    assert model_bytes(plan.changed(facts=sparse)) == model_bytes(plan)
 
 
 def test_transfer_costs_less_than_all_from_scratch(facts: ModelFacts) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, Literal, cast, get_args
 
 import torch
+from torch import nn
 
 from saerelay.errors import ModelError
 from saerelay.lm.adapter import find_adapter
@@ -78,6 +79,7 @@ def look_at(spec: ModelSpec) -> tuple[ModelFacts, Anatomy]:
         ),
         has_lm_head=is_causal_lm(config),
         layer_params=n_parameters(layers) // anatomy.n_layers,
+        idle_layer_params=_idle_parameters(layers, text_config) // anatomy.n_layers,
         model_params=n_all,
     )
     return facts, anatomy
@@ -95,6 +97,19 @@ def _site_facts(anatomy: Anatomy, *, is_split: bool) -> SiteFacts:
         widths["attn_z"] = [0] * anatomy.n_layers
         refusals |= {str(Site(i, "attn_z")): OWN_HEADS for i in range(anatomy.n_layers)}
     return SiteFacts(d_attn_z=d_attn_z, widths=widths, refusals=refusals)
+
+
+def _idle_parameters(layers: nn.Module, config: Any) -> int:
+    """Number of parameters of the experts that a token is not sent to, on average; 0 if the model does not say."""
+    per_token = getattr(config, "num_experts_per_tok", None)
+    if not isinstance(per_token, int):
+        return 0
+    idle = 0
+    for name, module in layers.named_modules():
+        n_experts = getattr(module, "num_experts", None)
+        if name.endswith(".experts") and isinstance(n_experts, int) and n_experts > per_token:
+            idle += n_parameters(module) * (n_experts - per_token) // n_experts
+    return idle
 
 
 def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None, int | None]:

@@ -295,7 +295,7 @@ def charges_of(question: Question, share: float) -> Charges:
     facts = question.facts
     survey = question.survey
     width = facts.width(Site(0, recipe.sites.first_kind.module))
-    flops_per_step, _ = step_flops(recipe.dictionary.sized(width), facts, width)
+    flops_per_step, _ = step_flops(recipe.dictionary.sized(width), facts, width, width)
     prices = {  # unit: (of a training sample, of an operation of the language model)
         "tokens": (1.0, 0.0),
         "FLOPs": (flops_per_step, 1.0),

@@ -34,35 +34,47 @@ TYPICAL_L0 = 32.0
 """Active latents per token that are assumed for an architecture without a target L0."""
 
 
-def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int) -> tuple[float, float]:
-    """Return the operations of a training step per token: (executed, dense equivalent 12·D·F)."""
-    dense = 12.0 * width * dictionary.n_latents
+def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int, width_out: int) -> tuple[float, float]:
+    """Return the operations of a training step per token: (executed, dense equivalent).
+
+    `width_out` is the width of what is reconstructed. The dense equivalent is six operations per weight, 12·D·F for
+    an SAE. A skip connection has no codes, so that it takes its product and its gradient in either case.
+    """
+    skip = 4.0 * width * width_out if dictionary.skip_connection else 0.0
+    dense = 6.0 * dictionary.n_latents * (width + width_out) + skip
     if not takes_sparse_step(facts.device):
         return dense, dense
     encoder = 2.0 * width * dictionary.n_latents
-    return encoder + 8.0 * width * (dictionary.l0 or TYPICAL_L0), dense
+    active = (2.0 * width + 6.0 * width_out) * (dictionary.l0 or TYPICAL_L0)
+    return encoder + active + skip, dense
 
 
-def fit_flops(leg: Leg, width: int) -> float:
+def fit_flops(leg: Leg, facts: ModelFacts) -> float:
     """Return the operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky.
 
-    A leg that several layers share has a map from each of the other layers, applied to their activations in training.
+    A transcoder has a second map, of what it reconstructs. A leg that several layers share has a map from each of the
+    other layers, applied to their activations in training.
     """
+    width = facts.width(leg.site)
+    width_out = facts.width(leg.site_out)
     n_maps = len(leg.shared_layers) or 1
     moments = n_maps * leg.moment_tokens * 8.0 * width**2
+    if leg.is_transcoder:
+        moments += leg.moment_tokens * 8.0 * width_out**2
     if leg.shared_layers:
         moments += leg.budget_tokens * 2.0 * width**2
     if not leg.refit_tokens:
         return moments
     F = leg.dictionary.n_latents
     l0 = leg.dictionary.l0 or TYPICAL_L0
-    codes = leg.refit_tokens * (2.0 * width * F + 2.0 * l0 * (F + 2 * width))
-    return moments + codes + F**3 / 3 + 2.0 * F**2 * width
+    codes = leg.refit_tokens * (2.0 * width * F + 2.0 * l0 * (F + 2 * width_out))
+    return moments + codes + F**3 / 3 + 2.0 * F**2 * width_out
 
 
 def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
     """Return the operations per token of the language model's first `n_layers` layers, attention included."""
-    return n_layers * (2.0 * facts.layer_params + 4.0 * context * facts.d_attn_z)
+    used = facts.layer_params - facts.idle_layer_params
+    return n_layers * (2.0 * used + 4.0 * context * facts.d_attn_z)
 
 
 def parameters(leg: Leg, facts: ModelFacts) -> int:
@@ -120,9 +132,8 @@ def plan_cost(plan: Plan) -> Cost:
     flops = lm_flops
     dense = lm_flops
     for leg in plan.legs:
-        width = facts.width(leg.site)
-        executed, equivalent = step_flops(leg.dictionary, facts, width)
-        fits = fit_flops(leg, width)
+        executed, equivalent = step_flops(leg.dictionary, facts, facts.width(leg.site), facts.width(leg.site_out))
+        fits = fit_flops(leg, facts)
         flops += leg.budget_tokens * executed + fits
         dense += leg.budget_tokens * equivalent + fits
 

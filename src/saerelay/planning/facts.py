@@ -61,6 +61,8 @@ class ModelFacts(Spec):
     has_lm_head: bool
     layer_params: Whole
     """Parameters of one layer (mean over layers)."""
+    idle_layer_params: Whole = 0
+    """Of these, the parameters of the experts that a token is not sent to; 0 without experts."""
     model_params: Whole
     """All parameters."""
 

@@ -45,7 +45,7 @@ def owners(plan: Plan, n_ranks: int) -> dict[str, int]:
 
 def leg_flops(leg: Leg, facts: ModelFacts) -> float:
     """Return the operations of a leg's training steps over its whole budget."""
-    executed, _ = step_flops(leg.dictionary, facts, facts.width(leg.site))
+    executed, _ = step_flops(leg.dictionary, facts, facts.width(leg.site), facts.width(leg.site_out))
     return max(1, leg.budget_tokens) * executed
 
 

@@ -271,7 +271,7 @@ class SuiteCost(Record):
     lm_flops: float
     """Floating-point operations of the language model among them."""
     flops_dense_equivalent: float
-    """Floating-point operations with dense SAE steps, 12·D·F per token."""
+    """Floating-point operations with dense SAE steps: per token six for each weight, 12·D·F for an SAE."""
     seconds: Measured
     """Wall-clock time, in seconds."""
     processor_seconds: Measured = None
