@@ -236,6 +236,14 @@ def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
     assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}
 
 
+@pytest.mark.parametrize("decay", [0, 0.02, 1])
+def test_pilots_have_a_snapshot_before_their_end_whatever_the_decay(facts: ModelFacts, decay: float) -> None:
+    asked = recipe()
+    optimizer = asked.train.optimizer.changed(decay=decay)
+    plan = survey_plan(asked.changed(train=asked.train.changed(optimizer=optimizer)), facts)
+    assert all(0 < age < leg.budget_tokens for leg in plan.legs for age in leg.schedule.snapshots)
+
+
 def test_a_finished_survey_is_used_again_unless_it_has_another_schema(
     facts: ModelFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

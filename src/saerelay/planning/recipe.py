@@ -205,7 +205,8 @@ class AutoSpec(Spec):
 
     budget: str = Field(
         default="",
-        description='preset "auto": what the run may cost: "10M tokens" of training, "5e14 FLOPs" or "1.5 hours" ...',
+        description='preset "auto": what the suite may cost, controls aside: "10M tokens" of training, "5e14 FLOPs" '
+        'or "1.5 hours" ...',
     )
     fvu_ratio: OrAuto[Annotated[float, Field(gt=0)]] = Field(
         default="auto",

@@ -144,7 +144,8 @@ def pilot_tokens(recipe: Recipe, facts: ModelFacts) -> int:
 
 
 def before_decay(leg: Leg, recipe: Recipe) -> int:
-    """Return the age at which a leg's decay begins, in whole batches."""
+    """Return the age at which a leg's decay begins: a number of whole batches, between the leg's ends."""
     batch = usual_batch(recipe)
+    n_batches = leg.budget_tokens // batch
     share = 1 - recipe.train.optimizer.decay
-    return batch * max(1, round(share * leg.budget_tokens / batch))
+    return batch * min(n_batches - 1, max(1, round(share * n_batches)))

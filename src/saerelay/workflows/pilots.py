@@ -127,7 +127,8 @@ def measure_survey(
     for leg in plan.legs:
         before, _ = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))
         fvu_before = fvu(before.to(stream.device), held_out[leg.site], balance)
-        decay_gain[leg.id] = min(1.0, fvus[leg.id, leg.site].as_it_is / fvu_before)
+        gain = fvus[leg.id, leg.site].as_it_is / fvu_before
+        decay_gain[leg.id] = min(1.0, gain) if asked.train.optimizer.decay else 1.0
     measured = Measured(plan, rows, held_out, maps, fvus, decay_gain)
     return Survey(
         asked=asked,
