@@ -51,6 +51,11 @@ def test_every_layer_starts_from_the_sae_that_all_share(facts: ModelFacts) -> No
     assert plan.open_sites(0, 512) == plan.open_sites(shared.end - 512, shared.end) == [Site(0), Site(1), Site(2)]
 
 
+def test_tiers_are_copies_of_each_layers_own_leg(facts: ModelFacts) -> None:
+    plan = make_plan(facts, **SHARED, tiers=[2])
+    assert [leg.id for leg in plan.legs] == [*LEGS, "L1-k2", "L0-from-L1-k2", "L2-from-L1-k2"]
+
+
 def test_layers_that_have_no_leg_of_their_own_are_read_all_the_same(facts: ModelFacts) -> None:
     plan = make_plan(facts, legs=[{"id": "a", "layer": 0, "tokens": 4096, "shared_layers": [2]}])
     assert plan.sites == [Site(0)] and plan.sites_read == [Site(0), Site(2)]

@@ -118,8 +118,9 @@ def _continuing_legs(
 def _tier_legs(recipe: Recipe, kind: SiteKind, suite: Sequence[LegSpec], parents: Mapping[Place, str]) -> list[LegSpec]:
     """Return, for each leg, its copies at the other L0s of `plan.tiers`.
 
-    A copy starts from the parent that has this L0, or, if there is none, from the leg itself. Raises PlanError for an
-    architecture whose L0 follows from a penalty.
+    A leg that several layers share has none, since each of these layers has a leg of its own. A copy starts from the
+    parent that has this L0, or, if there is none, from the leg itself. Raises PlanError for an architecture whose L0
+    follows from a penalty.
     """
     own = recipe.dictionary.l0
     tiers = recipe.plan.tier.tiers
@@ -134,7 +135,7 @@ def _tier_legs(recipe: Recipe, kind: SiteKind, suite: Sequence[LegSpec], parents
     legs = []
     for leg in suite:
         for k in sorted(set(tiers)):
-            if k == own:
+            if k == own or leg.shared_layers:
                 continue
             hop = LegHop(parent=parents.get((kind, leg.layer, k), leg.id), method="identity")
             legs.append(leg.changed(id=f"{leg.id}-k{k}", tokens=tokens, hop=hop, dictionary=LegDictionary(k=k)))
