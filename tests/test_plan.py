@@ -69,6 +69,13 @@ def test_on_a_gpu_a_leg_takes_large_batches_where_it_still_takes_a_thousand_step
     longer = compiled(facts.changed(device="cuda:0"), finished=finished, **open_recipe)
     assert longer.batch_tokens == finished.batch_tokens == 512
 
+    # A finished leg that gets more tokens keeps its batch, although a leg of so many tokens would get a larger one.
+    plans = [open_recipe | {"plan": {"root_tokens": tokens, "transfer_tokens": 5_000_000}} for tokens in (10**5, 10**7)]
+    finished = compiled(facts.changed(device="cuda:0"), **plans[0])
+    longer = compiled(facts.changed(device="cuda:0"), finished=finished, **plans[1])
+    assert finished.batch_tokens == 4096
+    assert {leg.schedule.batch_tokens for leg in longer.legs if leg.layer == 3} == {512}
+
 
 def test_chains_follow_each_other(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"preset": "forward"})
@@ -322,6 +329,30 @@ def test_an_extension_keeps_the_roots_and_the_probe(facts: ModelFacts) -> None:
     new = compiled(facts, finished=old)
     assert {leg.layer for leg in new.legs if not leg.parent} == {leg.layer for leg in old.legs if not leg.parent}
     assert new.probe == old.probe
+
+
+def test_an_extension_that_leaves_out_a_root_says_so(facts: ModelFacts) -> None:
+    old = compiled(facts, sites={"layers": [1, 2]}, plan={"roots": [1]})
+    with pytest.raises(PlanError, match=r"sites.layers \(2, 3\) leaves out layer 1, a root of the run"):
+        compiled(facts, finished=old, sites={"layers": [2, 3]})
+    kept = compiled(facts, finished=old, sites={"layers": [1, 3]})
+    assert [leg.id for leg in kept.legs] == ["L1", "L2-from-L1", "L3-from-L1"]
+
+
+def test_extensions_whose_counts_look_alike_have_names_of_their_own(facts: ModelFacts) -> None:
+    plan = None
+    for tokens in (999_936, 1_000_960, 1_001_984):
+        plan = compiled(facts, finished=plan, plan={"preset": "scratch", "root_tokens": tokens}, sites={"layers": [1]})
+    assert plan and [leg.id for leg in plan.legs] == ["L1", "L1+1M", "L1+1001984"]
+    assert [leg.parent for leg in plan.legs] == ["", "L1", "L1+1M"]
+
+
+def test_an_extension_keeps_the_parents_outside_the_plan_that_it_no_longer_names(facts: ModelFacts) -> None:
+    outside = External(layer=4, module="resid_post", architecture="topk", n_latents=48, d_model=16, k=3, path="/a")
+    leg = {"id": "x", "layer": 1, "parent": "./a", "tokens": 512}
+    old = compiled(facts, externals={"./a": outside}, plan={"legs": [leg]})
+    new = compiled(facts, finished=old, plan={"legs": [{"id": "y", "layer": 2, "tokens": 512}]})
+    assert [leg.id for leg in new.legs] == ["x", "y"] and new.externals == old.externals
 
 
 def test_an_extension_does_not_change_what_is_finished(facts: ModelFacts) -> None:

@@ -53,7 +53,7 @@ def settled_batches(
     """Return the tokens per step of the whole run, and the legs with theirs, where the recipe leaves them open.
 
     A step of the whole run takes as many tokens as the longest leg's; shorter legs cut these into batches of their own.
-    Legs that extend a finished plan take at most as many tokens per step as that plan.
+    Legs of a finished plan keep theirs, and those that extend it take at most as many as that plan.
     """
     if recipe.train.batch_tokens != "auto":
         return recipe.train.batch_tokens, specs
@@ -67,5 +67,10 @@ def settled_batches(
     of_run = max(batches, default=USUAL)
     if finished:
         of_run = finished.batch_tokens
-        batches = [min(batch, of_run) for batch in batches]
+        batches = [
+            finished.leg(spec.id).schedule.batch_tokens
+            if finished.has(spec.id) and not spec.training.batch_tokens
+            else min(batch, of_run)
+            for spec, batch in zip(specs, batches, strict=True)
+        ]
     return of_run, [spec.changed(batch_tokens=batch) for spec, batch in zip(specs, batches, strict=True)]

@@ -15,7 +15,7 @@ from saerelay.planning.presets import Place, preset_legs, with_repeats
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import WITHOUT_MAP, LegMethod
 from saerelay.site import Site
-from saerelay.spec import format_count
+from saerelay.spec import few_of, format_count
 
 MAX_TOKENS = 10**11
 """Most token positions that a plan may read: ten times as many as the largest published SAEs were trained on."""
@@ -39,8 +39,9 @@ def compile_plan(
     first run).
     """
     layers = _check_layers(recipe, facts)
+    externals = {**(finished.externals if finished else {}), **(externals or {})}
     if finished and not recipe.plan.roots:
-        recipe = _with_roots_of(recipe, finished)
+        recipe = _with_roots_of(recipe, finished, layers)
     specs = with_repeats(recipe.plan.legs or preset_legs(recipe, layers, parents), recipe.train)
     if recipe.plan.legs:
         _check_nothing_else(recipe)
@@ -53,7 +54,7 @@ def compile_plan(
         facts=facts,
         batch_tokens=batch_tokens,
         block_tokens=finished.block_tokens if finished else choose_block(recipe, facts, specs, batch_tokens),
-        externals=externals or {},
+        externals=externals,
         memory_bytes=memory_bytes,
         begin=finished.n_tokens if finished else 0,
     )
@@ -74,7 +75,7 @@ def compile_plan(
         block_tokens=setting.block_tokens,
         lm_batch_tokens=finished.lm_batch_tokens if finished else lm_batch(facts),
         legs=legs,
-        externals=externals or {},
+        externals=externals,
         probe=finished.probe if finished else _probe_layer(recipe, facts),
     )
     _check_length(plan)
@@ -128,9 +129,18 @@ def _check_layers(recipe: Recipe, facts: ModelFacts) -> list[int]:
     return layers
 
 
-def _with_roots_of(recipe: Recipe, finished: Plan) -> Recipe:
-    """Return the recipe with the roots of a finished plan, so that added layers do not change the choice of roots."""
+def _with_roots_of(recipe: Recipe, finished: Plan, layers: Sequence[int]) -> Recipe:
+    """Return the recipe with the roots of a finished plan, so that added layers do not change the choice of roots.
+
+    Raises PlanError if the recipe's preset has layers to be transferred, and they do not include these roots.
+    """
     roots = sorted({leg.layer for leg in finished.legs if leg.role == "root"})
+    lacking = sorted(set(roots) - set(layers))
+    if lacking and not recipe.plan.legs:
+        raise PlanError(
+            f"sites.layers ({few_of(map(str, layers))}) leaves out layer {lacking[0]}, a root of the run that is "
+            "extended; add it: what is finished is not trained again"
+        )
     plan = recipe.plan.changed(roots=roots)
     return recipe.changed(plan=plan)
 
@@ -215,7 +225,10 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
         changes["lr_by_map"] = False
         changes["lr"] = COPY_RATE * leg.schedule.lr
     added = leg.changed(**changes)
-    return added.changed(id=f"{leg.id}+{format_count(leg.budget_tokens)}", hop=Hop(parent=last.id, method="identity"))
+    name = f"{leg.id}+{format_count(leg.budget_tokens)}"
+    if any(other.id == name for other in legs):  # counts that differ by less than the name shows
+        name = f"{leg.id}+{leg.budget_tokens}"
+    return added.changed(id=name, hop=Hop(parent=last.id, method="identity"))
 
 
 def _changed_keys(before: Leg, now: Leg) -> list[str]:

@@ -192,7 +192,7 @@ def with_canonical_parents(plan: Plan, paths: RunDirectory) -> Plan:
     """
     externals = {}
     for reference, external in plan.externals.items():
-        if not own.recognises(Path(external.path)):
+        if not own.recognises(paths.root / external.path):
             digest = hashlib.blake2b(reference.encode(), digest_size=8).hexdigest()
             dictionary, origin = _load_with_site(reference)
             write_dictionary(paths.root / "parents" / digest, dictionary, origin, own.NAME)
