@@ -19,8 +19,10 @@ from saerelay.analysis.judging import agreement, cohen_kappa, drawn, legs_by_ori
 from saerelay.analysis.session import Session
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import RecipeError, RunDirectoryError
+from saerelay.planning.plan import Control
 from saerelay.runs.documents.judging import JudgedItem, Scores
 from saerelay.runs.features import load_features
+from saerelay.site import Site
 from saerelay.views import report
 from saerelay.views.judge import page_data
 from saerelay.workflows.judge import judge_run, score_run
@@ -78,6 +80,16 @@ def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     suite.plan = suite.plan.changed(legs=[*suite.plan.legs, more])
     assert suite.origin(more) == suite.origin(first) == "from above" and suite.continuation_of(first) == more
     assert {leg.id for (_, origin), leg in legs_by_origin(suite).items() if origin == "backward"} == {"more"}
+
+    # A control that starts at its parent's own site continues nothing.
+    before = suite.final_legs
+    control = more.changed(
+        id="control", parent="L1", layer=1, role="control", control=Control(control_of="L1", control_kind="random")
+    )
+    shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("control"))
+    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, control])
+    assert suite.final_legs == before and suite.continuation_of(suite.plan.leg("L1")) is None
+    assert suite.leg_at(Site(1)).id == "L1"
 
 
 def test_alive_latents_are_drawn_equally_and_shuffled(suite: Suite) -> None:

@@ -47,8 +47,9 @@ class PublishedSuite:
         There are several per site if seeds differ, or if the suite has tiers.
         """
         legs = self.legs
-        continued = {(leg.parent, leg.site) for leg in legs if not self.plan.tier_of(leg)}
-        final = [leg for leg in legs if leg.role != "control" and (leg.id, leg.site) not in continued]
+        suite = [leg for leg in legs if leg.role != "control"]
+        continued = {(leg.parent, leg.site) for leg in suite if not self.plan.tier_of(leg)}
+        final = [leg for leg in suite if (leg.id, leg.site) not in continued]
         kinds = list(dict.fromkeys(leg.kind for leg in legs))
         return sorted(final, key=lambda leg: (kinds.index(leg.kind), leg.site))
 
@@ -119,10 +120,11 @@ class PublishedSuite:
     def continuation_of(self, leg: Leg) -> Leg | None:
         """The leg that continues a leg at the same site, as made by `saerelay train --extend`.
 
-        A copy at another L0 is not a continuation, but another tier.
+        A copy at another L0 is not a continuation, but another tier; nor is a control of a leg that is none itself.
         """
         for other in self.legs:
-            if other.parent == leg.id and other.site == leg.site and not self.plan.tier_of(other):
+            both_or_neither = (other.role == "control") == (leg.role == "control")
+            if other.parent == leg.id and other.site == leg.site and both_or_neither and not self.plan.tier_of(other):
                 return other
         return None
 
