@@ -20,6 +20,7 @@ from saerelay.sae.kernels import (
     sparse_step,
     split_codes,
 )
+from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.kernels.codes import row_sums
 from saerelay.sae.kernels.select import (
     GROUP,
@@ -170,6 +171,14 @@ def test_selection_by_groups_equals_topk(dtype: torch.dtype, n: int, k: int) -> 
     expected = TopK(k=k).activate(pre, None).to(found.dtype)
     assert torch.equal(found.sort(dim=1).values, expected.sort(dim=1).values)  # bfloat16 has ties
     assert torch.equal(found[found > 0], pre.to(found.dtype)[found > 0])
+
+
+def test_a_row_of_zeros_that_gets_no_gradient_stays() -> None:
+    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    triple = (rows, torch.zeros(2, 2), torch.zeros(2, 2))
+    adam = Adam(1e-2, (0.9, 0.999), torch.tensor(1.0), None)
+    reference.adam_rows(adam, triple, torch.zeros(2, 2), 1.0, unit=True, copy=None)
+    assert torch.equal(rows, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
 
 
 def test_at_least_is_a_mask() -> None:

@@ -129,6 +129,15 @@ def test_a_row_moves_as_the_reference_moves_it(n_steps: float, unit: bool, is_co
         assert torch.allclose(copy.float(), ours[0], rtol=2**-7)
 
 
+def test_a_row_of_zeros_that_gets_no_gradient_stays() -> None:
+    parameter = torch.tensor([[0.0, 0.0], [3.0, 4.0]], device=DEVICE)
+    mean, square, gradient = (torch.zeros_like(parameter) for _ in range(3))
+    one, zero = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
+    adam = Adam(one, (0.9, 0.999), one, None, failed=zero)
+    ops.adam_rows(adam, (parameter, mean, square), gradient, 1.0, unit=True, copy=None)
+    assert torch.allclose(parameter, torch.tensor([[0.0, 0.0], [0.6, 0.8]], device=DEVICE))
+
+
 def test_where_a_step_failed_no_row_moves() -> None:
     triple = tuple(normal(3, 8, seed=seed, dtype=torch.float32) for seed in range(3))
     before = [tensor.clone() for tensor in triple]

@@ -51,13 +51,17 @@ def fired(codes: Codes) -> Tensor:
 def adam_rows(
     adam: Adam, triple: Triple, gradient: Tensor, rate_share: float, *, unit: bool, copy: Tensor | None
 ) -> None:
-    """Update the rows of a matrix (F, D) at a share of the rate, give them `unit` norm, and write them to a copy."""
+    """Update the rows of a matrix (F, D) at a share of the rate, give them `unit` norm, and write them to a copy.
+
+    A row of zeros has no direction, and stays as it is.
+    """
     adam.move(triple, gradient, rate_share)
     parameter = triple[0]
     if unit:
         norms = torch.linalg.vector_norm(parameter, dim=1, keepdim=True)
+        norms.masked_fill_(norms == 0, 1.0)
         if adam.failed is not None:
-            norms = norms.masked_fill(adam.failed > 0, 1.0)  # even a division by almost 1 would change the rows
+            norms.masked_fill_(adam.failed > 0, 1.0)  # even a division by almost 1 would change the rows
         parameter.div_(norms)
     if copy is not None:
         copy.copy_(parameter)

@@ -42,7 +42,8 @@ def _adam_kernel(
         p = tl.load(parameter + at, mask=d < D, other=0.0)
         p -= rate_share * tl.load(rate) * unbiased_m / (tl.sqrt(unbiased_v) + eps)
         if UNIT:
-            p /= tl.sqrt(tl.sum(p * p, axis=0))
+            norm = tl.sqrt(tl.sum(p * p, axis=0))
+            p /= tl.where(norm > 0, norm, 1.0)
         tl.store(parameter + at, p, mask=d < D)
         tl.store(mean + at, m, mask=d < D)
         tl.store(square + at, v, mask=d < D)
