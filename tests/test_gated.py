@@ -136,6 +136,19 @@ def test_matching_l0_moves_all_gates_by_one_number() -> None:
     assert torch.allclose(moved[kept], moved[kept][0]) and float(moved[kept][0]) != 0
 
 
+def test_gates_that_let_nothing_through_do_not_count_as_active() -> None:
+    """A threshold at 0 can fall no further: its latent's gate may open, and yet its code be zero."""
+    rows = torch.nn.functional.normalize(draw(F, D), dim=1)
+    threshold, b_enc = torch.full((F,), 2.5).double(), torch.zeros(F).double()
+    threshold[: F // 2] = 0.05
+    b_enc[: F // 2] = -2.0
+    sae = Dictionary(
+        architecture="gated", W_enc=rows, b_enc=b_enc, W_dec=rows, b_dec=torch.zeros(D).double(), threshold=threshold
+    )
+    x = draw(4000, D, seed=7)
+    assert mean_l0(match_l0(sae, x, 4.0), x) == pytest.approx(4, abs=0.01)
+
+
 def test_what_had_no_gate_gets_one_and_what_leaves_loses_it() -> None:
     x = 3 * draw(2000, D, seed=7)
     plain = Dictionary(architecture="relu", W_enc=draw(F, D), b_enc=draw(F), W_dec=draw(F, D), b_dec=draw(D))

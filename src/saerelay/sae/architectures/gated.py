@@ -18,6 +18,7 @@ falling below zero, where the gate would only let through pre-activations whose 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -65,7 +66,8 @@ class Gated(Architecture):
             threshold = dictionary.b_enc.new_zeros(dictionary.n_latents)
         r_mag = dictionary.r_mag
         scale = threshold.new_ones(1) if r_mag is None else r_mag.exp()
-        gate = (dictionary.pre_activations(x) - threshold) / scale
+        pre = dictionary.pre_activations(x)
+        gate = ((pre - threshold) / scale).masked_fill(pre <= 0, -math.inf)  # no gate lets these through
         threshold = (threshold + level_exceeded(gate, l0) * scale).clamp(min=0)
         return replace(dictionary, threshold=threshold)
 
