@@ -102,6 +102,18 @@ def test_procrustes_recovers_a_rotation_and_beats_any_other() -> None:
         assert (y.double() - x.double() @ A.T - c).square().sum() >= best
 
 
+def test_procrustes_onto_fewer_dimensions_keeps_the_scale() -> None:
+    x = pair()[0]
+    turned = x @ torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(3))).Q
+    narrower = turned[:, : D // 2]
+    m = procrustes(moments_of(x, narrower))
+    best = (narrower.double() - x.double() @ m.A.T - m.c).square().sum()
+    for factor in (0.95, 1.05):
+        A = factor * m.A
+        c = narrower.double().mean(dim=0) - A @ x.double().mean(dim=0)
+        assert (narrower.double() - x.double() @ A.T - c).square().sum() >= best
+
+
 def test_methods_fit_better_and_better() -> None:
     x, y = pair()
     moments = moments_of(x, y)

@@ -86,13 +86,17 @@ def rescale(moments: Moments) -> AffineMap:
 
 
 def procrustes(moments: Moments) -> AffineMap:
-    """Best rotation times scale between centred activations (Schönemann 1966), and its exact inverse.
+    """Best rotation times scale between centred activations (Schönemann 1966), and its pseudo-inverse.
 
-    A = r·Q with UΣVᵀ the SVD of the cross-covariance (T, S), Q = UVᵀ and r = tr Σ / tr cov_s.
+    A = r·Q with UΣVᵀ the SVD of the cross-covariance (T, S), Q = UVᵀ and r = tr Σ / tr (Q cov_s Qᵀ): onto at least as
+    many dimensions Q keeps all variance, so the divisor is tr cov_s.
     """
     U, sigma, Vt = torch.linalg.svd(moments.cross, full_matrices=False)
     Q = U @ Vt
-    r = sigma.sum() / moments.cov_source.trace()
+    variance = moments.cov_source.trace()
+    if len(Q) < moments.n_source:
+        variance = ((Q @ moments.cov_source) * Q).sum()
+    r = sigma.sum() / variance
     return _through_means(moments, r * Q, Q.T / r)
 
 
