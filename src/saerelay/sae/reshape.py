@@ -42,8 +42,11 @@ def revive(
     frequency: float = REVIVED_FREQUENCY,
     *,
     target: Tensor | None = None,
+    first: int = 0,
 ) -> Dictionary:
     """Give latents that are silent on activations x (B, D) new directions; the other latents stay as they are.
+
+    The latents before the index `first` stay in any case.
 
     Each takes as its decoder row the residual r of a token drawn with probability ∝ ‖r‖², as in Bricken et al. 2023,
     but its encoder is the matched filter for r against the rest of x, C⁻¹r / rᵀC⁻¹r with C the covariance of x (Capon
@@ -54,7 +57,7 @@ def revive(
     activation that the transcoder read at that token.
     """
     counts, residual = _firing_and_residual(dictionary, x, x if target is None else target)
-    silent = (counts < SILENT_BELOW * len(x)).nonzero()[:, 0]
+    silent = first + (counts[first:] < SILENT_BELOW * len(x)).nonzero()[:, 0]
     if not len(silent):
         return dictionary
     chances = residual.square().sum(dim=1).double().cpu()
@@ -133,7 +136,7 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor |
         dictionary = match_l0(dictionary, sample, shape.l0)
     if shape.n_latents > n_before:
         grown = _with_empty_latents(dictionary, shape.n_latents - n_before)
-        dictionary = revive(grown, x, shape.seed, ADDED_FREQUENCY, target=target)
+        dictionary = revive(grown, x, shape.seed, ADDED_FREQUENCY, target=target, first=dictionary.n_latents)
         if shape.l0:
             dictionary = match_l0(dictionary, sample, shape.l0)
     return dictionary
