@@ -24,10 +24,12 @@ from saerelay.sae.maps import (
     unexplained,
 )
 from saerelay.sae.moments import Moments
+from saerelay.sae.quality import fvu
 from saerelay.sae.refit import conjugate_gradients, refit
 from saerelay.sae.reshape import Shape, reshape, revive
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import fold
+from saerelay.sae.transfer import Retraining, carry, fold
+from saerelay.sae.units import Units
 
 
 def pair(n: int = 4000, seed: int = 0, offset: float = 5.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,6 +309,19 @@ def test_growth_leaves_the_old_latents_and_wakes_the_new(architecture: str) -> N
             assert torch.equal(getattr(larger, name)[:F], tensor), name
     assert larger.n_latents == F + 8 and int((larger.encode(x) > 0).any(dim=0)[F:].sum()) >= 7
     assert (larger(x) - x).square().sum() < 1.2 * (d(x) - x).square().sum()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_decoder_is_refitted_on_codes_of_the_l0_asked_for(architecture: str) -> None:
+    d, (x, y) = random_dictionary(architecture), pair()
+    x, y = x.double(), y.double()
+    between = procrustes(moments_of(x, y))
+    units = Units.fitted_to(y)
+    on = Retraining(y, seed=0)
+    together = carry(d, between, y, units, l0=3.0, retraining=on).dictionary
+    matched = carry(d, between, y, units, l0=3.0).dictionary
+    expected = carry(matched, None, y, units, l0=3.0, retraining=on).dictionary
+    assert fvu(together, y) == pytest.approx(fvu(expected, y), rel=1e-3)
 
 
 @pytest.mark.parametrize("source", ARCHITECTURES)

@@ -134,6 +134,9 @@ def carry(
         if units.target and target is None and shape.n_latents > in_units.n_latents:
             raise TransferError("a transcoder that gets more latents must be refitted; set refit = true")
         in_units = reshape(in_units, units.normalise(sample), shape, target=_normalised(units, target))
+    elif l0 and retraining:
+        # The decoder is refitted on codes that are as sparse as those of the result.
+        in_units = match_l0(in_units, units.normalise(rows[:L0_ROWS]), l0)
     refitted = None
     if retraining:
         refitted = revive_and_refit(in_units, retraining.normalised(units))
