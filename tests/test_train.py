@@ -21,9 +21,11 @@ from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.state import state_facts
-from saerelay.sae.quality import fvu
+from saerelay.sae.quality import fvu, mean_l0
 from saerelay.site import Site
+from saerelay.training import inherit, train
 from saerelay.training.engine import Progress, Trainee
+from saerelay.training.run_state import Training
 from saerelay.training.train import train_plan
 
 D = 16
@@ -274,20 +276,41 @@ def test_batchtopk_is_published_with_the_l0_it_was_trained_for(tmp_path: Path, f
         assert float((z > 0).sum(dim=1).float().mean()) == pytest.approx(4, rel=0.1)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "batchtopk"])
+def test_a_parent_in_training_is_handed_over_with_its_l0(
+    facts: ModelFacts, tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = []
+
+    def noted(now: Training, block: Block, *others: Any) -> Any:
+        parents.append((inherit.parent_of(now, block, *others), block.rows(Site(1))))
+        return parents[-1][0]
+
+    monkeypatch.setattr(train, "parent_of", noted)
+    run(make_plan(facts, architecture=architecture, preset="hub", roots=[1], fork_at=0.5), tmp_path / "a", facts)
+    assert len(parents) == 2
+    for parent, x in parents:
+        assert parent.l0 == mean_l0(parent.dictionary, x)
+        if architecture == "batchtopk":
+            assert parent.l0 == pytest.approx(4, abs=0.01)
+
+
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "batchtopk"])
 def test_a_hop_to_larger_activations_starts_at_the_right_l0(
-    facts: ModelFacts, tmp_path: Path, architecture: str
+    facts: ModelFacts, tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The paper's layer 10 -> 11: norms jump threefold, and a copy's L0 explodes."""
+    """The paper's layer 10 -> 11: norms jump threefold, and a copy's L0 explodes; not so if a trial chose the copy."""
+    monkeypatch.setattr(inherit, "try_methods", lambda *_, **__: {"identity": 0.1})
     stream = make_stream(facts)
     stream.tensors[Site(1)] = 3 * stream.tensors[Site(0)] + 5
     legs = [{"id": "L0", "layer": 0, "tokens": 2048}]
-    legs += [{"id": m, "layer": 1, "parent": "L0", "tokens": 0, "method": m} for m in ("identity", "rescale")]
+    legs += [{"id": m, "layer": 1, "parent": "L0", "tokens": 0, "method": m} for m in ("identity", "rescale", "auto")]
     plan = make_plan(facts, architecture=architecture, legs=legs, refit=False)
     run(plan, tmp_path / "a", facts, stream=stream)
-    l0 = {leg: read_dictionary(tmp_path / "a/legs" / leg)[1].l0 for leg in ("L0", "identity", "rescale")}
+    l0 = {leg: read_dictionary(tmp_path / "a/legs" / leg)[1].l0 for leg in ("L0", "identity", "rescale", "auto")}
     wanted = l0["L0"] if architecture == "relu" else plan.legs[0].dictionary.l0
-    assert l0["rescale"] == pytest.approx(wanted, rel=0.15)  # set and measured on different 512 tokens
+    for method in ("rescale", "auto"):
+        assert l0[method] == pytest.approx(wanted, rel=0.15)  # set and measured on different 512 tokens
     if architecture != "batchtopk":
         assert l0["identity"] > 1.3 * l0["rescale"]
 

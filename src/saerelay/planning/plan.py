@@ -52,6 +52,8 @@ class External(Spec):
     """Mean number of active latents, if its files say."""
     model: str = ""
     """The language model, if its files say."""
+    carried: bool = False
+    """Whether a map brought it to its site from another language model, and it was not trained since."""
     path: str
     """Absolute path of the directory that it is read from when the run needs it."""
 
@@ -383,9 +385,7 @@ class Plan(Document):
             l0 = before.l0
         else:
             before = self.externals[leg.parent]
-            l0 = before.k or before.l0
-            if not l0 or not now.l0:
-                l0 = now.l0  # an unknown L0 counts as equal
+            l0 = (before.k or before.l0) if now.l0 else None
         shape = (before.architecture, before.n_latents, l0)
         return shape != (now.architecture, now.n_latents, now.l0)
 

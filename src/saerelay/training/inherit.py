@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 
 from saerelay.data.stream import Block
-from saerelay.planning.plan import COPY_RATE, Leg
+from saerelay.planning.plan import COPY_RATE, Leg, Plan
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary
@@ -88,7 +88,7 @@ class Parent(NamedTuple):
     dictionary: Dictionary
     """In canonical form."""
     l0: float | None
-    """Its mean L0 at its own site, if needed and known."""
+    """Its mean L0 at its own site; None if its files do not say and that site is not read."""
 
 
 class Inherited(NamedTuple):
@@ -126,7 +126,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         return Inherited(_random_dictionary(leg, block, units), 1.0, method, {})
     trials: dict[str, float | None] = {}
     if method == "auto":
-        assert moments
+        assert moments and parent_l0 is not None
         n = max(L0_ROWS, leg.refit_tokens)
         sample = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
         # Only a leg that is trained, and keeps its parent's shape, can do without its parent.
@@ -147,11 +147,13 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         shape = Shape(leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     retraining = None
     if leg.refit_tokens:
-        at_home = now.plan.parent_site(leg) == leg.site
-        target = block.target(leg, leg.refit_tokens)
-        retraining = Retraining(block.rows(leg.site, leg.refit_tokens), seed, target, checked=at_home)
-    if copied and not parent.activation.threshold_is_calibrated:
-        l0 = None  # the paper's copy: its L0 is left as it is
+        n = leg.refit_tokens
+        checked = _trained_at_home(now.plan, leg)
+        retraining = Retraining(block.rows(leg.site, n), seed, block.target(leg, n), checked)
+    # The paper's copy keeps the L0 that it has, as does an SAE that is only measured.
+    papers_copy = copied and leg.hop.method == "identity" and not parent.activation.threshold_is_calibrated
+    if papers_copy or only_measured(now.plan, leg):
+        l0 = None
 
     carried = carry(parent, between, rows, units, l0=l0, shape=shape, retraining=retraining)
     lr_share = 1.0
@@ -163,6 +165,19 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         at_rest = copied and retraining is not None and not carried.refitted
         lr_share = LEAST_RATE_SHARE if at_rest else COPY_RATE
     return Inherited(carried.dictionary, lr_share, method, trials)
+
+
+def only_measured(plan: Plan, leg: Leg) -> bool:
+    """Whether a leg is its parent, unchanged and at the parent's site, there only to be measured."""
+    if not leg.hop or leg.budget_tokens or leg.refit_tokens or plan.reshapes(leg):
+        return False
+    return leg.hop.method == "identity" and plan.parent_site(leg) == leg.site
+
+
+def _trained_at_home(plan: Plan, leg: Leg) -> bool:
+    """Whether a leg's parent was trained at the leg's own site; only then can a refit do harm (decision 025)."""
+    outside = plan.externals.get(leg.parent)
+    return plan.parent_site(leg) == leg.site and not (outside and outside.carried)
 
 
 def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) -> AffineMap:
@@ -192,17 +207,20 @@ def parent_of(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Par
     """A leg's parent as it is now, on the rank that trains or trained the parent; or the reason why there is none."""
     if leg.parent in now.failures:
         return f"its parent {leg.parent} stopped"
+    source = now.plan.parent_site(leg)
     if leg.parent in now.cohort:
-        dictionary = now.cohort[leg.parent].canonical()
-        l0 = None
-        if leg.dictionary.l0 is None:
-            l0 = mean_l0(dictionary, block.rows(now.plan.parent_site(leg), L0_ROWS))
-        return Parent(dictionary, l0)
+        rows = block.rows(source, L0_ROWS)
+        dictionary = now.cohort[leg.parent].canonical(rows)
+        return Parent(dictionary, mean_l0(dictionary, rows))
     directory = paths.leg(leg.parent)
     if not now.plan.has(leg.parent):
         directory = paths.root / now.plan.externals[leg.parent].path
     dictionary, info = read_dictionary(directory)
-    return Parent(dictionary, info.l0)
+    l0 = info.l0
+    if l0 is None and source in block.activations:
+        rows = block.rows(source, L0_ROWS)
+        l0 = mean_l0(dictionary.to(rows.device), rows)
+    return Parent(dictionary, l0)
 
 
 def parents_from_elsewhere(

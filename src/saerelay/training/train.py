@@ -27,7 +27,15 @@ from saerelay.sae.transfer import L0_ROWS
 from saerelay.site import Site
 from saerelay.team import Team
 from saerelay.training.engine import Trainee
-from saerelay.training.inherit import Parent, align, gather_moments, inherit, parent_of, parents_from_elsewhere
+from saerelay.training.inherit import (
+    Parent,
+    align,
+    gather_moments,
+    inherit,
+    only_measured,
+    parent_of,
+    parents_from_elsewhere,
+)
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests, timed
 from saerelay.training.saving import SavingTimes
@@ -290,7 +298,7 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
     state = trainee.state
     finished = trainee.done and not state.failure
     rows = block.rows(leg.site, L0_ROWS)
-    dictionary = trainee.canonical(rows)
+    dictionary = trainee.canonical(None if only_measured(now.plan, leg) else rows)
     info = {
         "leg": leg.model_dump(mode="json"),
         "layer": leg.layer,

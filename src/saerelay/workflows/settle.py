@@ -143,6 +143,7 @@ def describe_external(reference: str, recipe: Recipe) -> External:
         skip_connection=dictionary.W_skip is not None,
         l0=origin.l0,
         model=origin.model,
+        carried="carried_from" in origin.provenance,
         path=str(local(reference).resolve()),
     )
 
