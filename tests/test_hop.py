@@ -13,11 +13,13 @@ import torch
 from test_cli import call, place  # noqa: F401  # a fixture
 
 import saerelay as sr
+from saerelay.analysis import metrics
 from saerelay.errors import FormatError, ModelError
 from saerelay.interop import write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import ModelSpec
 from saerelay.runs.dictionaries import read_dictionary
+from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
 from saerelay.workflows import hop
 
@@ -41,9 +43,17 @@ def fvu(out: Path) -> float:
 
 
 @pytest.mark.slow
-def test_onto_its_own_site_and_untrained_it_stays_as_it_is(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_onto_its_own_site_and_untrained_it_stays_as_it_is(
+    place: Path,  # noqa: F811
+    run: sr.Run,
+    tmp_path: Path,
+    architecture: str,
+) -> None:
     source = read_dictionary(place / "run/legs/L1")[0]
     uneven = replace(source, W_dec=source.W_dec * torch.linspace(0.5, 2, 64)[:, None])  # TopK does not rank by norms
+    if architecture == "batchtopk":
+        uneven = replace(uneven, architecture=architecture, threshold=torch.full((64,), 0.1))  # not calibrated
     write_dictionary(tmp_path / "sae", uneven, Origin(model="a", site=sr.Site(1)), "saerelay")
     suite = sr.hop_run(tmp_path / "sae", 1, run, tmp_path / "out", tokens=0, refit=False)
     assert list(suite) == ["L1-from-L1"] and suite.plan.legs[0].method == "identity"
@@ -117,6 +127,51 @@ def test_from_a_copy_of_the_model_is_as_from_the_model(place: Path, run: sr.Run,
     assert suite.plan.legs[0].method == "identity"
 
 
+def test_from_another_model_the_refit_asked_for_is_made(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    """The decoder was mapped, not trained where it arrives, so it need not prove that a refit gains much."""
+    suite = sr.hop_run(place / "run/legs/L1", 1, run, tmp_path / "a", model=str(place / "model"), tokens=0)
+    mapped = read_dictionary(tmp_path / "a/parent")[0]
+    assert suite.plan.legs[0].refit_tokens and not torch.allclose(suite["L1-from-L1"].W_dec, mapped.W_dec, atol=1e-2)
+
+
+def test_from_another_model_scale_and_l0_are_those_of_all_batches(
+    place: Path, run: sr.Run, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(metrics, "BATCH_TOKENS", 512)
+    seen: list[int] = []
+    at_scale = LayerNormed.at_scale
+    carry = hop.carry
+
+    def noted_at_scale(self: LayerNormed, x: torch.Tensor) -> Dictionary:
+        seen.append(len(x))
+        return at_scale(self, x)
+
+    def noted_carry(dictionary: Dictionary, between: Any, rows: torch.Tensor, *arguments: Any, **keys: Any) -> Any:
+        seen.append(len(rows))
+        return carry(dictionary, between, rows, *arguments, **keys)
+
+    monkeypatch.setattr(LayerNormed, "at_scale", noted_at_scale)
+    monkeypatch.setattr(hop, "carry", noted_carry)
+    normed = LayerNormed(read_dictionary(place / "run/legs/L1")[0])
+    origin = Origin(site=sr.Site(1))
+    hop.carry_from_model(normed, origin, run, sr.Site(1), str(place / "model"), "affine")
+    hop.completed(normed, origin, run, None)
+    assert len(seen) == 3 and min(seen) > 1536
+
+
+def test_the_other_model_is_loaded_without_what_belongs_to_the_recipes_own(
+    run: sr.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(recipe: sr.Recipe, other: ModelSpec) -> None:
+        raise ModelError(f"adapter {other.adapter!r}, file {other.gguf_file!r}")
+
+    monkeypatch.setattr(hop, "check_tokens", stop)
+    monkeypatch.setattr(hop, "moments_plan", lambda *_: None)
+    merged = run.changed(model=run.model.changed(adapter="my/lora", gguf_file="a.gguf", revision="b"))
+    with pytest.raises(ModelError, match="adapter '', file ''"):
+        hop.carry_from_model(None, Origin(site=sr.Site(1)), merged, sr.Site(1), "base", "auto")  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_from_a_model_of_another_width(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -163,6 +218,18 @@ def test_files_that_do_not_say_where_they_read(place: Path, run: sr.Run, tmp_pat
     suite = sr.hop_run(tmp_path / "sae", 2, run, tmp_path / "x", site=sr.Site(1), tokens=0)
     again = sr.hop_run(place / "run/legs/L1", 2, run, tmp_path / "y", tokens=0)
     assert torch.equal(suite["L2-from-L1"].W_enc, again["L2-from-L1"].W_enc)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_an_l0_that_files_do_not_say_is_measured(place: Path, run: sr.Run, tmp_path: Path, layer: int) -> None:  # noqa: F811
+    source = read_dictionary(place / "run/legs/L1")[0]
+    dense = replace(source, architecture="jumprelu", k=None, threshold=torch.full((64,), 1e-3))
+    write_dictionary(tmp_path / "sae", dense, Origin(site=sr.Site(1)), "saerelay")
+    suite = sr.hop_run(tmp_path / "sae", layer, run, tmp_path / "x", tokens=0)
+    own = read_dictionary(tmp_path / "x/parent")[1].l0
+    assert own is not None and own > 8
+    assert suite.plan.legs[0].dictionary.l0 == own
+    assert suite.evaluate().legs[0].l0 == pytest.approx(own, rel=0.1)
 
 
 def test_a_layer_normed_one_is_taken_at_the_scale_of_the_text(

@@ -258,6 +258,19 @@ def test_a_parent_outside_the_plan(facts: ModelFacts) -> None:
     assert plan.open_sites(0, 256) == [Site(1), Site(4)] and plan.open_sites(512, 768) == [Site(1)]
 
 
+def test_a_parent_whose_files_do_not_say_its_l0_needs_k(facts: ModelFacts) -> None:
+    """The recipe's k is that of the SAEs it trains from scratch; the parent would be cut to it."""
+    outside = External(
+        layer=1, module="resid_post", architecture="jumprelu", n_latents=48, d_model=16, k=None, path="/"
+    )
+    leg = {"id": "x", "layer": 1, "parent": "runs/a", "tokens": 0, "method": "identity"}
+    externals = {"runs/a": outside}
+    with pytest.raises(PlanError, match="leg x: the files of its parent runs/a do not say how many latents are active"):
+        compiled(facts, externals=externals, plan={"legs": [leg]})
+    plan = compiled(facts, externals=externals, plan={"legs": [leg | {"k": 3}]})
+    assert plan.legs[0].dictionary.l0 == 3 and plan.reshapes(plan.legs[0])
+
+
 def test_block_size_is_from_shapes_alone(facts: ModelFacts) -> None:
     plan = compiled(facts, data={"context": 16, "block_tokens": 0})
     assert plan.block_tokens % 64 == 0 and plan.block_tokens == compiled(facts, data={"block_tokens": 0}).block_tokens

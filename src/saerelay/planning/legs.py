@@ -198,7 +198,7 @@ def _settled_dictionary(
     if external:
         n_latents = external.n_latents
         architecture = external.architecture
-        l0 = external.k or external.l0 or l0
+        l0 = external.k or external.l0
         inherited = inherited.changed(skip_connection=external.skip_connection)
 
     changes = spec.dictionary
@@ -207,6 +207,11 @@ def _settled_dictionary(
     asked_l0 = changes.k
     if asked_l0 is None and (external or changes.architecture):
         asked_l0 = l0
+        if external and not l0 and dictionary.l0:
+            raise PlanError(
+                f"leg {spec.id}: the files of its parent {spec.parent} do not say how many latents are active, "
+                "or say none; set k"
+            )
     if asked_l0:
         dictionary = dictionary.with_l0(asked_l0)
     check_sparsity(dictionary, spec.id)

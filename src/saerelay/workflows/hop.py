@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -85,9 +86,9 @@ def hop_run(
             refit=False if only_measured else leg.hop.refit,
         )
     parent = Path(source) if Path(source).exists() else source
-    if model or format or site or isinstance(dictionary, LayerNormed):
-        # The run reads its parent from files, so a dictionary that only these options can read is first written there
-        # in canonical form.
+    if model or format or site or _needs_text(dictionary, origin):
+        # The run reads its parent from files, so a dictionary that only these options can read, or that only text
+        # completes, is first written there in canonical form.
         check_directory(paths, resume=True)
         parent = paths.root / "parent"
         if model:
@@ -98,8 +99,9 @@ def hop_run(
             dictionary = moved.dictionary
             origin = moved.origin
             leg = leg.changed(method="identity", lr=_rate_after(moved, leg, recipe))
-        elif isinstance(dictionary, LayerNormed):
-            dictionary = scaled(dictionary, recipe, origin.site, console)
+        elif _needs_text(dictionary, origin):
+            dictionary, origin = completed(dictionary, origin, recipe, console)
+        assert isinstance(dictionary, Dictionary)
         write_dictionary(parent, dictionary, origin, "saerelay")
     name = str(parent) if "/" in str(parent) else f"./{parent}"
     # Resume a hop that was killed; a different hop in its directory is refused, because its recipe differs.
@@ -173,42 +175,26 @@ def carry_from_model(
     site = origin.site
     assert site
     plan = moments_plan(recipe, target)
-    other_spec = recipe.model.changed(name=name, revision="")
+    other_spec = recipe.model.changed(name=name, revision="", gguf_file="", adapter="", tensor_parallel=1)
     with status(console, Text(printable(f"loading {name}"))):
         check_tokens(recipe, other_spec)
         other = LanguageModel.load(other_spec)
     other.check_site(site)
-    moments = Moments.empty(other.facts.width(site), plan.facts.width(target), plan.facts.device)
-    x_source: Tensor | None = None
-    x_target: Tensor | None = None
-    rows: list[Tensor] = []
-    reading = Text(printable(f"reading {name} and {recipe.model.name} side by side"))
-    with status(console, reading):
-        for tokens, keep, x_target in kept_rows(plan, target):
-            if int(tokens.max()) >= other.facts.tokens.vocab_size:
-                raise ModelError(
-                    f"{name} has a vocabulary of {other.facts.tokens.vocab_size}, but the text contains token id "
-                    f"{int(tokens.max())}"
-                )
-            harvested = other.harvest(tokens.to(other.device), [site])[site]
-            x_source = harvested[keep.to(other.device)].float()
-            moments.add(x_source.to(x_target.device), x_target)
-            if sum(map(len, rows)) < TRIAL_ROWS:
-                rows.append(x_target.cpu())
-    assert x_source is not None and x_target is not None
+    with status(console, Text(printable(f"reading {name} and {recipe.model.name} side by side"))):
+        moments, x_source, x_target = _read_both(plan, target, other, site)
     if isinstance(dictionary, LayerNormed):
-        dictionary = dictionary.at_scale(x_source.cpu())
+        dictionary = dictionary.at_scale(x_source)
     balance = recipe.train.optimizer.balance
-    units = Units.fitted_to(torch.cat(rows), balance)
+    units = Units.fitted_to(x_target, balance)
+    l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS])
     spec = recipe.dictionary.sized(plan.facts.width(target)).changed(n_latents=dictionary.n_latents)
     trials: dict[str, float] = {}
     if method == "auto":
-        on = Retraining(torch.cat(rows), seed=0)
-        trials = try_methods(dictionary, moments, on, units, spec, balance=balance)
+        on = Retraining(x_target, seed=0)
+        trials = try_methods(dictionary, moments, on, units, spec, balance=balance, l0=l0)
         method = _best(trials, name, site, target)
     between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments, balance)
-    l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS].cpu())
-    carried = carry(dictionary, between, x_target.cpu(), units, l0=l0).dictionary
+    carried = carry(dictionary, between, x_target, units, l0=l0).dictionary
     left = unexplained(moments, balance=balance)
     facts = {
         "model": name,
@@ -233,6 +219,30 @@ def carry_from_model(
     )
 
 
+def _read_both(plan: Plan, target: Site, other: LanguageModel, site: Site) -> tuple[Moments, Tensor, Tensor]:
+    """Read the plan's text with its model at `target` and with another model at `site`.
+
+    Return the moments of all rows, and the first of them, at most TRIAL_ROWS: (n, S) of the other model, and (n, T).
+    Raises ModelError if the text has tokens that the other model does not know.
+    """
+    moments = Moments.empty(other.facts.width(site), plan.facts.width(target), plan.facts.device)
+    sources: list[Tensor] = []
+    targets: list[Tensor] = []
+    for tokens, keep, x_target in kept_rows(plan, target):
+        if int(tokens.max()) >= other.facts.tokens.vocab_size:
+            raise ModelError(
+                f"{other.facts.name} has a vocabulary of {other.facts.tokens.vocab_size}, but the text contains token "
+                f"id {int(tokens.max())}"
+            )
+        harvested = other.harvest(tokens.to(other.device), [site])[site]
+        x_source = harvested[keep.to(other.device)].float()
+        moments.add(x_source.to(x_target.device), x_target)
+        if sum(map(len, targets)) < TRIAL_ROWS:
+            sources.append(x_source.cpu())
+            targets.append(x_target.cpu())
+    return moments, torch.cat(sources)[:TRIAL_ROWS], torch.cat(targets)[:TRIAL_ROWS]
+
+
 def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Method:
     """Return the method that measured best; TransferError if a random dictionary measured best."""
     best = next(iter(trials))
@@ -243,11 +253,31 @@ def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Meth
     return cast(Method, best)
 
 
-def scaled(dictionary: LayerNormed, recipe: Recipe, site: Site, console: Console | None) -> Dictionary:
-    """Return the dictionary on raw activations that is nearest to a layer-normed one on the recipe's text."""
-    with status(console, "reading the scale of activations"):
-        _, _, x = next(kept_rows(moments_plan(recipe, site), site))
-    return dictionary.at_scale(x.cpu())
+def _needs_text(dictionary: Dictionary | LayerNormed, origin: Origin) -> bool:
+    """Whether the files of a dictionary leave open on what scale it reads, or how many of its latents are active."""
+    return isinstance(dictionary, LayerNormed) or not (dictionary.k or origin.l0)
+
+
+def completed(
+    dictionary: Dictionary | LayerNormed, origin: Origin, recipe: Recipe, console: Console | None
+) -> tuple[Dictionary, Origin]:
+    """Take from the recipe's text what a dictionary's files leave open, and return it with its origin.
+
+    A layer-normed one becomes the dictionary on raw activations that is nearest to it there; L0 is measured.
+    """
+    assert origin.site
+    rows: list[Tensor] = []
+    with status(console, "reading the activations that the SAE was trained on"):
+        for _, _, x in kept_rows(moments_plan(recipe, origin.site), origin.site):
+            rows.append(x.cpu())
+            if sum(map(len, rows)) >= L0_ROWS:
+                break
+    x = torch.cat(rows)[:L0_ROWS]
+    if isinstance(dictionary, LayerNormed):
+        dictionary = dictionary.at_scale(x)
+    if not (dictionary.k or origin.l0):
+        origin = replace(origin, l0=mean_l0(dictionary, x))
+    return dictionary, origin
 
 
 def moments_plan(recipe: Recipe, site: Site) -> Plan:
