@@ -7,20 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
+import saerelay as sr
 from saerelay.errors import TransferError
 from saerelay.interop import load_dictionary, write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
+from saerelay.sae import trials as trials_module
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import initialise
 from saerelay.sae.maps import affine, map_between, procrustes
 from saerelay.sae.moments import Moments
-from saerelay.sae.quality import fvu
+from saerelay.sae.quality import fvu, mean_l0
 from saerelay.sae.refit import refit
 from saerelay.sae.spec import DictionarySpec
 from saerelay.sae.transfer import Retraining
-from saerelay.sae.trials import RANDOM, REGRESSION_HANDICAP, try_methods
+from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.sae.units import Units, balance_factors
 from saerelay.training.engine import Trainee
 from saerelay.training.state import first_state
@@ -172,7 +174,8 @@ def trials_on(target: Tensor, source: Tensor) -> dict[str, float]:
     parent = trained(source, balance=0.75).canonical()
     units = Units.fitted_to(target, 0.75)
     spec = DictionarySpec.parse({"n_latents": F, "k": K}).sized(D)
-    return try_methods(parent, moments_of(source, target), Retraining(target, seed=0), units, spec, balance=0.75)
+    on = Retraining(target, seed=0)
+    return try_methods(parent, moments_of(source, target), on, units, spec, balance=0.75, l0=K)
 
 
 def test_a_copy_is_tried_and_wins_where_nothing_changed() -> None:
@@ -180,7 +183,7 @@ def test_a_copy_is_tried_and_wins_where_nothing_changed() -> None:
     trials = trials_on(source.clone(), source)
     assert trials["identity"] == pytest.approx(trials["procrustes"], rel=0.02)
     assert next(iter(trials)) != RANDOM
-    assert trials["affine"] / REGRESSION_HANDICAP == pytest.approx(trials["identity"], rel=0.05)
+    assert trials["affine"] == pytest.approx(trials["identity"], rel=0.02)
 
 
 def test_a_rotation_wins_where_dimensions_are_mixed() -> None:
@@ -198,8 +201,30 @@ def test_a_random_dictionary_wins_over_a_parent_that_tells_nothing_apart() -> No
     inside = random_dictionary("topk")
     same = units.to_canonical(replace(inside, W_enc=inside.W_enc[:1].expand(F, D).clone()))
     spec = DictionarySpec.parse({"n_latents": F, "k": K}).sized(D)
-    trials = try_methods(same, moments_of(x, x), Retraining(x, seed=0), units, spec, balance=0.75)
+    trials = try_methods(same, moments_of(x, x), Retraining(x, seed=0), units, spec, balance=0.75, l0=K)
     assert next(iter(trials)) == RANDOM
+
+
+def test_a_random_dictionary_is_tried_at_the_same_l0() -> None:
+    """That of a ReLU starts with half of its latents active, and so reconstructs better than any sparse one."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(16_384, 96, generator=generator) * (torch.rand(16_384, 96, generator=generator) < 0.04)
+    x = codes @ torch.nn.functional.normalize(torch.randn(96, D, generator=generator), dim=1)
+    parent = sr.train(x, architecture="relu", l1=2.0, n_latents=96, batch_tokens=256, progress=False, lr=5e-3)
+    y = 1.5 * x + 1
+    spec = DictionarySpec.parse({"architecture": "relu", "n_latents": 96}).sized(D)
+    on = Retraining(y, seed=0)
+    l0 = mean_l0(parent, x)
+    found = try_methods(parent, moments_of(x, y), on, Units.fitted_to(y), spec, balance=0.0, l0=l0)
+    assert next(iter(found)) != RANDOM and found["procrustes"] < 0.8 * found[RANDOM]
+
+
+def test_a_regression_counts_as_worse_than_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([0.3, 0.4, 0.102, 0.1, 0.9])
+    monkeypatch.setattr(trials_module, "fvu", lambda *_, **__: next(measured))
+    x = activations(4096)
+    found = trials_on(x, x)
+    assert list(found.items())[:2] == [("procrustes", 0.102), ("affine", 0.1)]
 
 
 def test_activations_that_are_not_finite_are_named() -> None:
@@ -210,7 +235,7 @@ def test_activations_that_are_not_finite_are_named() -> None:
     units = Units.fitted_to(source, 0.75)
     with pytest.raises(TransferError, match="not all finite"):
         on = Retraining(target, seed=0)
-        try_methods(random_dictionary("topk"), moments_of(source, source), on, units, spec, balance=0.75)
+        try_methods(random_dictionary("topk"), moments_of(source, source), on, units, spec, balance=0.75, l0=K)
 
 
 def test_a_refit_in_units_keeps_their_norms() -> None:

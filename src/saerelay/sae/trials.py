@@ -9,20 +9,20 @@ from typing import get_args
 import torch
 
 from saerelay.errors import TransferError
-from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.dictionary import Dictionary, match_l0
 from saerelay.sae.initialise import initialise
 from saerelay.sae.maps import AnyMoments, map_between
 from saerelay.sae.quality import fvu
 from saerelay.sae.spec import Method, SizedDictionarySpec
-from saerelay.sae.transfer import Retraining, carry, refit_on
+from saerelay.sae.transfer import L0_ROWS, Retraining, carry, refit_on
 from saerelay.sae.units import Balance, Units
 
 RANDOM = "random"
 """The name of a random dictionary among the trials."""
 REGRESSION_HANDICAP = 1.03
-"""Factor on a regression's FVU: a regression shrinks what it explains badly towards the mean, which costs the model
-more than FVU says. Where rotation and regression were this close, the rotation always had the lower ΔCE (decision
-032)."""
+"""Factor on a regression's FVU where methods are compared: a regression shrinks what it explains badly towards the
+mean, which costs the model more than FVU says. Where rotation and regression were this close, the rotation always had
+the lower ΔCE (decision 032)."""
 TRIAL_ROWS = 32_768
 """Largest number of rows that a trial uses; a quarter of them is held out."""
 DIRECT_LATENTS = 8_192
@@ -38,11 +38,12 @@ def try_methods(
     fresh: SizedDictionarySpec | None = None,
     *,
     balance: Balance,
-    l0: float | None = None,
+    l0: float,
 ) -> dict[str, float]:
     """Carry a dictionary by each method, refit it, and return each FVU on unseen rows, the best first.
 
-    FVU is measured in training units; a regression's FVU is multiplied by `REGRESSION_HANDICAP`.
+    FVU is measured in training units, and at one mean L0 for all, `l0`: the dictionary's at its own site. In the order
+    a regression counts as worse than its FVU by `REGRESSION_HANDICAP`.
 
     `on` holds raw activations of the target. If `fresh` is given, a random dictionary of that size, refitted on the
     same rows, is added under the name `RANDOM`: a hop that is no better has nothing to offer. Raises TransferError for
@@ -72,8 +73,12 @@ def try_methods(
         between = map_between(method, dictionary.d_model, moments, balance)
         carried = carry(dictionary, between, rows, units, l0=l0).dictionary
         trials[method] = fvu_once_refitted(units.from_canonical(carried))
-    trials["affine"] *= REGRESSION_HANDICAP
     if fresh:
         generator = torch.Generator().manual_seed(0)
-        trials[RANDOM] = fvu_once_refitted(initialise(fresh, fitted.rows, generator, fitted.target))
-    return dict(sorted(trials.items(), key=lambda trial: trial[1]))
+        random = initialise(fresh, fitted.rows, generator, fitted.target)
+        trials[RANDOM] = fvu_once_refitted(match_l0(random, in_units.rows[:L0_ROWS], l0))
+
+    def weighed(method: str) -> float:
+        return trials[method] * (REGRESSION_HANDICAP if method == "affine" else 1.0)
+
+    return {method: trials[method] for method in sorted(trials, key=weighed)}
