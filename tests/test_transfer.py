@@ -168,13 +168,14 @@ def test_identity_on_unit_rows_changes_nothing() -> None:
 def test_fold_refuses_another_width() -> None:
     with pytest.raises(TransferError, match="reads activations of width 10, but the map starts from width 7"):
         fold(random_dictionary("topk"), identity(7))
+    wider = replace(random_dictionary("topk"), W_dec=torch.zeros(F, 12), b_dec=torch.zeros(12))
+    with pytest.raises(TransferError, match="reconstructs activations of width 12, but the map of these starts from"):
+        fold(wider, identity(D))
 
 
 def test_a_map_needs_enough_tokens() -> None:
     x, y = pair(n=15)
-    with pytest.raises(
-        TransferError, match="fits a 10-dimensional map on 15 tokens; raise plan.moment_tokens above 20"
-    ):
+    with pytest.raises(TransferError, match="fits a 10-dimensional map on 15 tokens; give more than 20 rows"):
         map_between("affine", D, moments_of(x, y))
 
 

@@ -100,6 +100,20 @@ class Dictionary:
         """Reconstruct activations x (..., D); a transcoder reconstructs its target (..., Dy) from them."""
         return self.decode(self.encode(x), x)
 
+    def goal_of(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """What is to be reconstructed from activations x (..., D): the `target` (..., Dy), or x itself without one.
+
+        Raises DataError for a target of another width, and without a target for what can only be a transcoder: with a
+        skip connection, or with outputs of another width than its inputs.
+        """
+        if target is None:
+            if self.W_skip is not None or self.d_out != self.d_model:
+                raise DataError("this is a transcoder: give the activations that it reconstructs, too, as the target")
+            return x
+        if target.shape[-1] != self.d_out:
+            raise DataError(f"the target is {target.shape[-1]} wide, but this SAE reconstructs {self.d_out} dimensions")
+        return target
+
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name."""
         tensors = {name: getattr(self, name) for name in PARAMETERS}

@@ -58,9 +58,9 @@ class PairedMoments:
     outputs: Moments
 
     @property
-    def n_source(self) -> int:
-        """Width of the transcoder's inputs at the source."""
-        return self.inputs.n_source
+    def keeps_width(self) -> bool:
+        """Whether inputs and outputs are as wide at the target as at the source."""
+        return self.inputs.keeps_width and self.outputs.keeps_width
 
 
 AnyMoments = Moments | PairedMoments
@@ -163,7 +163,7 @@ def balanced(moments: Moments, balance: Balance) -> Moments:
 
 
 def map_between(method: Method, width: int, moments: AnyMoments | None, balance: Balance = "auto") -> AffineMap:
-    """Fit a method's map between raw activations; all methods but identity need moments.
+    """Fit a method's map between raw activations; all methods but identity (of the given `width`) need moments.
 
     The fit is made on dimensions balanced by the power `balance` (see `Units`), so that a few large dimensions do not
     dominate. Raises TransferError if the two widths differ and the method cannot bridge them, if the moments are of too
@@ -172,18 +172,21 @@ def map_between(method: Method, width: int, moments: AnyMoments | None, balance:
     if isinstance(moments, PairedMoments):
         inputs = map_between(method, moments.inputs.n_source, moments.inputs, balance)
         return crossed(inputs, map_between(method, moments.outputs.n_source, moments.outputs, balance))
-    if moments and method in ("identity", "rescale") and moments.n_source != len(moments.mean_target):
+    if moments and method in ("identity", "rescale") and not moments.keeps_width:
         raise TransferError(
             f"method {method} needs a source and a target of the same width, but their widths are {moments.n_source} "
-            f"and {len(moments.mean_target)}; use method affine"
+            f"and {moments.n_target}; use method affine"
         )
     if method == "identity":
         return identity(width)
-    if moments is None or moments.n_tokens <= 2 * width:
-        n_tokens = 0 if moments is None else moments.n_tokens
+    n_tokens = 0
+    if moments:
+        n_tokens = moments.n_tokens
+        width = max(moments.n_source, moments.n_target)
+    if moments is None or n_tokens <= 2 * width:
         raise TransferError(
-            f"method {method} fits a {width}-dimensional map on {n_tokens} tokens; "
-            f"raise plan.moment_tokens above {2 * width}"
+            f"method {method} fits a {width}-dimensional map on {n_tokens} tokens; give more than {2 * width} rows "
+            "(in a recipe: plan.moment_tokens)"
         )
     if not bool(torch.isfinite(moments.products).all()):
         raise TransferError(

@@ -72,6 +72,16 @@ class Moments:
         return Moments(n_source, self.n_tokens, self.shift[places], self.total[places], products)
 
     @property
+    def n_target(self) -> int:
+        """Width T."""
+        return len(self.shift) - self.n_source
+
+    @property
+    def keeps_width(self) -> bool:
+        """Whether the target is as wide as the source."""
+        return self.n_target == self.n_source
+
+    @property
     def mean(self) -> Tensor:
         """float64 (S + T)."""
         return self.shift + self.total / self.n_tokens

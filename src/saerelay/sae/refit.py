@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saerelay.errors import TransferError
+from saerelay.errors import DataError, TransferError
 from saerelay.sae.dictionary import Dictionary, unit_decoder
 from saerelay.sae.kernels import Codes, join_codes, latent_sums, products, reconstruct
 from saerelay.sae.maps import affine
@@ -84,16 +84,21 @@ def refit(
     >>> bool((better(3 * x) - 3 * x).norm() < 1e-3 * x.norm())
     True
 
-    Raises TransferError if activations are not finite.
+    Raises TransferError if activations are not finite, and DataError for a transcoder's activations without a target.
     """
     ops = products(dictionary.W_dec.device)
     products_sum = torch.zeros_like(dictionary.W_dec)
     residual_sum = torch.zeros_like(dictionary.b_dec)
     batches: list[Codes] = []
-    pairs = ((batch, batch) for batch in x) if target is None else zip(x, target, strict=True)
+    pairs = ((batch, None) for batch in x) if target is None else zip(x, target, strict=True)
     for batch, y in pairs:
+        if batch.dim() != 2:
+            raise DataError(
+                f"refit: a batch of the shape {tuple(batch.shape)}; give batches (tokens, width), as in [x]"
+            )
+        goal = dictionary.goal_of(batch, y)
         codes, y_hat = reconstruct(dictionary, batch)
-        residual = y - y_hat
+        residual = goal - y_hat
         products_sum += ops.decode(codes.transposed()[0], residual)
         residual_sum += residual.sum(dim=0)
         batches.append(codes)

@@ -121,7 +121,9 @@ class DictionarySpec(AnyDictionarySpec):
     """
 
     expansion: float = Field(default=8, gt=0, description="latents per dimension of the model's activations ...")
-    n_latents: OrAuto[Count] = Field(default="auto", description='... or their number; "auto": by expansion')
+    n_latents: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
+        default="auto", description='... or their number; "auto": by expansion'
+    )
 
     def sized(self, width: int) -> "SizedDictionarySpec":
         """Return the spec with its number of latents settled, for activations of a given width."""

@@ -49,12 +49,17 @@ def fold(dictionary: Dictionary, between: AffineMap) -> Dictionary:
     and c map the activations it reconstructs and carry the decoder; W_skip' = A W_skip B, b_dec' = A (b_dec + W_skip b)
     + c.
 
-    Raises TransferError if the map does not start at the dictionary's width.
+    Raises TransferError if the map does not start at the dictionary's widths.
     """
-    if (dictionary.d_model, dictionary.d_out) != (between.B.shape[0], between.A.shape[1]):
+    if between.B.shape[0] != dictionary.d_model:
         raise TransferError(
             f"the dictionary reads activations of width {dictionary.d_model}, but the map starts from width "
-            f"{between.A.shape[1]}; a transfer needs a source and a target of the same width"
+            f"{between.B.shape[0]}; fit it on activations of the dictionary's site"
+        )
+    if between.A.shape[1] != dictionary.d_out:
+        raise TransferError(
+            f"the dictionary reconstructs activations of width {dictionary.d_out}, but the map of these starts from "
+            f"width {between.A.shape[1]}; a transcoder needs a second map, of the activations that it reconstructs"
         )
     W_enc = dictionary.W_enc.double()
     W_dec = dictionary.W_dec.double()

@@ -68,8 +68,7 @@ def try_methods(
         return fvu(refitted, unseen.rows, target=unseen.target)
 
     trials: dict[str, float] = {}
-    same_width = moments.n_source == rows.shape[1]
-    for method in get_args(Method) if same_width else ("procrustes", "affine"):
+    for method in get_args(Method) if moments.keeps_width else ("procrustes", "affine"):
         between = map_between(method, dictionary.d_model, moments, balance)
         carried = carry(dictionary, between, rows, units, l0=l0).dictionary
         trials[method] = fvu_once_refitted(units.from_canonical(carried))

@@ -203,7 +203,7 @@ def begin(
     spec = now.plan.recipe.train
     rows = block.rows(leg.site, FIRST_ROWS)
     target = block.target(leg, FIRST_ROWS)
-    reason = _why_not(leg.site, rows) or (_why_not(leg.site_out, target) if target is not None else "")
+    reason = why_not(leg.site, rows) or (why_not(leg.site_out, target) if target is not None else "")
     if reason:
         return reason
     if parent is None:
@@ -225,14 +225,14 @@ def begin(
     return Trainee(leg, spec, state)
 
 
-def _why_not(site: Site, x: Tensor) -> str:
+def why_not(where: Site | str, x: Tensor) -> str:
     """Why nothing can be learned from rows (B, D) of a site; "" if something can."""
     if not bool(torch.isfinite(x).all()):
-        return f"{site}: activations are not all finite; run the model in float32 or bfloat16, not float16"
+        return f"{where}: activations are not all finite; run the model in float32 or bfloat16, not float16"
     if bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max()):
         return ""
     what = "all zero" if not x.any() else "the same at every token"
-    return f"{site}: activations do not vary ({what}); there is nothing to learn"
+    return f"{where}: activations do not vary ({what}); there is nothing to learn"
 
 
 def read_held_out(now: Training, validation: AbstractStream | None) -> None:
