@@ -12,6 +12,9 @@ from transformers import GPTNeoXForCausalLM
 import saerelay as sr
 from saerelay.data.stream import TensorStream
 from saerelay.errors import DataError, FormatError, ModelError, RecipeError, RunDirectoryError, TransferError
+from saerelay.planning.plan import Leg
+from saerelay.training.engine import Trainee
+from saerelay.workflows import tensors
 
 D, F, K = 16, 64, 4
 KEYS = {"k": K, "n_latents": F, "batch_tokens": 64, "progress": False}
@@ -46,6 +49,12 @@ def test_arrays_are_taken_like_tensors(sae: sr.Dictionary) -> None:
     assert sr.evaluate(sae, x) == sr.evaluate(sae, data())
     hopped = sr.hop(sae, x, 2 * x, tokens=0, progress=False)
     assert torch.equal(hopped.W_dec, sr.hop(sae, data(), 2 * data(), tokens=0, progress=False).W_dec)
+    in_halves = [x[:5000], x[5000:]]
+    assert sr.evaluate(sae, in_halves).fvu == pytest.approx(sr.evaluate(sae, x).fvu)
+    sr.train(in_halves, tokens=128, **KEYS)
+    half = sae.to(torch.bfloat16)
+    assert sr.evaluate(half, x).fvu == pytest.approx(sr.evaluate(sae, x).fvu, rel=0.05)
+    assert sr.hop(half, x, x, tokens=0).W_enc.dtype == torch.float32
 
 
 def test_an_sae_is_saved_and_comes_back(sae: sr.Dictionary, tmp_path: Path) -> None:
@@ -72,6 +81,26 @@ def test_keys_are_those_of_a_recipe(architecture: str) -> None:
         sr.train(data(), n_latent=3)
     with pytest.raises(RecipeError, match="only 4 latents"):
         sr.train(data(), k=8, n_latents=4)
+
+
+def test_keys_of_another_architecture_are_refused_and_k_is_the_l0_of_all() -> None:
+    x = data()
+    gated = sr.train(x, architecture="gated", lr=3e-3, **KEYS)
+    assert sr.evaluate(gated, x).l0 == pytest.approx(K, rel=0.2)
+    assert sr.train(x, target_l0=3, n_latents=F, tokens=64, progress=False).k == 3
+    for keys, words in (
+        ({"bandwidth": 0.1}, "topk has no bandwidth; its own keys: k, aux_weight"),
+        ({"architecture": "relu", "k": 4}, "relu has no k; its own keys: l1"),
+        ({"architecture": "top"}, 'unknown architecture "top"'),
+        ({"architecture": "relu", "n_latents": -3}, "n_latents: .* greater than 0"),
+        ({"skip_connection": True}, "skip_connection belongs to transcoders"),
+        ({"tokens": -1}, "tokens: .* greater than or equal to 0"),
+        ({"seeds": 3}, "only a run can follow seeds; see sr.train_suite"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            sr.train(x, progress=False, **keys)
+    with pytest.raises(RecipeError, match="topk has no gate_l1"):
+        sr.hop(sr.train(x, tokens="64", **KEYS), x, x, gate_l1=1.0)
 
 
 def test_iterators_lists_and_streams_are_taken() -> None:
@@ -102,6 +131,18 @@ def test_what_cannot_be_trained_on_says_so() -> None:
         sr.train(torch.zeros(3, 4, 5), **KEYS)
     with pytest.raises(RecipeError, match="say which: site="):
         sr.train(TensorStream({}, block_tokens=64, batch_tokens=64), tokens=64, **KEYS)
+    with pytest.raises(DataError, match=r"train: x: activations do not vary \(the same at every token\)"):
+        sr.train(torch.ones(100, D), **KEYS)
+    with pytest.raises(DataError, match="train: x: activations are not all finite"):
+        sr.train(data() / 0, **KEYS)
+    with pytest.raises(DataError, match="train: x, target: activations do not vary"):
+        sr.train(data(), target=torch.zeros(8192, D), **KEYS)
+    with pytest.raises(DataError, match="tensors or arrays; found an object of the type list"):
+        sr.train(data(100).tolist(), **KEYS)
+    x = data(100)
+    for batches in ([x, x[:, 1:]], [x, (x, x)]):
+        with pytest.raises(DataError, match="a batch of the widths .* comes after one of the widths"):
+            sr.train(batches, **KEYS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tokens", [0, 2048])
@@ -123,9 +164,96 @@ def test_a_hop_may_change_the_shape_and_refuses_what_does_not_fit(sae: sr.Dictio
     assert sr.evaluate(wider, x + 1).l0 == pytest.approx(6, rel=0.1)
     with pytest.raises(DataError, match="give the same tokens"):
         sr.hop(sae, x, x[:100])
+    with pytest.raises(DataError, match=r"this SAE reads \(tokens, 16\)"):
+        sr.hop(sae, x[:, 1:], x)
+    with pytest.raises(DataError, match="hop: x_source: activations do not vary"):
+        sr.hop(sae, torch.ones_like(x), x)
+    with pytest.raises(DataError, match="hop: x_target: activations do not vary"):
+        sr.hop(sae, x, torch.ones_like(x))
+    with pytest.raises(RecipeError, match="hop: method: Input should be"):
+        sr.hop(sae, x, x, method="random")
+    with pytest.raises(RecipeError, match="no skip connection, which a hop cannot change"):
+        sr.hop(sae, x, x, skip_connection=True)
+    with pytest.raises(TransferError, match="fits a 16-dimensional map on 20 tokens; give more than 32 rows"):
+        sr.hop(sae, x[:20], x[:20])
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_a_hop_that_is_no_better_than_a_random_dictionary_is_refused(architecture: str) -> None:
+    x = data()
+    sae = sr.train(x, architecture=architecture, **KEYS)
     blind = replace(sae, W_enc=sae.W_enc[:1].expand(F, D).clone())  # tells nothing apart
     with pytest.raises(TransferError, match="no map is better than a random dictionary"):
         sr.hop(blind, x, x, progress=False)
+
+
+@pytest.fixture
+def legs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Leg, float]]:
+    """The legs that are trained, each with its largest learning rate."""
+    found: list[tuple[Leg, float]] = []
+
+    def recorded(leg, spec, state) -> Trainee:
+        found.append((leg, state.lr_share * leg.schedule.lr))
+        return Trainee(leg, spec, state)
+
+    monkeypatch.setattr(tensors, "Trainee", recorded)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "expected"),
+    [
+        ("topk", {}, {"k": 4, "n_latents": F}),
+        ("topk", {"target_l0": 2}, {"k": 2}),
+        ("topk", {"n_latents": "0.1k"}, {"n_latents": 100}),
+        ("topk", {"expansion": 5}, {"n_latents": 80}),
+        ("batchtopk", {"aux_weight": 0.0}, {"k": 4, "aux_weight": 0.0}),
+        ("jumprelu", {"target_l0": 10, "bandwidth": 0.1}, {"target_l0": 10, "bandwidth": 0.1}),
+        ("jumprelu", {"k": 3}, {"target_l0": 3}),
+        ("jumprelu", {"architecture": "topk", "k": 3}, {"architecture": "topk", "k": 3}),
+        ("topk", {"architecture": "jumprelu", "l0_weight": 2}, {"target_l0": 4, "l0_weight": 2}),
+        ("relu", {"l1": 1.0, "method": "affine"}, {"l1": 1.0}),
+    ],
+)
+def test_a_hop_takes_the_keys_of_the_architecture_that_it_leads_to(
+    legs: list[tuple[Leg, float]], architecture: str, keys: dict, expected: dict
+) -> None:
+    x = data(2048)
+    own = {} if architecture == "relu" else {"k": K}
+    sae = sr.train(x, architecture=architecture, tokens=512, n_latents=F, batch_tokens=64, progress=False, **own)
+    sr.hop(sae, x, x + 1, tokens=64, progress=False, **keys)
+    found = legs[-1][0].dictionary.model_dump()
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_a_hop_keeps_an_l0_that_is_no_whole_number(legs: list[tuple[Leg, float]]) -> None:
+    x = torch.randn(4096, D, generator=torch.Generator().manual_seed(0))
+    eye, zeros = torch.eye(D), torch.zeros(D)
+    for threshold in (1.5, 2.2, 9.0):
+        sae = sr.Dictionary(
+            architecture="jumprelu", W_enc=eye, b_enc=zeros, W_dec=eye, b_dec=zeros, threshold=zeros + threshold
+        )
+        l0 = sr.evaluate(sae, x).l0
+        if not l0:
+            with pytest.raises(TransferError, match="none of the SAE's latents fires"):
+                sr.hop(sae, x, x, progress=False)
+            continue
+        hopped = sr.hop(sae, x, 2 * x, method="affine", batch_tokens=64, progress=False)
+        assert legs[-1][0].dictionary.l0 == pytest.approx(l0)
+        assert sr.evaluate(hopped, 2 * x).l0 == pytest.approx(l0, rel=0.15)
+
+
+def test_the_rate_of_a_hop_is_the_one_given_or_follows_from_the_map(
+    sae: sr.Dictionary, legs: list[tuple[Leg, float]]
+) -> None:
+    x = data()
+
+    def rate(**keys: object) -> float:
+        sr.hop(sae, x, x + 1, tokens=64, progress=False, **keys)
+        return legs[-1][1]
+
+    assert rate() == rate(lr="auto") == rate(transfer_lr="auto") < 0.2 * legs[-1][0].schedule.lr
+    assert rate(transfer_lr=1e-4) == rate(lr=1e-4) == rate(lr=1e-4, transfer_lr=1e-3) == 1e-4
 
 
 def test_transcoders_are_trained_hopped_and_measured_on_tensors() -> None:
@@ -138,7 +266,47 @@ def test_transcoders_are_trained_hopped_and_measured_on_tensors() -> None:
     hopped = sr.hop(transcoder, x, 2 * x, target=(y, y - 1), tokens=0)
     assert sr.evaluate(hopped, 2 * x, target=y - 1).fvu < 1.1 * quality.fvu
     pairs = list(zip(x.split(512), y.split(512), strict=True))
-    assert sr.evaluate(sr.train(pairs, **KEYS), x, target=y).fvu < 0.5
+    from_pairs = sr.train(pairs, **KEYS)
+    fvu = sr.evaluate(from_pairs, x, target=y).fvu
+    assert fvu < 0.5
+    assert sr.evaluate(from_pairs, pairs).fvu == pytest.approx(fvu)
+    with pytest.raises(RecipeError, match=r"evaluate: a target belongs to a tensor; an iterable gives pairs"):
+        sr.evaluate(from_pairs, [x], target=y)
+
+
+@pytest.mark.parametrize(("width", "skip_connection"), [(12, False), (12, True), (D, True)])
+def test_a_transcoder_without_its_target_is_refused(width: int, skip_connection: bool) -> None:
+    x = data(2048)
+    y = x @ torch.randn(D, width, generator=torch.Generator().manual_seed(5))
+    transcoder = sr.train(x, target=y, skip_connection=skip_connection, **KEYS)
+    for use in (
+        lambda: sr.evaluate(transcoder, x),
+        lambda: sr.hop(transcoder, x, x),
+        lambda: sr.refit(transcoder, [x]),
+        lambda: sr.fvu(transcoder, x),
+    ):
+        with pytest.raises(DataError, match="this is a transcoder: give the activations that it reconstructs"):
+            use()
+    with pytest.raises(DataError, match=rf"the target is 3 wide, but this SAE reconstructs {width} dimensions"):
+        sr.evaluate(transcoder, x, target=y[:, :3])
+    with pytest.raises(DataError, match="2048 rows of x and 5 of the target"):
+        sr.hop(transcoder, x, x, target=(y, y[:5]))
+    with pytest.raises(DataError, match=r"target=\(y_source, y_target\)"):
+        sr.hop(transcoder, x, x, target=y)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"refit: a batch of the shape \(16,\)"):
+        sr.refit(transcoder, x, target=y)
+
+
+def test_a_hop_finds_a_map_to_other_widths_on_enough_rows(sae: sr.Dictionary) -> None:
+    x = data()
+    y = (x @ torch.randn(D, 20, generator=torch.Generator().manual_seed(6))).relu()
+    wider = y @ torch.randn(20, 24, generator=torch.Generator().manual_seed(7))
+    transcoder = sr.train(x, target=y, **KEYS)
+    hopped = sr.hop(transcoder, x, x + 1, target=(y, wider), tokens=0)
+    assert hopped.d_out == 24
+    assert sr.evaluate(hopped, x + 1, target=wider).fvu < 0.8
+    with pytest.raises(TransferError, match="fits a 24-dimensional map on 40 tokens; give more than 48 rows"):
+        sr.hop(sae, x[:40], wider[:40], tokens=0)
 
 
 # --- suites -----------------------------------------------------------------------------------------------------------

@@ -1,52 +1,50 @@
 """SAEs in Python: train, transfer and measure them on your own activations, without a language model or files."""
 
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import count
 from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from saerelay.analysis.metrics import MetricSums
-from saerelay.data.stream import AbstractStream
 from saerelay.errors import DataError, LegFailed, RecipeError, TransferError
 from saerelay.planning.batches import batch_for
+from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import auto_dead_after, auto_lr
 from saerelay.planning.plan import Leg, Schedule
-from saerelay.planning.recipe import Recipe
+from saerelay.planning.recipe import HopSpec, Recipe
 from saerelay.runs.documents.quality import EvaluationMetrics
+from saerelay.sae.architectures import ARCHITECTURES, TopK
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.maps import AnyMoments, PairedMoments, map_between, rate_share, unexplained
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
-from saerelay.sae.spec import Method, SizedDictionarySpec
+from saerelay.sae.spec import DictionarySpec, Method, SizedDictionarySpec
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.site import Site
+from saerelay.spec import Auto
 from saerelay.training.engine import Trainee
 from saerelay.training.state import balance_of, first_state, units_of
 from saerelay.training.train import FIRST_ROWS
 from saerelay.workflows.keys import sectioned
+from saerelay.workflows.rows import BUFFER_ROWS, Activations, Batches, Pair, Rows, Source, each_pair, n_rows
 
-BUFFER_ROWS = 65_536
-"""Number of rows of an iterator that are shuffled together."""
-
-Rows = Tensor | np.ndarray
-Activations = Rows | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]] | AbstractStream
+L0_KEYS = {kind.l0_key for kind in ARCHITECTURES if kind.l0_key}
+"""The keys by which architectures ask for a number of active latents."""
+RUN_KEYS = {"seeds", "checkpoint_every", "snapshots", "memory_gib", "loggers"}
+"""Keys of [train] that only a run can follow."""
 
 
 def train(
     x: Activations,
     *,
     target: Rows | None = None,
-    tokens: int | None = None,
+    tokens: int | str | None = None,
     site: Site | None = None,
     progress: bool = True,
     **keys: Any,
@@ -62,17 +60,19 @@ def train(
     `target` (N, Dy), or an iterable of pairs, the result is a transcoder. `tokens` is the number of rows to train on:
     by default each row of a tensor once; an iterator needs it. A tensor is read repeatedly, in a new order each time;
     an iterator is shuffled in buffers of 65,536 rows. `keys` are keys of the recipe's sections `[dictionary]` and
-    `[train]`. Raises RecipeError for other keys or impossible values, DataError if the activations end too early,
-    LegFailed if the loss is not finite.
+    `[train]`; `k` is the number of active latents of any architecture (the target_l0 of JumpReLU and Gated). Raises
+    RecipeError for keys of other sections or architectures, for keys that only a run can follow, and for impossible
+    values; DataError if nothing can be learned from the activations, or they end too early; LegFailed if the loss is
+    not finite.
     """
-    recipe = Recipe.parse(sectioned(keys, ("dictionary", "train")), source="train")
-    if isinstance(x, np.ndarray):
-        x = torch.as_tensor(x)
-    budget = tokens if tokens is not None else _n_rows(x)
-    source = _Source.of(x, None if target is None else torch.as_tensor(target), site, recipe.train.seed)
+    recipe = _recipe(keys, "train")
+    budget = _budget(tokens, x, "train")
+    source = Source.of(x, target, site, recipe.train.seed)
     first = source.first
+    first.check_learnable("train: x")
     spec = recipe.dictionary.sized(first.x.shape[1])
-    leg = _leg(spec, recipe, first.x, budget, transcoder=first.target is not None)
+    lr = recipe.train.optimizer.lr
+    leg = _leg(spec, recipe, first.x, budget, lr=lr, transcoder=first.target is not None)
     state = first_state(leg, recipe.train, first.x, target=first.target)
     return _trained(Trainee(leg, recipe.train, state), source, progress=progress)
 
@@ -83,7 +83,7 @@ def hop(
     x_target: Rows,
     *,
     target: tuple[Rows, Rows] | None = None,
-    tokens: int | None = None,
+    tokens: int | str | None = None,
     progress: bool = True,
     **keys: Any,
 ) -> Dictionary:
@@ -99,51 +99,58 @@ def hop(
     rows belong to the same tokens (only their number is checked). For a transcoder, `target` holds the activations it
     reconstructs, at both sites. A map is fitted on all rows and folded into the SAE, silent latents are revived, the
     decoder is refitted in closed form, and the SAE is trained on `tokens` rows of `x_target` (by default each row once;
-    0 for none). `keys` are keys of a recipe's leg and sections: method, refit, k, n_latents, architecture, lr, ...
-    Raises TransferError if no map is better than a random dictionary.
+    0 for none). `keys` are keys of a recipe's leg and sections: method, refit, k, n_latents, architecture, lr, ... The
+    SAE keeps its architecture, number of latents and mean L0 unless you give others. It does not know how it was
+    trained, so give the other keys again (matryoshka, l1, bandwidth, ...). An lr or transfer_lr that you give is the
+    learning rate; otherwise it follows from what the map leaves unexplained. Raises RecipeError and DataError as
+    `train` does, and TransferError if no map is better than a random dictionary.
     """
-    keys = dict(keys)
-    method = keys.pop("method", "auto")
-    refit = keys.pop("refit", True)
-    x_source, x_target = torch.as_tensor(x_source), torch.as_tensor(x_target)
-    recipe = Recipe.parse(sectioned(keys, ("dictionary", "train")), source="hop")
-    if len(x_source) != len(x_target):
-        raise DataError(f"hop: {len(x_source)} rows at the source, {len(x_target)} at the target; give the same tokens")
-    spec = _spec_after(sae, recipe, keys, x_source)
-    leg = _leg(spec, recipe, x_target, len(x_target) if tokens is None else tokens, transcoder=bool(target))
-    source_y, y = map(torch.as_tensor, target) if target else (None, None)
+    chosen = {key: value for key, value in keys.items() if key in ("method", "refit")}
+    how = HopSpec.parse(chosen, source="hop")
+    recipe = _recipe({key: value for key, value in keys.items() if key not in chosen}, "hop", sae.architecture)
+    source, there = _ends(sae, x_source, x_target, target)
+    sae = sae.to(there.x.device).to(torch.float32)
+    l0 = sae.k or mean_l0(sae, source.x[:L0_ROWS])
+    if not l0:
+        raise TransferError("hop: none of the SAE's latents fires on x_source; was it trained on such activations?")
+    spec = _spec_after(sae, l0, recipe, there.x.shape[1])
+    optimizer = recipe.train.optimizer
+    lr = optimizer.transfer_lr if optimizer.lr == "auto" else optimizer.lr
+    budget = _budget(tokens, there.x, "hop")
+    leg = _leg(spec, recipe, there.x, budget, lr=lr, transcoder=there.target is not None)
 
-    inputs = _moments(x_source, x_target)
-    moments: AnyMoments = inputs
-    if source_y is not None and y is not None:
-        moments = PairedMoments(inputs, _moments(source_y, y))
-    first = _Pair(x_target, y).first(FIRST_ROWS)
+    moments = _moments_between(source, there)
+    first = there.first(FIRST_ROWS)
     units = units_of(leg, recipe.train, first.x, first.target)
     balance = balance_of(leg, recipe.train)
-    on = Retraining(x_target[:BUFFER_ROWS].float(), recipe.train.seed, None if y is None else y[:BUFFER_ROWS].float())
-    l0 = sae.k or mean_l0(sae, x_source[:L0_ROWS])
-    reshaped = (spec.architecture, spec.n_latents) != (sae.architecture, sae.n_latents) or spec.l0 != sae.k
+    refitting = there.first(BUFFER_ROWS).in_float32()
+    on = Retraining(refitting.x, recipe.train.seed, refitting.target)
+    reshaped = (spec.architecture, spec.n_latents) != (sae.architecture, sae.n_latents) or spec.l0 not in (None, l0)
+    method = how.method
     if method == "auto":
         fresh = None if reshaped or not leg.budget_tokens else spec
-        method = next(iter(try_methods(sae, moments, on, units, fresh, balance=balance, l0=l0)))
-        if method == RANDOM:
+        best = next(iter(try_methods(sae, moments, on, units, fresh, balance=balance, l0=l0)))
+        if best == RANDOM:
             raise TransferError(
                 "hop: no map is better than a random dictionary; train from scratch: sr.train(x_target)"
             )
-    between = map_between(cast(Method, method), sae.d_model, moments, balance)
+        method = cast(Method, best)
+    between = map_between(method, sae.d_model, moments, balance)
     shape = Shape(spec.architecture, spec.n_latents, spec.l0 or l0) if reshaped else None
-    carried = carry(sae, between, on.rows, units, l0=spec.l0 or l0, shape=shape, retraining=on if refit else None)
+    carried = carry(sae, between, on.rows, units, l0=spec.l0 or l0, shape=shape, retraining=on if how.refit else None)
     if not leg.budget_tokens:
         return carried.dictionary
-    given_lr = "lr" in keys or "transfer_lr" in keys
-    share = 1.0 if given_lr else rate_share(unexplained(moments, balance=balance), leg.budget_tokens)
+    share = 1.0
+    if lr == "auto":
+        share = rate_share(unexplained(moments, balance=balance), leg.budget_tokens)
     state = first_state(leg, recipe.train, first.x, carried.dictionary, target=first.target, lr_share=share)
-    source = _Source.of(x_target, y, None, recipe.train.seed)
-    return _trained(Trainee(leg, recipe.train, state), source, progress=progress)
+    return _trained(
+        Trainee(leg, recipe.train, state), Source.of(there.x, there.target, None, recipe.train.seed), progress=progress
+    )
 
 
 @torch.no_grad()
-def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None = None) -> EvaluationMetrics:
+def evaluate(sae: Dictionary, x: Rows | Batches, *, target: Rows | None = None) -> EvaluationMetrics:
     """Measure how well, and how sparsely, an SAE reconstructs activations (N, D), or a transcoder its `target` (N, Dy).
 
     >>> sae = Dictionary(architecture="relu", W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
@@ -152,172 +159,72 @@ def evaluate(sae: Dictionary, x: Rows | Iterable[Tensor], *, target: Rows | None
     >>> quality.fvu, quality.l0
     (0.0, 4.0)
 
-    The fields are those of `saerelay eval`, except for ΔCE and KL, which need a language model.
+    `x` may also be an iterable of batches; for a transcoder, of pairs. The fields are those of `saerelay eval`, except
+    for ΔCE and KL, which need a language model.
     """
+    sae = sae.to(torch.float32)
     sums = MetricSums()
-    batches: Iterable[tuple[Tensor, Tensor]]
-    if isinstance(x, Rows):
-        x = torch.as_tensor(x)
-        y = x if target is None else torch.as_tensor(target)
-        _check(x, y, "evaluate")
-        batches = zip(x.split(4096), y.split(4096), strict=True)
-    else:
-        batches = ((batch, batch) for batch in x)
-    for batch, goal in batches:
-        _check_width(sae, batch)
-        sums.add_reconstruction(sae, batch.to(sae.W_enc), goal.to(sae.W_enc))
+    for rows in each_pair(x, target, caller="evaluate"):
+        _check_width(sae, rows.x, "evaluate")
+        for part in rows.split(4096):
+            goal = sae.goal_of(part.x, part.target)
+            sums.add_reconstruction(sae, part.x.to(sae.W_enc), goal.to(sae.W_enc))
     if not sums.n_tokens:
         raise DataError("evaluate: there are no activations")
     return sums.metrics(None)
 
 
-# --- where rows come from -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """Rows of activations to read and, for a transcoder, the rows to reconstruct."""
-
-    x: Tensor
-    target: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def first(self, n: int) -> "_Pair":
-        return self.at(slice(0, n))
-
-    def at(self, rows: slice | Tensor) -> "_Pair":
-        return _Pair(self.x[rows], None if self.target is None else self.target[rows])
-
-    def then(self, other: "_Pair") -> "_Pair":
-        if self.target is None or other.target is None:
-            return _Pair(torch.cat([self.x, other.x]))
-        return _Pair(torch.cat([self.x, other.x]), torch.cat([self.target, other.target]))
-
-
-@dataclass(eq=False)
-class _Source:
-    """Buffers of shuffled rows, one after another; the first is looked at before training begins."""
-
-    buffers: Iterator[_Pair]
-    ahead: _Pair
-
-    @property
-    def first(self) -> _Pair:
-        """The rows from which units and initialisation follow, in float32."""
-        head = self.ahead.first(FIRST_ROWS)
-        return _Pair(head.x.float(), None if head.target is None else head.target.float())
-
-    @classmethod
-    def of(cls, x: Activations, target: Tensor | None, site: Site | None, seed: int) -> "_Source":
-        """Make a source from a tensor, an iterable or a stream."""
-        generator = torch.Generator().manual_seed(seed)
-        if isinstance(x, Tensor):
-            _check(x, target)
-            buffers = _orders(_Pair(x, target), generator)
-        elif target is not None:
-            raise RecipeError("train: a target belongs to a tensor; an iterable gives pairs (x, target)")
-        else:
-            rows = _blocks(x, site) if isinstance(x, AbstractStream) else x
-            buffers = _shuffled(cast(Iterable[Any], rows), generator)
-        ahead = next(buffers, None)
-        if ahead is None:
-            raise DataError("train: there are no activations")
-        return cls(buffers, ahead)
-
-    def batches(self, size: int) -> Iterator[_Pair]:
-        """Yield batches of a size while there are rows; the last rows of a buffer come before those of the next."""
-        rest = self.ahead
-        while True:
-            while len(rest) >= size:
-                yield rest.first(size)
-                rest = rest.at(slice(size, None))
-            more = next(self.buffers, None)
-            if more is None:
-                return
-            rest = rest.then(more)
-
-
-def _check_width(sae: Dictionary, x: Tensor) -> None:
-    if x.dim() != 2 or x.shape[1] != sae.d_model:
-        raise DataError(
-            f"evaluate: activations of the shape {tuple(x.shape)}; this SAE reads (tokens, {sae.d_model}). Was it "
-            "trained on another model, or at another kind of site?"
-        )
-
-
-def _check(x: Tensor, target: Tensor | None, of: str = "train") -> None:
-    if x.dim() != 2 or not len(x):
-        raise DataError(
-            f"{of}: activations of the shape {tuple(x.shape)}; expected (tokens, width), at least one token"
-        )
-    if target is not None and len(target) != len(x):
-        raise DataError(f"{of}: {len(x)} rows of x and {len(target)} of the target; give the same tokens")
-
-
-def _orders(rows: _Pair, generator: torch.Generator) -> Iterator[_Pair]:
-    """Yield a tensor's rows in one random order after another."""
-    while True:
-        for part in torch.randperm(len(rows), generator=generator).split(BUFFER_ROWS):
-            yield rows.at(part.to(rows.x.device))
-
-
-def _shuffled(items: Iterable[Any], generator: torch.Generator) -> Iterator[_Pair]:
-    """Yield an iterable's rows in buffers, each of them shuffled."""
-    waiting: list[_Pair] = []
-    for item in items:
-        pair = _Pair(*item) if isinstance(item, tuple) else _Pair(item)
-        _check(pair.x, pair.target)
-        waiting.append(pair)
-        if sum(map(len, waiting)) >= BUFFER_ROWS:
-            yield _mixed(waiting, generator)
-            waiting = []
-    if waiting:
-        yield _mixed(waiting, generator)
-
-
-def _mixed(parts: list[_Pair], generator: torch.Generator) -> _Pair:
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.then(part)
-    return whole.at(torch.randperm(len(whole), generator=generator).to(whole.x.device))
-
-
-def _blocks(stream: AbstractStream, site: Site | None) -> Iterator[Tensor]:
-    """Yield the kept rows of a stream's blocks, as copies, since a block is overwritten when the next is asked for."""
-    if site is None:
-        raise RecipeError("train: a stream gives several sites; say which: site=Site(5)")
-    for number in count():
-        block = stream.block(number, [site])
-        yield block.activations[site][block.keep].clone()
-
-
-def _n_rows(x: Activations) -> int:
-    """Return the number of rows of a tensor, or of a list of tensors."""
-    if isinstance(x, Tensor):
-        return len(x)
-    if isinstance(x, list | tuple):
-        return sum(len(part[0] if isinstance(part, tuple) else part) for part in x)
-    raise RecipeError("train: an iterator does not say how many rows it has; give the budget: tokens=1_000_000")
-
-
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _leg(spec: SizedDictionarySpec, recipe: Recipe, x: Tensor, budget: int, *, transcoder: bool) -> Leg:
+def _recipe(keys: dict[str, Any], caller: str, architecture: str = TopK.name) -> Recipe:
+    """Parse keys of [dictionary] and [train]; the SAE is of this architecture unless a key names another.
+
+    `k` and `target_l0` are the number of active latents of any architecture that has one. Raises RecipeError for keys
+    of runs, and for keys that the architecture does not have: a recipe ignores the latter, since `saerelay init` prints
+    the keys of all.
+    """
+    sections = sectioned(keys, ("dictionary", "train"))
+    of_runs = sorted(RUN_KEYS & sections.get("train", {}).keys())
+    if of_runs:
+        raise RecipeError(f"{caller}: only a run can follow {' and '.join(of_runs)}; see sr.train_suite")
+    given = {"architecture": architecture, **sections.get("dictionary", {})}
+    kind = type(DictionarySpec.parse({"architecture": given["architecture"]}, source=caller).activation)
+    if kind.l0_key:
+        for key in L0_KEYS & given.keys() - {kind.l0_key}:
+            given.setdefault(kind.l0_key, given.pop(key))
+    shared = {"architecture", *DictionarySpec.model_fields}
+    foreign = given.keys() & set(DictionarySpec.all_keys()) - shared - kind.model_fields.keys()
+    if foreign:
+        raise RecipeError(
+            f"{caller}: {kind.name} has no {' and no '.join(sorted(foreign))}; its own keys: "
+            f"{', '.join(kind.model_fields)}"
+        )
+    return Recipe.parse({**sections, "dictionary": given}, source=caller)
+
+
+def _budget(tokens: int | str | None, rows: Activations, caller: str) -> int:
+    """Return the number of rows to train on, which may be given as "100k", as in a leg of a plan."""
+    given = n_rows(rows) if tokens is None else tokens
+    return LegSpec.parse({"id": "sae", "layer": 0, "tokens": given}, source=caller).tokens
+
+
+def _leg(
+    spec: SizedDictionarySpec, recipe: Recipe, x: Tensor, budget: int, *, lr: float | Auto, transcoder: bool
+) -> Leg:
     """Return the leg to train on rows such as x (B, D); choices that the recipe leaves open are made as in a plan."""
     if spec.l0 is not None and spec.l0 > spec.n_latents:
         raise RecipeError(f"{spec.activation.l0_key} is {spec.l0:g} but there are only {spec.n_latents} latents")
+    if spec.skip_connection and not transcoder:
+        raise RecipeError("skip_connection belongs to transcoders; give a target, or leave it out")
     batch = batch_for(recipe, budget, on_gpu=x.is_cuda)
     batch = min(batch, budget) or batch
     budget = batch * (budget // batch)
-    optimizer = recipe.train.optimizer
     dead_after = recipe.train.dead_after
     schedule = Schedule(
         budget_tokens=budget,
         batch_tokens=batch,
-        lr=auto_lr(x.shape[1], budget, batch) if optimizer.lr == "auto" else optimizer.lr,
+        lr=auto_lr(x.shape[1], budget, batch) if lr == "auto" else lr,
         dead_after_tokens=auto_dead_after(budget, batch) if dead_after == "auto" else dead_after,
     )
     return Leg(
@@ -332,15 +239,50 @@ def _leg(spec: SizedDictionarySpec, recipe: Recipe, x: Tensor, budget: int, *, t
     )
 
 
-def _spec_after(sae: Dictionary, recipe: Recipe, keys: dict[str, Any], x: Tensor) -> SizedDictionarySpec:
-    """Return the spec of a hopped dictionary: that of `sae`, except for the keys that are given."""
-    given = sectioned(keys, ("dictionary",), others=("train",)).get("dictionary", {})
-    spec = recipe.dictionary.sized(sae.d_model).changed(n_latents=given.get("n_latents", sae.n_latents))
-    if "architecture" not in given:
-        spec = spec.with_architecture(sae.architecture)
-    if not given.keys() & {"k", "target_l0"}:
-        spec = spec.with_l0(sae.k or round(mean_l0(sae, x[:L0_ROWS])))
-    return spec.changed(skip_connection=sae.W_skip is not None)
+def _spec_after(sae: Dictionary, l0: float, recipe: Recipe, width: int) -> SizedDictionarySpec:
+    """Return the spec of a dictionary hopped to a width: as `sae`, whose mean L0 is `l0`, but for the keys given."""
+    asked = recipe.dictionary
+    spec = asked.sized(width)
+    if not asked.model_fields_set & {"n_latents", "expansion"}:
+        spec = spec.changed(n_latents=sae.n_latents)
+    if spec.activation.l0_key not in spec.activation.model_fields_set:
+        spec = spec.with_l0(l0)
+    has_skip = sae.W_skip is not None
+    if "skip_connection" in asked.model_fields_set and asked.skip_connection != has_skip:
+        raise RecipeError(f"hop: the SAE has {'a' if has_skip else 'no'} skip connection, which a hop cannot change")
+    return spec.changed(skip_connection=has_skip)
+
+
+def _ends(sae: Dictionary, x_source: Rows, x_target: Rows, target: tuple[Rows, Rows] | None) -> tuple[Pair, Pair]:
+    """Return the rows at the source and at the target; DataError unless they fit the SAE and each other."""
+    if target is not None and (isinstance(target, Rows) or len(target) != 2):
+        raise DataError("hop: a target is a pair, at the source and at the target: target=(y_source, y_target)")
+    y_source, y_target = target or (None, None)
+    source = Pair.of(x_source, y_source, caller="hop")
+    there = Pair.of(x_target, y_target, caller="hop")
+    if len(source) != len(there):
+        raise DataError(f"hop: {len(source)} rows at the source, {len(there)} at the target; give the same tokens")
+    _check_width(sae, source.x, "hop")
+    sae.goal_of(source.x, source.target)
+    source.check_learnable("hop: x_source")
+    there.check_learnable("hop: x_target")
+    return source, there
+
+
+def _check_width(sae: Dictionary, x: Tensor, caller: str) -> None:
+    if x.shape[1] != sae.d_model:
+        raise DataError(
+            f"{caller}: activations of the shape {tuple(x.shape)}; this SAE reads (tokens, {sae.d_model}). Was it "
+            "trained on another model, or at another kind of site?"
+        )
+
+
+def _moments_between(source: Pair, there: Pair) -> AnyMoments:
+    """Return the moments of all rows; a transcoder's are paired."""
+    inputs = _moments(source.x, there.x)
+    if source.target is None or there.target is None:
+        return inputs
+    return PairedMoments(inputs, _moments(source.target, there.target))
 
 
 def _moments(source: Tensor, target: Tensor) -> Moments:
@@ -349,7 +291,7 @@ def _moments(source: Tensor, target: Tensor) -> Moments:
     return moments
 
 
-def _trained(trainee: Trainee, source: _Source, *, progress: bool) -> Dictionary:
+def _trained(trainee: Trainee, source: Source, *, progress: bool) -> Dictionary:
     """Train to the end of the budget, and return the dictionary."""
     began = time.perf_counter()
     bar = Progress(
