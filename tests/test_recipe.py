@@ -87,9 +87,7 @@ def test_errors_name_the_key_and_the_remedy() -> None:
     assert "sites.module" in error_of({"sites": {"module": "resid"}}) and "'resid_post'" in error_of(
         {"sites": {"module": "q"}}
     )
-    assert "sites.layers: Input should be a valid list (found '4-7'); or write 'all'" in error_of(
-        {"sites": {"layers": "4-7"}}
-    )
+    assert "sites.layers: Input should be 'all' (found '4-7'); or a list" in error_of({"sites": {"layers": "4-7"}})
     assert '"5 mil" is not a valid count' in error_of({"plan": {"root_tokens": "5 mil"}})
     assert "dataset and text are given; keep one" in error_of({"data": {"dataset": "a", "text": ["b"]}})
     assert 'plan.legs.0.layers"; did you mean "layer"?' in error_of(

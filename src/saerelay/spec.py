@@ -266,8 +266,7 @@ def _check_strings(data: Any, source: str, key: str = "") -> None:
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
     """Say what is wrong with each key, in our words, one line per key."""
     problems: dict[str, str] = {}
-    words_last = sorted(error.errors(), key=lambda item: item["type"] == "literal_error")
-    for item in words_last:
+    for item in error.errors():
         key = _key_of(item["loc"])
         if item["type"] == "extra_forbidden" or _is_name_of_part(cls, item):
             problems[key] = f'unknown key "{key}"; {_nearest_key(cls, item["loc"])}'
@@ -275,6 +274,8 @@ def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
         if key in problems:  # a value of a union type fails once for each member
             if item["type"] == "literal_error":
                 problems[key] += f"; or write {item.get('ctx', {}).get('expected')}"
+            elif item["type"] == "list_type":
+                problems[key] += "; or a list"
             continue
 
         message = item["msg"].removeprefix("Value error, ")
