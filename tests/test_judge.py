@@ -15,7 +15,16 @@ from fake_run import HOSTILE, F, fake_run, sources_of, token_text
 from scipy.stats import binomtest
 from test_cli import call
 
-from saerelay.analysis.judging import agreement, cohen_kappa, drawn, legs_by_origin, tallied, wilson
+from saerelay.analysis.judging import (
+    agreement,
+    cohen_kappa,
+    difference,
+    drawn,
+    layer_tallies,
+    legs_by_origin,
+    tallied,
+    wilson,
+)
 from saerelay.analysis.session import Session
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import RecipeError, RunDirectoryError
@@ -62,7 +71,7 @@ def answered(path: Path, page: str, answers: dict[int, str], name: str = "Ada") 
 
 def test_every_origin_has_its_leg(suite: Suite) -> None:
     legs = legs_by_origin(suite)
-    assert {(site.layer, origin): leg.id for (site, origin), leg in legs.items()} == {
+    assert {(site.layer, origin): leg.id for (site, _, origin), leg in legs.items()} == {
         (0, "backward"): "L0-from-L1",
         (0, "scratch"): "L0-scratch-full",
         (1, "scratch"): "L1",
@@ -79,7 +88,25 @@ def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("more"))
     suite.plan = suite.plan.changed(legs=[*suite.plan.legs, more])
     assert suite.origin(more) == suite.origin(first) == "from above" and suite.continuation_of(first) == more
-    assert {leg.id for (_, origin), leg in legs_by_origin(suite).items() if origin == "backward"} == {"more"}
+    assert {leg.id for (_, _, origin), leg in legs_by_origin(suite).items() if origin == "backward"} == {"more"}
+
+
+def test_a_transcoder_is_drawn_beside_an_sae_of_what_it_reads(suite: Suite) -> None:
+    sae = suite.plan.leg("L1").changed(id="L1.mlp_in", module="mlp_in")
+    transcoder = sae.changed(id="L1.transcoder", module_out="mlp_out")
+    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, sae, transcoder])
+    features = {leg.id: load_features(suite.directory, leg.id) for leg in suite.legs}
+    for leg in (sae, transcoder):
+        shutil.copytree(suite.directory.leg("L1"), suite.directory.leg(leg.id))
+        features[leg.id] = features["L1"]
+    items = drawn(legs_by_origin(suite), features, 5, 0)
+    kinds = {(item.leg, item.module, item.module_out) for item in items if item.layer == 1}
+    assert kinds == {("L1", "resid_post", None), (sae.id, "mlp_in", None), (transcoder.id, "mlp_in", "mlp_out")}
+    tallies = [(row.leg, row.module_out, row.n_latents) for row in layer_tallies(items, {}) if row.module == "mlp_in"]
+    assert tallies == [(sae.id, None, 5), (transcoder.id, "mlp_out", 5)]
+    forward = [item.changed(origin="forward") for item in items if item.module_out]
+    scratch = [item for item in items if item.leg == sae.id]
+    assert difference("forward", [*forward, *scratch], {}).layers == [], "an SAE says nothing of a transcoder"
 
     # A control that starts at its parent's own site continues nothing.
     before = suite.final_legs
@@ -97,7 +124,7 @@ def test_alive_latents_are_drawn_equally_and_shuffled(suite: Suite) -> None:
     features = {leg.id: load_features(suite.directory, leg.id) for leg in legs.values()}
     items = drawn(legs, features, 20, 0)
     assert [item.item for item in items] == list(range(1, 81))
-    for (site, origin), leg in legs.items():
+    for (site, _, origin), leg in legs.items():
         chosen = [item.latent for item in items if (item.layer, item.origin) == (site.layer, origin)]
         assert len(set(chosen)) == 20 and (features[leg.id].n_fired[chosen] > 0).all()
     origins = [item.origin for item in items]

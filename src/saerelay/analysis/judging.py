@@ -37,7 +37,10 @@ _OF_PAPER: dict[str, JudgedOrigin] = {"scratch": "scratch", "from below": "forwa
 _PREFERENCE = (None, "full", "equal_tokens")
 """Control kinds, in order of preference for a leg from scratch: None (a leg of the suite), then the most tokens."""
 
-LegsByOrigin = dict[tuple[Site, JudgedOrigin], Leg]
+LegsByOrigin = dict[tuple[Site, str, JudgedOrigin], Leg]
+"""Legs by site, kind and origin; SAEs and transcoders may read at the same site."""
+Place = tuple[int, str, str]
+"""A layer, the module that is read there, and the one that a transcoder reconstructs ("" for an SAE)."""
 Answer = Literal["yes", "no", "skip"]
 Answers = Mapping[int, Answer]
 """One judge's answers by item; items that were not answered are missing."""
@@ -56,7 +59,7 @@ class Judgements(Spec):
 
 
 def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -> LegsByOrigin:
-    """Return the leg that represents each site and origin, in order; if `layers` are given, only at these.
+    """Return the leg that represents each site, kind and origin, in order; if `layers` are given, only at these.
 
     From scratch, it is the leg of the suite, else the control with the full budget, else the control with equal tokens.
     Of several seeds, the lowest is taken; legs that another leg continues do not count. Raises RunDirectoryError for a
@@ -64,7 +67,11 @@ def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -
     """
     root = suite.directory.root
     of_suite = {leg.id for leg in suite.suite_legs}
-    legs = [leg for leg in suite.legs if leg.id in of_suite or leg.control_kind in ("equal_tokens", "full")]
+    legs = []
+    for leg in suite.legs:
+        is_control = leg.control_kind in ("equal_tokens", "full") and not suite.continuation_of(leg)
+        if leg.id in of_suite or is_control:
+            legs.append(leg)
     legs.sort(key=lambda leg: (_PREFERENCE.index(leg.control_kind), leg.seed, leg.id))
     available = sorted({leg.layer for leg in legs})
     missing = sorted(set(layers or ()) - set(available))
@@ -76,7 +83,7 @@ def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -
     for leg in legs:
         origin = _OF_PAPER.get(suite.origin(leg))
         if origin and (layers is None or leg.layer in layers):
-            first.setdefault((leg.site, origin), leg)
+            first.setdefault((leg.site, str(leg.kind), origin), leg)
     if not first:
         raise RunDirectoryError(f"{root}: no finished leg to judge")
     return {key: first[key] for key in sorted(first)}
@@ -89,12 +96,12 @@ def _comma_list(numbers: Sequence[int]) -> str:
 def drawn(legs: LegsByOrigin, features: Mapping[str, Features], n: int, seed: int) -> list[JudgedItem]:
     """Draw the latents to judge, in the order in which they are shown; `features` are by leg id.
 
-    For each site and origin, they are n of the latents that fired on the held-out tokens, all equally likely, or all of
-    them if they are fewer. Draws depend on seed, site and origin, and the order on the seed, but neither depends on the
-    order or the names of legs.
+    For each site, kind and origin, they are n of the latents that fired on the held-out tokens, all equally likely, or
+    all of them if they are fewer. Draws depend on seed, site and origin, and the order on the seed, but neither depends
+    on the order or the names of legs.
     """
     chosen = []
-    for (site, origin), leg in legs.items():
+    for (site, _, origin), leg in legs.items():
         alive = features[leg.id].n_fired.numpy().nonzero()[0]
         rng = np.random.default_rng(seed_from(seed, str(site), origin))
         latents = np.sort(rng.choice(alive, min(n, len(alive)), replace=False)).tolist()
@@ -109,6 +116,7 @@ def drawn(legs: LegsByOrigin, features: Mapping[str, Features], n: int, seed: in
                 item=number,
                 layer=site.layer,
                 module=site.module,
+                module_out=leg.module_out,
                 origin=origin,
                 leg=leg.id,
                 kind=leg.control_kind or leg.role,
@@ -163,10 +171,10 @@ def origin_tally(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Map
 
 
 def layer_tallies(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> list[LayerTally]:
-    """Count the answers about each origin at each site, in order."""
-    groups: dict[tuple[int, str, int], list[JudgedItem]] = {}
+    """Count the answers about each origin at each place, in order."""
+    groups: dict[tuple[Place, int], list[JudgedItem]] = {}
     for item in items:
-        groups.setdefault((item.layer, item.module, ORIGINS.index(item.origin)), []).append(item)
+        groups.setdefault((place_of(item), ORIGINS.index(item.origin)), []).append(item)
     tallies = []
     for _, layer_items in sorted(groups.items()):
         first = layer_items[0]
@@ -174,6 +182,7 @@ def layer_tallies(items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -
             LayerTally(
                 layer=first.layer,
                 module=first.module,
+                module_out=first.module_out,
                 origin=first.origin,
                 leg=first.leg,
                 kind=first.kind,
@@ -227,16 +236,16 @@ def wilson(yes: int, n: int) -> tuple[float, float]:
 
 
 def difference(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Mapping[str, Answers]) -> OriginDifference:
-    """Return an origin's share minus that of scratch, over the sites that have both, with a 95 % interval.
+    """Return an origin's share minus that of scratch, over the places that have both, with a 95 % interval.
 
     Newcombe, Statistics in Medicine 17, 1998, method 10: from the two Wilson intervals, d − √((p−l)² + (u'−p')²) to
     d + √((u−p)² + (p'−l')²).
     """
-    both = _sites_of(items, origin) & _sites_of(items, "scratch")
-    shared = [item for item in items if (item.layer, item.module) in both]
+    both = _places_of(items, origin) & _places_of(items, "scratch")
+    shared = [item for item in items if place_of(item) in both]
     ours = tallied([item for item in shared if item.origin == origin], answers)
     theirs = tallied([item for item in shared if item.origin == "scratch"], answers)
-    layers = sorted({layer for layer, _ in both})
+    layers = sorted({layer for layer, _, _ in both})
     shares = (ours.share, ours.low, ours.high, theirs.share, theirs.low, theirs.high)
     p, low, high, other_p, other_low, other_high = (math.nan if share is None else share for share in shares)
     return OriginDifference(
@@ -248,8 +257,13 @@ def difference(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Mappi
     )
 
 
-def _sites_of(items: Sequence[JudgedItem], origin: JudgedOrigin) -> set[tuple[int, str]]:
-    return {(item.layer, item.module) for item in items if item.origin == origin}
+def place_of(item: JudgedItem) -> Place:
+    """Return the place of an item's leg."""
+    return item.layer, item.module, item.module_out or ""
+
+
+def _places_of(items: Sequence[JudgedItem], origin: JudgedOrigin) -> set[Place]:
+    return {place_of(item) for item in items if item.origin == origin}
 
 
 # --- agreement between judges ---------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ class JudgedItem(Record):
     """Layer of its leg."""
     module: str
     """Kind of module its leg reads."""
+    module_out: str | None = None
+    """Kind of module its leg reconstructs, if that is a transcoder; null for an SAE."""
     origin: JudgedOrigin
     """Where its leg's latents come from: `forward` is from a lower layer, `backward` from a higher one."""
     leg: str
@@ -89,6 +91,8 @@ class LayerTally(Tally):
     """Layer of the leg."""
     module: str
     """Kind of module it reads."""
+    module_out: str | None = None
+    """Kind of module that it reconstructs, if it is a transcoder; null for an SAE."""
     origin: JudgedOrigin
     """Where the latents come from."""
     leg: str
