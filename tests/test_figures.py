@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -31,11 +31,11 @@ from saerelay.runs.documents.across_layers import (
 )
 from saerelay.runs.documents.circuits import Circuit, CircuitLeg, CircuitQuestion, Circuits
 from saerelay.runs.documents.latents import LineageDocument, LineageLink
-from saerelay.runs.documents.quality import ControlCost, LegSummary, ScratchCost, SuiteCost, Summary
+from saerelay.runs.documents.quality import ControlCost, LegSummary, Origin, ScratchCost, SuiteCost, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
-from saerelay.views.figures.page import kind_of
-from saerelay.views.labels import misleading_fvu
+from saerelay.views.figures.page import _KIND_OF_ORIGIN, kind_of
+from saerelay.views.labels import ORIGINS, misleading_fvu
 
 METHODS = ("identity", "affine")
 COST = SuiteCost(
@@ -367,6 +367,18 @@ def test_legs_are_marked_by_where_they_come_from() -> None:
     above = leg("a", "transfer", 0, "L1").changed(origin="from above")
     continued = leg("b", "transfer", 0, "L0").changed(origin="scratch")
     assert (kind_of(above), kind_of(continued)) == ("above", "root")
+    assert [kind_of(above.changed(origin=origin)) for origin in get_args(Origin)] == list(_KIND_OF_ORIGIN.values())
+    assert set(get_args(Origin)) < set(ORIGINS)
+
+    # A leg that continues another at its own layer is drawn as what it comes from.
+    d = documents()
+    rows = [row.changed(parent_layer=row.layer) for row in d.measures.transferability or ()]
+    scores = [row.changed(parent_layer=row.layer) for row in d.measures.transfer_scores or ()]
+    at_home = d.measures.changed(transferability=rows, transfer_scores=scores)
+    for draw in (f.transferability_figure, f.transfer_score_figure):
+        (axis,) = draw(d.summary, at_home).axes
+        labels = " ".join(axis.get_legend_handles_labels()[1])
+        assert ORIGINS["from below"] in labels and ORIGINS["from above"] not in labels
 
 
 def test_only_legs_that_stand_for_their_layers_are_in_heat_maps() -> None:

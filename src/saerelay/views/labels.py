@@ -45,6 +45,7 @@ FATES = STATUSES
 
 ORIGINS = {
     "scratch": "from scratch",
+    "random": "random dictionary",
     "from below": "from a lower layer",
     "from above": "from a higher layer",
     "same layer": "from the same layer",

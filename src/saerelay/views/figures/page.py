@@ -69,7 +69,13 @@ KINDS = {
     "full": LegKind("^", ROLES["full"]),
     "random": LegKind("x", ROLES["random"]),
 }
-_KIND_OF_ORIGIN = {"scratch": "root", "from below": "below", "from above": "above", "same layer": "transfer"}
+_KIND_OF_ORIGIN = {
+    "scratch": "root",
+    "random": "random",
+    "from below": "below",
+    "from above": "above",
+    "same layer": "transfer",
+}
 
 
 def kind_of(leg: LegSummary) -> str:

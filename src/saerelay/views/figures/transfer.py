@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from saerelay.runs.documents.across_layers import Measures, Transferability, TransferScore, Version
+from saerelay.runs.documents.across_layers import Measures, Version
 from saerelay.runs.documents.quality import Summary
 from saerelay.views.figures.page import (
     COLOURS,
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 Row = TypeVar("Row", bound=Version)
 
 
-def _direction(row: Transferability | TransferScore) -> str:
-    """Whether a leg was transferred from "below" or "above"."""
-    return "below" if row.parent_layer < row.layer else "above"
-
-
 def _of(summary: Summary, rows: Sequence[Row] | None) -> list[Row]:
     """Return the rows of measures.json about finished legs of a summary."""
     legs = {leg.id for leg in summary.legs}
@@ -54,11 +49,11 @@ def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme
     facts = facts_of(summary, measures.n_tokens)
     with page(theme, facts, "Feature transferability by layer", small, 2.3) as figure:
         axis = figure.subplots()
-        for kind in ("below", "above"):
-            from_side = [row for row in rows if _direction(row) == kind]
-            if from_side:
-                heights = [100 * (row.transferability or 0) for row in from_side]
-                bars = [x[row.leg] for row in from_side]
+        for kind in KINDS:
+            of_kind = [row for row in rows if kind_of(summary.leg(row.leg)) == kind]
+            if of_kind:
+                heights = [100 * (row.transferability or 0) for row in of_kind]
+                bars = [x[row.leg] for row in of_kind]
                 axis.bar(bars, heights, width=width, color=COLOURS[theme][kind], label=KINDS[kind].label)
         for mean, direction, dashes in ((30.3, "forward", (4, 2)), (28.8, "backward", (1, 1.5))):
             label = f"Ghilardi et al. 2024, {direction}: {mean} %"
@@ -89,16 +84,17 @@ def transfer_score_figure(
     with page(theme, facts, f"Normalised transfer score ({name})", small, 2.3) as figure:
         axis = figure.subplots()
         for kind, trained_on in SCRATCH_KINDS.items():
-            for direction in ("below", "above"):
-                series = [row for row in rows if row.scratch_kind == kind and _direction(row) == direction]
+            of_kind = [row for row in rows if row.scratch_kind == kind]
+            for origin, words in ORIGINS.items():
+                series = [row for row in of_kind if summary.leg(row.leg).origin == origin]
                 if series:
                     axis.plot(
                         [x[f"{row.leg} {row.scratch}"] for row in series],
                         [getattr(row, metric) for row in series],
-                        KINDS[direction].marker,
+                        KINDS[kind_of(summary.leg(series[0].leg))].marker,
                         markersize=4.5,
                         color=COLOURS[theme][kind],
-                        label=f"{ORIGINS[f'from {direction}']}, vs. scratch on {trained_on}",
+                        label=f"{words}, vs. scratch on {trained_on}",
                     )
         ideal_line(axis, theme, 1)
         dress(axis, theme, ylabel="normalised transfer score")
