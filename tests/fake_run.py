@@ -3,6 +3,7 @@
 All files are made from the types that the commands write, so that they cannot differ from what is written in earnest.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from saerelay.data.corpus import Corpus, CorpusFacts
 from saerelay.files import write_text
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts, TokenFacts
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.plan import Hop, Leg, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.across_layers import Matrix, MatrixCell, MatrixQuestion
@@ -96,6 +97,22 @@ def fake_run(root: Path) -> Suite:
     fake_matrix(suite, rng)
     fake_interpretations(suite)
     return suite
+
+
+def extended_run(suite: Suite, root: Path, legs: list[str]) -> Suite:
+    """A copy of a fake run in which some legs were continued: each has as many tokens again."""
+    shutil.copytree(suite.directory.root, root)
+    paths = RunDirectory(root)
+    plan = suite.plan
+    for leg_id in legs:
+        leg = plan.leg(leg_id)
+        hop = Hop(parent=leg_id, method="identity", fork_at_tokens=leg.budget_tokens)
+        more = leg.changed(id=f"{leg_id}+more", hop=hop)
+        plan = plan.changed(legs=[*plan.legs, more])
+        shutil.copytree(paths.leg(leg_id), paths.leg(more.id))
+        shutil.copy(paths.evaluation(leg_id), paths.evaluation(more.id))
+    plan.save(paths.plan)
+    return load(root)
 
 
 def fake_tokens(paths: RunDirectory, rng: np.random.Generator) -> np.ndarray:

@@ -255,7 +255,7 @@ def test_what_is_not_there_is_named(suite: sr.Suite) -> None:
         Lineage.load(root)
     with pytest.raises(RunDirectoryError, match=r"no features here; `saerelay show RUN LEG 0` makes them"):
         sr.load_features(suite.directory, "L0")
-    suite.directory.lineage.write_text('{"schema": 1, "links": [{}]}')
+    suite.directory.lineage.write_text('{"schema": 2, "links": [{}]}')
     with pytest.raises(RunDirectoryError, match=r"lineage.json: damaged .*; delete it"):
         Lineage.load(root)
     suite.directory.features("L0").parent.mkdir()

@@ -1,6 +1,8 @@
 """The paper's measures: against slow definitions, on cases with known answers, and over a whole run of its preset."""
 
+import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
@@ -17,7 +19,7 @@ from saerelay.analysis import measures as module
 from saerelay.analysis.attribution import direct_logit_attribution, own_prompts
 from saerelay.analysis.evaluate import evaluate
 from saerelay.analysis.matrix import matrix
-from saerelay.analysis.measures import measures
+from saerelay.analysis.measures import comparisons_of, measures, transferabilities
 from saerelay.analysis.metrics import held_out, measure
 from saerelay.analysis.prompts import Prompt, read_prompts
 from saerelay.analysis.session import Session
@@ -29,6 +31,7 @@ from saerelay.analysis.similarity import (
     transfer_score,
     values_by_offset,
 )
+from saerelay.analysis.versions import load_versions
 from saerelay.cli import main
 from saerelay.errors import DataError, ModelError
 from saerelay.lm.model import LanguageModel
@@ -303,6 +306,24 @@ def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(
     with pytest.raises(ModelError, match="no language-model head"):
         (tmp_path / "p.jsonl").write_text('{"prompt": [5], "correct": 7, "wrong": 8}')
         measures(Session(lone, model=LanguageModel(model._model, headless)), prompts=tmp_path / "p.jsonl")
+
+
+def test_a_hop_that_took_nothing_from_its_parent_is_not_compared_with_it(
+    suite: sr.Suite, model: LanguageModel, document: Measures, tmp_path: Path
+) -> None:
+    root = shutil.copytree(suite.directory.root, tmp_path / "run")
+    path = root / "legs/L1-from-L0/dictionary.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"hop": info["hop"] | {"method": "scratch"}}))
+    fell_back = sr.load(root)
+    versions = load_versions(fell_back.session, held_out(suite.plan, suite.session.corpus.test, 256), None)
+    compared = {(c.kind, c.about.leg.id) for c in comparisons_of(fell_back, versions)}
+    assert ("hop", "L1-from-L0") not in compared and ("hop", "L1-from-L2") in compared
+    assert document.transferability
+    associations = TokenAssociations(*(torch.zeros(64, 10, dtype=torch.long) for _ in range(3)))
+    versions = [replace(version, associations=associations) for version in versions]
+    rows = transferabilities(fell_back, versions)
+    assert {row.leg for row in rows} == {row.leg for row in document.transferability} - {"L1-from-L0"}
 
 
 # --- prompts from a file ----------------------------------------------------------------------------------------

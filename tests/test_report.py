@@ -1,5 +1,6 @@
 """The report's files: what is written for a page to read, and what the summary says of a run."""
 
+import io
 import json
 import re
 import shutil
@@ -9,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import HOSTILE, KNOWN, F, V, fake_run, sources_of, summary_of, write_studies
+from fake_run import HOSTILE, KNOWN, F, V, extended_run, fake_run, sources_of, summary_of, write_studies
+from rich.console import Console
 
 import saerelay.views.report
+from saerelay.analysis.judging import legs_by_origin
+from saerelay.analysis.lineage import ancestor, leg_pairs
 from saerelay.analysis.suite import Suite, load
 from saerelay.analysis.summary import summarise
 from saerelay.data.corpus import Corpus
@@ -26,7 +30,8 @@ from saerelay.views.report import write_report
 from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, training_curves
 from saerelay.views.report.overview import BOTTOM, TOP, mark_kind, overview
 from saerelay.views.report.rows import tiles
-from saerelay.views.report.story import lost, saved, story, transfers_badly
+from saerelay.views.report.story import lost, saved, story, trained, transfers_badly
+from saerelay.views.tables.quality import quality_table
 
 LEG = "L1"
 
@@ -237,13 +242,69 @@ def test_a_leg_that_was_continued_is_not_counted_twice(suite: Suite) -> None:
     assert [row.leg.id for row in rows] == ["L0-from-L1", "L1", "more"]
 
 
+def test_an_extended_run_is_compared_with_the_controls_as_they_are_now(suite: Suite, tmp_path: Path) -> None:
+    old, new = "L0-from-L1", "L0-from-L1+more"
+    equal, full = "L0-scratch-equal", "L0-scratch-full+more"
+    extended = extended_run(suite, tmp_path / "extended", ["L1", old, "L0-scratch-full"])
+    assert [leg.id for leg in extended.scratch_counterparts(extended.leg(new))] == [full]
+    assert [leg.id for leg in extended.scratch_counterparts(extended.leg(old))] == [equal]
+    pairs = [(pair.source.id, pair.target.id) for pair in leg_pairs(extended) if pair.kind == "control"]
+    assert pairs == [(old, equal), (new, full)]
+    assert [leg.id for (site, _, _), leg in legs_by_origin(extended).items() if site.layer < 2] == [
+        new,
+        full,
+        "L1+more",
+    ]
+
+    summary = summary_of(extended)
+    assert summary.controls_of(summary.leg(new)) == [summary.leg(full)]
+    assert summary.controls_of(summary.leg(old)) == [summary.leg(equal)], "the continued leg has more tokens"
+    assert summary.leg(full).tokens_in_all == 2 * summary.leg("L0-scratch-full").tokens
+    assert summary.leg(new).made == f"{summary.leg(old).made}, continued"
+    told = story(extended.plan, with_legs(summary, **{new: {"delta_ce": 0.12}}))
+    assert "1.20 at layer 0" in told["lost"][0] and "1.20 times" in told["price"][0]
+    assert "Layer 1 was trained from scratch on 16.5k tokens" in told["trained"]
+    (row,) = (row for row in told["rows"] if row.leg.id == new)
+    assert [(control.leg.id, control.tokens) for control in row.controls] == [(full, "16.5k")]
+    output = Console(width=200, file=io.StringIO())
+    output.print(quality_table(summary))
+    shown = output.file.getvalue()  # type: ignore[attr-defined]
+    assert "from scratch, continued" in shown and "full budget, before it was continued" in shown
+
+
+def test_of_a_continued_transfer_that_fell_back_nothing_is_transferred(suite: Suite, tmp_path: Path) -> None:
+    extended = extended_run(suite, tmp_path / "extended", ["L2-from-L1"])
+    fell_back(extended, "L2-from-L1")
+    summary = summary_of(extended)
+    assert not summary.is_transferred(summary.leg("L2-from-L1+more"))
+    assert "Layers 1 and 2 were trained from scratch on 4.22k to 8.26k tokens" in trained(extended.plan, summary)
+    first, more = extended.leg("L2-from-L1"), extended.leg("L2-from-L1+more")
+    assert [extended.is_transferred(leg) for leg in (first, more, extended.leg("L0-from-L1"))] == [False, False, True]
+    assert ancestor(extended, first) == ancestor(extended, more) == first.id
+    pairs = {(pair.source.id, pair.target.id) for pair in leg_pairs(extended) if pair.kind == "hop"}
+    assert pairs == {("L1", "L0-from-L1"), (first.id, more.id)}
+
+
+def fell_back(suite: Suite, leg_id: str) -> None:
+    """Say of a leg that no map from its parent helped."""
+    path = suite.directory.leg(leg_id) / "dictionary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hop": {"method": "scratch"}}))
+
+
+def test_controls_that_are_as_good_as_the_model_have_no_ratio(suite: Suite) -> None:
+    summary = with_legs(summary_of(suite), **{"L0-scratch-full": {"delta_ce": -0.01}})
+    told = story(suite.plan, summary)
+    assert "in nats per token, the model's loss is 0.110" in told["lost"][0] and "not above 0" in told["lost"][0]
+    assert "ratios would say nothing" in told["price"][0]
+    assert not any("No from-scratch controls" in sentence for sentence in told["lost"])
+    assert "cannot be ranked" in told["badly"][0]
+
+
 def test_a_hop_that_was_trained_from_scratch_is_shown_as_one_from_scratch(suite: Suite, tmp_path: Path) -> None:
     """Where no map was better than a random dictionary."""
     root = shutil.copytree(suite.directory.root, tmp_path / "fallen back")
-    path = root / "legs/L2-from-L1/dictionary.json"
-    info = json.loads(path.read_text())
-    path.write_text(json.dumps(info | {"hop": {"method": "scratch"}}))
     fallen_back = load(root)
+    fell_back(fallen_back, "L2-from-L1")
     leg = fallen_back.leg("L2-from-L1")
     assert suite.origin(leg) == "from below" and fallen_back.origin(leg) == "scratch"
     row = summarise(fallen_back, Corpus.open(fallen_back.directory.tokens)).leg("L2-from-L1")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from saerelay.analysis.lineage import ancestor, leg_pairs
 from saerelay.analysis.suite import load
 from saerelay.data.stream import AbstractStream, Block, TensorStream
 from saerelay.errors import Interrupted, LegFailed
@@ -437,5 +438,10 @@ def test_a_random_control_is_worse_than_what_it_controls(facts: ModelFacts, tmp_
     info = suite.info(random)
     assert info.tokens == 0 and info.hop and info.hop.method == "random"
     assert suite.made(random) == "random dictionary, refitted" and suite.scratch_counterparts(carried) == []
+    assert suite.origin(random) == "random" and not suite.is_transferred(random)
+    assert ancestor(suite, carried) == "L1" and ancestor(suite, random) == random.id
+    links = {(pair.kind, pair.source.id, pair.target.id) for pair in leg_pairs(suite)}
+    assert ("hop", "L1", "L0-from-L1") in links and ("control", "L0-from-L1", "L0-random") in links
+    assert not any(kind == "hop" and target == random.id for kind, _, target in links)
     x = make_stream(facts).block(0, [Site(0)]).rows(Site(0), 512).float()
     assert fvu(suite.dictionary(carried), x) < 0.9 * fvu(suite.dictionary(random), x) < 0.5

@@ -308,7 +308,7 @@ def differences(
     by_leg = {row.leg: row for row in rows}
     by_kind: dict[str, list[tuple[CircuitLeg, CircuitLeg]]] = {}
     for leg in suite.legs:
-        if leg.role != "transfer":
+        if not suite.is_transferred(leg):
             continue
         for scratch in suite.scratch_counterparts(leg):
             if leg.id in by_leg and scratch.id in by_leg:

@@ -20,7 +20,7 @@ from saerelay.analysis.session import Session
 from saerelay.analysis.site_maps import SitePair, map_of_legs, sites_between
 from saerelay.errors import RunDirectoryError
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.plan import Leg
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.latents import (
     STATUSES,
@@ -170,7 +170,7 @@ def make_lineage(session: Session, *, tokens: int = 0, features: bool = False) -
     dictionaries = {leg.id: Placed.at_home(leg, suite.dictionary(leg)).on(session.model.device) for leg in legs}
     compared_sites = [sites for pair in pairs for sites in sites_between(pair.source, pair.target)]
     maps = session.maps.between(neighbour_pairs(suite, without_features) + compared_sites)
-    comparisons = [compare(session.plan, pair, dictionaries, maps) for pair in pairs]
+    comparisons = [compare(suite, pair, dictionaries, maps) for pair in pairs]
 
     sequences = session.held_out(tokens)
     device = session.model.device
@@ -237,14 +237,19 @@ def question(session: Session, tokens: int) -> LineageQuestion:
 
 
 def leg_pairs(suite: PublishedSuite) -> list[LegPair]:
-    """Return the pairs of legs to compare; a parent outside the run has no link."""
+    """Return the pairs of legs to compare.
+
+    A parent outside the run has no link, nor has one from which nothing was taken; of a continued control, only the
+    continuation has one to the leg that it is compared with.
+    """
     published = {leg.id: leg for leg in suite.legs}
     pairs = []
     for leg in suite.legs:
-        if leg.parent in published:
+        if leg.parent in published and not suite.begins_afresh(leg):
             pairs.append(LegPair("hop", published[leg.parent], leg))
-        if leg.control_of in published:
-            pairs.append(LegPair("control", published[leg.control_of], leg))
+        controlled = published.get(suite.compared_with(leg))
+        if controlled and not suite.continuation_of(leg):
+            pairs.append(LegPair("control", controlled, leg))
     for leg in suite.one_per_site:
         above = suite.neighbour_above(leg)
         if above:
@@ -254,23 +259,24 @@ def leg_pairs(suite: PublishedSuite) -> list[LegPair]:
 
 
 def compare(
-    plan: Plan,
+    suite: PublishedSuite,
     pair: LegPair,
     dictionaries: Mapping[str, Placed],
     maps: Mapping[SitePair, AffineMap],
 ) -> Comparison:
     """Begin the comparison of a pair, before any tokens are read."""
     folded = fold(dictionaries[pair.source.id].dictionary, map_of_legs(maps, pair.source, pair.target))
-    by_index = ancestor(plan, pair.source) == ancestor(plan, pair.target)
+    by_index = ancestor(suite, pair.source) == ancestor(suite, pair.target)
     return Comparison(pair, folded, dictionaries[pair.target.id].dictionary, by_index)
 
 
-def ancestor(plan: Plan, leg: Leg) -> str:
+def ancestor(suite: PublishedSuite, leg: Leg) -> str:
     """Return the root from which a leg's latents have their index, or the directory of a root outside the run.
 
-    A leg with more or fewer latents than its parent counts as a root itself.
+    A leg with more or fewer latents than its parent counts as a root itself, and so does one that took nothing from it.
     """
-    while leg.parent:
+    plan = suite.plan
+    while not suite.begins_afresh(leg):
         inside = plan.has(leg.parent)
         parent = plan.leg(leg.parent).dictionary if inside else plan.externals[leg.parent]
         if parent.n_latents != leg.dictionary.n_latents:

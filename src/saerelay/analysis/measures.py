@@ -70,7 +70,7 @@ def measures(session: Session, *, prompts: Path | None = None, tokens: int = 0) 
         asked=asked,
         n_matrix_tokens=matrix.n_tokens if matrix else None,
         similarity=similarities(session, versions),
-        transferability=None if W_U is None else transferabilities(versions),
+        transferability=None if W_U is None else transferabilities(session.suite, versions),
         transfer_scores=transfer_scores(session, versions, matrix) if matrix else None,
         offsets=offsets(session.suite, matrix) if matrix else None,
         dla=None if W_U is None else attributions(session, versions, W_U, given, prompts, sequences),
@@ -148,9 +148,9 @@ def comparisons_of(suite: PublishedSuite, versions: Sequence[LegVersion]) -> lis
             comparisons.append(Comparison("suite", legs[a.id], legs[b.id], about=legs[b.id]))
     for version in versions:
         others: list[tuple[Literal["hop", "scratch"], LegVersion]] = []
-        if version.leg.parent in legs:
+        if version.leg.parent in legs and not suite.begins_afresh(version.leg):
             others.append(("hop", legs[version.leg.parent]))
-        if version.leg.role == "transfer":
+        if suite.is_transferred(version.leg):
             for leg in suite.scratch_counterparts(version.leg):
                 others.append(("scratch", legs[leg.id]))
         for kind, other in others:
@@ -181,12 +181,12 @@ def similarity(comparison: Comparison, A: Tensor, device: torch.device) -> Simil
     )
 
 
-def transferabilities(versions: Sequence[LegVersion]) -> list[Transferability]:
+def transferabilities(suite: PublishedSuite, versions: Sequence[LegVersion]) -> list[Transferability]:
     """Compare every transferred leg and snapshot with its parent, by index, if both have the same number of latents."""
     legs = finished(versions)
     rows = []
     for child in versions:
-        if child.leg.role != "transfer" or child.leg.parent not in legs:
+        if not suite.is_transferred(child.leg) or child.leg.parent not in legs:
             continue
         parent = legs[child.leg.parent]
         if not parent.associations or not child.associations or len(parent.alive) != len(child.alive):
@@ -214,18 +214,19 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
     All three are measured on the tokens of matrix.json; versions that it does not hold (controls, perhaps snapshots)
     are measured on them here.
     """
+    suite = session.suite
     legs = finished(versions)
     triples = []
     for version in versions:
-        if version.leg.role == "transfer" and version.leg.parent in legs:
-            for scratch in session.suite.scratch_counterparts(version.leg):
+        if suite.is_transferred(version.leg) and version.leg.parent in legs:
+            for scratch in suite.scratch_counterparts(version.leg):
                 triples.append((version, legs[version.leg.parent], legs[scratch.id]))
     at_home = metrics_at_home(session, matrix, [v for version, _, scratch in triples for v in (version, scratch)])
     carried = {(cell.leg, cell.tokens, cell.method, cell.target): cell for cell in matrix.cells}
 
     rows = []
     for version, parent, scratch in triples:
-        for method in dict.fromkeys(("identity", session.suite.method(version.leg) or "identity")):
+        for method in dict.fromkeys(("identity", suite.method(version.leg) or "identity")):
             zero_shot = carried.get((parent.leg.id, parent.tokens, method, version.leg.layer))
             if zero_shot is None:
                 continue
@@ -240,7 +241,7 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
                     parent_layer=parent.leg.layer,
                     method=method,
                     scratch=scratch.leg.id,
-                    scratch_tokens=scratch.tokens,
+                    scratch_tokens=suite.tokens_before(scratch.leg) + scratch.tokens,
                     scratch_kind=scratch.leg.control_kind or "root",
                     **scores,
                 )

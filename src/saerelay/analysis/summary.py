@@ -48,7 +48,7 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
     return LegSummary(
         id=leg.id,
         role=leg.role,
-        control_of=leg.control_of or None,
+        control_of=(leg.control_of if continuation else suite.compared_with(leg)) or None,
         control_kind=leg.control_kind,
         layer=leg.layer,
         module=leg.module,
@@ -67,6 +67,7 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
         continued_by=continuation.id if continuation else None,
         in_suite=in_suite,
         tokens=info.tokens,
+        tokens_before=suite.tokens_before(leg),
         moment_tokens=leg.moment_tokens,
         refit_tokens=leg.refit_tokens,
         seconds=info.seconds,

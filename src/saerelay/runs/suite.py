@@ -8,7 +8,7 @@ from saerelay.errors import RunDirectoryError
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.dictionaries import read_dictionary, read_info
 from saerelay.runs.directory import RunDirectory
-from saerelay.runs.documents.quality import Origin
+from saerelay.runs.documents.quality import AFRESH, Origin
 from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site, SiteKind
@@ -113,6 +113,8 @@ class PublishedSuite:
             return "random dictionary, refitted"
         if method == "scratch":
             return f"from scratch: no map from {leg.parent} helped"
+        if self.continues(leg):
+            return f"{self.made(self.first_of(leg))}, continued"
         if self.plan.tier_of(leg):
             return f"{leg.parent} at L0 {leg.dictionary.l0:g}"
         return f"{method_of(leg, method)} from {leg.parent}"
@@ -128,21 +130,57 @@ class PublishedSuite:
                 return other
         return None
 
-    def controls_of(self, leg: Leg) -> list[Leg]:
-        """The control legs that a leg is compared with."""
-        return [other for other in self.legs if other.control_of == leg.id]
+    def continues(self, leg: Leg) -> bool:
+        """Whether a leg is more of the same: its parent has its site, its size, and its role."""
+        if not self.plan.has(leg.parent):
+            return False
+        parent = self.plan.leg(leg.parent)
+        same_place = (parent.site, parent.dictionary) == (leg.site, leg.dictionary)
+        return same_place and (parent.role, parent.control) == (leg.role, leg.control)
+
+    def first_of(self, leg: Leg) -> Leg:
+        """The leg that a leg continues, from the beginning; the leg itself if it continues none."""
+        while self.continues(leg):
+            leg = self.plan.leg(leg.parent)
+        return leg
+
+    @property
+    def _continuations(self) -> dict[str, str]:
+        """The ids of the legs that continue another one, by the id of that leg."""
+        return {leg.parent: leg.id for leg in self.legs if self.continues(leg)}
+
+    def tokens_before(self, leg: Leg) -> int:
+        """The number of tokens that the legs that a leg continues were trained on; 0 if it continues none."""
+        if not leg.hop or not self.continues(leg):
+            return 0
+        before = self.plan.leg(leg.parent)
+        return self.tokens_before(before) + min(leg.hop.fork_at_tokens, self.info(before).tokens)
+
+    def compared_with(self, control: Leg) -> str:
+        """The leg that a control is compared with: the one it was planned for, or the one that continues that leg.
+
+        A control with equal tokens stays with the leg whose tokens it has, unless it was continued, too.
+        """
+        leg_id = control.control_of
+        if control.control_kind == "equal_tokens" and not self.continues(control):
+            return leg_id
+        continuations = self._continuations
+        while leg_id in continuations:
+            leg_id = continuations[leg_id]
+        return leg_id
 
     def scratch_counterparts(self, leg: Leg) -> list[Leg]:
         """The legs from scratch that a transferred leg is compared with: its controls, and roots at its place."""
         counterparts = []
         place = (leg.site, leg.kind, leg.dictionary.l0)
+        continuations = self._continuations
         for other in self.legs:
             one_repeats = self.plan.repeat_of(other) or self.plan.repeat_of(leg)
-            if one_repeats and other.seed != leg.seed:
+            if other.id in continuations or (one_repeats and other.seed != leg.seed):
                 continue
-            is_root = other.role == "root" and not other.parent and not other.shared_layers
+            is_root = other.role == "root" and not other.shared_layers
             is_root = is_root and (other.site, other.kind, other.dictionary.l0) == place
-            is_control = other.control_of == leg.id and other.control_kind != "random"
+            is_control = other.control_kind in ("equal_tokens", "full") and self.compared_with(other) == leg.id
             if is_control or is_root:
                 counterparts.append(other)
         return counterparts
@@ -150,12 +188,22 @@ class PublishedSuite:
     def origin(self, leg: Leg) -> Origin:
         """Where a leg's latents come from; a leg that continues another of its layer has the origin of that leg.
 
-        A hop that was trained from scratch, since no map helped, comes from scratch.
+        A hop that was trained from scratch, since no map helped, comes from scratch; a random dictionary, from nowhere.
         """
         first = self.plan.first_at_layer(leg)
-        if self._is_published(first) and self.method(first) == "scratch":
-            return "scratch"
+        if self.begins_afresh(first):
+            return "random" if first.method == "random" else "scratch"
         return self.plan.origin(leg)
+
+    def begins_afresh(self, leg: Leg) -> bool:
+        """Whether a leg has no parent, or takes nothing from it, so that its latents have nothing to do with it."""
+        method = self.method(leg) if self._is_published(leg) else leg.method
+        return not leg.parent or method in AFRESH
+
+    def is_transferred(self, leg: Leg) -> bool:
+        """Whether a leg's latents come from another leg, of which it is not a control."""
+        first = self.first_of(leg)
+        return first.role == "transfer" and not self.begins_afresh(first)
 
     def neighbour_above(self, leg: Leg) -> Leg | None:
         """The leg that stands for the next layer, at the same kind of module."""

@@ -175,7 +175,7 @@ class TransferScore(Version):
     scratch: str
     """Id of the leg from scratch."""
     scratch_tokens: int
-    """Number of tokens that leg was trained on."""
+    """Number of tokens that leg was trained on, with those of the legs it continues."""
     scratch_kind: Literal["root", "equal_tokens", "full"]
     """Whether it is a root, or which kind of control."""
     fvu: Measured
@@ -232,7 +232,7 @@ class Attributions(Record):
 class Measures(HeldOutFacts, Document):
     """`measures.json`: how much dictionaries have in common and what transfer gained, as in Ghilardi et al. 2024."""
 
-    SCHEMA: ClassVar = 2
+    SCHEMA: ClassVar = 3
     MADE_BY: ClassVar = "`saerelay measures RUN`"
 
     asked: MeasuresQuestion

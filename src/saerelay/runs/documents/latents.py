@@ -97,7 +97,7 @@ class LineageQuestion(Record):
 class LineageFacts(LineageQuestion, Document):
     """All of `lineage.json` except its links."""
 
-    SCHEMA: ClassVar = 1
+    SCHEMA: ClassVar = 2
     MADE_BY: ClassVar = "`saerelay show RUN LEG LATENT`"
     INDENT: ClassVar = None
 

@@ -10,7 +10,10 @@ from saerelay.planning.plan import Role
 from saerelay.planning.survey import SurveyCost
 from saerelay.site import SiteKind
 
-Origin = Literal["scratch", "from below", "from above", "same layer"]
+Origin = Literal["scratch", "random", "from below", "from above", "same layer"]
+AFRESH = ("random", "scratch")
+"""Methods by which a leg takes nothing from its parent: it begins as a random dictionary, or where no map helped, from
+scratch."""
 
 
 class Reconstruction(Record):
@@ -137,7 +140,7 @@ class LegFacts(Record):
     role: Role
     """Role of the leg: a control is a leg from scratch that another leg is compared with."""
     control_of: str | None = None
-    """Id of the leg that a control is compared with."""
+    """Id of the leg that a control is compared with: the one it was planned for, or the one that continues that leg."""
     control_kind: ControlKind | None = None
     """`equal_tokens`: as many tokens as the transfer used in all; `full`: a root's budget; `random`: not trained."""
     layer: int
@@ -168,7 +171,8 @@ class LegStanding(Record):
     """Where a leg's latents come from, and whether it counts as part of the suite."""
 
     origin: Origin
-    """Where its latents come from; a leg that continues another of its layer has the origin of that leg."""
+    """Where its latents come from (`random`: it began as a random dictionary); a leg that continues another of its
+    layer has the origin of that leg."""
     made: str
     """How it was made, in words, such as "affine + refit from L5"."""
     continued_by: str | None = None
@@ -184,6 +188,8 @@ class LegTokens(Record):
 
     tokens: int
     """Number of tokens trained on."""
+    tokens_before: int = 0
+    """Number of tokens that the legs it continues were trained on."""
     moment_tokens: int
     """Number of tokens its map was fitted on."""
     refit_tokens: int
@@ -212,6 +218,11 @@ class LegSummary(Metrics, LegTokens, LegStanding, LegFacts):
 
     snapshots: list[SnapshotSummary]
     """Its snapshots, by age."""
+
+    @property
+    def tokens_in_all(self) -> int:
+        """Number of tokens it was trained on, with those of the legs it continues."""
+        return self.tokens_before + self.tokens
 
     @property
     def kind(self) -> str:
@@ -321,6 +332,24 @@ class Summary(Document):
         """The leg with an id."""
         return next(leg for leg in self.legs if leg.id == leg_id)
 
+    def has(self, leg_id: str | None) -> bool:
+        """Whether there is a leg with an id."""
+        return any(leg.id == leg_id for leg in self.legs)
+
+    def first_of(self, leg: LegSummary) -> LegSummary:
+        """The leg that a leg continues, from the beginning; the leg itself if it continues none."""
+        while self.has(leg.parent):
+            parent = self.leg(leg.parent or "")
+            if parent.continued_by != leg.id or parent.role != leg.role:
+                break
+            leg = parent
+        return leg
+
+    def is_transferred(self, leg: LegSummary) -> bool:
+        """Whether a leg's latents come from another leg, of which it is not a control."""
+        first = self.first_of(leg)
+        return first.role == "transfer" and first.method not in AFRESH
+
     @property
     def suite(self) -> list[LegSummary]:
         """The legs that stand for each site, kind by kind and layer by layer."""
@@ -358,7 +387,7 @@ class Summary(Document):
 
     def is_other_tier(self, leg: LegSummary) -> bool:
         """Whether a leg has another L0 than the leg that stands for its site; a control counts with its leg."""
-        if leg.control_of and any(other.id == leg.control_of for other in self.legs):
+        if leg.control_of and self.has(leg.control_of):
             leg = self.leg(leg.control_of)
         own = [other.target_l0 for other in self.legs if other.in_suite and other.place == leg.place]
         return bool(own) and leg.target_l0 not in own
@@ -374,8 +403,8 @@ class Summary(Document):
         return [leg for leg in self.first_seeds if leg.control_kind != "random"]
 
     def controls_of(self, leg: LegSummary) -> list[LegSummary]:
-        """The controls of a leg."""
-        return [other for other in self.legs if other.control_of == leg.id]
+        """The controls that a leg is compared with: not those that were continued, but the legs that continue them."""
+        return [other for other in self.legs if other.control_of == leg.id and not other.continued_by]
 
     def control(self, leg: LegSummary, kind: ControlKind) -> LegSummary | None:
         """The control of a leg of one kind, if there is one."""

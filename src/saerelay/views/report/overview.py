@@ -186,7 +186,7 @@ def error_of(leg: LegSummary, metric: str) -> float:
 def mark_text(leg: LegSummary, metric: str) -> str:
     """Return the text that a mark shows when it is pointed at."""
     value = with_error(getattr(leg, metric), error_of(leg, metric) or None, 4)
-    return f"{leg.id}: {ROLES[mark_kind(leg)]}, {format_count(leg.tokens)} tokens\n{metric_name(metric)} {value}"
+    return f"{leg.id}: {ROLES[mark_kind(leg)]}, {format_count(leg.tokens_in_all)} tokens\n{metric_name(metric)} {value}"
 
 
 def round_numbers(top: float) -> list[float]:

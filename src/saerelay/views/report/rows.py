@@ -118,9 +118,9 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
             QualityRow(
                 leg=leg,
                 kind=kind if begins else "",
-                tokens=format_count(leg.tokens),
+                tokens=format_count(leg.tokens_in_all),
                 ratio=quality_ratio(leg, full, metric),
-                controls=[ControlRow(control, format_count(control.tokens)) for control in listed],
+                controls=[ControlRow(control, format_count(control.tokens_in_all)) for control in listed],
                 spreads=_spreads(summary, [leg, *listed]),
             )
         )

@@ -54,7 +54,7 @@ def _layers(plan: Plan, summary: Summary) -> str:
 
 
 def _transferred(summary: Summary) -> list[LegSummary]:
-    return [leg for leg in summary.final_legs if leg.parent]
+    return [leg for leg in summary.final_legs if summary.is_transferred(leg)]
 
 
 def _name(leg: LegSummary) -> str:
@@ -91,11 +91,10 @@ def trained(plan: Plan, summary: Summary) -> str:
     ]
     tiers = [leg for leg in legs if summary.is_other_tier(leg)]
     own = [leg for leg in legs if not summary.is_other_tier(leg)]
-    roots = [leg for leg in own if not leg.parent]
-    children = [leg for leg in own if leg.parent]
+    roots = [leg for leg in own if not summary.is_transferred(leg)]
+    children = [leg for leg in own if summary.is_transferred(leg)]
     if roots:
-        tokens = format_count(max(leg.tokens for leg in roots))
-        parts.append(f"{_at_layers(roots)} trained from scratch on {tokens} tokens.")
+        parts.append(f"{_at_layers(roots)} trained from scratch on {_tokens(roots)} tokens.")
     for leg in plan.without_controls().legs:
         if leg.shared_layers:
             shared = listed(sorted([leg.layer, *leg.shared_layers]))
@@ -104,15 +103,14 @@ def trained(plan: Plan, summary: Summary) -> str:
     if children:
         methods = set()
         for leg in children:
-            refit = " with a decoder refit" if leg.refit_tokens else ""
-            methods.add(f"{leg.method}{refit}")
-        tokens = format_count(max(leg.tokens for leg in children))
+            first = summary.first_of(leg)
+            refit = " with a decoder refit" if first.refit_tokens else ""
+            methods.add(f"{first.method}{refit}")
         how = ", ".join(sorted(methods))
-        parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {tokens} tokens each.")
+        parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {_tokens(children)} tokens each.")
     if tiers:
         l0 = listed([f"{tier:g}" for tier in sorted({leg.target_l0 or 0 for leg in tiers})])
-        tokens = format_count(max(leg.tokens for leg in tiers))
-        parts.append(f"Copies of each SAE with {l0} active latents were trained on {tokens} tokens each.")
+        parts.append(f"Copies of each SAE with {l0} active latents were trained on {_tokens(tiers)} tokens each.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Evaluated on {first.n_eval_tokens:,} tokens of documents that were not used for training.")
     if summary.left_out and summary.left_out.note:
@@ -127,6 +125,14 @@ def _at_layers(legs: Sequence[LegSummary]) -> str:
     return f"Layers {listed(layers)} were"
 
 
+def _tokens(legs: Sequence[LegSummary]) -> str:
+    """Return the tokens that legs were trained on: "4k", or "2k to 4k"."""
+    counts = [leg.tokens_in_all for leg in legs]
+    least = format_count(min(counts))
+    most = format_count(max(counts))
+    return most if least == most else f"{least} to {most}"
+
+
 # --- what was saved -------------------------------------------------------------------------------------------------
 
 
@@ -135,22 +141,42 @@ def price(summary: Summary) -> str:
     children = _transferred(summary)
     if not children:
         return ""
-    ratios = sorted(ratio for _, ratio in _ratios(summary, children, "full"))
-    if not ratios:
+    pairs = _with_controls(summary, children, "full")
+    if not pairs:
         return "Quality may not be equal: no transferred layer has a control with the full budget to compare with."
     metric = metric_name(leading_metric(summary))
+    ratios = sorted(ratio for _, ratio in _ratios(summary, pairs))
+    if not ratios:
+        return (
+            f"Quality at this cost: {metric} of the from-scratch controls with the full budget is not above 0, so "
+            "ratios would say nothing; the differences are given below."
+        )
     span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
     return (
-        f"Quality at this cost: {metric} is {span} times that of from-scratch controls with the full budget, at the "
-        f"{len(ratios)} of {len(children)} transferred layers that have one."
+        f"Quality at this cost: {metric} is {span} times that of from-scratch controls with the full budget, at "
+        f"{len(ratios)} of {len(children)} transferred layers."
     )
 
 
-def _ratios(summary: Summary, legs: Sequence[LegSummary], kind: ControlKind) -> list[tuple[LegSummary, float]]:
-    """Return the legs that have a control of a kind, with their leading metric divided by the control's."""
-    ratios = []
+Pair = tuple[LegSummary, LegSummary]
+"""A leg and its control."""
+
+
+def _with_controls(summary: Summary, legs: Sequence[LegSummary], kind: ControlKind) -> list[Pair]:
+    """Return the legs that have a control of a kind, each with this control."""
+    pairs = []
     for leg in legs:
-        ratio = quality_ratio(leg, summary.control(leg, kind), leading_metric(summary))
+        control = summary.control(leg, kind)
+        if control:
+            pairs.append((leg, control))
+    return pairs
+
+
+def _ratios(summary: Summary, pairs: Sequence[Pair]) -> list[tuple[LegSummary, float]]:
+    """Return legs with their leading metric divided by the control's, where the ratio means something."""
+    ratios = []
+    for leg, control in pairs:
+        ratio = quality_ratio(leg, control, leading_metric(summary))
         if ratio is not None:
             ratios.append((leg, ratio))
     return ratios
@@ -193,23 +219,31 @@ def lost(summary: Summary) -> list[str]:
     )
     sentences = []
     for kind, words in comparisons:
-        ratios = _ratios(summary, summary.final_legs, kind)
-        if not ratios:
-            continue
-        by_layer = listed([f"{ratio:.2f} at layer {leg.layer}" for leg, ratio in ratios])
-        text = f"{metric_name(leading_metric(summary))} divided by that of {words}: {by_layer}"
-        gaps = []
-        for leg, _ in ratios:
-            control = summary.control(leg, kind)
-            if control and is_number(leg.delta_ce) and is_number(control.delta_ce):
-                gaps.append(_gap(leg, control, leg.delta_ce - control.delta_ce))
-        if gaps:
-            text += f"; in nats per token, the model's loss is {listed(gaps)}"
-        sentences.append(f"{text}.")
+        pairs = _with_controls(summary, summary.final_legs, kind)
+        if pairs:
+            sentences.append(_comparison(summary, pairs, words))
     if not sentences:
         sentences.append("No from-scratch controls were trained, so this run does not say what the transfer costs.")
     rise = _loss_rise(summary)
     return [*sentences, rise] if rise else sentences
+
+
+def _comparison(summary: Summary, pairs: Sequence[Pair], words: str) -> str:
+    """Compare legs with their controls, which are described in words: by ratios and by differences in nats."""
+    metric = metric_name(leading_metric(summary))
+    ratios = [f"{ratio:.2f} at layer {leg.layer}" for leg, ratio in _ratios(summary, pairs)]
+    parts = []
+    if ratios:
+        parts.append(f"{metric} divided by that of {words}: {listed(ratios)}")
+    else:
+        parts.append(f"{metric} cannot be divided by that of {words}, which is not above 0")
+    gaps = []
+    for leg, control in pairs:
+        if is_number(leg.delta_ce) and is_number(control.delta_ce):
+            gaps.append(_gap(leg, control, leg.delta_ce - control.delta_ce))
+    if gaps:
+        parts.append(f"in nats per token, the model's loss is {listed(gaps)}")
+    return f"{'; '.join(parts)}."
 
 
 def _gap(leg: LegSummary, control: LegSummary, gap: float) -> str:
@@ -245,9 +279,13 @@ def transfers_badly(summary: Summary) -> list[str]:
     if not children:
         return ["Nothing was transferred in this run."]
     sentences = []
-    ratios = sorted(_ratios(summary, children, "full"), key=lambda pair: -pair[1])
+    metric = metric_name(leading_metric(summary))
+    pairs = _with_controls(summary, children, "full")
+    ratios = sorted(_ratios(summary, pairs), key=lambda pair: -pair[1])
     if ratios:
-        sentences.append(_worst_compared(ratios, metric_name(leading_metric(summary))))
+        sentences.append(_worst_compared(ratios, metric))
+    elif pairs:
+        sentences.append(f"The layers with a full-budget control cannot be ranked: its {metric} is not above 0.")
     predicted = _worst_predicted(children)
     if predicted:
         sentences.append(predicted)

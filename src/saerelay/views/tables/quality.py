@@ -12,7 +12,10 @@ from saerelay.views.text import decimal, duration, is_number, percent, with_erro
 
 
 def quality_table(summary: Summary) -> Table:
-    """Show one row per leg, with its controls and snapshots below it, layer by layer."""
+    """Show one row per leg, with its controls and snapshots below it, layer by layer.
+
+    A control whose leg is not published has a row of its own.
+    """
     title = f"{escape(summary.model)}: held-out quality of every SAE"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     predicted = any(leg.predicted_fvu is not None for leg in summary.legs)
@@ -25,19 +28,24 @@ def quality_table(summary: Summary) -> Table:
         table.add_column(name, justify="right")
 
     kind = "" if len(summary.kinds) > 1 else str(SiteKind())  # no heading where all are of the usual kind
-    for leg in summary.in_order(leg for leg in summary.first_seeds if leg.role != "control"):
+    shown = [leg for leg in summary.first_seeds if not summary.has(leg.control_of)]
+    for leg in summary.in_order(shown):
         if leg.kind != kind:
             kind = leg.kind
             table.add_row("", f"[underline]{kind}[/underline]")
-        table.add_row(str(leg.layer), escape(leg.made), *_metrics(leg), *_predictions(leg, predicted), style="bold")
+        name = ROLES[leg.control_kind] if leg.control_kind else escape(leg.made)
+        table.add_row(str(leg.layer), name, *_leg_cells(leg, predicted), style="bold")
         _add_spread(table, summary, leg)
-        for control in summary.controls_of(leg):
-            name = ROLES[control.control_kind or "full"]
-            row = ("", f"  {name}", *_metrics(control), *_predictions(control, predicted))
-            table.add_row(*row, style="dim")
-            _add_spread(table, summary, control)
+        for control in summary.legs:
+            if control.control_of == leg.id:
+                name = ROLES[control.control_kind or "full"]
+                if control.continued_by:
+                    name += ", before it was continued"
+                table.add_row("", f"  {name}", *_leg_cells(control, predicted), style="dim")
+                _add_spread(table, summary, control)
         for snapshot in leg.snapshots:
-            table.add_row("", "  snapshot during training", *_metrics(snapshot), style="dim")
+            cells = [format_count(snapshot.tokens), *_metrics(snapshot)]
+            table.add_row("", "  snapshot during training", *cells, style="dim")
     return table
 
 
@@ -48,9 +56,12 @@ def _add_spread(table: Table, summary: Summary, leg: LegSummary) -> None:
         table.add_row("", f"  {seeds_label(legs)}", "", *spread_cells(legs), style="dim")
 
 
+def _leg_cells(leg: LegSummary, predicted: bool) -> list[str]:
+    return [format_count(leg.tokens_in_all), *_metrics(leg), *_predictions(leg, predicted)]
+
+
 def _metrics(leg: LegSummary | SnapshotSummary) -> list[str]:
     return [
-        format_count(leg.tokens),
         decimal(leg.l0, 1),
         with_error(leg.delta_ce, leg.delta_ce_se, 4),
         decimal(leg.balanced_fvu, 4),
