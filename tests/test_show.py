@@ -62,7 +62,7 @@ def test_a_latent_is_printed_as_it_is() -> None:
     assert "promotes   '[red]markup[/red] [link=x]' +1.50" in text
     assert re.search(r"^ +1  L1\[b\] +7 +0.900 +0.000 +kept *$", text, re.MULTILINE)
     assert re.search(r"^ +1  L1\[b\] \(control\) +7 .* died *$", text, re.MULTILINE)
-    assert "most similar above, in L1[b] (decoder cosine without a map): 9 (0.50)" in text
+    assert "most similar above, in L1[b] (decoder cosine after the affine map between the layers): 9 (0.50)" in text
     assert set(re.findall(r"[\x00-\x1f\x7f\u202e\u200b\ud800]", text)) == {"\n"}
 
 

@@ -191,7 +191,7 @@ function similarSection(run, feature) {
   const head = element(
     "tr",
     element("th", { scope: "col" }, "Feature"),
-    element("th.n", { scope: "col" }, "Decoder cosine, without a map"),
+    element("th.n", { scope: "col" }, "Decoder cosine, after the affine map"),
   );
   return element(
     "section",

@@ -40,7 +40,8 @@ def latent_view(latent: LatentDescription, *, colour: bool) -> Group:
     lines += _logits("suppresses", latent.bottom_logits)
     for side, similar in latent.similar.items():
         latents = "  ".join(f"{other.latent} ({other.cosine:.2f})" for other in similar.latents)
-        lines.append(Text(f"most similar {side}, in {similar.leg} (decoder cosine without a map): {latents}"))
+        about = f"most similar {side}, in {similar.leg} (decoder cosine after the affine map between the layers)"
+        lines.append(Text(f"{about}: {latents}"))
     return Group(*lines, Text(), _lineage_table(latent))
 
 
