@@ -19,7 +19,9 @@ from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.latents import FeatureFacts, LineageDocument
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.runs.tensors import write_tensors
+from saerelay.spec import format_count
 from saerelay.workflows.report import report_run
+from saerelay.workflows.share import export_run
 
 OLD, NEW = "L1-from-L0", "L1-from-L0+4.03k"
 
@@ -131,6 +133,13 @@ def test_the_summary_says_which_leg_stands_for_a_layer(run: Path) -> None:
     assert summary.leg(OLD).continued_by == NEW and not summary.leg(OLD).in_suite
     assert [leg.id for leg in summary.suite] == ["L0", NEW] == [leg.id for leg in summary.final_legs]
     assert summary.leg(NEW).origin == summary.leg(OLD).origin == "from below"
+
+
+def test_a_model_card_counts_the_tokens_of_the_whole_line(run: Path, tmp_path: Path) -> None:
+    own = sr.load(run).info(sr.load(run).leg(NEW)).tokens
+    (continued,) = export_run(str(run), tmp_path / "out", "saerelay", legs=[NEW])
+    assert continued.tokens_before == sr.load(run).info(sr.load(run).leg(OLD)).tokens > 0
+    assert f"| {format_count(own + continued.tokens_before)} tokens |" in (tmp_path / "out/README.md").read_text()
 
 
 MAKERS: dict[str, tuple[type[Document], Callable[[sr.Suite], object]]] = {

@@ -80,6 +80,8 @@ class ExportedSAE:
     """The leg that trained it, if it belongs to a run."""
     metrics: dict[str, Any]
     """The metrics of eval/<id>.json; {} if it was not evaluated."""
+    tokens_before: int = 0
+    """Number of tokens that the legs which its leg continues were trained on."""
 
 
 def model_card(
@@ -176,6 +178,8 @@ def _quality(saes: Sequence[ExportedSAE]) -> str:
     rows = []
     for sae in saes:
         tokens = sae.origin.provenance.get("tokens")
+        if isinstance(tokens, int):
+            tokens += sae.tokens_before
         rows.append(
             [
                 sae.folder,

@@ -228,7 +228,8 @@ def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) ->
         metrics = _metrics(suite, leg)
         origin = _published_origin(origin, suite.plan, metrics, module_path=paths.get(leg.site, ""))
         write_dictionary(_place(directory, folder, format), dictionary, origin, format)
-        saes.append(ExportedSAE(folder, describe(dictionary), origin, leg=leg, metrics=metrics))
+        tokens_before = suite.tokens_before(leg)
+        saes.append(ExportedSAE(folder, describe(dictionary), origin, leg, metrics, tokens_before))
     return saes
 
 
