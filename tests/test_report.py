@@ -21,6 +21,7 @@ from saerelay.analysis.summary import summarise
 from saerelay.data.corpus import Corpus
 from saerelay.errors import RunDirectoryError
 from saerelay.planning.survey import SurveyCost
+from saerelay.runs.documents.across_layers import Matrix
 from saerelay.runs.documents.latents import LineageDocument
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.documents.training import TrainingLine
@@ -31,7 +32,10 @@ from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, traini
 from saerelay.views.report.overview import BOTTOM, TOP, mark_kind, overview
 from saerelay.views.report.rows import tiles
 from saerelay.views.report.story import lost, saved, story, trained, transfers_badly
+from saerelay.views.tables.across_layers import matrix_tables
 from saerelay.views.tables.quality import quality_table
+from saerelay.views.tables.savings import summary_prices
+from saerelay.workflows.report import report_run
 
 LEG = "L1"
 
@@ -210,6 +214,8 @@ def test_the_summary_says_what_was_saved_and_lost(suite: Suite) -> None:
     )
     surveyed = costing(survey=survey)
     assert "nothing was saved" in saved(surveyed) and "survey" in saved(surveyed)
+    priceless = costing(sae_samples=0)  # such as copies that are neither trained nor refitted
+    assert "Samples" not in {tile.name for tile in tiles(priceless)} and len(tiles(priceless)) == 3
     untimed = costing(seconds=None)
     assert "Time" not in {tile.name for tile in tiles(untimed)} and "took" not in saved(untimed).split("control")[0]
 
@@ -240,6 +246,75 @@ def test_a_leg_that_was_continued_is_not_counted_twice(suite: Suite) -> None:
     legs = [continued if leg.id == old.id else leg for leg in summary.legs]
     rows = story(suite.plan, only(summary, [*legs, more]))["rows"]
     assert [row.leg.id for row in rows] == ["L0-from-L1", "L1", "more"]
+
+
+def test_the_survey_counts_in_every_price_that_is_known(suite: Suite) -> None:
+    cost = summary_of(suite).cost
+    survey = SurveyCost(
+        lm_tokens=1, sae_samples=2, flops=8e9, lm_flops=4e9, seconds=3.0, seconds_per_sample=0.0,
+        seconds_per_lm_flop=0.0,
+    )  # fmt: skip
+    together = cost.changed(survey=survey).with_survey
+    assert cost.lm_flops and together.lm_flops == cost.lm_flops + 4e9 and together.flops == cost.flops + 8e9
+    of_old_version = summary_of(suite).changed(cost=cost.changed(survey=survey.changed(lm_flops=None)))
+    names = [price.name for price in summary_prices(of_old_version)]
+    assert "operations" in names and "operations of the language model" not in names
+
+
+def partial_run(suite: Suite, root: Path, legs: list[str]) -> Suite:
+    """A copy of a fake run of which only some legs are published so far."""
+    shutil.copytree(suite.directory.root, root)
+    for leg in suite.legs:
+        if leg.id not in legs:
+            shutil.rmtree(root / "legs" / leg.id)
+    return load(root)
+
+
+def test_what_is_not_published_has_no_price(suite: Suite, tmp_path: Path) -> None:
+    root = suite.plan.leg("L1")
+    summary = summary_of(partial_run(suite, tmp_path / "root", ["L1"]))
+    cost = summary.cost
+    assert cost.sae_samples == cost.from_scratch.sae_samples == root.budget_tokens and not cost.controls.sae_samples
+    child = suite.plan.leg("L0-from-L1")
+    cost = summary_of(partial_run(suite, tmp_path / "child", ["L0-from-L1"])).cost
+    assert child.hop and cost.from_scratch.sae_samples == root.budget_tokens, "of one layer"
+    assert cost.sae_samples == child.hop.fork_at_tokens + child.budget_tokens + child.refit_tokens
+    assert 0 < cost.flops < summary_of(suite).cost.flops
+
+
+def test_of_controls_alone_there_is_their_quality_and_nothing_else(suite: Suite, tmp_path: Path) -> None:
+    alone = partial_run(suite, tmp_path / "alone", ["L0-scratch-full"])
+    summary = summary_of(alone)
+    table = quality_table(summary)
+    assert list(table.columns[1].cells) == [ROLES["full"]] and list(table.columns[0].cells) == ["0"]
+    assert summary.cost.sae_samples == 0 < summary.cost.controls.sae_samples
+    for analysis in (alone.matrix, lambda: report_run(alone)):
+        with pytest.raises(RunDirectoryError, match="only controls are finished yet; finish the run with"):
+            analysis()
+
+
+def test_a_matrix_is_shown_leg_by_leg_as_it_was_asked_for(suite: Suite) -> None:
+    """Also without the cells of the legs' own layers, which only the plain copy has."""
+    matrix = Matrix.load(suite.directory.matrix)
+    hostile = matrix.asked.legs | {"[/x]": [1]}
+    foreign = matrix.cells[0].changed(leg="gone")
+    for method in ("affine", "identity"):
+        cells = [cell for cell in matrix.cells if cell.method == method]
+        part = matrix.changed(cells=[foreign.changed(method=method), *cells], asked=matrix.asked.changed(legs=hostile))
+        output = Console(width=200, file=io.StringIO())
+        output.print(*matrix_tables(part))
+        shown = output.file.getvalue()  # type: ignore[attr-defined]
+        assert "L0-from-L1" in shown and "[/x]" in shown and "gone" not in shown
+        assert f"{next(cell.fvu for cell in cells if cell.source != cell.target):.3f}" in shown
+
+
+def test_a_matrix_of_an_unknown_method_is_damaged(suite: Suite) -> None:
+    """Figures are named after methods, and a name from a file could lead out of the run."""
+    data = json.loads(suite.directory.matrix.read_text())
+    data["cells"][1]["method"] = "x/../../outside"
+    suite.directory.matrix.write_text(json.dumps(data))
+    with pytest.raises(RunDirectoryError, match="damaged .*method"):
+        sources_of(suite)
 
 
 def test_an_extended_run_is_compared_with_the_controls_as_they_are_now(suite: Suite, tmp_path: Path) -> None:

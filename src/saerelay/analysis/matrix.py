@@ -16,7 +16,7 @@ from saerelay.data.stream import gather_rows
 from saerelay.errors import RecipeError
 from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import read_dictionary
-from saerelay.runs.documents.across_layers import Matrix, MatrixCell, MatrixQuestion
+from saerelay.runs.documents.across_layers import CarryingMethod, Matrix, MatrixCell, MatrixQuestion
 from saerelay.runs.documents.quality import EvaluationMetrics
 from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.runs.suite import PublishedSuite
@@ -27,8 +27,7 @@ from saerelay.sae.transfer import Retraining, carry, refit_in
 from saerelay.sae.units import Balance, Units
 from saerelay.site import ModuleKind, Site
 
-METHODS: tuple[str, ...] = (*get_args(Method), "affine+refit")
-"""Ways to carry a dictionary to another layer without training it there."""
+METHODS: tuple[str, ...] = get_args(CarryingMethod)
 MATRIX_TOKENS = 8_192
 """Default number of held-out tokens per cell, unless the recipe evaluates on fewer."""
 REFIT_ROWS = 32_768
@@ -73,11 +72,12 @@ def matrix(
     """Measure the legs of the suite at all its sites; writes matrix.json, unless it already answers the question.
 
     `methods` are methods of a transfer, or "affine+refit"; with `snapshots`, the legs' snapshots are measured as well.
-    Raises RecipeError for an unknown method.
+    Raises RecipeError for an unknown method, and RunDirectoryError if only controls are finished.
     """
     for method in methods:
         if method not in METHODS:
             raise RecipeError(f'unknown method "{method}"; expected one of: {", ".join(METHODS)}')
+    session.suite.check_has_final_legs()
     asked = question(session, methods, tokens, snapshots)
     path = session.suite.directory.matrix
     current = session.team.once(lambda: Matrix.load_current(path, asked))
@@ -239,7 +239,7 @@ def matrix_cell(cell: Cell, metrics: EvaluationMetrics) -> MatrixCell:
         leg=cell.leg,
         tokens=cell.tokens,
         snapshot=cell.snapshot,
-        method=cell.method,
+        method=cast(CarryingMethod, cell.method),
         source=cell.source.layer,
         target=cell.target.layer,
         **shown_metrics(metrics),

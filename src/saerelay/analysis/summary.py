@@ -4,8 +4,8 @@ import math
 
 from saerelay.analysis.similarity import share_found_again
 from saerelay.data.corpus import Corpus
-from saerelay.planning.cost import plan_cost
-from saerelay.planning.plan import Leg
+from saerelay.planning.cost import Cost, plan_cost
+from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.survey import Survey, SurveyCost
 from saerelay.runs.documents.quality import (
     ControlCost,
@@ -20,6 +20,18 @@ from saerelay.runs.documents.quality import (
 )
 from saerelay.runs.documents.training import RunCost
 from saerelay.runs.suite import PublishedSuite
+
+NO_COST = Cost(
+    lm_tokens=0,
+    sae_samples=0,
+    flops=0.0,
+    lm_flops=0.0,
+    flops_dense_equivalent=0.0,
+    memory_bytes=0.0,
+    disk_bytes=0.0,
+    cache_bytes=0.0,
+)
+"""The cost of nothing."""
 
 
 def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
@@ -99,12 +111,17 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     trained from scratch, plus the language model's time for one pass over a root's tokens.
     """
     infos = {leg.id: suite.info(leg) for leg in suite.legs}
-    plan = suite.plan.ended_after({leg_id: info.tokens for leg_id, info in infos.items()})
+    plan = plan_so_far(suite)
     root_tokens = plan.recipe.plan.root_tokens
-    without_controls = plan_cost(plan.without_controls())
     everything = plan_cost(plan)
-    all_from_scratch = plan.all_from_scratch()
-    from_scratch = plan_cost(all_from_scratch)
+    without_controls = from_scratch = NO_COST
+    n_from_scratch = 0
+    if suite.final_legs:
+        without_controls = plan_cost(plan.without_controls())
+        all_from_scratch = plan.all_from_scratch()
+        legs = [leg for leg in all_from_scratch.legs if leg.id in infos]
+        from_scratch = plan_cost(all_from_scratch.changed(legs=legs))
+        n_from_scratch = len(legs)
 
     run_cost = RunCost.load_if_any(suite.directory.cost)
     seconds = run_cost.seconds if run_cost else None
@@ -136,7 +153,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
             sae_samples=from_scratch.sae_samples,
             flops=from_scratch.flops,
             lm_flops=from_scratch.lm_flops,
-            seconds_estimate=seconds_per_layer * len(all_from_scratch.legs) + lm_share * lm,
+            seconds_estimate=seconds_per_layer * n_from_scratch + lm_share * lm,
         ),
         controls=ControlCost(
             sae_samples=everything.sae_samples - without_controls.sae_samples,
@@ -144,6 +161,21 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
             seconds=control_seconds,
         ),
     )
+
+
+def plan_so_far(suite: PublishedSuite) -> Plan:
+    """Return the plan as it was run: the published legs, with the tokens on which they were trained.
+
+    A parent that is not published counts up to where its child began.
+    """
+    tokens = {leg.id: suite.info(leg).tokens for leg in suite.legs}
+    published = set(tokens)
+    for leg in suite.legs:
+        while leg.hop and suite.plan.has(leg.parent) and leg.parent not in published:
+            tokens[leg.parent] = max(tokens.get(leg.parent, 0), leg.hop.fork_at_tokens)
+            leg = suite.plan.leg(leg.parent)
+    ended = suite.plan.ended_after(tokens)
+    return ended.changed(legs=[leg for leg in ended.legs if leg.id in tokens])
 
 
 def survey_cost(suite: PublishedSuite) -> SurveyCost | None:

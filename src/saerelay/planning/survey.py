@@ -61,6 +61,8 @@ class SurveyCost(Spec):
     lm_tokens: int
     sae_samples: int
     flops: float
+    lm_flops: float | None = None
+    """The language model's part of `flops`; None in files of old versions."""
     seconds: float
     seconds_per_sample: float
     """Time of an SAE's training step, per token."""

@@ -53,6 +53,13 @@ class PublishedSuite:
         kinds = list(dict.fromkeys(leg.kind for leg in legs))
         return sorted(final, key=lambda leg: (kinds.index(leg.kind), leg.site))
 
+    def check_has_final_legs(self) -> None:
+        """Raise RunDirectoryError if only controls are published: they are not what a suite is made of."""
+        if not self.final_legs:
+            raise RunDirectoryError(
+                f"{self.directory.root}: only controls are finished yet; finish the run with `saerelay train --resume`"
+            )
+
     @property
     def suite_legs(self) -> list[Leg]:
         """The final legs of the suite's own tier and first seed; analyses compare these across layers.

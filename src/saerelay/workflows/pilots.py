@@ -215,10 +215,12 @@ def survey_cost(plan: Plan, suite: Suite, measured_tokens: int, measured_seconds
     seconds = RunCost.load(suite.directory.cost).seconds
     steps = sum(suite.info(leg).seconds for leg in suite.legs)
     forward = forward_flops(plan.facts, plan.deepest.layer + 1, plan.recipe.data.context)
+    measuring = measured_tokens * forward
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,
         sae_samples=cost.sae_samples,
-        flops=cost.flops + measured_tokens * forward,
+        flops=cost.flops + measuring,
+        lm_flops=cost.lm_flops + measuring,
         seconds=seconds.total + measured_seconds,
         seconds_per_sample=steps / cost.sae_samples,
         seconds_per_lm_flop=seconds.lm / cost.lm_flops,

@@ -38,10 +38,11 @@ def report_run(
 
     `quick` leaves out the matrix and the measures, whose cost grows with the square of the number of layers, unless
     they are current. An earlier report is replaced. `model` is the run's language model, if it is loaded already.
-    Raises RunDirectoryError if no leg is finished, or if report/ holds other files.
+    Raises RunDirectoryError if no leg is finished, or only controls are, or if report/ holds other files.
     """
     check_replaceable(suite.directory.report)
     session = Session(suite, model=model, console=console)
+    suite.check_has_final_legs()
     summary = evaluate(session)
     make_lineage(session, features=True)
     if quick:

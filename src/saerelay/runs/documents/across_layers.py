@@ -4,6 +4,10 @@ from typing import ClassVar, Literal
 
 from saerelay.document import Document, Measured, Record
 from saerelay.runs.documents.quality import Metrics
+from saerelay.sae.spec import Method
+
+CarryingMethod = Literal[Method, "affine+refit"]
+"""A way to carry a dictionary to another layer without training it there."""
 
 
 class HeldOutFacts(Record):
@@ -52,7 +56,7 @@ class MatrixKey(Record):
     """Age of the leg or of its snapshot, in tokens."""
     snapshot: bool
     """Whether it is a snapshot."""
-    method: str
+    method: CarryingMethod
     """Method by which it was carried: `identity` is a plain copy, the only method at the leg's own layer."""
     source: int
     """Layer it was trained at."""

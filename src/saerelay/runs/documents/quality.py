@@ -279,7 +279,7 @@ class SuiteCost(Record):
     """Number of activations that SAEs were trained or refitted on."""
     flops: float
     """Floating-point operations executed."""
-    lm_flops: float
+    lm_flops: Measured
     """Floating-point operations of the language model among them."""
     flops_dense_equivalent: float
     """Floating-point operations with dense SAE steps: per token six for each weight, 12·D·F for an SAE."""
@@ -296,14 +296,18 @@ class SuiteCost(Record):
 
     @property
     def with_survey(self) -> "SuiteCost":
-        """The same cost with the survey's samples, tokens, operations and time added."""
+        """The same cost with the survey's samples, tokens, operations and time added; None where they are unknown."""
         survey = self.survey
         if survey is None:
             return self
+        lm_flops = None
+        if self.lm_flops is not None and survey.lm_flops is not None:
+            lm_flops = self.lm_flops + survey.lm_flops
         return self.changed(
             sae_samples=self.sae_samples + survey.sae_samples,
             lm_tokens=self.lm_tokens + survey.lm_tokens,
             flops=self.flops + survey.flops,
+            lm_flops=lm_flops,
             seconds=None if self.seconds is None else self.seconds + survey.seconds,
             survey=None,
         )

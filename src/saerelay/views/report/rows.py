@@ -33,18 +33,20 @@ def tiles(summary: Summary) -> list[Tile]:
     cost = summary.cost.with_survey
     scratch = cost.from_scratch
 
-    tiles = [
-        _tile("Samples", "activations seen by SAEs", cost.sae_samples, scratch.sae_samples, write=format_count),
-        _tile("Tokens", "read by the language model", cost.lm_tokens, scratch.lm_tokens, write=format_count),
-        _tile("Compute", "operations executed", cost.flops, scratch.flops, write=flops),
+    prices = [
+        ("Samples", "activations seen by SAEs", cost.sae_samples, scratch.sae_samples, format_count),
+        ("Tokens", "read by the language model", cost.lm_tokens, scratch.lm_tokens, format_count),
+        ("Compute", "operations executed", cost.flops, scratch.flops, flops),
+        ("Time", "wall-clock, on this machine", cost.seconds, scratch.seconds_estimate, duration),
     ]
-    if is_number(cost.seconds) and is_number(scratch.seconds_estimate):
-        seconds = (cost.seconds, scratch.seconds_estimate)
-        tiles.append(_tile("Time", "wall-clock, on this machine", *seconds, write=duration))
+    tiles = []
+    for name, counted, ours, theirs, write in prices:
+        if is_number(ours) and is_number(theirs) and ours > 0 and theirs > 0:
+            tiles.append(_tile(name, counted, ours, theirs, write))
     return tiles
 
 
-def _tile(name: str, counted: str, ours: float, theirs: float, *, write: Callable[..., str]) -> Tile:
+def _tile(name: str, counted: str, ours: float, theirs: float, write: Callable[..., str]) -> Tile:
     return Tile(
         name=name,
         what=counted,

@@ -47,7 +47,7 @@ def by_kind(summary: Summary, answer: Callable[[Summary], list[str]]) -> list[st
 
 
 def _layers(plan: Plan, summary: Summary) -> str:
-    n = len({leg.layer for leg in summary.legs})
+    n = len({leg.layer for leg in summary.final_legs})
     if n == 1:
         return "one layer"
     return f"all {n} layers" if n == plan.facts.n_layers else f"{n} layers"

@@ -1,5 +1,6 @@
 """Comparisons across layers: the matrix, and the measures of Ghilardi et al. 2024."""
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -34,15 +35,16 @@ def _matrix_table(matrix: Matrix, cells: list[MatrixCell], metric: str, method: 
     table.add_column("SAE", overflow="fold")
     for layer in matrix.layers:
         table.add_column(f"on {layer}", justify="right")
-    order = list(matrix.asked.legs)
-    homes = [cell for cell in cells if cell.source == cell.target]
-    for home in sorted(homes, key=lambda cell: order.index(cell.leg)):
+    for leg in matrix.asked.legs:
         row = {}
         for cell in cells:
-            if cell.leg == home.leg and cell.method == method:
+            if cell.leg != leg:
+                continue
+            if cell.source == cell.target:  # measured once, for all methods
+                row[cell.target] = f"[bold]{decimal(getattr(cell, metric))}[/bold]"
+            elif cell.method == method:
                 row[cell.target] = decimal(getattr(cell, metric))
-        row[home.source] = f"[bold]{decimal(getattr(home, metric))}[/bold]"
-        table.add_row(home.leg, *(row.get(layer, "-") for layer in matrix.layers))
+        table.add_row(escape(leg), *(row.get(layer, "-") for layer in matrix.layers))
     return table
 
 
@@ -72,20 +74,20 @@ def _transfer_table(measures: Measures) -> Table:
     shares = {row.leg: row for row in measures.transferability or () if not row.snapshot}
     effects = {}
     if measures.dla:
-        table.caption += f" DLA: {measures.dla.n_prompts} prompts, {measures.dla.prompts}."
+        table.caption += f" DLA: {measures.dla.n_prompts} prompts, {escape(measures.dla.prompts)}."
         for row in measures.dla.legs:
             if not row.snapshot:
                 effects[row.leg] = f"{row.mean:.3g} ± {row.standard_error or 0:.2g}"
     for leg in dict.fromkeys([*effects, *hops]):
         similarity = _similarity_columns(hops.get(leg))
-        table.add_row(leg, *similarity, *_share_columns(shares.get(leg)), effects.get(leg, "-"))
+        table.add_row(escape(leg), *similarity, *_share_columns(shares.get(leg)), effects.get(leg, "-"))
     return table
 
 
 def _similarity_columns(hop: Similarity | None) -> list[str]:
     if hop is None:
         return ["", "-", "-"]
-    return [hop.source, decimal(hop.mmcs), decimal(hop.mmcs_folded)]
+    return [escape(hop.source), decimal(hop.mmcs), decimal(hop.mmcs_folded)]
 
 
 def _share_columns(row: Transferability | None) -> list[str]:
@@ -104,8 +106,9 @@ def _score_table(measures: Measures) -> Table:
     for row in measures.transfer_scores or ():
         if not row.snapshot:
             scores = (decimal(row.fvu), decimal(row.ce_loss_score))
-            how = METHODS.get(row.method, row.method)
-            table.add_row(row.leg, how, row.scratch, format_count(row.scratch_tokens), *scores)
+            how = escape(METHODS.get(row.method, row.method))
+            tokens = format_count(row.scratch_tokens)
+            table.add_row(escape(row.leg), how, escape(row.scratch), tokens, *scores)
     return table
 
 
@@ -125,5 +128,5 @@ def _offset_table(measures: Measures) -> Table:
             name = METHODS.get(method, method)
             if len(kinds) > 1:
                 name = f"{kind}: {name}"
-            table.add_row(name, *(decimal(means.get(offset)) for offset in offsets))
+            table.add_row(escape(name), *(decimal(means.get(offset)) for offset in offsets))
     return table

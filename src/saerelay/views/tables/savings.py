@@ -54,7 +54,7 @@ def _prices(ours: Cost | SuiteCost, theirs: Cost | ScratchCost, seconds: tuple[f
         _price("SAE samples", ours.sae_samples, theirs.sae_samples, _count),
         _price("tokens of the language model", ours.lm_tokens, theirs.lm_tokens, _count),
         _price(OPERATIONS, ours.flops, theirs.flops, flops),
-        _price("operations of the language model", ours.lm_flops, theirs.lm_flops, flops),
+        _price("operations of the language model", ours.lm_flops or 0.0, theirs.lm_flops, flops),
     ]
     if seconds:
         prices.append(_price("time", *seconds, duration))
