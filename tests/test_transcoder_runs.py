@@ -94,8 +94,11 @@ def test_a_suite_is_evaluated_carried_and_looked_at(suite: sr.Suite) -> None:
     assert len(matrix.cells) == 9 + 6
     features = suite.features("L1.transcoder")
     assert {"top_logits", "above_latents", "below_latents"} <= features.tensors().keys()
-    hop = next(row for row in suite.lineage().summary() if row["target"] == "L0.transcoder-from-L1")
-    assert hop["kind"] == "hop" and hop["kept"] + hop["drifted"] + hop["replaced"] > 0
+    links = suite.lineage().summary()
+    (depth,) = (row for row in links if row["source"] == "L0.transcoder-from-L1")
+    assert depth["kind"] == "depth" and depth["kept"] + depth["drifted"] + depth["replaced"] > 0
+    assert suite.method(suite.leg("L0.transcoder-from-L1")) == "scratch"
+    assert not any(row["kind"] == "hop" for row in links), "no map helped, so nothing was inherited"
     measures = suite.measures()
     assert measures.similarity and measures.dla
 
