@@ -1,5 +1,6 @@
 """Figures draw from small documents, say what they must, and do without what is missing."""
 
+import io
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from rich.console import Console
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
@@ -36,6 +38,7 @@ from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
 from saerelay.views.figures.page import _KIND_OF_ORIGIN, kind_of
 from saerelay.views.labels import ORIGINS, misleading_fvu
+from saerelay.views.tables.across_layers import measures_tables
 
 METHODS = ("identity", "affine")
 COST = SuiteCost(
@@ -379,6 +382,15 @@ def test_legs_are_marked_by_where_they_come_from() -> None:
         (axis,) = draw(d.summary, at_home).axes
         labels = " ".join(axis.get_legend_handles_labels()[1])
         assert ORIGINS["from below"] in labels and ORIGINS["from above"] not in labels
+
+
+def test_tables_of_measures_show_names_from_files_as_they_are() -> None:
+    measures = documents().measures
+    assert measures.dla
+    hostile = measures.changed(dla=measures.dla.changed(prompts="p[bold].jsonl [/x]"))
+    output = Console(width=400, file=io.StringIO())
+    output.print(*measures_tables(hostile))
+    assert "p[bold].jsonl [/x]" in output.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_only_legs_that_stand_for_their_layers_are_in_heat_maps() -> None:
