@@ -90,6 +90,16 @@ def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     assert suite.origin(more) == suite.origin(first) == "from above" and suite.continuation_of(first) == more
     assert {leg.id for (_, _, origin), leg in legs_by_origin(suite).items() if origin == "backward"} == {"more"}
 
+    # A control that starts at its parent's own site continues nothing.
+    before = suite.final_legs
+    control = more.changed(
+        id="control", parent="L1", layer=1, role="control", control=Control(control_of="L1", control_kind="random")
+    )
+    shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("control"))
+    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, control])
+    assert suite.final_legs == before and suite.continuation_of(suite.plan.leg("L1")) is None
+    assert suite.leg_at(Site(1)).id == "L1"
+
 
 def test_a_transcoder_is_drawn_beside_an_sae_of_what_it_reads(suite: Suite) -> None:
     sae = suite.plan.leg("L1").changed(id="L1.mlp_in", module="mlp_in")
@@ -107,16 +117,6 @@ def test_a_transcoder_is_drawn_beside_an_sae_of_what_it_reads(suite: Suite) -> N
     forward = [item.changed(origin="forward") for item in items if item.module_out]
     scratch = [item for item in items if item.leg == sae.id]
     assert difference("forward", [*forward, *scratch], {}).layers == [], "an SAE says nothing of a transcoder"
-
-    # A control that starts at its parent's own site continues nothing.
-    before = suite.final_legs
-    control = more.changed(
-        id="control", parent="L1", layer=1, role="control", control=Control(control_of="L1", control_kind="random")
-    )
-    shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("control"))
-    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, control])
-    assert suite.final_legs == before and suite.continuation_of(suite.plan.leg("L1")) is None
-    assert suite.leg_at(Site(1)).id == "L1"
 
 
 def test_alive_latents_are_drawn_equally_and_shuffled(suite: Suite) -> None:

@@ -202,13 +202,13 @@ def test_an_array_without_separators_is_cut_into_stretches(
 def test_ids_are_wide_where_the_vocabulary_is(make_corpus: MakeCorpus, tmp_path: Path) -> None:
     for vocab_size, dtype in [(65536, np.uint16), (65537, np.uint32)]:
         facts = FACTS.changed(vocab_size=vocab_size)
-        rows = np.full((40, 16), vocab_size - 1)
+        rows = np.tile([5, vocab_size - 1], (40, 8))
         corpus = make_corpus(tokens=save_tokens(tmp_path / f"{vocab_size}.npy", rows, np.uint32), facts=facts)
         assert corpus.train.dtype == dtype and corpus.train.max() == vocab_size - 1
 
 
 def test_tokens_need_no_tokenizer(tmp_path: Path) -> None:
-    run = Recipe(data=DataSpec(tokens=save_tokens(tmp_path / "a.npy", np.full((40, 16), 9)), context=16))
+    run = Recipe(data=DataSpec(tokens=save_tokens(tmp_path / "a.npy", np.tile([5, 9], (40, 8))), context=16))
     corpus = prepare(run, FACTS, None, tmp_path / "c", train_sequences=3, eval_sequences=1)
     assert corpus.facts.source == f"tokens in {tmp_path}/a.npy" and len(corpus.train) == 3
 
