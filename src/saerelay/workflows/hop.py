@@ -222,7 +222,7 @@ def carry_from_model(
 def _read_both(plan: Plan, target: Site, other: LanguageModel, site: Site) -> tuple[Moments, Tensor, Tensor]:
     """Read the plan's text with its model at `target` and with another model at `site`.
 
-    Return the moments of all rows, and the first of them, at most TRIAL_ROWS: (n, S) of the other model, and (n, T).
+    Return the moments of all rows, and about the first TRIAL_ROWS of them: (n, S) of the other, and (n, T).
     Raises ModelError if the text has tokens that the other model does not know.
     """
     moments = Moments.empty(other.facts.width(site), plan.facts.width(target), plan.facts.device)
@@ -240,7 +240,7 @@ def _read_both(plan: Plan, target: Site, other: LanguageModel, site: Site) -> tu
         if sum(map(len, targets)) < TRIAL_ROWS:
             sources.append(x_source.cpu())
             targets.append(x_target.cpu())
-    return moments, torch.cat(sources)[:TRIAL_ROWS], torch.cat(targets)[:TRIAL_ROWS]
+    return moments, torch.cat(sources), torch.cat(targets)
 
 
 def _best(trials: dict[str, float], name: str, site: Site, target: Site) -> Method:
