@@ -365,7 +365,7 @@ def test_a_hop_of_another_width_is_refused_before_anything_is_written(
         tmp_path / "x",
     ]
     code, _, stderr = call(*arguments, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 2 and "of width 8, but those of L2 have width 32" in stderr and not (tmp_path / "x").exists()
+    assert code == 2 and "of width 8, but those of L1 have width 32" in stderr and not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

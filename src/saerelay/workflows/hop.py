@@ -263,12 +263,20 @@ def completed(
 ) -> tuple[Dictionary, Origin]:
     """Take from the recipe's text what a dictionary's files leave open, and return it with its origin.
 
-    A layer-normed one becomes the dictionary on raw activations that is nearest to it there; L0 is measured.
+    A layer-normed one becomes the dictionary on raw activations that is nearest to it there; L0 is measured. Raises
+    TransferError if the recipe's model has activations of another width.
     """
     assert origin.site
+    plan = moments_plan(recipe, origin.site)
+    width = plan.facts.width(origin.site)
+    if dictionary.d_model != width:
+        raise TransferError(
+            f"the SAE reads activations of width {dictionary.d_model}, but those of {origin.site} have width {width}; "
+            "if it belongs to another model, name that with --from-model"
+        )
     rows: list[Tensor] = []
     with status(console, "reading the activations that the SAE was trained on"):
-        for _, _, x in kept_rows(moments_plan(recipe, origin.site), origin.site):
+        for _, _, x in kept_rows(plan, origin.site):
             rows.append(x.cpu())
             if sum(map(len, rows)) >= L0_ROWS:
                 break
