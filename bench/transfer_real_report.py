@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, get_args
@@ -72,6 +72,16 @@ class Results:
     def seeds(self) -> list[int]:
         """Seeds whose legs from scratch are there."""
         return sorted({seed for _, seed, *_ in self.scratch})
+
+    def of_part(self, part: int) -> "Results":
+        """Hops and legs from scratch of one part."""
+        hops = [hop for hop in self.hops if hop.part == part]
+        return replace(self, hops=hops, scratch={key: leg for key, leg in self.scratch.items() if key[0] == part})
+
+    def of_seed(self, seed: int) -> "Results":
+        """Hops and legs from scratch of one seed, in all parts."""
+        hops = [hop for hop in self.hops if hop.seed == seed]
+        return replace(self, hops=hops, scratch={key: leg for key, leg in self.scratch.items() if key[1] == seed})
 
     def control(self, hop: Hop, tokens: int) -> LegSummary:
         """The leg from scratch at a hop's target, of the same part and seed."""
@@ -199,10 +209,11 @@ def better_neighbours(results: Results, hops: Sequence[Hop]) -> list[Hop]:
 def budget_rows(results: Results) -> list[dict[str, Any]]:
     """ΔCE over that of the full budget from scratch, after as many tokens as were tried: geometric means."""
     rows = []
+    targets = {h.target for h in results.hops}
     for tokens in sorted({h.tokens for h in results.hops}):
         hops = usual_hops(results, tokens)
-        if not hops:
-            continue
+        if {h.target for h in hops} != targets:
+            continue  # not measured at every layer
         better = better_neighbours(results, hops)
         worse = [h for h in better if h.delta_ce > delta(results.control(h, results.full)) + 2 * h.error]
         beats_equal = [h for h in better if h.delta_ce < delta(results.control(h, results.equal))]
@@ -243,6 +254,17 @@ def budget_table(results: Results) -> str:
     columns = ["", "seeds", "forward", "backward", "better neighbour", "its worst layer"]
     columns += ["worse by two errors", "better than scratch with equal tokens"]
     return table(columns, rows)
+
+
+def layer_table(results: Results) -> str:
+    """ΔCE over that of the full budget from scratch, layer by layer, from the better neighbour."""
+    layers = sorted({hop.target for hop in results.hops})
+    rows = []
+    for tokens in (0, max(hop.tokens for hop in results.hops if hop.part > 0)):
+        best = {hop.target: results.ratio(hop) for hop in better_neighbours(results, usual_hops(results, tokens))}
+        name = f"+ {format_count(tokens)}" if tokens else "no training"
+        rows.append([name, *(f"{best[layer]:.2f}" for layer in layers)])
+    return table(["layer", *map(str, layers)], rows)
 
 
 def suite_rows(results: Results) -> list[dict[str, Any]]:
@@ -347,7 +369,8 @@ def report(parts: Sequence[Path], docs: Path) -> None:
             for (part, seed, layer, tokens), leg in sorted(results.scratch.items())
         ],
         "random": results.random,
-        "budgets": budget_rows(results),
+        "budgets": budget_rows(results.of_part(0)),
+        "budgets_all_layers": budget_rows(results.of_seed(0)),
         "choice_over_best": choice_regret(results),
         "suites": suite_rows(results),
         "rank_correlations": correlations(results),
@@ -357,7 +380,9 @@ def report(parts: Sequence[Path], docs: Path) -> None:
     text = page.read_text(encoding="utf-8")
     tables = {
         "real-zero-shot": zero_shot_table(results),
-        "real-budgets": budget_table(results),
+        "real-budgets": budget_table(results.of_part(0)),
+        "real-budgets-all": budget_table(results.of_seed(0)),
+        "real-layers": layer_table(results.of_seed(0)),
         "real-suites": suite_table(results),
         "real-correlations": correlation_table(results),
     }

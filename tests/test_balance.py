@@ -16,12 +16,12 @@ from saerelay.planning.recipe import TrainSpec
 from saerelay.sae import trials as trials_module
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import initialise
-from saerelay.sae.maps import affine, map_between, procrustes
+from saerelay.sae.maps import affine, identity, map_between, procrustes
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu, mean_l0
 from saerelay.sae.refit import refit
 from saerelay.sae.spec import DictionarySpec
-from saerelay.sae.transfer import Retraining
+from saerelay.sae.transfer import Retraining, carry, refit_on
 from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.sae.units import Units, balance_factors
 from saerelay.training.engine import Trainee
@@ -217,6 +217,18 @@ def test_a_random_dictionary_is_tried_at_the_same_l0() -> None:
     l0 = mean_l0(parent, x)
     found = try_methods(parent, moments_of(x, y), on, Units.fitted_to(y), spec, balance=0.0, l0=l0)
     assert next(iter(found)) != RANDOM and found["procrustes"] < 0.8 * found[RANDOM]
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.75])
+def test_trials_weigh_dimensions_alike_where_units_are_balanced(balance: float) -> None:
+    x = activations(8192)
+    units = Units.fitted_to(x, balance)
+    parent = units.to_canonical(random_dictionary("topk"))
+    found = try_methods(parent, moments_of(x, x), Retraining(x, seed=0), units, balance=balance, l0=K)
+    inside = units.normalise(x)
+    carried = units.from_canonical(carry(parent, identity(D), x, units, l0=K).dictionary)
+    refitted = refit_on(carried, inside[:6144], None, direct=True)
+    assert found["identity"] == pytest.approx(fvu(refitted, inside[6144:], 1.0 if balance else 0.0), rel=1e-3)
 
 
 def test_a_regression_counts_as_worse_than_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:

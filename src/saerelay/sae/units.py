@@ -71,9 +71,14 @@ class Units:
         return self.target or self
 
     @property
+    def is_balanced(self) -> bool:
+        """Whether each dimension has a scale of its own."""
+        return self.scale.dim() > 0
+
+    @property
     def size(self) -> Tensor:
         """The scale of a typical dimension: the geometric mean. Codes are multiplied by it when published."""
-        return self.scale.log().mean().exp() if self.scale.dim() else self.scale
+        return self.scale.log().mean().exp() if self.is_balanced else self.scale
 
     def normalise(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(x − mean) / scale of activations x (B, D), into `out` if given."""

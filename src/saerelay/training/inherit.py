@@ -100,7 +100,7 @@ class Inherited(NamedTuple):
     """Factor on the leg's learning rate that follows from this hop."""
     method: str
     trials: dict[str, float | None]
-    """FVU in training units of each method tried, on unseen rows; empty if the method was given."""
+    """FVU of each method tried, on unseen rows, as `try_methods` measures it; empty if the method was given."""
 
 
 def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units) -> Inherited:

@@ -56,8 +56,8 @@ class HopFacts(Record):
     method: str
     """Method of the map; `scratch` if no map was better than a random dictionary."""
     trials: dict[str, Measured] = {}
-    """With method "auto": FVU in training units of each method, at one L0, after a refit, on unseen rows; the best
-    first, where affine counts as worse by 3%."""
+    """With method "auto": FVU of each method (balanced, if training units are), at one L0, after a refit, on unseen
+    rows; the best first, where affine counts as worse by 5%."""
 
 
 class DictionaryTraining(Record):
