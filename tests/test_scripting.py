@@ -283,6 +283,7 @@ def test_a_transcoder_without_its_target_is_refused(width: int, skip_connection:
         lambda: sr.evaluate(transcoder, x),
         lambda: sr.hop(transcoder, x, x),
         lambda: sr.refit(transcoder, [x]),
+        lambda: sr.revive(transcoder, x),
         lambda: sr.fvu(transcoder, x),
     ):
         with pytest.raises(DataError, match="this is a transcoder: give the activations that it reconstructs"):

@@ -54,9 +54,9 @@ def revive(
     this.
 
     In a transcoder, r is the residual of the token's `target` (B, Dy), and the encoder is the matched filter for the
-    activation that the transcoder read at that token.
+    activation that the transcoder read at that token. Raises DataError as `Dictionary.goal_of` does.
     """
-    counts, residual = _firing_and_residual(dictionary, x, x if target is None else target)
+    counts, residual = _firing_and_residual(dictionary, x, dictionary.goal_of(x, target))
     silent = first + (counts[first:] < SILENT_BELOW * len(x)).nonzero()[:, 0]
     if not len(silent):
         return dictionary
