@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -73,15 +73,10 @@ class Results:
         """Seeds whose legs from scratch are there."""
         return sorted({seed for _, seed, *_ in self.scratch})
 
-    def of_part(self, part: int) -> "Results":
-        """Hops and legs from scratch of one part."""
-        hops = [hop for hop in self.hops if hop.part == part]
-        return replace(self, hops=hops, scratch={key: leg for key, leg in self.scratch.items() if key[0] == part})
-
-    def of_seed(self, seed: int) -> "Results":
-        """Hops and legs from scratch of one seed, in all parts."""
-        hops = [hop for hop in self.hops if hop.seed == seed]
-        return replace(self, hops=hops, scratch={key: leg for key, leg in self.scratch.items() if key[1] == seed})
+    def where(self, keep: Callable[[int, int], bool]) -> "Results":
+        """The hops and legs from scratch whose part and seed are kept."""
+        hops = [hop for hop in self.hops if keep(hop.part, hop.seed)]
+        return replace(self, hops=hops, scratch={key: leg for key, leg in self.scratch.items() if keep(*key[:2])})
 
     def control(self, hop: Hop, tokens: int) -> LegSummary:
         """The leg from scratch at a hop's target, of the same part and seed."""
@@ -352,6 +347,8 @@ def correlation_table(results: Results) -> str:
 def report(parts: Sequence[Path], docs: Path) -> None:
     """Write the numbers and the tables."""
     results = read(parts)
+    first_part = results.where(lambda part, _: part == 0)
+    first_seed = results.where(lambda _, seed: seed == 0)
     numbers = {
         "full": results.full,
         "equal": results.equal,
@@ -369,8 +366,8 @@ def report(parts: Sequence[Path], docs: Path) -> None:
             for (part, seed, layer, tokens), leg in sorted(results.scratch.items())
         ],
         "random": results.random,
-        "budgets": budget_rows(results.of_part(0)),
-        "budgets_all_layers": budget_rows(results.of_seed(0)),
+        "budgets": budget_rows(first_part),
+        "budgets_all_layers": budget_rows(first_seed),
         "choice_over_best": choice_regret(results),
         "suites": suite_rows(results),
         "rank_correlations": correlations(results),
@@ -380,9 +377,9 @@ def report(parts: Sequence[Path], docs: Path) -> None:
     text = page.read_text(encoding="utf-8")
     tables = {
         "real-zero-shot": zero_shot_table(results),
-        "real-budgets": budget_table(results.of_part(0)),
-        "real-budgets-all": budget_table(results.of_seed(0)),
-        "real-layers": layer_table(results.of_seed(0)),
+        "real-budgets": budget_table(first_part),
+        "real-budgets-all": budget_table(first_seed),
+        "real-layers": layer_table(first_seed),
         "real-suites": suite_table(results),
         "real-correlations": correlation_table(results),
     }

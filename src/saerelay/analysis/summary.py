@@ -1,6 +1,7 @@
 """The document about a whole suite: the quality of every leg, and the cost of the suite."""
 
 import math
+from collections.abc import Mapping
 
 from saerelay.analysis.similarity import share_found_again
 from saerelay.data.corpus import Corpus
@@ -111,7 +112,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     trained from scratch, plus the language model's time for one pass over a root's tokens.
     """
     infos = {leg.id: suite.info(leg) for leg in suite.legs}
-    plan = plan_so_far(suite)
+    plan = plan_so_far(suite, {leg_id: info.tokens for leg_id, info in infos.items()})
     root_tokens = plan.recipe.plan.root_tokens
     everything = plan_cost(plan)
     without_controls = from_scratch = NO_COST
@@ -163,15 +164,14 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     )
 
 
-def plan_so_far(suite: PublishedSuite) -> Plan:
-    """Return the plan as it was run: the published legs, with the tokens on which they were trained.
+def plan_so_far(suite: PublishedSuite, trained: Mapping[str, int]) -> Plan:
+    """Return the plan as it was run: the published legs, with the tokens on which they were `trained`, by id.
 
     A parent that is not published counts up to where its child began.
     """
-    tokens = {leg.id: suite.info(leg).tokens for leg in suite.legs}
-    published = set(tokens)
+    tokens = dict(trained)
     for leg in suite.legs:
-        while leg.hop and suite.plan.has(leg.parent) and leg.parent not in published:
+        while leg.hop and suite.plan.has(leg.parent) and leg.parent not in trained:
             tokens[leg.parent] = max(tokens.get(leg.parent, 0), leg.hop.fork_at_tokens)
             leg = suite.plan.leg(leg.parent)
     ended = suite.plan.ended_after(tokens)

@@ -1,6 +1,6 @@
 """Rows of activations as people have them: tensors, arrays, iterables, streams. Checked, shuffled, cut into batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -59,11 +59,11 @@ class Pair:
         """All rows, at most `size` at a time."""
         return [self.at(slice(start, start + size)) for start in range(0, len(self), size)]
 
-    def then(self, other: "Pair") -> "Pair":
-        """These rows, and then the other's, which have the same widths."""
-        if self.target is None or other.target is None:
-            return Pair(torch.cat([self.x, other.x]))
-        return Pair(torch.cat([self.x, other.x]), torch.cat([self.target, other.target]))
+    @classmethod
+    def joined(cls, parts: "Sequence[Pair]") -> "Pair":
+        """Join the rows of parts that have the same widths, one part after another."""
+        targets = [part.target for part in parts if part.target is not None]
+        return cls(torch.cat([part.x for part in parts]), torch.cat(targets) if targets else None)
 
     def in_float32(self) -> "Pair":
         """The same rows in float32."""
@@ -112,7 +112,7 @@ class Source:
             more = next(self.buffers, None)
             if more is None:
                 return
-            rest = rest.then(more)
+            rest = Pair.joined([rest, more])
 
 
 def each_pair(x: Rows | Batches, target: Rows | None, *, caller: str) -> Iterator[Pair]:
@@ -182,9 +182,7 @@ def _shuffled(parts: Iterable[Pair], generator: torch.Generator) -> Iterator[Pai
 
 
 def _mixed(parts: list[Pair], generator: torch.Generator) -> Pair:
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.then(part)
+    whole = Pair.joined(parts)
     return whole.at(torch.randperm(len(whole), generator=generator).to(whole.x.device))
 
 
