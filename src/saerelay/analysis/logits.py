@@ -23,15 +23,15 @@ from torch import Tensor
 from saerelay.lm.head import Head
 from saerelay.sae.threads import side_by_side
 
-ROWS = 512
-"""Rows whose logits are computed at once."""
+ROWS = 2048
+"""Rows whose logits are computed at once, all with the same part of the weights in the cache."""
 PART = 2048
 """Tokens in a part of the vocabulary."""
 STRIPE = 64
 """Rows that are summed at once on a CPU."""
 PARTS = 16
 """Parts that a thread handles, one after another."""
-ON_GPU = 8
+ON_GPU = 4
 """Factor by which more rows and tokens are taken at once on a GPU, which fewer would not keep busy."""
 ROUNDING = 4
 """States count as the same if they differ by at most this many rounding errors (eps) of the largest number."""

@@ -22,7 +22,6 @@ from saerelay.analysis.logits import CleanStates, Loss, one_row, same_everywhere
 from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import OutlierCount, kept_positions
 from saerelay.errors import ModelError
-from saerelay.lm.head import Head
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.quality import Density, EvaluationMetrics
@@ -32,14 +31,18 @@ from saerelay.sae.quality import MEASURE_BALANCE, balanced_ratio
 from saerelay.sae.threads import side_by_side
 from saerelay.site import Site
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Most token positions in one batch."""
 LOGIT_BYTES = 2**29
-"""Most bytes of one batch's logits."""
+"""Most bytes of one batch's logits, if they are all held at once."""
 STATES_BYTES = 2**28
 """Most bytes of last hidden states waiting for comparison: states compared together share one run of clean logits."""
-ON_GPU = 8
+ON_GPU = 16
 """Factor by which batches are larger on a GPU, which smaller ones would not keep busy."""
+
+
+TRIAL_TOKENS = 64
+"""Token positions on which it is tried whether zeroing a site makes all of them alike."""
 
 
 class Placed(NamedTuple):
@@ -92,8 +95,12 @@ def measure(
     ablations = {site: AblationSums() for site in sites}
     open_sites = plan.with_probe([*sites, *(placed.site for placed in on_device.values())])
     outliers = OutlierCount(plan)
+    if ce:
+        for site in sites:
+            ablations[site].same_row = row_without(model, site, sequences)
 
-    for tokens in track(list(batches(plan, sequences, ce)), "evaluating batches"):
+    holds_logits = ce and not model.head.in_parts
+    for tokens in track(list(batches(plan, sequences, holds_logits)), "evaluating batches"):
         tokens = tokens.to(model.device)
         forward = model.forward(tokens, open_sites) if ce else None
         activations = forward.activations if forward else model.harvest(tokens, open_sites)
@@ -111,7 +118,7 @@ def measure(
                 batch = SiteBatch(site, activations[site], keep, rows, states_with)
                 jobs: list[Callable[[], Changed | None]] = [partial(batch.add_dictionary, *pair) for pair in at_site]
                 if clean:
-                    jobs.insert(0, partial(batch.add_ablation, ablations[site], model.head))
+                    jobs.insert(0, partial(batch.add_ablation, ablations[site]))
                 for start in range(0, len(jobs), at_once):
                     together = jobs[start : start + at_once]
                     if clean and len(waiting) + len(together) > at_once:
@@ -129,6 +136,20 @@ def measure(
     return found
 
 
+def row_without(model: LanguageModel, site: Site, sequences: np.ndarray) -> Tensor | None:
+    """Return the logits (V) common to all positions if a site is zeroed; None if positions then still differ.
+
+    Without the residual stream, the layers above see the same input at every position of every sequence. Whether this
+    is so is tried on the first of the sequences (N, context).
+    """
+    n = math.ceil(TRIAL_TOKENS / sequences.shape[1])
+    tokens = torch.from_numpy(sequences[:n].astype(np.int64))
+    clean = model.forward(tokens, [site])
+    with model.resuming(clean, site) as states_with:
+        states = states_with(torch.zeros_like(clean.activations[site]))
+    return one_row(model.head, states) if same_everywhere(states) else None
+
+
 def _done(jobs: Sequence[Callable[[], "Changed | None"]], model: LanguageModel) -> "list[Changed | None]":
     """Return the results of jobs, run in order if other ranks hold the model with this one and run the same jobs."""
     if model.is_split:
@@ -136,12 +157,12 @@ def _done(jobs: Sequence[Callable[[], "Changed | None"]], model: LanguageModel) 
     return side_by_side(lambda job: job(), jobs, model.device)
 
 
-def batches(plan: Plan, sequences: np.ndarray, ce: bool) -> Iterator[Tensor]:
-    """Yield sequences (N, context) in batches of token ids (B, context); with `ce`, so small that their logits fit."""
+def batches(plan: Plan, sequences: np.ndarray, holds_logits: bool) -> Iterator[Tensor]:
+    """Yield sequences (N, context) in batches of token ids (B, context); `holds_logits`: so small that theirs fit."""
     context = plan.recipe.data.context
     times = ON_GPU if plan.facts.on_gpu else 1
     per_batch = max(1, times * BATCH_TOKENS // context)
-    if ce:
+    if holds_logits:
         fitting = times * LOGIT_BYTES // (4 * context * plan.facts.tokens.vocab_size)
         per_batch = max(1, min(per_batch, fitting))
     for start in range(0, len(sequences), per_batch):
@@ -333,20 +354,12 @@ class SiteBatch:
     states_with: Callable[[Tensor], Tensor] | None
     """Gives the last hidden states with other activations in place of `whole`; None if losses are not measured."""
 
-    def add_ablation(self, sums: AblationSums, head: Head) -> Changed:
-        """Run the layers above with the site zeroed.
-
-        Without the residual stream, these layers see the same input at every position of every sequence. Whether this
-        is so is checked on the first batch; if it is, later batches need no forward pass.
-        """
+    def add_ablation(self, sums: AblationSums) -> Changed:
+        """Run the layers above with the site zeroed, unless that is known to make all positions alike."""
         assert self.states_with
         if sums.same_row is not None:
             return Changed(sums, row=sums.same_row)
-        states = self.states_with(torch.zeros_like(self.whole))
-        if sums.n_kl > 0 or not same_everywhere(states):
-            return Changed(sums, states)
-        sums.same_row = one_row(head, states)
-        return Changed(sums, row=sums.same_row)
+        return Changed(sums, self.states_with(torch.zeros_like(self.whole)))
 
     def add_dictionary(self, sums: MetricSums, placed: Placed) -> Changed | None:
         """Add a dictionary's reconstructions, and run the layers above with them in place."""
