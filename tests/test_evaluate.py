@@ -1,6 +1,8 @@
 """Quality against its definitions, computed the slow way; sharing changes nothing."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from saerelay.analysis.logits import CleanStates
 from saerelay.analysis.metrics import density, measure
+from saerelay.analysis.progress import Done, ProgressDisplay
 from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
@@ -95,7 +98,7 @@ def slowly(model: LanguageModel, tokens: torch.Tensor, site: Site, sae: Dictiona
 
 def test_every_metric_is_its_definition(setting, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, model, sequences, dictionaries = setting
-    monkeypatch.setattr("saerelay.analysis.metrics.LOGIT_BYTES", 2 * 4 * 32 * 4096)  # two sequences a batch
+    monkeypatch.setattr("saerelay.analysis.metrics.BATCH_TOKENS", 2 * 32)
     results = measure(plan, model, sequences, dictionaries, ce=True)
     tokens = torch.from_numpy(sequences.astype(np.int64))
     for key, (site, sae) in dictionaries.items():
@@ -155,8 +158,9 @@ class EveryLogit:
         return states[..., tokens]
 
 
-def test_a_head_that_gives_no_part_of_its_logits_is_measured_whole(setting) -> None:
+def test_a_head_that_gives_no_part_of_its_logits_is_measured_whole(setting, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, model, sequences, dictionaries = setting
+    monkeypatch.setattr("saerelay.analysis.metrics.LOGIT_BYTES", 2 * 4 * 32 * 4096)  # two sequences per batch
     expected = measure(plan, model, sequences, dictionaries, ce=True)
     whole = LanguageModel(model.hf_model, model.facts)
     whole.head._shadow = None
@@ -165,6 +169,31 @@ def test_a_head_that_gives_no_part_of_its_logits_is_measured_whole(setting) -> N
         assert found[key].model_dump(exclude={"density", "left_out", "sequence_delta_ce"}) == pytest.approx(
             metrics.model_dump(exclude={"density", "left_out", "sequence_delta_ce"}), rel=1e-5
         )
+
+
+class Counted(ProgressDisplay):
+    """Counts steps without showing them."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.n_steps = self.n_done = 0
+
+    @contextmanager
+    def counting(self, n_steps: int, label: str) -> Iterator[Done]:
+        self.n_steps = n_steps
+        yield self.count
+
+    def count(self) -> None:
+        self.n_done += 1
+
+
+@pytest.mark.parametrize("ce", [True, False])
+def test_progress_counts_every_dictionary_of_every_batch(setting, monkeypatch: pytest.MonkeyPatch, ce: bool) -> None:
+    plan, model, sequences, dictionaries = setting
+    monkeypatch.setattr("saerelay.analysis.metrics.BATCH_TOKENS", 2 * 32)  # three batches
+    display = Counted()
+    measure(plan, model, sequences, dictionaries, ce=ce, display=display)
+    assert display.n_done == display.n_steps == 3 * 4 * (2 if ce else 1)
 
 
 def test_a_perfect_reconstruction_costs_nothing(setting) -> None:

@@ -30,7 +30,7 @@ def evaluate(session: Session, *, tokens: int = 0) -> Summary:
         for leg in mine:
             dictionaries |= versions(suite, leg)
         sequences = session.held_out(tokens)
-        metrics = measure(session.plan, session.model, sequences, dictionaries, ce=ce, track=session.display.track)
+        metrics = measure(session.plan, session.model, sequences, dictionaries, ce=ce, display=session.display)
         for leg in mine if session.writes else []:
             evaluation = evaluation_of(leg, questions[leg.id], metrics)
             evaluation.save(suite.directory.evaluation(leg.id))

@@ -192,7 +192,7 @@ def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion
                     on = Retraining(rows[cell.target], seed=0, target=rows[cell.target_out])
                 dictionary = carried_to(cell, dictionary, info.l0, pair, on, balance)
             dictionaries[str(i)] = Placed(cell.target, dictionary, cell.target_out)
-        metrics = measure(plan, session.model, sequences, dictionaries, ce=asked.ce, track=session.display.track)
+        metrics = measure(plan, session.model, sequences, dictionaries, ce=asked.ce, display=session.display)
         measured |= {cell: metrics[str(i)] for i, cell in enumerate(part)}
     return measured
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from saerelay.analysis.logits import CleanStates, Loss, one_row, same_everywhere
-from saerelay.analysis.progress import Track, untracked
+from saerelay.analysis.progress import HIDDEN, Done, ProgressDisplay
 from saerelay.data.stream import OutlierCount, kept_positions
 from saerelay.errors import ModelError
-from saerelay.lm.model import LanguageModel
+from saerelay.lm.model import Forward, LanguageModel
 from saerelay.planning.plan import Leg, Plan
 from saerelay.runs.documents.quality import Density, EvaluationMetrics
 from saerelay.sae.dictionary import Dictionary
@@ -82,7 +82,7 @@ def measure(
     dictionaries: Mapping[str, Placed | tuple[Site, Dictionary]],
     *,
     ce: bool,
-    track: Track = untracked,
+    display: ProgressDisplay = HIDDEN,
 ) -> dict[str, EvaluationMetrics]:
     """Measure dictionaries, by key, on sequences (N, context) of held-out token ids.
 
@@ -90,50 +90,81 @@ def measure(
     cross-entropy and KL, which take a forward pass per dictionary.
     """
     on_device = {key: Placed.of(placed).on(model.device) for key, placed in dictionaries.items()}
-    sums = {key: MetricSums() for key in on_device}
-    sites = sorted({placed.site_out for placed in on_device.values()})
-    ablations = {site: AblationSums() for site in sites}
-    open_sites = plan.with_probe([*sites, *(placed.site for placed in on_device.values())])
-    outliers = OutlierCount(plan)
+    measurement = Measurement(plan, model, on_device, ce)
     if ce:
-        for site in sites:
-            ablations[site].same_row = row_without(model, site, sequences)
-
+        measurement.try_ablations(sequences)
     holds_logits = ce and not model.head.in_parts
-    for tokens in track(list(batches(plan, sequences, holds_logits)), "evaluating batches"):
-        tokens = tokens.to(model.device)
-        forward = model.forward(tokens, open_sites) if ce else None
-        activations = forward.activations if forward else model.harvest(tokens, open_sites)
+    every_batch = list(batches(plan, sequences, holds_logits))
+    n_steps = len(every_batch) * len(on_device)
+    if ce:
+        n_steps *= 2  # the layers above the site, then the head
+    with display.counting(n_steps, "evaluating") as done:
+        for tokens in every_batch:
+            measurement.add(tokens.to(model.device), done)
+    return measurement.metrics()
+
+
+class Measurement:
+    """Dictionaries, by key, that are measured batch by batch on the same tokens."""
+
+    def __init__(self, plan: Plan, model: LanguageModel, placed: Mapping[str, Placed], ce: bool) -> None:
+        self.plan = plan
+        self.model = model
+        self.placed = placed
+        self.ce = ce
+        self.sites = sorted({one.site_out for one in placed.values()})
+        self.sums = {key: MetricSums() for key in placed}
+        self.ablations = {site: AblationSums() for site in self.sites}
+        self.outliers = OutlierCount(plan)
+
+    def try_ablations(self, sequences: np.ndarray) -> None:
+        """Find the sites without which all positions of the sequences (N, context) are alike."""
+        for site in self.sites:
+            self.ablations[site].same_row = row_without(self.model, site, sequences)
+
+    def add(self, tokens: Tensor, done: Done) -> None:
+        """Add a batch of token ids (B, context); `done` is called for each dictionary, with `ce` twice."""
+        model = self.model
+        read = self.plan.with_probe([*self.sites, *(one.site for one in self.placed.values())])
+        forward = model.forward(tokens, read) if self.ce else None
+        activations = forward.activations if forward else model.harvest(tokens, read)
         flat = {site: x.flatten(0, 1) for site, x in activations.items()}
-        keep = kept_positions(plan, tokens, flat)
-        outliers.add(tokens, keep.view_as(tokens))
-        clean = CleanStates(model.head, forward.states, tokens, keep.view_as(tokens)) if forward else None
-        at_once = max(1, STATES_BYTES // forward.states.nbytes) if forward else len(on_device)
-        waiting: list[Changed] = []
-        for site in sites:
-            at_site = [(sums[key], placed) for key, placed in on_device.items() if placed.site_out == site]
-            read = {site, *(placed.site for _, placed in at_site)}
-            rows = {one: flat[one][keep].float() for one in read}
+        keep = kept_positions(self.plan, tokens, flat)
+        self.outliers.add(tokens, keep.view_as(tokens))
+        losses = Losses(model, forward, keep.view_as(tokens), done) if forward else None
+        at_once = losses.at_once if losses else len(self.placed)
+
+        def add_dictionary(batch: SiteBatch, key: str) -> Changed | None:
+            changed = batch.add_dictionary(self.sums[key], self.placed[key])
+            done()
+            return changed
+
+        for site in self.sites:
+            keys = [key for key, one in self.placed.items() if one.site_out == site]
+            rows = {one: flat[one][keep].float() for one in {site, *(self.placed[key].site for key in keys)}}
             with model.resuming(forward, site) if forward else nullcontext() as states_with:
                 batch = SiteBatch(site, activations[site], keep, rows, states_with)
-                jobs: list[Callable[[], Changed | None]] = [partial(batch.add_dictionary, *pair) for pair in at_site]
-                if clean:
-                    jobs.insert(0, partial(batch.add_ablation, ablations[site]))
+                jobs: list[Callable[[], Changed | None]] = [partial(add_dictionary, batch, key) for key in keys]
+                if losses:
+                    jobs.insert(0, partial(batch.add_ablation, self.ablations[site]))
                 for start in range(0, len(jobs), at_once):
                     together = jobs[start : start + at_once]
-                    if clean and len(waiting) + len(together) > at_once:
-                        add_losses(clean, waiting)
-                        waiting = []
-                    waiting += [one for one in _done(together, model) if one is not None]
-        if clean and waiting:
-            add_losses(clean, waiting)
+                    if losses:
+                        losses.make_room(len(together))
+                    changed = _results(together, model)
+                    if losses:
+                        losses.waiting += [one for one in changed if one is not None]
+        if losses:
+            losses.add()
 
-    left_out = outliers.left_out()
-    found = {}
-    for key, placed in on_device.items():
-        ablated = ablations[placed.site_out] if ce else None
-        found[key] = sums[key].metrics(ablated).changed(left_out=left_out)
-    return found
+    def metrics(self) -> dict[str, EvaluationMetrics]:
+        """Return the metrics of all dictionaries."""
+        left_out = self.outliers.left_out()
+        found = {}
+        for key, one in self.placed.items():
+            ablated = self.ablations[one.site_out] if self.ce else None
+            found[key] = self.sums[key].metrics(ablated).changed(left_out=left_out)
+        return found
 
 
 def row_without(model: LanguageModel, site: Site, sequences: np.ndarray) -> Tensor | None:
@@ -150,7 +181,7 @@ def row_without(model: LanguageModel, site: Site, sequences: np.ndarray) -> Tens
     return one_row(model.head, states) if same_everywhere(states) else None
 
 
-def _done(jobs: Sequence[Callable[[], "Changed | None"]], model: LanguageModel) -> "list[Changed | None]":
+def _results(jobs: Sequence[Callable[[], "Changed | None"]], model: LanguageModel) -> "list[Changed | None]":
     """Return the results of jobs, run in order if other ranks hold the model with this one and run the same jobs."""
     if model.is_split:
         return [job() for job in jobs]
@@ -331,13 +362,34 @@ class Changed(NamedTuple):
     """... or the logits (V), float32, common to all positions."""
 
 
-def add_losses(clean: CleanStates, changed: Sequence[Changed]) -> None:
-    """Add a batch's losses to all sums."""
-    moved = [(one.sums, one.states) for one in changed if one.states is not None]
-    uniform = [(one.sums, one.row) for one in changed if one.row is not None]
-    own, *losses = clean.losses([states for _, states in moved], [row for _, row in uniform])
-    for (sums, _), loss in zip([*moved, *uniform], losses, strict=True):
-        sums.add_loss(own, loss, clean.keep)
+class Losses:
+    """Changed states of one batch that wait to be compared with the clean ones, which takes one run of clean logits."""
+
+    def __init__(self, model: LanguageModel, forward: Forward, keep: Tensor, done: Done) -> None:
+        """`keep`: bool (B, C); `done` is called for each dictionary whose losses are added."""
+        self.clean = CleanStates(model.head, forward.states, forward.tokens, keep)
+        self.at_once = max(1, STATES_BYTES // forward.states.nbytes)
+        """Most states that wait."""
+        self.waiting: list[Changed] = []
+        self.done = done
+
+    def make_room(self, n: int) -> None:
+        """Compare the states that wait unless n more have room."""
+        if len(self.waiting) + n > self.at_once:
+            self.add()
+
+    def add(self) -> None:
+        """Compare all states that wait, and add their losses to their sums."""
+        moved = [(one.sums, one.states) for one in self.waiting if one.states is not None]
+        uniform = [(one.sums, one.row) for one in self.waiting if one.row is not None]
+        self.waiting = []
+        if not moved and not uniform:
+            return
+        own, *losses = self.clean.losses([states for _, states in moved], [row for _, row in uniform])
+        for (sums, _), loss in zip([*moved, *uniform], losses, strict=True):
+            sums.add_loss(own, loss, self.clean.keep)
+            if isinstance(sums, MetricSums):
+                self.done()
 
 
 @dataclass(frozen=True, eq=False)

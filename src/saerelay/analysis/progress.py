@@ -121,3 +121,7 @@ class ProgressDisplay:
                 yield
         finally:
             self.showing = False
+
+
+HIDDEN = ProgressDisplay(None)
+"""Shows nothing."""
