@@ -118,6 +118,18 @@ def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(
     assert digests(tmp_path / "run") == digests(together)
 
 
+def test_a_complete_cache_needs_no_model(recipe: Callable[[int], Path], together: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cached.toml"
+    path.write_text(recipe(2).read_text().replace("[data]", f'[data]\ncache = "{tmp_path / "cache"}"'))
+    said = []
+    for name in ("first", "second"):
+        ranks = Ranks(2, tmp_path, ["train", path, "--out", tmp_path / name], tell_part)
+        assert ranks.wait() == [0, 0], ranks.said()
+        said.append(ranks.said())
+    assert "numbers" in said[0] and "numbers" not in said[1]
+    assert digests(tmp_path / "first") == digests(tmp_path / "second")
+
+
 def dawdle(rank: int) -> None:
     """Let a run be slow enough to be killed before its end."""
     import time

@@ -109,15 +109,23 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, team: T
 
     `stream` is rank 0's stream, which has a model if anything has to be computed; it is None on other ranks. One rank
     of each machine loads the model first, so that it is downloaded only once; a model that ranks hold together is
-    loaded by all of them at once.
+    loaded by all of them at once, if the cache lacks anything or goals are measured.
     """
     model = stream.model if stream else None
     if plan.recipe.model.tensor_parallel > 1:
-        model = _loaded_together(plan, team)
+        if team.once(lambda: stream is not None and _needs_model(plan, stream)):
+            model = _loaded_together(plan, team)
     elif team.once(lambda: model is not None):
         model = team.in_turn(lambda: model or load_model(plan))
     cache = open_cache(plan) if plan.recipe.data.cache else None
     return TeamStream(LiveStream(model, corpus.train, plan, cache, corpus.facts.grown_from), team)
+
+
+def _needs_model(plan: Plan, stream: LiveStream) -> bool:
+    """Whether the language model has to run: for activations that are not in the cache, or to measure goals."""
+    if any(leg.goal.predicted_fvu for leg in plan.legs):
+        return True
+    return stream.cache is None or stream.uncached_bytes() > 0
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
