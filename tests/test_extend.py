@@ -14,13 +14,17 @@ from saerelay.analysis import matrix as matrix_module
 from saerelay.data.corpus import Corpus
 from saerelay.data.stream import LiveStream
 from saerelay.document import Document
-from saerelay.runs.directory import read_plan
+from saerelay.errors import DataError
+from saerelay.planning.plan import Plan
+from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.latents import FeatureFacts, LineageDocument
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.runs.tensors import write_tensors
 from saerelay.spec import format_count
+from saerelay.workflows.activations import tokenise
 from saerelay.workflows.report import report_run
+from saerelay.workflows.settle import plan_run
 from saerelay.workflows.share import export_run
 
 OLD, NEW = "L1-from-L0", "L1-from-L0+4.03k"
@@ -82,6 +86,63 @@ def test_an_extension_reads_new_text(extended: Path) -> None:
     assert len(set(order)) == len(order) > before
     first = LiveStream(None, corpus.train[:before], plan)
     assert list(order[:before]) == list(first.read_order(0, before))
+
+
+def planned(root: Path, model: Path, tokens: str, epochs: int = 1) -> tuple[Plan, RunDirectory]:
+    """The plan of a run of two layers whose transfer gets some tokens, and its directory."""
+    sections: dict[str, Any] = {
+        "model": {"name": str(model), "dtype": "float32", "device": "cpu"},
+        "sites": {"layers": [0, 1]},
+        "data": {"tokens": str(root / "tokens.npy"), "context": 16, "block_tokens": 1024, "epochs": epochs},
+        "dictionary": {"n_latents": 64, "k": 4},
+        "plan": {"preset": "forward", "root_tokens": "4k", "transfer_tokens": tokens, "moment_tokens": "1k"},
+        "evaluate": {"tokens": "1k"},
+    }
+    return plan_run(sr.Run.parse(sections, source="test")), RunDirectory(root / "run")
+
+
+def begin(root: Path, model: Path, n_rows: int) -> Path:
+    """The directory of a run that has begun, beside a file with its text: rows of tokens."""
+    np.save(root / "tokens.npy", np.random.default_rng(0).integers(1, 101, (n_rows, 40)).astype(np.uint16))
+    plan, paths = planned(root, model, "2k")
+    tokenise(plan, paths, None)
+    plan.save(paths.plan)
+    return paths.root
+
+
+@pytest.fixture
+def tokenised(tiny_model: Path, tmp_path: Path) -> Path:
+    """The directory of a run that has begun."""
+    return begin(tmp_path, tiny_model, 1500)
+
+
+@pytest.mark.parametrize("n_rows", [1500, 250])  # with 250, there is too little held-out text, but more to train on
+def test_an_extension_repeats_no_text_while_there_is_more(tmp_path: Path, tiny_model: Path, n_rows: int) -> None:
+    tokenised = begin(tmp_path, tiny_model, n_rows)
+    before = Corpus.open(tokenised / "tokens").facts.train_sequences
+    plan, paths = planned(tokenised.parent, tiny_model, "8k", epochs=3)
+    facts = tokenise(plan, paths, None).facts
+    assert before < facts.train_sequences <= plan.n_tokens // 16 and facts.grown_from == [before]
+    assert facts.complete == (facts.train_sequences < plan.n_tokens // 16) == (n_rows == 250)
+
+
+def test_an_extension_killed_while_it_replaced_the_text_goes_on(tokenised: Path, tiny_model: Path) -> None:
+    before = Corpus.open(tokenised / "tokens").facts.train_sequences
+    (tokenised / "tokens").rename(tokenised / ".tokens.old")
+    plan, paths = planned(tokenised.parent, tiny_model, "8k")
+    assert tokenise(plan, paths, None).facts.grown_from == [before]
+    assert not (tokenised / ".tokens.old").exists()
+
+
+def test_an_extension_is_refused_if_its_text_is_not_that_of_the_run(tokenised: Path, tiny_model: Path) -> None:
+    """All documents would change places, and some that were trained on would be held out."""
+    rows = np.load(tokenised.parent / "tokens.npy")
+    np.save(tokenised.parent / "tokens.npy", np.append(rows, rows, axis=0))
+    plan, paths = planned(tokenised.parent, tiny_model, "8k")
+    before = Corpus.open(tokenised / "tokens").facts
+    with pytest.raises(DataError, match="not the text that this run began with"):
+        tokenise(plan, paths, None)
+    assert Corpus.open(tokenised / "tokens").facts == before and not (tokenised / "tokens.new").exists()
 
 
 @pytest.fixture

@@ -60,6 +60,12 @@ def replace_directory(fresh: Path, folder: Path) -> None:
     remove_replaced(folder)
 
 
+def restore_replaced(folder: Path) -> None:
+    """Put the older directory back if a process was killed in `replace_directory` before the new one took its place."""
+    if _replaced(folder).exists() and not folder.exists():
+        _replaced(folder).replace(folder)
+
+
 def remove_replaced(folder: Path) -> None:
     """Remove the older directory that a process killed in `replace_directory` has left behind."""
     remove_directory(_replaced(folder))

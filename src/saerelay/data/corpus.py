@@ -67,7 +67,7 @@ class CorpusFacts(Document):
     validation_sequences: int
     test_sequences: int
     complete: bool
-    """Whether the source ended before every split was full, so that no more documents can be had."""
+    """Whether the source ended before the train split was full, so that there is no more text to train on."""
     padding: dict[int, int] = {}
     """Number of tokens of a file that were taken for padding and left out, by id."""
     grown_from: list[int] = []
@@ -225,7 +225,6 @@ def _fill(
     n_documents = 0
     n_special = 0
     special = special_ids(tokenizer) if tokenizer else []
-    complete = True
     for batch in _batches(source.documents):
         # Documents of a full split are counted, but neither tokenised nor kept.
         receivers = []
@@ -243,7 +242,6 @@ def _fill(
         if progress:
             progress(run.data.context * sum(packer.n_sequences for packer in packers.values()))
         if all(packer.full for packer in packers.values()):
-            complete = False
             break
 
     _check_splits(packers, source.description, n_documents)
@@ -257,7 +255,7 @@ def _fill(
         train_sequences=packers["train"].n_sequences,
         validation_sequences=packers["validation"].n_sequences,
         test_sequences=packers["test"].n_sequences,
-        complete=complete,
+        complete=not packers["train"].full,
         padding=dict(+source.padding),
         special_tokens=n_special,
     )

@@ -4,14 +4,15 @@ import math
 import shutil
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from rich.console import Console
 
-from saerelay.data.corpus import Corpus, prepare
+from saerelay.data.corpus import SPLITS, Corpus, prepare
 from saerelay.data.remote_cache import open_cache
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
-from saerelay.files import remove_replaced, replace_directory
+from saerelay.files import remove_replaced, replace_directory, restore_replaced
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.split import check_whole
 from saerelay.lm.tokens import load_tokenizer
@@ -22,22 +23,29 @@ from saerelay.team import Team
 from saerelay.training.team_stream import TeamStream
 from saerelay.training.train import HELD_OUT_ROWS
 
+_ROWS_AT_ONCE = 16_384
+"""Number of sequences of two corpora that are compared at a time: whole splits may be larger than memory."""
+
 
 def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_least: int = 0) -> Corpus:
     """Return the run's tokens: those on disk if they are enough for the plan, else new ones that replace them.
 
-    New tokens are at least `at_least`, if the corpus has that many. If training has begun, they begin with those on
-    disk, and `grown_from` says so: the stream then reads the added ones last.
+    Text is read again (`data.epochs`) only where there is no more of it. New tokens are at least `at_least`, if the
+    corpus has that many. If training has begun, they begin with those on disk, and `grown_from` says so: the stream
+    then reads the added ones last. Raises DataError if they do not, or if there is too little text.
     """
     data = plan.recipe.data
-    grown_from: list[int] = []
+    has_begun = paths.plan.is_file()
+    if has_begun:
+        restore_replaced(paths.tokens)
     remove_replaced(paths.tokens)
+    older: Corpus | None = None
     if (paths.tokens / "corpus.json").is_file():
         corpus = Corpus.open(paths.tokens)
-        if corpus.train.size * data.epochs >= plan.n_tokens:
+        times = data.epochs if corpus.facts.complete else 1
+        if corpus.train.size * times >= plan.n_tokens:
             return corpus
-        if paths.plan.is_file():
-            grown_from = [*corpus.facts.grown_from, corpus.facts.train_sequences]
+        older = corpus if has_begun else None
     model = plan.recipe.model.changed(revision=plan.facts.revision)
     tokenizer = None if data.tokens else load_tokenizer(model)
     fresh = paths.tokens.with_name("tokens.new")
@@ -60,7 +68,10 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
     try:
         corpus = Corpus.open(fresh)
         _check_corpus(plan, corpus)
-        corpus.facts.changed(grown_from=grown_from).save(fresh / "corpus.json")
+        if older:
+            _check_begins_with(corpus, older, paths)
+            grown_from = [*older.facts.grown_from, older.facts.train_sequences]
+            corpus.facts.changed(grown_from=grown_from).save(fresh / "corpus.json")
     except DataError:
         shutil.rmtree(fresh)
         raise
@@ -83,6 +94,23 @@ def _check_corpus(plan: Plan, corpus: Corpus) -> None:
             f"the plan needs {plan.n_tokens:,} training tokens and the corpus has {available:,}{times}; "
             f"set data.epochs = {needed}, lower plan.root_tokens or transfer_tokens, or give more text"
         )
+
+
+def _check_begins_with(corpus: Corpus, older: Corpus, paths: RunDirectory) -> None:
+    """Raise DataError unless each split of a longer corpus begins with the older split, or is its beginning.
+
+    Otherwise documents that were trained on might now be held out.
+    """
+    for split in SPLITS:
+        longer = getattr(corpus, split)
+        before = getattr(older, split)
+        n = min(len(longer), len(before))
+        parts = [slice(start, min(start + _ROWS_AT_ONCE, n)) for start in range(0, n, _ROWS_AT_ONCE)]
+        if not all(np.array_equal(longer[part], before[part]) for part in parts):
+            raise DataError(
+                f"{corpus.facts.source}: not the text that this run began with: the new {split} split does not "
+                f"continue {paths.tokens / split}.npy. Restore the text, or begin a new run"
+            )
 
 
 def open_stream(plan: Plan, corpus: Corpus) -> LiveStream:
