@@ -171,6 +171,8 @@ def test_rows_one_array_with_separators_and_wider_ids_are_the_same_corpus(
     for name, array, dtype in [
         ("wide", rows, np.uint32),
         ("bos", with_bos, np.uint16),
+        ("closed", flat_eos.reshape(60, 31), np.uint16),
+        ("opened", np.insert(rows, 0, EOS, axis=1), np.uint16),
         ("eos", flat_eos, np.uint16),
         ("both", np.insert(flat_eos.reshape(60, 31), 0, BOS, axis=1).ravel(), np.uint16),
         ("start", with_bos.ravel(), np.uint16),

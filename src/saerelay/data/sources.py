@@ -14,7 +14,7 @@ import numpy as np
 
 from saerelay.data.text import read_span, spans_of, text_files
 from saerelay.errors import DataError
-from saerelay.planning.facts import ModelFacts
+from saerelay.planning.facts import ModelFacts, TokenFacts
 from saerelay.planning.recipe import DatasetSpec, DataSpec, Recipe
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _token_source(data: DataSpec, facts: ModelFacts, seed: int) -> Source:
         spans = _token_spans(tokens, data.context, facts)
         rows = (tokens[start:stop] for start, stop in spans[_shuffled(len(spans), seed)])
     padding: Counter[int] = Counter()
-    documents = (_without_bos(_unpadded(row, facts, padding), facts.tokens.bos_token_id) for row in rows)
+    documents = (_without_ends(_unpadded(row, facts, padding), facts.tokens) for row in rows)
     return Source(f"tokens in {data.tokens}", documents, padding)
 
 
@@ -202,10 +202,15 @@ def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.n
     return ids
 
 
-def _without_bos(ids: np.ndarray, bos: int | None) -> np.ndarray:
-    """Return a document without its leading BOS: the packer puts one before every sequence."""
-    if bos is not None and len(ids) and ids[0] == bos:
-        return ids[1:]
+def _without_ends(ids: np.ndarray, tokens: TokenFacts) -> np.ndarray:
+    """Return a document without a leading BOS, and without an EOS at either end.
+
+    The packer puts a BOS before every sequence, and an EOS between documents.
+    """
+    if len(ids) and ids[0] in (tokens.bos_token_id, tokens.eos_token_id):
+        ids = ids[1:]
+    if len(ids) and ids[-1] == tokens.eos_token_id:
+        ids = ids[:-1]
     return ids
 
 
