@@ -137,6 +137,12 @@ def test_the_tokenizer_decides_on_special_tokens(tmp_path: Path) -> None:
     assert (facts.tokens.bos_token_id, facts.tokens.eos_token_id) == (0, 1)
 
 
+def test_special_tokens_outside_the_vocabulary_are_none(tmp_path: Path) -> None:
+    build(tmp_path, "llama", bos_token_id=128_000, eos_token_id=[101], pad_token_id=-1)
+    tokens = read_facts(spec_of(tmp_path)).tokens
+    assert (tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id) == (None, None, None)
+
+
 def test_the_space_in_front_of_a_sentencepiece_token_is_shown() -> None:
     class SentencePiece:
         """Three tokens, of which decode drops the leading space, as SentencePiece does."""

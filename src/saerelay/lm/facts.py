@@ -1,5 +1,6 @@
 """Reads the facts that a plan needs about a model from its configuration and tokenizer, without weights."""
 
+from contextlib import suppress
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -115,22 +116,23 @@ def _idle_parameters(layers: nn.Module, config: Any) -> int:
 def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None, int | None]:
     """The tokens that start a sequence, end a document, and pad: BOS and EOS, or an encoder's CLS and SEP.
 
-    They come from the tokenizer, or from the configuration if there is no tokenizer.
+    They come from the tokenizer, or from the configuration if there is no tokenizer. An id outside the vocabulary, as
+    in the configuration of a model whose vocabulary was cut, counts as none.
     """
+    start = first_id(getattr(config, "bos_token_id", None))
+    end = first_id(getattr(config, "eos_token_id", None))
     pad = first_id(getattr(config, "pad_token_id", None))
-    try:
+    with suppress(ModelError):
         tokenizer = load_tokenizer(spec)
-    except ModelError:
-        bos = first_id(getattr(config, "bos_token_id", None))
-        return bos, first_id(getattr(config, "eos_token_id", None)), pad
-
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.cls_token_id
-    end = tokenizer.eos_token_id
-    if end is None:
-        end = tokenizer.sep_token_id
-    return start, end, pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        pad = pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    known = range(config.vocab_size)
+    return (
+        start if start in known else None,
+        end if end in known else None,
+        pad if pad in known else None,
+    )
 
 
 def _max_context(config: Any, model: Any) -> int:
