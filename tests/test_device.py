@@ -1,9 +1,11 @@
 """Steps on a GPU, on one that is not there: they wait for nothing, and compute what a processor does."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_cuda import Graph, Waits, fake_cuda
 from test_engine import SPEC, B, D, F, begun, data, leg
 
@@ -14,6 +16,7 @@ from saerelay.sae.moments import Moments
 from saerelay.sae.transfer import Retraining, carry
 from saerelay.sae.units import Units
 from saerelay.site import Site
+from saerelay.team import Team
 from saerelay.training.cohort import Cohort
 from saerelay.training.device import Launcher
 from saerelay.training.engine import Trainee
@@ -193,6 +196,15 @@ def test_the_fits_of_a_hop_stay_on_the_device_and_are_those_of_a_processor() -> 
         results.append({name: tensor.cpu() for name, tensor in carried.tensors().items()})
     for name, tensor in results[0].items():
         assert torch.allclose(results[1][name], tensor, rtol=1e-3, atol=1e-3), name
+
+
+def test_an_exchange_takes_until_the_device_has_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_to_all_single", lambda *_, **__: None)  # as NCCL's, which returns at once
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(0.01))
+    team = Team(rank=0, size=2)
+    team.control, team.data = object(), object()
+    team.exchange(torch.zeros(4, dtype=torch.uint8, device="cuda"), sent=[0, 4], received=[0, 4])
+    assert team.seconds_exchanging >= 0.01
 
 
 def test_a_cohort_reads_a_block_without_waiting_but_once(device: Waits) -> None:

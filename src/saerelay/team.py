@@ -164,6 +164,8 @@ class Team:
         inbox = source.new_empty(sum(received))
         with stopping_together():
             dist.all_to_all_single(inbox, source, received, sent, group=self.data)
+            if inbox.is_cuda:  # NCCL returns once it is told what to do, and the block needs the result at once anyway
+                torch.cuda.synchronize(inbox.device)
         self.seconds_exchanging += time.perf_counter() - began
         return inbox.to(outbox.device)
 
