@@ -337,6 +337,17 @@ def test_the_unembedding_is_how_logits_move(tmp_path: Path, family: str, changes
     assert moves(model, Site(2)) > 0.99
 
 
+def test_the_unembedding_behind_a_layer_norm_of_odd_width(tmp_path: Path) -> None:
+    """No vector of as many ones as minus ones is so wide."""
+    odd = {"vocab_size": 101, "n_embd": 9, "n_layer": 3, "n_head": 3, "n_positions": 32, "bos_token_id": 1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **odd | ONE_EOS)).save_pretrained(tmp_path)
+    model = LanguageModel.load(spec_of(tmp_path))
+    norm = model.hf_model.transformer.ln_f
+    norm.weight.data = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    W_U = model.hf_model.lm_head.weight * norm.weight
+    torch.testing.assert_close(model.unembedding(), W_U - W_U.mean(dim=1, keepdim=True), atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("change", ["a head of its own", "turned around", "no norm of the stream"])
 def test_logits_that_are_no_linear_readout_have_no_unembedding(tmp_path: Path, change: str) -> None:
     model = LanguageModel.load(spec_of(saved(tmp_path, "llama")))

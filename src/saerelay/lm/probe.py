@@ -91,7 +91,6 @@ def _find_stack(record: Record, where: str) -> str:
 
     Lists inside a layer of another list do not count. Raises ModelError if there is no such list, or
     more than one.
-    than one.
     """
     stacks = {}
     for path, module in record.modules.items():

@@ -109,11 +109,14 @@ def _through_norm(W_U: Tensor, norm: nn.Module, x: Tensor, name: str) -> Tensor:
     """An unembedding (V,D) with the norm before it folded in, checked by finite differences around rows x (N,D).
 
     The gain is measured, since some norms store its distance from 1. A vector of signs has mean 0 and
-    size 1, so a norm only multiplies it by the gain and adds the bias; half of norm(s) − norm(−s) is
-    free of the bias. Adding a mean to the input shows whether the norm removes the mean.
+    size 1 (or is made so, if the width is odd), so a norm only multiplies it by the gain and adds the
+    bias; half of norm(s) − norm(−s) is free of the bias. Adding a mean to the input shows whether the
+    norm removes the mean.
     """
     signs = torch.ones(x.shape[1]).to(x)
     signs[1::2] = -1
+    signs -= signs.mean()
+    signs /= signs.square().mean().sqrt()
     gain = (norm(signs[None]) - norm(-signs[None])) / (2 * signs)
     centres = torch.allclose(norm(signs[None] + 1), norm(signs[None]), rtol=1e-3, atol=1e-3 * float(gain.abs().max()))
     readout = W_U * gain
