@@ -1,5 +1,6 @@
 """SAEs in a running model: against hooks written by hand, the definition of each edit, and a greedy loop."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -371,6 +372,14 @@ def test_nothing_stays_behind_and_blocks_may_be_nested(model: Any) -> None:
     with sr.attach(model, {Site(1): sae}, replace=True), sr.attach(model, {Site(1): other}) as inner, recorded:
         logits_of(model)
     assert_close(inner[1].latents(), other.encode(seen[0]) * not_bos(PROMPT), rtol=0, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_copied_is_attached_to() -> None:
+    model = build("llama")
+    model.lock = threading.Lock()
+    with sr.attach(model, {Site(1): random_sae()}) as attached:
+        logits_of(model)
+    assert attached[1].latents().shape == (2, 4, F)
 
 
 def test_many_rows_are_encoded_in_parts(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def _probed(hf_model: Any, name: str) -> Anatomy:
         return probe_skeleton(plain_skeleton(hf_model), name)
     try:
         return probe_skeleton(without_weights(hf_model), name)
-    except (ModelError, RuntimeError):
+    except Exception:  # a model may hold anything, and copying it may fail in any way
         return probe(hf_model, name)
 
 
