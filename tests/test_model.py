@@ -1,5 +1,6 @@
 """Every model family against transformers' own hidden states and the sum of the parts."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -222,6 +223,19 @@ def test_a_model_that_cannot_resume_runs_whole(family_directory: Callable[[str],
         expected = model.logits(TOKENS)
     with model.resuming(clean, Site(1)) as states_with:
         assert torch.equal(logits_of(model, states_with(x)), expected) and model._can_skip == {2: False}
+
+
+def test_a_whole_forward_keeps_no_stream_that_was_not_asked_for(llama: LanguageModel) -> None:
+    """On a GPU, the streams of all layers of a large batch would be most of the memory."""
+    first, _, last = llama.hf_model.model.layers
+    streams: list[weakref.ref[Tensor]] = []
+    alive: list[Tensor | None] = []
+    made = first.register_forward_hook(lambda _, __, x: streams.append(weakref.ref(x)))
+    over = last.register_forward_hook(lambda *_: alive.append(streams[-1]()))
+    llama.forward(TOKENS, [Site(1, "mlp_out")])
+    made.remove()
+    over.remove()
+    assert alive[-1] is None
 
 
 def test_what_is_no_site_and_what_are_no_token_ids_say_so(llama: LanguageModel) -> None:

@@ -56,7 +56,8 @@ class Forward:
     activations: dict[Site, Tensor]
     """(B,C,D) at each requested site."""
     layer_extras: list[tuple | None]
-    """The values that each layer returned after the residual stream; None for a layer that returns only the stream."""
+    """The values that each layer returned after the residual stream; None for a layer that returns only the stream, or
+    does not run."""
 
 
 @final
@@ -280,28 +281,25 @@ class LanguageModel:
             wanted[_stream_at(site)] = None
 
         activations: dict[Site, Tensor] = {}
-        outputs: dict[int, Any] = {}
+        extras: dict[int, tuple] = {}
 
         def keep(site: Site, x: Tensor) -> Tensor:
             activations[site] = x.clone()
             return x
 
-        def keep_output(i: int, _: nn.Module, args: tuple, output: Any) -> None:
-            outputs[i] = output
+        def keep_extras(i: int, _: nn.Module, args: tuple, output: Any) -> None:
+            if isinstance(output, tuple | list):
+                extras[i] = tuple(output[1:])
 
         with ExitStack() as stack:
             for site in wanted:
                 stack.enter_context(self.splice(site, partial(keep, site)))
             for i, layer in enumerate(self._layers):
-                hook = layer.register_forward_hook(partial(keep_output, i))
+                hook = layer.register_forward_hook(partial(keep_extras, i))
                 stack.callback(hook.remove)
             states = self._states(tokens)
 
-        layer_extras = []
-        for i in range(len(self._layers)):
-            output = outputs.get(i)  # None for a layer that does not run
-            returns_more = isinstance(output, tuple | list)
-            layer_extras.append(tuple(output[1:]) if returns_more else None)
+        layer_extras = [extras.get(i) for i in range(len(self._layers))]
         return Forward(tokens, states, activations, layer_extras)
 
     @contextmanager
