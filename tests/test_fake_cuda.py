@@ -198,6 +198,22 @@ def test_a_run_is_cached_interrupted_and_resumed(folder: Path, tmp_path: Path, m
             assert torch.equal(resumed[leg_id].tensors()[name], tensor), (leg_id, name)
 
 
+def test_a_run_that_was_begun_on_a_gpu_goes_on_without_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(folder, 'preset = "shared"', "topk", 'device = "cuda" -> device = "auto"')
+    tick = "saerelay.training.progress.PlainLog.tick"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(tick, lambda log, cursor: signal.raise_signal(signal.SIGINT) if cursor == 3200 else None)
+        sr.train_run(Recipe.from_toml(path), tmp_path / "run", console=Console(file=io.StringIO()))
+    assert sr.load(tmp_path / "run").plan.facts.device == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    shown = io.StringIO()
+    suite = sr.train_run(Recipe.from_toml(path), tmp_path / "run", resume=True, console=Console(file=shown, width=1000))
+    assert suite.plan.facts.device == "cpu" and list(suite) == [leg.id for leg in suite.plan.legs]
+    assert "this run was begun with" in shown.getvalue()
+
+
 def test_a_run_that_goes_on_on_another_gpu_says_so(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

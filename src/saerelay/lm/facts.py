@@ -47,7 +47,7 @@ def read_facts(spec: ModelSpec) -> ModelFacts:
 @without_collection()
 def look_at(spec: ModelSpec) -> tuple[ModelFacts, Anatomy]:
     """Return the facts, and the anatomy that a probe finds on the way."""
-    device = _resolve_device(spec.device)
+    device = resolve_device(spec.device)
     adapter = find_adapter(spec)
     with loading(spec):
         spec = spec.changed(revision=resolved_revision(spec))
@@ -145,7 +145,7 @@ def _max_context(config: Any, model: Any) -> int:
     return longest
 
 
-def _resolve_device(asked: str) -> torch.device:
+def resolve_device(asked: str) -> torch.device:
     """The device of `model.device`; "auto" is a GPU or the CPU, while mps must be asked for."""
     available = {
         "cuda": torch.cuda.device_count(),

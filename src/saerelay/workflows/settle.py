@@ -17,7 +17,7 @@ from saerelay.interop import load_dictionary, own, write_dictionary
 from saerelay.interop.hub import local
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
-from saerelay.lm.facts import read_facts
+from saerelay.lm.facts import read_facts, resolve_device
 from saerelay.lm.ports import module_paths, other_module
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost
@@ -244,14 +244,18 @@ def new_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
 
 
 def resumed_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
-    """Return the plan that a run was begun with, updated with the recipe's keys that are free to change."""
+    """Return the plan that a run was begun with, with the recipe's keys that are free to change, and today's device.
+
+    Raises ModelError if the recipe names a device that is not available.
+    """
     old = read_plan(paths.root)
     _check_same(old.recipe, recipe, paths)
     sections: dict[str, Any] = {}
     for name, keys in FREE_TO_CHANGE.items():
         now = getattr(recipe, name)
         sections[name] = getattr(old.recipe, name).changed(**{key: getattr(now, key) for key in keys})
-    return old.changed(recipe=old.recipe.changed(**sections))
+    facts = old.facts.changed(device=str(resolve_device(recipe.model.device)))
+    return old.changed(recipe=old.recipe.changed(**sections), facts=facts)
 
 
 def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
