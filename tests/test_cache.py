@@ -306,6 +306,14 @@ def test_what_a_killed_process_left_goes_after_a_day(opened: Callable[[], LiveSt
     assert [path.name for path in folder.glob(".*")] == [".new.safetensors.0.tmp"]
 
 
+def test_a_file_that_another_run_has_just_renamed_is_passed_over(opened: Callable[[], LiveStream]) -> None:
+    stream = opened()
+    folder = stream.cache.folder / "L1"
+    folder.mkdir(parents=True)
+    (folder / ".a.safetensors.0.tmp").symlink_to("nowhere")  # listed, but not there any more
+    assert stream.block(0, [Site(1)]).activations.keys() >= {Site(1)}
+
+
 def test_whatever_fixes_the_activations_has_its_own_folder(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "model", tmp_path / "model")
     run = recipe(place, tmp_path / "cache")

@@ -20,6 +20,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -204,9 +205,10 @@ def sequence_ids(sequences: np.ndarray) -> np.ndarray:
 def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary files of processes that were killed."""
     for path in folder.glob(".*.tmp"):
-        age = time.time() - path.stat().st_mtime
-        if age > _ABANDONED_AFTER_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run may rename it at any moment
+            age = time.time() - path.stat().st_mtime
+            if age > _ABANDONED_AFTER_SECONDS:
+                path.unlink()
 
 
 def digest(data: Any) -> str:
