@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants as hub_constants
-from model_families import ALL_SITES, TOKENS, spec_of
+from model_families import ALL_SITES, TOKENS, build, spec_of
 from model_formats import add_quantisation, write_adapter, write_fp8, write_gguf, write_int8
 from small_recipe import recipe
 
@@ -171,6 +171,25 @@ def test_an_adapter_is_merged_into_the_weights(llama: Path, tmp_path: Path, capf
     assert type(model.hf_model).__name__ == "LlamaForCausalLM"
     assert not any("lora" in name for name, _ in model.hf_model.named_modules())
     assert model.facts.adapter == str(tmp_path / "lora")
+
+
+@needs_peft
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.parametrize("saves_embeddings", [False, True])
+@pytest.mark.parametrize("changed", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_the_head_leaves_the_embeddings_as_they_are(
+    tmp_path: Path, changed: str, saves_embeddings: bool
+) -> None:
+    """And the other way round, although the two share their weights."""
+    build(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    wrapped = write_adapter(tmp_path / "lora", tmp_path / "tied", target_modules=["q_proj", changed])
+    if saves_embeddings:
+        wrapped.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    model = LanguageModel.load(spec_of(tmp_path / "tied", adapter=str(tmp_path / "lora")))
+    with torch.no_grad():
+        expected = wrapped(TOKENS, output_hidden_states=True)
+    assert torch.allclose(model.logits(TOKENS), expected.logits, atol=1e-4)
+    assert torch.allclose(model.harvest(TOKENS, [Site(0)])[Site(0)], expected.hidden_states[1], atol=1e-4)
 
 
 @needs_gguf

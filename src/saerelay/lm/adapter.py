@@ -4,8 +4,11 @@ After the merge there is a plain model: no other part of the package knows that 
 """
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from saerelay.errors import ModelError
 from saerelay.files import read_json
@@ -105,7 +108,9 @@ def merged(model: Any, spec: ModelSpec) -> Any:
             found = set(load_peft_weights(str(adapter.directory), device="cpu"))
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise _does_not_fit(spec, adapter, " ".join(str(error).split())) from None
-    for keys, problem in ((expected - found, "it lacks"), (found - expected, "the model has no place for")):
+    # An adapter of embeddings may come with the embeddings themselves.
+    known = expected | {name for name, _ in wrapped.named_parameters(remove_duplicate=False)}
+    for keys, problem in ((expected - found, "it lacks"), (found - known, "the model has no place for")):
         if keys:
             raise _does_not_fit(spec, adapter, f"{problem} {len(keys)} of its tensors, such as {min(keys)}")
     if not hasattr(wrapped, "merge_and_unload"):
@@ -113,7 +118,23 @@ def merged(model: Any, spec: ModelSpec) -> Any:
         raise ModelError(
             f"{adapter.name}: adapters of the kind {kind} cannot be merged into weights; use a LoRA adapter."
         )
-    return wrapped.merge_and_unload()
+    _untie(wrapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft says that the embeddings are no longer tied
+        return wrapped.merge_and_unload()
+
+
+def _untie(wrapped: Any) -> None:
+    """Give each layer that an adapter changes weights of its own.
+
+    Merged into a head whose weights are also the embeddings, the adapter would change both.
+    """
+    parameters = list(wrapped.named_parameters(remove_duplicate=False))
+    n_uses = Counter(id(parameter) for _, parameter in parameters)
+    for name, parameter in parameters:
+        path, _, last = name.rpartition(".")
+        if path.endswith(".base_layer") and n_uses[id(parameter)] > 1:
+            setattr(wrapped.get_submodule(path), last, nn.Parameter(parameter.clone(), requires_grad=False))
 
 
 def _does_not_fit(spec: ModelSpec, adapter: Adapter, reason: str) -> ModelError:
