@@ -223,6 +223,31 @@ def test_the_choice_is_a_plan_like_any_other(facts: ModelFacts) -> None:
     assert with_legs(survey.asked, survey, choice.legs).data.block_tokens == 1024
 
 
+@pytest.mark.parametrize("root_tokens", [3_000_000, 20_000_000])
+def test_on_a_gpu_the_blocks_of_a_survey_suit_the_batches_of_the_plan(facts: ModelFacts, root_tokens: int) -> None:
+    asked = recipe(root_tokens=root_tokens)
+    asked = asked.changed(train=asked.train.changed(batch_tokens="auto"))
+    gpu = facts.changed(device="cuda:0")
+    block = survey_plan(asked, gpu).block_tokens
+    survey = surveyed(laws()).changed(asked=asked, block_tokens=block)
+    plan = compile_plan(written_out(asked, survey, choose(asked, gpu, survey)), gpu)
+    assert plan.block_tokens == block and block % 4096 == 0
+    assert plan.batch_tokens > 512
+
+
+@pytest.mark.parametrize("share", [0.9999, 1.001])
+@pytest.mark.parametrize("flat", ["hub", "end"])
+def test_a_curve_that_does_not_seem_to_fall_is_noise(facts: ModelFacts, flat: str, share: float) -> None:
+    survey = surveyed(laws())
+    pilot = {layer.layer: layer.fvu for layer in survey.layers}
+    long = survey.long.changed(ends=survey.long.ends | {0: share * pilot[0]})
+    if flat == "hub":
+        long = survey.long.changed(long_fvu=share * pilot[HUB])
+    choice = choose(survey.asked, facts, survey.changed(long=long))
+    from_scratch = [leg.tokens for leg in choice.legs if not leg.hop]
+    assert min(from_scratch) > SHORT / 8  # tiny budgets would follow from a curve that is flat
+
+
 def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
     plan = survey_plan(recipe(survey_tokens=16_384), facts)
     tokens = {leg.id: leg.budget_tokens for leg in plan.legs}

@@ -63,6 +63,10 @@ def test_on_a_gpu_a_leg_takes_large_batches_where_it_still_takes_a_thousand_step
     asked = compiled(facts.changed(device="cuda:0"), **(open_recipe | {"train": {"batch_tokens": 1024}}))
     assert {leg.schedule.batch_tokens for leg in asked.legs} == {1024}
 
+    # Batches divide blocks whose size is given.
+    odd = open_recipe | {"data": {"block_tokens": 5 * 1024}}
+    assert compiled(facts.changed(device="cuda:0"), **odd).batch_tokens == 1024
+
     # More legs keep the step of the run that they extend.
     short = open_recipe | {"plan": keys | {"root_tokens": 100_000, "controls": []}}
     finished = compiled(facts.changed(device="cuda:0"), **short)

@@ -32,9 +32,18 @@ def auto_batch(tokens: int, *, on_gpu: bool) -> int:
 
 
 def batch_for(recipe: Recipe, tokens: int, *, on_gpu: bool) -> int:
-    """Return the tokens per step that a recipe asks for, or else those that a budget of `tokens` allows."""
+    """Return the tokens per step that a recipe asks for, or else those that a budget of `tokens` allows.
+
+    The latter divide the recipe's blocks, if their size is given and 512 divides it.
+    """
     asked = recipe.train.batch_tokens
-    return auto_batch(tokens, on_gpu=on_gpu) if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    batch = auto_batch(tokens, on_gpu=on_gpu)
+    block = recipe.data.block_tokens
+    while block != "auto" and batch > USUAL and block % batch:
+        batch //= 2
+    return batch
 
 
 def batch_of(spec: LegSpec, recipe: Recipe, *, on_gpu: bool) -> int:

@@ -17,12 +17,10 @@ from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegGoal, LegHop, LegSpec
 from saerelay.planning.presets import control_legs
 from saerelay.planning.recipe import Recipe, parse_budget
-from saerelay.planning.survey import Survey
+from saerelay.planning.survey import MAX_ROOT_MULTIPLE, Survey
 from saerelay.site import Site
 
 DEFAULT_RATIO = 1.05
-MAX_ROOT_MULTIPLE = 10
-"""Learning curves are not extrapolated beyond this multiple of root_tokens from scratch."""
 SLACK = 1.5
 """A leg that may stop early gets this multiple of the tokens it is predicted to need, unless there is a budget."""
 ROOT_MULTIPLES = (1.0, 1.5, 2.0, 3.0)

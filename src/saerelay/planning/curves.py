@@ -26,6 +26,10 @@ GAP_GROWTH = 1.3
 """Gap after a finished parent over the gap after a pilot; the gap's other estimate is (1 − R²) / 3 (decision 030)."""
 HALF_PER_LATENT = 40
 """Tokens per latent after which half of a gap is closed."""
+LEAST_FALL = 0.01
+"""Least share by which the hub's FVU falls from its short pilot to its long one, even if noise hides it."""
+POWER_RANGE = (0.25, 4.0)
+"""Range of the powers of the first and the last layer, beyond which only noise can have brought them."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def fit_curves(survey: Survey) -> Curves:
     refitted = {layer.layer: layer.refitted for layer in survey.layers}
     short_power = survey.pilot_tokens**-DECLINE
     long_power = survey.long.long_tokens**-DECLINE
-    slope = max(0.0, pilot[survey.hub] - survey.long.long_fvu) / (short_power - long_power)
+    fall = max(LEAST_FALL * pilot[survey.hub], pilot[survey.hub] - survey.long.long_fvu)
+    slope = fall / (short_power - long_power)
     slope = min(slope, pilot[survey.hub] * survey.pilot_tokens**DECLINE)
     gaps = dict[tuple[int, int], float]()
     for hop in survey.hops:
@@ -120,7 +125,7 @@ def _fit_powers(survey: Survey, pilot: dict[int, float], refitted: dict[int, flo
     refitted_rise = log_ratio(survey.long.long_refitted, refitted[hub])
     powers = {hub: 1.0}
     for layer, fvu in survey.long.ends.items():
-        powers[layer] = log_ratio(fvu, pilot[layer]) / rise
+        powers[layer] = float(np.clip(log_ratio(fvu, pilot[layer]) / rise, *POWER_RANGE))
     measured = sorted(powers)
     for hop in survey.hops:
         layer = hop.target

@@ -56,8 +56,13 @@ def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -
     return placed
 
 
-def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec], batch_tokens: int) -> int:
-    """Return the number of tokens shuffled together, from shapes alone: a multiple of batch and context."""
+def choose_block(
+    recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec], batch_tokens: int, *, multiple_of: int = 1
+) -> int:
+    """Return the number of tokens shuffled together, from shapes alone: a multiple of batch and context.
+
+    If the recipe does not give it, it is a multiple of `multiple_of` as well.
+    """
     step = math.lcm(batch_tokens, recipe.data.context)
     asked = recipe.data.block_tokens
     if asked != "auto":
@@ -67,6 +72,7 @@ def choose_block(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec], ba
                 f"({batch_tokens}) and data.context ({recipe.data.context}), that is, of {step}"
             )
         return asked
+    step = math.lcm(step, multiple_of)
     n_sites = max(1, len({site for spec in specs for site in sites_of(spec, recipe)}))
     numbers_per_token = max(facts.d_model, facts.d_attn_z) * n_sites
     most_in_memory = BLOCK_BYTES // (4 * numbers_per_token)

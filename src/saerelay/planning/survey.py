@@ -9,7 +9,7 @@ import math
 from typing import ClassVar
 
 from saerelay.document import Document
-from saerelay.planning.batches import usual_batch
+from saerelay.planning.batches import batch_for, usual_batch
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg_spec import LegSpec
@@ -22,6 +22,8 @@ from saerelay.spec import Spec
 
 LONG = "long"
 """Id of the hub's long pilot."""
+MAX_ROOT_MULTIPLE = 10
+"""Learning curves are not extrapolated beyond this multiple of root_tokens from scratch."""
 TOKENS_PER_LATENT = 64
 """Least tokens per latent of the long pilot; if short pilots get less than a quarter of it, curves show no floor."""
 
@@ -115,6 +117,8 @@ def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.in
     hub = recipe.plan.roots[0] if recipe.plan.roots else hub_of(layers)
 
     batch = usual_batch(recipe)
+    # The legs that will be chosen may be longer than the pilots, and take larger batches.
+    largest = batch_for(recipe, MAX_ROOT_MULTIPLE * recipe.plan.root_tokens, on_gpu=facts.on_gpu)
     recipe = recipe.changed(train=recipe.train.changed(batch_tokens=batch))
     asked = recipe.plan.auto.survey_tokens
     long = batch * max(8, (pilot_tokens(recipe, facts) if asked == "auto" else asked) // batch)
@@ -125,7 +129,7 @@ def survey_plan(recipe: Recipe, facts: ModelFacts, memory_bytes: float = math.in
         legs.append(LegSpec(id=f"{LONG}-L{layer}", layer=layer, tokens=long))
 
     longest = [LegSpec(id=f"L{layer}", layer=layer, tokens=long) for layer in layers]
-    block = choose_block(recipe, facts, longest, batch)
+    block = choose_block(recipe, facts, longest, batch, multiple_of=largest)
     surveying = recipe.changed(
         plan=plain.changed(legs=legs, roots=[]),
         train=recipe.train.changed(snapshots=[], loggers=[], seeds=1),
