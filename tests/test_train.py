@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_recipe
 import torch
 
 from saerelay.analysis.lineage import ancestor, leg_pairs
@@ -28,6 +29,7 @@ from saerelay.training import inherit, train
 from saerelay.training.engine import Progress, Trainee
 from saerelay.training.run_state import Training
 from saerelay.training.train import train_plan
+from saerelay.workflows.launch import train_run
 
 D = 16
 REFIT = {"refit_tokens": 512, "refit": True}
@@ -363,6 +365,15 @@ def test_a_leg_ends_when_it_will_meet_its_goal(early: Path, tmp_path: Path, fact
     stream = run_to_goals(plan, tmp_path / "again", facts)
     assert not any(Site(2) in sites for number, sites in stream.asked if number * 512 >= plan.leg("c").fold_at + 3584)
     assert len(stream.asked) < plan.n_tokens // 512
+
+
+def test_a_goal_needs_no_prediction(tiny_model: Path, tmp_path: Path) -> None:
+    leg = {"id": "a", "layer": 1, "tokens": 4096, "goal_fvu": 0.95}
+    sections = small_recipe.sections({"name": str(tiny_model)}, tmp_path)
+    sections["plan"]["legs"] = [leg]
+    suite = train_run(Recipe.parse(sections), tmp_path / "run")
+    info = suite.info(suite.leg("a"))
+    assert info.tokens < 4096 and info.validation_fvu is not None
 
 
 @pytest.mark.parametrize("killed_at", [1536, 1600, 2176, 2240, 6144, 7680, 7744, 8192])

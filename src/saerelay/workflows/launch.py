@@ -140,7 +140,7 @@ def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -
         stream = start.stream
     else:
         stream = joined_stream(plan, corpus, start.stream if start else None, team)
-    if not any(leg.goal.predicted_fvu for leg in plan.legs):
+    if not any(leg.goal.goal_fvu or leg.goal.predicted_fvu for leg in plan.legs):
         return stream, None
     return stream, open_validation(plan, stream, corpus)
 
