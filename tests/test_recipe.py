@@ -1,5 +1,6 @@
 """What users write: counts, unknown keys, the annotated recipe."""
 
+import math
 import tomllib
 from pathlib import Path
 
@@ -117,6 +118,31 @@ def test_learning_rates_may_be_auto() -> None:
 
 def test_shares_and_counts() -> None:
     assert [tokens_of(v, 1000) for v in (0.25, 1.0, 1, 40)] == [250, 1000, 1, 40]
+    written = [0, 1, 0.25, 1.0, 40, 3e6, "2k"]  # nobody means a single token by 1
+    ages = Recipe.parse({"train": {"snapshots": written}}).train.snapshots
+    assert [tokens_of(age, 1000) for age in ages] == [0, 1000, 250, 1000, 40, 3_000_000, 2000]
+
+
+@pytest.mark.parametrize("value", [1.5, -1, -0.5, math.inf, math.nan])
+def test_what_is_neither_a_share_nor_a_count(value: float) -> None:
+    expected = "must be a share, from 0 to 1, or a whole number of tokens"
+    assert f"plan.fork_at: {expected} (found {value})" in error_of({"plan": {"fork_at": value}})
+    assert f"train.snapshots.1: {expected}" in error_of({"train": {"snapshots": [0.5, value]}})
+    leg = {"id": "a", "layer": 1, "tokens": 5, "parent": "b", "fork_at": value}
+    assert f"plan.legs.0.fork_at: {expected}" in error_of({"plan": {"legs": [leg]}})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("data", "block_tokens"), ("plan", "tier_tokens"), ("plan", "survey_tokens"), ("train", "dead_after")],
+)
+def test_no_count_is_negative(section: str, key: str) -> None:
+    assert f"{section}.{key}: Input should be greater than 0 (found -64)" in error_of({section: {key: -64}})
+
+
+def test_every_dictionary_has_a_latent() -> None:
+    spec = Recipe.parse({"dictionary": {"architecture": "relu", "expansion": 0.001}}).dictionary
+    assert spec.sized(192).n_latents == 1
 
 
 @given(st.integers(0, 200), st.sampled_from(MODULE_KINDS))

@@ -11,10 +11,15 @@ from saerelay.spec import Count, OrAuto, Spec, parse_count
 
 
 def _share_or_count(value: object) -> object:
-    """Parse a value: a float up to 1 is a share of the leg's budget, anything else a count of tokens."""
-    if isinstance(value, float) and 0 <= value <= 1:
-        return value
-    return parse_count(value)
+    """Parse a value: a number up to 1 is a share of the leg's budget, a larger one a count of tokens."""
+    number = parse_count(value)
+    if not isinstance(number, int | float):
+        return number
+    if 0 <= number <= 1:
+        return float(number)
+    if number < 0 or number % 1:  # true for NaN and infinity, too
+        raise ValueError("must be a share, from 0 to 1, or a whole number of tokens")
+    return int(number)
 
 
 ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]

@@ -142,7 +142,7 @@ class DataSpec(Spec):
         description="where to keep activations (bfloat16) for later epochs and runs: a directory, or an address such "
         'as s3://bucket/folder; "" for none',
     )
-    block_tokens: OrAuto[Count] = Field(
+    block_tokens: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
         default="auto",
         description='tokens that are shuffled together; "auto": set by the shapes of model and plan, at most 65536',
     )
@@ -195,7 +195,7 @@ class TierSpec(Spec):
         description="further numbers of active latents, such as [16, 64]: for each of them, every SAE gets a copy that "
         "is trained further with that k",
     )
-    tier_tokens: OrAuto[Count] = Field(
+    tier_tokens: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
         default="auto", description='training tokens of each such copy; "auto": transfer_tokens'
     )
 
@@ -212,7 +212,7 @@ class AutoSpec(Spec):
         default="auto",
         description='... or the FVU to reach, as a multiple of that after root_tokens from scratch; "auto": 1.05',
     )
-    survey_tokens: OrAuto[Count] = Field(
+    survey_tokens: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
         default="auto",
         description='preset "auto": tokens of the longest pilot; "auto": root_tokens / 10, or 64 per latent if that is '
         "more, but at most root_tokens / 4",
@@ -333,7 +333,7 @@ class TrainSpec(Spec):
         default="auto", description='of the encoder\'s matrix product; "auto": bfloat16 if the activations are bfloat16'
     )
     optimizer: OptimizerSpec = OptimizerSpec()
-    dead_after: OrAuto[Count] = Field(
+    dead_after: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
         default="auto",
         description='tokens without firing after which a latent is dead; "auto": min(10M, a fiftieth of the budget)',
     )

@@ -132,7 +132,7 @@ class DictionarySpec(AnyDictionarySpec):
             skip_connection=self.skip_connection,
             matryoshka=self.matryoshka,
             activation=self.activation,
-            n_latents=round(self.expansion * width) if self.n_latents == "auto" else self.n_latents,
+            n_latents=max(1, round(self.expansion * width)) if self.n_latents == "auto" else self.n_latents,
         )
 
 
