@@ -13,7 +13,7 @@ from saerelay.planning.facts import ModelFacts
 from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import External, Plan
 from saerelay.planning.recipe import Recipe
-from saerelay.site import Site
+from saerelay.site import Site, SiteKind
 from saerelay.views.tables.plan import plan_table
 
 BASE: dict[str, Any] = {
@@ -25,11 +25,11 @@ BASE: dict[str, Any] = {
 
 
 def compiled(
-    facts: ModelFacts, memory_bytes=math.inf, externals=None, finished=None, **sections: dict[str, Any]
+    facts: ModelFacts, memory_bytes=math.inf, externals=None, finished=None, parents=None, **sections: dict[str, Any]
 ) -> Plan:
     data = {key: BASE.get(key, {}) | sections.get(key, {}) for key in BASE | sections}
     run = Recipe.parse(data, source="test")
-    return compile_plan(run, facts, memory_bytes=memory_bytes, externals=externals, finished=finished)
+    return compile_plan(run, facts, memory_bytes=memory_bytes, externals=externals, finished=finished, parents=parents)
 
 
 def shape(plan: Plan) -> dict[str, str]:
@@ -273,6 +273,71 @@ def test_a_parent_whose_files_do_not_say_its_l0_needs_k(facts: ModelFacts) -> No
         compiled(facts, externals=externals, plan={"legs": [leg]})
     plan = compiled(facts, externals=externals, plan={"legs": [leg | {"k": 3}]})
     assert plan.legs[0].dictionary.l0 == 3 and plan.reshapes(plan.legs[0])
+
+
+def test_a_leg_that_continues_another_runs_sae_has_the_l0_that_was_asked_for(facts: ModelFacts) -> None:
+    """A penalty holds L0 near its target only, so that the files of the other run's SAEs state another L0."""
+    site = {"layer": 1, "module": "resid_post", "architecture": "jumprelu", "n_latents": 48, "d_model": 16, "k": None}
+    externals = {f"./a/{l0}": External(**site, l0=1.04 * l0, path="/a") for l0 in (4, 2)}
+    parents = {(SiteKind(), 1, float(l0)): f"./a/{l0}" for l0 in (4, 2)}
+    sections: dict[str, Any] = {
+        "sites": {"layers": [1]},
+        "dictionary": {"architecture": "jumprelu", "target_l0": 4},
+        "plan": {"parents": "./a", "tiers": [2], "controls": [1], "control_kinds": ["full", "random"]},
+    }
+    plan = compiled(facts, externals=externals, parents=parents, **sections)
+    l0 = {leg.id: leg.dictionary.l0 for leg in plan.legs}
+    assert l0 == {"L1": 4, "L1-k2": 2, "L1-scratch-full": 4, "L1-random": 4}
+    assert not any(plan.reshapes(leg) for leg in plan.legs if leg.parent)
+    assert {leg.dictionary.n_latents for leg in plan.legs} == {48}
+
+
+def test_a_control_has_the_dictionary_of_the_leg_that_it_is_compared_with(facts: ModelFacts) -> None:
+    legs = [
+        {"id": "root", "layer": 1, "tokens": 4096},
+        {"id": "child", "layer": 2, "tokens": 1024, "parent": "root", "k": 8, "n_latents": 96},
+        {"id": "equal", "layer": 2, "tokens": 0, "control_of": "child"},
+        {"id": "random", "layer": 2, "tokens": 0, "parent": "root", "method": "random", "control_of": "child"},
+        {"id": "smaller", "layer": 2, "tokens": 0, "control_of": "child", "n_latents": 48},
+    ]
+    plan = compiled(facts, plan={"legs": legs})
+    sizes = {leg.id: (leg.dictionary.n_latents, leg.dictionary.l0) for leg in plan.legs}
+    assert sizes == {"root": (64, 4), "child": (96, 8), "equal": (96, 8), "random": (96, 8), "smaller": (48, 8)}
+
+
+def test_an_l0_that_nobody_asks_for_is_not_made_up(facts: ModelFacts) -> None:
+    legs = [{"id": "a", "layer": 1, "tokens": 4096}, {"id": "b", "layer": 2, "tokens": 0, "parent": "a"}]
+    keys: dict[str, Any] = {"dictionary": {"architecture": "relu"}}
+    legs[1]["architecture"] = "topk"
+    with pytest.raises(PlanError, match="leg b: the L0 of its parent a follows from a penalty; set k"):
+        compiled(facts, plan={"legs": legs}, **keys)
+    legs[1]["k"] = 3
+    assert compiled(facts, plan={"legs": legs}, **keys).leg("b").dictionary.l0 == 3
+
+
+def test_an_untrained_hop_has_a_control_on_the_tokens_of_its_map(facts: ModelFacts) -> None:
+    outside = External(layer=4, module="resid_post", architecture="topk", n_latents=48, d_model=16, k=3, path="/a")
+    hop = {"id": "a", "layer": 1, "parent": "runs/a", "tokens": 0, "method": "affine"}
+    control = {"id": "b", "layer": 1, "tokens": 0, "control_of": "a"}
+    sections: dict[str, Any] = {"plan": {"legs": [hop, control]}, "data": {"block_tokens": "auto"}}
+    plan = compiled(facts, externals={"runs/a": outside}, **sections)
+    alone = compiled(facts, externals={"runs/a": outside}, **(sections | {"plan": {"legs": [hop]}}))
+    assert plan.block_tokens == alone.block_tokens and plan.leg("b").budget_tokens == plan.leg("a").moment_tokens
+    sections["plan"]["legs"][0]["method"] = "identity"
+    with pytest.raises(PlanError, match="leg b is to be trained on as many tokens as a, which is trained on none"):
+        compiled(facts, externals={"runs/a": outside}, **sections)
+
+
+def test_a_control_named_twice_is_trained_once(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"controls": [1, 1], "control_kinds": ["full", "full"]})
+    assert [leg.id for leg in plan.legs if leg.control] == ["L1-scratch-full"]
+
+
+def test_layers_of_different_widths_cannot_share_a_leg(facts: ModelFacts) -> None:
+    widths = facts.sites.changed(widths={"attn_z": [24, 24, 16, 24, 24, 24]})
+    leg = {"id": "a", "layer": 1, "module": "attn_z", "tokens": 4096, "shared_layers": [0, 2]}
+    with pytest.raises(PlanError, match=r"leg a: the activations of L2\.attn_z have width 16, but those of L1\.attn_z"):
+        compiled(facts.changed(sites=widths), plan={"legs": [leg]})
 
 
 def test_block_size_is_from_shapes_alone(facts: ModelFacts) -> None:

@@ -39,7 +39,7 @@ def compile_plan(
     first run).
     """
     layers = _check_layers(recipe, facts)
-    externals = {**(finished.externals if finished else {}), **(externals or {})}
+    externals = {**(finished.externals if finished else {}), **_at_asked_l0(externals or {}, parents or {})}
     if finished and not recipe.plan.roots:
         recipe = _with_roots_of(recipe, finished, layers)
     specs = with_repeats(recipe.plan.legs or preset_legs(recipe, layers, parents), recipe.train)
@@ -81,6 +81,18 @@ def compile_plan(
     _check_length(plan)
     _check_widths(plan)
     return plan
+
+
+def _at_asked_l0(externals: Mapping[str, External], parents: Mapping[Place, str]) -> dict[str, External]:
+    """Return parents outside the plan, those of another run's suite with the L0 that the other run asked for.
+
+    Their files tell the L0 that came out, which is not exactly that where a penalty holds it near a target.
+    """
+    described = dict(externals)
+    for (_, _, l0), reference in parents.items():
+        if l0:
+            described[reference] = described[reference].changed(l0=l0)
+    return described
 
 
 def _check_nothing_else(recipe: Recipe) -> None:
@@ -241,12 +253,23 @@ def _changed_keys(before: Leg, now: Leg) -> list[str]:
 
 
 def _check_widths(plan: Plan) -> None:
-    """Raise PlanError if a transfer is impossible: other widths, a layer the model lacks, too few tokens for a map."""
+    """Raise PlanError if a map is impossible: other widths, a layer the model lacks, too few tokens to fit it."""
     for leg in plan.legs:
         if leg.hop:
             _check_width(plan, leg, leg.hop.method)
         elif leg.shared_layers:
+            _check_shared_widths(plan, leg)
             _check_map_tokens(leg, plan.facts.width(leg.site), "procrustes")
+
+
+def _check_shared_widths(plan: Plan, leg: Leg) -> None:
+    width = plan.facts.width(leg.site)
+    for site in leg.shared_sites:
+        if plan.facts.width(site) != width:
+            raise PlanError(
+                f"leg {leg.id}: the activations of {site} have width {plan.facts.width(site)}, but those of {leg.site} "
+                f"have width {width}; layers that share a leg need equal widths"
+            )
 
 
 def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:

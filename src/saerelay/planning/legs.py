@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
@@ -38,7 +39,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     hop = _settled_hop(spec, setting)
     budget = _settled_budget(spec, setting, by_id)
     if not budget and not hop:
-        raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
+        _complain_of_no_tokens(spec)
     source = parent or external
     if source and source.module_out != module_out:
         raise PlanError(
@@ -47,7 +48,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
         )
     if spec.shared_layers:
         _check_shared(spec, site, module_out)
-    dictionary = _settled_dictionary(spec, setting, parent, external)
+    dictionary = _settled_dictionary(spec, setting, by_id)
     if dictionary.skip_connection and not module_out:
         if not any(kind.module_out for kind in recipe.sites.kinds):
             raise PlanError(
@@ -143,6 +144,16 @@ def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -
     return batch * math.ceil(tokens / batch)
 
 
+def _complain_of_no_tokens(spec: LegSpec) -> NoReturn:
+    """Raise PlanError for a leg from scratch without training tokens."""
+    if spec.control:
+        raise PlanError(
+            f"leg {spec.id} is to be trained on as many tokens as {spec.control_of}, which is trained on none; set its "
+            'tokens or, for a preset, leave "equal_tokens" out of plan.control_kinds'
+        )
+    raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
+
+
 def _batch_tokens(spec: LegSpec, setting: Setting) -> int:
     batch = spec.training.batch_tokens or setting.batch_tokens
     if setting.batch_tokens % batch:
@@ -186,10 +197,17 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
     )
 
 
-def _settled_dictionary(
-    spec: LegSpec, setting: Setting, parent: Leg | None, external: External | None
-) -> SizedDictionarySpec:
-    """Return the spec of a leg's dictionary: its parent's, or the recipe's, with the changes that the leg asks for."""
+def _settled_dictionary(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> SizedDictionarySpec:
+    """Return the spec of a leg's dictionary, with the changes that the leg asks for.
+
+    It begins with the parent's dictionary or, without a parent, the recipe's. A control that takes nothing from a
+    parent has the dictionary of the leg that it is compared with.
+    """
+    parent = by_id.get(spec.parent)
+    external = setting.externals.get(spec.parent)
+    if spec.control and (not spec.hop or spec.hop.method == "random"):
+        parent = by_id[spec.control.control_of]
+        external = None
     width = setting.facts.width(site_of(spec, setting.recipe))
     inherited = parent.dictionary if parent else setting.recipe.dictionary.sized(width)
     n_latents = inherited.n_latents
@@ -207,11 +225,11 @@ def _settled_dictionary(
     asked_l0 = changes.k
     if asked_l0 is None and (external or changes.architecture):
         asked_l0 = l0
-        if external and not l0 and dictionary.l0:
-            raise PlanError(
-                f"leg {spec.id}: the files of its parent {spec.parent} do not say how many latents are active, "
-                "or say none; set k"
-            )
+        if spec.hop and not l0 and dictionary.l0:
+            why = f"the L0 of its parent {spec.parent} follows from a penalty"
+            if external:
+                why = f"the files of its parent {spec.parent} do not say how many latents are active, or say none"
+            raise PlanError(f"leg {spec.id}: {why}; set k")
     if asked_l0:
         dictionary = dictionary.with_l0(asked_l0)
     check_sparsity(dictionary, spec.id)

@@ -79,9 +79,10 @@ def choose_block(
     if facts.on_gpu:
         most_in_memory = BLOCK_BYTES_ON_GPU // (facts.bytes_per_value * numbers_per_token)
 
-    # A block has at least 16 batches. If all legs are hops, it also has at least the tokens of their refit.
+    # A block has at least 16 batches. If all legs are hops, it also has at least the tokens of their refit. Legs from
+    # scratch without tokens of their own are controls of these hops.
     least = 16 * batch_tokens
-    hops_only = all(spec.hop for spec in specs)
+    hops_only = all(spec.hop for spec in specs) or not any(spec.tokens for spec in specs)
     if hops_only and any(_is_refitted(spec, recipe) for spec in specs):
         least = max(least, recipe.plan.hop.refit_tokens)
 
