@@ -16,6 +16,7 @@ from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import read_dictionary
+from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.quality import fvu
 from saerelay.site import Site
 from saerelay.training.alignment import Alignment
@@ -184,6 +185,22 @@ def test_the_suite_has_each_layers_own_sae_and_says_how_they_were_made(whole: Pa
     assert suite.origin(suite.leg("L2-from-L1")) == "from below"
     counterparts = {leg.id for leg in suite.scratch_counterparts(suite.leg("L1"))}
     assert counterparts == {"L1-scratch-equal", "L1-scratch-full"}, "what layers share is no control"
+
+
+def test_latents_come_from_where_the_leg_took_them(facts: ModelFacts) -> None:
+    """Not from its parent, if it took none; and a hop from another module of its layer is a hop."""
+    plan = make_plan(facts, preset="shared", controls=[1], control_kinds=["random"])
+    suite = PublishedSuite(Path("nowhere"), plan)
+    assert plan.leg("L1-random").parent == plan.leg("L1").parent == "L1-shared"
+    assert suite.origin(plan.leg("L1-random")) == "random" and suite.origin(plan.leg("L1")) == "scratch"
+    legs = [
+        {"id": "a", "layer": 1, "tokens": 4096, "module": "mlp_out"},
+        {"id": "b", "layer": 1, "tokens": 2048, "parent": "a", "module": "resid_post"},
+        {"id": "c", "layer": 1, "tokens": 2048, "parent": "b", "module": "resid_post", "k": 2},
+    ]
+    plan = make_plan(facts, legs=legs)
+    suite = PublishedSuite(Path("nowhere"), plan)
+    assert [suite.origin(leg) for leg in plan.legs] == ["scratch", "same layer", "same layer"]
 
 
 def test_more_layers_hop_from_it_and_more_tokens_are_refused(facts: ModelFacts) -> None:

@@ -409,22 +409,6 @@ class Plan(Document):
         same_place = (parent.site, parent.module_out) == (leg.site, leg.module_out)
         return parent.id if same_place and parent.dictionary.l0 != leg.dictionary.l0 else ""
 
-    def origin(self, leg: Leg) -> Literal["scratch", "from below", "from above", "same layer"]:
-        """Return where a leg's latents come from; a leg that continues another of its layer has the other's origin."""
-        leg = self.first_at_layer(leg)
-        if not leg.hop:
-            return "scratch"
-        source = self.parent_site(leg).layer
-        if source == leg.layer:
-            return "same layer"
-        return "from below" if source < leg.layer else "from above"
-
-    def first_at_layer(self, leg: Leg) -> Leg:
-        """Return the first leg of its layer in a leg's line of parents: the leg it continues, or the leg itself."""
-        while self.has(leg.parent) and self.leg(leg.parent).layer == leg.layer:
-            leg = self.leg(leg.parent)
-        return leg
-
     def newness(self, leg: Leg) -> float:
         """Return a leg's own tokens over all that its dictionary is trained on, parents included; 0 if unknown."""
         tokens_before = 0

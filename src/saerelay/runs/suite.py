@@ -193,14 +193,16 @@ class PublishedSuite:
         return counterparts
 
     def origin(self, leg: Leg) -> Origin:
-        """Where a leg's latents come from; a leg that continues another of its layer has the origin of that leg.
+        """Where a leg's latents come from; a leg that continues another of its site has the origin of that leg.
 
         A hop that was trained from scratch, since no map helped, comes from scratch; a random dictionary, from nowhere.
         """
-        first = self.plan.first_at_layer(leg)
-        if self.begins_afresh(first):
-            return "random" if first.method == "random" else "scratch"
-        return self.plan.origin(leg)
+        while not self.begins_afresh(leg):
+            source = self.plan.parent_site(leg)
+            if source != leg.site or not self.plan.has(leg.parent):
+                return _direction(source.layer, leg.layer)
+            leg = self.plan.leg(leg.parent)
+        return "random" if leg.method == "random" else "scratch"
 
     def begins_afresh(self, leg: Leg) -> bool:
         """Whether a leg has no parent, or takes nothing from it, so that its latents have nothing to do with it."""
@@ -298,6 +300,13 @@ class PublishedSuite:
 
     def __len__(self) -> int:
         return len(self.legs)
+
+
+def _direction(source: int, target: int) -> Origin:
+    """Where the latents of a hop between two layers come from."""
+    if source == target:
+        return "same layer"
+    return "from below" if source < target else "from above"
 
 
 def method_of(leg: Leg, chosen: str | None = None) -> str:

@@ -172,7 +172,7 @@ class LegStanding(Record):
 
     origin: Origin
     """Where its latents come from (`random`: it began as a random dictionary); a leg that continues another of its
-    layer has the origin of that leg."""
+    site has the origin of that leg."""
     made: str
     """How it was made, in words, such as "affine + refit from L5"."""
     continued_by: str | None = None
