@@ -1,6 +1,7 @@
 """Suites of several kinds of sites and of several tiers of L0: plans, one run of them, and what is said of it."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from saerelay.planning.presets import Place
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Summary
+from saerelay.runs.documents.training import PhaseSeconds, RunCost
 from saerelay.sae.quality import mean_l0
 from saerelay.site import Site
 from saerelay.views import labels
@@ -320,6 +322,20 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 @pytest.fixture(scope="module")
 def summary(fake: Suite) -> Summary:
     return summarise(fake, Corpus.open(fake.directory.tokens))
+
+
+def test_ranks_that_train_legs_at_the_same_time_save_nothing_by_it(fake: Suite, tmp_path: Path) -> None:
+    """Both the time of controls and that of training from scratch are the times of as many ranks."""
+    shutil.copytree(fake.directory.root, tmp_path / "run")
+    suite = load(tmp_path / "run")
+    costs = []
+    for ranks in (1, 4):
+        RunCost(seconds=PhaseSeconds(total=100.0, lm=0.0), ranks=ranks).save(suite.directory.cost)
+        costs.append(summarise(suite, Corpus.open(suite.directory.tokens)).cost)
+    alone, together = costs
+    assert alone.controls.seconds and together.controls.seconds == alone.controls.seconds / 4
+    assert together.seconds == 100.0 - together.controls.seconds
+    assert together.from_scratch.seconds_estimate == alone.from_scratch.seconds_estimate / 4
 
 
 def test_a_summary_of_one_kind_has_its_controls_and_no_other_tier(summary: Summary) -> None:

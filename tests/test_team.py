@@ -20,7 +20,9 @@ from team_worker import Ranks
 
 from saerelay.planning.ranks import owners
 from saerelay.runs.directory import read_plan
+from saerelay.runs.documents.training import RunCost
 from saerelay.runs.state import state_facts
+from saerelay.training.run_state import slowest
 
 RECIPE = """
 [sites]
@@ -88,6 +90,13 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(
     assert digests(tmp_path / "run") == digests(alone)
     assert log_lines(tmp_path / "run") == log_lines(alone)
     assert ranks.said().count("SAEs in") == 1, "only rank 0 speaks"
+    cost = RunCost.load(tmp_path / "run/cost.json")
+    assert cost.ranks == size and cost.seconds.processor
+
+
+def test_a_phase_takes_the_time_of_the_slowest_rank_and_processors_that_of_all() -> None:
+    ranks = [{"total": 3.0, "processor": 2.0, "lm": 1.0}, {"total": 3.5, "processor": 3.0, "lm": 0.5}]
+    assert slowest(ranks) == {"total": 3.5, "processor": 5.0, "lm": 1.0}
 
 
 @pytest.mark.slow

@@ -109,7 +109,8 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     """Return the cost of the suite, of its controls and repeats separately, and of all layers trained from scratch.
 
     The time of all layers from scratch is an estimate: for every layer, the time per token of the legs that were
-    trained from scratch, plus the language model's time for one pass over a root's tokens.
+    trained from scratch, plus the language model's time for one pass over a root's tokens. Several ranks train legs at
+    the same time, so that each leg takes its share of the run's time.
     """
     infos = {leg.id: suite.info(leg) for leg in suite.legs}
     plan = plan_so_far(suite, {leg_id: info.tokens for leg_id, info in infos.items()})
@@ -128,12 +129,13 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     seconds = run_cost.seconds if run_cost else None
     total = seconds.total if seconds else math.nan
     lm = seconds.lm if seconds else math.nan
+    n_ranks = run_cost.ranks if run_cost else 1
     extra = [leg for leg in suite.legs if leg.role == "control" or plan.repeat_of(leg)]
-    control_seconds = sum(infos[leg.id].seconds for leg in extra)
+    control_seconds = sum(infos[leg.id].seconds for leg in extra) / n_ranks
 
     scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
     scratch_tokens = sum(info.tokens for info in scratch)
-    scratch_seconds = sum(info.seconds for info in scratch)
+    scratch_seconds = sum(info.seconds for info in scratch) / n_ranks
     seconds_per_layer = root_tokens * scratch_seconds / scratch_tokens if scratch else math.nan
     lm_share = min(1.0, root_tokens / everything.lm_tokens)
     return SuiteCost(

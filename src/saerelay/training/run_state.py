@@ -236,7 +236,8 @@ class Training:
         training.hops = {leg_id: HopFacts.model_validate(hop) for leg_id, hop in facts["hops"].items()}
         training.seconds |= facts["seconds"]
         training.began -= training.seconds["total"]
-        training.began_processor -= training.seconds["processor"]
+        if team.leads:  # the saved time is that of all ranks
+            training.began_processor -= training.seconds["processor"]
         training.positions = facts["positions"]
         training.serial = facts["serial"]
         over = {leg.id for leg in plan.legs if leg.fold_at < training.cursor}
@@ -259,8 +260,9 @@ class Training:
 
 
 def slowest(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The longest time that any rank spent, per phase."""
-    return {name: max(of_rank[name] for of_rank in seconds) for name in seconds[0]}
+    """The longest time that any rank spent, per phase; of CPU time, the sum over ranks."""
+    longest = {name: max(of_rank[name] for of_rank in seconds) for name in seconds[0]}
+    return {**longest, "processor": sum(of_rank["processor"] for of_rank in seconds)}
 
 
 def check_plan(plan: Plan, expected: dict[str, str], paths: RunDirectory) -> None:

@@ -96,8 +96,8 @@ def train_plan(
         now.save(paths, words)
         now.commit(paths)
     if team.leads:
-        seconds = slowest([word.seconds for word in words])
-        RunCost(seconds=PhaseSeconds(**seconds), positions=ReadPositions(**now.positions)).save(paths.cost)
+        seconds = PhaseSeconds(**slowest([word.seconds for word in words]))
+        RunCost(seconds=seconds, positions=ReadPositions(**now.positions), ranks=team.size).save(paths.cost)
     complain_of_failures(now, paths)
     if team.leads:
         complain_of_missing(plan, paths)

@@ -236,14 +236,14 @@ class LegSummary(Metrics, LegTokens, LegStanding, LegFacts):
 
 
 class ControlCost(Record):
-    """The cost of the control legs."""
+    """The cost of the control legs, and of repeats with other seeds."""
 
     sae_samples: int
-    """Number of activations they were trained on."""
+    """Number of activations they were trained or refitted on."""
     flops: float
     """Floating-point operations executed."""
     seconds: Measured
-    """Time of their training steps, in seconds."""
+    """Time of their training steps, in seconds; divided by the number of ranks, which train legs at the same time."""
 
 
 class ScratchCost(Record):
@@ -260,8 +260,8 @@ class ScratchCost(Record):
     lm_flops: float
     """Floating-point operations of the language model among them."""
     seconds_estimate: Measured
-    """Estimated wall-clock time in seconds, from the time per token of the legs that were trained from scratch and of
-    the language model."""
+    """Estimated wall-clock time in seconds, on as many ranks, from the time per token of the legs that were trained
+    from scratch and of the language model."""
 
 
 class SuiteCost(Record):

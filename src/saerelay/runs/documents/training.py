@@ -135,7 +135,7 @@ class PhaseSeconds(Record):
     total: float
     """From the start to the end, without the pauses between an interruption and the resumption."""
     processor: float | None = None
-    """CPU time of all threads, in seconds; the time of other programs is not included."""
+    """CPU time of all threads of all ranks, in seconds; the time of other programs is not included."""
     lm: float
     """Forward passes of the language model."""
     fits: float = 0.0
@@ -167,6 +167,8 @@ class RunCost(Document):
     """Wall-clock time by phase."""
     positions: ReadPositions = ReadPositions()
     """Token positions read."""
+    ranks: int = Field(default=1, ge=1)
+    """Number of processes that trained the run together, when it ended."""
 
 
 class ResumeFacts(Record):
