@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from saerelay.errors import PlanError
+from saerelay.errors import ModelError, PlanError, RunDirectoryError
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import forward_flops, model_bytes, plan_cost, state_bytes
 from saerelay.planning.facts import ModelFacts
@@ -262,6 +262,16 @@ def test_a_parent_outside_the_plan(facts: ModelFacts) -> None:
     assert plan.open_sites(0, 256) == [Site(1), Site(4)] and plan.open_sites(512, 768) == [Site(1)]
 
 
+def test_a_parent_outside_the_plan_reads_what_the_model_has(facts: ModelFacts) -> None:
+    """Where a map is fitted; a plain copy needs nothing of its parent's site."""
+    outside = External(layer=4, module="resid_post", architecture="topk", n_latents=48, d_model=16, k=3, path="/a")
+    lacking = facts.changed(sites=facts.sites.changed(refusals={"L4": "it has none"}))
+    leg = {"id": "x", "layer": 1, "parent": "runs/a", "tokens": 512}
+    with pytest.raises(ModelError, match='L4 of "paper-model" cannot be read: it has none'):
+        compiled(lacking, externals={"runs/a": outside}, plan={"legs": [leg]})
+    compiled(lacking, externals={"runs/a": outside}, plan={"legs": [leg | {"method": "identity"}]})
+
+
 def test_a_parent_whose_files_do_not_say_its_l0_needs_k(facts: ModelFacts) -> None:
     """The recipe's k is that of the SAEs it trains from scratch; the parent would be cut to it."""
     outside = External(
@@ -350,6 +360,31 @@ def test_a_plan_survives_its_file(facts: ModelFacts) -> None:
 
     plan = compiled(facts, plan={"controls": [1]})
     assert Plan.from_data(json.loads(plan.to_json()), source="plan.json") == plan
+
+
+def test_legs_that_descend_from_one_another_are_a_damaged_plan(facts: ModelFacts) -> None:
+    data = compiled(facts, plan={"preset": "forward"}, sites={"layers": [0, 1, 2]}).to_data()
+    assert [leg["id"] for leg in data["legs"]] == ["L0", "L1-from-L0", "L2-from-L1"]
+    data["legs"][1]["parent"] = "L2-from-L1"
+    with pytest.raises(RunDirectoryError, match="leg L1-from-L0 descends from itself"):
+        Plan.from_data(data, source="plan.json")
+
+
+@pytest.mark.parametrize("other", [{"control_of": "a"}, {"id": "a-seed1", "seed": 1}])
+def test_a_suite_costs_what_the_control_or_repeat_costs_that_it_descends_from(
+    facts: ModelFacts, other: dict[str, Any]
+) -> None:
+    other = {"id": "x", "layer": 1, "tokens": 4096} | other
+    legs = [
+        {"id": "a", "layer": 1, "tokens": 4096},
+        other,
+        {"id": "b", "layer": 2, "tokens": 1024, "parent": other["id"]},
+        {"id": "c", "layer": 2, "tokens": 4096, "control_of": "b"},
+    ]
+    plan = compiled(facts, plan={"legs": legs})
+    suite = plan.without_controls()
+    assert [leg.id for leg in suite.legs] == ["a", other["id"], "b"]
+    assert plan_cost(suite).sae_samples == plan_cost(plan).sae_samples - 4096
 
 
 def test_cost_counts_what_runs(facts: ModelFacts) -> None:

@@ -286,6 +286,9 @@ def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
             f"leg {leg.id}: its parent {leg.parent} reads layer {external.layer}, but {plan.facts.name} has layers "
             f"0 to {plan.facts.n_layers - 1}; the parent belongs to another model"
         )
+    if external and leg.moment_tokens:  # a map is fitted to what the parent reads and reconstructs
+        plan.facts.check_site(external.site)
+        plan.facts.check_site(external.site_out)
     _check_map_tokens(leg, width, method)
 
 

@@ -248,6 +248,9 @@ class Plan(Document):
         for leg in self.legs:
             if leg.hop and leg.parent not in ids and leg.parent not in self.externals:
                 raise ValueError(f"leg {leg.id} has the parent {leg.parent}, which the plan does not describe")
+        for leg in self.legs:
+            if len(self.line(leg)) > len(self.legs):
+                raise ValueError(f"leg {leg.id} descends from itself")
         return self
 
     def __repr__(self) -> str:
@@ -340,9 +343,21 @@ class Plan(Document):
             probed.add(self.probe_site)
         return sorted(probed)
 
+    def line(self, leg: Leg) -> list[Leg]:
+        """Return a leg and all that it descends from, up to the first; in a circle, more legs than the plan has."""
+        by_id = {leg.id: leg for leg in self.legs}
+        line = [leg]
+        while line[-1].parent in by_id and len(line) <= len(by_id):
+            line.append(by_id[line[-1].parent])
+        return line
+
     def without_controls(self) -> Self:
-        """Return the plan of the suite alone, without control legs and repeats with other seeds."""
-        return self.changed(legs=[leg for leg in self.legs if not leg.control and not self.repeat_of(leg)])
+        """Return the plan of the suite alone: without control legs and repeats, unless other legs descend from them."""
+        needed: set[str] = set()
+        for leg in self.legs:
+            if not leg.control and not self.repeat_of(leg):
+                needed |= {ancestor.id for ancestor in self.line(leg)}
+        return self.changed(legs=[leg for leg in self.legs if leg.id in needed])
 
     def all_from_scratch(self) -> Self:
         """Return the plan to compare with: every site trained from scratch on `plan.root_tokens`, all at the same time.
@@ -411,11 +426,8 @@ class Plan(Document):
 
     def newness(self, leg: Leg) -> float:
         """Return a leg's own tokens over all that its dictionary is trained on, parents included; 0 if unknown."""
-        tokens_before = 0
-        child = leg
-        while child.hop:
-            if not self.has(child.parent):
-                return 0.0
-            tokens_before += child.hop.fork_at_tokens
-            child = self.leg(child.parent)
+        line = self.line(leg)
+        if line[-1].hop:  # its parent is outside the plan
+            return 0.0
+        tokens_before = sum(child.hop.fork_at_tokens for child in line if child.hop)
         return leg.budget_tokens / max(1, tokens_before + leg.budget_tokens)

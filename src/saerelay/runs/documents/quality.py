@@ -342,7 +342,9 @@ class Summary(Document):
 
     def first_of(self, leg: LegSummary) -> LegSummary:
         """The leg that a leg continues, from the beginning; the leg itself if it continues none."""
-        while self.has(leg.parent):
+        for _ in self.legs:  # however long: a damaged file may have a circle
+            if not self.has(leg.parent):
+                break
             parent = self.leg(leg.parent or "")
             if parent.continued_by != leg.id or parent.role != leg.role:
                 break
