@@ -1,5 +1,6 @@
 """Plans: presets, placing on the axis, costs, refusals."""
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,16 @@ import pytest
 
 from saerelay.errors import ModelError, PlanError, RunDirectoryError
 from saerelay.planning.compile import compile_plan
-from saerelay.planning.cost import forward_flops, model_bytes, plan_cost, state_bytes
+from saerelay.planning.cost import (
+    REFIT,
+    TRIAL,
+    TRIAL_ROWS,
+    forward_flops,
+    model_bytes,
+    plan_cost,
+    refit_flops,
+    state_bytes,
+)
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.legs import auto_lr
 from saerelay.planning.plan import External, Plan
@@ -395,6 +405,31 @@ def test_cost_counts_what_runs(facts: ModelFacts) -> None:
     assert cost.flops == pytest.approx(lm + 2 * 4096 * (2 * 16 * 64 + 8 * 16 * 4))
     assert cost.flops_dense_equivalent == pytest.approx(lm + 2 * 4096 * 12 * 16 * 64)
     assert plan_cost(plan.all_from_scratch()) == cost
+
+
+def test_what_is_only_tried_is_counted(facts: ModelFacts) -> None:
+    """A hop by "auto" refits a dictionary for each map and, if it is trained, a random one."""
+    rows = {"data": {"block_tokens": 32_768}, "plan": {"refit_tokens": 16_384, "moment_tokens": 32_768}}
+    for tokens, n_trials in ((1024, 5), (0, 4)):
+        flops = {}
+        for method in ("auto", "affine"):
+            sections: dict[str, Any] = rows | {"plan": rows["plan"] | {"transfer_tokens": tokens, "method": method}}
+            plan = compiled(facts, sites={"layers": [1, 2]}, **sections)
+            flops[method] = plan_cost(plan).flops
+        trial = refit_flops(plan.legs[0].dictionary, 16, 16, 16_384, TRIAL)
+        assert trial > 0 and flops["auto"] - flops["affine"] == pytest.approx(n_trials * trial)
+
+
+def test_the_refit_of_a_wide_dictionary_is_counted_as_it_is_made(facts: ModelFacts) -> None:
+    from saerelay.sae import refit, trials
+    from saerelay.sae.transfer import L0_ROWS
+
+    assert (refit.DIRECT_LATENTS, trials.DIRECT_LATENTS) == (REFIT.direct_latents, TRIAL.direct_latents)
+    assert inspect.signature(refit.refit).parameters["max_iterations"].default == REFIT.iterations
+    assert (L0_ROWS, trials.TRIAL_ROWS) == TRIAL_ROWS
+    dictionary = compiled(facts).legs[0].dictionary
+    narrow, wide = (refit_flops(dictionary.changed(n_latents=n), 768, 768, 65_536) for n in (16_384, 65_536))
+    assert wide < 8 * narrow  # a factorisation would take 64 times as much
 
 
 def test_a_transcoder_costs_what_its_two_widths_and_its_skip_connection_do(facts: ModelFacts) -> None:

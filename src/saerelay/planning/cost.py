@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple, get_args
 
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Leg, Plan
-from saerelay.sae.spec import SizedDictionarySpec, takes_sparse_step
+from saerelay.sae.spec import Method, SizedDictionarySpec, takes_sparse_step
 from saerelay.spec import Spec
 
 
@@ -49,8 +50,39 @@ def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int, w
     return encoder + active + skip, dense
 
 
-def fit_flops(leg: Leg, facts: ModelFacts) -> float:
-    """Return the operations of a leg's closed forms: moments of both sites, the map, and the refit by Cholesky.
+class Solver(NamedTuple):
+    """How the normal equations of a refit are solved."""
+
+    direct_latents: int
+    """Largest number of latents for which they are factored."""
+    iterations: int
+    """Largest number of iterations for wider dictionaries."""
+
+
+REFIT = Solver(direct_latents=16_384, iterations=200)
+TRIAL = Solver(direct_latents=8_192, iterations=20)
+"""The refit of a trial (`sae.trials`), which is rougher."""
+TRIAL_ROWS = (8_192, 32_768)
+"""Least and largest number of rows that a trial uses, if the block has as many."""
+
+
+def refit_flops(
+    dictionary: SizedDictionarySpec, width: int, width_out: int, tokens: int, solver: Solver = REFIT
+) -> float:
+    """Return the operations of a decoder refit on some tokens: codes, normal equations, and their solution.
+
+    For a dictionary too wide to factor the equations, as many iterations are counted as there may be.
+    """
+    F = dictionary.n_latents
+    active = tokens * (dictionary.l0 or TYPICAL_L0)
+    codes = 2.0 * tokens * width * F + 4.0 * active * width_out
+    if F > solver.direct_latents:
+        return codes + solver.iterations * 4.0 * active * width_out
+    return codes + 2.0 * active * F + F**3 / 3 + 2.0 * F**2 * width_out
+
+
+def fit_flops(leg: Leg, facts: ModelFacts, block_tokens: int) -> float:
+    """Return the operations of a leg's closed forms: moments of both sites, the trials of maps, and the refit.
 
     A transcoder has a second map, of what it reconstructs. A leg that several layers share has a map from each of the
     other layers, applied to their activations in training.
@@ -58,17 +90,20 @@ def fit_flops(leg: Leg, facts: ModelFacts) -> float:
     width = facts.width(leg.site)
     width_out = facts.width(leg.site_out)
     n_maps = len(leg.shared_layers) or 1
-    moments = n_maps * leg.moment_tokens * 8.0 * width**2
+    flops = n_maps * leg.moment_tokens * 8.0 * width**2
     if leg.is_transcoder:
-        moments += leg.moment_tokens * 8.0 * width_out**2
+        flops += leg.moment_tokens * 8.0 * width_out**2
     if leg.shared_layers:
-        moments += leg.budget_tokens * 2.0 * width**2
-    if not leg.refit_tokens:
-        return moments
-    F = leg.dictionary.n_latents
-    l0 = leg.dictionary.l0 or TYPICAL_L0
-    codes = leg.refit_tokens * (2.0 * width * F + 2.0 * l0 * (F + 2 * width_out))
-    return moments + codes + F**3 / 3 + 2.0 * F**2 * width_out
+        flops += leg.budget_tokens * 2.0 * width**2
+    if leg.method == "auto":
+        # Every map is tried and, if the leg is to be trained, a random dictionary (decision 032).
+        n_trials = len(get_args(Method)) + int(leg.budget_tokens > 0)
+        least, most = TRIAL_ROWS
+        rows = min(most, block_tokens, max(least, leg.refit_tokens))
+        flops += n_trials * refit_flops(leg.dictionary, width, width_out, rows, TRIAL)
+    if leg.refit_tokens:
+        flops += refit_flops(leg.dictionary, width, width_out, leg.refit_tokens)
+    return flops
 
 
 def forward_flops(facts: ModelFacts, n_layers: int, context: int) -> float:
@@ -133,7 +168,7 @@ def plan_cost(plan: Plan) -> Cost:
     dense = lm_flops
     for leg in plan.legs:
         executed, equivalent = step_flops(leg.dictionary, facts, facts.width(leg.site), facts.width(leg.site_out))
-        fits = fit_flops(leg, facts)
+        fits = fit_flops(leg, facts, plan.block_tokens)
         flops += leg.budget_tokens * executed + fits
         dense += leg.budget_tokens * equivalent + fits
 
