@@ -348,6 +348,13 @@ def test_an_untrained_hop_has_a_control_on_the_tokens_of_its_map(facts: ModelFac
         compiled(facts, externals={"runs/a": outside}, **sections)
 
 
+def test_equal_tokens_count_repetitions(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"controls": [1], "reuse": 4})
+    transfer = plan.leg("L1-from-L3")
+    assert transfer.end - transfer.fold_at == 256
+    assert plan.leg("L1-scratch-equal").budget_tokens == transfer.moment_tokens + 1024
+
+
 def test_a_control_named_twice_is_trained_once(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"controls": [1, 1], "control_kinds": ["full", "full"]})
     assert [leg.id for leg in plan.legs if leg.control] == ["L1-scratch-full"]

@@ -135,7 +135,10 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
 
 
 def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
-    """Return the training tokens, in whole batches; an equal-tokens control gets all tokens its transfer looks at."""
+    """Return the training tokens, in whole batches; an equal-tokens control gets as many as its transfer uses in all.
+
+    These are the tokens of its map and of its training, where repetitions count.
+    """
     batch = _batch_tokens(spec, setting)
     tokens = spec.tokens
     if spec.control and not spec.hop and not tokens:

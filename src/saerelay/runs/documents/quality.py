@@ -142,7 +142,8 @@ class LegFacts(Record):
     control_of: str | None = None
     """Id of the leg that a control is compared with: the one it was planned for, or the one that continues that leg."""
     control_kind: ControlKind | None = None
-    """`equal_tokens`: as many tokens as the transfer used in all; `full`: a root's budget; `random`: not trained."""
+    """`equal_tokens`: as many tokens as the transfer used in all, for its map and, repetitions counted, for training;
+    `full`: a root's budget; `random`: not trained."""
     layer: int
     """Layer it reads."""
     module: str

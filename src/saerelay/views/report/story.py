@@ -215,7 +215,7 @@ def lost(summary: Summary) -> list[str]:
     """Say what the saving cost in quality: against controls if there are any, and in the model's loss."""
     comparisons: tuple[tuple[ControlKind, str], ...] = (
         ("full", "from-scratch controls with the full budget"),
-        ("equal_tokens", "from-scratch controls on as many tokens as the transfer read in all"),
+        ("equal_tokens", "from-scratch controls on as many tokens as the transfer used in all"),
     )
     sentences = []
     for kind, words in comparisons:
