@@ -55,7 +55,7 @@ def same(dictionary: Dictionary | LayerNormed, x: Tensor, x_hat: Tensor, codes: 
 
 
 def gemma_arrays(n: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Its names."""
+    """The names of Gemma Scope 2."""
     return {
         "w_enc": n["W_enc"], "w_dec": n["W_dec"], "b_enc": n["b_enc"], "b_dec": n["b_dec"],
         "threshold": n["threshold"],
@@ -70,9 +70,10 @@ def gemma_formula(n: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gemma_file(root: Path, folder: str, n: dict[str, Tensor]) -> Path:
-    """A params.npz, as np.savez writes it."""
+    """A params.npz, as np.savez writes it, with the names of the first Gemma Scope."""
     (root / folder).mkdir(parents=True)
-    np.savez(root / folder / "params.npz", **{name: t.numpy() for name, t in gemma_arrays(n).items()})  # type: ignore[arg-type]
+    arrays = {name: n[name].numpy() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+    np.savez(root / folder / "params.npz", **arrays)  # type: ignore[arg-type]
     return root / folder
 
 
@@ -80,6 +81,7 @@ def gemma_file(root: Path, folder: str, n: dict[str, Tensor]) -> Path:
     ("folder", "model", "site", "l0"),
     [
         ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "google/gemma-2-2b", Site(20), 71),
+        ("embedding/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "google/gemma-2-2b", Site(20), 71),
         ("gemma-scope-9b-it-mlp/layer_9/width_16k/canonical", "google/gemma-2-9b-it", Site(9, "mlp_out"), None),
         ("models--google--gemma-scope-27b-pt-att/snapshots/0/layer_3/average_l0_5", "google/gemma-2-27b",
          Site(3, "attn_z"), 5),

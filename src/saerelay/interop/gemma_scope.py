@@ -2,14 +2,16 @@
 
     pre = x w_enc + b_enc        z = relu(pre)·1[pre > threshold]        x_hat = z w_dec + b_dec
 
-They read raw activations. The site is given by the names of repository and folders, and by
-config.json if there is one.
+They read raw activations. The first Gemma Scope calls its weights W_enc and W_dec, the second w_enc and w_dec. The
+site is given by the names of repository and folders, and by config.json if there is one.
 """
 
 import math
 import re
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from saerelay.errors import FormatError
 from saerelay.interop.canonical import canonical
@@ -55,7 +57,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     config_file = file.with_name("config.json")
     config = read_config(config_file) if config_file.is_file() else {}
     kind = _kind(file)
-    tensors = read_tensors(file)
+    tensors = _with_small_letters(read_tensors(file))
     origin = _origin(file, kind, config)
     _check_is_readable(file, kind, config, origin, set(tensors))
 
@@ -70,8 +72,18 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
         threshold=threshold,
         W_skip=skip[0].T.contiguous() if skip else None,
     )
-    scale = 1 / math.sqrt(len(b_dec)) if "embedding" in file.parts else 1.0
+    scale = 1 / math.sqrt(len(b_dec)) if _reads_embeddings(file) else 1.0
     return canonical(dictionary, scale=scale), origin
+
+
+def _with_small_letters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names of Gemma Scope 2: w_enc for the first Gemma Scope's W_enc."""
+    return {name.replace("W_", "w_", 1): tensor for name, tensor in tensors.items()}
+
+
+def _reads_embeddings(file: Path) -> bool:
+    """Whether an SAE is in the folder of those that read embeddings: embedding/width_4k/average_l0_6."""
+    return "/embedding/width_" in file.absolute().as_posix()
 
 
 def _weights_file(path: Path) -> Path:
@@ -139,7 +151,7 @@ def _origin(file: Path, kind: str, config: dict[str, Any]) -> Origin:
 
 
 def _site(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
-    if "embedding" in file.parts:
+    if _reads_embeddings(file):
         return Site(0, "resid_pre")
     site = site_named(str(config.get("hf_hook_point_in", "")))
     if site is not None:
