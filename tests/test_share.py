@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -390,6 +391,18 @@ def test_of_a_file_on_the_hub_only_its_own_files_are_fetched(fake: Hub, tmp_path
     assert total == pytest.approx(float(sae.W_dec.sum()), rel=1e-4)
     fetched = {request.split(f"/resolve/{COMMIT}/")[1] for request in fake.requests if "/resolve/" in request}
     assert fetched == {f"{folder}/6.pt", f"{folder}/notes.json", "config.json"}
+
+
+@pytest.mark.slow
+def test_a_repository_of_many_saes_with_checkpoints_is_none_itself(fake: Hub, tmp_path: Path) -> None:
+    names = [f"L{i}[8x]/{name}" for i in range(2) for name in ("hyperparams.json", "checkpoints/final.safetensors")]
+    fake.repos["me/scope"] = dict.fromkeys(["README.md", *names], b"{}")
+    fake.requests.clear()
+    whole, one = read_all("hf://me/scope", "hf://me/scope/L1[8x]", env=environment(fake, tmp_path / "home"))
+    assert "holds no SAE itself; these folders contain SAE files: L0[8x], L1[8x]" in whole
+    assert "L1[8x]/checkpoints/final.safetensors: cut off or damaged" in one
+    fetched = {request.split(f"/resolve/{COMMIT}/")[1] for request in fake.requests if "/resolve/" in request}
+    assert {urllib.parse.unquote(name) for name in fetched} == set(names[2:])
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from saerelay.spec import few_of
 _WEIGHTS = (".safetensors", ".npz", ".pt")
 _FETCHED = (*_WEIGHTS, ".json", ".yaml", ".md")
 """Suffixes of the files that are downloaded: never code."""
+_CHECKPOINTS = "checkpoints"
+"""Folder within an SAE's folder in which Llama Scope keeps the weights."""
 _TRAINING_STATE = re.compile(r"(optimizer|lr_scheduler|state|rank_\d+_state).*\.pt")
 
 
@@ -145,9 +147,10 @@ def _own_files(remote: Reference, listed: _Names) -> list[str]:
     own = [name for name in below if PurePosixPath(name).parent == folder]
     if remote.path in listed.names:
         own = [name for name in own if name == remote.path or not name.endswith(_WEIGHTS)]
-    own += [name for name in below if PurePosixPath(name).match(f"{folder}/checkpoints/*.safetensors")]
+    in_checkpoints = [name for name in below if PurePosixPath(name).parent == folder / _CHECKPOINTS]
+    own += [name for name in in_checkpoints if name.endswith(".safetensors")]
     if not any(name.endswith(_WEIGHTS) for name in own):
-        folders = {str(PurePosixPath(name).parent) for name in below if name.endswith(_WEIGHTS)}
+        folders = {_folder_of_sae(name) for name in below if name.endswith(_WEIGHTS)}
         raise FormatError(f"{remote} holds no SAE itself; these folders contain SAE files: {few_of(sorted(folders))}")
 
     configs = [str(parent / "config.json") for parent in folder.parents]
@@ -163,6 +166,12 @@ def _files_below(remote: Reference, listed: _Names) -> list[str]:
         raise HubError(f'{remote}: {listed.where} has no "{remote.path}"; {_similar_paths(remote.path, listed.names)}')
     wanted = [name for name in inside if name.endswith(_FETCHED)]
     return [name for name in wanted if not _TRAINING_STATE.fullmatch(PurePosixPath(name).name)]
+
+
+def _folder_of_sae(weights: str) -> str:
+    """Return the folder of the SAE that a file of weights belongs to: the one above `checkpoints`, if it is there."""
+    folder = PurePosixPath(weights).parent
+    return str(folder.parent if folder.name == _CHECKPOINTS else folder)
 
 
 def _folder(remote: Reference, listed: _Names) -> PurePosixPath:
