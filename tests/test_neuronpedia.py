@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from fake_run import EXPLANATION, F, fake_run, token_text
 from neuronpedia_schema import read_upload
 from small_recipe import recipe
@@ -88,6 +89,18 @@ def test_bars_hold_as_many_tokens_as_the_histogram_and_end_at_the_maximum(suite:
     assert sum(heights) == pytest.approx(features.histogram[5].sum().item(), rel=1e-3)
     assert middles == sorted(middles) and 0 < middles[0] and middles[-1] < features.max_activation[5].item()
     assert neuronpedia.bars(features, 0) == ([], [])  # a silent latent
+
+
+def test_no_bar_stands_below_the_smallest_activation(suite: Suite) -> None:
+    features = load_features(suite.directory, suite.legs[0].id)
+    above_eight = features.with_(
+        facts=features.facts.changed(histogram_first_edge=3.0),
+        histogram=torch.tensor([[0, 5], [7, 3]]),
+        max_activation=torch.tensor([16.0, 16.0]),
+    )
+    middles, heights = neuronpedia.bars(above_eight, 1)
+    assert all(height == 0 for middle, height in zip(middles, heights, strict=True) if middle < 7.9)
+    assert sum(heights) == pytest.approx(10, rel=1e-3)
 
 
 def test_each_kind_of_transcoder_has_a_source_set_of_its_own(suite: Suite) -> None:

@@ -297,9 +297,7 @@ def bars(features: Features, latent: int) -> tuple[list[float], list[float]]:
     if not counts.any() or not largest > 0:
         return [], []
     first = features.facts.histogram_first_edge
-    edges = 2.0 ** (first + np.arange(len(counts) + 1) / 2)
-    edges[0] = 0.0  # the lowest bin also holds all smaller values
-    edges = edges.clip(max=largest)
+    edges = (2.0 ** (first + np.arange(len(counts) + 1) / 2)).clip(max=largest)
     below = np.concatenate([[0.0], counts.cumsum()])
     ends = np.linspace(0, largest, BARS + 1)
     heights = np.diff(np.interp(ends, edges, below))
