@@ -309,7 +309,10 @@ def test_the_submodule_of_dictionary_learning_is_the_site(
 ) -> None:
     path = copied("dictionary_learning/AutoEncoderTopK", tmp_path)
     edit(path / "config.json", lambda config: config["trainer"].update(said))
-    assert load_dictionary(path)[1].site == site
+    origin = load_dictionary(path)[1]
+    assert origin.site == site
+    names_a_module = (said["submodule_name"] or "").startswith("gpt_neox.")
+    assert origin.module_path == (said["submodule_name"] if names_a_module else "")
 
 
 # --- dictionary_learning: state dicts alone -------------------------------------------------------------------------

@@ -107,6 +107,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
     origin = Origin(
         model=lookup(trainer, "lm_name", str) or "",
         site=_site(trainer, buffer),
+        module_path=_module_path(trainer, buffer),
         context=lookup(buffer, "ctx_len", int),
         provenance=lookup(config, "saerelay", dict) or {},
     )
@@ -277,8 +278,14 @@ def _site(trainer: dict[str, Any], buffer: dict[str, Any]) -> Site | None:
             return Site(int(match[1]), kind)
         if match and layer is not None and layer >= 0:
             return Site(layer, kind)
+    return site_named(_module_path(trainer, buffer))
+
+
+def _module_path(trainer: dict[str, Any], buffer: dict[str, Any]) -> str:
+    """Return the path of the module whose output is read, if `submodule_name` is one; "" if it is not."""
+    name = lookup(trainer, "submodule_name", str) or ""
     reads_output = buffer.get("io", "out") == "out"
-    return site_named(name) if reads_output else None
+    return name if reads_output and site_named(name) else ""
 
 
 def _write_state(path: Path, state: dict[str, Tensor]) -> None:
