@@ -93,6 +93,12 @@ def test_topk_and_saes_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("site", [None, Site(2, "mlp_in")])
+def test_a_transcoder_of_no_layer_or_of_two_is_not_written(tmp_path: Path, site: Site | None) -> None:
+    with pytest.raises(FormatError, match=r"of one layer; this one reconstructs L3.mlp_out, and reads"):
+        write_dictionary(tmp_path, random_transcoder(), Origin(site=site, site_out=Site(3, "mlp_out")), "saerelay")
+
+
 def test_a_set_is_of_one_kind_and_says_where_layers_lack(tmp_path: Path) -> None:
     write_dictionary(tmp_path, random_transcoder(), Origin(**AT_3), "circuit-tracer")
     at_4 = Origin(site=Site(4, "mlp_in"), site_out=Site(4, "mlp_out"))
@@ -115,6 +121,13 @@ def test_sites_and_kinds_that_are_not_known_are_named(tmp_path: Path, change: di
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | change))
     with pytest.raises(FormatError, match=match):
         load_dictionary(tmp_path / "layer_3.safetensors")
+
+
+def test_a_set_without_a_model_has_none(tmp_path: Path) -> None:
+    write_dictionary(tmp_path, random_transcoder(), Origin(**AT_3), "circuit-tracer")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"model_name": None}))
+    assert load_dictionary(tmp_path / "layer_3.safetensors")[1].model == ""
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

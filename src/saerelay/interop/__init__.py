@@ -179,8 +179,10 @@ def takes_transcoders(format: str) -> bool:
 def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, format: str) -> None:
     """Write a dictionary into a directory in one of the formats of WRITTEN.
 
-    Raises FormatError if the format cannot express it, is only read, or is unknown.
+    Raises FormatError if the format cannot express it, is only read, or is unknown, and for a transcoder that is not
+    said to read a site of the layer at which it reconstructs.
     """
+    _check_layer(origin)
     for writable in _WRITABLE:
         if writable.NAME == format:
             is_transcoder = origin.site_out or dictionary.W_skip is not None or dictionary.d_out != dictionary.d_model
@@ -196,3 +198,12 @@ def write_dictionary(path: str | Path, dictionary: Dictionary, origin: Origin, f
     raise FormatError(
         f"{what}; formats that can be written: {', '.join(WRITTEN)} (and neuronpedia, by `saerelay export` alone)"
     )
+
+
+def _check_layer(origin: Origin) -> None:
+    """Raise FormatError for a transcoder between two layers: files state one layer for both of its modules."""
+    if origin.site_out and (origin.site is None or origin.site.layer != origin.site_out.layer):
+        raise FormatError(
+            f"a transcoder reads and reconstructs modules of one layer; this one reconstructs {origin.site_out}, and "
+            f"reads {origin.site or 'at a site that is not given'}"
+        )

@@ -14,7 +14,7 @@ import yaml
 
 from saerelay.errors import FormatError
 from saerelay.files import write_text
-from saerelay.interop.files import read_tensors, take
+from saerelay.interop.files import lookup, read_tensors, take
 from saerelay.interop.names import hook_name, site_named
 from saerelay.interop.origin import Origin
 from saerelay.runs.tensors import write_tensors
@@ -59,7 +59,7 @@ def read(path: Path) -> tuple[Dictionary, Origin]:
         raise FormatError(f"{path}: has thresholds below zero, but the codes of saerelay are never negative")
     architecture = "relu" if threshold is None else "jumprelu"
     dictionary = Dictionary(architecture=architecture, threshold=threshold, **found)
-    return dictionary, Origin(model=str(config.get("model_name", "")), site=site, site_out=site_out)
+    return dictionary, Origin(model=lookup(config, "model_name", str) or "", site=site, site_out=site_out)
 
 
 def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:

@@ -163,12 +163,13 @@ def _site(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
 
 
 def _site_out(file: Path, kind: str, config: dict[str, Any]) -> Site | None:
-    """Return the site that a transcoder reconstructs; None for an SAE."""
+    """Return the site that a transcoder reconstructs, in the layer that it reads; None for an SAE."""
     site = _site(file, kind, config)
     if kind == "transcoder" and site and site.module == "mlp_in":
         return Site(site.layer, "mlp_out")
     out = site_named(str(config.get("hf_hook_point_out", "")))
-    return out if out and out != site else None
+    is_transcoder = out and site and out != site and out.layer == site.layer
+    return out if is_transcoder else None
 
 
 def _model(path: str, config: dict[str, Any]) -> str:
