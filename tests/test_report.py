@@ -366,10 +366,13 @@ def fell_back(suite: Suite, leg_id: str) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hop": {"method": "scratch"}}))
 
 
-def test_controls_that_are_as_good_as_the_model_have_no_ratio(suite: Suite) -> None:
-    summary = with_legs(summary_of(suite), **{"L0-scratch-full": {"delta_ce": -0.01}})
+@pytest.mark.parametrize("delta_ce", [-0.01, 0.015])
+def test_controls_that_are_as_good_as_the_model_have_no_ratio(suite: Suite, delta_ce: float) -> None:
+    """A ΔCE within two standard errors of 0 may be 0: a ratio to it could be anything."""
+    summary = with_legs(summary_of(suite), **{"L0-scratch-full": {"delta_ce": delta_ce}})
     told = story(suite.plan, summary)
-    assert "in nats per token, the model's loss is 0.110" in told["lost"][0] and "not above 0" in told["lost"][0]
+    assert f"in nats per token, the model's loss is {0.1 - delta_ce:.3f}" in told["lost"][0]
+    assert "not clearly above 0" in told["lost"][0]
     assert "ratios would say nothing" in told["price"][0]
     assert not any("No from-scratch controls" in sentence for sentence in told["lost"])
     assert "cannot be ranked" in told["badly"][0]

@@ -129,13 +129,19 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
     return rows
 
 
+CLEAR = 2
+"""Standard errors by which a control's metric must exceed 0 for a ratio to it to mean anything."""
+
+
 def quality_ratio(leg: LegSummary, control: LegSummary | None, metric: str) -> float | None:
     """Return a leg's metric divided by a control's; None without a control, or if a ratio would mean nothing."""
     if control is None:
         return None
     ours = getattr(leg, metric)
     theirs = getattr(control, metric)
-    if not is_number(ours) or not is_number(theirs) or theirs <= 0:
+    error = getattr(control, f"{metric}_se", None)  # only ΔCE has one
+    least = CLEAR * error if is_number(error) else 0.0
+    if not is_number(ours) or not is_number(theirs) or theirs <= least:
         return None
     return ours / theirs
 

@@ -148,8 +148,8 @@ def price(summary: Summary) -> str:
     ratios = sorted(ratio for _, ratio in _ratios(summary, pairs))
     if not ratios:
         return (
-            f"Quality at this cost: {metric} of the from-scratch controls with the full budget is not above 0, so "
-            "ratios would say nothing; the differences are given below."
+            f"Quality at this cost: {metric} of the from-scratch controls with the full budget is not clearly above "
+            "0, so ratios would say nothing; the differences are given below."
         )
     span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
     return (
@@ -236,7 +236,7 @@ def _comparison(summary: Summary, pairs: Sequence[Pair], words: str) -> str:
     if ratios:
         parts.append(f"{metric} divided by that of {words}: {listed(ratios)}")
     else:
-        parts.append(f"{metric} cannot be divided by that of {words}, which is not above 0")
+        parts.append(f"{metric} cannot be divided by that of {words}, which is not clearly above 0")
     gaps = []
     for leg, control in pairs:
         if is_number(leg.delta_ce) and is_number(control.delta_ce):
@@ -285,7 +285,9 @@ def transfers_badly(summary: Summary) -> list[str]:
     if ratios:
         sentences.append(_worst_compared(ratios, metric))
     elif pairs:
-        sentences.append(f"The layers with a full-budget control cannot be ranked: its {metric} is not above 0.")
+        sentences.append(
+            f"The layers with a full-budget control cannot be ranked: its {metric} is not clearly above 0."
+        )
     predicted = _worst_predicted(children)
     if predicted:
         sentences.append(predicted)
