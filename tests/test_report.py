@@ -21,7 +21,7 @@ from saerelay.analysis.summary import summarise
 from saerelay.data.corpus import Corpus
 from saerelay.errors import RunDirectoryError
 from saerelay.planning.survey import SurveyCost
-from saerelay.runs.documents.across_layers import Matrix
+from saerelay.runs.documents.across_layers import Matrix, Measures, Transferability
 from saerelay.runs.documents.latents import LineageDocument
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.documents.training import TrainingLine
@@ -31,7 +31,7 @@ from saerelay.views.report import write_report
 from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, training_curves
 from saerelay.views.report.overview import BOTTOM, TOP, mark_kind, overview
 from saerelay.views.report.rows import tiles
-from saerelay.views.report.story import lost, saved, story, trained, transfers_badly
+from saerelay.views.report.story import lost, other_signs, saved, story, trained, transfers_badly
 from saerelay.views.tables.across_layers import matrix_tables
 from saerelay.views.tables.quality import quality_table
 from saerelay.views.tables.savings import summary_prices
@@ -218,6 +218,33 @@ def test_the_summary_says_what_was_saved_and_lost(suite: Suite) -> None:
     assert "Samples" not in {tile.name for tile in tiles(priceless)} and len(tiles(priceless)) == 3
     untimed = costing(seconds=None)
     assert "Time" not in {tile.name for tile in tiles(untimed)} and "took" not in saved(untimed).split("control")[0]
+
+
+def test_what_was_trained_is_said_kind_by_kind(suite: Suite) -> None:
+    """The layers of one kind may be transferred where those of another are not."""
+    summary = with_legs(summary_of(suite), **{"L2-from-L1": {"module": "mlp_out"}})
+    told = trained(suite.plan, summary)
+    assert "resid_post: Layer 1 was trained from scratch" in told and "resid_post: Layer 0 was transferred" in told
+    assert "mlp_out: Layer 2 was transferred" in told
+
+
+def test_transferability_is_told_of_hops_and_not_of_their_repeats(suite: Suite) -> None:
+    summary = summary_of(suite)
+    hop = summary.leg("L0-from-L1")
+    repeat = hop.changed(id="L0-from-L1-seed1", repeat_of=hop.id)
+    more = [hop.changed(id=f"L{layer}-from-L1", layer=layer) for layer in (3, 4)]
+    summary = summary.changed(legs=[*summary.legs, repeat, *more])
+    shares = {"L0-from-L1": 0.5, "L0-from-L1-seed1": 0.1, "L2-from-L1": 0.3, "L3-from-L1": 0.6, "L4-from-L1": 0.7}
+    rows = [shared(summary.leg(leg_id), share) for leg_id, share in shares.items()]
+    [told] = other_signs(summary, Measures.model_construct(transferability=rows))
+    assert "lowest with 30 % at layer 2 and 50 % at layer 0, and highest with 70 % at layer 4" in told
+
+
+def shared(leg: LegSummary, share: float) -> Transferability:
+    """That a leg's latents share a share of their tokens with its parent's."""
+    shares = dict.fromkeys(("transferability", "top_logits", "bottom_logits", "top_tokens"), share)
+    facts = {"leg": leg.id, "layer": leg.layer, "tokens": leg.tokens, "snapshot": False}
+    return Transferability(**facts, parent="L1", parent_layer=1, n_latents=9, **shares)
 
 
 def test_the_summary_names_the_layer_that_transfers_worst(suite: Suite) -> None:

@@ -12,7 +12,7 @@ from saerelay.spec import format_count
 from saerelay.views.labels import ARCHITECTURES, leading_metric, mean_l0, metric_name, misleading_fvu
 from saerelay.views.report.overview import overviews
 from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
-from saerelay.views.text import duration, is_number, listed
+from saerelay.views.text import decimal, duration, is_number, listed
 
 
 def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dict[str, Any]:
@@ -89,25 +89,13 @@ def trained(plan: Plan, summary: Summary) -> str:
         f"{summary.model} ({facts.family}, {facts.n_layers} layers, {facts.d_model} wide, "
         f"{format_count(facts.model_params)} parameters)."
     ]
-    tiers = [leg for leg in legs if summary.is_other_tier(leg)]
-    own = [leg for leg in legs if not summary.is_other_tier(leg)]
-    roots = [leg for leg in own if not summary.is_transferred(leg)]
-    children = [leg for leg in own if summary.is_transferred(leg)]
-    if roots:
-        parts.append(f"{_at_layers(roots)} trained from scratch on {_tokens(roots)} tokens.")
+    parts += by_kind(summary, _how_trained)
     for leg in plan.without_controls().legs:
         if leg.shared_layers:
             shared = listed(sorted([leg.layer, *leg.shared_layers]))
             tokens = format_count(leg.budget_tokens)
             parts.append(f"Layers {shared} shared one SAE, trained on {tokens} tokens of their aligned activations.")
-    if children:
-        methods = set()
-        for leg in children:
-            first = summary.first_of(leg)
-            refit = " with a decoder refit" if first.refit_tokens else ""
-            methods.add(f"{first.method}{refit}")
-        how = ", ".join(sorted(methods))
-        parts.append(f"{_at_layers(children)} transferred ({how}) and trained on {_tokens(children)} tokens each.")
+    tiers = [leg for leg in legs if summary.is_other_tier(leg)]
     if tiers:
         l0 = listed([f"{tier:g}" for tier in sorted({leg.target_l0 or 0 for leg in tiers})])
         parts.append(f"Copies of each SAE with {l0} active latents were trained on {_tokens(tiers)} tokens each.")
@@ -116,6 +104,24 @@ def trained(plan: Plan, summary: Summary) -> str:
     if summary.left_out and summary.left_out.note:
         parts.append(f"Note: {summary.left_out.note}.")
     return " ".join(parts)
+
+
+def _how_trained(summary: Summary) -> list[str]:
+    """Say which layers of one kind of site were trained from scratch, and which were transferred."""
+    children = _transferred(summary)
+    roots = [leg for leg in summary.final_legs if leg not in children]
+    sentences = []
+    if roots:
+        sentences.append(f"{_at_layers(roots)} trained from scratch on {_tokens(roots)} tokens.")
+    if children:
+        methods = set()
+        for leg in children:
+            first = summary.first_of(leg)
+            refit = " with a decoder refit" if first.refit_tokens else ""
+            methods.add(f"{first.method}{refit}")
+        how = ", ".join(sorted(methods))
+        sentences.append(f"{_at_layers(children)} transferred ({how}) and trained on {_tokens(children)} tokens each.")
+    return sentences
 
 
 def _at_layers(legs: Sequence[LegSummary]) -> str:
@@ -340,7 +346,9 @@ def _without_control(legs: Sequence[LegSummary]) -> str:
     if len(legs) == 1:
         return text
     highest = max(legs, key=lambda leg: leg.balanced_fvu or 0)
-    text += f" Among these layers, balanced FVU is highest at layer {highest.layer} ({highest.balanced_fvu:.4f})"
+    text += (
+        f" Among these layers, balanced FVU is highest at layer {highest.layer} ({decimal(highest.balanced_fvu, 4)})"
+    )
     scores = {leg.layer: leg.ce_loss_score for leg in legs if is_number(leg.ce_loss_score)}
     if scores:
         lowest = min(scores, key=scores.__getitem__)
@@ -351,9 +359,9 @@ def _without_control(legs: Sequence[LegSummary]) -> str:
 def other_signs(summary: Summary, measures: Measures | None) -> list[str]:
     """Say what else indicates a hard transfer: where features share fewest tokens with their parent features."""
     shares = []
-    legs = {leg.id for leg in summary.legs}
+    hops = {summary.first_of(leg).id for leg in _transferred(summary)}
     for row in (measures.transferability or ()) if measures else ():
-        if row.leg in legs and not row.snapshot and is_number(row.transferability):
+        if row.leg in hops and not row.snapshot and is_number(row.transferability):
             shares.append((row.transferability, row.layer))
     if len(shares) < 3:
         return []
