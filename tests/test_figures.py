@@ -393,6 +393,19 @@ def test_tables_of_measures_show_names_from_files_as_they_are() -> None:
     assert "p[bold].jsonl [/x]" in output.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_an_attribution_says_what_is_known_of_it() -> None:
+    """One prompt has no standard error."""
+    measures = documents().measures
+    assert measures.dla
+    first, second, *rest = measures.dla.legs
+    rows = [first.changed(mean=0.00123, standard_error=None), second.changed(mean=None, standard_error=None), *rest]
+    output = Console(width=400, file=io.StringIO())
+    output.print(*measures_tables(measures.changed(dla=measures.dla.changed(legs=rows))))
+    lines = output.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    told = {line.split()[0]: line.split()[-1] for line in lines if line.startswith((first.leg, second.leg))}
+    assert told[first.leg] == "0.00123" and told[second.leg] == "-"
+
+
 def test_only_legs_that_stand_for_their_layers_are_in_heat_maps() -> None:
     d = documents(2)
     other = leg("L1-again", "transfer", 1, "L0").changed(in_suite=False)

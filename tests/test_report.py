@@ -93,7 +93,7 @@ def test_features_come_back_from_the_data_files(written: Suite) -> None:
         assert own["fired"] == index["fired"][latent] == features.n_fired[latent]
         assert index["peaks"][latent] == [tokens[e.sequence][e.position] for e in features.examples(latent)]
         assert own["top"][::2] == features.top_logits[latent].tolist()  # type: ignore[index]
-        assert np.allclose(np.array(own["top"][1::2]) / 100, features.top_logits_values[latent], atol=0.006)  # type: ignore[index]
+        assert np.allclose(own["top"][1::2], features.top_logits_values[latent], rtol=0.006, atol=0)  # type: ignore[index]
         counts = np.zeros(features.histogram.shape[1], dtype=int)
         if own["histogram"]:
             first, *used = own["histogram"]
@@ -333,6 +333,14 @@ def test_a_matrix_is_shown_leg_by_leg_as_it_was_asked_for(suite: Suite) -> None:
         shown = output.file.getvalue()  # type: ignore[attr-defined]
         assert "L0-from-L1" in shown and "[/x]" in shown and "gone" not in shown
         assert f"{next(cell.fvu for cell in cells if cell.source != cell.target):.3f}" in shown
+
+
+def test_a_cell_that_cannot_be_measured_leaves_the_others(suite: Suite) -> None:
+    matrix = Matrix.load(suite.directory.matrix)
+    first, *others = matrix.cells
+    console = Console(width=200, file=io.StringIO())
+    console.print(*matrix_tables(matrix.changed(cells=[first.changed(fvu=None), *others])))
+    assert "FVU of each SAE on the activations of each layer" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_matrix_of_an_unknown_method_is_damaged(suite: Suite) -> None:

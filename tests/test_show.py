@@ -54,12 +54,18 @@ def printed(shown: LatentDescription, *, colour: bool) -> str:
     return out.getvalue()
 
 
+def test_effects_on_logits_are_told_at_their_own_scale() -> None:
+    effects = [{"token": "a", "token_id": 1, "value": 0.00123}, {"token": "b", "token_id": 2, "value": -20.5}]
+    text = printed(document(top_logits=effects), colour=False)
+    assert "'a' +0.00123" in text and "'b' -20.5" in text
+
+
 def test_a_latent_is_printed_as_it_is() -> None:
     text = printed(document(), colour=False)
     assert "fires on 0.700% of 1,000 held-out tokens (7), max 8, mean 2 when active" in text
     assert "activations 1 ▁█ 2, in steps of √2" in text
     assert "       8  [red]markup[/red] [link=x]»<script>alert(1)</script>&amp;«a⏎⇥b" in text
-    assert "promotes   '[red]markup[/red] [link=x]' +1.50" in text
+    assert "promotes   '[red]markup[/red] [link=x]' +1.5" in text
     assert re.search(r"^ +1  L1\[b\] +7 +0.900 +0.000 +kept *$", text, re.MULTILINE)
     assert re.search(r"^ +1  L1\[b\] \(control\) +7 .* died *$", text, re.MULTILINE)
     assert "most similar above, in L1[b] (decoder cosine after the affine map between the layers): 9 (0.50)" in text

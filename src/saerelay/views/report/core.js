@@ -240,7 +240,7 @@ function logitEffects(title, pairs, colour, vocabulary) {
   const largest = Math.max(...sizes, 1e-9);
   const items = pairs.map(([id, value], i) => {
     const attributes = { "--w": (100 * sizes[i]) / largest, "--side": colour };
-    return element("li", attributes, chip(vocabulary[id]), element("span", fixed(value)));
+    return element("li", attributes, chip(vocabulary[id]), element("span", number(value)));
   });
   return element("div", element("h3", title), element("ol", items));
 }

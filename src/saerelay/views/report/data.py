@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from saerelay.runs.documents.interpretation import Interpretation, summarise
@@ -182,7 +181,7 @@ def feature_columns(features: Features) -> dict[str, list[Any]]:
     """Return the contents of the pages of a leg's features, in compact form: lists with one entry per feature.
 
     An example is [sequence, position, place in the window, level, place, level, …] of the tokens it fires on; a
-    histogram is [first bin, counts …]; logits are [token, hundredths, …]; similar latents [latent, thousandths, …].
+    histogram is [first bin, counts …]; logits are [token, change, …]; similar latents [latent, thousandths, …].
     """
     columns: dict[str, list[Any]] = {
         "fired": features.n_fired.tolist(),
@@ -191,14 +190,18 @@ def feature_columns(features: Features) -> dict[str, list[Any]]:
         "histogram": [trimmed(counts) for counts in features.histogram.tolist()],
         "examples": example_column(features),
     }
-    for name, ids, values, unit in (
-        ("top", features.top_logits, features.top_logits_values, 100),
-        ("bottom", features.bottom_logits, features.bottom_logits_values, 100),
-        ("above", features.above_latents, features.above_cosine, 1000),
-        ("below", features.below_latents, features.below_cosine, 1000),
+    for name, ids, values in (
+        ("top", features.top_logits, features.top_logits_values),
+        ("bottom", features.bottom_logits, features.bottom_logits_values),
     ):
         if ids is not None and values is not None:
-            columns[name] = interleaved(ids, values, unit)
+            columns[name] = interleaved(ids, [[short(value) for value in row] for row in values.tolist()])
+    for name, ids, values in (
+        ("above", features.above_latents, features.above_cosine),
+        ("below", features.below_latents, features.below_cosine),
+    ):
+        if ids is not None and values is not None:
+            columns[name] = interleaved(ids, [thousandths(row) for row in values.tolist()])
     return columns
 
 
@@ -223,10 +226,17 @@ def example_column(features: Features) -> list[list[list[int]]]:
     return column
 
 
-def interleaved(ids: Tensor, values: Tensor, unit: int) -> list[list[int]]:
-    """Return rows [id, value, id, value, …] of ids and values (F, n), values as whole multiples of 1 / unit."""
-    rounded = (values.float() * unit).round().int()
-    return torch.stack([ids, rounded], dim=-1).flatten(1).tolist()
+def interleaved(ids: Tensor, values: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
+    """Return rows [id, value, id, value, …] of ids (F, n) and as many rows of values.
+
+    >>> import torch
+    >>> interleaved(torch.tensor([[7, 8]]), [[0.5, None]])
+    [[7, 0.5, 8, None]]
+    """
+    rows = []
+    for own_ids, own_values in zip(ids.tolist(), values, strict=True):
+        rows.append([part for pair in zip(own_ids, own_values, strict=True) for part in pair])
+    return rows
 
 
 def trimmed(counts: list[int]) -> list[int]:

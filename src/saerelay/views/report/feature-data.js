@@ -36,15 +36,15 @@ async function readFeature(legId, latent) {
     mean: chunk.mean[i],
     histogram: chunk.histogram[i],
     examples: chunk.examples[i],
-    top: toPairs(chunk.top?.[i], 100),
-    bottom: toPairs(chunk.bottom?.[i], 100),
+    top: toPairs(chunk.top?.[i], 1),
+    bottom: toPairs(chunk.bottom?.[i], 1),
     above: toPairs(chunk.above?.[i], 1000),
     below: toPairs(chunk.below?.[i], 1000),
   };
 }
 
 /**
- * Pairs from a list [id, value, id, value, …], whose values are whole numbers of 1/unit.
+ * Pairs from a list [id, value, id, value, …], whose values count in 1/unit.
  *
  * @param {number[] | undefined} flat
  * @param {number} unit

@@ -229,15 +229,13 @@ const offsetPoint = (row) => [row.offset, row.mean];
  */
 function attributionSection(run, measures) {
   if (!measures.dla?.legs.length) return [];
-  /** @param {number} value */
-  const toOneDecimal = (value) => fixed(value, 1);
   return [
     element("h2", "Direct logit attribution"),
     dataTable("Direct logit attribution", finished(measures.dla.legs), [
       { name: "leg", heading: "SAE" },
       { name: "layer", heading: "layer", format: number },
-      { name: "mean", heading: "mean", format: toOneDecimal },
-      { name: "standard_error", heading: "± standard error", format: toOneDecimal },
+      { name: "mean", heading: "mean", format: number },
+      { name: "standard_error", heading: "± standard error", format: number },
     ]),
     captionOf(
       run,

@@ -132,7 +132,7 @@ interface FeatureColumns {
   histogram: number[][];
   /** Of each latent its examples, strongest first: [sequence, position, offset, level, offset, level, …]. */
   examples: number[][][];
-  /** Promoted and suppressed tokens: [id, hundredths of a logit, id, …]. */
+  /** Promoted and suppressed tokens: [id, change of its logit, id, …]. */
   top?: number[][];
   bottom?: number[][];
   /** Most similar latents of the next and previous layer: [latent, thousandths of a cosine, latent, …]. */

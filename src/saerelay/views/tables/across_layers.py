@@ -4,7 +4,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from saerelay.runs.documents.across_layers import Matrix, MatrixCell, Measures, Similarity, Transferability
+from saerelay.runs.documents.across_layers import (
+    Attribution,
+    Matrix,
+    MatrixCell,
+    Measures,
+    Similarity,
+    Transferability,
+)
 from saerelay.spec import format_count
 from saerelay.views.labels import METHODS, METRICS
 from saerelay.views.text import decimal, percent
@@ -15,7 +22,7 @@ def matrix_tables(matrix: Matrix) -> list[Text | Table]:
     cells = [cell for cell in matrix.cells if not cell.snapshot]
     tables: list[Text | Table] = []
     for metric in ("fvu", "delta_ce"):
-        if any(getattr(cell, metric) is None for cell in cells):
+        if all(getattr(cell, metric) is None for cell in cells):
             continue
         for method in dict.fromkeys(cell.method for cell in cells):
             how = METHODS.get(method, method)
@@ -77,11 +84,18 @@ def _transfer_table(measures: Measures) -> Table:
         table.caption += f" DLA: {measures.dla.n_prompts} prompts, {escape(measures.dla.prompts)}."
         for row in measures.dla.legs:
             if not row.snapshot:
-                effects[row.leg] = f"{row.mean:.3g} ± {row.standard_error or 0:.2g}"
+                effects[row.leg] = _effect(row)
     for leg in dict.fromkeys([*effects, *hops]):
         similarity = _similarity_columns(hops.get(leg))
         table.add_row(escape(leg), *similarity, *_share_columns(shares.get(leg)), effects.get(leg, "-"))
     return table
+
+
+def _effect(row: Attribution) -> str:
+    """Return an attribution with its standard error, which a single prompt does not have."""
+    if row.mean is None:
+        return "-"
+    return f"{row.mean:.3g}" if row.standard_error is None else f"{row.mean:.3g} ± {row.standard_error:.2g}"
 
 
 def _similarity_columns(hop: Similarity | None) -> list[str]:

@@ -48,7 +48,7 @@ def latent_view(latent: LatentDescription, *, colour: bool) -> Group:
 def _logits(label: str, effects: list[LogitEffect] | None) -> list[Text]:
     if effects is None:
         return []
-    tokens = "  ".join(f"'{visible(effect.token)}' {effect.value:+.2f}" for effect in effects)
+    tokens = "  ".join(f"'{visible(effect.token)}' {effect.value:+.3g}" for effect in effects)
     return [Text(f"{label} {tokens}")]
 
 
