@@ -168,7 +168,7 @@ def fake_evaluation(paths: RunDirectory, leg: Leg, test: np.ndarray) -> None:
 
 
 def fake_features(paths: RunDirectory, leg: Leg, test: np.ndarray, rng: np.random.Generator) -> None:
-    """Latent 0 is silent, latent 1 fires on the hostile tokens, and KNOWN on the needle."""
+    """Latent 0 is silent, 1 fires on the hostile tokens, 2 on all tokens, and KNOWN on the needle."""
     E, before, after = 3, 4, 2
     sequence = np.stack([rng.permutation(SEQUENCES)[:E] for _ in range(F)]).astype(np.int32)
     position = rng.integers(11, CONTEXT, (F, E)).astype(np.int32)
@@ -180,6 +180,7 @@ def fake_features(paths: RunDirectory, leg: Leg, test: np.ndarray, rng: np.rando
         sequence[KNOWN[1]], position[KNOWN[1]] = [0, -1, -1], 10
     fired = rng.integers(1, 20, F).astype(np.int32)
     fired[0] = 0
+    fired[2] = test.size
     facts = FeatureFacts(
         leg=leg.id, layer=leg.layer, n_sequences=SEQUENCES, n_tokens=test.size, n_examples=E, context=CONTEXT,
         window_before=before, window_after=after, histogram_first_edge=-2.0,

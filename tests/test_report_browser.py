@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fake_run import EXPLANATION, HOSTILE, KNOWN, F, fake_run, sources_of, write_studies
 
+from saerelay.runs.documents.latents import LineageDocument
 from saerelay.views.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'")
@@ -176,6 +177,8 @@ def test_filters_and_numbers_find_latents(visit: Visit) -> None:
     page.fill("input[type=search]", "")
     page.get_by_label("Density").select_option("0")
     assert page.locator("ol.list a.row .id").all_inner_texts() == ["0"]
+    page.get_by_label("Density").select_option(label="over 10 %")
+    assert page.locator("ol.list a.row[href$='/2'] .n").first.inner_text() == "100\u00a0%"
     page.get_by_label("Density").select_option("")
     page.get_by_label("In the next layer").select_option("x")
     assert set(page.locator("ol.list a.row .fate").all_inner_texts()) == {"died"}
@@ -218,6 +221,14 @@ def test_a_band_lists_its_latents_and_one_is_traced(visit: Visit) -> None:
     page.wait_for_selector(".flow .trace", state="attached")
     page.wait_for_function("() => document.querySelectorAll('.strand li').length === 3")
     assert page.locator(".flow .stop").count() == 3
+
+
+def test_the_lineage_says_what_share_of_its_features_a_control_has_as_well(visit: Visit) -> None:
+    links = LineageDocument.load(visit.report.parents[1] / "lineage.json").links
+    [status] = [link.status for link in links if link.target == "L0-scratch-full"]
+    alive = len(status) - status.count("-") - status.count("b")  # those born are features of the control alone
+    told = visit.at("#/lineage").inner_text("section[data-view=lineage] p.wide")
+    assert f"{100 * status.count('k') / alive:.2g}\u00a0% (L0-scratch-full)" in told
 
 
 def test_hostile_text_is_shown_as_text(visit: Visit) -> None:

@@ -21,7 +21,7 @@ const DENSITIES = /** @type {[string, string][]} */ ([
   ["0.0001-0.001", "0.01 to 0.1 %"],
   ["0.001-0.01", "0.1 to 1 %"],
   ["0.01-0.1", "1 to 10 %"],
-  ["0.1-1", "over 10 %"],
+  ["0.1-Infinity", "over 10 %"],
 ]);
 
 saerelay.views.features = async function drawFeatures(body, parts, query) {

@@ -95,9 +95,13 @@ function inheritanceNote(run, legs, links) {
   );
 }
 
-/** @param {Link} link */
+/**
+ * The share of the source's alive features that the target has as well.
+ *
+ * @param {Link} link
+ */
 function keptShare({ counts, target }) {
-  const alive = counts.k + counts.d + counts.r + counts.x + counts.b;
+  const alive = counts.k + counts.d + counts.r + counts.x;
   return `${percent(counts.k / Math.max(1, alive))} (${target})`;
 }
 
