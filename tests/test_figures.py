@@ -36,7 +36,7 @@ from saerelay.runs.documents.latents import LineageDocument, LineageLink
 from saerelay.runs.documents.quality import ControlCost, LegSummary, Origin, ScratchCost, SuiteCost, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
-from saerelay.views.figures.page import _KIND_OF_ORIGIN, kind_of
+from saerelay.views.figures.page import _KIND_OF_ORIGIN, KINDS, kind_of
 from saerelay.views.labels import ORIGINS, misleading_fvu
 from saerelay.views.tables.across_layers import measures_tables
 
@@ -382,6 +382,18 @@ def test_legs_are_marked_by_where_they_come_from() -> None:
         (axis,) = draw(d.summary, at_home).axes
         labels = " ".join(axis.get_legend_handles_labels()[1])
         assert ORIGINS["from below"] in labels and ORIGINS["from above"] not in labels
+
+
+def test_the_legend_counts_all_tokens_of_legs_that_were_continued() -> None:
+    summary = documents().summary
+    legs = [row.changed(tokens_before=500_000) if row.id == "L2-from-L0" else row for row in summary.legs]
+    labels = quality_labels(f.quality_figure(summary.changed(legs=legs)))
+    assert f"{KINDS['below'].label}, 1.5M to 2M tokens" in labels and f"{KINDS['root'].label}, 1.5M tokens" in labels
+
+
+def quality_labels(figure: Figure) -> list[str]:
+    """The labels in the legend of a figure's first axes."""
+    return [str(label) for label in figure.axes[0].get_legend_handles_labels()[1]]
 
 
 def test_tables_of_measures_show_names_from_files_as_they_are() -> None:

@@ -439,6 +439,15 @@ def test_the_plan_is_a_tree_in_order(suite: Suite) -> None:
     assert all(0 <= row.start <= row.fold < row.end <= 100 for row in rows)
 
 
+def test_a_rate_that_the_map_may_lower_is_an_upper_bound(suite: Suite) -> None:
+    legs = [leg.changed(lr_by_map=leg.id == "L0-from-L1") for leg in suite.plan.legs]
+    told = story(suite.plan.changed(legs=legs), summary_of(suite))
+    bounded = {row.id for row in told["plan_rows"] if row.lr.startswith("≤ ")}
+    assert bounded == {"L0-from-L1"} and told["rate_note"].startswith("≤: the better a hop's map")
+    for_copies = suite.plan.changed(legs=[leg.changed(lr_by_map=False) for leg in suite.plan.legs])
+    assert not story(for_copies, summary_of(suite))["rate_note"]
+
+
 def test_a_model_without_a_head_has_a_report(suite: Suite) -> None:
     summary = summary_of(suite)
     headless = {"delta_ce": None, "delta_ce_se": None, "ce_loss_score": None}
@@ -481,6 +490,7 @@ def test_a_random_dictionary_does_not_squeeze_the_others(suite: Suite) -> None:
     summary = summary_of(suite)
     full = next(leg for leg in summary.legs if leg.control_kind == "full")
     random = full.changed(id="noise", control_kind="random", delta_ce=0.9, delta_ce_se=0.01)
+    assert mark_kind(summary.leg("L0-from-L1").changed(origin="random")) == "random", "as in the figures"
     with_random = overview(only(summary, [*summary.legs, random]))
     marks = {mark.text.split(":")[0]: mark for mark in with_random.panels[0].marks}
     before = {mark.text.split(":")[0]: mark for mark in overview(summary).panels[0].marks}

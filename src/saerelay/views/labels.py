@@ -9,6 +9,7 @@ from typing import Any
 from saerelay.runs.documents.latents import STATUSES
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.documents.seeds import found_again, spread
+from saerelay.spec import format_count
 from saerelay.views.text import listed, percent, with_error
 
 _FVU = "E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not broken between lines
@@ -158,6 +159,14 @@ def mean_l0(summary: Summary) -> str:
         if leg.l0 is not None:
             of_tier.setdefault(tier, []).append(leg.l0)
     return listed([f"{mean:.3g}" for mean in sorted(sum(l0) / len(l0) for l0 in of_tier.values())])
+
+
+def tokens_of(legs: Sequence[LegSummary]) -> str:
+    """Return the tokens that legs were trained on, with those of the legs they continue: "4k", or "2k to 4k"."""
+    counts = [leg.tokens_in_all for leg in legs]
+    least = format_count(min(counts))
+    most = format_count(max(counts))
+    return most if least == most else f"{least} to {most}"
 
 
 def carried(method: str) -> str:

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from saerelay.runs.documents.quality import Summary
-from saerelay.spec import format_count
 from saerelay.views.figures.page import (
     KINDS,
     Point,
@@ -17,7 +16,7 @@ from saerelay.views.figures.page import (
     page,
     side_by_side,
 )
-from saerelay.views.labels import METRICS
+from saerelay.views.labels import METRICS, tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,9 +33,9 @@ def quality_figure(summary: Summary, *, theme: Theme = "light") -> "Figure":
 
     labels = {}
     for kind, style in KINDS.items():
-        tokens = [leg.tokens for leg in legs if kind_of(leg) == kind]
-        if tokens:
-            labels[kind] = f"{style.label}, {format_count(max(tokens))} tokens"
+        of_kind = [leg for leg in legs if kind_of(leg) == kind]
+        if of_kind:
+            labels[kind] = f"{style.label}, {tokens_of(of_kind)} tokens"
 
     height = 0.55 + 1.55 * len(metrics)
     with page(theme, facts_of(summary), "Held-out quality by layer", definition, height) as figure:

@@ -114,6 +114,8 @@ def mark_kind(leg: LegSummary) -> MarkKind:
     """Return the kind of mark of a leg."""
     if leg.control_kind:
         return leg.control_kind
+    if leg.origin == "random":
+        return "random"
     return "root" if leg.origin == "scratch" else "transfer"
 
 
@@ -149,7 +151,7 @@ def panel(legs: Sequence[LegSummary], metric: str, x: dict[str, float]) -> Panel
 
     A random dictionary is so much worse than all others that it would compress them, so it does not count for the axis.
     """
-    drawn = [leg for leg in legs if leg.control_kind != "random"]
+    drawn = [leg for leg in legs if mark_kind(leg) != "random"]
     ends = [getattr(leg, metric) + error_of(leg, metric) for leg in drawn or legs]
     top = HEADROOM * max(ends) if max(ends) > 0 else 1.0
 

@@ -9,6 +9,7 @@ from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.suite import method_of
 from saerelay.spec import format_count
 from saerelay.views.labels import ROLES, leading_metric, seeds_label, spread_cells
+from saerelay.views.tables.plan import learning_rate
 from saerelay.views.text import duration, flops, is_number
 
 
@@ -204,7 +205,7 @@ def _plan_row(plan: Plan, leg: Leg, depth: int) -> PlanRow:
         how=how,
         tokens=format_count(leg.budget_tokens),
         moments=format_count(leg.moment_tokens) if leg.moment_tokens else "",
-        lr=f"{leg.schedule.lr:.1e}",
+        lr=learning_rate(leg),
         start=round(100 * leg.start / plan.n_tokens, 2),
         fold=round(100 * leg.fold_at / plan.n_tokens, 2),
         end=round(100 * leg.end / plan.n_tokens, 2),

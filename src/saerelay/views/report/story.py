@@ -9,9 +9,10 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.across_layers import Measures
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.labels import ARCHITECTURES, leading_metric, mean_l0, metric_name, misleading_fvu
+from saerelay.views.labels import ARCHITECTURES, leading_metric, mean_l0, metric_name, misleading_fvu, tokens_of
 from saerelay.views.report.overview import overviews
 from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
+from saerelay.views.tables.plan import rate_note
 from saerelay.views.text import decimal, duration, is_number, listed
 
 
@@ -33,6 +34,7 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
         "overviews": overviews(summary),
         "rows": quality_rows(summary),
         "plan_rows": plan_rows(plan),
+        "rate_note": rate_note(plan),
         "plan_tokens": format_count(plan.n_tokens),
     }
 
@@ -98,7 +100,7 @@ def trained(plan: Plan, summary: Summary) -> str:
     tiers = [leg for leg in legs if summary.is_other_tier(leg)]
     if tiers:
         l0 = listed([f"{tier:g}" for tier in sorted({leg.target_l0 or 0 for leg in tiers})])
-        parts.append(f"Copies of each SAE with {l0} active latents were trained on {_tokens(tiers)} tokens each.")
+        parts.append(f"Copies of each SAE with {l0} active latents were trained on {tokens_of(tiers)} tokens each.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Evaluated on {first.n_eval_tokens:,} tokens of documents that were not used for training.")
     if summary.left_out and summary.left_out.note:
@@ -112,7 +114,7 @@ def _how_trained(summary: Summary) -> list[str]:
     roots = [leg for leg in summary.final_legs if leg not in children]
     sentences = []
     if roots:
-        sentences.append(f"{_at_layers(roots)} trained from scratch on {_tokens(roots)} tokens.")
+        sentences.append(f"{_at_layers(roots)} trained from scratch on {tokens_of(roots)} tokens.")
     if children:
         methods = set()
         for leg in children:
@@ -120,7 +122,9 @@ def _how_trained(summary: Summary) -> list[str]:
             refit = " with a decoder refit" if first.refit_tokens else ""
             methods.add(f"{first.method}{refit}")
         how = ", ".join(sorted(methods))
-        sentences.append(f"{_at_layers(children)} transferred ({how}) and trained on {_tokens(children)} tokens each.")
+        sentences.append(
+            f"{_at_layers(children)} transferred ({how}) and trained on {tokens_of(children)} tokens each."
+        )
     return sentences
 
 
@@ -129,14 +133,6 @@ def _at_layers(legs: Sequence[LegSummary]) -> str:
     if len(layers) == 1:
         return f"Layer {layers[0]} was"
     return f"Layers {listed(layers)} were"
-
-
-def _tokens(legs: Sequence[LegSummary]) -> str:
-    """Return the tokens that legs were trained on: "4k", or "2k to 4k"."""
-    counts = [leg.tokens_in_all for leg in legs]
-    least = format_count(min(counts))
-    most = format_count(max(counts))
-    return most if least == most else f"{least} to {most}"
 
 
 # --- what was saved -------------------------------------------------------------------------------------------------

@@ -93,21 +93,32 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
             format_count(leg.fold_at),
             format_count(leg.budget_tokens),
             str(leg.dictionary.n_latents),
-            _learning_rate(leg),
+            learning_rate(leg),
         ]
         if batches_differ:
             row.append(str(leg.schedule.batch_tokens))
         if reference and leg.goal.predicted_fvu:
             row += [f"{leg.goal.predicted_fvu:.4f}", f"{leg.goal.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(*row)
-    if any(leg.schedule.lr_by_map for leg in plan.legs):
-        table.caption = "≤: the better a hop's map explains its layer, the lower the rate that training begins with."
+    table.caption = rate_note(plan) or None
     return table
 
 
-def _learning_rate(leg: Leg) -> str:
+def rate_note(plan: Plan) -> str:
+    """Say what "≤" before a learning rate means; "" if the plan has none."""
+    if not any(_is_bound(leg) for leg in plan.legs):
+        return ""
+    return "≤: the better a hop's map explains its layer, the lower the rate that training begins with."
+
+
+def _is_bound(leg: Leg) -> bool:
+    """Whether the fit of the hop's map may lower the learning rate when training begins."""
+    return leg.hop is not None and leg.schedule.lr_by_map
+
+
+def learning_rate(leg: Leg) -> str:
     """Return the largest learning rate; "≤" if the fit of the hop's map may lower it when training begins."""
-    at_most = "≤ " if leg.hop and leg.schedule.lr_by_map else ""
+    at_most = "≤ " if _is_bound(leg) else ""
     return f"{at_most}{leg.schedule.lr:.1e}"
 
 
