@@ -331,9 +331,9 @@ def test_the_report_shows_scores_once_there_are_some(suite: Suite, tmp_path: Pat
     rows = re.findall(r'<th scope="row">(from [a-z ]+)</th>(.*?)</tr>', text, re.S)
     shown = {origin: re.sub("(<[^>]*>|\\s)+", " ", cells).strip() for origin, cells in rows}
     assert shown == {
-        "from scratch": "10 of 10 0.0 % 0.0 % to 27.8 % 0: 0.0 %, 1: 0.0 %",
-        "from a lower layer": "5 of 5 100.0 % 56.6 % to 100.0 % 2: 100.0 %",
-        "from a higher layer": "5 of 5 0.0 % 0.0 % to 43.4 % 0: 0.0 %",
+        "from scratch": "10 of 10 0.0 % 0.0 % to 27.8 % L0-scratch-full: 0.0 %, L1: 0.0 %",
+        "from a lower layer": "5 of 5 100.0 % 56.6 % to 100.0 % L2-from-L1: 100.0 %",
+        "from a higher layer": "5 of 5 0.0 % 0.0 % to 43.4 % L0-from-L1: 0.0 %",
     }
     agreement = "<bdi>Ada</bdi> and <bdi>&lt;b&gt;Bob&lt;/b&gt;</bdi> agree on 100.0 % of 20 features"
     assert f"{agreement} (Cohen’s kappa 1.00)" in text
