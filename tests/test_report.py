@@ -222,8 +222,9 @@ def test_the_summary_says_what_was_saved_and_lost(suite: Suite) -> None:
 
 def test_what_was_trained_is_said_kind_by_kind(suite: Suite) -> None:
     """The layers of one kind may be transferred where those of another are not."""
-    summary = with_legs(summary_of(suite), **{"L2-from-L1": {"module": "mlp_out"}})
+    summary = with_legs(summary_of(suite), **{"L2-from-L1": {"module": "mlp_out", "n_latents": 1200}})
     told = trained(suite.plan, summary)
+    assert told.startswith("Sparse autoencoders (TopK, 600 or 1,200 latents) for all 3 layers, at each of resid_post")
     assert "resid_post: Layer 1 was trained from scratch" in told and "resid_post: Layer 0 was transferred" in told
     assert "mlp_out: Layer 2 was transferred" in told
 

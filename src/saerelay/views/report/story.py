@@ -83,11 +83,12 @@ def caption(summary: Summary) -> str:
 def trained(plan: Plan, summary: Summary) -> str:
     """Say which dictionaries were trained, how, and on what."""
     legs = summary.final_legs
-    first = legs[0]
     facts = plan.facts
     of_kinds = f", at each of {listed(summary.kinds)}," if len(summary.kinds) > 1 else ""
+    names = " or ".join(sorted({_name(leg) for leg in legs}))
+    sizes = " or ".join(f"{size:,}" for size in sorted({leg.n_latents for leg in legs}))
     parts = [
-        f"A {_name(first)} sparse autoencoder with {first.n_latents:,} latents for each layer{of_kinds} of "
+        f"Sparse autoencoders ({names}, {sizes} latents) for {_layers(plan, summary)}{of_kinds} of "
         f"{summary.model} ({facts.family}, {facts.n_layers} layers, {facts.d_model} wide, "
         f"{format_count(facts.model_params)} parameters)."
     ]
@@ -102,7 +103,7 @@ def trained(plan: Plan, summary: Summary) -> str:
         l0 = listed([f"{tier:g}" for tier in sorted({leg.target_l0 or 0 for leg in tiers})])
         parts.append(f"Copies of each SAE with {l0} active latents were trained on {tokens_of(tiers)} tokens each.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
-    parts.append(f"Evaluated on {first.n_eval_tokens:,} tokens of documents that were not used for training.")
+    parts.append(f"Evaluated on {legs[0].n_eval_tokens:,} tokens of documents that were not used for training.")
     if summary.left_out and summary.left_out.note:
         parts.append(f"Note: {summary.left_out.note}.")
     return " ".join(parts)
