@@ -484,6 +484,21 @@ def test_a_view_that_is_drawn_too_late_is_not_shown(visit: Visit) -> None:
     assert page.inner_text("main h1:visible") == "Feature 125 of layer 1"
 
 
+def test_a_list_that_comes_too_late_is_not_shown_under_the_name_of_another(visit: Visit) -> None:
+    page = visit.at("#/features/L1")
+    page.evaluate("""() => {
+      const load = saerelay.load;
+      saerelay.load = async (name) => {
+        if (name === "index/L0-from-L1") await new Promise((resolve) => setTimeout(resolve, 300));
+        return load(name);
+      };
+    }""")
+    for leg in ("L0-from-L1", "L2-from-L1"):
+        page.locator("section:visible .controls select").first.select_option(leg)
+    page.wait_for_timeout(500)
+    assert page.locator("ol.list a.row").first.get_attribute("href").startswith("#/feature/L2-from-L1/")
+
+
 # --- paper ----------------------------------------------------------------------------------------------------------
 
 

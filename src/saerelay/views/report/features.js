@@ -35,10 +35,12 @@ saerelay.views.features = async function drawFeatures(body, parts, query) {
   /** @type {ListedFeature[]} */
   let features = [];
 
+  /** A list that arrives after another SAE was chosen is not shown. */
   async function readFeatures() {
-    const legs = choice.leg === "all" ? run.standing : [choice.leg];
+    const { leg: asked } = choice;
+    const legs = asked === "all" ? run.standing : [asked];
     const lists = await Promise.all(legs.map((leg) => readList(run, leg)));
-    features = lists.flat();
+    if (asked === choice.leg) features = lists.flat();
   }
 
   function drawResults() {
