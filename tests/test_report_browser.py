@@ -231,6 +231,18 @@ def test_the_lineage_says_what_share_of_its_features_a_control_has_as_well(visit
     assert f"{100 * status.count('k') / alive:.2g}\u00a0% (L0-scratch-full)" in told
 
 
+def test_a_random_dictionary_is_no_sae_that_was_trained_independently(visit: Visit) -> None:
+    page = visit.at("#/")
+    page.evaluate("""async () => {
+      const { legs } = await saerelay.load("run");
+      legs.find((leg) => leg.id === "L0-scratch-full").control_kind = "random";
+      location.hash = "#/lineage";
+    }""")
+    visit.drawn("#/lineage")
+    told = page.inner_text("section[data-view=lineage] p.wide")
+    assert "(L0-scratch-equal)" in told and "(L0-scratch-full)" not in told
+
+
 def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
     page = visit.at("#/feature/L1/1")
     tokens = page.locator(".token").all_inner_texts()

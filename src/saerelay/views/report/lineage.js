@@ -81,6 +81,7 @@ function inheritanceNote(run, legs, links) {
   }
   const controls = run.links
     .filter((link) => link.kind === "control" && legs.includes(link.source))
+    .filter((link) => findLeg(run, link.target)?.control_kind !== "random") // it was not trained
     .map(keptShare);
   return element(
     "p.wide",
