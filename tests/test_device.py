@@ -1,6 +1,8 @@
 """Steps on a GPU, on one that is not there: they wait for nothing, and compute what a processor does."""
 
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -82,11 +84,26 @@ def test_a_replayed_step_equals_one_that_is_launched(kind: str, monkeypatch: pyt
     assert set(differences(replayed, launched).values()) == {0.0}
 
 
+@pytest.mark.parametrize("kind", ["topk", "relu"])
+def test_a_leg_that_has_ended_frees_its_memory_at_once(kind: str) -> None:
+    """Python would find a trainee that refers to itself only when it looks for garbage, which may be never."""
+    x = data().to("cuda")
+    trainee = stepped(begun(leg(architecture=kind), x), list(x.split(B)[:8]))
+    ended = weakref.ref(trainee)
+    gc.collect()
+    gc.disable()
+    try:
+        del trainee
+        assert ended() is None
+    finally:
+        gc.enable()
+
+
 def without_recording(trainee: Trainee) -> Trainee:
     """The trainee, with steps that are launched one by one, and with as much memory as their codes turn out to need."""
     assert trainee._launched
     trainee._launched.limits_room = False
-    trainee._launched.step = trainee._launched.unrecorded
+    trainee._launched.recordings = None
     return trainee
 
 

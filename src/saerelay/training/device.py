@@ -2,8 +2,8 @@
 
 All that a step needs to know, or that the host would have to ask after each step, is on the device: the leg's age with
 the rates that follow from it (`Clock`), and whether its loss is still finite (`Fate`). So each step runs the same
-operations on the same memory, and can be recorded once as a CUDA graph and replayed (`Replayed`), which takes the host
-a fraction of the time of launching the operations one by one. `Trainee.settle` asks the device, once per block.
+operations on the same memory, and can be recorded once as a CUDA graph and replayed (`Recordings`), which takes the
+host a fraction of the time of launching the operations one by one. `Trainee.settle` asks the device, once per block.
 """
 
 import math
@@ -23,6 +23,9 @@ MORE_ROOM = 1.5
 """Room for codes, over the most codes that a batch had."""
 STEPS_BEFORE_RECORDING = 3
 """Number of steps run unrecorded, to compile kernels and allocate memory, before a step is recorded."""
+
+Function = Callable[[Tensor, Tensor | None], None]
+"""What is done on the device with a batch, and with what it is to be reconstructed as, if that is not itself."""
 
 
 class Now(NamedTuple):
@@ -166,37 +169,37 @@ class _Recording(NamedTuple):
     """Memory that the graph reads its inputs from."""
 
 
-class Replayed:
-    """A function of one or two tensors that is recorded as a CUDA graph for each shape, and then replayed.
+class Recordings:
+    """The recordings of one function of one or two tensors, as a CUDA graph for each shape.
 
-    The function must run the same operations on the same memory each time, must not wait for the device, and returns
-    nothing. If recording fails, a warning says so, and from then on the function is called directly.
+    The function must be the same at each call, must run the same operations on the same memory each time, must not wait
+    for the device, and returns nothing. If recording fails, a warning says so, and from then on the function is called
+    directly.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self.recordings: dict[tuple, _Recording] = {}
         self.n_calls: Counter[tuple] = Counter()
         """By shapes: each compiles kernels of its own."""
         self.can_record = True
 
-    def __call__(self, x: Tensor, target: Tensor | None = None) -> None:
-        """Call the function, or replay its recording."""
+    def replay(self, function: Function, x: Tensor, target: Tensor | None = None) -> None:
+        """Replay the recording of the function, or call it."""
         given = (x, target)
         shapes = _shapes(given)
         recording = self.recordings.get(shapes)
         if recording is None and self.can_record and self.n_calls[shapes] >= STEPS_BEFORE_RECORDING:
-            recording = self._record(given)
+            recording = self._record(function, given)
         if recording is None:
             self.n_calls[shapes] += 1
-            self.function(x, target)
+            function(x, target)
             return
         for kept, tensor in zip(recording.given, given, strict=True):
             if kept is not None and tensor is not None:
                 kept.copy_(tensor)
         recording.graph.replay()
 
-    def _record(self, given: tuple[Tensor, Tensor | None]) -> _Recording | None:
+    def _record(self, function: Function, given: tuple[Tensor, Tensor | None]) -> _Recording | None:
         """Record the graph for the shapes of the inputs; recording computes nothing."""
         copies = tuple(None if tensor is None else tensor.clone() for tensor in given)
         recording = _Recording(torch.cuda.CUDAGraph(), copies)
@@ -210,7 +213,7 @@ class Replayed:
             with torch.cuda.graph(
                 recording.graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local"
             ):
-                self.function(*recording.given)
+                function(*recording.given)
         except RuntimeError as error:
             self.can_record = False
             torch.cuda.set_stream(before)  # a recording that breaks off leaves its own stream behind
@@ -238,22 +241,17 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class Launcher:
-    """The device's side of a leg in training: its clock, its fate, and the step, recorded where that is possible.
+    """The device's side of a leg in training: its clock, its fate, and its steps, recorded where that is possible.
 
     A TopK or BatchTopK step has a fixed number of codes. The steps of other architectures get `room` for somewhat more
     codes than batches had so far. If there is too little for some batch, nothing is updated from there on, and the leg
     repeats these steps with more room: numbers do not depend on the room.
+
+    The step itself is passed to each `launch`. If it were kept here, the trainee and its launcher would refer to each
+    other, and the device's memory would not be freed when the leg ends, but whenever Python next looks for such pairs.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        age: int,
-        step: Callable[[Tensor, Tensor | None], None],
-        *,
-        is_recorded: bool,
-        limits_room: bool,
-    ) -> None:
+    def __init__(self, device: torch.device, age: int, *, is_recorded: bool, limits_room: bool) -> None:
         self.device = device
         self.clock = Clock(device)
         self.fate = Fate.at(age, device)
@@ -265,13 +263,20 @@ class Launcher:
         """Places for a batch's codes; None if they are not limited, and before the first step has counted them."""
         self.unsettled: list[tuple[Tensor, Tensor | None]] = []
         """The batches since the last verdict, if room is limited: their steps may have to be repeated."""
-        self.unrecorded = step
-        self.step = Replayed(step) if is_recorded and not limits_room else step
+        self.recordings = Recordings() if is_recorded and not limits_room else None
+        """The recordings of the step; None while steps are launched one operation after the other."""
+
+    def launch(self, step: Function, x: Tensor, target: Tensor | None) -> None:
+        """Launch a step, always the same function, on a batch."""
+        if self.recordings is None:
+            step(x, target)
+        else:
+            self.recordings.replay(step, x, target)
 
     def make_room(self, n_codes: int) -> None:
         """Have room for somewhat more codes than a batch had; steps are recorded anew, as their memory changes."""
         self.room = math.ceil(MORE_ROOM * max(n_codes, 1))
-        self.step = Replayed(self.unrecorded)
+        self.recordings = Recordings()
 
     def settled(self, verdict: Verdict, age: int) -> None:
         """All steps up to an age were taken: forget the batches, and change a room that is almost full or too large."""

@@ -115,8 +115,7 @@ class Trainee:
             activation = leg.dictionary.activation
             is_recorded = not leg.dictionary.matryoshka and not self.dense
             limits_room = is_recorded and not activation.selects_fixed_number
-            step = self._launched_step
-            self._launched = Launcher(device, state.age, step, is_recorded=is_recorded, limits_room=limits_room)
+            self._launched = Launcher(device, state.age, is_recorded=is_recorded, limits_room=limits_room)
 
     @property
     def done(self) -> bool:
@@ -194,7 +193,7 @@ class Trainee:
                 launched.clock.set([self._now(self.state.age + i * batch) for i in range(STEPS_AHEAD)])
             with torch.cuda.device(launched.device):  # graphs and events belong to the current one
                 launched.stopwatch.start()
-                launched.step(x, target)
+                launched.launch(self._launched_step, x, target)
                 launched.stopwatch.stop()
             launched.clock.n_left -= 1
             self._sums.n_batches += 1
