@@ -1,5 +1,6 @@
 """When states are saved, and that what is written is what was there."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_what_a_gpu_changes_after_the_call_is_not_written(tmp_path: Path) -> Non
             found = load_part(tmp_path, "leg-a", facts)
             assert found["x"].tolist() == expected and int(found["age"]) == serial
         assert not (tmp_path / "1").exists()
+
+
+def test_memory_for_copies_is_used_again_and_let_go_with_its_leg(tmp_path: Path) -> None:
+    with fake_cuda():
+        writer = StateWriter()
+        x = torch.zeros(4, device="cuda")
+        writer.write(tmp_path / "1", {"leg-a": {"x": x}, "leg-b": {"x": x}})
+        of_a = weakref.ref(writer._pinned["leg-a"]["x"])
+        of_b = weakref.ref(writer._pinned["leg-b"]["x"])
+        writer.write(tmp_path / "2", {"leg-b": {"x": x}})
+        writer.wait()
+        assert of_a() is None
+        assert of_b() is writer._pinned["leg-b"]["x"]
 
 
 def test_a_state_that_cannot_be_written_is_told_at_the_next_call(

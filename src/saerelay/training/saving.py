@@ -45,7 +45,8 @@ class StateWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._digests: dict[str, dict[str, str]] = {}
-        self._pinned: dict[tuple[str, str], Tensor] = {}
+        self._pinned: dict[str, dict[str, Tensor]] = {}
+        """The last state's copies in pinned memory, by part and name."""
 
     @property
     def is_idle(self) -> bool:
@@ -61,7 +62,9 @@ class StateWriter:
             return
         copies = {}
         for part, tensors in parts.items():
-            copies[part] = {name: self._copied(part, name, tensor) for name, tensor in tensors.items()}
+            before = self._pinned.get(part, {})
+            copies[part] = {name: _pinned(tensor, before.get(name)) for name, tensor in tensors.items()}
+        self._pinned = copies  # the memory of legs that have ended is let go
         for gpu in on_gpus:
             torch.cuda.synchronize(gpu)
         self._thread = threading.Thread(target=self._save, args=(directory, copies), name="saerelay-state")
@@ -78,16 +81,15 @@ class StateWriter:
             raise error
         return self._digests
 
-    def _copied(self, part: str, name: str, tensor: Tensor) -> Tensor:
-        """A copy in pinned memory, which is kept for the next state: allocating it takes longer than filling it."""
-        old = self._pinned.get((part, name))
-        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-            old = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
-            self._pinned[part, name] = old
-        return old.copy_(tensor, non_blocking=True)
-
     def _save(self, directory: Path, parts: Mapping[str, Tensors]) -> None:
         try:
             self._digests = {name: save_part(directory, name, tensors) for name, tensors in parts.items()}
         except BaseException as error:
             self._error = error
+
+
+def _pinned(tensor: Tensor, memory: Tensor | None) -> Tensor:
+    """A copy in pinned memory: in `memory`, a copy that is no longer needed, if it fits; allocating takes longer."""
+    if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+    return memory.copy_(tensor, non_blocking=True)
