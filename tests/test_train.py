@@ -456,3 +456,13 @@ def test_a_random_control_is_worse_than_what_it_controls(facts: ModelFacts, tmp_
     assert not any(kind == "hop" and target == random.id for kind, _, target in links)
     x = make_stream(facts).block(0, [Site(0)]).rows(Site(0), 512).float()
     assert fvu(suite.dictionary(carried), x) < 0.9 * fvu(suite.dictionary(random), x) < 0.5
+
+
+def test_a_random_control_is_as_sparse_as_what_it_controls(facts: ModelFacts, tmp_path: Path) -> None:
+    """Half of the latents of a random ReLU dictionary are active if nothing asks for an L0."""
+    keys = {"controls": [0], "control_kinds": ["random"], "preset": "hub", "roots": [1], "transfer_tokens": 0}
+    run(make_plan(facts, architecture="relu", method="affine", **keys), tmp_path, facts)
+    suite = load(tmp_path)
+    l0 = {leg: suite.info(suite.leg(leg)).l0 for leg in ("L1", "L0-from-L1", "L0-random")}
+    assert l0["L1"] and l0["L1"] < 15
+    assert l0["L0-random"] == pytest.approx(l0["L0-from-L1"], rel=0.1)

@@ -123,7 +123,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
 
     method = leg.hop.method
     if method == "random":
-        return Inherited(_random_dictionary(leg, block, units), 1.0, method, {})
+        return Inherited(_random_dictionary(leg, block, units, l0), 1.0, method, {})
     trials: dict[str, float | None] = {}
     if method == "auto":
         assert moments and parent_l0 is not None
@@ -189,10 +189,10 @@ def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) ->
     return between
 
 
-def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
-    """A random dictionary, revived and refitted on the same rows as a parent would be: a baseline for training.
+def _random_dictionary(leg: Leg, block: Block, units: Units, l0: float | None) -> Dictionary:
+    """A random dictionary, revived and refitted as a parent would be, on the same rows and at the same mean L0.
 
-    See Korznikov et al. 2026, arXiv 2602.14111.
+    It is a baseline for training: see Korznikov et al. 2026, arXiv 2602.14111.
     """
     seed = seed_from("random", leg.seed, leg.id)
     generator = torch.Generator().manual_seed(seed)
@@ -200,7 +200,7 @@ def _random_dictionary(leg: Leg, block: Block, units: Units) -> Dictionary:
     on = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
     inside = on.normalised(units)
     fresh = units.to_canonical(initialise(leg.dictionary, inside.rows, generator, inside.target))
-    return carry(fresh, None, on.rows, units, l0=leg.dictionary.l0, retraining=on).dictionary
+    return carry(fresh, None, on.rows, units, l0=l0, retraining=on).dictionary
 
 
 def parent_of(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Parent | str:
