@@ -12,7 +12,8 @@ from saerelay.sae.architectures.architecture import with_common_threshold
 from saerelay.sae.dictionary import Dictionary, match_l0, unit_decoder
 from saerelay.sae.initialise import initialise
 from saerelay.sae.loss import aux_loss, k_aux, training_loss
-from saerelay.sae.quality import mean_l0
+from saerelay.sae.quality import fvu, mean_l0
+from saerelay.sae.reshape import revive
 from saerelay.sae.spec import DictionarySpec
 from saerelay.sae.units import Units
 
@@ -181,3 +182,23 @@ def test_matched_l0_is_the_one_asked_for(architecture: str, l0: float) -> None:
 def test_matching_l0_leaves_topk_alone() -> None:
     d = random_dictionary("topk")
     assert match_l0(d, activations(), 2) is d
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_quality_on_half_precision_is_that_on_the_same_numbers(dtype: torch.dtype) -> None:
+    """In float16 the squares of ordinary activations overflow; in bfloat16 the mean is rounded."""
+    x = (300 * activations() + 3000).to(dtype)
+    d = random_dictionary("relu").to(torch.float32)
+    transcoder = replace(d, W_skip=torch.eye(D))
+    assert fvu(d, x) == pytest.approx(fvu(d, x.float()), rel=1e-6)
+    assert fvu(transcoder, x, target=x) == pytest.approx(fvu(transcoder, x.float(), target=x.float()), rel=1e-6)
+    assert fvu(d.to(torch.bfloat16), x) > 0
+
+
+def test_activations_in_more_dimensions_are_refused_where_means_are_taken() -> None:
+    x = activations().view(4, -1, D)
+    for measure in (fvu, revive, lambda d, x: match_l0(d, x, 3)):
+        with pytest.raises(DataError, match=r"shape \(4, 16, 10\); give rows"):
+            measure(random_dictionary("relu"), x)
+    with pytest.raises(DataError, match="no activations"):
+        match_l0(random_dictionary("relu"), x.flatten(0, 1)[:0], 3)

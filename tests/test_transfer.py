@@ -25,7 +25,7 @@ from saerelay.sae.maps import (
 )
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu
-from saerelay.sae.refit import conjugate_gradients, refit
+from saerelay.sae.refit import conjugate_gradients, refit, refit_skip
 from saerelay.sae.reshape import Shape, reshape, revive
 from saerelay.sae.spec import Method
 from saerelay.sae.transfer import Retraining, carry, fold
@@ -209,6 +209,7 @@ def test_refit_lowers_the_error_of_its_own_codes_and_leaves_silent_latents() -> 
 def test_refit_of_nothing_is_the_dictionary() -> None:
     d = random_dictionary("topk")
     assert torch.equal(refit(d, []).W_dec, d.W_dec)
+    assert torch.equal(refit(d, [activations()[:0]]).W_dec, d.W_dec)
 
 
 def test_refit_leaves_a_silent_dictionary_and_refuses_infinities() -> None:
@@ -269,6 +270,24 @@ def test_revived_latents_fire_and_others_stay(architecture: str) -> None:
     assert torch.equal(again.W_enc[others], d.W_enc[others]) and torch.equal(again.W_dec[others], d.W_dec[others])
     assert torch.allclose(again.W_dec[~others].norm(dim=1), torch.ones(1, dtype=torch.float64))
     assert torch.equal(revive(d, x).W_enc, again.W_enc) and not torch.equal(revive(d, x, 1).W_enc, again.W_enc)
+
+
+@pytest.mark.parametrize("of_dictionary", [torch.float32, torch.float64, torch.bfloat16])
+def test_latents_are_revived_on_half_precision(of_dictionary: torch.dtype) -> None:
+    d = random_dictionary("relu")
+    silent = replace(d, b_enc=d.b_enc.index_fill(0, torch.tensor([3, 8]), -1e6)).to(of_dictionary)
+    x = activations().bfloat16()
+    revived = revive(silent, x)
+    assert revived.W_enc.dtype == of_dictionary
+    assert bool((revived.encode(x)[:, [3, 8]] > 0).any(dim=0).all())
+
+
+def test_a_skip_connection_is_refitted_as_well_on_half_precision() -> None:
+    x = (activations() - 7).bfloat16()
+    d = replace(random_dictionary("relu").to(torch.float32), W_skip=torch.zeros(D, D))
+    in_half, in_float = (refit_skip(d, rows, rows.float()) for rows in (x, x.float()))
+    assert in_half.W_skip is not None and in_float.W_skip is not None
+    assert torch.allclose(in_half.W_skip, in_float.W_skip, atol=1e-6)
 
 
 def test_nothing_is_revived_where_nothing_is_silent() -> None:

@@ -103,16 +103,17 @@ class Dictionary:
     def goal_of(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """What is to be reconstructed from activations x (..., D): the `target` (..., Dy), or x itself without one.
 
-        Raises DataError for a target of another width, and without a target for what can only be a transcoder: with a
-        skip connection, or with outputs of another width than its inputs.
+        Half precision becomes float32, since squares and sums would overflow or be rounded in it. Raises DataError for
+        a target of another width, and without a target for what can only be a transcoder: with a skip connection, or
+        with outputs of another width than its inputs.
         """
         if target is None:
             if self.W_skip is not None or self.d_out != self.d_model:
                 raise DataError("this is a transcoder: give the activations that it reconstructs, too, as the target")
-            return x
+            return widened(x)
         if target.shape[-1] != self.d_out:
             raise DataError(f"the target is {target.shape[-1]} wide, but this SAE reconstructs {self.d_out} dimensions")
-        return target
+        return widened(target)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name."""
@@ -142,7 +143,23 @@ def match_l0(dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
     >>> round(float((match_l0(sae, x, 1.0).encode(x) > 0).sum(dim=1).float().mean()), 2)
     1.0
     """
+    check_rows(x, "match_l0")
+    if not len(x):
+        raise DataError("match_l0: there are no activations to count active latents on")
     return dictionary.activation.match_l0(dictionary, x, l0)
+
+
+def check_rows(x: Tensor, caller: str) -> None:
+    """Raise DataError unless activations are rows (B, D), over which a caller may take means."""
+    if x.dim() != 2:
+        raise DataError(
+            f"{caller}: activations of the shape {tuple(x.shape)}; give rows (tokens, width), as x.flatten(0, -2) does"
+        )
+
+
+def widened(x: Tensor) -> Tensor:
+    """The same numbers, in float32 if they were in half precision."""
+    return x.float() if x.element_size() < 4 else x
 
 
 def unit_decoder(dictionary: Dictionary) -> Dictionary:

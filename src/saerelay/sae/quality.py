@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.dictionary import Dictionary, check_rows
 from saerelay.sae.kernels import reconstruct
 from saerelay.sae.units import Balance, balance_factors
 
@@ -25,6 +25,7 @@ def fvu(dictionary: Dictionary, x: Tensor, balance: Balance = 0.0, *, target: Te
     hundred times as large as the others, plain FVU measures these few alone, but the model's loss depends on the others
     too (decision 031). For a transcoder, it is the fraction of the variance of `target` (B, Dy) that is left.
     """
+    check_rows(x, "fvu")
     y = dictionary.goal_of(x, target)
     errors = torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
     for part, goal in zip(x.split(4096), y.split(4096), strict=True):

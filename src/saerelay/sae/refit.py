@@ -96,6 +96,8 @@ def refit(
             raise DataError(
                 f"refit: a batch of the shape {tuple(batch.shape)}; give batches (tokens, width), as in [x]"
             )
+        if not len(batch):
+            continue
         goal = dictionary.goal_of(batch, y)
         codes, y_hat = reconstruct(dictionary, batch)
         residual = goal - y_hat
@@ -142,7 +144,7 @@ def affine_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     moments = Moments.empty(x.shape[1], y.shape[1], x.device)
     moments.add(x, y)
     regression = affine(moments)
-    return regression.A.to(x), regression.c.to(x)
+    return regression.A.to(y), regression.c.to(y)
 
 
 def _normal_equations(codes: Codes, products_sum: Tensor, residual_sum: Tensor, ridge: float) -> NormalEquations:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saerelay.sae.architectures import architecture_named
-from saerelay.sae.dictionary import LATENT_PARAMETERS, Dictionary, match_l0
+from saerelay.sae.dictionary import LATENT_PARAMETERS, Dictionary, check_rows, match_l0, widened
 from saerelay.sae.kernels import encode_sparse, join_codes, latent_sums, reconstruct
 from saerelay.sae.maps import RIDGE, regress
 
@@ -56,6 +56,8 @@ def revive(
     In a transcoder, r is the residual of the token's `target` (B, Dy), and the encoder is the matched filter for the
     activation that the transcoder read at that token. Raises DataError as `Dictionary.goal_of` does.
     """
+    check_rows(x, "revive")
+    x = widened(x)
     counts, residual = _firing_and_residual(dictionary, x, dictionary.goal_of(x, target))
     silent = first + (counts[first:] < SILENT_BELOW * len(x)).nonzero()[:, 0]
     if not len(silent):
@@ -87,9 +89,9 @@ def revive(
     return replace(
         dictionary,
         r_mag=None if r_mag is None else r_mag.index_fill(0, silent, 0.0),
-        W_enc=dictionary.W_enc.index_copy(0, silent, filters),
-        b_enc=dictionary.b_enc.index_copy(0, silent, biases),
-        W_dec=dictionary.W_dec.index_copy(0, silent, directions),
+        W_enc=dictionary.W_enc.index_copy(0, silent, filters.to(dictionary.W_enc.dtype)),
+        b_enc=dictionary.b_enc.index_copy(0, silent, biases.to(dictionary.b_enc.dtype)),
+        W_dec=dictionary.W_dec.index_copy(0, silent, directions.to(dictionary.W_dec.dtype)),
     )
 
 

@@ -168,7 +168,7 @@ def nonzero_codes(z: Tensor) -> Codes:
     row_starts = torch.zeros(z.shape[0] + 1, dtype=torch.int32, device=z.device)
     row_starts[1:] = (z != 0).sum(dim=1).cumsum(0)
     rows, columns = z.nonzero(as_tuple=True)
-    return Codes(row_starts, columns.int(), z[rows, columns], z.shape[1])
+    return Codes(row_starts, columns.int(), z[rows, columns].to(_wide(z)), z.shape[1])
 
 
 # --- groups -------------------------------------------------------------------------------------------------------

@@ -52,9 +52,9 @@ def encode_sparse(dictionary: Dictionary, x: Tensor) -> Codes:
 def reconstruct(dictionary: Dictionary, x: Tensor) -> tuple[Codes, Tensor]:
     """Sparse codes and reconstruction (B, D) of activations x (B, D): `dictionary(x)` without a dense code."""
     codes = encode_sparse(dictionary, x)
-    x_hat = products(x.device).decode(codes, dictionary.W_dec) + dictionary.b_dec
+    x_hat = products(x.device).decode(codes, dictionary.W_dec.to(codes.values.dtype)) + dictionary.b_dec
     if dictionary.W_skip is not None:
-        x_hat = x_hat + x @ dictionary.W_skip.T
+        x_hat = x_hat + x.to(dictionary.W_skip.dtype) @ dictionary.W_skip.T
     return codes, x_hat
 
 
