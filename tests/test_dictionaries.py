@@ -184,6 +184,12 @@ def test_matching_l0_leaves_topk_alone() -> None:
     assert match_l0(d, activations(), 2) is d
 
 
+def test_thresholds_of_zero_are_matched_too() -> None:
+    """No factor changes them."""
+    d = replace(random_dictionary("jumprelu"), threshold=torch.zeros(F, dtype=torch.float64))
+    assert mean_l0(match_l0(d, activations(), 3), activations()) == pytest.approx(3, abs=1 / B)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_quality_on_half_precision_is_that_on_the_same_numbers(dtype: torch.dtype) -> None:
     """In float16 the squares of ordinary activations overflow; in bfloat16 the mean is rounded."""

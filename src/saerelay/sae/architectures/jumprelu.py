@@ -45,8 +45,8 @@ class JumpReLU(Architecture):
         return pre.relu() * (pre > threshold)
 
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
-        """Multiply all thresholds by one factor; if there are none yet, give all latents a common threshold."""
-        if dictionary.threshold is None:
+        """Multiply all thresholds by one factor; without any above zero, give all latents a common threshold."""
+        if dictionary.threshold is None or not bool(dictionary.threshold.any()):
             return with_common_threshold(dictionary, x, l0)
         relative = dictionary.pre_activations(x) / dictionary.threshold.clamp(min=1e-12)
         factor = level_exceeded(relative, l0).clamp(min=1e-3)
