@@ -12,7 +12,7 @@ from fake_cuda import Graph, Waits, fake_cuda
 from test_engine import SPEC, B, D, F, begun, data, leg
 
 from saerelay.data.stream import Block
-from saerelay.sae.kernels import sparse_step
+from saerelay.sae.kernels import Reading, sparse_step
 from saerelay.sae.maps import affine
 from saerelay.sae.moments import Moments
 from saerelay.sae.transfer import Retraining, carry
@@ -127,6 +127,21 @@ def test_steps_whose_codes_find_too_little_room_are_repeated(kind: str, monkeypa
     assert set(differences(found, expected).values()) == {0.0}
     seen, wanted = found.look(), expected.look()
     assert seen and wanted and seen.l0 == wanted.l0 and seen.loss == pytest.approx(wanted.loss)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "gated", "relu"])
+def test_with_and_without_limited_room_the_same_codes_are_selected(kind: str) -> None:
+    """Only a first step has no limit, also the first one after a restart: its bits must be the same."""
+    x = data(B).to("cuda")
+    the_leg = leg(architecture=kind)
+    d = begun(the_leg, x).state.dictionary
+    d.W_enc[3] = 0.0  # this latent's pre-activation is zero at every token, after the architecture's shift
+    d.b_enc[3] = 0.0
+    if d.threshold is not None:
+        d.threshold[3] = getattr(the_leg.dictionary.activation, "bandwidth", 0.0) / 2
+    free, limited = (sparse_step(the_leg.dictionary, d, x, reading=Reading(room=room)).codes for room in (None, F * B))
+    assert torch.equal(free.row_starts, limited.row_starts)
+    assert torch.equal(free.columns, limited.columns[: len(free.columns)])
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])

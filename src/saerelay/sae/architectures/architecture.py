@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from saerelay.sae.kernels.codes import Codes
 
 
+SMALLEST = 2.0**-126
+"""The smallest positive number of float32 and bfloat16, but for denormal ones."""
+
+
 class BatchSums(NamedTuple):
     """Sums over the codes of a batch, on which a penalty may depend."""
 
@@ -150,8 +154,13 @@ class Architecture(Spec):
         return None
 
     def select(self, pre: Tensor, ops: ModuleType) -> Codes:
-        """Select the latents that the step considers in each row of shifted pre-activations (B, F)."""
-        return ops.codes_at_least(pre, pre.new_zeros(1, 1))
+        """Select the latents that the step considers in each row of shifted pre-activations (B, F).
+
+        On a GPU zeros are left out, as by `positive_codes`, which selects in all steps but a leg's first: an entry more
+        in a sum changes its last bits.
+        """
+        least = 0.0 if pre.device.type == "cpu" else SMALLEST
+        return ops.codes_at_least(pre, pre.new_full((1, 1), least))
 
     def select_over_batch(self, pres: Sequence[Tensor], ops: ModuleType) -> list[Codes]:
         """Select them for a whole batch, given in pieces (rows, F); only if `selects_over_batch`."""
