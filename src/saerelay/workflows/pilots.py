@@ -23,8 +23,8 @@ from saerelay.sae.moments import Moments
 from saerelay.sae.quality import fvu
 from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import carry, refit_in
-from saerelay.sae.units import Units
 from saerelay.site import Site
+from saerelay.training.state import balance_of, units_of
 from saerelay.training.train import hold_out
 
 MAP_ROWS = 16_384
@@ -123,10 +123,9 @@ def measure_survey(
     maps = fit_maps(plan, rows)
     fvus = pilot_fvus(asked, plan, suite, rows, held_out, maps)
     decay_gain = {}
-    balance = plan.recipe.train.optimizer.balance
     for leg in plan.legs:
         before, _ = read_dictionary(paths.snapshot(leg.id, before_decay(leg, asked)))
-        fvu_before = fvu(before.to(stream.device), held_out[leg.site], balance)
+        fvu_before = fvu(before.to(stream.device), held_out[leg.site], balance_of(leg, plan.recipe.train))
         gain = fvus[leg.id, leg.site].as_it_is / fvu_before
         decay_gain[leg.id] = min(1.0, gain) if asked.train.optimizer.decay else 1.0
     measured = Measured(plan, rows, held_out, maps, fvus, decay_gain)
@@ -152,7 +151,7 @@ def fit_maps(plan: Plan, rows: dict[Site, Tensor]) -> dict[tuple[Site, Site], Af
     for a, b in pairs(plan.sites, plan.leg(LONG).site):
         moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
         moments.add(rows[a], rows[b])
-        balance = plan.recipe.train.optimizer.balance
+        balance = balance_of(plan.leg(LONG), plan.recipe.train)
         maps[a, b] = map_between("affine", plan.facts.width(a), moments, balance)
         maps[b, a] = maps[a, b].reversed()
     return maps
@@ -166,18 +165,22 @@ def pilot_fvus(
     held_out: dict[Site, Tensor],
     maps: dict[tuple[Site, Site], AffineMap],
 ) -> dict[tuple[str, Site], PilotFVU]:
-    """Measure all pilots at their own sites, and the short ones and the hub's long one wherever a map leads."""
+    """Measure all pilots at their own sites, and the short ones and the hub's long one wherever a map leads.
+
+    FVU is that of a leg's training units, in which its goal is checked later.
+    """
     hub = plan.leg(LONG)
     pilots = {leg.site: leg for leg in plan.legs if not leg.id.startswith(LONG)}
     jobs = [(pilots[source], target) for source, target in maps]
     jobs += [(hub, target) for source, target in maps if source == hub.site]
     jobs += [(leg, leg.site) for leg in plan.legs]
-    balance = plan.recipe.train.optimizer.balance
+    train = plan.recipe.train
 
     def measure(job: tuple[Leg, Site]) -> PilotFVU:
         leg, site = job
         dictionary = suite[leg.id].to(rows[site].device)
-        units = Units.fitted_to(rows[site], balance)
+        units = units_of(leg, train, rows[site])
+        balance = balance_of(leg, train)
         if leg.site != site:
             between = maps[leg.site, site]
             dictionary = carry(dictionary, between, rows[site], units, l0=asked.dictionary.l0).dictionary
