@@ -134,6 +134,24 @@ def test_from_another_model_the_refit_asked_for_is_made(place: Path, run: sr.Run
     assert suite.plan.legs[0].refit_tokens and not torch.allclose(suite["L1-from-L1"].W_dec, mapped.W_dec, atol=1e-2)
 
 
+def test_from_another_model_the_random_dictionary_to_beat_is_of_the_same_kind(
+    place: Path, run: sr.Run, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Whatever kind the recipe has: with a larger k, a random dictionary would win too often."""
+    dictionary, _ = read_dictionary(place / "run/legs/L1")
+    seen: list[Any] = []
+
+    def noted(*given: Any, **_: Any) -> dict[str, float]:
+        seen.append(given[4])
+        return {"identity": 0.1}
+
+    monkeypatch.setattr(hop, "try_methods", noted)
+    recipe = sr.Run.parse({**run.model_dump(), "dictionary": {"architecture": "batchtopk", "k": 16}}, source="t")
+    hop.carry_from_model(dictionary, Origin(site=sr.Site(1)), recipe, sr.Site(1), str(place / "model"), "auto")
+    (fresh,) = seen
+    assert (fresh.architecture, fresh.l0, fresh.n_latents) == ("topk", dictionary.k, dictionary.n_latents)
+
+
 def test_from_another_model_scale_and_l0_are_those_of_all_batches(
     place: Path, run: sr.Run, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip

@@ -187,11 +187,12 @@ def carry_from_model(
     balance = recipe.train.optimizer.balance
     units = Units.fitted_to(x_target, balance)
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS])
-    spec = recipe.dictionary.sized(plan.facts.width(target)).changed(n_latents=dictionary.n_latents)
     trials: dict[str, float] = {}
     if method == "auto":
         on = Retraining(x_target, seed=0)
-        trials = try_methods(dictionary, moments, on, units, spec, balance=balance, l0=l0)
+        spec = recipe.dictionary.sized(plan.facts.width(target)).with_architecture(dictionary.architecture)
+        fresh = spec.changed(n_latents=dictionary.n_latents).with_l0(l0)
+        trials = try_methods(dictionary, moments, on, units, fresh, balance=balance, l0=l0)
         method = _best(trials, name, site, target)
     between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments, balance)
     carried = carry(dictionary, between, x_target, units, l0=l0).dictionary
