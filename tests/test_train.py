@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,22 @@ def test_a_leg_whose_activations_do_not_vary_stops_alone_and_says_why(tmp_path: 
             run(plan, out, facts, stream=stream)
         finished = {path.parent.name for path in out.glob("legs/*/dictionary.json")}
         assert finished == {leg.id for leg in plan.legs} - {last.id}
+
+
+def test_where_all_positions_are_left_out_legs_say_so(tmp_path: Path, facts: ModelFacts) -> None:
+    class Nothing(AbstractStream):
+        def block(self, number: int, sites) -> Block:
+            return replace(make_stream(facts).block(number, sites), keep=torch.zeros(512, dtype=torch.bool))
+
+    with pytest.raises(LegFailed, match="stopped: L1: no position of a block is left to train on; raise data.outlier"):
+        run(make_plan(facts), tmp_path, facts, stream=Nothing())
+
+
+def test_dead_latents_are_not_counted_before_they_can_be_dead(tmp_path: Path, facts: ModelFacts) -> None:
+    run(make_plan(facts, preset="hub", roots=[1], transfer_tokens=0, method="affine"), tmp_path, facts)
+    suite = load(tmp_path)
+    assert suite.info(suite.leg("L1")).n_dead is not None
+    assert suite.info(suite.leg("L0-from-L1")).n_dead is None
 
 
 def test_children_of_unfinished_parents_learn_faster(tmp_path: Path, facts: ModelFacts) -> None:

@@ -227,6 +227,8 @@ def begin(
 
 def why_not(where: Site | str, x: Tensor) -> str:
     """Why nothing can be learned from rows (B, D) of a site; "" if something can."""
+    if not len(x):
+        return f"{where}: no position of a block is left to train on; raise data.outlier_norm"
     if not bool(torch.isfinite(x).all()):
         return f"{where}: activations are not all finite; run the model in float32 or bfloat16, not float16"
     if bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max()):
@@ -310,7 +312,7 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
         "finished": finished,
         "failure": state.failure or None,
         "lr": state.lr_share * leg.schedule.lr,
-        "n_dead": int(trainee.dead().sum()),
+        "n_dead": int(trainee.dead().sum()) if state.age >= leg.schedule.dead_after_tokens else None,
         "dead_after_tokens": leg.schedule.dead_after_tokens,
         "seconds": round(state.seconds, 3),
         "l0": mean_l0(dictionary, rows),

@@ -76,7 +76,7 @@ class DictionaryTraining(Record):
     lr: Measured = None
     """The highest learning rate it was trained with."""
     n_dead: int | None = None
-    """Number of latents that did not fire on the last `dead_after_tokens` tokens."""
+    """Number of latents that did not fire on the last `dead_after_tokens` tokens; null after fewer tokens."""
     dead_after_tokens: int | None = None
     """Number of tokens without firing after which a latent counts as dead."""
     seconds: float = 0.0
