@@ -286,6 +286,8 @@ def test_children_of_a_failed_parent_are_named(tmp_path: Path, facts: ModelFacts
     plan = make_plan(facts, preset="hub", roots=[1])
     with pytest.raises(LegFailed, match="leg L0-from-L1 stopped: its parent L1 stopped"):
         run(plan, tmp_path / "f", facts, stream=Poisoned(make_stream(facts), Site(1), 2))
+    saved = state_facts(RunDirectory(tmp_path / "f").state)
+    assert saved and saved["moments"] == []
 
 
 def test_batchtopk_is_published_with_the_l0_it_was_trained_for(tmp_path: Path, facts: ModelFacts) -> None:

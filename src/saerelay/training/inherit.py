@@ -82,6 +82,13 @@ def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:
     return PairedMoments(inputs, outputs) if inputs and outputs else inputs
 
 
+def forget_moments(now: Training, leg: Leg) -> None:
+    """Forget what was gathered for a leg, which has begun or will never begin."""
+    for key in list(now.moments):
+        if key.partition("@")[0] == leg.id:
+            del now.moments[key]
+
+
 class Parent(NamedTuple):
     """The dictionary that a leg is transferred from."""
 

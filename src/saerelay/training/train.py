@@ -30,6 +30,7 @@ from saerelay.training.engine import Trainee
 from saerelay.training.inherit import (
     Parent,
     align,
+    forget_moments,
     gather_moments,
     inherit,
     only_measured,
@@ -180,6 +181,7 @@ def begin_legs(now: Training, block: Block, paths: RunDirectory, *, hops: bool) 
         mine = [leg for leg in ready if now.trains(leg)]
         begun = side_by_side(begin_one, mine, block.keep.device, n_in_all=len(ready))
         for leg, trainee in zip(mine, begun, strict=True):
+            forget_moments(now, leg)
             if isinstance(trainee, str):
                 now.failures[leg.id] = trainee
                 continue
