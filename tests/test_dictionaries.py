@@ -11,6 +11,7 @@ from saerelay.sae.architectures import TopK
 from saerelay.sae.architectures.architecture import with_common_threshold
 from saerelay.sae.dictionary import Dictionary, match_l0, unit_decoder
 from saerelay.sae.initialise import initialise
+from saerelay.sae.layer_normed import LayerNormed
 from saerelay.sae.loss import aux_loss, k_aux, training_loss
 from saerelay.sae.quality import fvu, mean_l0
 from saerelay.sae.reshape import revive
@@ -199,6 +200,7 @@ def test_quality_on_half_precision_is_that_on_the_same_numbers(dtype: torch.dtyp
     assert fvu(d, x) == pytest.approx(fvu(d, x.float()), rel=1e-6)
     assert fvu(transcoder, x, target=x) == pytest.approx(fvu(transcoder, x.float(), target=x.float()), rel=1e-6)
     assert fvu(d.to(torch.bfloat16), x) > 0
+    assert torch.equal(LayerNormed(d).encode(x), LayerNormed(d).encode(x.float()))
 
 
 def test_activations_in_more_dimensions_are_refused_where_means_are_taken() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.dictionary import Dictionary, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,8 @@ class LayerNormed:
         return self.dictionary.d_model
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return u (..., D), m and s (..., 1) for activations x (..., D)."""
+        """Return u (..., D), m and s (..., 1) for activations x (..., D); float32 if they are in half precision."""
+        x = widened(x)
         mean, deviation = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
         return (x - mean) / (deviation + self.eps), mean, deviation
 
