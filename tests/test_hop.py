@@ -14,7 +14,7 @@ from test_cli import call, place  # noqa: F401  # a fixture
 
 import saerelay as sr
 from saerelay.analysis import metrics
-from saerelay.errors import FormatError, ModelError
+from saerelay.errors import FormatError, ModelError, RunDirectoryError
 from saerelay.interop import write_dictionary
 from saerelay.interop.origin import Origin
 from saerelay.planning.recipe import ModelSpec
@@ -40,6 +40,12 @@ def call_in(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 def fvu(out: Path) -> float:
     return sr.load(out).evaluate().legs[0].fvu or 0
+
+
+def copied_parent(out: Path) -> Path:
+    """Where a hop keeps its copy of the SAE that it started from."""
+    (copy,) = (out / "parents").iterdir()
+    return copy
 
 
 @pytest.mark.slow
@@ -121,7 +127,7 @@ def test_from_a_copy_of_the_model_is_as_from_the_model(place: Path, run: sr.Run,
     suite = sr.hop_run(source, 1, run, tmp_path / "a", model=str(tmp_path / "copy"), tokens=0, refit=False)
     sr.hop_run(source, 1, run, tmp_path / "b", tokens=0, refit=False)
     assert fvu(tmp_path / "a") == pytest.approx(fvu(tmp_path / "b"), rel=0.02)
-    info = json.loads((tmp_path / "a/parent/dictionary.json").read_text())
+    info = json.loads((copied_parent(tmp_path / "a") / "dictionary.json").read_text())
     assert info["carried_from"]["model"] == str(tmp_path / "copy") and info["carried_from"]["unexplained"] < 0.01
     assert info["carried_from"]["lm_tokens"] == 2 * run.plan.hop.moment_tokens
     assert suite.plan.legs[0].method == "identity"
@@ -130,7 +136,7 @@ def test_from_a_copy_of_the_model_is_as_from_the_model(place: Path, run: sr.Run,
 def test_from_another_model_the_refit_asked_for_is_made(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
     """The decoder was mapped, not trained where it arrives, so it need not prove that a refit gains much."""
     suite = sr.hop_run(place / "run/legs/L1", 1, run, tmp_path / "a", model=str(place / "model"), tokens=0)
-    mapped = read_dictionary(tmp_path / "a/parent")[0]
+    mapped = read_dictionary(copied_parent(tmp_path / "a"))[0]
     assert suite.plan.legs[0].refit_tokens and not torch.allclose(suite["L1-from-L1"].W_dec, mapped.W_dec, atol=1e-2)
 
 
@@ -238,13 +244,37 @@ def test_files_that_do_not_say_where_they_read(place: Path, run: sr.Run, tmp_pat
     assert torch.equal(suite["L2-from-L1"].W_enc, again["L2-from-L1"].W_enc)
 
 
+def test_a_hop_of_another_sae_is_not_taken_for_the_one_that_is_there(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    """Their layers are given, so that both are copied into the run: the copies must not be mistaken for each other."""
+    for name, leg in (("a", "L1"), ("b", "L0-scratch-full")):
+        write_dictionary(tmp_path / name, read_dictionary(place / "run/legs" / leg)[0], Origin(l0=4.0), "saerelay")
+    keys: dict[str, Any] = {"site": sr.Site(1), "tokens": 0}
+    first = sr.hop_run(tmp_path / "a", 2, run, tmp_path / "x", **keys)["L2-from-L1"]
+    with pytest.raises(RunDirectoryError, match="was begun with another recipe"):
+        sr.hop_run(tmp_path / "b", 2, run, tmp_path / "x", **keys)
+    again = sr.hop_run(tmp_path / "a", 2, run, tmp_path / "x", **keys)["L2-from-L1"]
+    assert torch.equal(first.W_enc, again.W_enc)
+
+
+def test_a_hop_onto_another_kind_of_site_is_no_copy(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
+    suite = sr.hop_run(place / "run/legs/L1", 1, run, tmp_path / "x", tokens=0, module="mlp_out")
+    assert suite.plan.legs[0].site == sr.Site(1, "mlp_out") and suite.plan.legs[0].method == "auto"
+
+
+def test_from_another_model_a_random_dictionary_is_what_is_asked_for(
+    place: Path, run: sr.Run, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    suite = sr.hop_run(place / "run/legs/L1", 2, run, tmp_path / "x", model=str(place / "model"), method="random")
+    assert suite.method(suite.plan.legs[0]) == "random"
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 def test_an_l0_that_files_do_not_say_is_measured(place: Path, run: sr.Run, tmp_path: Path, layer: int) -> None:  # noqa: F811
     source = read_dictionary(place / "run/legs/L1")[0]
     dense = replace(source, architecture="jumprelu", k=None, threshold=torch.full((64,), 1e-3))
     write_dictionary(tmp_path / "sae", dense, Origin(site=sr.Site(1)), "saerelay")
     suite = sr.hop_run(tmp_path / "sae", layer, run, tmp_path / "x", tokens=0)
-    own = read_dictionary(tmp_path / "x/parent")[1].l0
+    own = read_dictionary(copied_parent(tmp_path / "x"))[1].l0
     assert own is not None and own > 8
     assert suite.plan.legs[0].dictionary.l0 == own
     assert suite.evaluate().legs[0].l0 == pytest.approx(own, rel=0.1)

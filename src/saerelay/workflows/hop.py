@@ -1,5 +1,6 @@
 """One hop of a trained SAE, in any format and from any model with the same tokens, into a run of its own."""
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.batches import batch_of
 from saerelay.planning.leg_spec import LegSpec
-from saerelay.planning.legs import auto_lr
+from saerelay.planning.legs import auto_lr, site_of
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec, Recipe
 from saerelay.runs.directory import RunDirectory
@@ -71,7 +72,6 @@ def hop_run(
     if not origin.site:
         raise FormatError(f"{source}: its files do not say which layer it reads; name it with --from-layer")
     recipe = of_one_kind(recipe, origin)
-    target = Site(layer, recipe.sites.first_kind.module)
     if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
         note = f"note: {source} was trained on {origin.model}; it is assumed to read {recipe.model.name} as well"
         console.print(Text(printable(note)))
@@ -79,10 +79,12 @@ def hop_run(
         raise TransferError(f"{source}: is a transcoder; transcoders cannot be carried between two models yet")
     leg = _asked_leg(source, origin, recipe, layer, leg_keys)
     assert leg.hop
+    asked_method = leg.hop.method
+    target = site_of(leg, recipe)
     if origin.site == target and not model:
         only_measured = not leg_keys.keys() - {"tokens"} and not leg.tokens
         leg = leg.changed(
-            method=leg.hop.method or "identity",
+            method=asked_method or "identity",
             refit=False if only_measured else leg.hop.refit,
         )
     parent = Path(source) if Path(source).exists() else source
@@ -90,15 +92,14 @@ def hop_run(
         # The run reads its parent from files, so a dictionary that only these options can read, or that only text
         # completes, is first written there in canonical form.
         check_directory(paths, resume=True)
-        parent = paths.root / "parent"
+        parent = _copy_of_parent(paths, source, model, format, site)
         if model:
-            method = recipe.plan.hop.method
-            if leg.hop and leg.hop.method and leg.hop.method != "random":
-                method = leg.hop.method
+            method = recipe.plan.hop.method if asked_method in (None, "random") else asked_method
             moved = carry_from_model(dictionary, origin, recipe, target, model, method, console)
             dictionary = moved.dictionary
             origin = moved.origin
-            leg = leg.changed(method="identity", lr=_rate_after(moved, leg, recipe))
+            if asked_method != "random":
+                leg = leg.changed(method="identity", lr=_rate_after(moved, leg, recipe))
         elif _needs_text(dictionary, origin):
             dictionary, origin = completed(dictionary, origin, recipe, console)
         assert isinstance(dictionary, Dictionary)
@@ -106,6 +107,13 @@ def hop_run(
     name = str(parent) if "/" in str(parent) else f"./{parent}"
     # Resume a hop that was killed; a different hop in its directory is refused, because its recipe differs.
     return train_run(with_leg(recipe, leg.changed(parent=name)), out, resume=True, console=console)
+
+
+def _copy_of_parent(paths: RunDirectory, source: str | Path, model: str, format: str, site: Site | None) -> Path:
+    """Return where a run keeps its copy of a parent; another parent, or one read in another way, has another place."""
+    question = repr((str(source), model, format, str(site or "")))
+    digest = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
+    return paths.root / "parents" / f"{Path(source).name}-{digest}"
 
 
 def of_one_kind(recipe: Recipe, origin: Origin) -> Recipe:

@@ -50,7 +50,6 @@ LEFT_BY_A_FAILED_START = {
     "survey",
     "survey.json",
     ".survey.json.tmp",
-    "parent",
     "parents",
     "model",
 }
