@@ -20,7 +20,7 @@ from saerelay.planning.cost import (
     state_bytes,
 )
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.legs import auto_lr
+from saerelay.planning.legs import auto_lr, line_of
 from saerelay.planning.plan import External, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site, SiteKind
@@ -481,6 +481,25 @@ def test_an_extension_adds_legs_and_tokens_after_the_end(facts: ModelFacts) -> N
     sections["plan"] = sections["plan"] | {"root_tokens": 8192}
     again = compiled(facts, finished=new, **sections).leg("L3+8.19k")
     assert (again.parent, again.budget_tokens) == ("L3+6.14k", 2048)
+
+
+def test_an_extension_of_a_transfer_extends_its_control_with_equal_tokens(facts: ModelFacts) -> None:
+    plan = None
+    for tokens in (1024, 2048, 4096):
+        plan = compiled(
+            facts,
+            finished=plan,
+            sites={"layers": [2, 3]},
+            plan={"controls": [2], "transfer_tokens": tokens},
+            train={"seeds": 2},
+        )
+        for seed in ("", "-seed1"):
+            transfer = line_of(plan.leg(f"L2-from-L3{seed}"), plan.legs)
+            control = line_of(plan.leg(f"L2-scratch-equal{seed}"), plan.legs)
+            looked_at = transfer[0].moment_tokens + tokens
+            assert sum(leg.budget_tokens for leg in transfer) == tokens
+            assert sum(leg.budget_tokens for leg in control) == looked_at and len(control) == len(transfer)
+            assert plan.repeat_of(control[-1]) == (control[-1].id.replace(seed, "") if seed else "")
 
 
 def test_an_extension_keeps_the_roots_and_the_probe(facts: ModelFacts) -> None:

@@ -37,7 +37,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     parent = by_id.get(spec.parent)
     external = setting.externals.get(spec.parent)
     hop = _settled_hop(spec, setting)
-    budget = _settled_budget(spec, setting, by_id)
+    budget = _settled_budget(spec, setting, legs)
     if not budget and not hop:
         _complain_of_no_tokens(spec)
     source = parent or external
@@ -134,16 +134,17 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
     )
 
 
-def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
+def _settled_budget(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> int:
     """Return the training tokens, in whole batches; an equal-tokens control gets as many as its transfer uses in all.
 
-    These are the tokens of its map and of its training, where repetitions count.
+    These are the tokens of its map and of its training, where repetitions count, those of the transfer's continuations
+    included.
     """
     batch = _batch_tokens(spec, setting)
     tokens = spec.tokens
     if spec.control and not spec.hop and not tokens:
-        transfer = by_id[spec.control.control_of]
-        tokens = transfer.moment_tokens + transfer.budget_tokens
+        transfer = next(leg for leg in legs if leg.id == spec.control.control_of)
+        tokens = transfer.moment_tokens + sum(leg.budget_tokens for leg in line_of(transfer, legs))
     return batch * math.ceil(tokens / batch)
 
 
@@ -155,6 +156,15 @@ def _complain_of_no_tokens(spec: LegSpec) -> NoReturn:
             'tokens or, for a preset, leave "equal_tokens" out of plan.control_kinds'
         )
     raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
+
+
+def line_of(first: Leg, legs: Sequence[Leg]) -> list[Leg]:
+    """Return a leg followed by the legs that extensions of the run have continued it with."""
+    by_parent = {leg.parent: leg for leg in legs if leg.id.startswith(f"{first.id}+")}
+    line = [first]
+    while line[-1].id in by_parent:
+        line.append(by_parent[line[-1].id])
+    return line
 
 
 def _batch_tokens(spec: LegSpec, setting: Setting) -> int:
