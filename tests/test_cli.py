@@ -247,6 +247,20 @@ def test_a_plan_of_roots_alone_is_not_compared_with_itself(place: Path, tmp_path
     assert code == 0 and "SAEs train on" in stdout and "compared with training" not in stdout
 
 
+def test_an_extended_run_from_scratch_is_not_compared_with_itself(
+    place: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """The leg that continues another one has a parent, but is no transfer."""
+    recipe = sr.Recipe.from_toml(changed(place, tmp_path, "controls = [0]", "controls = []"))
+    scratch = recipe.plan.changed(preset="scratch", root_tokens=2048)
+    recipe = recipe.changed(sites=recipe.sites.changed(layers=[1]), plan=scratch)
+    sr.train_run(recipe, tmp_path / "r")
+    longer = recipe.changed(plan=scratch.changed(root_tokens=4096))
+    assert [leg.parent for leg in sr.train_run(longer, tmp_path / "r", extend=True).final_legs] == ["L1"]
+    code, stdout, _ = call("eval", tmp_path / "r", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0 and "continued" in stdout and "compared with training" not in stdout
+
+
 def test_plan_trains_nothing(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, stdout, _ = call("plan", place / "run.toml", capsys=capsys, monkeypatch=monkeypatch)

@@ -161,7 +161,7 @@ def print_summary(summary: "Summary") -> None:
     from saerelay.views.tables.savings import savings_table, summary_prices, verdict
 
     items: list[Any] = [quality_table(summary), ""]
-    if any(leg.parent for leg in summary.final_legs):  # else the suite is what it would be compared with
+    if any(map(summary.is_transferred, summary.final_legs)):  # else the suite is what it would be compared with
         prices = summary_prices(summary)
         tokens = summary.cost.from_scratch.tokens
         items += [savings_table(prices, tokens), verdict(prices, tokens), ""]
