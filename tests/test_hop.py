@@ -268,6 +268,21 @@ def test_from_another_model_a_random_dictionary_is_what_is_asked_for(
     assert suite.method(suite.plan.legs[0]) == "random"
 
 
+@pytest.mark.parametrize(("normalise", "balance"), [(True, 1.0), (False, 0.0)])
+def test_from_another_model_the_units_are_those_of_training(
+    place: Path, run: sr.Run, monkeypatch, normalise: bool, balance: float  # noqa: F811
+) -> None:  # fmt: skip
+    seen = []
+    monkeypatch.setattr(hop, "unexplained", lambda moments, balance: seen.append(balance) or 0.1)
+    run = run.changed(
+        dictionary=run.dictionary.changed(normalise=normalise),
+        train=run.train.changed(optimizer=run.train.optimizer.changed(balance=1.0), seeds=2),
+    )
+    dictionary, origin = sr.load_dictionary(place / "run/legs/L1")
+    hop.carry_from_model(dictionary, origin, run, sr.Site(2), str(place / "model"), "affine")
+    assert seen == [balance]
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 def test_an_l0_that_files_do_not_say_is_measured(place: Path, run: sr.Run, tmp_path: Path, layer: int) -> None:  # noqa: F811
     source = read_dictionary(place / "run/legs/L1")[0]

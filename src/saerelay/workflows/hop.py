@@ -37,8 +37,8 @@ from saerelay.sae.quality import mean_l0
 from saerelay.sae.spec import Method, MethodOrAuto
 from saerelay.sae.transfer import L0_ROWS, Retraining, carry
 from saerelay.sae.trials import RANDOM, TRIAL_ROWS, try_methods
-from saerelay.sae.units import Units
 from saerelay.site import Site
+from saerelay.training.state import balance_of, units_of
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.launch import train_run
 from saerelay.workflows.settle import check_directory, plan_run
@@ -192,8 +192,9 @@ def carry_from_model(
         moments, x_source, x_target = _read_both(plan, target, other, site)
     if isinstance(dictionary, LayerNormed):
         dictionary = dictionary.at_scale(x_source)
-    balance = recipe.train.optimizer.balance
-    units = Units.fitted_to(x_target, balance)
+    leg = plan.leg("moments")
+    balance = balance_of(leg, recipe.train)
+    units = units_of(leg, recipe.train, x_target)
     l0 = dictionary.k or origin.l0 or mean_l0(dictionary, x_source[:L0_ROWS])
     trials: dict[str, float] = {}
     if method == "auto":

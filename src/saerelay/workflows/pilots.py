@@ -148,10 +148,10 @@ def measure_survey(
 def fit_maps(plan: Plan, rows: dict[Site, Tensor]) -> dict[tuple[Site, Site], AffineMap]:
     """Fit the affine maps, in both directions, of each pair of sites between which hops are surveyed."""
     maps = {}
+    balance = balance_of(plan.leg(LONG), plan.recipe.train)
     for a, b in pairs(plan.sites, plan.leg(LONG).site):
         moments = Moments.empty(plan.facts.width(a), plan.facts.width(b))
         moments.add(rows[a], rows[b])
-        balance = balance_of(plan.leg(LONG), plan.recipe.train)
         maps[a, b] = map_between("affine", plan.facts.width(a), moments, balance)
         maps[b, a] = maps[a, b].reversed()
     return maps
