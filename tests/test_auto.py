@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from saerelay.errors import PlanError, RecipeError
 from saerelay.planning.choose import Charges, Choice, Question, cheapest, choose, with_legs, written_out
@@ -27,11 +26,7 @@ from saerelay.planning.survey import (
     survey_plan,
 )
 from saerelay.runs.directory import RunDirectory
-from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.quality import fvu
-from saerelay.training.state import balance_of
 from saerelay.workflows import survey as workflow
-from saerelay.workflows.pilots import fit_maps, pilot_fvus
 
 LAYERS, HUB, SHORT, LONG, LATENTS = range(6), 3, 4096, 16384, 64
 
@@ -264,27 +259,6 @@ def test_a_survey_is_a_small_plan(facts: ModelFacts) -> None:
     assert all(leg.schedule.snapshots == [before_decay(leg, plan.recipe)] for leg in plan.legs)
     assert plan.recipe.plan.preset != "auto"
     assert {leg.id for leg in survey_plan(recipe(roots=[0]), facts).legs if leg.layer == 0} == {"L0", "long"}
-
-
-@pytest.mark.parametrize("normalise", [True, False])
-def test_pilots_are_measured_in_the_units_that_goals_are_checked_in(facts: ModelFacts, normalise: bool) -> None:
-    """One dimension is huge, so that units are balanced, but only where the recipe has units."""
-    asked = recipe()
-    asked = asked.changed(dictionary=asked.dictionary.changed(normalise=normalise))
-    plan = survey_plan(asked, facts)
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.ones(16).index_fill(0, torch.tensor(2), 50.0)
-    rows = {site: sizes * torch.randn(2048, 16, generator=generator) for site in plan.sites}
-    W = torch.randn(64, 16, generator=generator)
-    dictionary = Dictionary(
-        architecture="topk", k=4, W_enc=W, b_enc=torch.zeros(64), W_dec=0.1 * W, b_dec=torch.zeros(16)
-    )
-    suite: Any = dict.fromkeys([leg.id for leg in plan.legs], dictionary)
-    found = pilot_fvus(asked, plan, suite, rows, rows, fit_maps(plan, rows))
-    for leg in plan.legs:
-        expected = fvu(dictionary, rows[leg.site], balance_of(leg, plan.recipe.train))
-        assert found[leg.id, leg.site].as_it_is == expected
-        assert (expected == fvu(dictionary, rows[leg.site])) is not normalise
 
 
 @pytest.mark.parametrize("decay", [0, 0.02, 1])

@@ -66,6 +66,11 @@ TRIAL_ROWS = (8_192, 32_768)
 """Least and largest number of rows that a trial uses, if the block has as many."""
 
 
+def moments_flops(width: int, tokens: int) -> float:
+    """Return the operations of the moments of two sites of one width on some tokens: (2·width)² products."""
+    return tokens * 8.0 * width**2
+
+
 def refit_flops(
     dictionary: SizedDictionarySpec, width: int, width_out: int, tokens: int, solver: Solver = REFIT
 ) -> float:
@@ -90,9 +95,9 @@ def fit_flops(leg: Leg, facts: ModelFacts, block_tokens: int) -> float:
     width = facts.width(leg.site)
     width_out = facts.width(leg.site_out)
     n_maps = len(leg.shared_layers) or 1
-    flops = n_maps * leg.moment_tokens * 8.0 * width**2
+    flops = n_maps * moments_flops(width, leg.moment_tokens)
     if leg.is_transcoder:
-        flops += leg.moment_tokens * 8.0 * width_out**2
+        flops += moments_flops(width_out, leg.moment_tokens)
     if leg.shared_layers:
         flops += leg.budget_tokens * 2.0 * width**2
     if leg.method == "auto":

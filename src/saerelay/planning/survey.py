@@ -62,7 +62,9 @@ class SurveyCost(Spec):
 
     lm_tokens: int
     sae_samples: int
+    """Activations that the pilots are trained on."""
     flops: float
+    """Operations of training, and of measuring: forward passes, maps and refits."""
     lm_flops: float | None = None
     """The language model's part of `flops`; None in files of old versions."""
     seconds: float

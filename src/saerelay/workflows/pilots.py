@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saerelay.analysis.suite import Suite, load
 from saerelay.data.stream import LiveStream, gather_rows
-from saerelay.planning.cost import forward_flops, plan_cost, refit_flops
+from saerelay.planning.cost import forward_flops, moments_flops, plan_cost, refit_flops
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import LONG, LongPilots, Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay
@@ -129,19 +129,16 @@ def measure_survey(
         gain = fvus[leg.id, leg.site].as_it_is / fvu_before
         decay_gain[leg.id] = min(1.0, gain) if asked.train.optimizer.decay else 1.0
     measured = Measured(plan, rows, held_out, maps, fvus, decay_gain)
-    hub = plan.leg(LONG)
-    width = plan.facts.width(hub.site)
-    refits = len(fvus) * refit_flops(hub.dictionary, width, width, len(rows[hub.site]))
     return Survey(
         asked=asked,
-        hub=hub.layer,
+        hub=plan.leg(LONG).layer,
         n_latents=suite[LONG].n_latents,
         block_tokens=plan.block_tokens,
         pilot_tokens=min(leg.budget_tokens for leg in measured.pilots.values()),
         layers=measured.layers(),
         hops=measured.hops(),
         long=measured.long(),
-        cost=survey_cost(plan, suite, n_read + n_held_out, refits, time.perf_counter() - began),
+        cost=survey_cost(measured, suite, n_read + n_held_out, time.perf_counter() - began),
     )
 
 
@@ -215,10 +212,9 @@ def rms_norm(x: Tensor) -> float:
     return float((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt())
 
 
-def survey_cost(
-    plan: Plan, suite: Suite, measured_tokens: int, flops_of_refits: float, measured_seconds: float
-) -> SurveyCost:
-    """Return the cost of the survey, with its measurements: the positions read for them, and the pilots' refits."""
+def survey_cost(measured: Measured, suite: Suite, measured_tokens: int, measured_seconds: float) -> SurveyCost:
+    """Return the cost of the survey, its measurements included."""
+    plan = measured.plan
     cost = plan_cost(plan)
     seconds = RunCost.load(suite.directory.cost).seconds
     steps = sum(suite.info(leg).seconds for leg in suite.legs)
@@ -227,9 +223,19 @@ def survey_cost(
     return SurveyCost(
         lm_tokens=cost.lm_tokens + measured_tokens,
         sae_samples=cost.sae_samples,
-        flops=cost.flops + measuring + flops_of_refits,
+        flops=cost.flops + measuring + closed_form_flops(measured),
         lm_flops=cost.lm_flops + measuring,
         seconds=seconds.total + measured_seconds,
         seconds_per_sample=steps / cost.sae_samples,
         seconds_per_lm_flop=seconds.lm / cost.lm_flops,
     )
+
+
+def closed_form_flops(measured: Measured) -> float:
+    """Return the operations of the maps between layers, one for both directions, and of the refits of all pilots."""
+    hub = measured.plan.leg(LONG)
+    width = measured.plan.facts.width(hub.site)
+    n_rows = len(measured.rows[hub.site])
+    n_maps = len(measured.maps) // 2
+    n_refits = len(measured.fvu)
+    return n_maps * moments_flops(width, n_rows) + n_refits * refit_flops(hub.dictionary, width, width, n_rows)
