@@ -14,7 +14,7 @@ from saerelay.data.stream import TensorStream
 from saerelay.errors import DataError, FormatError, ModelError, RecipeError, RunDirectoryError, TransferError
 from saerelay.planning.plan import Leg
 from saerelay.training.engine import Trainee
-from saerelay.workflows import tensors
+from saerelay.workflows import suites, tensors
 
 D, F, K = 16, 64, 4
 KEYS = {"k": K, "n_latents": F, "batch_tokens": 64, "progress": False}
@@ -359,6 +359,51 @@ def test_a_model_is_not_mistaken_for_that_of_an_earlier_call(tiny_model: Path, t
         model.gpt_neox.layers[0].mlp.dense_4h_to_h.bias += 3
     with pytest.raises(ModelError, match="holds another model than the one given"):
         sr.train_suite(model, out=out, progress=False, **SMALL)
+
+
+def test_a_model_is_compared_without_being_read(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    model = GPTNeoXForCausalLM.from_pretrained(tiny_model)
+    monkeypatch.setattr(GPTNeoXForCausalLM, "from_pretrained", None)
+    suites._write_model(model, None, tmp_path)
+    suites._write_model(model, None, tmp_path)
+    (tmp_path / "weights.json").unlink()  # as if the process had been killed while it wrote the model
+    with pytest.raises(ModelError, match="or an incomplete one"):
+        suites._write_model(model, None, tmp_path)
+
+
+def test_token_ids_are_not_mistaken_for_those_of_an_earlier_call(tiny_model: Path, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1, 101, 20_000)
+    out = tmp_path / "run"
+    few = ids[:100]
+    with pytest.raises(DataError, match="too little text|training tokens"):
+        sr.train_suite(tiny_model, few, out=out, progress=False, **SMALL)
+    suite = sr.train_suite(tiny_model, ids, out=out, progress=False, **SMALL)
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
+        sr.train_suite(tiny_model, ids[::-1].copy(), out=out, progress=False, **SMALL)
+    with pytest.raises(DataError, match="was begun with other token ids"):
+        sr.train_suite(tiny_model, ids[::-1].copy(), out=out, resume=True, progress=False, **SMALL)
+    again = sr.train_suite(tiny_model, torch.from_numpy(ids), out=out, resume=True, progress=False, **SMALL)
+    assert list(again) == list(suite) and np.array_equal(np.load(out / "model/ids.npy"), ids)
+
+
+def test_what_is_no_token_id_is_refused_and_nothing_written(tiny_model: Path, tmp_path: Path) -> None:
+    ids = np.arange(1, 20_001) % 100
+    wrong = {
+        "found float64 of the shape": ids + 0.7,
+        "found float32 of the shape": torch.from_numpy(ids).bfloat16(),
+        "found bool of the shape": ids > 50,
+        r"shape \(0,\)": ids[:0],
+        "-100 is no token id": np.where(ids % 7, ids, -100),
+        "8589934691 is no token id": ids + 2**33,
+    }
+    for match, given in wrong.items():
+        with pytest.raises(DataError, match=match):
+            sr.train_suite(tiny_model, given, out=tmp_path / "run", progress=False, **SMALL)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="is not empty and holds no run"):
+        sr.train_suite(tiny_model, ids, out=tmp_path / "notes", progress=False, **SMALL)
+    assert [path.name for path in tmp_path.rglob("*")] == ["notes", "a.txt"]
 
 
 def test_a_named_model_and_its_plan(tiny_model: Path, tmp_path: Path) -> None:

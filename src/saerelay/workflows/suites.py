@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from saerelay.analysis.suite import Suite
-from saerelay.errors import ModelError, RecipeError
-from saerelay.files import read_json
+from saerelay.errors import DataError, ModelError, RecipeError
+from saerelay.files import read_json, replacing, write_json
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
+from saerelay.rank import in_team
+from saerelay.runs.directory import RunDirectory
+from saerelay.runs.tensors import digests
+from saerelay.team import Team
 from saerelay.workflows.keys import sectioned
 from saerelay.workflows.launch import train_run
-from saerelay.workflows.settle import check_data, plan_run
+from saerelay.workflows.settle import check_data, check_directory, plan_run
 
 Text = str | Path | Sequence[str | Path] | None
 
@@ -67,8 +70,9 @@ def train_suite(
 
     `model` is a name, a directory, or a loaded transformers model, which is used as it is: its weights (and the
     `tokenizer`, if given) are written to `out/model`, where the run reads them; ModelError if another model is there
-    from an earlier call. `text` names text files, or is an array of token ids. `keys` are the keys of a recipe (see
-    `recipe`). `resume` continues an interrupted run. The result and the errors raised are those of `train_run`.
+    from an earlier call. `text` names text files, or is an array of token ids, (tokens) or (documents, tokens);
+    DataError if the run was begun with other ids. `keys` are the keys of a recipe (see `recipe`). `resume` continues an
+    interrupted run. The result and the errors raised are those of `train_run`.
     """
     is_named = isinstance(model, str | Path)
     if is_named and tokenizer is not None:
@@ -77,24 +81,64 @@ def train_suite(
     ids = None
     ids_file = out / "model" / "ids.npy"
     if isinstance(text, np.ndarray | Tensor):
-        ids = np.asarray(text)
+        ids = _token_ids(text)
         keys["data"] = {**keys.get("data", {}), "tokens": str(ids_file)}
         text = None
     run = recipe(model if is_named else out / "model", text, **keys)
-    if not is_named:
-        _write_model(model, tokenizer, out / "model")
-    if ids is not None:
-        ids_file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(ids_file, ids.astype(np.uint16 if int(ids.max()) < 2**16 else np.uint32))
+
+    def write_inputs() -> None:
+        """Write what the run reads from files, unless it is there: rank 0 does this before the others begin."""
+        check_directory(RunDirectory(out), resume=resume or in_team())
+        if not is_named:
+            _write_model(model, tokenizer, out / "model")
+        if ids is not None:
+            _write_ids(ids, ids_file, RunDirectory(out))
+
+    if ids is not None or not is_named:
+        Team.joined().once(write_inputs)
     return train_run(run, out, resume=resume, console=Console(stderr=True) if progress else None)
 
 
+def _token_ids(given: np.ndarray | Tensor) -> np.ndarray:
+    """Return token ids in the smallest type that a file of tokens may have; DataError for what is no token id."""
+    if isinstance(given, Tensor):
+        given = given.detach().cpu()
+        given = given.float().numpy() if given.is_floating_point() else given.numpy()
+    if given.dtype.kind not in "iu" or given.ndim not in (1, 2) or not given.size:
+        raise DataError(
+            f"train_suite: token ids are whole numbers, (tokens) or (documents, tokens); found {given.dtype} of the "
+            f"shape {given.shape}"
+        )
+    smallest = int(given.min())
+    largest = int(given.max())
+    if smallest < 0 or largest >= 2**32:
+        wrong = smallest if smallest < 0 else largest
+        raise DataError(f"train_suite: {wrong} is no token id; ids are from 0 to 2**32 - 1, padding included")
+    return given.astype(np.uint16 if largest < 2**16 else np.uint32)
+
+
+def _write_ids(ids: np.ndarray, path: Path, paths: RunDirectory) -> None:
+    """Write token ids to a file; DataError if a run was begun with others."""
+    is_begun = paths.plan.is_file() or paths.survey.is_file() or (paths.root / "survey").exists()
+    if is_begun and path.is_file():
+        if not np.array_equal(np.load(path, mmap_mode="r"), ids):
+            raise DataError(f"train_suite: the run in {paths.root} was begun with other token ids; choose another out")
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, ids)
+
+
 def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write a loaded model to a directory, unless an earlier call did; ModelError if that was another model."""
+    """Write a loaded model to a directory, unless an earlier call did; ModelError if that was another model.
+
+    The digests of the weights are written last, so that they tell a complete model, and which one it is.
+    """
     if not hasattr(model, "save_pretrained"):
         raise ModelError(f"train_suite: {type(model).__name__} is not a transformers model, nor the name of one")
+    written = directory / "weights.json"
+    weights = {"model_type": model.config.model_type, "digests": digests(model.state_dict())}
     if (directory / "config.json").is_file():
-        if not _has_weights_of(model, directory):
+        if not written.is_file() or read_json(written) != weights:
             raise ModelError(
                 f"train_suite: {directory} holds another model than the one given, or an incomplete one; choose "
                 f"another out, or, if no run was begun there, remove {directory.parent}"
@@ -105,20 +149,7 @@ def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer = _own_tokenizer(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-
-
-def _has_weights_of(model: Any, directory: Path) -> bool:
-    """Whether a directory holds a model of this kind with exactly these weights."""
-    try:
-        if read_json(directory / "config.json")["model_type"] != model.config.model_type:
-            return False
-        written = type(model).from_pretrained(directory, dtype="auto").state_dict()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # it is damaged or incomplete
-        return False
-    given = model.state_dict()
-    if given.keys() != written.keys():
-        return False
-    return all(torch.equal(given[name].to(tensor), tensor) for name, tensor in written.items())
+    write_json(written, weights)
 
 
 def _own_tokenizer(model: Any) -> Any:
