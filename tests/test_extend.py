@@ -16,12 +16,14 @@ from saerelay.data.stream import LiveStream
 from saerelay.document import Document
 from saerelay.errors import DataError
 from saerelay.planning.plan import Plan
+from saerelay.planning.recipe import ModelSpec
 from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.latents import FeatureFacts, LineageDocument
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.runs.tensors import write_tensors
 from saerelay.spec import format_count
+from saerelay.workflows import settle
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.report import report_run
 from saerelay.workflows.settle import plan_run
@@ -75,6 +77,19 @@ def test_what_a_recipe_leaves_open_stays_open_in_the_run(tiny_model: Path, tmp_p
     sr.train_run(recipe("1k"), tmp_path / "run", resume=True)
     longer = sr.train_run(recipe("2k"), tmp_path / "run", extend=True)
     assert longer.plan.recipe.train == recipe("2k").train and longer.plan.n_tokens > suite.plan.n_tokens
+
+
+def test_an_extension_is_of_the_commit_that_the_run_was_begun_with(tiny_model: Path, monkeypatch) -> None:
+    """The name of a model on the hub may have moved on, and an added leg must not read another model."""
+    facts = settle.read_facts(ModelSpec(name=str(tiny_model)))
+    monkeypatch.setattr(settle, "read_facts", lambda spec: facts.changed(revision=spec.revision or "newest"))
+    recipe = sr.recipe(tiny_model, k=4, n_latents=64, context=16, preset="scratch", root_tokens="4k")
+    begun = settle.plan_run(recipe)
+    assert begun.facts.revision == "newest"
+    begun = begun.changed(facts=facts.changed(revision="older"))
+    longer = settle.plan_run(recipe.changed(plan=recipe.plan.changed(root_tokens=8192)), finished=begun)
+    assert longer.facts.revision == "older" and longer.recipe.model.revision == ""
+    assert longer.n_tokens > begun.n_tokens
 
 
 def test_an_extension_reads_new_text(extended: Path) -> None:

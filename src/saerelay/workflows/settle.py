@@ -19,6 +19,7 @@ from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
 from saerelay.lm.facts import read_facts, resolve_device
 from saerelay.lm.ports import module_paths, other_module
+from saerelay.lm.source import pinned
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.facts import ModelFacts
@@ -68,9 +69,10 @@ def check_data(recipe: Recipe) -> None:
 def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
     """Compile a recipe for the model it names; reads the model's configuration, but no weights.
 
-    With a `finished` plan, the recipe's additions are placed after its end.
+    With a `finished` plan, the recipe's additions are placed after its end, and its model is that plan's: at the same
+    commit, if it is on the hub, though the name may have moved on to another one.
     """
-    facts = read_facts(recipe.model)
+    facts = read_facts(pinned(recipe.model, finished.facts) if finished else recipe.model)
     named = [leg.parent for leg in recipe.plan.legs if "/" in leg.parent]
     parents = None
     if recipe.plan.hop.parents:
