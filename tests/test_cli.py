@@ -503,6 +503,9 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     assert code == 0 and all(len(line) <= 120 for line in shown.splitlines()), stderr
     for part in ("survey", "pilot FVU", "predicted", "Basis: pilots of", "The survey took", "ratio", "Lower bound"):
         assert part.lower() in " ".join(shown.split()).lower(), part
+    assert "controls included" not in shown and "over 3 legs" in shown, "a budget is for the suite without its controls"
+    samples = re.findall(r"SAEs train on +(\S+) activations|SAE samples +(\S+) ", shown)
+    assert samples[0][0] == samples[1][1], "both are those of the legs as predicted"
     explicit = sr.Recipe.from_toml(planned)
     assert {leg.layer for leg in explicit.plan.legs} == {0, 1, 2} and not explicit.plan.surveyed
     code, _, stderr = call("plan", recipe, "--write", planned, **fixtures)

@@ -108,7 +108,7 @@ def timed_plans(plans: "Sequence[Plan]") -> "tuple[list[Speeds], list[dict[str, 
 def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> None:
     """Survey the layers, and show or write the legs that are chosen from the survey."""
     from saerelay.files import write_text
-    from saerelay.planning.choose import written_out
+    from saerelay.planning.choose import with_legs, written_out
     from saerelay.planning.cost import plan_cost
     from saerelay.planning.ranks import spread
     from saerelay.planning.toml import annotated_toml
@@ -135,8 +135,9 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
         print_json(data)
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
-    prices = plan_prices(plan_cost(compiled.without_controls()), from_scratch, None)
-    print_all([*tables, plan_facts(compiled, choice.cost, seconds)])
+    predicted = plan_run(with_legs(run, survey, choice.legs))
+    prices = plan_prices(plan_cost(predicted.without_controls()), from_scratch, None)
+    print_all([*tables, plan_facts(predicted, choice.cost, seconds)])
     print_savings(compiled, prices, shares)
 
 

@@ -60,8 +60,9 @@ def choice_lines(survey: Survey, choice: Choice) -> list[Text]:
         ),
         Text(
             f"The survey took {duration(cost.seconds)}, {flops(cost.flops)}, {format_count(cost.sae_samples)} "
-            f"activations and {format_count(cost.lm_tokens)} tokens of the language model; the costs below do not "
-            f"include it. Lower bound, the language model alone: {flops(choice.cost.lm_flops)}, "
+            f"activations and {format_count(cost.lm_tokens)} tokens of the language model. The costs below include "
+            "neither it nor controls; each leg counts with the tokens that it is predicted to need, of which it may "
+            f"get more. Lower bound, the language model alone: {flops(choice.cost.lm_flops)}, "
             f"{duration(choice.seconds_lm)}."
         ),
     ]
