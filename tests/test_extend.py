@@ -215,7 +215,9 @@ def test_a_model_card_counts_the_tokens_of_the_whole_line(run: Path, tmp_path: P
     own = sr.load(run).info(sr.load(run).leg(NEW)).tokens
     (continued,) = export_run(str(run), tmp_path / "out", "saerelay", legs=[NEW])
     assert continued.tokens_before == sr.load(run).info(sr.load(run).leg(OLD)).tokens > 0
-    assert f"| {format_count(own + continued.tokens_before)} tokens |" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"| {format_count(own + continued.tokens_before)} tokens |" in card
+    assert "The run was extended" in card and "reproduces these dictionaries" not in card
 
 
 MAKERS: dict[str, tuple[type[Document], Callable[[sr.Suite], object]]] = {

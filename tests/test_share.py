@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,27 @@ def test_the_card_says_what_is_there(run: Path, tmp_path: Path) -> None:
     assert rows[other.id][3:6] == [root.id, "affine + refit", format_count(other.moment_tokens)]
     assert 'SAE.from_pretrained("me/saes", "layer_0")' in text and "hf://me/saes/layer_0" in text
     assert "n_latents = 64" in text and text.rstrip().endswith("apache-2.0")
+    assert "reproduces these dictionaries" in text
+
+
+def test_the_card_of_a_surveyed_run_does_not_promise_the_same_legs(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    plan = share.load(run).plan
+    auto = plan.recipe.changed(plan=plan.recipe.plan.changed(preset="auto", controls=[]))
+    plan.changed(recipe=auto).save(tmp_path / "run/plan.json")
+    share.export_run(str(tmp_path / "run"), tmp_path / "out", "saerelay")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "surveys the layers again" in card and "reproduces these dictionaries" not in card
+
+
+def test_the_first_of_several_kinds_is_loaded_as_what_it_is() -> None:
+    saes = []
+    for layer, site_out in ((0, Site(0, "mlp_out")), (1, None)):
+        origin = Origin(model="a", site=Site(layer, "mlp_in"), site_out=site_out)
+        saes.append(model_card.ExportedSAE(f"layer_{layer}", "topk", origin, leg=None, metrics={}))
+    card = model_card.model_card(saes, "saerelay")
+    assert "y_hat = transcoder(x)" in card and "sae.decode(z)" not in card
+    assert "x_hat = sae.decode(z)" in model_card.model_card(saes[::-1], "saerelay")
 
 
 def test_the_card_of_a_child_names_its_parent(run: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from saerelay.interop.names import hub_id, public_adapter
 from saerelay.interop.origin import Origin
+from saerelay.planning.legs import line_of
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
@@ -108,8 +109,7 @@ def model_card(
     if plan:
         paragraphs += [
             "## Recipe",
-            "`saerelay train run.toml --out runs/a` with this `run.toml` reproduces these dictionaries. Of local paths "
-            "only the last part is given; complete them first.",
+            f"{_how_to_repeat(plan)} Of local paths only the last part is given; complete them first.",
             _fenced(_recipe(plan), "toml"),
         ]
     paragraphs += [
@@ -259,13 +259,29 @@ def _loading(format: str, repo: str, saes: Sequence[ExportedSAE]) -> list[str]:
     """Return code that loads one of the SAEs: with the tool that owns the format, and with saerelay."""
     first = saes[0]
     layers = [sae.origin.site.layer for sae in saes if sae.origin.site]
-    templates = [_LOADING_TRANSCODER_HERE if _are_transcoders(saes) else _LOADING_HERE]
+    templates = [_LOADING_TRANSCODER_HERE if _are_transcoders([first]) else _LOADING_HERE]
     if format == "circuit-tracer" and sorted(layers) != list(range(len(saes))):
         templates.insert(0, _LOADING_ONE_FILE)
     elif format in _LOADING:
         templates.insert(0, _LOADING[format])
     names = {"repo": repo, "folder": first.folder, "layer": layers[0] if layers else 0}
     return [_fenced(template.format(**names), "python") for template in templates]
+
+
+def _how_to_repeat(plan: Plan) -> str:
+    """Say what training with the recipe of a run gives: the same, unless its plan is not settled by the recipe."""
+    command = "`saerelay train run.toml --out runs/a` with this `run.toml`"
+    if any(len(line_of(leg, plan.legs)) > 1 for leg in plan.legs):
+        return (
+            f"The run was extended: legs were trained in several parts, as the table above shows. {command} trains "
+            "each leg in one part, so that other dictionaries result."
+        )
+    if plan.recipe.plan.surveyed:
+        return (
+            f"{command} surveys the layers again. What it then chooses to train depends on the machine's speed, so "
+            "that other dictionaries may result; the table above shows what was chosen here."
+        )
+    return f"{command} reproduces these dictionaries."
 
 
 def _recipe(plan: Plan) -> str:
