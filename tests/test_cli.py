@@ -179,6 +179,21 @@ def test_eval_matrix_prints_every_sae_on_every_layer(place: Path, tmp_path: Path
     assert code == 2 and stdout == "" and 'unknown method "x"; expected one of: identity, rescale' in stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("matrix", "--methods", ","), "no method is given; choose some of: identity"),
+        (("judge", "--layers", ","), "expected numbers separated by commas"),
+        (("circuits", "--task", "self", "--k", ","), "expected numbers separated by commas"),
+    ],
+    ids=["matrix", "judge", "circuits"],
+)
+def test_lists_of_nothing_are_refused(place: Path, arguments: tuple[str, ...], match: str, capsys, monkeypatch) -> None:
+    command, *options = arguments
+    code, _, stderr = call(command, place / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and match in " ".join(stderr.replace("│", " ").split())
+
+
 def test_old_spellings_still_work(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     run = shutil.copytree(place / "run", tmp_path / "run")
     fixtures: dict[str, Any] = {"capsys": capsys, "monkeypatch": monkeypatch}

@@ -512,10 +512,11 @@ def test_the_command_asks_first_and_the_key_is_nowhere(run: Path, study: Study, 
         expected = json.loads(out)["estimate"]
         code, _, err = said()
         assert code == 2 and "--yes" in err
-        code, _, err = said("--yes", "--price-in", 9999, "--max-cost", 0.01)
+        code, _, err = said("--yes", "--price-in", 9999, "--price-out", 1, "--max-cost", 0.01)
         assert code == 2 and "more than --max-cost" in err
-        code, _, err = said("--yes", "--max-cost", 1)
-        assert code == 2 and "--price-in" in err
+        for price in ((), ("--price-in", 1), ("--price-out", 1)):  # with one price, half of the cost would not count
+            code, _, err = said("--yes", "--max-cost", 1, *price)
+            assert code == 2 and "needs both --price-in and --price-out" in err
         assert server.bodies == [], "nothing was sent"
         code, out, err = said("--yes", "--json", "--price-in", 1, "--price-out", 2)
         assert code == 0, err

@@ -507,6 +507,12 @@ def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Pa
         share.export_run(str(run), tmp_path / "file" / "out", "saelens")
     with pytest.raises(FormatError, match="gemma_scope can be read but not written"):
         share.export_run(str(run), tmp_path / "out", "gemma_scope")
+    one = str(share.load(run).directory.leg("L1"))
+    with pytest.raises(FormatError, match="not a run, so that it has no legs to choose from"):
+        share.export_run(one, tmp_path / "out", "saelens", legs=["L0"])
+    for taken in (".", "/"):
+        with pytest.raises(RunDirectoryError, match="exists; choose another place"):
+            share.export_run(one, Path(taken), "saelens")
     assert read_json(tmp_path / "new" / "plan.json") and not (tmp_path / "out").exists()
 
 

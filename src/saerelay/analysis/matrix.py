@@ -74,6 +74,8 @@ def matrix(
     `methods` are methods of a transfer, or "affine+refit"; with `snapshots`, the legs' snapshots are measured as well.
     Raises RecipeError for an unknown method, and RunDirectoryError if only controls are finished.
     """
+    if not methods:
+        raise RecipeError(f"no method is given; choose some of: {', '.join(METHODS)}")
     for method in methods:
         if method not in METHODS:
             raise RecipeError(f'unknown method "{method}"; expected one of: {", ".join(METHODS)}')

@@ -91,7 +91,7 @@ def number_list(text: str, option: str, example: str) -> list[int]:
     [1, 2]
     """
     items = split_list([text])
-    if not all(item.isdecimal() for item in items):
+    if (text and not items) or not all(item.isdecimal() for item in items):
         raise typer.BadParameter(
             f'"{text}": expected numbers separated by commas, such as {example}', param_hint=option
         )

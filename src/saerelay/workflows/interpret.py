@@ -31,8 +31,8 @@ class Budget:
     """Most to spend, in USD; None for no limit."""
 
     def __post_init__(self) -> None:
-        if self.max_cost is not None and not any(self.prices):
-            raise EndpointError("--max-cost needs --price-in and --price-out, in USD per million tokens")
+        if self.max_cost is not None and not all(self.prices):
+            raise EndpointError("--max-cost needs both --price-in and --price-out, in USD per million tokens")
 
     @property
     def prices(self) -> tuple[float, float]:

@@ -112,10 +112,13 @@ def export_run(
             f"`saerelay export --format {neuronpedia.NAME}` writes them"
         )
     with new_directory(out) as directory:
+        legs = list(legs)
         if RunDirectory(Path(source)).plan.is_file():
             suite = load(source)
-            saes = _export_suite(suite, directory, format, list(legs))
+            saes = _export_suite(suite, directory, format, legs)
             plan = suite.plan
+        elif legs:
+            raise FormatError(f"{source}: not a run, so that it has no legs to choose from; leave --leg out")
         else:
             saes = [_export_one(source, directory, format)]
             plan = None
@@ -349,7 +352,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises RunDirectoryError if `out` exists or cannot be made.
     """
-    temporary = out.with_name(f".{out.name}.partial")
+    temporary = out.parent / f".{out.name}.partial"  # "." and "/" have no name, but they exist
     if out.exists():
         shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed at the very end
         raise RunDirectoryError(f"{out} exists; choose another place")
