@@ -13,7 +13,10 @@ from saerelay.analysis.metrics import Placed, measure
 from saerelay.errors import ModelError, PlanError, RecipeError
 from saerelay.lm.model import LanguageModel
 from saerelay.site import Site
+from saerelay.training.engine import Trainee
+from saerelay.workflows.settle import plan_run
 from saerelay.workflows.survey import survey_once
+from saerelay.workflows.timing import measured_speeds
 
 
 def recipe(model: Path, root: Path, **changes: dict[str, Any]) -> sr.Recipe:
@@ -53,6 +56,20 @@ def test_from_the_cache_it_is_as_from_the_model(suite: sr.Suite, tiny_model: Pat
         for name, tensor in first[leg].tensors().items():
             assert torch.equal(second[leg].tensors()[name], tensor), (leg, name)
     assert len(list((place / "cache").glob("*/L1.mlp_out/*.safetensors"))) > 0
+
+
+def test_steps_are_timed_with_their_targets(tiny_model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an SAE of the same width, whose steps take another time."""
+    both = recipe(tiny_model, place, sites={"module": ["resid_post", "transcoder"], "module_out": ""})
+    plan = plan_run(both.changed(dictionary=both.dictionary.changed(skip_connection=False)))
+    timed = set()
+
+    def step(trainee: Trainee, x: torch.Tensor, target: torch.Tensor | None = None) -> None:
+        timed.add((trainee.leg.is_transcoder, None if target is None else target.shape == x.shape))
+
+    monkeypatch.setattr(Trainee, "step", step)
+    measured_speeds([plan], LanguageModel.load(both.model))
+    assert timed == {(False, None), (True, True)}
 
 
 def test_every_metric_is_about_the_replaced_output(suite: sr.Suite) -> None:

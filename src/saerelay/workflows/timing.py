@@ -22,10 +22,10 @@ def measured_speeds(plans: Sequence[Plan], model: LanguageModel) -> list[Speeds]
     for plan in plans:
         steps = {}
         for leg in plan.legs:
-            width = plan.facts.width(leg.site)
-            shape = (width, leg.schedule.batch_tokens, leg.dictionary)
+            widths = (plan.facts.width(leg.site), plan.facts.width(leg.site_out))
+            shape = (*widths, leg.is_transcoder, leg.schedule.batch_tokens, leg.dictionary)
             if shape not in seconds_by_shape:
-                seconds_by_shape[shape] = _step_seconds(plan, leg, width, model.device)
+                seconds_by_shape[shape] = _step_seconds(plan, leg, model.device)
             steps[leg.id] = seconds_by_shape[shape]
         speeds.append(Speeds(lm=_forward_seconds(plan, model), steps=steps))
     return speeds
@@ -53,17 +53,21 @@ def _forward_seconds(plan: Plan, model: LanguageModel) -> float:
     return seconds / tokens.numel()
 
 
-def _step_seconds(plan: Plan, leg: Leg, width: int, device: torch.device) -> float:
+def _step_seconds(plan: Plan, leg: Leg, device: torch.device) -> float:
     """Measure the seconds per token of a leg's training step."""
     batch = leg.schedule.batch_tokens
-    x = torch.randn(4 * batch, width, device=device)
+    x = torch.randn(4 * batch, plan.facts.width(leg.site), device=device)
+    target = None
+    if leg.is_transcoder:
+        target = torch.randn(4 * batch, plan.facts.width(leg.site_out), device=device)
     probe = leg.changed(budget_tokens=10**9).changed(hop=None)
     train = plan.recipe.train
-    trainee = Trainee(probe, train, first_state(probe, train, x))
+    trainee = Trainee(probe, train, first_state(probe, train, x, target=target))
+    goal = None if target is None else target[:batch]
     if device.type == "cuda":  # until the step is recorded as a CUDA graph
         for _ in range(STEPS_BEFORE_RECORDING + 1):
-            trainee.step(x[:batch])
-    return _median_seconds(lambda: trainee.step(x[:batch]), device) / batch
+            trainee.step(x[:batch], goal)
+    return _median_seconds(lambda: trainee.step(x[:batch], goal), device) / batch
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
