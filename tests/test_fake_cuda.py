@@ -322,6 +322,17 @@ def test_what_an_interpretation_is_about_is_collected(run: Path) -> None:
     assert len(subjects["L1"]) == 3
 
 
+def test_rows_of_two_devices_meet_on_one() -> None:
+    x = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
+    keys: dict[str, Any] = {"k": 4, "n_latents": 64, "batch_tokens": 64, "progress": False}
+    transcoder = sr.train(x.to("cuda"), target=2 * x, **keys)
+    assert transcoder.W_enc.device == CUDA and (sr.evaluate(transcoder, x.to("cuda"), target=2 * x).fvu or 1) < 1
+    for there in ("cuda", "cpu"):
+        here = "cpu" if there == "cuda" else "cuda"
+        hopped = sr.hop(transcoder, x.to(here), x.to(there), target=(2 * x, 3 * x), tokens=0)
+        assert hopped.W_enc.device.type == there
+
+
 def test_ones_own_tensors_of_the_device_are_trained_on(folder: Path, tmp_path: Path) -> None:
     plan = plan_run(Recipe.from_toml(recipe(folder, 'preset = "forward"')))
     x = torch.randn(8192, 32, generator=torch.Generator().manual_seed(0)).to("cuda")

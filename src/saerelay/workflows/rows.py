@@ -24,15 +24,19 @@ Activations = Rows | Batches | AbstractStream
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Rows of activations to read and, for a transcoder, the rows to reconstruct."""
+    """Rows of activations to read and, for a transcoder, the rows to reconstruct; on one device."""
 
     x: Tensor
     target: Tensor | None = None
 
     @classmethod
     def of(cls, x: Any, target: Any = None, *, caller: str) -> "Pair":
-        """Make a pair of tensors or arrays; DataError unless they are rows (tokens, width) of the same tokens."""
-        pair = cls(_rows(x, caller), None if target is None else _rows(target, caller))
+        """Make a pair of tensors or arrays, on the device of x.
+
+        Raises DataError unless they are rows (tokens, width) of the same tokens.
+        """
+        rows = _rows(x, caller)
+        pair = cls(rows, None if target is None else _rows(target, caller).to(rows.device))
         if pair.target is not None and len(pair.target) != len(pair):
             raise DataError(
                 f"{caller}: {len(pair)} rows of x and {len(pair.target)} of the target; give the same tokens"
@@ -64,6 +68,10 @@ class Pair:
         """Join the rows of parts that have the same widths, one part after another."""
         targets = [part.target for part in parts if part.target is not None]
         return cls(torch.cat([part.x for part in parts]), torch.cat(targets) if targets else None)
+
+    def on(self, device: torch.device) -> "Pair":
+        """The same rows on a device."""
+        return Pair(self.x.to(device), None if self.target is None else self.target.to(device))
 
     def in_float32(self) -> "Pair":
         """The same rows in float32."""

@@ -254,12 +254,15 @@ def _spec_after(sae: Dictionary, l0: float, recipe: Recipe, width: int) -> Sized
 
 
 def _ends(sae: Dictionary, x_source: Rows, x_target: Rows, target: tuple[Rows, Rows] | None) -> tuple[Pair, Pair]:
-    """Return the rows at the source and at the target; DataError unless they fit the SAE and each other."""
+    """Return the rows at the source and at the target, all on the device of `x_target`.
+
+    Raises DataError unless they fit the SAE and each other.
+    """
     if target is not None and (isinstance(target, Rows) or len(target) != 2):
         raise DataError("hop: a target is a pair, at the source and at the target: target=(y_source, y_target)")
     y_source, y_target = target or (None, None)
-    source = Pair.of(x_source, y_source, caller="hop")
     there = Pair.of(x_target, y_target, caller="hop")
+    source = Pair.of(x_source, y_source, caller="hop").on(there.x.device)
     if len(source) != len(there):
         raise DataError(f"hop: {len(source)} rows at the source, {len(there)} at the target; give the same tokens")
     _check_width(sae, source.x, "hop")
