@@ -195,10 +195,11 @@ def test_the_card_of_a_surveyed_run_does_not_promise_the_same_legs(run: Path, tm
     shutil.copytree(run, tmp_path / "run")
     plan = share.load(run).plan
     auto = plan.recipe.changed(plan=plan.recipe.plan.changed(preset="auto", controls=[]))
-    plan.changed(recipe=auto).save(tmp_path / "run/plan.json")
+    plan.changed(recipe=auto, facts=plan.facts.changed(revision="abc123")).save(tmp_path / "run/plan.json")
     share.export_run(str(tmp_path / "run"), tmp_path / "out", "saerelay")
     card = (tmp_path / "out/README.md").read_text()
     assert "surveys the layers again" in card and "reproduces these dictionaries" not in card
+    assert 'revision = "abc123"' in card, "the commit that was trained on, whatever the recipe leaves open"
 
 
 def test_the_first_of_several_kinds_is_loaded_as_what_it_is() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from saerelay.interop.names import hub_id, public_adapter
 from saerelay.interop.origin import Origin
+from saerelay.lm.source import pinned
 from saerelay.planning.legs import line_of
 from saerelay.planning.plan import Leg, Plan
 from saerelay.planning.recipe import Recipe
@@ -285,8 +286,9 @@ def _how_to_repeat(plan: Plan) -> str:
 
 
 def _recipe(plan: Plan) -> str:
-    """Return the recipe as TOML, without the paths of this machine."""
-    public = without_paths(plan.recipe.model_dump())
+    """Return the recipe as TOML, with the model's commit, and without the paths of this machine."""
+    recipe = plan.recipe.changed(model=pinned(plan.recipe.model, plan.facts))
+    public = without_paths(recipe.model_dump())
     return annotated_toml(Recipe.parse(public, source="card"))
 
 
