@@ -19,7 +19,7 @@ from saerelay.analysis import measures as module
 from saerelay.analysis.attribution import direct_logit_attribution, own_prompts
 from saerelay.analysis.evaluate import evaluate
 from saerelay.analysis.matrix import matrix
-from saerelay.analysis.measures import comparisons_of, measures, transferabilities
+from saerelay.analysis.measures import comparisons_of, measures, transfer_scores, transferabilities
 from saerelay.analysis.metrics import held_out, measure
 from saerelay.analysis.prompts import Prompt, read_prompts
 from saerelay.analysis.session import Session
@@ -36,7 +36,7 @@ from saerelay.cli import main
 from saerelay.errors import DataError, ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.runs.dictionaries import publish, read_dictionary
-from saerelay.runs.documents.across_layers import MatrixCell, Measures
+from saerelay.runs.documents.across_layers import Matrix, MatrixCell, Measures
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.transfer import fold
 from saerelay.views.tables.across_layers import measures_tables
@@ -243,6 +243,19 @@ def test_scores_are_of_one_set_of_tokens(suite: sr.Suite, model: LanguageModel, 
         way = (values["from_scratch"] - values["zero_shot"]) * (-1 if metric == "fvu" else 1)
         expected = pytest.approx(transfer_score(**values), rel=1e-3) if way > 0 else None
         assert getattr(row, metric) == expected
+
+
+def test_a_leg_from_another_kind_of_site_has_no_score(suite: sr.Suite, document: Measures) -> None:
+    """The matrix has its parent at its layer, but at the parent's kind of site."""
+    assert document.transfer_scores
+    versions = load_versions(suite.session, held_out(suite.plan, suite.session.corpus.test, 256), None)
+    elsewhere = []
+    for version in versions:
+        if version.leg.id == "L0":
+            version = replace(version, leg=version.leg.changed(module="mlp_out"))
+        elsewhere.append(version)
+    rows = transfer_scores(suite.session, elsewhere, Matrix.load(suite.directory.matrix))
+    assert {row.leg for row in rows} == {row.leg for row in document.transfer_scores} - {"L1-from-L0"}
 
 
 def test_attributions_are_those_of_each_prompt_alone(suite: sr.Suite, model: LanguageModel, document: Measures) -> None:

@@ -212,15 +212,17 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
     """Score each transferred leg and snapshot between zero-shot and each leg from scratch at its site.
 
     All three are measured on the tokens of matrix.json; versions that it does not hold (controls, perhaps snapshots)
-    are measured on them here.
+    are measured on them here. A leg whose parent reads another kind of module has no zero-shot value: the matrix
+    carries a dictionary only to other layers.
     """
     suite = session.suite
     legs = finished(versions)
     triples = []
     for version in versions:
-        if suite.is_transferred(version.leg) and version.leg.parent in legs:
+        parent = legs.get(version.leg.parent)
+        if parent and parent.leg.kind == version.leg.kind and suite.is_transferred(version.leg):
             for scratch in suite.scratch_counterparts(version.leg):
-                triples.append((version, legs[version.leg.parent], legs[scratch.id]))
+                triples.append((version, parent, legs[scratch.id]))
     at_home = metrics_at_home(session, matrix, [v for version, _, scratch in triples for v in (version, scratch)])
     carried = {(cell.leg, cell.tokens, cell.method, cell.target): cell for cell in matrix.cells}
 

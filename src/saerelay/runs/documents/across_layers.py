@@ -167,7 +167,8 @@ class Transferability(Version):
 class TransferScore(Version):
     """Normalised transfer scores, (transferred − zero-shot) / (from scratch − zero-shot), by metric.
 
-    Null where zero-shot, the parent carried over without training, is already as good as training from scratch.
+    Null where zero-shot, the parent carried over without training, is already as good as training from scratch. Legs
+    whose parent reads another kind of module have no score.
     """
 
     parent: str
