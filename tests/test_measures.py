@@ -33,6 +33,7 @@ from saerelay.analysis.similarity import (
 )
 from saerelay.analysis.versions import load_versions
 from saerelay.cli import main
+from saerelay.data.stream import trained_on
 from saerelay.errors import DataError, ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.runs.dictionaries import publish, read_dictionary
@@ -278,6 +279,22 @@ def test_attributions_are_those_of_each_prompt_alone(suite: sr.Suite, model: Lan
         x = model.harvest(torch.tensor([prompt.tokens]), [suite.plan.leg("L2").site]).popitem()[1][0, -1]
         effects = dictionary.encode(x) * (dictionary.W_dec @ (W_U[prompt.right] - W_U[prompt.wrong]))
         assert score == pytest.approx(float(effects.max()), abs=2e-4)
+
+
+def test_the_models_own_task_leaves_out_positions_that_nothing_is_trained_on(
+    suite: sr.Suite, model: LanguageModel
+) -> None:
+    tokens = torch.arange(1, 6)[:, None]
+    for _ in range(5):  # texts of which the model predicts every token
+        tokens = torch.cat([tokens, model.logits(tokens)[:, -1:].argmax(dim=-1)], dim=1)
+    data = suite.plan.recipe.data.changed(prepend_bos=True, outlier_norm=1.05)
+    plan = suite.plan.changed(recipe=suite.plan.recipe.changed(data=data), probe=1)
+    keep = trained_on(plan, tokens, model.harvest(tokens, plan.with_probe([])))
+    expected = {
+        tuple(row[: i + 1].tolist()) for row, kept in zip(tokens, keep, strict=True) for i in range(5) if kept[i]
+    }
+    assert {prompt.tokens for prompt in own_prompts(plan, model, tokens.numpy(), 99)} == expected
+    assert not keep[:, 0].any() and 0 < len(expected) < 5 * 4
 
 
 def test_without_matrix_there_are_no_scores(suite: sr.Suite, document: Measures) -> None:

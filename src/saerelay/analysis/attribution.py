@@ -12,6 +12,7 @@ from torch import Tensor
 from saerelay.analysis.metrics import batches
 from saerelay.analysis.prompts import Prompt
 from saerelay.analysis.similarity import DENSE
+from saerelay.data.stream import trained_on
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
 from saerelay.sae.dictionary import Dictionary
@@ -62,15 +63,17 @@ def last_activations(model: LanguageModel, prompts: Sequence[Prompt], sites: Seq
 def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int = OWN_PROMPTS) -> list[Prompt]:
     """Draw up to n held-out positions whose next token the model predicts; the wrong token is its second choice.
 
-    They are drawn with the run's seed. Sequences (N, context) are read in a random order, until they hold 4 n such
-    positions.
+    Positions that no dictionary is trained on (BOS, outlier norms) do not count. The run's seed decides what is drawn:
+    sequences (N, context) are read in a random order, until they hold 4 n positions.
     """
     generator = np.random.default_rng(plan.recipe.train.seed)
     prompts: list[Prompt] = []
     for tokens in batches(plan, generator.permutation(sequences), True):
+        keep = trained_on(plan, tokens.to(model.device), model.harvest(tokens, plan.with_probe([]))).cpu()
         best_two = model.logits(tokens)[:, :-1].topk(2).indices.cpu()
         first, second = best_two.unbind(dim=-1)
-        for sequence, position in (first == tokens[:, 1:]).nonzero().tolist():
+        is_predicted = (first == tokens[:, 1:]) & keep[:, :-1]
+        for sequence, position in is_predicted.nonzero().tolist():
             text = tuple(tokens[sequence, : position + 1].tolist())
             right = int(first[sequence, position])
             wrong = int(second[sequence, position])
