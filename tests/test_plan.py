@@ -462,6 +462,23 @@ def test_transfer_costs_less_than_all_from_scratch(facts: ModelFacts) -> None:
     assert plan_cost(plan).flops < plan_cost(plan.all_from_scratch()).flops
 
 
+def test_a_control_from_which_a_leg_begins_belongs_to_the_suite(facts: ModelFacts) -> None:
+    legs = [
+        {"id": "L1", "layer": 1, "tokens": 1024},
+        {"id": "L0", "layer": 0, "tokens": 1024, "parent": "L1"},
+        {"id": "control", "layer": 0, "tokens": 1024, "control_of": "L0"},
+        {"id": "L1-seed1", "layer": 1, "tokens": 1024, "seed": 1},
+        {"id": "L2", "layer": 2, "tokens": 1024, "parent": "control"},
+        {"id": "L3", "layer": 3, "tokens": 1024, "parent": "L1-seed1"},
+        {"id": "unused", "layer": 3, "tokens": 1024, "control_of": "L3"},
+    ]
+    plan = compiled(facts, plan={"legs": legs})
+    suite = plan.without_controls()
+    assert [leg.id for leg in suite.legs] == [leg.id for leg in plan.legs if leg.id != "unused"]
+    assert 0 < plan_cost(suite).flops < plan_cost(plan).flops
+    assert [leg.id for leg in plan.all_from_scratch().legs] == ["L1", "L0", "L2", "L3"]
+
+
 def test_all_from_scratch_is_the_scratch_preset(facts: ModelFacts) -> None:
     hub = compiled(facts, plan={"preset": "hub", "controls": [1]})
     assert plan_cost(hub.all_from_scratch()) == plan_cost(compiled(facts, plan={"preset": "scratch"}))

@@ -117,9 +117,12 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     root_tokens = plan.recipe.plan.root_tokens
     everything = plan_cost(plan)
     without_controls = from_scratch = NO_COST
+    in_suite: set[str] = set()
     n_from_scratch = 0
     if suite.final_legs:
-        without_controls = plan_cost(plan.without_controls())
+        of_suite = plan.without_controls()
+        in_suite = {leg.id for leg in of_suite.legs}
+        without_controls = plan_cost(of_suite)
         all_from_scratch = plan.all_from_scratch()
         legs = [leg for leg in all_from_scratch.legs if leg.id in infos]
         from_scratch = plan_cost(all_from_scratch.changed(legs=legs))
@@ -130,8 +133,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     total = seconds.total if seconds else math.nan
     lm = seconds.lm if seconds else math.nan
     n_ranks = run_cost.ranks if run_cost else 1
-    extra = [leg for leg in suite.legs if leg.role == "control" or plan.repeat_of(leg)]
-    control_seconds = sum(infos[leg.id].seconds for leg in extra) / n_ranks
+    control_seconds = sum(info.seconds for leg_id, info in infos.items() if leg_id not in in_suite) / n_ranks
 
     scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
     scratch_tokens = sum(info.tokens for info in scratch)

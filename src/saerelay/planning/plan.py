@@ -351,12 +351,14 @@ class Plan(Document):
             line.append(by_id[line[-1].parent])
         return line
 
+    @property
+    def own_legs(self) -> list[Leg]:
+        """The legs that are neither controls nor repeats with other seeds."""
+        return [leg for leg in self.legs if not leg.control and not self.repeat_of(leg)]
+
     def without_controls(self) -> Self:
         """Return the plan of the suite alone: without control legs and repeats, unless other legs descend from them."""
-        needed: set[str] = set()
-        for leg in self.legs:
-            if not leg.control and not self.repeat_of(leg):
-                needed |= {ancestor.id for ancestor in self.line(leg)}
+        needed = {ancestor.id for leg in self.own_legs for ancestor in self.line(leg)}
         return self.changed(legs=[leg for leg in self.legs if leg.id in needed])
 
     def all_from_scratch(self) -> Self:
@@ -365,7 +367,7 @@ class Plan(Document):
         Each site has, for each kind and each L0, the dictionary that the plan ends with there. Controls and repeats are
         left out.
         """
-        last_of_place = {(leg.site, leg.kind, leg.dictionary.l0): leg for leg in self.without_controls().legs}
+        last_of_place = {(leg.site, leg.kind, leg.dictionary.l0): leg for leg in self.own_legs}
         legs = []
         for leg in last_of_place.values():
             batch = leg.schedule.batch_tokens
