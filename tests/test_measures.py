@@ -38,9 +38,11 @@ from saerelay.errors import DataError, ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.runs.dictionaries import publish, read_dictionary
 from saerelay.runs.documents.across_layers import Matrix, MatrixCell, Measures
+from saerelay.runs.features import load_features
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.transfer import fold
 from saerelay.views.tables.across_layers import measures_tables
+from saerelay.workflows.report import report_run
 
 torch.set_num_threads(1)
 
@@ -319,6 +321,19 @@ def test_what_was_measured_is_not_measured_again(
     monkeypatch.setattr(Measures, "SCHEMA", Measures.SCHEMA + 1)
     with pytest.raises(TypeError):
         measures(suite.session)
+
+
+def test_a_report_shows_features_and_lineage_of_the_same_tokens(
+    suite: sr.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if measures of fewer tokens are out of date, and taken again for it."""
+    copy = sr.load(shutil.copytree(suite.directory.root, tmp_path / "run"))
+    measures(copy.session, tokens=256)
+    silence(copy.directory.leg("L2"), 3)
+    monkeypatch.setattr("saerelay.workflows.report.write_report", lambda sources, folder: folder)
+    report_run(copy, copy.model)
+    assert Measures.load(copy.directory.measures).asked.tokens == 256
+    assert load_features(copy.directory, "L2").facts.n_sequences == copy.lineage().facts.n_sequences == 63
 
 
 def test_a_model_without_a_head_and_a_lone_layer_have_what_there_is(

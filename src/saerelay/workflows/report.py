@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from saerelay.analysis.evaluate import evaluate
+from saerelay.analysis.features import make_features
 from saerelay.analysis.lineage import make_lineage
 from saerelay.analysis.matrix import current_matrix, matrix, matrix_again
 from saerelay.analysis.measures import current_measures, measures, measures_again
@@ -51,6 +52,7 @@ def report_run(
     else:
         known_matrix = matrix_again(session) or matrix(session, tokens=MATRIX_TOKENS)
         known_measures = measures_again(session) or measures(session)
+        make_features(session)  # again, if the measures of old were of another number of tokens, and so are these
     with session.display.status("writing the report"):
         sources = report_sources(session, summary, known_matrix, known_measures)
         return write_report(sources, suite.directory.report)
