@@ -128,3 +128,12 @@ def test_refit_helps_and_unknown_methods_are_named(suite: sr.Suite) -> None:
         match='unknown method "afine"; expected one of: identity, rescale, procrustes, affine, affine.refit',
     ):
         suite.matrix(methods=["afine"])
+
+
+def test_a_matrix_without_cells_is_refused(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="none given"):
+        suite.matrix(methods=[])
+    lone = [suite.plan.leg("L0")]
+    monkeypatch.setattr(sr.Suite, "legs", lone)
+    with pytest.raises(RecipeError, match='add "identity" to the methods .affine.'):
+        suite.matrix(methods=["affine"])

@@ -72,7 +72,8 @@ def matrix(
     """Measure the legs of the suite at all its sites; writes matrix.json, unless it already answers the question.
 
     `methods` are methods of a transfer, or "affine+refit"; with `snapshots`, the legs' snapshots are measured as well.
-    Raises RecipeError for an unknown method, and RunDirectoryError if only controls are finished.
+    Raises RecipeError for an unknown method or if there is nothing to measure, and RunDirectoryError if only controls
+    are finished.
     """
     if not methods:
         raise RecipeError(f"no method is given; choose some of: {', '.join(METHODS)}")
@@ -87,6 +88,11 @@ def matrix(
         return current
 
     cells = [cell for method in methods for cell in cells_of(session.suite, method, snapshots)]
+    if not cells:
+        raise RecipeError(
+            f'nothing to measure: no SAE has another layer to be carried to; add "identity" to the methods '
+            f"({', '.join(methods) or 'none given'}), which measures each SAE at its own layer"
+        )
     ordered = [cell for part in parts(cells, session.plan) for cell in part]
     measured: dict[Cell, EvaluationMetrics] = {}
     for of_rank in session.team.gather(measure_cells(session, session.deal(ordered), asked)):
