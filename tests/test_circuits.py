@@ -354,7 +354,7 @@ def test_a_file_is_read_in_an_order_drawn(run: Path, task: str) -> None:
         ('{"prompt": [1], "right": 7}', "line 2: expected {"),
         ('{"prompt": [1], "right": [7, 8], "wrong": 8}', 'line 2: "right" is .* 2 tokens'),
         ('{"prompt": [1], "right": 16, "wrong": 8}', 'line 2: "right" is neither text nor token ids from 0 to 15'),
-        ('{"prompt": [], "right": 7, "wrong": 8}', "line 2: has 0 tokens"),
+        ('{"prompt": [], "right": 7, "wrong": 8}', "line 2: the prompt is empty"),
         ('{"prompt": "\\u2028", "right": 7, "wrong": 8}', "tokenizer"),
         ("", "1 prompts; at least 8 are needed"),
     ],
@@ -379,6 +379,22 @@ def test_built_in_tasks_are_balanced_seeded_and_of_single_tokens(task: str) -> N
     answers = [(prompt.right, prompt.wrong) for prompt in prompts]
     first = answers[0]
     assert answers.count(first) == answers.count(first[::-1]) == 30
+
+
+def test_prompts_are_read_by_the_tokenizer_of_the_runs_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = sr.plan_run(sr.Run.parse({}, source="test"))
+    load = prompts_module.load_tokenizer
+    revisions = []
+
+    def load_and_tell(spec: Any) -> Any:
+        revisions.append(spec.revision)
+        return load(spec.changed(revision=""))
+
+    monkeypatch.setattr(prompts_module, "load_tokenizer", load_and_tell)
+    pinned = plan.changed(facts=plan.facts.changed(revision="abc"))
+    task_prompts("brackets", pinned, 8)
+    prompts_module._PromptReader(pinned).read('{"prompt": "a", "right": 7, "wrong": 8}', source="line 1")
+    assert revisions == ["abc", "abc"]
 
 
 class Words:

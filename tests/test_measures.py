@@ -393,8 +393,8 @@ def test_prompts_are_read_as_text_or_ids(suite: sr.Suite, tmp_path: Path) -> Non
         ('{"prompt": [1], "correct": [2, 3], "wrong": 4}', r'"correct" is \[2, 3\], which is 2 tokens.*must be one'),
         ('{"prompt": [1], "correct": 2, "wrong": 4096}', '"wrong" is neither text nor token ids from 0 to 100'),
         ('{"prompt": [true], "correct": 2, "wrong": 1}', '"prompt" is neither'),
-        ('{"prompt": [], "correct": 2, "wrong": 1}', "has 0 tokens"),
-        (f'{{"prompt": {[1] * 65}, "correct": 2, "wrong": 1}}', "has 65 tokens; .* takes 1 to 64"),
+        ('{"prompt": [], "correct": 2, "wrong": 1}', "the prompt is empty"),
+        (f'{{"prompt": {[1] * 65}, "correct": 2, "wrong": 1}}', "has 65 tokens; .* takes at most 64"),
     ],
 )
 def test_bad_prompts_are_refused(

@@ -18,6 +18,7 @@ from typing import Any
 
 from saerelay.errors import DataError, RecipeError
 from saerelay.files import parse_json, read_text
+from saerelay.lm.source import pinned
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
 
@@ -71,7 +72,7 @@ def _generated(task: str, plan: Plan, n: int, seed: int) -> list[Prompt]:
     Their length is the first for which there are n prompts; groups are kept together, so that prompts stay balanced.
     Answers are single tokens: a group is left out if one of its answers does not add exactly one token to its prompt.
     """
-    tokenizer = load_tokenizer(plan.recipe.model)
+    tokenizer = load_tokenizer(pinned(plan.recipe.model, plan.facts))
     start = start_of(plan)
     groups = TASKS[task](_whole(task, tokenizer, plan.facts.name), Random(f"{task} {seed}"))
     by_length: dict[int, list[Prompt]] = defaultdict(list)
@@ -133,17 +134,20 @@ class _PromptReader:
         right = self._answer(parts["right"], "correct" if "correct" in row else "right", source)
         wrong = self._answer(parts["wrong"], "wrong", source)
 
+        if not prompt:
+            raise DataError(f"{source}: the prompt is empty; give at least one token")
         facts = self.plan.facts
         tokens = start_of(self.plan) + prompt
-        if not prompt or len(tokens) > (facts.tokens.max_context or math.inf):
-            longest = facts.tokens.max_context or "any"
-            raise DataError(f"{source}: has {len(tokens)} tokens; {facts.name} takes 1 to {longest}")
+        if len(tokens) > (facts.tokens.max_context or math.inf):
+            raise DataError(
+                f"{source}: has {len(tokens)} tokens; {facts.name} takes at most {facts.tokens.max_context}"
+            )
         return Prompt(tuple(tokens), right, wrong)
 
     def _ids(self, part: Any, name: str, source: str) -> list[int]:
         """Return the token ids of a text, of a list of ids, or of one id."""
         if isinstance(part, str):
-            self.tokenizer = self.tokenizer or load_tokenizer(self.plan.recipe.model)
+            self.tokenizer = self.tokenizer or load_tokenizer(pinned(self.plan.recipe.model, self.plan.facts))
             part = self.tokenizer.encode(part, add_special_tokens=False)
         ids = part if isinstance(part, list) else [part]
         vocab_size = self.plan.facts.tokens.vocab_size
