@@ -241,7 +241,8 @@ def test_a_permuted_dictionary_is_asked_the_same(run: Path, study: Study, monkey
 
     monkeypatch.setattr(type(study.suite), "__getitem__", permuted)
     there = order.argsort()[[s.latent for s in subjects]].tolist()
-    again = prepare(Session(study.suite), legs=[leg_id], latents=there).subjects[leg_id]
+    twice = [*there, *there]
+    again = prepare(Session(study.suite), legs=[leg_id], latents=twice).subjects[leg_id]
     nobody = Endpoint(url="", model="m")
     for one, other in zip(subjects, again, strict=True):
         assert explain_request(study.text, nobody, one) == explain_request(study.text, nobody, other)
@@ -423,8 +424,10 @@ def test_what_stays_nonsense_is_failed_and_asked_again_by_the_next_run(
         failed = sum(row["n_failed_questions"] for row in document["legs"])
         assert failed > 0 and {row[kind]["mean"] for row in document["legs"] for kind in KINDS} == {1.0}
         assert len(server.bodies) == n_requests(study) + 2 * failed
-        asked(study, server, tmp_path)
+        again = asked(study, server, tmp_path)
         assert len(server.bodies) == n_requests(study) + 3 * failed, "once more, and nothing else"
+        for of_run, n_sent in ((document, n_requests(study) + 2 * failed), (again, len(server.bodies))):
+            assert sum(row["cost"]["tokens_in"] for row in of_run["legs"]) == 100 * n_sent, "all was paid for"
 
 
 @pytest.mark.slow

@@ -31,6 +31,10 @@ class KeptAnswer:
     tokens_in: int
     tokens_out: int
 
+    def after(self, earlier: "KeptAnswer") -> "KeptAnswer":
+        """Return the answer with the tokens of an earlier one, which was paid for as well."""
+        return KeptAnswer(self.text, earlier.tokens_in + self.tokens_in, earlier.tokens_out + self.tokens_out)
+
     def read(self, reader: Callable[[str], Any]) -> Answer:
         """Return the answer, read by a function that raises ValueError if it cannot read the text."""
         try:

@@ -116,7 +116,9 @@ class Asker:
                 cost = f"${self.spent:.4f}" if any(self.prices) else ""
                 self.bar.update(self.task, advance=1, cost=cost)
             if given is None:
-                return Answer(None, 0, 0)
+                return kept.read(read) if kept else Answer(None, 0, 0)
+            if kept:
+                given = given.after(kept)
             try:
                 self.file.add(self.digest(body), given)
             except RunDirectoryError as error:

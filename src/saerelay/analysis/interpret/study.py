@@ -87,7 +87,7 @@ def prepare(
     chosen = {}
     for leg in chosen_legs:
         n_fired = load_features(suite.directory, leg.id).n_fired.numpy()
-        chosen[leg.id] = list(latents) or drawn_latents(n_fired, n, seed)
+        chosen[leg.id] = list(dict.fromkeys(latents)) or drawn_latents(n_fired, n, seed)
     return Study(
         suite=suite,
         seed=seed,
@@ -132,9 +132,14 @@ def estimate(study: Study, asker: Asker) -> Estimate:
 
 
 def longest_answer(body: bytes) -> float:
-    """Return the most tokens that the answer to a request may take; infinity if the request sets no bound."""
+    """Return the most tokens that the answer to a request may take; infinity if the request sets no bound.
+
+    >>> longest_answer(b'{"max_tokens": 60}'), longest_answer(b'{"max_tokens": "60"}')
+    (60, inf)
+    """
     fields = json.loads(body)
-    return fields.get("max_completion_tokens") or fields.get("max_tokens") or math.inf
+    bounds = [fields.get("max_completion_tokens"), fields.get("max_tokens")]
+    return next((bound for bound in bounds if type(bound) is int and bound > 0), math.inf)
 
 
 def example_prompts(study: Study, endpoint: Endpoint) -> dict[str, list[dict[str, str]]]:
