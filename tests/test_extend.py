@@ -184,6 +184,20 @@ def test_measures_are_taken_again_and_so_is_the_matrix_they_rest_on(run: Path) -
     assert Measures.load(run / "measures.json") == document and document.offsets
 
 
+def test_a_continued_leg_is_compared_with_the_parent_it_came_from(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With itself at the end of the first run it has almost everything in common: nothing was transferred since."""
+    suite = sr.load(run)
+    method = suite.method(suite.plan.leg(OLD))
+    suite.matrix(methods=["identity", method or ""], tokens=512)
+    monkeypatch.setattr(sr.Suite, "scratch_counterparts", lambda suite, leg: [suite.plan.leg("L0")])
+    document = suite.measures()
+    assert {(row.leg, row.parent) for row in document.transferability or ()} == {(OLD, "L0"), (NEW, "L0")}
+    compared = {frozenset((row.source, row.target)) for row in document.similarity if row.kind == "hop"}
+    assert compared == {frozenset(("L0", OLD)), frozenset(("L0", NEW))}
+    scored = {(row.leg, row.parent, row.method) for row in document.transfer_scores or ()}
+    assert scored == {(leg, "L0", how) for leg in (OLD, NEW) for how in ("identity", method)}
+
+
 def test_a_report_measures_again_what_is_out_of_date_as_it_was_asked(run: Path) -> None:
     report_run(sr.load(run))
     asked = Matrix.load(run / "matrix.json").asked

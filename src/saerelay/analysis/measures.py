@@ -148,8 +148,9 @@ def comparisons_of(suite: PublishedSuite, versions: Sequence[LegVersion]) -> lis
             comparisons.append(Comparison("suite", legs[a.id], legs[b.id], about=legs[b.id]))
     for version in versions:
         others: list[tuple[Literal["hop", "scratch"], LegVersion]] = []
-        if version.leg.parent in legs and not suite.begins_afresh(version.leg):
-            others.append(("hop", legs[version.leg.parent]))
+        parent = legs.get(suite.transferred_from(version.leg))
+        if parent:
+            others.append(("hop", parent))
         if suite.is_transferred(version.leg):
             for leg in suite.scratch_counterparts(version.leg):
                 others.append(("scratch", legs[leg.id]))
@@ -186,9 +187,9 @@ def transferabilities(suite: PublishedSuite, versions: Sequence[LegVersion]) -> 
     legs = finished(versions)
     rows = []
     for child in versions:
-        if not suite.is_transferred(child.leg) or child.leg.parent not in legs:
+        parent = legs.get(suite.transferred_from(child.leg))
+        if parent is None or not suite.is_transferred(child.leg):
             continue
-        parent = legs[child.leg.parent]
         if not parent.associations or not child.associations or len(parent.alive) != len(child.alive):
             continue
         alive = parent.alive & child.alive
@@ -219,7 +220,7 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
     legs = finished(versions)
     triples = []
     for version in versions:
-        parent = legs.get(version.leg.parent)
+        parent = legs.get(suite.transferred_from(version.leg))
         if parent and parent.leg.kind == version.leg.kind and suite.is_transferred(version.leg):
             for scratch in suite.scratch_counterparts(version.leg):
                 triples.append((version, parent, legs[scratch.id]))
@@ -228,7 +229,8 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
 
     rows = []
     for version, parent, scratch in triples:
-        for method in dict.fromkeys(("identity", suite.method(version.leg) or "identity")):
+        hop_method = suite.method(suite.first_of(version.leg)) or "identity"
+        for method in dict.fromkeys(("identity", hop_method)):
             zero_shot = carried.get((parent.leg.id, parent.tokens, method, version.leg.layer))
             if zero_shot is None:
                 continue

@@ -214,6 +214,14 @@ class PublishedSuite:
         first = self.first_of(leg)
         return first.role == "transfer" and not self.begins_afresh(first)
 
+    def transferred_from(self, leg: Leg) -> str:
+        """The leg, or the dictionary outside the run, that a leg's latents were carried over from; "" for none.
+
+        A leg that continues another came from where that one did.
+        """
+        first = self.first_of(leg)
+        return "" if self.begins_afresh(first) else first.parent
+
     def neighbour_above(self, leg: Leg) -> Leg | None:
         """The leg that stands for the next layer, at the same kind of module."""
         higher = [other for other in self._same_module(leg) if other.layer > leg.layer]

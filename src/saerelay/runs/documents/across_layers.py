@@ -124,7 +124,8 @@ class Similarity(Record):
     """How similar two dictionaries' decoder rows are, in one direction."""
 
     kind: Literal["suite", "hop", "scratch"]
-    """`suite`: two legs of the suite; `hop`: parent and child; `scratch`: a transferred leg and one from scratch."""
+    """`suite`: two legs of the suite; `hop`: parent and child, or the leg that continues the child; `scratch`: a
+    transferred leg and one from scratch."""
     leg: str
     """Id of the leg that the comparison is about: the child, or the transferred leg; in a suite, the target."""
     tokens: int
@@ -149,7 +150,7 @@ class Transferability(Version):
     """Shares of tokens that a transferred leg's latents have in common with its parent's, by index."""
 
     parent: str
-    """Id of the parent."""
+    """Id of the parent; for a leg that continues another, that leg's parent."""
     parent_layer: int
     """Layer of the parent."""
     n_latents: int
@@ -172,7 +173,7 @@ class TransferScore(Version):
     """
 
     parent: str
-    """Id of the parent."""
+    """Id of the parent; for a leg that continues another, that leg's parent."""
     parent_layer: int
     """Layer of the parent."""
     method: str
@@ -237,7 +238,7 @@ class Attributions(Record):
 class Measures(HeldOutFacts, Document):
     """`measures.json`: how much dictionaries have in common and what transfer gained, as in Ghilardi et al. 2024."""
 
-    SCHEMA: ClassVar = 3
+    SCHEMA: ClassVar = 4
     MADE_BY: ClassVar = "`saerelay measures RUN`"
 
     asked: MeasuresQuestion
