@@ -82,6 +82,13 @@ def test_every_origin_has_its_leg(suite: Suite) -> None:
         legs_by_origin(suite, [1, 7])
 
 
+def test_legs_of_no_origin_that_is_judged_are_refused(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as copies of another model's SAEs, trained further at their own layers."""
+    monkeypatch.setattr(Suite, "origin", lambda suite, leg: "same layer")
+    with pytest.raises(RunDirectoryError, match="nothing to judge: .* transferred from another layer"):
+        legs_by_origin(suite)
+
+
 def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     first = suite.plan.leg("L0-from-L1")
     more = first.changed(id="more", parent=first.id)
@@ -99,6 +106,22 @@ def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     suite.plan = suite.plan.changed(legs=[*suite.plan.legs, control])
     assert suite.final_legs == before and suite.continuation_of(suite.plan.leg("L1")) is None
     assert suite.leg_at(Site(1)).id == "L1"
+
+
+def test_a_control_of_another_tier_stands_for_no_origin(suite: Suite) -> None:
+    """It has another L0 than the transfer it would be judged beside."""
+    before = legs_by_origin(suite)
+    first = suite.plan.leg("L0-from-L1")
+    assert first.hop
+    sparser = first.dictionary.with_l0(2)
+    tier = first.changed(id="tier", hop=first.hop.changed(parent=first.id), dictionary=sparser)
+    control = suite.plan.leg("L0-scratch-full").changed(
+        id="A", dictionary=sparser, control=Control(control_of="tier", control_kind="full")
+    )
+    for leg in (tier, control):
+        shutil.copytree(suite.directory.leg(first.id), suite.directory.leg(leg.id))
+    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, tier, control])
+    assert {key: leg.id for key, leg in legs_by_origin(suite).items()} == {key: leg.id for key, leg in before.items()}
 
 
 def test_a_transcoder_is_drawn_beside_an_sae_of_what_it_reads(suite: Suite) -> None:

@@ -62,14 +62,16 @@ def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -
     """Return the leg that represents each site, kind and origin, in order; if `layers` are given, only at these.
 
     From scratch, it is the leg of the suite, else the control with the full budget, else the control with equal tokens.
-    Of several seeds, the lowest is taken; legs that another leg continues do not count. Raises RunDirectoryError for a
-    layer without a dictionary, or if there is nothing to judge.
+    Of several seeds, the lowest is taken; legs that another leg continues do not count, nor do other tiers and their
+    controls. Raises RunDirectoryError for a layer without a dictionary, or if there is nothing to judge.
     """
     root = suite.directory.root
     of_suite = {leg.id for leg in suite.suite_legs}
     legs = []
     for leg in suite.legs:
         is_control = leg.control_kind in ("equal_tokens", "full") and not suite.continuation_of(leg)
+        if is_control and suite.plan.tier_of(suite.plan.leg(leg.control_of)):
+            continue
         if leg.id in of_suite or is_control:
             legs.append(leg)
     legs.sort(key=lambda leg: (_PREFERENCE.index(leg.control_kind), leg.seed, leg.id))
@@ -85,7 +87,10 @@ def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -
         if origin and (layers is None or leg.layer in layers):
             first.setdefault((leg.site, str(leg.kind), origin), leg)
     if not first:
-        raise RunDirectoryError(f"{root}: no finished leg to judge")
+        raise RunDirectoryError(
+            f"{root}: nothing to judge: judges compare SAEs from scratch with SAEs transferred from another layer, and "
+            "no finished leg is one of these"
+        )
     return {key: first[key] for key in sorted(first)}
 
 
