@@ -132,16 +132,18 @@ def test_steps_whose_codes_find_too_little_room_are_repeated(kind: str, monkeypa
 @pytest.mark.parametrize("kind", ["jumprelu", "gated", "relu"])
 def test_with_and_without_limited_room_the_same_codes_are_selected(kind: str) -> None:
     """Only a first step has no limit, also the first one after a restart: its bits must be the same."""
-    x = data(B).to("cuda")
+    x = data().to("cuda")
     the_leg = leg(architecture=kind)
     d = begun(the_leg, x).state.dictionary
     d.W_enc[3] = 0.0  # this latent's pre-activation is zero at every token, after the architecture's shift
     d.b_enc[3] = 0.0
     if d.threshold is not None:
         d.threshold[3] = getattr(the_leg.dictionary.activation, "bandwidth", 0.0) / 2
-    free, limited = (sparse_step(the_leg.dictionary, d, x, reading=Reading(room=room)).codes for room in (None, F * B))
-    assert torch.equal(free.row_starts, limited.row_starts)
-    assert torch.equal(free.columns, limited.columns[: len(free.columns)])
+    readings = (Reading(), Reading(room=F * len(x)))
+    free, limited = (sparse_step(the_leg.dictionary, d, x, reading=reading) for reading in readings)
+    assert torch.equal(free.codes.row_starts, limited.codes.row_starts)
+    assert torch.equal(free.codes.columns, limited.codes.columns[: len(free.codes.columns)])
+    assert torch.equal(free.loss.total, limited.loss.total)
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
@@ -159,14 +161,20 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(at: int, kind: str
     assert seen and expected and seen.loss == pytest.approx(expected.loss) and seen.l0 == expected.l0
 
 
-def test_a_state_that_is_restored_goes_on_to_the_same_bits() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_restored_goes_on_to_the_same_bits(kind: str) -> None:
     x = data().to("cuda")
+    the_leg = leg(architecture=kind)
     batches = list(x.split(B)[:14])
-    whole = stepped(begun(leg(), x), batches)
-    paused = stepped(begun(leg(), x), batches[:6])
+    whole = stepped(begun(the_leg, x), batches)
+    paused = stepped(begun(the_leg, x), batches[:6])
     saved = {name: tensor.cpu().to("cuda") for name, tensor in paused.state.tensors().items()}
-    resumed = stepped(Trainee(leg(), SPEC, TraineeState.restore(leg(), saved)), batches[6:])
+    resumed = Trainee(the_leg, SPEC, TraineeState.restore(the_leg, saved))
+    resumed.take_up(paused.unreported())
+    stepped(resumed, batches[6:])
     assert set(differences(whole, resumed).values()) == {0.0}
+    seen, expected = resumed.look(), whole.look()
+    assert seen and expected and seen.loss == expected.loss
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, 9, F // 4])

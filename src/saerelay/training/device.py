@@ -165,7 +165,7 @@ class Stopwatch:
 
 class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    given: tuple[Tensor | None, ...]
+    given: tuple[Tensor, Tensor | None]
     """Memory that the graph reads its inputs from."""
 
 
@@ -201,9 +201,10 @@ class Recordings:
 
     def _record(self, function: Function, given: tuple[Tensor, Tensor | None]) -> _Recording | None:
         """Record the graph for the shapes of the inputs; recording computes nothing."""
-        copies = tuple(None if tensor is None else tensor.clone() for tensor in given)
+        x, target = given
+        copies = (x.clone(), None if target is None else target.clone())
         recording = _Recording(torch.cuda.CUDAGraph(), copies)
-        device = given[0].device
+        device = x.device
         graphs = _graphs.setdefault(device, WeakSet())
         pool = next((graph.pool() for graph in graphs), None)
         if device not in _streams:

@@ -264,8 +264,8 @@ class Forward:
             penalised = gate.codes
             mean_error = mean_error + gate.error
         n_active = (codes.values > 0).sum().to(error)
-        # With padding, a sum over all places would depend on their number in its last bits.
-        total_code = row_sums(codes.with_values(penalised)).sum() if codes.is_padded else penalised.sum()
+        # On a GPU codes may be padded: a sum over all places would depend on their number in its last bits.
+        total_code = penalised.sum() if penalised.is_cpu else row_sums(codes.with_values(penalised)).sum()
         square = torch.linalg.vector_norm(targets).square()
         return Part(
             codes=codes,
