@@ -131,7 +131,7 @@ def test_refit_helps_and_unknown_methods_are_named(suite: sr.Suite) -> None:
 
 
 def test_a_matrix_without_cells_is_refused(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RecipeError, match="none given"):
+    with pytest.raises(RecipeError, match="no method is given"):
         suite.matrix(methods=[])
     lone = [suite.plan.leg("L0")]
     monkeypatch.setattr(sr.Suite, "legs", lone)

@@ -91,7 +91,7 @@ def matrix(
     if not cells:
         raise RecipeError(
             f'nothing to measure: no SAE has another layer to be carried to; add "identity" to the methods '
-            f"({', '.join(methods) or 'none given'}), which measures each SAE at its own layer"
+            f"({', '.join(methods)}), which measures each SAE at its own layer"
         )
     ordered = [cell for part in parts(cells, session.plan) for cell in part]
     measured: dict[Cell, EvaluationMetrics] = {}

@@ -193,7 +193,7 @@ class PublishedSuite:
         return counterparts
 
     def origin(self, leg: Leg) -> Origin:
-        """Where a leg's latents come from; a leg that continues another of its site has the origin of that leg.
+        """Where a leg's latents come from; a leg that continues another at its site has the origin of that leg.
 
         A hop that was trained from scratch, since no map helped, comes from scratch; a random dictionary, from nowhere.
         """

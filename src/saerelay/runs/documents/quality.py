@@ -172,7 +172,7 @@ class LegStanding(Record):
     """Where a leg's latents come from, and whether it counts as part of the suite."""
 
     origin: Origin
-    """Where its latents come from (`random`: it began as a random dictionary); a leg that continues another of its
+    """Where its latents come from (`random`: it began as a random dictionary); a leg that continues another at its
     site has the origin of that leg."""
     made: str
     """How it was made, in words, such as "affine + refit from L5"."""
