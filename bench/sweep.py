@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from saerelay.analysis.metrics import MetricSums
+from saerelay.analysis.sums import MetricSums
 from saerelay.data.corpus import prepare
 from saerelay.data.stream import LiveStream
 from saerelay.lm.model import LanguageModel

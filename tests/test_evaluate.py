@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from saerelay.analysis.logits import CleanStates
-from saerelay.analysis.metrics import density, measure
+from saerelay.analysis.metrics import measure
 from saerelay.analysis.progress import Done, ProgressDisplay
+from saerelay.analysis.sums import density
 from saerelay.errors import ModelError, RunDirectoryError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel

@@ -39,7 +39,7 @@ ORDER = {
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "alignment schedule latent_part state device engine cohort progress trackers saving team_stream "
     "run_state inherit train",
-    "analysis": "progress logits metrics site_maps session similarity summary evaluate matrix collecting features "
+    "analysis": "progress logits sums metrics site_maps session similarity summary evaluate matrix collecting features "
     "links lineage describe prompts attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "text labels tables figures report judge",
     "workflows": "placeless settle activations watching pilots survey launch keys timing hop rows tensors suites "

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from saerelay.analysis.metrics import MetricSums
+from saerelay.analysis.sums import MetricSums
 from saerelay.errors import DataError, LegFailed, RecipeError, TransferError
 from saerelay.planning.batches import batch_for
 from saerelay.planning.leg_spec import LegSpec
