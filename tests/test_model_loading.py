@@ -337,12 +337,13 @@ def test_encoder_decoders_and_foreign_code_are_refused(tmp_path: Path) -> None:
 
 def test_auto_takes_the_device_and_dtype_that_are_fast_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for device in ("cuda", "cuda:1", "mps"):
+    for device in ("cuda", "cuda:1"):
         with pytest.raises(ModelError, match=f'model.device "{device}" is not available: .* Use "auto" or "cpu"'):
             read_facts(ModelSpec(device=device))
-    with pytest.raises(ModelError, match='unknown model.device "gpu"; use "auto", "cpu", "cuda", "cuda:1" or "mps"'):
+    with pytest.raises(ModelError, match='unknown model.device "gpu"; use "auto", "cpu", "cuda" or "cuda:1"'):
         read_facts(ModelSpec(device="gpu"))
+    with pytest.raises(ModelError, match="float64, which MPS lacks"):
+        read_facts(ModelSpec(device="mps"))
     assert read_facts(ModelSpec()).device == "cpu"
     for amx, avx in ((True, False), (False, True), (False, False)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)

@@ -95,6 +95,7 @@ def test_keys_of_another_architecture_are_refused_and_k_is_the_l0_of_all() -> No
         ({"architecture": "relu", "n_latents": -3}, "n_latents: .* greater than 0"),
         ({"skip_connection": True}, "skip_connection belongs to transcoders"),
         ({"tokens": -1}, "tokens: .* greater than or equal to 0"),
+        ({"k": 4, "target_l0": 5}, "k and target_l0 mean the same, and differ; give one of them"),
         ({"seeds": 3}, "only a run can follow seeds; see sr.train_suite"),
     ):
         with pytest.raises(RecipeError, match=words):

@@ -219,6 +219,15 @@ def test_the_card_of_a_child_names_its_parent(run: Path, tmp_path: Path) -> None
     assert card.count("| layer\\_") == 1 and f"| {child.parent} | resid\\_post, layer 1 | - | from scratch |" in card
 
 
+def test_the_card_of_a_leg_that_no_map_helped_says_so(run: Path) -> None:
+    suite = share.load(run)
+    child = next(leg for leg in suite.one_per_site if leg.parent)
+    origin = Origin(model="demo", site=child.site, provenance={"hop": {"method": "scratch"}})
+    sae = model_card.ExportedSAE("layer", "topk", origin, leg=child, metrics={})
+    card = model_card.model_card([sae], "saerelay", plan=suite.plan)
+    assert f"| - | from scratch: no map from {child.parent} helped |" in card
+
+
 def test_the_card_of_a_hub_model_links_it(tmp_path: Path) -> None:
     origin = Origin(model="EleutherAI/pythia-70m", site=Site(3), dataset="user/text", l0=4.0)
     write_dictionary(tmp_path / "one", random_sae(0), origin, "saerelay")

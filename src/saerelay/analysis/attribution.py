@@ -68,7 +68,7 @@ def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int 
     """
     generator = np.random.default_rng(plan.recipe.train.seed)
     prompts: list[Prompt] = []
-    for tokens in batches(plan, generator.permutation(sequences), True):
+    for tokens in batches(plan, generator.permutation(sequences), model.device, holds_logits=True):
         keep = trained_on(plan, tokens.to(model.device), model.harvest(tokens, plan.with_probe([]))).cpu()
         best_two = model.logits(tokens)[:, :-1].topk(2).indices.cpu()
         first, second = best_two.unbind(dim=-1)

@@ -65,7 +65,7 @@ def encode_batches(
     on_device = {key: Placed.of(placed).on(model.device) for key, placed in dictionaries.items()}
     sites = plan.with_probe(placed.site for placed in on_device.values())
     first = 0
-    for tokens in track(list(batches(plan, sequences, False)), "reading batches"):
+    for tokens in track(list(batches(plan, sequences, model.device)), "reading batches"):
         tokens = tokens.to(model.device)
         activations = model.harvest(tokens, sites)
         spots = trained_on(plan, tokens, activations).flatten().nonzero()[:, 0]

@@ -90,7 +90,7 @@ def measure(
     if ce:
         measurement.try_ablations(sequences)
     holds_logits = ce and not model.head.in_parts
-    every_batch = list(batches(plan, sequences, holds_logits))
+    every_batch = list(batches(plan, sequences, model.device, holds_logits=holds_logits))
     n_steps = len(every_batch) * len(on_device)
     if ce:
         n_steps *= 2  # the layers above the site, then the head
@@ -184,10 +184,13 @@ def _results(jobs: Sequence[Callable[[], "Changed | None"]], model: LanguageMode
     return side_by_side(lambda job: job(), jobs, model.device)
 
 
-def batches(plan: Plan, sequences: np.ndarray, holds_logits: bool) -> Iterator[Tensor]:
-    """Yield sequences (N, context) in batches of token ids (B, context); `holds_logits`: so small that theirs fit."""
+def batches(plan: Plan, sequences: np.ndarray, device: torch.device, *, holds_logits: bool = False) -> Iterator[Tensor]:
+    """Yield sequences (N, context) in batches of token ids (B, context) for a model on a device.
+
+    With `holds_logits` they are so small that all logits of a batch fit.
+    """
     context = plan.recipe.data.context
-    times = ON_GPU if plan.facts.on_gpu else 1
+    times = 1 if device.type == "cpu" else ON_GPU
     per_batch = max(1, times * BATCH_TOKENS // context)
     if holds_logits:
         fitting = times * LOGIT_BYTES // (4 * context * plan.facts.tokens.vocab_size)

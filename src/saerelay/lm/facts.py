@@ -146,19 +146,20 @@ def _max_context(config: Any, model: Any) -> int:
 
 
 def resolve_device(asked: str) -> torch.device:
-    """The device of `model.device`; "auto" is a GPU or the CPU, while mps must be asked for."""
-    available = {
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
+    """The device of `model.device`; "auto" is a GPU if torch finds one, otherwise the CPU."""
+    available = {"cuda": torch.cuda.device_count(), "cpu": 1}
     if asked == "auto":
         return torch.device("cuda" if available["cuda"] else "cpu")
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise ModelError(f'unknown model.device "{asked}"; use "auto", "cpu", "cuda", "cuda:1" or "mps".') from None
+        raise ModelError(f'unknown model.device "{asked}"; use "auto", "cpu", "cuda" or "cuda:1".') from None
 
+    if device.type == "mps":
+        raise ModelError(
+            f'model.device "{asked}" is not supported: maps and refits are computed in float64, which MPS lacks. '
+            'Use "cpu"'
+        )
     n_devices = available.get(device.type, 0)
     if (device.index or 0) >= n_devices:
         raise ModelError(

@@ -51,7 +51,7 @@ class ModelSpec(Spec):
     dtype: Literal["auto", Precision] = Field(
         default="auto", description='"auto": bfloat16 where the hardware is fast at it, else float32'
     )
-    device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1"')
     trust_remote_code: bool = Field(default=False, description="run the Python code that comes with a hub model")
     gguf_file: str = Field(default="", description="GGUF file to read, if the repository or directory has several")
     adapter: str = Field(
@@ -311,7 +311,7 @@ class OptimizerSpec(Spec):
         default=0.02, ge=0, lt=1, description="share of the budget over which the learning rate rises"
     )
     sparsity_warmup: float = Field(
-        default=0.05, ge=0, lt=1, description="jumprelu, relu: share of the budget over which the penalty rises"
+        default=0.05, ge=0, lt=1, description="jumprelu, relu, gated: share of the budget over which the penalty rises"
     )
     decay: float = Field(
         default=0.3, ge=0, le=1, description="share of the budget over which the learning rate falls to 0"

@@ -309,9 +309,8 @@ def kept_rows(plan: Plan, site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]
     model, context = load_model(plan), plan.recipe.data.context
     with TemporaryDirectory(prefix="saerelay-") as place:
         corpus = tokenise(plan, RunDirectory(Path(place)), None)
-        for tokens in batches(
-            plan, corpus.train[: math.ceil(plan.recipe.plan.hop.moment_tokens / context)], holds_logits=False
-        ):
+        sequences = corpus.train[: math.ceil(plan.recipe.plan.hop.moment_tokens / context)]
+        for tokens in batches(plan, sequences, model.device):
             tokens = tokens.to(model.device)
             found = model.harvest(tokens, plan.with_probe([site]))
             keep = trained_on(plan, tokens, found)

@@ -243,12 +243,17 @@ def _lineage(saes: Sequence[ExportedSAE], plan: Plan) -> str:
     rows = []
     for leg in sorted(related.values(), key=lambda leg: (leg.site, leg.id)):
         parent = leg.parent if plan.has(leg.parent) else Path(leg.parent).name  # outside the plan: a directory
+        method = hops.get(leg.id, {}).get("method")
+        how = method_of(leg, method) or "from scratch"
+        if method == "scratch":
+            how = f"from scratch: no map from {parent} helped"
+            parent = ""
         rows.append(
             [
                 leg.id,
                 _reads(leg.site, leg.site_out),
                 parent or "-",
-                method_of(leg, hops.get(leg.id, {}).get("method")) or "from scratch",
+                how,
                 format_count(leg.moment_tokens) if leg.moment_tokens else "-",
                 format_count(leg.budget_tokens),
             ]

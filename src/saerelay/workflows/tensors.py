@@ -190,6 +190,8 @@ def _recipe(keys: dict[str, Any], caller: str, architecture: str = TopK.name) ->
         raise RecipeError(f"{caller}: only a run can follow {' and '.join(of_runs)}; see sr.train_suite")
     given = {"architecture": architecture, **sections.get("dictionary", {})}
     kind = type(DictionarySpec.parse({"architecture": given["architecture"]}, source=caller).activation)
+    if len({given[key] for key in L0_KEYS & given.keys()}) > 1:
+        raise RecipeError(f"{caller}: {' and '.join(sorted(L0_KEYS))} mean the same, and differ; give one of them")
     if kind.l0_key:
         for key in L0_KEYS & given.keys() - {kind.l0_key}:
             given.setdefault(kind.l0_key, given.pop(key))
