@@ -47,7 +47,7 @@ from report import machine
 from step import SHAPES, Shape, Synthetic, mid_training, speedups, time_steps
 from torch import Tensor
 
-from saerelay.planning.plan import Leg, Schedule
+from saerelay.planning.leg import Leg, Schedule
 from saerelay.planning.recipe import ModelSpec, Recipe, TrainSpec
 from saerelay.sae.initialise import initialise
 from saerelay.sae.kernels import Reading, dense_codes, products, reference, sparse_step

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saerelay.planning.plan import Leg, Schedule
+from saerelay.planning.leg import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import DictionarySpec

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from report import print_json
 
-from saerelay.planning.plan import Leg, Schedule
+from saerelay.planning.leg import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.spec import DictionarySpec
 from saerelay.site import Site

@@ -22,7 +22,8 @@ from saerelay.data.corpus import prepare
 from saerelay.data.stream import LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.tokens import load_tokenizer
-from saerelay.planning.plan import LM_BATCH_TOKENS, Leg, Schedule
+from saerelay.planning.leg import Leg, Schedule
+from saerelay.planning.plan import LM_BATCH_TOKENS
 from saerelay.planning.recipe import Recipe, TrainSpec
 from saerelay.sae.maps import map_between
 from saerelay.sae.moments import Moments

@@ -18,7 +18,8 @@ from saerelay.data.corpus import Corpus, CorpusFacts
 from saerelay.files import write_text
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts, TokenFacts
-from saerelay.planning.plan import Hop, Leg, Plan
+from saerelay.planning.leg import Hop, Leg
+from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.across_layers import Matrix, MatrixCell, MatrixQuestion

@@ -11,7 +11,7 @@ import saerelay as sr
 from saerelay.errors import TransferError
 from saerelay.interop import load_dictionary, write_dictionary
 from saerelay.interop.origin import Origin
-from saerelay.planning.plan import Leg, Schedule
+from saerelay.planning.leg import Leg, Schedule
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae import trials as trials_module
 from saerelay.sae.dictionary import Dictionary

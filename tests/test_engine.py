@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.planning.recipe import OptimizerSpec, TrainSpec
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.spec import DictionarySpec, SizedDictionarySpec

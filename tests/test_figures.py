@@ -15,8 +15,8 @@ from rich.console import Console
 
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg import Role
 from saerelay.planning.leg_spec import ControlKind
-from saerelay.planning.plan import Role
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.documents.across_layers import (
     Attribution,

@@ -28,7 +28,7 @@ from saerelay.analysis.judging import (
 from saerelay.analysis.session import Session
 from saerelay.analysis.suite import Suite, load
 from saerelay.errors import RecipeError, RunDirectoryError
-from saerelay.planning.plan import Control
+from saerelay.planning.leg import Control
 from saerelay.runs.documents.judging import JudgedItem, Scores
 from saerelay.runs.features import load_features
 from saerelay.site import Site

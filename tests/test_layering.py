@@ -32,7 +32,7 @@ ARROWS = {
 ORDER = {
     "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
-    "planning": "facts left_out leg_spec recipe toml plan cost ranks presets batches legs placing compile survey "
+    "planning": "facts left_out leg_spec recipe toml leg plan cost ranks presets batches legs placing compile survey "
     "curves choose",
     "lm": "source adapter split tokens identity graph trial probe readout head ports inputs facts model attach",
     "data": "text sources corpus cache remote_cache stream",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from saerelay.planning.plan import Leg, Schedule
+from saerelay.planning.leg import Leg, Schedule
 from saerelay.planning.recipe import Recipe, TrainSpec
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import initialise

@@ -20,8 +20,9 @@ from saerelay.planning.cost import (
     state_bytes,
 )
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg import External
 from saerelay.planning.legs import auto_lr, line_of
-from saerelay.planning.plan import External, Plan
+from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site, SiteKind
 from saerelay.views.tables.plan import plan_table

@@ -11,7 +11,8 @@ from test_figures import COST, leg
 from saerelay.analysis.progress import PlainCount, ProgressDisplay
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.plan import External, Plan
+from saerelay.planning.leg import External
+from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.documents.quality import ControlCost, Summary
 from saerelay.site import SiteKind

@@ -12,7 +12,7 @@ from transformers import GPTNeoXForCausalLM
 import saerelay as sr
 from saerelay.data.stream import TensorStream
 from saerelay.errors import DataError, FormatError, ModelError, RecipeError, RunDirectoryError, TransferError
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.training.engine import Trainee
 from saerelay.workflows import suites, tensors
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.spec import DictionarySpec
 from saerelay.sae.threads import alone, in_parallel

@@ -18,7 +18,8 @@ from saerelay.analysis.ablations import Halves, Method, answers, circuits_at, n_
 from saerelay.analysis.prompts import TASKS, Prompt, digest, task_prompts
 from saerelay.analysis.session import Session
 from saerelay.errors import ModelError, RecipeError
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.runs.documents.circuits import (
     Circuit,
     CircuitDifference,

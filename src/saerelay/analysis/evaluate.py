@@ -9,7 +9,7 @@ from saerelay.analysis.metrics import Placed, measure, wants_ce
 from saerelay.analysis.session import Session
 from saerelay.analysis.summary import summarise
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.documents.quality import Evaluation, EvaluationMetrics, EvaluationQuestion, Summary
 from saerelay.runs.suite import PublishedSuite
 from saerelay.team import Team

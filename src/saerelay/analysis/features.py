@@ -15,7 +15,7 @@ from saerelay.analysis.metrics import Placed
 from saerelay.analysis.session import Session
 from saerelay.analysis.site_maps import SitePair, map_of_legs, sites_between
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.documents.latents import FeatureQuestion
 from saerelay.runs.features import Features, load_facts
 from saerelay.runs.suite import PublishedSuite

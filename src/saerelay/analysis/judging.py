@@ -14,7 +14,7 @@ from pydantic import Field
 from scipy.stats import binomtest
 
 from saerelay.errors import RunDirectoryError
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.documents.judging import (
     Agreement,
     JudgedItem,

@@ -20,7 +20,7 @@ from saerelay.analysis.session import Session
 from saerelay.analysis.site_maps import SitePair, map_of_legs, sites_between
 from saerelay.errors import RunDirectoryError
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.latents import (
     STATUSES,

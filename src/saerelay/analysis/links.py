@@ -23,7 +23,7 @@ from torch import Tensor
 
 from saerelay.analysis.features import most_similar
 from saerelay.files import finite
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.documents.latents import STATUSES, LineageLink
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.kernels import Codes, add_at, split_codes

@@ -23,7 +23,8 @@ from saerelay.analysis.sums import AblationSums, MetricSums
 from saerelay.data.stream import OutlierCount, kept_positions
 from saerelay.errors import ModelError
 from saerelay.lm.model import Forward, LanguageModel
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.runs.documents.quality import EvaluationMetrics
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.threads import side_by_side

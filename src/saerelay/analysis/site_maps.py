@@ -16,7 +16,8 @@ import torch
 from saerelay.analysis.progress import Track, untracked
 from saerelay.data.stream import AbstractStream, LiveStream
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.sae.maps import AffineMap, crossed, identity, map_between
 from saerelay.sae.moments import Moments
 from saerelay.site import Site

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from saerelay.analysis.similarity import share_found_again
 from saerelay.data.corpus import Corpus
 from saerelay.planning.cost import Cost, plan_cost
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.planning.survey import Survey, SurveyCost
 from saerelay.runs.documents.quality import (
     ControlCost,

@@ -12,7 +12,7 @@ from saerelay.analysis.collecting import collect
 from saerelay.analysis.features import OFF_THE_STREAM, logit_effects
 from saerelay.analysis.session import Session
 from saerelay.analysis.similarity import TokenAssociations
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.features import Features, load_features
 from saerelay.sae.dictionary import Dictionary
 

@@ -26,7 +26,8 @@ from saerelay.data.cache import ActivationCache, sequence_ids
 from saerelay.errors import ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.left_out import LeftOut
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.site import Site
 from saerelay.spec import seed_from
 

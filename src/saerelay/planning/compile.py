@@ -7,10 +7,11 @@ from typing import Any
 from saerelay.errors import PlanError
 from saerelay.planning.batches import settled_batches
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg import COPY_RATE, External, Hop, Leg
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import Setting, line_of, settled_leg, sites_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
-from saerelay.planning.plan import COPY_RATE, External, Hop, Leg, Plan
+from saerelay.planning.plan import Plan
 from saerelay.planning.presets import Place, preset_legs, with_repeats
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import WITHOUT_MAP, LegMethod

@@ -6,7 +6,8 @@ from itertools import accumulate
 from typing import NamedTuple, get_args
 
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.sae.spec import Method, SizedDictionarySpec, takes_sparse_step
 from saerelay.spec import Spec
 

@@ -7,8 +7,8 @@ from typing import NoReturn
 
 from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg import COPY_RATE, Control, External, Goal, Hop, Leg, Role, Schedule
 from saerelay.planning.leg_spec import LegSpec, tokens_of
-from saerelay.planning.plan import COPY_RATE, Control, External, Goal, Hop, Leg, Role, Schedule
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import WITHOUT_MAP, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from saerelay.errors import PlanError
 from saerelay.planning.cost import peak_state_bytes, state_bytes
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg import Leg
 from saerelay.planning.leg_spec import LegSpec, tokens_of
 from saerelay.planning.legs import Setting, sites_of
-from saerelay.planning.plan import LM_BATCH_TOKENS, Leg
+from saerelay.planning.plan import LM_BATCH_TOKENS
 from saerelay.planning.recipe import Recipe
 
 MAX_BLOCK_TOKENS = 65_536

@@ -1,225 +1,27 @@
-"""The compiled, immutable plan: which leg is trained where, from which parent, when and for how long. Pure Python.
+"""The compiled, immutable plan: all legs of a run, and what they read together. Pure Python.
 
-All legs live on one axis, the cursor: the number of token positions read from the corpus so far. A leg's life on it:
-
-    start ── moment_tokens ──> fold_at ── budget_tokens ──> end
-            (the map from its parent      (gradient steps)
-             is fitted; then fold and
-             decoder refit, at once)
-
-A leg from scratch has no moments, nor has a plain copy; a leg that several layers share has those of its alignment.
-Starts lie on block borders. A child's moments end where its parent reaches the age at which the child forks off, so
-that both share the language model's forward passes.
+All legs live on one axis, the cursor: the number of token positions read from the corpus so far (see `leg`). Starts lie
+on block borders. A child's moments end where its parent reaches the age at which the child forks off, so that both
+share the language model's forward passes.
 """
 
 import math
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.leg_spec import ControlKind, LegId, repeat_name
+from saerelay.planning.leg import External, Leg, Schedule
+from saerelay.planning.leg_spec import repeat_name
 from saerelay.planning.recipe import Recipe
-from saerelay.sae.spec import LegMethod, SizedDictionarySpec
-from saerelay.site import ModuleKind, Site, SiteKind
-from saerelay.spec import Positive, Spec, Whole, few_of
-
-COPY_RATE = 1 / 8
-"""Learning rate of a plain copy, which has no map to set the rate by, as a share of the rate from scratch."""
+from saerelay.site import Site
+from saerelay.spec import few_of
 
 LM_BATCH_TOKENS = 4096
 """Tokens per forward pass of the language model on a CPU."""
-
-Role = Literal["root", "transfer", "control"]
-
-
-class External(Spec):
-    """A parent outside the plan, as its files describe it."""
-
-    layer: int
-    module: ModuleKind
-    module_out: ModuleKind | None = None
-    """The module it reconstructs, if it is a transcoder."""
-    architecture: str
-    n_latents: int
-    d_model: int
-    k: int | None
-    skip_connection: bool = False
-    l0: float | None = None
-    """Mean number of active latents, if its files say."""
-    model: str = ""
-    """The language model, if its files say."""
-    carried: bool = False
-    """Whether a map brought it to its site from another language model, and it was not trained since."""
-    path: str
-    """Absolute path of the directory that it is read from when the run needs it."""
-
-    @property
-    def site(self) -> Site:
-        """The site it reads."""
-        return Site(self.layer, self.module)
-
-    @property
-    def site_out(self) -> Site:
-        """The site it reconstructs."""
-        return self.site.at(self.module_out)
-
-
-class Hop(Spec):
-    """How a leg begins from its parent."""
-
-    parent: str
-    """Id of a leg of this plan, or the recipe's name for a dictionary outside it."""
-    method: LegMethod
-    """With "auto", several methods are tried when the hop is due, and the best on held-out rows is taken."""
-    fork_at_tokens: Whole = 0
-    """The parent's age (in its own budget) at the fold; meaningless for a parent outside this plan."""
-    moment_tokens: Whole = 0
-    """Tokens on which the map is fitted."""
-    refit_tokens: Whole = 0
-    """Tokens on which the decoder is refitted: of the last block of the moments, or, without moments, of the leg's
-    first block."""
-
-
-class Schedule(Spec):
-    """How long a leg is trained, on what, and how fast."""
-
-    budget_tokens: Whole
-    """Tokens trained on, counting repetitions."""
-    batch_tokens: Positive
-    lr: float
-    """Largest learning rate. With `lr_by_map` it is multiplied by `maps.rate_share` of the hop's map and the plan's
-    `newness`; for a copy onto its parent's own site, by a factor for whether there is something to learn."""
-    dead_after_tokens: Positive
-    """Tokens without firing after which a latent is dead."""
-    reuse: Positive = 1
-    """How many times the leg trains on each of its blocks. The leg's age counts repetitions, so it grows this many
-    times as fast as the cursor."""
-    lr_by_map: bool = False
-    snapshots: list[Whole] = []
-    """Ages at which the leg is published, besides its end."""
-
-
-class Control(Spec):
-    """Which leg a control is compared with, and how."""
-
-    control_of: str
-    control_kind: ControlKind
-
-
-class Goal(Spec):
-    """The FVU expected of a leg, in training units, on held-out rows of the validation split."""
-
-    goal_fvu: float | None = None
-    """FVU at which the leg may end early."""
-    decay_gain: float = 0.9
-    """FVU after the learning rate's decay over FVU before it, as far as it is known."""
-    predicted_fvu: float | None = None
-    """FVU that a survey predicts; for information only."""
-
-
-class Leg(Spec):
-    """The training of one SAE."""
-
-    inline = ("hop", "schedule", "control", "goal")
-
-    id: LegId
-    role: Role
-    """A leg that continues another leg keeps that leg's role, although it has a parent."""
-    layer: int
-    module: ModuleKind
-    module_out: ModuleKind | None = Field(default=None, exclude_if=lambda given: given is None)
-    """The module it reconstructs, if it is a transcoder."""
-    dictionary: SizedDictionarySpec
-    seed: int
-    schedule: Schedule
-    start: Whole = 0
-    hop: Hop | None = None
-    """None for a leg from scratch."""
-    shared_layers: list[int] = Field(default=[], exclude_if=lambda given: not given)
-    """Other layers whose activations, aligned with those of its own layer, it is trained on as well."""
-    alignment_tokens: Whole = Field(default=0, exclude_if=lambda given: not given)
-    """Tokens on which these layers are aligned; 0 if there are no such layers."""
-    control: Control | None = None
-    goal: Goal = Goal()
-
-    @property
-    def site(self) -> Site:
-        """The site it reads."""
-        return Site(self.layer, self.module)
-
-    @property
-    def site_out(self) -> Site:
-        """The site it reconstructs: the one it reads, unless it is a transcoder."""
-        return self.out_at(self.site)
-
-    @property
-    def kind(self) -> SiteKind:
-        """The modules it reads and reconstructs, whatever the layer."""
-        return SiteKind(self.module, self.module_out)
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it reconstructs another module than it reads."""
-        return self.module_out is not None
-
-    def out_at(self, site: Site) -> Site:
-        """Return the site that its dictionary would reconstruct if it read `site`."""
-        return site.at(self.module_out)
-
-    @property
-    def parent(self) -> str:
-        """The leg or dictionary it is transferred from; "" for a leg from scratch."""
-        return self.hop.parent if self.hop else ""
-
-    @property
-    def method(self) -> LegMethod | None:
-        """The method of its transfer; None for a leg from scratch."""
-        return self.hop.method if self.hop else None
-
-    @property
-    def moment_tokens(self) -> int:
-        """Tokens on which the map from its parent, or the maps of its shared layers, are fitted; 0 without maps."""
-        return self.hop.moment_tokens if self.hop else self.alignment_tokens
-
-    @property
-    def shared_sites(self) -> list[Site]:
-        """The sites it reads besides its own, if several layers share it."""
-        return [Site(layer, self.module) for layer in self.shared_layers]
-
-    @property
-    def refit_tokens(self) -> int:
-        """Tokens on which its decoder is refitted before training; 0 if it is not refitted."""
-        return self.hop.refit_tokens if self.hop else 0
-
-    @property
-    def budget_tokens(self) -> int:
-        """Tokens trained on, counting repetitions."""
-        return self.schedule.budget_tokens
-
-    @property
-    def fold_at(self) -> int:
-        """Cursor at which its training begins: age 0."""
-        return self.start + self.moment_tokens
-
-    @property
-    def end(self) -> int:
-        """Cursor at which it ends; an untrained leg lasts for one batch."""
-        positions = math.ceil(self.budget_tokens / self.schedule.reuse)
-        return self.fold_at + max(positions, self.schedule.batch_tokens)
-
-    @property
-    def control_of(self) -> str:
-        """The leg that this leg is a control of; "" if it is not a control."""
-        return self.control.control_of if self.control else ""
-
-    @property
-    def control_kind(self) -> ControlKind | None:
-        """The kind of control; None if this leg is not a control."""
-        return self.control.control_kind if self.control else None
 
 
 class Plan(Document):

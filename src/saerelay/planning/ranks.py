@@ -10,7 +10,8 @@ from itertools import accumulate
 from saerelay.errors import PlanError
 from saerelay.planning.cost import model_bytes, peak_state_bytes, step_flops
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.site import Site
 from saerelay.spec import Spec

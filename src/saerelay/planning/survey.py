@@ -12,9 +12,10 @@ from saerelay.document import Document
 from saerelay.planning.batches import batch_for, usual_batch
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts
+from saerelay.planning.leg import Leg
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.placing import choose_block
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.plan import Plan
 from saerelay.planning.presets import hub_of
 from saerelay.planning.recipe import AutoSpec, Recipe
 from saerelay.site import Site

@@ -15,7 +15,8 @@ import filelock
 
 from saerelay.errors import RunDirectoryError
 from saerelay.files import odd_file, reason
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from saerelay.errors import RunDirectoryError
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import read_dictionary, read_info
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import AFRESH, Origin

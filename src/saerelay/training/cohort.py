@@ -18,7 +18,7 @@ from saerelay.training.engine import Trainee
 class Cohort:
     """Trainees stepping in lockstep on one stream's batches.
 
-    >>> from saerelay.planning.plan import Leg, Schedule
+    >>> from saerelay.planning.leg import Leg, Schedule
     >>> from saerelay.planning.recipe import TrainSpec
     >>> from saerelay.sae.spec import DictionarySpec
     >>> from saerelay.training.state import first_state

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.architectures.architecture import with_common_threshold
 from saerelay.sae.dictionary import Dictionary

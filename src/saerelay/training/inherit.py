@@ -7,7 +7,8 @@ from typing import NamedTuple, cast
 import torch
 
 from saerelay.data.stream import Block
-from saerelay.planning.plan import COPY_RATE, Leg, Plan
+from saerelay.planning.leg import COPY_RATE, Leg
+from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import read_dictionary
 from saerelay.runs.directory import RunDirectory
 from saerelay.sae.dictionary import Dictionary

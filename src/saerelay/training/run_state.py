@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saerelay.data.stream import Block
 from saerelay.errors import RunDirectoryError
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.planning.ranks import owners
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import HopFacts

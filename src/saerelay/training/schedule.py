@@ -2,7 +2,7 @@
 
 import math
 
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.planning.recipe import OptimizerSpec
 
 FIRST_CHECK = 0.25

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.planning.recipe import TrainSpec
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.initialise import initialise

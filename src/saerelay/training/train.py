@@ -16,7 +16,8 @@ from torch import Tensor
 
 from saerelay.data.stream import AbstractStream, Block
 from saerelay.errors import Interrupted, LegFailed, TransferError
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import HopFacts, PhaseSeconds, ReadPositions, RunCost

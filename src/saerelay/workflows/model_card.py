@@ -9,8 +9,9 @@ from typing import Any
 from saerelay.interop.names import hub_id, public_adapter
 from saerelay.interop.origin import Origin
 from saerelay.lm.source import pinned
+from saerelay.planning.leg import Leg
 from saerelay.planning.legs import line_of
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
 from saerelay.runs.suite import method_of

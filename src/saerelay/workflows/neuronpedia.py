@@ -9,7 +9,7 @@ from saerelay.files import write_text
 from saerelay.interop import neuronpedia
 from saerelay.interop.names import hub_id, public_name
 from saerelay.interop.neuronpedia import Explained, Release, Source, SourceSet, Upload
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.documents.interpretation import Interpretation, InterpretedLatent
 from saerelay.runs.features import Features, load_features
 from saerelay.runs.suite import PublishedSuite

@@ -12,7 +12,8 @@ from torch import Tensor
 from saerelay.analysis.suite import Suite, load
 from saerelay.data.stream import LiveStream, gather_rows
 from saerelay.planning.cost import forward_flops, moments_flops, plan_cost, refit_flops
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.survey import LONG, LongPilots, Survey, SurveyCost, SurveyedHop, SurveyedLayer, before_decay
 from saerelay.runs.dictionaries import read_dictionary

@@ -23,7 +23,8 @@ from saerelay.lm.source import pinned
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.plan import External, Plan
+from saerelay.planning.leg import External
+from saerelay.planning.plan import Plan
 from saerelay.planning.presets import Place
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml

@@ -31,7 +31,8 @@ from saerelay.interop import (
 from saerelay.interop.names import hub_id, looks_like_hub_id, public_adapter, public_name
 from saerelay.interop.origin import Origin
 from saerelay.lm.ports import module_paths
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.sae.dictionary import Dictionary

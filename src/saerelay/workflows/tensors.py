@@ -12,9 +12,9 @@ from torch import Tensor
 from saerelay.analysis.sums import MetricSums
 from saerelay.errors import DataError, LegFailed, RecipeError, TransferError
 from saerelay.planning.batches import batch_for
+from saerelay.planning.leg import Leg, Schedule
 from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.legs import auto_dead_after, auto_lr
-from saerelay.planning.plan import Leg, Schedule
 from saerelay.planning.recipe import HopSpec, Recipe
 from saerelay.runs.documents.quality import EvaluationMetrics
 from saerelay.sae.architectures import ARCHITECTURES, TopK

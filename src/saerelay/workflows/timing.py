@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from saerelay.lm.model import LanguageModel
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.planning.ranks import Speeds
 from saerelay.training.device import STEPS_BEFORE_RECORDING
 from saerelay.training.engine import Trainee

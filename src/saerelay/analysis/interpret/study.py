@@ -35,7 +35,7 @@ from saerelay.analysis.interpret.questions import (
 from saerelay.analysis.lineage import check_latent
 from saerelay.analysis.session import Session
 from saerelay.errors import Interrupted
-from saerelay.planning.plan import Leg
+from saerelay.planning.leg import Leg
 from saerelay.runs.documents.interpretation import (
     AnswerCost,
     AskedModel,

@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 from saerelay.document import Document, Measured, Record
+from saerelay.planning.leg import Role
 from saerelay.planning.leg_spec import ControlKind
-from saerelay.planning.plan import Role
 
 
 class CircuitQuestion(Record):

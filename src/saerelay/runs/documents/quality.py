@@ -5,8 +5,8 @@ from typing import ClassVar, Literal, Self
 
 from saerelay.document import Document, Measured, Record
 from saerelay.planning.left_out import LeftOut
+from saerelay.planning.leg import Role
 from saerelay.planning.leg_spec import ControlKind
-from saerelay.planning.plan import Role
 from saerelay.planning.survey import SurveyCost
 from saerelay.site import SiteKind
 

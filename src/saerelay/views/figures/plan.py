@@ -3,7 +3,8 @@
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.spec import format_count
 from saerelay.views.figures.page import COLOURS, KINDS, Theme, dress, layer_ticks, legend, page, side_by_side
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from saerelay.planning.leg import Leg
 from saerelay.planning.leg_spec import ControlKind
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.plan import Plan
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.suite import method_of
 from saerelay.spec import format_count

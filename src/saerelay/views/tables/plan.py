@@ -7,7 +7,8 @@ from rich.text import Text
 
 from saerelay.planning.choose import Choice
 from saerelay.planning.cost import Cost
-from saerelay.planning.plan import Leg, Plan
+from saerelay.planning.leg import Leg
+from saerelay.planning.plan import Plan
 from saerelay.planning.ranks import Spread
 from saerelay.planning.survey import Survey, SurveyedHop
 from saerelay.runs.suite import method_of
