@@ -58,7 +58,7 @@ def dense_codes(suite: sr.Suite, leg: str) -> Tensor:
     """(kept positions of the test split, F)."""
     plan, model, site = suite.plan, load_model(suite.plan), suite.leg(leg).site
     parts = []
-    for tokens in batches(plan, Corpus.open(suite.directory.tokens).test[:63], False):
+    for tokens in batches(plan, Corpus.open(suite.directory.tokens).test[:63], torch.device("cpu")):
         assert plan.probe_site
         x = {s: a.flatten(0, 1) for s, a in model.harvest(tokens, [site, plan.probe_site]).items()}
         parts.append(suite[leg].encode(x[site][kept_positions(plan, tokens, x)]))
