@@ -73,6 +73,13 @@ class Results:
         """Seeds whose legs from scratch are there."""
         return sorted({seed for _, seed, *_ in self.scratch})
 
+    @property
+    def whole_seeds(self) -> set[int]:
+        """Seeds whose hops were measured in all parts, and so at every layer."""
+        parts = {hop.part for hop in self.hops}
+        measured = {(hop.part, hop.seed) for hop in self.hops}
+        return {seed for seed in self.seeds if all((part, seed) in measured for part in parts)}
+
     def where(self, keep: Callable[[int, int], bool]) -> "Results":
         """The hops and legs from scratch whose part and seed are kept."""
         hops = [hop for hop in self.hops if keep(hop.part, hop.seed)]
@@ -252,13 +259,14 @@ def budget_table(results: Results) -> str:
 
 
 def layer_table(results: Results) -> str:
-    """ΔCE over that of the full budget from scratch, layer by layer, from the better neighbour."""
+    """ΔCE over that of the full budget from scratch, layer by layer, from the better neighbour; means over seeds."""
     layers = sorted({hop.target for hop in results.hops})
     rows = []
     for tokens in (0, max(hop.tokens for hop in results.hops if hop.part > 0)):
-        best = {hop.target: results.ratio(hop) for hop in better_neighbours(results, usual_hops(results, tokens))}
+        better = better_neighbours(results, usual_hops(results, tokens))
+        means = [geometric_mean(results.ratio(hop) for hop in better if hop.target == layer) for layer in layers]
         name = f"+ {format_count(tokens)}" if tokens else "no training"
-        rows.append([name, *(f"{best[layer]:.2f}" for layer in layers)])
+        rows.append([name, *(f"{mean:.2f}" for mean in means)])
     return table(["layer", *map(str, layers)], rows)
 
 
@@ -348,7 +356,7 @@ def report(parts: Sequence[Path], docs: Path) -> None:
     """Write the numbers and the tables."""
     results = read(parts)
     first_part = results.where(lambda part, _: part == 0)
-    first_seed = results.where(lambda _, seed: seed == 0)
+    every_layer = results.where(lambda _, seed: seed in results.whole_seeds)
     numbers = {
         "full": results.full,
         "equal": results.equal,
@@ -367,7 +375,7 @@ def report(parts: Sequence[Path], docs: Path) -> None:
         ],
         "random": results.random,
         "budgets": budget_rows(first_part),
-        "budgets_all_layers": budget_rows(first_seed),
+        "budgets_all_layers": budget_rows(every_layer),
         "choice_over_best": choice_regret(results),
         "suites": suite_rows(results),
         "rank_correlations": correlations(results),
@@ -378,8 +386,8 @@ def report(parts: Sequence[Path], docs: Path) -> None:
     tables = {
         "real-zero-shot": zero_shot_table(results),
         "real-budgets": budget_table(first_part),
-        "real-budgets-all": budget_table(first_seed),
-        "real-layers": layer_table(first_seed),
+        "real-budgets-all": budget_table(every_layer),
+        "real-layers": layer_table(every_layer),
         "real-suites": suite_table(results),
         "real-correlations": correlation_table(results),
     }
