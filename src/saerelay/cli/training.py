@@ -80,18 +80,18 @@ def plan(
     suite = compiled.without_controls()
     from_scratch = compiled.all_from_scratch()
     cost = plan_cost(compiled)
-    plans = [compiled, suite, from_scratch]
-    speeds, seconds = timed_plans(plans) if timing else ([], [])
-    shares = spread(compiled, ranks, speeds[0] if speeds else None)
+    speeds = seconds = totals = None
+    if timing:
+        all_speeds, (seconds, of_suite, of_scratch) = timed_plans([compiled, suite, from_scratch])
+        speeds = all_speeds[0]
+        totals = (of_suite["total"], of_scratch["total"])
+    shares = spread(compiled, ranks, speeds)
     if as_json:
-        prices = (cost, plan_cost(from_scratch))
-        print_json(plan_data(compiled, *prices, seconds[0] if seconds else None, shares))
+        print_json(plan_data(compiled, cost, plan_cost(from_scratch), seconds, shares))
         return
 
-    totals = (seconds[1]["total"], seconds[2]["total"]) if seconds else None
     prices = plan_prices(plan_cost(suite), plan_cost(from_scratch), totals)
-    facts = plan_facts(compiled, cost, seconds[0] if seconds else None)
-    print_all([plan_table(compiled), "", facts])
+    print_all([plan_table(compiled), "", plan_facts(compiled, cost, seconds)])
     print_savings(compiled, prices, shares)
 
 

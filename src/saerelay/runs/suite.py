@@ -183,13 +183,14 @@ class PublishedSuite:
         place = (leg.site, leg.kind, leg.dictionary.l0)
         continuations = self._continuations
         for other in self.legs:
+            is_continued = other.id in continuations
             one_repeats = self.plan.repeat_of(other) or self.plan.repeat_of(leg)
-            if other.id in continuations or (one_repeats and other.seed != leg.seed):
+            if is_continued or (one_repeats and other.seed != leg.seed):
                 continue
-            is_root = other.role == "root" and not other.shared_layers
-            is_root = is_root and (other.site, other.kind, other.dictionary.l0) == place
             is_control = other.control_kind in ("equal_tokens", "full") and self.compared_with(other) == leg.id
-            if is_control or is_root:
+            is_root = other.role == "root" and not other.shared_layers
+            is_at_its_place = (other.site, other.kind, other.dictionary.l0) == place
+            if is_control or (is_root and is_at_its_place):
                 counterparts.append(other)
         return counterparts
 
