@@ -480,6 +480,13 @@ def test_a_control_from_which_a_leg_begins_belongs_to_the_suite(facts: ModelFact
     assert [leg.id for leg in plan.all_from_scratch().legs] == ["L1", "L0", "L2", "L3"]
 
 
+@pytest.mark.parametrize("key", ["goal_fvu", "predicted_fvu"])
+def test_a_leg_with_either_kind_of_goal_is_measured_on_held_out_rows(facts: ModelFacts, key: str) -> None:
+    leg = {"id": "L0", "layer": 0, "tokens": 1024}
+    assert compiled(facts, plan={"legs": [leg | {key: 0.1}]}).has_goals
+    assert not compiled(facts, plan={"legs": [leg]}).has_goals
+
+
 def test_all_from_scratch_is_the_scratch_preset(facts: ModelFacts) -> None:
     hub = compiled(facts, plan={"preset": "hub", "controls": [1]})
     assert plan_cost(hub.all_from_scratch()) == plan_cost(compiled(facts, plan={"preset": "scratch"}))

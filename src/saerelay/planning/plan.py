@@ -154,6 +154,11 @@ class Plan(Document):
         return line
 
     @property
+    def has_goals(self) -> bool:
+        """Whether some leg has an FVU to reach, or one that was predicted, and is measured on held-out rows."""
+        return any(leg.goal.goal_fvu or leg.goal.predicted_fvu for leg in self.legs)
+
+    @property
     def own_legs(self) -> list[Leg]:
         """The legs that are neither controls nor repeats with other seeds."""
         return [leg for leg in self.legs if not leg.control and not self.repeat_of(leg)]

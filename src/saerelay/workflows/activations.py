@@ -14,6 +14,7 @@ from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
 from saerelay.files import remove_replaced, replace_directory, restore_replaced
 from saerelay.lm.model import LanguageModel, load_model
+from saerelay.lm.source import pinned
 from saerelay.lm.split import check_whole
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
@@ -46,8 +47,7 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
         if corpus.train.size * times >= plan.n_tokens:
             return corpus
         older = corpus if has_begun else None
-    model = plan.recipe.model.changed(revision=plan.facts.revision)
-    tokenizer = None if data.tokens else load_tokenizer(model)
+    tokenizer = None if data.tokens else load_tokenizer(pinned(plan.recipe.model, plan.facts))
     fresh = paths.tokens.with_name("tokens.new")
     shutil.rmtree(fresh, ignore_errors=True)
     with console.status("reading the corpus") if console else nullcontext() as status:
@@ -151,9 +151,7 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, team: T
 
 def _needs_model(plan: Plan, stream: LiveStream) -> bool:
     """Whether the language model has to run: for activations that are not in the cache, or to measure goals."""
-    if any(leg.goal.predicted_fvu for leg in plan.legs):
-        return True
-    return stream.cache is None or stream.uncached_bytes() > 0
+    return plan.has_goals or stream.cache is None or stream.uncached_bytes() > 0
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:

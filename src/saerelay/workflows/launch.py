@@ -78,7 +78,7 @@ def train_run(
             fresh = not paths.root.exists()
             check_directory(paths, resume=goes_on)
             held.enter_context(sole_writer(paths.root))
-            with _nothing_left_on_error(paths.root, fresh):
+            with _nothing_left_on_error(paths, fresh):
                 start = _begun(recipe, paths, extend=extend, console=console)
             return start.plan
 
@@ -140,7 +140,7 @@ def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -
         stream = start.stream
     else:
         stream = joined_stream(plan, corpus, start.stream if start else None, team)
-    if not any(leg.goal.goal_fvu or leg.goal.predicted_fvu for leg in plan.legs):
+    if not plan.has_goals:
         return stream, None
     return stream, open_validation(plan, stream, corpus)
 
@@ -182,12 +182,11 @@ def _settled_plan(recipe: Recipe, paths: RunDirectory, *, extend: bool, console:
 
 
 @contextmanager
-def _nothing_left_on_error(root: Path, fresh: bool) -> Iterator[None]:
+def _nothing_left_on_error(paths: RunDirectory, fresh: bool) -> Iterator[None]:
     """Remove a new run's directory if preparing the run fails, unless it holds a survey."""
     try:
         yield
     except (SaeRelayError, OSError, MemoryError, KeyboardInterrupt):
-        surveyed = (root / "survey").exists() or (root / "survey.json").exists()
-        if fresh and not surveyed:
-            shutil.rmtree(root, ignore_errors=True)
+        if fresh and not paths.is_surveyed:
+            shutil.rmtree(paths.root, ignore_errors=True)
         raise
