@@ -115,9 +115,11 @@ class Measurement:
         self.outliers = OutlierCount(plan)
 
     def try_ablations(self, sequences: np.ndarray) -> None:
-        """Find the sites without which all positions of the sequences (N, context) are alike."""
+        """Find the sites without which all positions are alike, on the first of the sequences (N, context)."""
+        n = math.ceil(TRIAL_TOKENS / sequences.shape[1])
+        clean = self.model.forward(torch.from_numpy(sequences[:n].astype(np.int64)), self.sites)
         for site in self.sites:
-            self.ablations[site].same_row = row_without(self.model, site, sequences)
+            self.ablations[site].same_row = row_without(self.model, clean, site)
 
     def add(self, tokens: Tensor, done: Done) -> None:
         """Add a batch of token ids (B, context); `done` is called for each dictionary, with `ce` twice."""
@@ -129,7 +131,6 @@ class Measurement:
         keep = kept_positions(self.plan, tokens, flat)
         self.outliers.add(tokens, keep.view_as(tokens))
         losses = Losses(model, forward, keep.view_as(tokens), done) if forward else None
-        at_once = losses.at_once if losses else len(self.placed)
 
         def add_dictionary(batch: SiteBatch, key: str) -> Changed | None:
             changed = batch.add_dictionary(self.sums[key], self.placed[key])
@@ -143,14 +144,9 @@ class Measurement:
                 batch = SiteBatch(site, activations[site], keep, rows, states_with)
                 jobs: list[Callable[[], Changed | None]] = [partial(add_dictionary, batch, key) for key in keys]
                 if losses:
-                    jobs.insert(0, partial(batch.add_ablation, self.ablations[site]))
-                for start in range(0, len(jobs), at_once):
-                    together = jobs[start : start + at_once]
-                    if losses:
-                        losses.make_room(len(together))
-                    changed = _results(together, model)
-                    if losses:
-                        losses.waiting += [one for one in changed if one is not None]
+                    losses.run([partial(batch.add_ablation, self.ablations[site]), *jobs])
+                else:
+                    _results(jobs, model)
         if losses:
             losses.add()
 
@@ -164,15 +160,11 @@ class Measurement:
         return found
 
 
-def row_without(model: LanguageModel, site: Site, sequences: np.ndarray) -> Tensor | None:
+def row_without(model: LanguageModel, clean: Forward, site: Site) -> Tensor | None:
     """Return the logits (V) common to all positions if a site is zeroed; None if positions then still differ.
 
-    Without the residual stream, the layers above see the same input at every position of every sequence. Whether this
-    is so is tried on the first of the sequences (N, context).
+    Without the residual stream, the layers above see the same input at every position of every sequence.
     """
-    n = math.ceil(TRIAL_TOKENS / sequences.shape[1])
-    tokens = torch.from_numpy(sequences[:n].astype(np.int64))
-    clean = model.forward(tokens, [site])
     with model.resuming(clean, site) as states_with:
         states = states_with(torch.zeros_like(clean.activations[site]))
     return one_row(model.head, states) if same_everywhere(states) else None
@@ -234,16 +226,20 @@ class Losses:
 
     def __init__(self, model: LanguageModel, forward: Forward, keep: Tensor, done: Done) -> None:
         """`keep`: bool (B, C); `done` is called for each dictionary whose losses are added."""
+        self.model = model
         self.clean = CleanStates(model.head, forward.states, forward.tokens, keep)
         self.at_once = max(1, STATES_BYTES // forward.states.nbytes)
         """Most states that wait."""
         self.waiting: list[Changed] = []
         self.done = done
 
-    def make_room(self, n: int) -> None:
-        """Compare the states that wait unless n more have room."""
-        if len(self.waiting) + n > self.at_once:
-            self.add()
+    def run(self, jobs: Sequence[Callable[[], Changed | None]]) -> None:
+        """Run jobs that give changed states; those that wait are compared when more would not have room."""
+        for start in range(0, len(jobs), self.at_once):
+            together = jobs[start : start + self.at_once]
+            if len(self.waiting) + len(together) > self.at_once:
+                self.add()
+            self.waiting += [changed for changed in _results(together, self.model) if changed is not None]
 
     def add(self) -> None:
         """Compare all states that wait, and add their losses to their sums."""

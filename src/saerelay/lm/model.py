@@ -351,7 +351,7 @@ class LanguageModel:
         This is tried on the first sequence. If the model does not give the same bits twice anyway (because of some
         operations on a GPU), whether it comes as close as a second run does.
         """
-        few = self.forward(clean.tokens[:1], [site])
+        few = clean if len(clean.tokens) == 1 else self.forward(clean.tokens[:1], [site])
         stream = few.activations[_stream_at(site)]
         try:
             with self._skipping(few, n_skipped, stream.clone):
