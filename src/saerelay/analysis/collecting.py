@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saerelay.analysis.metrics import Placed, batches
-from saerelay.analysis.progress import Track, untracked
+from saerelay.analysis.progress import HIDDEN, Track
 from saerelay.data.stream import trained_on
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
@@ -59,7 +59,7 @@ def encode_batches(
     sequences: np.ndarray,
     dictionaries: Mapping[str, Placed | tuple[Site, Dictionary]],
     *,
-    track: Track = untracked,
+    track: Track = HIDDEN.track,
 ) -> Iterator[CodedBatch]:
     """Encode held-out sequences (N, context) with all dictionaries, batch by batch, with one forward pass per batch."""
     on_device = {key: Placed.of(placed).on(model.device) for key, placed in dictionaries.items()}
@@ -90,7 +90,7 @@ def collect(
     *,
     examples: int = EXAMPLES,
     window: tuple[int, int] = WINDOW,
-    track: Track = untracked,
+    track: Track = HIDDEN.track,
 ) -> dict[str, Features]:
     """Collect examples, counts and histograms of dictionaries' latents, by key, on held-out sequences (N, context).
 

@@ -19,11 +19,6 @@ class Track(Protocol):
     def __call__(self, items: Sequence[T], label: str, /) -> Iterable[T]: ...
 
 
-def untracked(items: Sequence[T], label: str) -> Iterable[T]:
-    """Return the items without showing progress."""
-    return items
-
-
 Done = Callable[[], object]
 """Called after each step of some work."""
 

@@ -13,7 +13,7 @@ from typing import final
 import numpy as np
 import torch
 
-from saerelay.analysis.progress import Track, untracked
+from saerelay.analysis.progress import HIDDEN, Track
 from saerelay.data.stream import AbstractStream, LiveStream
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.leg import Leg
@@ -74,7 +74,7 @@ class SiteMaps:
     and kept; else each request gathers the moments of a few sites at a time.
     """
 
-    def __init__(self, plan: Plan, stream: AbstractStream, tokens: int, track: Track = untracked) -> None:
+    def __init__(self, plan: Plan, stream: AbstractStream, tokens: int, track: Track = HIDDEN.track) -> None:
         self.plan = plan
         self.stream = stream
         self.tokens = tokens
@@ -82,7 +82,7 @@ class SiteMaps:
         self.everything: JointMoments | None = None
 
     @classmethod
-    def of(cls, plan: Plan, model: LanguageModel, train: np.ndarray, track: Track = untracked) -> "SiteMaps":
+    def of(cls, plan: Plan, model: LanguageModel, train: np.ndarray, track: Track = HIDDEN.track) -> "SiteMaps":
         """Make the maps of a run, from its training sequences (N, context)."""
         return cls(plan, LiveStream(model, train, plan), enough_tokens(plan, train.size), track)
 
@@ -121,7 +121,7 @@ class SiteMaps:
 
 
 def gather(
-    plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: int, *, track: Track = untracked
+    plan: Plan, stream: AbstractStream, sites: Iterable[Site], tokens: int, *, track: Track = HIDDEN.track
 ) -> JointMoments:
     """Gather the joint moments of all sites on at least `tokens` positions, in whole blocks, from a stream's start."""
     sites = sorted(sites)

@@ -37,8 +37,18 @@ class RunDirectory:
 
     @property
     def survey(self) -> Path:
-        """The measurements of the survey behind preset = "auto"; its own run is in `survey/` while it lasts."""
+        """The measurements of the survey behind preset = "auto"."""
         return self.root / "survey.json"
+
+    @property
+    def survey_run(self) -> Path:
+        """The survey's own run, while it lasts."""
+        return self.root / "survey"
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether a survey was begun."""
+        return self.survey.exists() or self.survey_run.exists()
 
     @property
     def metrics(self) -> Path:

@@ -119,8 +119,7 @@ def _token_ids(given: np.ndarray | Tensor) -> np.ndarray:
 
 def _write_ids(ids: np.ndarray, path: Path, paths: RunDirectory) -> None:
     """Write token ids to a file; DataError if a run was begun with others."""
-    is_begun = paths.plan.is_file() or paths.survey.is_file() or (paths.root / "survey").exists()
-    if is_begun and path.is_file():
+    if (paths.plan.is_file() or paths.is_surveyed) and path.is_file():
         if not np.array_equal(np.load(path, mmap_mode="r"), ids):
             raise DataError(f"train_suite: the run in {paths.root} was begun with other token ids; choose another out")
         return

@@ -42,7 +42,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
         )
     facts = read_facts(recipe.model)
     memory = memory_allowed(recipe, facts)
-    inner = RunDirectory(paths.root / "survey")
+    inner = RunDirectory(paths.survey_run)
     plan = survey_plan(recipe, facts, memory)
     survey = Survey.load_if_any(paths.survey)
     # A survey can be used for any budget and any ratio.

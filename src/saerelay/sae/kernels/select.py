@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saerelay.sae.dictionary import widened
 from saerelay.sae.kernels.codes import Codes
 from saerelay.sae.threads import in_parallel
 
@@ -28,7 +29,7 @@ def top_codes(pre: Tensor, k: int) -> Codes:
     else:
         values, columns = _top_by_groups(pre, k)
     row_starts = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=pre.device)
-    return Codes(row_starts, columns.flatten().int(), values.flatten().relu().to(_wide(pre)), F)
+    return Codes(row_starts, columns.flatten().int(), widened(values.flatten().relu()), F)
 
 
 def _top_by_groups(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ def _top_of_all(pre: Tensor, n: int) -> Codes:
     largest = pre.flatten().topk(n, sorted=False).indices.sort().values
     first_of_row = torch.arange(0, (B + 1) * F, F, device=pre.device)
     row_starts = torch.searchsorted(largest, first_of_row, out_int32=True)
-    values = pre.flatten()[largest].relu().to(_wide(pre))
+    values = widened(pre.flatten()[largest].relu())
     return Codes(row_starts, (largest % F).int(), values, F)
 
 
@@ -159,7 +160,8 @@ def positive_codes(pre: Tensor, room: int) -> tuple[Codes, Tensor]:
     place = torch.where(positive.flatten(), place, room).clamp_(max=room)  # the place after the last is thrown away
     columns = torch.zeros(room + 1, dtype=torch.int32, device=pre.device)
     columns.scatter_(0, place, torch.arange(F, dtype=torch.int32, device=pre.device).repeat(B))
-    values = pre.new_zeros(room + 1, dtype=_wide(pre)).scatter_(0, place, pre.flatten().to(_wide(pre)))
+    wide = widened(pre.flatten())
+    values = wide.new_zeros(room + 1).scatter_(0, place, wide)
     return Codes(row_starts, columns[:room], values[:room], F, is_padded=True), ends[-1]
 
 
@@ -168,7 +170,7 @@ def nonzero_codes(z: Tensor) -> Codes:
     row_starts = torch.zeros(z.shape[0] + 1, dtype=torch.int32, device=z.device)
     row_starts[1:] = (z != 0).sum(dim=1).cumsum(0)
     rows, columns = z.nonzero(as_tuple=True)
-    return Codes(row_starts, columns.int(), z[rows, columns].to(_wide(z)), z.shape[1])
+    return Codes(row_starts, columns.int(), widened(z[rows, columns]), z.shape[1])
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
@@ -191,9 +193,4 @@ def _row_by_row(pre: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> C
     """Codes from entries of pre-activations (B, F) that are given row by row."""
     all_rows = torch.arange(pre.shape[0] + 1, device=pre.device)
     row_starts = torch.searchsorted(rows, all_rows, out_int32=True)
-    return Codes(row_starts, columns.int(), values.to(_wide(pre)), pre.shape[1])
-
-
-def _wide(pre: Tensor) -> torch.dtype:
-    """The dtype that values are kept in: float32 for half precision."""
-    return torch.float32 if pre.element_size() < 4 else pre.dtype
+    return Codes(row_starts, columns.int(), widened(values), pre.shape[1])
