@@ -77,7 +77,17 @@ class RemoteCache(ActivationCache):
                 yield i, x
 
     def check_room(self, needed: int) -> None:
-        """Do nothing: a store does not tell how much room it has."""
+        """Raise DataError if bytes are needed but nothing can be written here: no such bucket, or no right to write.
+
+        A store does not tell how much room it has. What is written, `about.json`, says what determines the activations.
+        """
+        if not needed:
+            return
+        with self._reaching():
+            bucket = self.root.partition("/")[0]  # "" where an address is a path from a root, such as sftp's
+            if bucket and not self.files.exists(bucket):  # some libraries would create it
+                raise FileNotFoundError(f"there is no bucket {bucket}")
+            self._put(f"{self.root}/about.json", json.dumps(self._identity, indent=1).encode())
 
     def _store(self, site: Site, tensors: dict[str, Tensor], sequences: list[int], checksums: list[int]) -> Any:
         """See `ActivationCache._store`: first the shard, then its manifest; both are in the index."""
