@@ -20,7 +20,7 @@ from saerelay.analysis import circuits as module
 from saerelay.analysis import prompts as prompts_module
 from saerelay.analysis.ablations import STEPS, circuits_at, readings
 from saerelay.analysis.prompts import TASKS, Prompt, task_prompts
-from saerelay.data.stream import trained_on
+from saerelay.data.kept import trained_on
 from saerelay.errors import DataError, RecipeError
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.planning.plan import Plan

@@ -14,12 +14,12 @@ import pytest
 import torch
 from fake_cuda import CUDA, OnCuda, Waits, fake_cuda
 from rich.console import Console
+from tensor_stream import TensorStream
 
 import saerelay as sr
 from saerelay.analysis.interpret.pieces import subjects_of
 from saerelay.analysis.session import Session
 from saerelay.cli import main
-from saerelay.data.stream import TensorStream
 from saerelay.errors import Interrupted
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.directory import RunDirectory

@@ -11,7 +11,7 @@ from saerelay.analysis import collecting as module
 from saerelay.analysis import features as weights
 from saerelay.analysis.collecting import Collector, collect
 from saerelay.analysis.features import logit_effects, most_similar
-from saerelay.data.stream import kept_positions
+from saerelay.data.kept import kept_positions
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.compile import compile_plan

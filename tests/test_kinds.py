@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_run import CONTEXT, FACTS, fake_evaluation, fake_tokens, fake_training
 from rich.console import Console
+from tensor_stream import TensorStream
 from test_train import Watch, assert_same, run
 
 from saerelay.analysis.circuits import chosen_legs
@@ -18,7 +19,6 @@ from saerelay.analysis.matrix import cells_of
 from saerelay.analysis.suite import Suite, load
 from saerelay.analysis.summary import summarise
 from saerelay.data.corpus import Corpus
-from saerelay.data.stream import TensorStream
 from saerelay.errors import PlanError, RecipeError, RunDirectoryError
 from saerelay.interop.origin import Origin
 from saerelay.planning.compile import compile_plan

@@ -18,7 +18,7 @@ from saerelay.analysis.links import Link, assign
 from saerelay.analysis.metrics import batches
 from saerelay.analysis.session import Session
 from saerelay.data.corpus import Corpus
-from saerelay.data.stream import kept_positions
+from saerelay.data.kept import kept_positions
 from saerelay.errors import RunDirectoryError
 from saerelay.lm.model import load_model
 from saerelay.runs.dictionaries import publish

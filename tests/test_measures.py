@@ -33,7 +33,7 @@ from saerelay.analysis.similarity import (
 )
 from saerelay.analysis.versions import load_versions
 from saerelay.cli import main
-from saerelay.data.stream import trained_on
+from saerelay.data.kept import trained_on
 from saerelay.errors import DataError, ModelError
 from saerelay.lm.model import LanguageModel
 from saerelay.runs.dictionaries import publish, read_dictionary

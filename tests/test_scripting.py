@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensor_stream import TensorStream
 from transformers import GPTNeoXForCausalLM
 
 import saerelay as sr
-from saerelay.data.stream import TensorStream
 from saerelay.errors import DataError, FormatError, ModelError, RecipeError, RunDirectoryError, TransferError
 from saerelay.planning.leg import Leg
 from saerelay.training.engine import Trainee

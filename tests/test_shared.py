@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_stream import TensorStream
 from test_train import D, Watch, assert_same, make_plan, make_stream, run, weights
 
 from saerelay.analysis.suite import load
-from saerelay.data.stream import TensorStream
 from saerelay.errors import PlanError
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost

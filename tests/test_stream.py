@@ -5,16 +5,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from tensor_stream import TensorStream
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saerelay.data.stream import (
-    Block,
-    LiveStream,
-    OutlierCount,
-    TensorStream,
-    kept_positions,
-    shuffled,
-)
+from saerelay.data.kept import OutlierCount, kept_positions
+from saerelay.data.stream import Block, LiveStream, shuffled
 from saerelay.errors import ModelError
 from saerelay.lm.facts import read_facts
 from saerelay.lm.model import LanguageModel

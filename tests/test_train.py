@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import small_recipe
 import torch
+from tensor_stream import TensorStream
 
 from saerelay.analysis.lineage import ancestor, leg_pairs
 from saerelay.analysis.suite import load
-from saerelay.data.stream import AbstractStream, Block, TensorStream
+from saerelay.data.stream import AbstractStream, Block
 from saerelay.errors import Interrupted, LegFailed
 from saerelay.files import write_text
 from saerelay.planning.compile import compile_plan

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_stream import TensorStream
 from test_train import Watch, assert_same, run, weights
 
-from saerelay.data.stream import TensorStream
 from saerelay.errors import Interrupted, PlanError, TransferError
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.facts import ModelFacts

@@ -24,7 +24,7 @@ from torch import Tensor
 from saerelay.analysis.metrics import LOGIT_BYTES
 from saerelay.analysis.progress import Done, uncounted
 from saerelay.analysis.prompts import Prompt
-from saerelay.data.stream import trained_on
+from saerelay.data.kept import trained_on
 from saerelay.lm.head import Head
 from saerelay.lm.model import Forward, LanguageModel
 from saerelay.planning.plan import Plan

@@ -12,7 +12,7 @@ from torch import Tensor
 from saerelay.analysis.metrics import batches
 from saerelay.analysis.prompts import Prompt
 from saerelay.analysis.similarity import DENSE
-from saerelay.data.stream import trained_on
+from saerelay.data.kept import trained_on
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
 from saerelay.sae.dictionary import Dictionary

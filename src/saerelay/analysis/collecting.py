@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saerelay.analysis.metrics import Placed, batches
 from saerelay.analysis.progress import HIDDEN, Track
-from saerelay.data.stream import trained_on
+from saerelay.data.kept import trained_on
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
 from saerelay.runs.documents.latents import FeatureFacts

@@ -20,7 +20,7 @@ from torch import Tensor
 from saerelay.analysis.logits import CleanStates, one_row, same_everywhere
 from saerelay.analysis.progress import HIDDEN, Done, ProgressDisplay
 from saerelay.analysis.sums import AblationSums, MetricSums
-from saerelay.data.stream import OutlierCount, kept_positions
+from saerelay.data.kept import OutlierCount, kept_positions
 from saerelay.errors import ModelError
 from saerelay.lm.model import Forward, LanguageModel
 from saerelay.planning.leg import Leg

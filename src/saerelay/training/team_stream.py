@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saerelay.data.stream import LiveStream, finite_positions, kept_positions
+from saerelay.data.kept import finite_positions, kept_positions
+from saerelay.data.stream import LiveStream
 from saerelay.planning.ranks import deal, needed_sites, owners, peers, prober
 from saerelay.site import Site
 from saerelay.team import Team
@@ -55,11 +56,14 @@ class TeamStream(LiveStream):
         if self.plan.probe_site is None:
             return finite_positions(self.plan, tokens, self.buffers, order)
         source = prober(self.needs, self.plan.probe_site)
-        looks = self.team.rank == source
-        keep = (kept_positions if looks else finite_positions)(self.plan, tokens, self.buffers, order)
-        found = self.team.gather(keep.cpu() if looks else None)[source]
-        assert found is not None
-        return found.to(self.device)
+        found = None
+        if self.team.rank == source:
+            found = kept_positions(self.plan, tokens, self.buffers, order).cpu()
+        else:
+            finite_positions(self.plan, tokens, self.buffers, order)  # raises an error if some are not
+        keep = self.team.gather(found)[source]
+        assert keep is not None
+        return keep.to(self.device)
 
     def _compute(self, tokens: Tensor, rows: Tensor, sites: Sequence[Site], needed: np.ndarray | None = None) -> None:
         """Run the model over this rank's share of tokens (S, C), and exchange activations with the others.

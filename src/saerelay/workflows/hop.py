@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saerelay.analysis.metrics import batches
 from saerelay.analysis.suite import Suite
-from saerelay.data.stream import trained_on
+from saerelay.data.kept import trained_on
 from saerelay.errors import FormatError, ModelError, TransferError, printable
 from saerelay.interop import read_any, write_dictionary
 from saerelay.interop.names import public_name
