@@ -22,6 +22,7 @@ from saerelay.sae.kernels import (
 )
 from saerelay.sae.kernels.adam import Adam
 from saerelay.sae.kernels.codes import row_sums
+from saerelay.sae.kernels.pieces import ROWS
 from saerelay.sae.kernels.select import (
     GROUP,
     codes_at_least,
@@ -30,7 +31,6 @@ from saerelay.sae.kernels.select import (
     top_codes,
     top_codes_of_batch,
 )
-from saerelay.sae.kernels.step import ROWS
 from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.spec import DictionarySpec, SizedDictionarySpec
 from saerelay.sae.units import Units

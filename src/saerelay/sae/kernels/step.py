@@ -6,7 +6,7 @@ With e = x_hat − x and g = 2e / divisor:
     ∂W_dec = Zᵀg        ∂pre = g W_decᵀ where z > 0        ∂W_enc = (∂pre)ᵀ x        biases: sums over tokens
 
 On a CPU the batch is cut into pieces of tokens whose pre-activations stay in the cache (`Forward`), the results of the
-pieces are joined (`Step`), and gradients are computed for pieces of latents. Pieces are cut by shapes alone.
+pieces are joined (`Step`), and gradients are computed for pieces of latents (see `pieces`).
 Shapes: B tokens, D model width, F latents, N dead latents, n_active the non-zero codes of a batch.
 """
 
@@ -19,66 +19,15 @@ from torch import Tensor
 
 from saerelay.sae.architectures.architecture import BatchSums, Penalty
 from saerelay.sae.dictionary import Dictionary
-from saerelay.sae.kernels import cpu, reference
 from saerelay.sae.kernels.auxk import Aux, AuxPart, DeadLatents
 from saerelay.sae.kernels.codes import Codes, added_up, join_codes, joined, row_sums
+from saerelay.sae.kernels.encode import products
 from saerelay.sae.kernels.gate import GatePart, gradients_of_gates
+from saerelay.sae.kernels.pieces import row_pieces
 from saerelay.sae.loss import AUX_EVERY, Loss, error_divisor
-from saerelay.sae.spec import AnyDictionarySpec, takes_sparse_step
+from saerelay.sae.spec import AnyDictionarySpec
 from saerelay.sae.threads import in_parallel
 from saerelay.sae.units import Units
-
-ROWS = 256
-"""Tokens per piece; a batch of 65 to 256 tokens makes two pieces."""
-NUMBERS, MAX_PIECES = 2**18, 16
-"""Numbers per piece of the weights, unless that makes more than MAX_PIECES."""
-
-
-def products(device: torch.device) -> ModuleType:
-    """The module with the fastest sparse products on a device."""
-    if device.type == "cuda" and takes_sparse_step("cuda"):
-        from saerelay.sae.kernels import triton
-
-        return triton
-    return cpu if device.type == "cpu" and cpu.available() else reference
-
-
-def encode_sparse(dictionary: Dictionary, x: Tensor) -> Codes:
-    """The codes of x (B, D), as from `Dictionary.encode`, without the zeros."""
-    pre = dictionary.pre_activations(x)
-    return dictionary.activation.encode_sparse(pre, dictionary.threshold, products(x.device))
-
-
-def reconstruct(dictionary: Dictionary, x: Tensor) -> tuple[Codes, Tensor]:
-    """Sparse codes and reconstruction (B, D) of activations x (B, D): `dictionary(x)` without a dense code."""
-    codes = encode_sparse(dictionary, x)
-    x_hat = products(x.device).decode(codes, dictionary.W_dec.to(codes.values.dtype)) + dictionary.b_dec
-    if dictionary.W_skip is not None:
-        x_hat = x_hat + x.to(dictionary.W_skip.dtype) @ dictionary.W_skip.T
-    return codes, x_hat
-
-
-# --- pieces -------------------------------------------------------------------------------------------------------
-
-
-def pieces(n: int, n_pieces: int, device: torch.device) -> list[slice]:
-    """Cut n rows into slices of about equal size, by shapes alone; one slice on an accelerator."""
-    size = -(-n // n_pieces) if device.type == "cpu" else n
-    return [slice(first, min(first + size, n)) for first in range(0, n, size)]
-
-
-def latent_pieces(d: Dictionary) -> list[slice]:
-    """The latents of a dictionary, piece by piece."""
-    n_pieces = min(MAX_PIECES, max(1, d.n_latents * d.d_model // NUMBERS))
-    return pieces(d.n_latents, n_pieces, d.W_dec.device)
-
-
-def row_pieces(x: Tensor) -> list[slice]:
-    """The tokens of a batch x (B, D), piece by piece."""
-    n_rows = x.shape[0]
-    at_least_two = min(2, -(-n_rows // 64))  # for a batch of more than 64 rows
-    return pieces(n_rows, max(-(-n_rows // ROWS), at_least_two), x.device)
-
 
 # --- the result of a batch ----------------------------------------------------------------------------------------
 
@@ -113,16 +62,13 @@ class Step:
 
     def gradients(self, latents: slice, into: dict[str, Tensor]) -> None:
         """Write the gradients of some latents, by parameter name, into the tensors given."""
-        if len(self.prefixes) == 1:
-            self._gradients_of(latents, self.residuals[0], into)
-        else:
-            first = 0
-            for end, residuals in zip(self.prefixes, self.residuals, strict=True):
-                own = slice(max(first, latents.start), min(end, latents.stop))
-                if own.start < own.stop:
-                    places = slice(own.start - latents.start, own.stop - latents.start)
-                    self._gradients_of(own, residuals, {name: tensor[places] for name, tensor in into.items()})
-                first = end
+        first = 0
+        for end, residuals in zip(self.prefixes, self.residuals, strict=True):
+            own = slice(max(first, latents.start), min(end, latents.stop))
+            if own.start < own.stop:
+                rows = slice(own.start - latents.start, own.stop - latents.start)
+                self._gradients_of(own, residuals, {name: tensor[rows] for name, tensor in into.items()})
+            first = end
         if self.aux is not None:
             self.aux.add(latents, self.x, into)
 
@@ -137,6 +83,21 @@ class Step:
             into[name].copy_(row_sums(z.with_values(to_number[order])))
 
 
+class Sums(NamedTuple):
+    """Sums over a piece of tokens, or over a whole batch; each is a scalar tensor."""
+
+    error: Tensor
+    """Σ‖y − y_hat‖²."""
+    error_in_loss: Tensor
+    """Σ of squared errors as it counts in the loss: the mean over nested dictionaries, plus the gate's."""
+    square: Tensor
+    """Σ‖y‖²."""
+    n_active: Tensor
+    """Number of codes above zero."""
+    total_code: Tensor
+    """Σ of the codes that are penalised: z, or the gate's codes."""
+
+
 class Part(NamedTuple):
     """The result of one piece of tokens."""
 
@@ -145,16 +106,28 @@ class Part(NamedTuple):
     """∂(squared error)/∂z at the codes' positions."""
     window: Tensor | None
     """Which positions are in the straight-through window of their threshold, for architectures with such a window."""
-    numbers: Tensor
-    """(5): Σ error², number active, Σ y², Σ of the penalised codes, and Σ error² as it counts in the loss: the mean
-    over nested dictionaries, plus the gate's."""
-    x_sum: Tensor
+    sums: Sums
+    target_sum: Tensor
     """(Dy): Σ y of the activations that are reconstructed."""
     residual_sum: Tensor
-    """(Dy)."""
+    """(Dy): Σ of the shortest prefix's `Step.residuals`, since b_dec is in all prefixes as well."""
     aux: AuxPart | None
     gate: GatePart | None
     n_selected: Tensor | None
+    """As in `Step`."""
+
+
+class Explained(NamedTuple):
+    """A piece of tokens after its codes have explained what they can."""
+
+    residual: Tensor
+    """(rows, Dy): target minus reconstruction by all latents."""
+    to_z: Tensor
+    """(n_active): ∂(squared error)/∂z at the codes' positions, up to the factor `to_x_hat`."""
+    error: Tensor
+    """Σ‖residual‖²."""
+    mean_error: Tensor
+    """The mean of this over the nested dictionaries."""
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
@@ -180,9 +153,9 @@ class Reading:
 class Forward:
     """The forward pass of one batch, piece by piece of its tokens.
 
-    How to see this: a piece goes through `pre_activations`, selection and `backward` on its own thread, writes its rows
-    of the batch's buffers (`inputs`, `residuals`, `encoded`), and returns everything that must be summed over pieces as
-    a `Part`. `joined` sums always in the same order, so that the bits do not depend on the threads.
+    How to see this: a piece goes through `pre_activations`, selection and `part` on its own thread, writes its rows of
+    the batch's buffers (`inputs`, `targets`, `encoded`, `residuals`), and returns everything that must be summed over
+    pieces as a `Part`. `joined` sums always in the same order, so that the bits do not depend on the threads.
     """
 
     def __init__(
@@ -222,65 +195,77 @@ class Forward:
 
     def pre_activations(self, rows: slice) -> Tensor:
         """Pre-activations (rows, F) minus the architecture's shift."""
+        units = self.reading.units
         inputs = self.inputs[rows]
-        _put(self.x[rows], self.reading.units, inputs)
+        _put(self.x[rows], units, inputs)
         if self.reading.target is not None:
-            units = self.reading.units
-            _put(self.reading.target[rows], units and units.out, self.targets[rows])
+            _put(self.reading.target[rows], None if units is None else units.out, self.targets[rows])
         read = inputs.to(self.encoder.dtype)
         if self.reading.whitening is not None:
             read = read @ self.reading.whitening.to(self.encoder.dtype)
             self.encoded[rows] = read
         return torch.nn.functional.linear(read, self.encoder, self.bias)
 
-    def whole(self, rows: slice) -> Part:
-        """Process one piece of tokens, for architectures that select token by token."""
+    def selected_part(self, rows: slice) -> Part:
+        """Take one piece all the way, for architectures that select token by token."""
         pre = self.pre_activations(rows)
         if self.reading.room is None:
-            return self.backward(rows, pre, self.activation.select(pre, self.ops))
+            return self.part(rows, pre, self.activation.select(pre, self.ops))
         codes, n_selected = self.ops.positive_codes(pre, self.reading.room)
-        return self.backward(rows, pre, codes, n_selected)
+        return self.part(rows, pre, codes, n_selected)
 
-    def backward(self, rows: slice, pre: Tensor, codes: Codes, n_selected: Tensor | None = None) -> Part:
-        """Compute the residual of one piece and its gradient to the selected codes."""
+    def part(self, rows: slice, pre: Tensor, codes: Codes, n_selected: Tensor | None = None) -> Part:
+        """One piece from its selected codes on: its residual, the gradient to the codes, and its sums."""
         window = None
         if self.shift is not None:
             codes, window = self.activation.unshift(codes, self.shift)
         targets = self.targets[rows]
-        residual = torch.sub(targets, self.dictionary.b_dec, out=self.residuals[-1][rows])
-        if self.dictionary.W_skip is not None:
-            residual.addmm_(self.inputs[rows], self.dictionary.W_skip.T, alpha=-1)
+        unexplained = self._without_latents(rows)
         gate = None
         if self.activation.has_gate:
-            gate = GatePart.of(codes, residual.clone(), self.dictionary, self.ops)
+            gate = GatePart.of(codes, unexplained.clone(), self.dictionary, self.ops)
         if len(self.prefixes) == 1:
-            to_z = self.ops.explain(residual, codes, self.dictionary.W_dec)
-            error = mean_error = torch.linalg.vector_norm(residual).square()
+            explained = self._explained(unexplained, codes)
         else:
-            to_z, residual, mean_error = self._nested(rows, codes)
-            error = torch.linalg.vector_norm(residual).square()
-        penalised = codes.values
+            explained = self._explained_by_prefixes(rows, codes)
+        penalised = codes
+        error_in_loss = explained.mean_error
         if gate is not None:
-            penalised = gate.codes
-            mean_error = mean_error + gate.error
-        n_active = (codes.values > 0).sum().to(error)
-        # On a GPU codes may be padded: a sum over all places would depend on their number in its last bits.
-        total_code = penalised.sum() if penalised.is_cpu else row_sums(codes.with_values(penalised)).sum()
-        square = torch.linalg.vector_norm(targets).square()
+            penalised = codes.with_values(gate.codes)
+            error_in_loss = error_in_loss + gate.error
         return Part(
             codes=codes,
-            to_z=to_z.mul_(self.to_x_hat),
+            to_z=explained.to_z.mul_(self.to_x_hat),
             window=window,
-            numbers=torch.stack([error, n_active, square, total_code, mean_error]),
-            x_sum=targets.sum(dim=0),
+            sums=Sums(
+                error=explained.error,
+                error_in_loss=error_in_loss,
+                square=torch.linalg.vector_norm(targets).square(),
+                n_active=(codes.values > 0).sum().to(explained.error),
+                total_code=_total(penalised),
+            ),
+            target_sum=targets.sum(dim=0),
             residual_sum=self.residuals[0][rows].sum(dim=0),
-            aux=self._aux(rows, pre, residual),
+            aux=self._aux(rows, pre, explained.residual),
             gate=gate,
             n_selected=n_selected,
         )
 
-    def _nested(self, rows: slice, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-        """Nested dictionaries: the gradient to codes (up to the factor `to_x_hat`), the whole residual, the mean error.
+    def _without_latents(self, rows: slice) -> Tensor:
+        """Write the targets (rows, Dy) minus b_dec and the skip connection into the longest prefix's residuals."""
+        unexplained = torch.sub(self.targets[rows], self.dictionary.b_dec, out=self.residuals[-1][rows])
+        if self.dictionary.W_skip is not None:
+            unexplained.addmm_(self.inputs[rows], self.dictionary.W_skip.T, alpha=-1)
+        return unexplained
+
+    def _explained(self, residual: Tensor, codes: Codes) -> Explained:
+        """Subtract from `residual`, in place, what the codes explain."""
+        to_z = self.ops.explain(residual, codes, self.dictionary.W_dec)
+        error = torch.linalg.vector_norm(residual).square()
+        return Explained(residual, to_z, error, mean_error=error)
+
+    def _explained_by_prefixes(self, rows: slice, codes: Codes) -> Explained:
+        """The same for nested dictionaries; fills the rows of all `residuals`.
 
         How to see this: a latent is in its own prefix and in all longer ones, and it is to reduce the mean of their
         residuals. So the first loop computes the residual of each prefix, from the shortest to the longest; the second,
@@ -289,14 +274,14 @@ class Forward:
         W_dec = self.dictionary.W_dec
         n = len(self.prefixes)
         residual = self.residuals[-1][rows].clone()
-        error = residual.new_zeros(())
+        errors = residual.new_zeros(())
         groups: list[tuple[Codes, Tensor]] = []
         first = 0
         for end, kept in zip(self.prefixes, self.residuals, strict=True):
             group, places = codes.between(first, end)
             self.ops.subtract_decoded(residual, group, W_dec)
             kept[rows] = residual
-            error = error + torch.linalg.vector_norm(residual).square()
+            errors = errors + torch.linalg.vector_norm(residual).square()
             groups.append((group, places))
             first = end
 
@@ -306,7 +291,7 @@ class Forward:
             running += kept[rows] / n
             kept[rows] = running
             to_z[places] = self.ops.sampled(group, running, W_dec)
-        return to_z, residual, error / n
+        return Explained(residual, to_z, torch.linalg.vector_norm(residual).square(), mean_error=errors / n)
 
     def _aux(self, rows: slice, pre: Tensor, residual: Tensor) -> AuxPart | None:
         """AuxK on those tokens of a piece that are every 16th of the batch."""
@@ -319,18 +304,18 @@ class Forward:
         """Join the parts of the batch, and add the terms of the architecture and of AuxK to loss and gradients."""
         codes = join_codes([part.codes for part in parts])
         to_z = joined([part.to_z for part in parts])
-        error, n_active, square, total_code, mean_error = added_up([part.numbers for part in parts])
-        x_sum = added_up([part.x_sum for part in parts])
+        sums = Sums(*added_up([torch.stack(part.sums) for part in parts]))
+        target_sum = added_up([part.target_sum for part in parts])
         residual_sum = added_up([part.residual_sum for part in parts])
         n_rows = self.x.shape[0]
 
-        loss = mean_error / self.divisor
-        penalty = self.activation.penalty(BatchSums(n_rows, n_active, total_code, self.divisor), warmth)
+        loss = sums.error_in_loss / self.divisor
+        penalty = self.activation.penalty(BatchSums(n_rows, sums.n_active, sums.total_code, self.divisor), warmth)
         if penalty is not None:
             loss = loss + penalty.loss
             if penalty.to_z is not None and not self.activation.has_gate:
                 to_z = to_z + penalty.to_z
-        to_pre, to_numbers = self._beside(codes, to_z, penalty, parts)
+        to_pre, to_numbers = self._carried_back(codes, to_z, penalty, parts)
         aux = None
         aux_parts = [part.aux for part in parts if part.aux is not None]
         if aux_parts and self.dead is not None:
@@ -338,7 +323,7 @@ class Forward:
             loss = loss + aux.loss
         return Step(
             ops=self.ops,
-            loss=Loss(loss, error, n_active.long(), self.ops.fired(codes)),
+            loss=Loss(loss, sums.error, sums.n_active.long(), self.ops.fired(codes)),
             x=self.encoded,
             prefixes=self.prefixes,
             residuals=self.residuals,
@@ -346,16 +331,19 @@ class Forward:
             codes=codes,
             to_pre=to_pre * (codes.values > 0),
             to_numbers=to_numbers,
-            variance=square - x_sum.square().sum() / n_rows,
+            variance=sums.square - target_sum.square().sum() / n_rows,
             b_dec=residual_sum * self.to_x_hat,
             aux=aux,
             n_selected=parts[0].n_selected,
         )
 
-    def _beside(
+    def _carried_back(
         self, codes: Codes, to_z: Tensor, penalty: Penalty | None, parts: list[Part]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """∂loss/∂pre, and the gradients of thresholds (by window or gate) and of r_mag, all at the codes' positions."""
+        """Carry ∂loss/∂z back to the pre-activations, and to thresholds (by window or gate) and r_mag, where codes are.
+
+        The second result is `Step.to_numbers`.
+        """
         threshold = self.dictionary.threshold
         gates = [part.gate for part in parts if part.gate is not None]
         if gates:
@@ -368,6 +356,13 @@ class Forward:
         window = joined(windows)
         to_threshold = self.activation.threshold_gradient(to_z, penalty.to_step, threshold[codes.columns], window)
         return to_z, {"threshold": to_threshold}
+
+
+def _total(codes: Codes) -> Tensor:
+    """Σ of all codes; on a GPU by rows, since the last bits of a plain sum would depend on the number of places."""
+    if codes.values.is_cpu:
+        return codes.values.sum()
+    return row_sums(codes).sum()
 
 
 def _put(x: Tensor, units: Units | None, out: Tensor) -> None:
@@ -399,7 +394,7 @@ def sparse_step(
     if forward.activation.selects_over_batch:
         pres = in_parallel(forward.pre_activations, rows)
         codes = forward.activation.select_over_batch(pres, forward.ops)
-        parts = in_parallel(lambda i: forward.backward(rows[i], pres[i], codes[i]), range(len(rows)))
+        parts = in_parallel(lambda i: forward.part(rows[i], pres[i], codes[i]), range(len(rows)))
     else:
-        parts = in_parallel(forward.whole, rows)
+        parts = in_parallel(forward.selected_part, rows)
     return forward.joined(parts, warmth)
