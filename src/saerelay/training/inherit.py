@@ -34,7 +34,7 @@ from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.training.alignment import Alignment
-from saerelay.training.run_state import OUTPUTS, Training, shared_key
+from saerelay.training.run_state import Training, leg_of, outputs_key, shared_key
 from saerelay.training.state import balance_of
 
 
@@ -49,7 +49,7 @@ def gather_moments(now: Training, block: Block) -> None:
             source = now.plan.parent_site(leg)
             _add_moments(now, leg.id, block, source, leg.site)
             if leg.is_transcoder:
-                _add_moments(now, f"{leg.id}{OUTPUTS}", block, leg.out_at(source), leg.site_out)
+                _add_moments(now, outputs_key(leg), block, leg.out_at(source), leg.site_out)
 
 
 def _add_moments(now: Training, key: str, block: Block, source: Site, target: Site) -> None:
@@ -79,14 +79,14 @@ def align(now: Training, leg: Leg) -> Alignment | None:
 def _take_moments(now: Training, leg: Leg) -> AnyMoments | None:
     """Return and forget the moments gathered for a leg's hop; a transcoder's are paired."""
     inputs = now.moments.pop(leg.id, None)
-    outputs = now.moments.pop(f"{leg.id}{OUTPUTS}", None)
+    outputs = now.moments.pop(outputs_key(leg), None)
     return PairedMoments(inputs, outputs) if inputs and outputs else inputs
 
 
 def forget_moments(now: Training, leg: Leg) -> None:
     """Forget what was gathered for a leg, which has begun or will never begin."""
     for key in list(now.moments):
-        if key.partition("@")[0] == leg.id:
+        if leg_of(key) == leg.id:
             del now.moments[key]
 
 
@@ -121,58 +121,85 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     (match the sparsity). The learning rate then follows from how much is left to learn, as far as that is known.
     """
     assert leg.hop
-    parent, parent_l0 = source
     moments = _take_moments(now, leg)
-    rows = block.rows(leg.site, L0_ROWS)
-    l0 = leg.dictionary.l0 or parent_l0
-    seed = seed_from("revive", leg.seed, leg.id)
-    balance = balance_of(leg, now.plan.recipe.train)
-    reshaped = now.plan.reshapes(leg)
-
+    l0 = leg.dictionary.l0 or source.l0
     method = leg.hop.method
     if method == "random":
         return Inherited(_random_dictionary(leg, block, units, l0), 1.0, method, {})
     trials: dict[str, float | None] = {}
     if method == "auto":
-        assert moments and parent_l0 is not None
-        n = max(L0_ROWS, leg.refit_tokens)
-        sample = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
-        # Only a leg that is trained, and keeps its parent's shape, can do without its parent.
-        fresh = leg.dictionary if leg.budget_tokens and not reshaped else None
-        trials.update(try_methods(parent, moments, sample, units, fresh, balance=balance, l0=parent_l0))
+        trials.update(_trials(now, leg, block, source, units, moments))
         best = next(iter(trials))
         if best == RANDOM:
             return Inherited(None, 1.0, "scratch", trials)
         method = cast(Method, best)
+    reshaped = now.plan.reshapes(leg)
     copied = method == "identity" and not reshaped
+    seed = _revival_seed(leg)
 
     # A copy that is not trained is only measured: its decoder keeps its norms, by which TopK does not rank.
     between = None
-    if not copied or leg.budget_tokens:
+    if leg.budget_tokens or not copied:
         between = _map(now, leg, method, moments)
     shape = None
     if reshaped:
         shape = Shape(leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
     retraining = None
     if leg.refit_tokens:
-        n = leg.refit_tokens
         checked = _trained_at_home(now.plan, leg)
-        retraining = Retraining(block.rows(leg.site, n), seed, block.target(leg, n), checked)
-    # The paper's copy keeps the L0 that it has, as does an SAE that is only measured.
-    papers_copy = copied and leg.hop.method == "identity" and not parent.activation.threshold_is_calibrated
-    if papers_copy or only_measured(now.plan, leg):
+        retraining = _retraining(leg, block, leg.refit_tokens, seed, checked=checked)
+    if _keeps_its_l0(now.plan, leg, source.dictionary):
         l0 = None
 
-    carried = carry(parent, between, rows, units, l0=l0, shape=shape, retraining=retraining)
-    lr_share = 1.0
-    if leg.schedule.lr_by_map and moments:
-        left = unexplained(moments, balance=balance)
-        lr_share = rate_share(left, leg.budget_tokens, now.plan.newness(leg))
-    elif leg.schedule.lr_by_map:
-        # Without a map the refit tells: if it gained nothing, there is nothing to learn.
-        at_rest = copied and retraining is not None and not carried.refitted
-        lr_share = LEAST_RATE_SHARE if at_rest else COPY_RATE
+    rows = block.rows(leg.site, L0_ROWS)
+    carried = carry(source.dictionary, between, rows, units, l0=l0, shape=shape, retraining=retraining)
+    refit_was_rejected = retraining is not None and not carried.refitted
+    lr_share = _lr_share(now, leg, moments, at_rest=copied and refit_was_rejected)
     return Inherited(carried.dictionary, lr_share, method, trials)
+
+
+def _trials(
+    now: Training, leg: Leg, block: Block, source: Parent, units: Units, moments: AnyMoments | None
+) -> dict[str, float]:
+    """The FVU of each method on unseen rows, the best first; see `try_methods`."""
+    assert moments and source.l0 is not None
+    sample = _retraining(leg, block, max(L0_ROWS, leg.refit_tokens), _revival_seed(leg))
+    # Only a leg that is trained, and keeps its parent's shape, can do without its parent.
+    fresh = leg.dictionary if leg.budget_tokens and not now.plan.reshapes(leg) else None
+    balance = balance_of(leg, now.plan.recipe.train)
+    return try_methods(source.dictionary, moments, sample, units, fresh, balance=balance, l0=source.l0)
+
+
+def _lr_share(now: Training, leg: Leg, moments: AnyMoments | None, *, at_rest: bool) -> float:
+    """The factor on a leg's learning rate that follows from its hop, where the rate depends on the map.
+
+    A leg is `at_rest` if it is a copy of its parent that a refit did not improve.
+    """
+    if not leg.schedule.lr_by_map:
+        return 1.0
+    if moments:
+        left = unexplained(moments, balance=balance_of(leg, now.plan.recipe.train))
+        return rate_share(left, leg.budget_tokens, now.plan.newness(leg))
+    return LEAST_RATE_SHARE if at_rest else COPY_RATE
+
+
+def _keeps_its_l0(plan: Plan, leg: Leg, parent: Dictionary) -> bool:
+    """Whether a leg begins with the L0 that its parent has: the paper's copy, or an SAE that is only measured."""
+    assert leg.hop
+    papers_copy = leg.hop.method == "identity" and not plan.reshapes(leg)
+    if papers_copy and not parent.activation.threshold_is_calibrated:
+        return True
+    return only_measured(plan, leg)
+
+
+def _revival_seed(leg: Leg) -> int:
+    """The seed for the latents that a leg's hop revives or adds."""
+    return seed_from("revive", leg.seed, leg.id)
+
+
+def _retraining(leg: Leg, block: Block, n: int, seed: int, *, checked: bool = False) -> Retraining:
+    """The first n rows of a block at the leg's site, and of what it reconstructs, to revive and refit on."""
+    return Retraining(block.rows(leg.site, n), seed, block.target(leg, n), checked)
 
 
 def only_measured(plan: Plan, leg: Leg) -> bool:
@@ -204,8 +231,7 @@ def _random_dictionary(leg: Leg, block: Block, units: Units, l0: float | None) -
     """
     seed = seed_from("random", leg.seed, leg.id)
     generator = torch.Generator().manual_seed(seed)
-    n = max(INITIAL_ROWS, leg.refit_tokens)
-    on = Retraining(block.rows(leg.site, n), seed, block.target(leg, n))
+    on = _retraining(leg, block, max(INITIAL_ROWS, leg.refit_tokens), seed)
     inside = on.normalised(units)
     fresh = units.to_canonical(initialise(leg.dictionary, inside.rows, generator, inside.target))
     return carry(fresh, None, on.rows, units, l0=l0, retraining=on).dictionary

@@ -30,13 +30,20 @@ from saerelay.training.progress import Watcher
 from saerelay.training.saving import StateWriter
 from saerelay.training.state import TraineeState
 
-OUTPUTS = "@out"
-"""Suffix of a leg's id: the moments of the activations that it reconstructs, if these are not its inputs."""
+
+def outputs_key(leg: Leg) -> str:
+    """The key of the moments of what a transcoder reconstructs; those of its inputs have the leg's id as their key."""
+    return f"{leg.id}@out"
 
 
 def shared_key(leg: Leg, site: Site) -> str:
     """The key of the moments that align another layer with the leg's own layer, where both share the leg."""
     return f"{leg.id}@{site}"
+
+
+def leg_of(key: str) -> str:
+    """The id of the leg for which the moments under a key are gathered."""
+    return key.partition("@")[0]
 
 
 def _no_seconds() -> dict[str, float]:
@@ -83,6 +90,7 @@ class Word:
     lines: list[Line]
     seconds: dict[str, float]
     moments: list[str]
+    """The keys of the moments that the rank gathers."""
     busy: float
     """Seconds that the rank spent on its legs since its last block arrived."""
     seconds_per_batch: float
@@ -106,13 +114,14 @@ class Training:
     ended: set[str] = field(default_factory=set)
     """Legs whose start has passed and that are no longer in training (or never were), on any rank."""
     moments: dict[str, Moments] = field(default_factory=dict)
-    """Moments for upcoming hops, by leg; of a transcoder's outputs, under the leg's id with the suffix `OUTPUTS`; for
-    the alignment of layers, under their `shared_key`."""
+    """Moments for upcoming hops, by leg; a transcoder's outputs have their `outputs_key`, and layers that share a leg
+    their `shared_key`."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why legs had to stop."""
     hops: dict[str, HopFacts] = field(default_factory=dict)
     """How transferred legs began."""
     seconds: dict[str, float] = field(default_factory=_no_seconds)
+    """Seconds spent so far, by phase."""
     positions: dict[str, int] = field(default_factory=_no_positions)
     """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
     lines: list[Line] = field(default_factory=list)
@@ -140,6 +149,13 @@ class Training:
     def held_out_target(self, leg: Leg) -> Tensor | None:
         """The held-out rows that a leg reconstructs, if it is a transcoder."""
         return self.held_out.get(leg.site_out) if leg.is_transcoder else None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to the seconds of a phase."""
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
 
     @property
     def n_repetitions(self) -> int:
@@ -190,8 +206,8 @@ class Training:
         for leg_id, trainee in self.cohort.trainees.items():
             tensors = prefixed("leg", trainee.state.tensors())
             parts[f"leg-{leg_id}"] = tensors | prefixed("log", trainee.unreported())
-        for leg_id, moments in self.moments.items():
-            parts[f"moments-{leg_id}"] = moments.state()
+        for key, moments in self.moments.items():
+            parts[f"moments-{key}"] = moments.state()
         self.serial += 1
         self.writer.write(paths.state / str(self.serial), parts)
         self.uncommitted = {
@@ -201,7 +217,7 @@ class Training:
             "seconds": slowest([word.seconds for word in words]),
             "positions": self.positions.copy(),
             "live": [leg_id for word in words for leg_id in word.live],
-            "moments": [leg_id for word in words for leg_id in word.moments],
+            "moments": [key for word in words for key in word.moments],
             "machine": machine(torch.device(self.plan.facts.device)),
             "log_bytes": paths.metrics.stat().st_size if paths.metrics.is_file() else 0,
             "legs": {leg.id: leg_digest(leg) for leg in self.plan.legs},
@@ -252,8 +268,7 @@ class Training:
                 trainee.take_up(under("log", tensors))
                 training.cohort.add(trainee)
         for key in facts["moments"]:
-            leg_id, _, _ = key.partition("@")
-            if training.trains(plan.leg(leg_id)):
+            if training.trains(plan.leg(leg_of(key))):
                 tensors = load_part(paths.state, f"moments-{key}", facts)
                 own = {name: tensor.to(device) for name, tensor in tensors.items()}
                 training.moments[key] = Moments.restore(own)
@@ -308,14 +323,6 @@ def _version_of(*names: str) -> str | None:
         with suppress(PackageNotFoundError):
             return version(name)
     return None
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time spent inside to `seconds[name]`."""
-    began = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - began
 
 
 @contextmanager

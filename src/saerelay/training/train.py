@@ -39,7 +39,7 @@ from saerelay.training.inherit import (
     parents_from_elsewhere,
 )
 from saerelay.training.progress import Watcher
-from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests, timed
+from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests
 from saerelay.training.saving import SavingTimes
 from saerelay.training.schedule import goal_is_due
 from saerelay.training.state import balance_of, first_state, units_of
@@ -77,7 +77,7 @@ def train_plan(
             if not sites:
                 now.cursor = end_of_block
                 continue
-            with timed(now.seconds, "lm"):
+            with now.timed("lm"):
                 block = stream.block(number, sites)
             now.block_came = time.perf_counter()
             if offset == 0:
@@ -107,7 +107,7 @@ def train_plan(
 
 def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:
     """Do the work due before a block's first batch: start legs, and add to the moments of upcoming hops."""
-    with timed(now.seconds, "fits"):
+    with now.timed("fits"):
         begin_legs(now, block, paths, hops=False)
         gather_moments(now, block)
     now.count(block)
@@ -118,7 +118,7 @@ def end_block(now: Training, block: Block, paths: RunDirectory, journal: Journal
     drop_failed(now, block, paths)
     report(now, now.cohort.live)
     now.meet(journal)
-    with timed(now.seconds, "fits"):
+    with now.timed("fits"):
         begin_legs(now, block, paths, hops=True)
 
 
@@ -265,7 +265,7 @@ def check_goals(now: Training, repetition: int) -> None:
         if trainee.leg.schedule.reuse <= repetition or not trainee.seeks_goal:
             continue
         if goal_is_due(trainee.leg, train.optimizer, now.plan.batch_tokens, trainee.state.age):
-            with timed(now.seconds, "goals"):
+            with now.timed("goals"):
                 trainee.check(now.held_out[trainee.leg.site], now.held_out_target(trainee.leg))
 
 
