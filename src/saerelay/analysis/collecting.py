@@ -52,6 +52,23 @@ class CodedBatch(NamedTuple):
     """Codes (B, F) of each dictionary, by key."""
 
 
+class ActiveCodes(NamedTuple):
+    """The codes of one dictionary above zero in a batch, one after the other; n of them."""
+
+    latents: Tensor
+    """int64 (n)."""
+    spots: Tensor
+    """int64 (n)."""
+    values: Tensor
+    """(n)."""
+
+    @classmethod
+    def of(cls, batch: CodedBatch, codes: Codes) -> "ActiveCodes":
+        """The active ones among the codes (B, F) of a batch."""
+        active = codes.values > 0
+        return cls(codes.columns[active].long(), batch.spots[codes.rows()[active]], codes.values[active])
+
+
 @torch.no_grad()
 def encode_batches(
     plan: Plan,
@@ -98,8 +115,9 @@ def collect(
     and after an example's strongest position. Takes one pass; see `Features`.
     """
     collectors = {}
-    for key, (_, dictionary, *_) in dictionaries.items():
-        collectors[key] = Collector(dictionary.n_latents, sequences.shape, model.device, examples, window)
+    for key, placed in dictionaries.items():
+        n_latents = Placed.of(placed).dictionary.n_latents
+        collectors[key] = Collector(n_latents, sequences.shape, model.device, examples, window)
     for batch in encode_batches(plan, model, sequences, dictionaries, track=track):
         for key, collector in collectors.items():
             collector.add(batch, batch.codes[key])
@@ -119,7 +137,8 @@ class Collector:
     ) -> None:
         F = n_latents
         E = examples
-        W = window[0] + 1 + window[1]
+        before, after = window
+        W = before + 1 + after
         self.n_sequences, self.context = shape
         self.window = window
         self.n_tokens = 0
@@ -134,82 +153,85 @@ class Collector:
     def add(self, batch: CodedBatch, codes: Codes) -> None:
         """Add the codes of a batch."""
         self.n_tokens += len(batch.spots)
-        active = codes.values > 0
-        latents = codes.columns[active].long()
-        values = codes.values[active]
-        spots = batch.spots[codes.rows()[active]]
-
-        ones = torch.ones_like(latents, dtype=torch.int32)
-        half_octaves = (2 * values.log2()).floor().long() - 2 * OCTAVES[0]
+        active = ActiveCodes.of(batch, codes)
+        ones = torch.ones_like(active.latents, dtype=torch.int32)
+        half_octaves = (2 * active.values.log2()).floor().long() - 2 * OCTAVES[0]
         bins = half_octaves.clamp(0, BINS - 1)
-        self.n_fired.index_add_(0, latents, ones)
-        add_at(self.total, latents, values.double())
-        self.histogram.index_add_(0, latents * BINS + bins, ones)
-        self._admit(batch, latents, spots, values)
+        self.n_fired.index_add_(0, active.latents, ones)
+        add_at(self.total, active.latents, active.values.double())
+        self.histogram.index_add_(0, active.latents * BINS + bins, ones)
+        self._admit(batch, active)
 
-    def _admit(self, batch: CodedBatch, latents: Tensor, spots: Tensor, values: Tensor) -> None:
+    def _admit(self, batch: CodedBatch, active: ActiveCodes) -> None:
         """Replace weaker examples by the batch's strongest, one per sequence; of equally strong ones, the first stays.
 
-        The batch gives a table (F, S) of candidates: the highest activation of each latent in each sequence, and the
-        first spot that reaches it. For latents with a candidate stronger than their weakest example, old examples and
-        candidates are put side by side (E + S columns) and sorted, and the first E stay. A column index of E or more
-        denotes a candidate, whose window must be cut out of the batch.
+        How to see this: the batch gives each latent S candidates, the strongest activation in each sequence. For the J
+        latents with a candidate stronger than their weakest example, the E old examples and the S candidates are put
+        side by side and sorted, and the first E of them stay. A column of E or more of these E + S columns is a
+        candidate, whose window must be cut out of the batch.
         """
-        F, E = self.best.shape
-        S = batch.n_sequences
-        C = self.context
-        cells = latents * S + spots // C
-        highest = self.best.new_zeros(F * S).scatter_reduce_(0, cells, values, "amax")
-        reached = values == highest[cells]
-        first_spot = spots.new_full((F * S,), S * C).scatter_reduce_(0, cells[reached], spots[reached], "amin")
-        highest = highest.view(F, S)
-        first_spot = first_spot.view(F, S)
+        E = self.best.shape[1]
+        candidates, candidate_spots = self._candidates(batch, active)
+        changed = (candidates.amax(dim=1) > self.best[:, -1]).nonzero()[:, 0]  # (J)
+        old_and_new = torch.cat([self.best[changed], candidates[changed]], dim=1)  # (J, E + S)
+        in_order, columns = old_and_new.sort(dim=1, descending=True, stable=True)
+        best = in_order[:, :E]
+        columns = columns[:, :E]
 
-        changed = (highest.amax(dim=1) > self.best[:, -1]).nonzero()[:, 0]
-        together = torch.cat([self.best[changed], highest[changed]], dim=1)
-        best, order = together.sort(dim=1, descending=True, stable=True)
-        best = best[:, :E]
-        order = order[:, :E]
+        # Old examples take their windows along; those of candidates are filled in afterwards.
+        old_columns = columns.clamp(max=E - 1)[..., None].expand(-1, -1, self.around.shape[2])
+        around = self.around[changed].gather(1, old_columns)  # (J, E, W)
+        is_new = (columns >= E) & (best > 0)
+        row, slot = is_new.nonzero(as_tuple=True)
+        new_spots = candidate_spots[changed[row], columns[row, slot] - E]
+        around[row, slot] = self._windows(batch, active, changed, row, new_spots)
 
-        old_columns = order.clamp(max=E - 1)[..., None].expand(-1, -1, self.around.shape[2])
-        around = self.around[changed].gather(1, old_columns)
-        row, slot = ((order >= E) & (best > 0)).nonzero(as_tuple=True)
-        new_spots = first_spot[changed[row], order[row, slot] - E]
-        around[row, slot] = self._windows(latents, spots, values, changed, row, new_spots, S * C)
-
-        all_spots = torch.cat([self.spot[changed], batch.first * C + first_spot[changed]], dim=1)
+        spots_before = batch.first * self.context
+        old_and_new_spots = torch.cat([self.spot[changed], spots_before + candidate_spots[changed]], dim=1)
         self.best[changed] = best
-        self.spot[changed] = all_spots.gather(1, order)
+        self.spot[changed] = old_and_new_spots.gather(1, columns)
         self.around[changed] = around
 
-    def _windows(
-        self, latents: Tensor, spots: Tensor, values: Tensor, some: Tensor, row: Tensor, centres: Tensor, n_spots: int
-    ) -> Tensor:
-        """Return the activations (n, W) of latents some[row] (n, ascending) around spots `centres` (n) of a batch.
+    def _candidates(self, batch: CodedBatch, active: ActiveCodes) -> tuple[Tensor, Tensor]:
+        """The highest activation of each latent in each sequence (F, S), and the first spot that reaches it (F, S)."""
+        F = self.best.shape[0]
+        S = batch.n_sequences
+        cells = active.latents * S + active.spots // self.context
+        highest = self.best.new_zeros(F * S).scatter_reduce_(0, cells, active.values, "amax")
+        reaches = active.values == highest[cells]
+        first_spot = active.spots.new_full((F * S,), S * self.context)
+        first_spot.scatter_reduce_(0, cells[reaches], active.spots[reaches], "amin")
+        return highest.view(F, S), first_spot.view(F, S)
 
-        The codes of a few latents of `some` at a time are laid out densely (step, n_spots), so that a window is a slice
-        of a row; afterwards, the entries that were filled are set back to zero.
+    def _windows(self, batch: CodedBatch, active: ActiveCodes, some: Tensor, row: Tensor, centres: Tensor) -> Tensor:
+        """Return the activations (n, W) of latents some[row] (n, ascending) around the spots `centres` (n) of a batch.
+
+        How to see this: the codes of a few latents of `some` at a time are laid out densely, with a row of all spots
+        for each latent, so that a window is a stretch of a row. Afterwards the filled entries are set back to zero.
         """
         before, after = self.window
-        around = centres[:, None] + torch.arange(-before, after + 1, device=centres.device)
-        same_sequence = around // self.context == centres[:, None] // self.context
-        rank = latents.new_full((len(self.best),), -1)  # of each latent in `some`, or -1
+        n_spots = batch.n_sequences * self.context
+        around = centres[:, None] + torch.arange(-before, after + 1, device=centres.device)  # (n, W)
+        is_inside = around // self.context == centres[:, None] // self.context  # in the centre's sequence
+        around = around.clamp(0, n_spots - 1)
+
+        rank = active.latents.new_full((len(self.best),), -1)  # of each latent in `some`, or -1
         rank[some] = torch.arange(len(some), device=some.device)
-        ranks = rank[latents]
+        ranks = rank[active.latents]
 
         windows = self.best.new_zeros(around.shape)
-        step = max(1, DENSE // n_spots)
-        dense = values.new_zeros(step, n_spots)
-        for low in range(0, len(some), step):
-            in_piece = (ranks >= low) & (ranks < low + step)
-            filled = (ranks[in_piece] - low, spots[in_piece])
-            dense[filled] = values[in_piece]
-            bounds = torch.tensor([low, low + step], device=row.device)
+        n_at_once = max(1, DENSE // n_spots)
+        dense = active.values.new_zeros(n_at_once, n_spots)
+        for low in range(0, len(some), n_at_once):
+            high = low + n_at_once
+            in_piece = (ranks >= low) & (ranks < high)
+            filled = (ranks[in_piece] - low, active.spots[in_piece])
+            dense[filled] = active.values[in_piece]
+            bounds = torch.tensor([low, high], device=row.device)
             first, stop = torch.searchsorted(row, bounds).tolist()
-            wanted = slice(first, stop)
-            windows[wanted] = dense[row[wanted, None] - low, around[wanted].clamp(0, n_spots - 1)]
+            windows[first:stop] = dense[row[first:stop, None] - low, around[first:stop]]
             dense[filled] = 0
-        return windows * same_sequence
+        return windows * is_inside
 
     def features(self) -> Features:
         """Return the features that follow from activations."""
