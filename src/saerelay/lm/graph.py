@@ -6,7 +6,7 @@ A `Place` is a node of the graph and the number of one of its outputs: it stands
 value, whatever its shape.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -85,58 +85,66 @@ def ancestors(place: Place, *, until: Collection[Place]) -> set[Any]:
 class Sum:
     """The decomposition of a residual stream: `end` as the sum of `start` and the terms added to it.
 
-    The decomposition stops at the places in `parts`. A norm of the stream itself, after the addition
-    (as in BERT), is passed through: `norms` maps the output place of a norm to its input place.
+    The decomposition stops at the places in `parts`. A norm of the stream itself, after the addition (as in BERT), is
+    passed through: `norms` maps the output place of a norm to its input place.
+
+    How to see this: the places of a sum form a graph, from `end` down to what it is added up from. The stream consists
+    of the places from which a way leads down to `start`; all other places right below the stream are terms.
     """
 
     def __init__(self, end: Place, start: Place, parts: Collection[Place], norms: dict[Place, Place]) -> None:
         self.start = start
         self.parts = set(parts)
         self.norms: dict[Place, Place] = {}
-        self._holds = self._stream_places(end)
-        if end not in self._holds:
-            # A layer that norms its input before the addition does not add to the stream as it is.
-            self.norms = {place: before for place, before in norms.items() if before != start}
-            self._holds = self._stream_places(end)
-        self.stream = set(self._holds)
-        """Places of the residual stream: `end`, and all places between it and `start`."""
+        self.stream = self._between(end)
+        """Places of the residual stream: `end`, and all places between it and `start`; none if no sum leads there."""
+        if not self.stream:
+            # Plain sums do not lead from `end` to `start`; perhaps sums and norms do. A norm of `start` itself does not
+            # count: a layer that norms its input before the addition does not add to the stream as it is.
+            self.norms = {after: before for after, before in norms.items() if before != start}
+            self.stream = self._between(end)
         self.terms: list[Place | None] = []
         """The terms that are added; None for constants."""
         self.n_starts = 0
-        """How many times `start` occurs in the sum: 1, unless the layer scales its input."""
-        if end in self.stream:
+        """How many times `start` occurs in the sum: 1, unless the layer scales its input; 0 without a stream."""
+        if self.stream:
             self._collect(end)
 
     def _below(self, place: Place) -> list[Place | None]:
-        """The places that add up to a place of the stream, or the input of its norm."""
+        """The places that add up to a place, or the input of a norm; [] where the decomposition ends."""
         if place == self.start:
             return []
         if place in self.norms:
             return [self.norms[place]]
         return addends(place) or []
 
-    def _stream_places(self, end: Place) -> list[Place]:
-        """The places, from `end` downwards, that have `start` as a direct or indirect addend."""
-        parents: dict[Place, list[Place]] = {end: []}
-        order = [end]
-        for place in order:
+    def _between(self, end: Place) -> set[Place]:
+        """The places from which a way leads down to `start`, among `end` and all places below it."""
+        above: dict[Place, list[Place]] = {end: []}
+        waiting = [end]
+        while waiting:
+            place = waiting.pop()
             for below in self._below(place):
                 if below is None:
                     continue
-                if below not in parents:
-                    parents[below] = []
-                    order.append(below)
-                parents[below].append(place)
-        found: list[Place] = []
-        waiting = [self.start] if self.start in parents else []
+                if below not in above:
+                    above[below] = []
+                    waiting.append(below)
+                above[below].append(place)
+        if self.start not in above:
+            return set()
+
+        found = {self.start}
+        waiting = [self.start]
         while waiting:
-            place = waiting.pop()
-            if place not in found:
-                found.append(place)
-                waiting += parents[place]
+            for place in above[waiting.pop()]:
+                if place not in found:
+                    found.add(place)
+                    waiting.append(place)
         return found
 
     def _collect(self, place: Place) -> None:
+        """Add up what a place of the stream consists of, as often as it occurs in the sum."""
         if place == self.start:
             self.n_starts += 1
             return
@@ -146,11 +154,14 @@ class Sum:
             else:
                 self.terms += self._split(below)
 
-    def _split(self, place: Place | None) -> Iterator[Place | None]:
-        """Split a term that is itself a sum (attention and MLP in parallel), unless it is a part."""
-        summands = None if place is None or place in self.parts else addends(place)
+    def _split(self, term: Place | None) -> list[Place | None]:
+        """The terms that a term consists of, if it is itself a sum (attention and MLP in parallel) and not a part."""
+        if term is None or term in self.parts:
+            return [term]
+        summands = addends(term)
         if summands is None:
-            yield place
-            return
+            return [term]
+        split: list[Place | None] = []
         for summand in summands:
-            yield from self._split(summand)
+            split += self._split(summand)
+        return split

@@ -48,14 +48,20 @@ class Inputs:
     states: list[Any]
 
     def within(self, outer: "Inputs") -> "Inputs":
-        """Complete the inputs of an inner module with those that only the outer module was given."""
+        """Complete the inputs of an inner module with those that only the outer module was given.
+
+        If the two have another shape, the outer module's token ids are those of other positions.
+        """
         if self.shape is None:
             return outer
-        same = self.shape == outer.shape
-        ids = outer.ids if self.ids is None and same else self.ids
+        same_positions = self.shape == outer.shape
+        ids = self.ids
+        if ids is None and same_positions:
+            ids = outer.ids
+        # A mask of two dimensions hides only padding; what the outer module makes of it may hide more.
         mask = self.mask
-        hides_less = isinstance(outer.mask, Tensor) and outer.mask.ndim == 2 and same
-        if mask is None or hides_less:
+        outer_hides_padding_alone = isinstance(outer.mask, Tensor) and outer.mask.ndim == 2
+        if mask is None or (outer_hides_padding_alone and same_positions):
             mask = outer.mask
         return replace(self, ids=ids, mask=mask, states=self.states or outer.states)
 

@@ -262,7 +262,7 @@ def _added(record: Record, call: Call, projection: Call | None, mlps: list[Call]
 
     attention = whole.terms_from([projection] if projection else [])
     mlp = whole.terms_from(mlps)
-    others = [term for term in whole.terms if term not in attention + mlp]
+    others = [term for term in whole.sum.terms if term not in attention + mlp]
     from_modules = [module for module in whole.modules if module.made in others]
     has_loose_terms = not set(others) <= {module.made for module in from_modules}
     if attention and mlp and (has_loose_terms or set(attention) & set(mlp)):
@@ -294,7 +294,6 @@ class _Whole:
     """A layer's output as a sum, and the modules that return the terms."""
 
     sum: Sum
-    terms: list[Place | None]
     modules: list[Call]
 
     @classmethod
@@ -312,15 +311,13 @@ class _Whole:
         assert call.read and call.made
         parts = {inner.made for inner in inside if inner.made}
         whole = Sum(call.made, call.read, parts, norms)
-        if whole.n_starts != 1:
-            return None
-        return cls(whole, whole.terms, inside)
+        return cls(whole, inside) if whole.n_starts == 1 else None
 
     def terms_from(self, calls: list[Call]) -> list[Place]:
         """The terms that are computed from the outputs of some modules."""
         nodes = {call.made[0] for call in calls if call.made}
         found = []
-        for term in self.terms:
+        for term in self.sum.terms:
             if term is not None and nodes & ancestors(term, until=self.sum.stream):
                 found.append(term)
         return found
