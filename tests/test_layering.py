@@ -34,7 +34,7 @@ ORDER = {
     "initialise trials layer_normed",
     "planning": "facts left_out leg_spec recipe toml leg plan cost ranks presets batches legs placing compile survey "
     "curves choose",
-    "lm": "source adapter split tokens identity graph trial probe readout head ports inputs facts model attach",
+    "lm": "source adapter split tokens identity graph trial probe readout head ports inputs facts weights model attach",
     "data": "text sources corpus cache remote_cache kept stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "alignment schedule latent_part state device engine cohort progress trackers saving team_stream "

@@ -15,22 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from saerelay.errors import DataError, ModelError, PlanError, TeamError
-from saerelay.lm.adapter import merged
 from saerelay.lm.facts import look_at
 from saerelay.lm.head import Head
 from saerelay.lm.ports import Port, intercept, place_in, plain_skeleton
 from saerelay.lm.probe import Anatomy, probe, probe_skeleton
 from saerelay.lm.readout import linear_readout
-from saerelay.lm.source import (
-    loading,
-    locate,
-    model_class,
-    pinned,
-    quantisation,
-    quantisation_options,
-    read_config,
-)
-from saerelay.lm.split import split_over_ranks
+from saerelay.lm.source import loading, pinned, quantisation
+from saerelay.lm.weights import load_weights
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
@@ -104,30 +95,9 @@ class LanguageModel:
         """
         spec = model if isinstance(model, ModelSpec) else ModelSpec(name=str(model))
         facts, anatomy = look_at(spec)
-        exact = pinned(spec, facts)
         with loading(spec):
-            location = locate(exact)
-            config = read_config(exact)
-            options = location.options | quantisation_options(location, facts)
-            if split:
-                options = options | split_over_ranks(spec)
-            module, report = model_class(config).from_pretrained(
-                location.name_or_path,
-                config=config,
-                dtype=getattr(torch, facts.dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-            # A pooler is not one of the layers, and many checkpoints lack it.
-            missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-            if missing:
-                raise ModelError(
-                    f'the weights of "{spec.name}" lack {len(missing)} tensors ({missing[0]}), '
-                    "which would be initialised at random. Download the model again, or save it with "
-                    "save_pretrained from the class it was trained as."
-                )
-            return cls(merged(module, exact), facts, split_anatomy=anatomy if split else None)
+            weights = load_weights(spec, facts, split=split)
+            return cls(weights, facts, split_anatomy=anatomy if split else None)
 
     @property
     def hf_model(self) -> Any:
