@@ -71,42 +71,73 @@ def hop_run(
     dictionary, origin = read_any(source, format=format, site=site)
     if not origin.site:
         raise FormatError(f"{source}: its files do not say which layer it reads; name it with --from-layer")
-    recipe = of_one_kind(recipe, origin)
-    if console and not model and origin.model not in ("", recipe.model.name, public_name(recipe.model.name)):
-        note = f"note: {source} was trained on {origin.model}; it is assumed to read {recipe.model.name} as well"
-        console.print(Text(printable(note)))
     if origin.site_out and model:
         raise TransferError(f"{source}: is a transcoder; transcoders cannot be carried between two models yet")
+    recipe = of_one_kind(recipe, origin)
+    if not model:
+        _note_its_model(source, origin, recipe, console)
     leg = _asked_leg(source, origin, recipe, layer, leg_keys)
-    assert leg.hop
-    asked_method = leg.hop.method
     target = site_of(leg, recipe)
     if origin.site == target and not model:
-        only_measured = not leg_keys.keys() - {"tokens"} and not leg.tokens
-        leg = leg.changed(
-            method=asked_method or "identity",
-            refit=False if only_measured else leg.hop.refit,
-        )
-    parent = Path(source) if Path(source).exists() else source
-    if model or format or site or _needs_text(dictionary, origin):
+        leg = _at_its_own_site(leg, leg_keys)
+
+    parent = source
+    needs_text = _needs_text(dictionary, origin)
+    if model or format or site or needs_text:
         # The run reads its parent from files, so a dictionary that only these options can read, or that only text
         # completes, is first written there in canonical form.
         check_directory(paths, resume=True)
         parent = _copy_of_parent(paths, source, model, format, site)
         if model:
-            method = recipe.plan.hop.method if asked_method in (None, "random") else asked_method
+            method = _method_between_models(leg, recipe)
             moved = carry_from_model(dictionary, origin, recipe, target, model, method, console)
+            leg = _after_move(leg, moved, recipe)
             dictionary = moved.dictionary
             origin = moved.origin
-            if asked_method != "random":
-                leg = leg.changed(method="identity", lr=_rate_after(moved, leg, recipe))
-        elif _needs_text(dictionary, origin):
+        elif needs_text:
             dictionary, origin = completed(dictionary, origin, recipe, console)
         assert isinstance(dictionary, Dictionary)
         write_dictionary(parent, dictionary, origin, "saerelay")
-    name = str(parent) if "/" in str(parent) else f"./{parent}"
     # Resume a hop that was killed; a different hop in its directory is refused, because its recipe differs.
-    return train_run(with_leg(recipe, leg.changed(parent=name)), out, resume=True, console=console)
+    return train_run(with_leg(recipe, leg.changed(parent=_as_parent(parent))), out, resume=True, console=console)
+
+
+def _note_its_model(source: str | Path, origin: Origin, recipe: Recipe, console: Console | None) -> None:
+    """Say it if an SAE was trained on another model than the recipe's, as its files name it."""
+    same = ("", recipe.model.name, public_name(recipe.model.name))
+    if console and origin.model not in same:
+        note = f"note: {source} was trained on {origin.model}; it is assumed to read {recipe.model.name} as well"
+        console.print(Text(printable(note)))
+
+
+def _at_its_own_site(leg: LegSpec, leg_keys: dict[str, Any]) -> LegSpec:
+    """Return the leg of an SAE that stays at its site: a copy. Without tokens and other keys it is only measured."""
+    assert leg.hop
+    is_only_measured = not leg.tokens and not leg_keys.keys() - {"tokens"}
+    refit = False if is_only_measured else leg.hop.refit
+    return leg.changed(method=leg.hop.method or "identity", refit=refit)
+
+
+def _method_between_models(leg: LegSpec, recipe: Recipe) -> MethodOrAuto:
+    """Return the method of the map between two models: the one asked for, if it is a map, or else the recipe's."""
+    assert leg.hop
+    if leg.hop.method is None or leg.hop.method == "random":
+        return recipe.plan.hop.method
+    return leg.hop.method
+
+
+def _after_move(leg: LegSpec, moved: "CarriedFromModel", recipe: Recipe) -> LegSpec:
+    """Return the leg from a parent that is at its site by now, unless a random dictionary takes its place."""
+    assert leg.hop
+    if leg.hop.method == "random":
+        return leg
+    return leg.changed(method="identity", lr=_rate_after(moved, leg, recipe))
+
+
+def _as_parent(source: str | Path) -> str:
+    """Return the `parent` of a leg that is read from a file or an address; without a slash it would name a leg."""
+    name = str(Path(source)) if Path(source).exists() else str(source)
+    return name if "/" in name else f"./{name}"
 
 
 def _copy_of_parent(paths: RunDirectory, source: str | Path, model: str, format: str, site: Site | None) -> Path:
