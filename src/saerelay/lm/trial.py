@@ -105,10 +105,8 @@ def trial(model: Any, where: str) -> Record:
 @contextmanager
 def _recording(model: Any) -> Iterator[Record]:
     """Record every call of every module."""
-    names = {}
-    for path, module in model.named_modules():
-        names[path] = module
-    record = Record(names)
+    modules = dict(model.named_modules())
+    record = Record(modules)
     open_calls: dict[str, list[Call]] = {}
 
     def begin(path: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -130,7 +128,7 @@ def _recording(model: Any) -> Iterator[Record]:
             call.made_shape = tuple(x.shape)
 
     with ExitStack() as stack:
-        for path, module in names.items():
+        for path, module in modules.items():
             handle = module.register_forward_pre_hook(partial(begin, path), with_kwargs=True)
             stack.callback(handle.remove)
             handle = module.register_forward_hook(partial(end, path))

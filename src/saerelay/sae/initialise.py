@@ -28,9 +28,7 @@ def initialise(
         return _aimed(spec, x, generator, target)
     x = x[:INITIAL_ROWS]
     dictionary = _untrained(spec, x, generator)
-    x_hat = dictionary(x)
-    scale = ((x * x_hat).sum() / (x_hat * x_hat).sum()).clamp(min=1e-3)
-    return scale_latents(dictionary, scale.expand(spec.n_latents))
+    return _at_best_scale(dictionary, x, dictionary(x))
 
 
 def _aimed(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator, target: Tensor) -> Dictionary:
@@ -57,10 +55,14 @@ def _aimed(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator, tar
     rows = torch.where(silent[:, None], residual[drawn], rows)
     W_dec = torch.nn.functional.normalize(rows, dim=1)
 
-    r_hat = z @ W_dec
-    scale = ((residual * r_hat).sum() / (r_hat * r_hat).sum()).clamp(min=1e-3)
     aimed = replace(dictionary, W_dec=W_dec, b_dec=b_dec, W_skip=W_skip)
-    return scale_latents(aimed, scale.expand(spec.n_latents))
+    return _at_best_scale(aimed, residual, z @ W_dec)
+
+
+def _at_best_scale(dictionary: Dictionary, goal: Tensor, reached: Tensor) -> Dictionary:
+    """Multiply all codes by the α that minimises ‖goal − α·reached‖²: they reconstruct `reached`, and ought `goal`."""
+    scale = ((goal * reached).sum() / (reached * reached).sum()).clamp(min=1e-3)
+    return scale_latents(dictionary, scale.expand(dictionary.n_latents))
 
 
 def _untrained(spec: SizedDictionarySpec, x: Tensor, generator: torch.Generator) -> Dictionary:

@@ -32,7 +32,8 @@ class LayerNormed:
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return u (..., D), m and s (..., 1) for activations x (..., D); float32 if they are in half precision."""
         x = widened(x)
-        mean, deviation = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
+        mean = x.mean(dim=-1, keepdim=True)
+        deviation = x.std(dim=-1, keepdim=True)
         return (x - mean) / (deviation + self.eps), mean, deviation
 
     def encode(self, x: Tensor) -> Tensor:
@@ -54,7 +55,9 @@ class LayerNormed:
 
         The mean of each token is removed exactly; the decoder adds the average of these means back to all tokens.
         """
-        d, (_, means, deviations) = self.dictionary, self.normalise(x)
-        scale, mean = deviations.median(), means.mean()
+        d = self.dictionary
+        _, means, deviations = self.normalise(x)
+        scale = deviations.median()
+        mean = means.mean()
         W_enc = (d.W_enc - d.W_enc.mean(dim=1, keepdim=True)) / (scale + self.eps)
         return replace(d, W_enc=W_enc, W_dec=d.W_dec * scale, b_dec=d.b_dec * scale + mean)

@@ -110,15 +110,15 @@ def affine(moments: Moments, ridge: float = RIDGE) -> AffineMap:
     return _through_means(moments, A, B)
 
 
-def unexplained(moments: AnyMoments, ridge: float = RIDGE, balance: Balance = "auto") -> float:
+def unexplained(moments: AnyMoments, balance: Balance = "auto") -> float:
     """Share of the target's variance that the affine map leaves unexplained: 1 − R², from 0 to 1, balanced.
 
     For a transcoder, the larger share of its two maps.
     """
     if isinstance(moments, PairedMoments):
-        return max(unexplained(part, ridge, balance) for part in (moments.inputs, moments.outputs))
-    moments = balanced(moments, balance)
-    A = regress(moments.cov_source, moments.cross.T, ridge).T
+        return max(unexplained(moments.inputs, balance), unexplained(moments.outputs, balance))
+    moments = moments.scaled(*_balance_factors(moments, balance))
+    A = regress(moments.cov_source, moments.cross.T, RIDGE).T
     variance = moments.cov_target.trace()
     residual = variance - 2 * (A * moments.cross).sum() + ((A @ moments.cov_source) * A).sum()
     return float((residual / variance).clamp(0, 1))
@@ -155,11 +155,11 @@ def _through_means(moments: Moments, A: Tensor, B: Tensor) -> AffineMap:
     return AffineMap(A, m_t - A @ m_s, B, m_s - B @ m_t)
 
 
-def balanced(moments: Moments, balance: Balance) -> Moments:
-    """The moments of activations whose dimensions are balanced at both sites, each by its own deviations."""
+def _balance_factors(moments: Moments, balance: Balance) -> tuple[Tensor, Tensor]:
+    """The divisors (S) and (T) that balance the dimensions of the two sites, each by its own deviations."""
     source = balance_factors(moments.cov_source.diagonal(), balance)
     target = balance_factors(moments.cov_target.diagonal(), balance)
-    return moments.scaled(source, target)
+    return source, target
 
 
 def map_between(method: Method, width: int, moments: AnyMoments | None, balance: Balance = "auto") -> AffineMap:
@@ -193,20 +193,15 @@ def map_between(method: Method, width: int, moments: AnyMoments | None, balance:
             f"method {method}: the activations to which the map is fitted are not all finite; run the model in float32 "
             "or bfloat16, not float16"
         )
-    source = balance_factors(moments.cov_source.diagonal(), balance)
-    target = balance_factors(moments.cov_target.diagonal(), balance)
-    return _fit(method, moments.scaled(source, target)).rescaled(source, target)
-
-
-def _fit(method: Method, moments: Moments) -> AffineMap:
+    source, target = _balance_factors(moments, balance)
+    in_balance = moments.scaled(source, target)
     match method:
-        case "identity":
-            return identity(moments.n_source)
         case "rescale":
-            return rescale(moments)
+            between = rescale(in_balance)
         case "procrustes":
-            return procrustes(moments)
+            between = procrustes(in_balance)
         case "affine":
-            return affine(moments)
+            between = affine(in_balance)
         case unreachable:
             assert_never(unreachable)
+    return between.rescaled(source, target)

@@ -51,7 +51,9 @@ class PlainLog:
     """A line every few seconds, for logs and pipes."""
 
     def __init__(self, plan: Plan, cursor: int = 0, *, every_seconds: float = 10.0, out: IO[str] = sys.stderr) -> None:
-        self.plan, self.every, self.out = plan, every_seconds, out
+        self.plan = plan
+        self.every = every_seconds
+        self.out = out
         self.speed = Speed(plan, cursor)
         self.told = time.monotonic()
         self.legs: dict[str, engine.Progress] = {}
@@ -79,7 +81,8 @@ class LiveTable:
     """A progress bar and a table of legs that refreshes itself; use as a context manager."""
 
     def __init__(self, plan: Plan, console: Console, cursor: int = 0) -> None:
-        self.plan, self.cursor = plan, cursor
+        self.plan = plan
+        self.cursor = cursor
         self.speed = Speed(plan, cursor)
         self.legs: dict[str, engine.Progress] = {}
         self.bar = Progress(

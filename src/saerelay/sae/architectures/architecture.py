@@ -110,9 +110,14 @@ class Architecture(Spec):
 
     # --- encoding -------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def activate(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
-        """Codes z (..., F), non-negative and mostly zero, of pre-activations (..., F)."""
+        """Codes z (..., F), non-negative and mostly zero, of pre-activations (..., F).
+
+        By default all that are positive, and above their latent's threshold if there are thresholds.
+        """
+        if threshold is None:
+            return pre.relu()
+        return pre.relu() * (pre > threshold)
 
     def encode_sparse(self, pre: Tensor, threshold: Tensor | None, ops: ModuleType) -> Codes:
         """The same codes of pre-activations (B, F), without the zeros; `ops` are the sparse kernels of the device."""

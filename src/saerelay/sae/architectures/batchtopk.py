@@ -34,11 +34,6 @@ class BatchTopK(Architecture):
     k: int = K
     aux_weight: float = AUX_WEIGHT
 
-    def activate(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
-        """See `Architecture.activate`."""
-        assert threshold is not None
-        return pre.relu() * (pre > threshold)
-
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
         """Calibrate the common threshold."""
         return with_common_threshold(dictionary, x, l0)

@@ -54,11 +54,6 @@ class Gated(Architecture):
         default=2.5, ge=0, description="weight of the gate's L1 penalty at target_l0; it grows as (L0 / target_l0)^4"
     )
 
-    def activate(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
-        """See `Architecture.activate`."""
-        assert threshold is not None
-        return pre.relu() * (pre > threshold)
-
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
         """Add one number to all biases of the gate."""
         threshold = dictionary.threshold

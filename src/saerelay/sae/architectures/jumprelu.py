@@ -39,11 +39,6 @@ class JumpReLU(Architecture):
     l0_weight: float = Field(default=1.0, ge=0, description="weight of the penalty ((L0 - target) / target)^2")
     bandwidth: float = Field(default=0.3, gt=0, description="width of the straight-through window, in normalised units")
 
-    def activate(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
-        """See `Architecture.activate`."""
-        assert threshold is not None
-        return pre.relu() * (pre > threshold)
-
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
         """Multiply all thresholds by one factor; without any above zero, give all latents a common threshold."""
         if dictionary.threshold is None or not bool(dictionary.threshold.any()):

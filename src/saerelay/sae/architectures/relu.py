@@ -29,10 +29,6 @@ class ReLU(Architecture):
 
     l1: float = Field(default=4.0, ge=0, description="weight of the L1 penalty, in normalised units")
 
-    def activate(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
-        """See `Architecture.activate`."""
-        return pre.relu()
-
     def match_l0(self, dictionary: Dictionary, x: Tensor, l0: float) -> Dictionary:
         """Add one number to all biases."""
         level = level_exceeded(dictionary.pre_activations(x), l0)

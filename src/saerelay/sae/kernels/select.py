@@ -167,10 +167,8 @@ def positive_codes(pre: Tensor, room: int) -> tuple[Codes, Tensor]:
 
 def nonzero_codes(z: Tensor) -> Codes:
     """The non-zero entries of dense codes (B, F)."""
-    row_starts = torch.zeros(z.shape[0] + 1, dtype=torch.int32, device=z.device)
-    row_starts[1:] = (z != 0).sum(dim=1).cumsum(0)
     rows, columns = z.nonzero(as_tuple=True)
-    return Codes(row_starts, columns.int(), widened(z[rows, columns]), z.shape[1])
+    return _row_by_row(z, rows, columns, z[rows, columns])
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
