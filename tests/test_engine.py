@@ -144,8 +144,8 @@ def test_a_half_precision_product_learns_as_much() -> None:
     for batch in x.split(B)[:40]:
         half.step(batch)
         single.step(batch)
-    assert half.encoder is not None and torch.equal(half.encoder, half.state.dictionary.W_enc.bfloat16())
-    assert single.encoder is None and not torch.equal(half.state.dictionary.W_enc, single.state.dictionary.W_enc)
+    assert half.half_encoder is not None and torch.equal(half.half_encoder, half.state.dictionary.W_enc.bfloat16())
+    assert single.half_encoder is None and not torch.equal(half.state.dictionary.W_enc, single.state.dictionary.W_enc)
     assert fvu(half, data(seed=1)) == pytest.approx(fvu(single, data(seed=1)), rel=0.02)
 
 
@@ -159,7 +159,7 @@ def test_precision_follows_the_activations_unless_given() -> None:
     ]:
         trainee = begun(leg(), x, spec=TrainSpec(batch_tokens=B, precision=precision))  # type: ignore[arg-type]
         trainee.step(x.to(dtype))
-        assert (trainee.encoder is not None) == expected, (precision, dtype)
+        assert (trainee.half_encoder is not None) == expected, (precision, dtype)
         assert all(tensor.dtype != torch.bfloat16 for tensor in trainee.state.tensors().values())
 
 

@@ -223,6 +223,7 @@ def crc32(x: Tensor, sequence: int) -> int:
 
 
 def damaged(path: Path | str, expected: object, found: object) -> DataError:
+    """The error for a damaged file of the cache."""
     return DataError(
         f"{path}: damaged; expected {expected}, found {found}. "
         "Delete this file and continue with --resume: its activations are computed again."

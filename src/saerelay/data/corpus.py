@@ -111,7 +111,7 @@ class Corpus:
 
 
 def prepare(
-    run: Recipe,
+    recipe: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     directory: Path,
@@ -120,7 +120,7 @@ def prepare(
     eval_sequences: int,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Tokenise just enough of `run.data` into a directory, or open the corpus that is already there.
+    """Tokenise just enough of `recipe.data` into a directory, or open the corpus that is already there.
 
     The train split may be shorter than requested; then `facts.complete` is true. `tokenizer` may be
     None if the recipe gives token ids. `progress` is called with the number of token positions in
@@ -131,11 +131,11 @@ def prepare(
     assert train_sequences > 0 and eval_sequences > 0, (train_sequences, eval_sequences)
     if (directory / "corpus.json").exists():
         return Corpus.open(directory)
-    _check_recipe(run.data, facts, tokenizer)
+    _check_recipe(recipe.data, facts, tokenizer)
     is_taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     if is_taken:
         raise DataError(f"{directory}: exists but holds no corpus.json; remove it, or choose another directory.")
-    source = open_source(run, facts)
+    source = open_source(recipe, facts)
 
     # All files are written next to the directory and renamed: a corpus is complete or absent.
     partial = directory.with_name(f".{directory.name}.partial")
@@ -145,8 +145,8 @@ def prepare(
         partial.mkdir(parents=True)
         packers: dict[Split, _Packer] = {}
         for split, size in sizes.items():
-            packers[split] = _Packer(partial / f"{split}.npy", run.data, facts, size)
-        corpus_facts = _fill(packers, run, facts, tokenizer, source=source, progress=progress)
+            packers[split] = _Packer(partial / f"{split}.npy", recipe.data, facts, size)
+        corpus_facts = _fill(packers, recipe, facts, tokenizer, source=source, progress=progress)
         corpus_facts.save(partial / "corpus.json")
         if directory.exists():
             directory.rmdir()
@@ -215,7 +215,7 @@ def _damaged(path: Path, expected: tuple[int, int], found: object) -> DataError:
 
 def _fill(
     packers: "Mapping[Split, _Packer]",
-    run: Recipe,
+    recipe: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     source: Source,
@@ -230,7 +230,7 @@ def _fill(
         receivers = []
         documents = []
         for index, document in enumerate(batch, start=n_documents):
-            packer = packers[split_of(index, run.train.seed)]
+            packer = packers[split_of(index, recipe.train.seed)]
             if not packer.full:
                 receivers.append(packer)
                 documents.append(document)
@@ -240,7 +240,7 @@ def _fill(
             packer.add(ids)
             n_special += int(np.isin(ids, special).sum())
         if progress:
-            progress(run.data.context * sum(packer.n_sequences for packer in packers.values()))
+            progress(recipe.data.context * sum(packer.n_sequences for packer in packers.values()))
         if all(packer.full for packer in packers.values()):
             break
 
@@ -249,8 +249,8 @@ def _fill(
         packer.finish()
     return CorpusFacts(
         source=source.description,
-        context=run.data.context,
-        prepend_bos=run.data.prepend_bos,
+        context=recipe.data.context,
+        prepend_bos=recipe.data.prepend_bos,
         n_documents=n_documents,
         train_sequences=packers["train"].n_sequences,
         validation_sequences=packers["validation"].n_sequences,

@@ -34,20 +34,20 @@ class Source:
     """Number of padding tokens removed from the documents read so far, by token id."""
 
 
-def open_source(run: Recipe, facts: ModelFacts) -> Source:
+def open_source(recipe: Recipe, facts: ModelFacts) -> Source:
     """Open the source that a recipe names; DataError if it names none, or one that cannot be read."""
-    data = run.data
-    seed = run.train.seed
+    data = recipe.data
+    seed = recipe.train.seed
     if data.hub.dataset:
         return _dataset_source(data.hub, seed)
     if data.text:
         return _text_source(data, seed)
     if data.tokens:
         return _token_source(data, facts, seed)
-    if run.model.name == "demo":
+    if recipe.model.name == "demo":
         return _demo_source(seed)
     raise DataError(
-        f'no data given for the model "{run.model.name}": set data.dataset, data.text or '
+        f'no data given for the model "{recipe.model.name}": set data.dataset, data.text or '
         'data.tokens (only model.name = "demo" has a built-in corpus).'
     )
 

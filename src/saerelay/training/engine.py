@@ -99,7 +99,8 @@ class Trainee:
         self.spec = spec
         self.state = state
         self.dense = dense or not takes_sparse_step(state.n_steps.device.type)
-        self.encoder: Tensor | None = None
+        self.half_encoder: Tensor | None = None
+        """W_enc in bfloat16, once a step has used it; each update keeps it up to date."""
         device = state.n_steps.device
         self._sums = _Sums.nothing(device)
 
@@ -249,7 +250,6 @@ class Trainee:
 
     def _train(self, x: Tensor, target: Tensor | None, now: Now) -> None:
         """Take one gradient step: forward by pieces of the batch, then gradients and Adam by pieces of the latents."""
-        state = self.state
         age_after = now.age + self.leg.schedule.batch_tokens
         dead = self.dead(now.age) if self.leg.dictionary.activation.weight_of_aux else None
         forward = self._dense_step if self.dense else self._sparse_step
@@ -262,36 +262,46 @@ class Trainee:
         elif not bool(torch.isfinite(step.loss.total)):
             self._fail(float(step.loss.total))
             return
-
         with torch.no_grad():
-            gradients = self._gradient_buffers()
-            squares = in_parallel(lambda part: part.differentiate(step, gradients), self.parts)
-            squares.append(step.b_dec.square().sum())
-            state.n_steps += 1 if failed is None else 1 - failed
-            adam = Adam(
-                lr=now.learning_rate,
-                betas=self.spec.optimizer.betas,
-                n_steps=state.n_steps,
-                shrink=self._shrink(torch.stack(squares).sum().sqrt()),
-                failed=failed,
-            )
-            shares = parameter_rates(self.spec.optimizer, state.dictionary.d_model)
-            in_parallel(lambda part: part.update(gradients, adam, shares, self.encoder), self.parts)
-            adam.move(self.bias, step.b_dec)
+            self._update(step, now, failed)
+            self._count(step, x.shape[0], age_after, failed)
 
-            loss = step.loss
-            numbers = torch.stack(
-                [n.detach().float() for n in (loss.total, loss.squared_error, step.variance, loss.n_active)]
-            )
-            fired = loss.fired
-            if failed is None:
-                self._sums.n_batches += 1
-                self._sums.n_rows += x.shape[0]
-            else:
-                fired = fired & (failed == 0)
-                numbers = numbers.masked_fill(failed > 0, 0.0)
-            state.last_fired.copy_(torch.where(fired, age_after, state.last_fired))
-            self._sums.numbers += numbers
+    def _update(self, step: Step | AutogradStep, now: Now, failed: Tensor | None) -> None:
+        """Compute the gradients of all parameters, clip them, and let Adam move the parameters.
+
+        On a GPU nothing changes if `failed` (0 or 1) is 1.
+        """
+        state = self.state
+        gradients = self._gradient_buffers()
+        squares = in_parallel(lambda part: part.differentiate(step, gradients), self.parts)
+        squares.append(step.b_dec.square().sum())
+        state.n_steps += 1 if failed is None else 1 - failed
+        adam = Adam(
+            lr=now.learning_rate,
+            betas=self.spec.optimizer.betas,
+            n_steps=state.n_steps,
+            shrink=self._shrink(torch.stack(squares).sum().sqrt()),
+            failed=failed,
+        )
+        shares = parameter_rates(self.spec.optimizer, state.dictionary.d_model)
+        in_parallel(lambda part: part.update(gradients, adam, shares, self.half_encoder), self.parts)
+        adam.move(self.bias, step.b_dec)
+
+    def _count(self, step: Step | AutogradStep, n_rows: int, age_after: int | Tensor, failed: Tensor | None) -> None:
+        """Note which latents fired, and add the batch to the sums for the log; a failed step adds nothing."""
+        loss = step.loss
+        of_batch = (loss.total, loss.squared_error, step.variance, loss.n_active)
+        numbers = torch.stack([number.detach().float() for number in of_batch])
+        fired = loss.fired
+        if failed is None:
+            self._sums.n_batches += 1
+            self._sums.n_rows += n_rows
+        else:  # batches were counted when the step was launched
+            fired = fired & (failed == 0)
+            numbers = numbers.masked_fill(failed > 0, 0.0)
+        last_fired = self.state.last_fired
+        last_fired.copy_(torch.where(fired, age_after, last_fired))
+        self._sums.numbers += numbers
 
     def _judge(self, launched: Launcher, step: Step | AutogradStep, age_after: Tensor) -> None:
         """Let the device note whether a step can be taken; the first one of a leg tells how much room codes need."""
@@ -333,14 +343,14 @@ class Trainee:
         return AutogradStep(loss, (y - y.mean(dim=0)).square().sum(), gradients)
 
     def _encoder(self, x: Tensor) -> Tensor:
-        """W_enc in the dtype of the product with it; `LatentPart.update` keeps the copy up to date."""
+        """W_enc in the dtype of the product with it."""
         asked = self.spec.precision
         half = asked == "bfloat16" or (asked == "auto" and x.dtype == torch.bfloat16)
         if not half:
             return self.state.dictionary.W_enc
-        if self.encoder is None:
-            self.encoder = self.state.dictionary.W_enc.bfloat16()
-        return self.encoder
+        if self.half_encoder is None:
+            self.half_encoder = self.state.dictionary.W_enc.bfloat16()
+        return self.half_encoder
 
     def _gradient_buffers(self) -> dict[str, Tensor]:
         """Memory for gradients: this thread's last buffers, if they fit, since new memory costs as much as a pass."""
