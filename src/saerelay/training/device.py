@@ -118,7 +118,7 @@ class Fate:
             n_selected=torch.zeros((), dtype=torch.int64, device=device),
         )
 
-    def judge(self, loss: Tensor, age: Tensor, n_selected: Tensor | None = None, room: int | None = None) -> None:
+    def judge(self, loss: Tensor, age: Tensor, n_selected: Tensor | None, room: int | None) -> None:
         """Record the loss of a step, the leg's age after it, and the number of its codes, if room was limited."""
         was_over = self.failed > 0
         is_over = was_over | ~torch.isfinite(loss)

@@ -28,7 +28,9 @@ class TraineeState:
     gradient_means: dict[str, Tensor]
     """Adam's first moments, by parameter; parameters that are not trained have none."""
     gradient_squares: dict[str, Tensor]
+    """Adam's second moments."""
     n_steps: Tensor
+    """float32 scalar: the steps taken."""
     last_fired: Tensor
     """int64 (F): age at which each latent last fired."""
     budget_tokens: int

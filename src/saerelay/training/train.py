@@ -42,7 +42,7 @@ from saerelay.training.progress import Watcher
 from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests
 from saerelay.training.saving import SavingTimes
 from saerelay.training.schedule import goal_is_due
-from saerelay.training.state import balance_of, first_state, units_of
+from saerelay.training.state import TraineeState, balance_of, first_state, units_of
 
 FIRST_ROWS = 32_768
 """Number of rows that a leg's units and initialisation are based on."""
@@ -203,29 +203,44 @@ def begin(
         parent = sent.get(leg.id) or parent_of(now, block, paths, leg)
     if isinstance(parent, str):
         return parent
-    spec = now.plan.recipe.train
     rows = block.rows(leg.site, FIRST_ROWS)
     target = block.target(leg, FIRST_ROWS)
-    reason = why_not(leg.site, rows) or (why_not(leg.site_out, target) if target is not None else "")
+    reason = why_not(leg.site, rows)
+    if target is not None and not reason:
+        reason = why_not(leg.site_out, target)
     if reason:
         return reason
-    if parent is None:
-        try:
-            alignment = align(now, leg)
-        except TransferError as error:
-            return str(error)
-        if alignment:
-            rows = alignment.rows({site: block.rows(site, FIRST_ROWS) for site in (leg.site, *leg.shared_sites)})
-        state = first_state(leg, spec, rows, target=target)
-        state.alignment = alignment
-        return Trainee(leg, spec, state)
     try:
-        inherited = inherit(now, leg, block, parent, units_of(leg, spec, rows, target))
+        if parent is None:
+            state = state_from_scratch(now, block, leg, rows, target)
+        else:
+            state = state_from_parent(now, block, leg, parent, rows, target)
     except TransferError as error:
         return str(error)
+    return Trainee(leg, now.plan.recipe.train, state)
+
+
+def state_from_scratch(now: Training, block: Block, leg: Leg, rows: Tensor, target: Tensor | None) -> TraineeState:
+    """The state at age 0 of a leg without a parent; the layers that share it are aligned first.
+
+    `rows` (B, D) are the first activations of its site, and `target` (B, Dy) of what a transcoder reconstructs.
+    """
+    alignment = align(now, leg)
+    if alignment:
+        rows = alignment.rows({site: block.rows(site, FIRST_ROWS) for site in (leg.site, *leg.shared_sites)})
+    state = first_state(leg, now.plan.recipe.train, rows, target=target)
+    state.alignment = alignment
+    return state
+
+
+def state_from_parent(
+    now: Training, block: Block, leg: Leg, parent: Parent, rows: Tensor, target: Tensor | None
+) -> TraineeState:
+    """The state at age 0 of a leg that is transferred from a parent; the rows are as for `state_from_scratch`."""
+    spec = now.plan.recipe.train
+    inherited = inherit(now, leg, block, parent, units_of(leg, spec, rows, target))
     now.hops[leg.id] = HopFacts(method=inherited.method, trials=inherited.trials)
-    state = first_state(leg, spec, rows, inherited.dictionary, target=target, lr_share=inherited.lr_share)
-    return Trainee(leg, spec, state)
+    return first_state(leg, spec, rows, inherited.dictionary, target=target, lr_share=inherited.lr_share)
 
 
 def why_not(where: Site | str, x: Tensor) -> str:

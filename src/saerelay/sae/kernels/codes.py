@@ -29,6 +29,7 @@ class Codes:
     is_padded: bool = False
     """Whether there are places beyond the last row, with the value 0 at column 0."""
     _transpose: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
+    """The result of `transpose`, once it was asked for; all codes at the same positions share it (`with_values`)."""
 
     @property
     def n_rows(self) -> int:

@@ -96,7 +96,7 @@ def _sampled_kernel(
 
 
 def sampled(codes: Codes, g: Tensor, W: Tensor) -> Tensor:
-    """g Wᵀ at the codes' places: (B, D), (F, D) -> (n_active,)."""
+    """g Wᵀ at the codes' positions: (B, D), (F, D) -> (n_active,)."""
     D, g, W = W.shape[1], g.contiguous(), W.contiguous()
     n_active = codes.columns.shape[0]
     block = _columns_block(D)
@@ -133,7 +133,7 @@ def _explain_kernel(row_starts, columns, values, W, left, out, D, BLOCK_N: tl.co
 
 
 def explain(left: Tensor, codes: Codes, W: Tensor) -> Tensor:
-    """left −= Z W, in place (B, D), and then left Wᵀ at the codes' places (n_active)."""
+    """left −= Z W, in place (B, D), and then left Wᵀ at the codes' positions (n_active)."""
     D, block = W.shape[1], power_of_two(W.shape[1])
     if block > WIDEST or not _fits_in_cache(W) or not left.is_contiguous():
         subtract_decoded(left, codes, W)
