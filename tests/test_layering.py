@@ -30,7 +30,7 @@ ARROWS = {
 """Every arrow that there is. One that is not here fails, and so does one that is here and gone."""
 
 ORDER = {
-    "sae": "architectures spec moments dictionary units threads loss kernels quality maps refit reshape transfer "
+    "sae": "architectures spec dictionary moments units threads loss kernels quality maps refit reshape transfer "
     "initialise trials layer_normed",
     "planning": "facts left_out leg_spec recipe toml leg plan cost ranks presets batches legs placing compile survey "
     "curves choose",

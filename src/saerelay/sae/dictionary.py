@@ -20,6 +20,11 @@ from torch import Tensor
 from saerelay.errors import DataError, TransferError
 from saerelay.sae.architectures import Architecture, architecture_named
 
+ROWS_AT_ONCE = 4_096
+"""Rows of activations that closed forms and measurements process together; more might not fit in memory.
+
+The last bits of a sum depend on this number.
+"""
 LATENT_PARAMETERS = ("W_enc", "b_enc", "W_dec", "threshold", "r_mag")
 """Parameters with an entry for each latent."""
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "r_mag", "W_skip")

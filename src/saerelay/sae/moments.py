@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from saerelay.sae.dictionary import ROWS_AT_ONCE
+
 
 @dataclass
 class Moments:
@@ -43,8 +45,9 @@ class Moments:
     def add(self, source: Tensor, target: Tensor) -> None:
         """Add activations (B, S) and (B, T) of the same tokens."""
         self._covariance = None
-        for start in range(0, source.shape[0], 4096):
-            x = torch.cat([source[start : start + 4096], target[start : start + 4096]], dim=1).float()
+        for start in range(0, source.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            x = torch.cat([source[rows], target[rows]], dim=1).float()
             if self.n_tokens == 0:
                 self.shift = x.mean(dim=0).to(self.shift)
             x = x - self.shift.to(x)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saerelay.sae.dictionary import Dictionary, check_rows
+from saerelay.sae.dictionary import ROWS_AT_ONCE, Dictionary, check_rows
 from saerelay.sae.kernels import reconstruct
 from saerelay.sae.units import Balance, balance_factors
 
@@ -28,7 +28,7 @@ def fvu(dictionary: Dictionary, x: Tensor, balance: Balance = 0.0, *, target: Te
     check_rows(x, "fvu")
     y = dictionary.goal_of(x, target)
     errors = torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
-    for part, goal in zip(x.split(4096), y.split(4096), strict=True):
+    for part, goal in zip(x.split(ROWS_AT_ONCE), y.split(ROWS_AT_ONCE), strict=True):
         _, y_hat = reconstruct(dictionary, part)
         errors += (goal - y_hat).square().sum(dim=0, dtype=torch.float64)
     return balanced_ratio(errors, (y - y.mean(dim=0)).square().sum(dim=0, dtype=torch.float64), balance)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saerelay.errors import DataError, TransferError
-from saerelay.sae.dictionary import Dictionary, unit_decoder
+from saerelay.sae.dictionary import ROWS_AT_ONCE, Dictionary, unit_decoder
 from saerelay.sae.kernels import Codes, join_codes, latent_sums, products, reconstruct
 from saerelay.sae.maps import affine
 from saerelay.sae.moments import Moments
@@ -133,7 +133,7 @@ def refit_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
     """
     if dictionary.W_skip is None:
         return dictionary
-    pairs = zip(x.split(4096), target.split(4096), strict=True)
+    pairs = zip(x.split(ROWS_AT_ONCE), target.split(ROWS_AT_ONCE), strict=True)
     residuals = [y - reconstruct(dictionary, part)[1] for part, y in pairs]
     A, c = affine_part(x, torch.cat(residuals))
     return replace(dictionary, W_skip=dictionary.W_skip + A, b_dec=dictionary.b_dec + c)

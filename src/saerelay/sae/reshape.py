@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saerelay.sae.architectures import architecture_named
-from saerelay.sae.dictionary import LATENT_PARAMETERS, Dictionary, check_rows, match_l0, widened
+from saerelay.sae.dictionary import LATENT_PARAMETERS, ROWS_AT_ONCE, Dictionary, check_rows, match_l0, widened
 from saerelay.sae.kernels import encode_sparse, join_codes, latent_sums, reconstruct
 from saerelay.sae.maps import RIDGE, regress
 
@@ -99,7 +99,7 @@ def _firing_and_residual(dictionary: Dictionary, x: Tensor, y: Tensor) -> tuple[
     """Return on how many of the tokens x (B, D) each latent fires (F), and the residual (B, Dy) of y (B, Dy)."""
     counts = torch.zeros_like(dictionary.b_enc)
     residuals = []
-    for part, goal in zip(x.split(4096), y.split(4096), strict=True):
+    for part, goal in zip(x.split(ROWS_AT_ONCE), y.split(ROWS_AT_ONCE), strict=True):
         codes, y_hat = reconstruct(dictionary, part)
         active = codes.columns[codes.values > 0].long()
         counts += torch.bincount(active, minlength=dictionary.n_latents)
@@ -146,7 +146,7 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor |
 
 def _pruned(dictionary: Dictionary, x: Tensor, n_latents: int) -> Dictionary:
     """Keep only the latents that contribute most to reconstructions of x (B, D), in their order."""
-    codes = join_codes([encode_sparse(dictionary, part) for part in x.split(4096)])
+    codes = join_codes([encode_sparse(dictionary, part) for part in x.split(ROWS_AT_ONCE)])
     squares = latent_sums(codes.with_values(codes.values.square()))
     contribution = squares * dictionary.W_dec.square().sum(dim=1)
     best = contribution.topk(n_latents).indices.sort().values

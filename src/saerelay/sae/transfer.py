@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from saerelay.errors import TransferError
-from saerelay.sae.dictionary import Dictionary, match_l0, unit_decoder
+from saerelay.sae.dictionary import ROWS_AT_ONCE, Dictionary, match_l0, unit_decoder
 from saerelay.sae.maps import AffineMap
 from saerelay.sae.quality import fvu
 from saerelay.sae.refit import refit, refit_skip
@@ -177,9 +177,9 @@ def refit_on(dictionary: Dictionary, x: Tensor, target: Tensor | None, **how: An
     `how` are keywords of `refit`.
     """
     if target is None:
-        return refit(dictionary, x.split(4096), **how)
+        return refit(dictionary, x.split(ROWS_AT_ONCE), **how)
     with_skip = refit_skip(dictionary, x, target)
-    return refit(with_skip, x.split(4096), target=target.split(4096), **how)
+    return refit(with_skip, x.split(ROWS_AT_ONCE), target=target.split(ROWS_AT_ONCE), **how)
 
 
 def revive_and_refit(dictionary: Dictionary, on: Retraining) -> Dictionary | None:

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from saerelay.sae.dictionary import Dictionary
+from saerelay.sae.dictionary import ROWS_AT_ONCE, Dictionary
 
 Balance = float | Literal["auto"]
 """Power of the standard deviations that dimensions are divided by; "auto" decides by the data (see `power_for`)."""
@@ -48,7 +48,7 @@ class Units:
         Each dimension is also divided by its standard deviation to the power `balance`: with 0 dimensions keep their
         proportions, with 1 all have the same variance.
         """
-        parts = x.split(4096)
+        parts = x.split(ROWS_AT_ONCE)
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(x)
         squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
         variance = squares.sum(dim=0) / len(x)
