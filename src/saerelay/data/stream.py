@@ -6,7 +6,7 @@ positions that are left out (BOS, outlier norms) depend only on the seed and the
 never on which sites are open: rows do not shift when legs come and go, and a stream has no state
 to save.
 
-In shapes: P positions in a block, S sequences in a block, C positions in a sequence (the context),
+Shapes: P positions in a block, S sequences in a block, C positions in a sequence (the context),
 D width of the activations at a site.
 """
 

@@ -5,7 +5,7 @@
         model.generate(**inputs)
     z = attached[3].latents()
 
-In shapes: B sequences, C positions, D width of the activations at a site, F latents, N positions
+Shapes: B sequences, C positions, D width of the activations at a site, F latents, N positions
 that are touched (neither padding nor left alone), J latents that are edited.
 """
 
@@ -26,7 +26,7 @@ from saerelay.sae.layer_normed import LayerNormed
 from saerelay.site import Site
 
 ROWS_AT_ONCE = 1024
-"""Positions that are encoded together: the dense codes (N,F) of more positions would not fit in memory."""
+"""Positions that are encoded together: the dense codes (N, F) of more positions would not fit in memory."""
 
 
 @contextmanager
@@ -121,7 +121,7 @@ class Attachment:
         self._taps = taps
         self._leave_alone = list(leave_alone)
         self._tokens = dict[int, Tensor]()
-        """Token ids (B,C), by the position in the sequence at which they begin."""
+        """Token ids (B, C), by the position in the sequence at which they begin."""
         self._forwards: list[Inputs] = []
         """Inputs of the current forward: the outermost module's first."""
         self._end = 0
@@ -145,11 +145,11 @@ class Attachment:
 
     @property
     def tokens(self) -> Tensor:
-        """The token ids (B,C) of the recorded codes; ModelError if the model was given none."""
+        """The token ids (B, C) of the recorded codes; ModelError if the model was given none."""
         return _joined(self._tokens, "token ids were recorded")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note where a forward begins in its sequences, and which positions (B,C) are touched.
+        """Note where a forward begins in its sequences, and which positions (B, C) are touched.
 
         An inner module is called with inputs that the outer module has processed: the inner one knows
         best which positions there are, the outer one which tokens they are.
@@ -189,7 +189,7 @@ class Tap:
         self._edits = dict[int, tuple[float, float]]()
         """A factor and an addend for the code of each edited latent."""
         self._codes = dict[int, Tensor]()
-        """Sparse codes (B,C,F), by the position in the sequence at which they begin."""
+        """Sparse codes (B, C, F), by the position in the sequence at which they begin."""
         self._start = 0
         self._touched: Tensor | None = None
 
@@ -228,7 +228,7 @@ class Tap:
         self._edits.clear()
 
     def latents(self, *latents: int) -> Tensor:
-        """The recorded codes (B,C,F), or (B,C,n) of n latents, as they were before edits.
+        """The recorded codes (B, C, F), or (B, C, n) of n latents, as they were before edits.
 
         The codes are those of the last sequences. A forward that continues a key-value cache appends to
         the codes recorded for it; any other forward starts anew. So `generate`, with or without a cache,
@@ -243,7 +243,7 @@ class Tap:
         return codes.index_select(2, index).to_dense()
 
     def codes(self) -> Tensor:
-        """The recorded codes as a sparse COO tensor (B,C,F), which takes little memory."""
+        """The recorded codes as a sparse COO tensor (B, C, F), which takes little memory."""
         return _joined(self._codes, f"activations have passed {self.site}").coalesce()
 
     def _checked(self, latent: int) -> int:
@@ -256,13 +256,13 @@ class Tap:
         return index
 
     def _begin(self, start: int, touched: Tensor) -> None:
-        """Prepare for a forward that begins at `start` and touches some positions, bool (B,C)."""
+        """Prepare for a forward that begins at `start` and touches some positions, bool (B, C)."""
         self._start = start
         self._touched = touched
         _cut(self._codes, start)
 
     def _pass(self, x: Tensor) -> Tensor:
-        """Record the codes of activations (B,C,D), and return the activations that take their place."""
+        """Record the codes of activations (B, C, D), and return the activations that take their place."""
         if self._touched is None or x.shape[:2] != self._touched.shape:
             raise ModelError(
                 f"{self.site}: activations of the shape {tuple(x.shape)} passed here, but the arguments of the model's "
@@ -284,7 +284,7 @@ class Tap:
         return x.index_put((touched,), torch.cat(outputs).to(x.dtype))
 
     def _apply(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the activations that take the place of x (N,D), and the sparse, detached codes (N,F) of x."""
+        """Return the activations that take the place of x (N, D), and the sparse, detached codes (N, F) of x."""
         self._sae = self._sae.to(x.device)
         sae = self._inner
         x = x.to(sae.W_enc.dtype)
@@ -297,7 +297,7 @@ class Tap:
         # An edit turns a code z into factor·z + addend, a change of (factor − 1)·z + addend.
         edited = torch.tensor(list(self._edits), dtype=torch.long, device=x.device)
         factor, addend = torch.tensor(list(self._edits.values())).reshape(-1, 2).to(z).T
-        change = z[:, edited] * (factor - 1) + addend  # (N,J)
+        change = z[:, edited] * (factor - 1) + addend  # (N, J)
         if self._replace:
             y = sae.decode(z.index_add(1, edited, change)) * scale + mean
         else:
@@ -305,7 +305,7 @@ class Tap:
         return y, z.detach().to_sparse()
 
     def _spread(self, codes: Tensor, touched: Tensor) -> Tensor:
-        """Turn sparse codes (N,F) of the touched positions into sparse codes (B,C,F) of all positions."""
+        """Turn sparse codes (N, F) of the touched positions into sparse codes (B, C, F) of all positions."""
         rows, latents = codes.indices()
         sequences, positions = touched.nonzero()[rows].T
         return torch.sparse_coo_tensor(
@@ -320,7 +320,7 @@ class Tap:
 def _cut(pieces: dict[int, Tensor], end: int) -> None:
     """Drop everything recorded from a position on: other text, or tokens withdrawn since.
 
-    `pieces` are tensors (B,C,...) by the position at which they begin, in order.
+    `pieces` are tensors (B, C, ...) by the position at which they begin, in order.
     """
     while pieces and next(reversed(pieces)) >= end:
         pieces.popitem()

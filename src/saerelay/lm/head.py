@@ -4,7 +4,7 @@ The head of a model with a large vocabulary costs more than all of its layers, a
 anything else. A caller who needs the logits of two tokens at one position, or a sum over all tokens, need not hold all
 logits at once.
 
-In shapes: B sequences, C positions, D width of the residual stream, V vocabulary.
+Shapes: B sequences, C positions, D width of the residual stream, V vocabulary.
 """
 
 import threading
@@ -51,16 +51,16 @@ class Head:
         return self._shadow is not None
 
     def states(self, tokens: Tensor) -> Tensor:
-        """The model's input to its head (B,C,D), for tokens (B,C).
+        """The model's input to its head (B, C, D), for tokens (B, C).
 
-        If the head is not `in_parts`, the logits (B,C,V) instead.
+        If the head is not `in_parts`, the logits (B, C, V) instead.
         """
         if self.in_parts:
             return self._model.base_model(input_ids=tokens, use_cache=False)[0]
         return self._model(input_ids=tokens, use_cache=False).logits
 
     def logits(self, states: Tensor, tokens: slice | Tensor) -> Tensor:
-        """The logits (B,C,n) of n tokens, in the model's dtype, from `states` (B,C,D).
+        """The logits (B, C, n) of n tokens, in the model's dtype, from `states` (B, C, D).
 
         Several threads may call this at the same time.
         """

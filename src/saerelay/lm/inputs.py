@@ -3,7 +3,7 @@
 A model may be called by its outermost module, by its base model or by a module around it; with a
 key-value cache, with a recurrent state, or with the whole text.
 
-In shapes: B sequences, C positions of this forward, K positions that may be attended to.
+Shapes: B sequences, C positions of this forward.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class Inputs:
     """The inputs of one module; None where it was given nothing."""
 
     shape: tuple[int, int] | None
-    """(B,C)."""
+    """(B, C)."""
     device: torch.device
     ids: Tensor | None
     mask: Any
@@ -83,7 +83,7 @@ class Inputs:
         return 0
 
     def unpadded(self, start: int) -> Tensor:
-        """Bool (B,C): positions that the attention mask does not hide."""
+        """Bool (B, C): positions that the attention mask does not hide."""
         assert self.shape
         mask = _one_mask(self.mask)
         if mask is None:

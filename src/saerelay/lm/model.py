@@ -1,6 +1,6 @@
 """The language model: read activations at many sites, or replace some of them.
 
-In shapes: B sequences, C positions, D width of the activations at a site, V vocabulary.
+Shapes: B sequences, C positions, D width of the activations at a site, V vocabulary.
 """
 
 import threading
@@ -41,11 +41,11 @@ class Forward:
     """The results of a whole forward of a language model; see `LanguageModel.forward`."""
 
     tokens: Tensor
-    """(B,C)."""
+    """(B, C)."""
     states: Tensor
-    """Last hidden states (B,C,D), as from `Head.states`."""
+    """Last hidden states (B, C, D), as from `Head.states`."""
     activations: dict[Site, Tensor]
-    """(B,C,D) at each requested site."""
+    """(B, C, D) at each requested site."""
     layer_extras: list[tuple | None]
     """The values that each layer returned after the residual stream; None for a layer that returns only the stream, or
     does not run."""
@@ -118,7 +118,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def visit(self, tokens: Tensor, visitors: Mapping[Site, Callable[[Tensor], object]]) -> None:
-        """Show each visitor the activations (B,C,D) at its site, in one forward over tokens (B,C).
+        """Show each visitor the activations (B, C, D) at its site, in one forward over tokens (B, C).
 
         The forward ends at the deepest site: nothing after it runs. Every position attends as in
         a sequence without padding. A visitor sees the model's own tensor, in inference mode: it must
@@ -158,7 +158,7 @@ class LanguageModel:
                 )
 
     def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
-        """Read the activations (B,C,D) at all sites from one forward over tokens (B,C).
+        """Read the activations (B, C, D) at all sites from one forward over tokens (B, C).
 
         The forward stops at the deepest site. The tensors belong to the caller: they are plain copies,
         usable with autograd, in the model's dtype and on its device. `visit` does the same without copies.
@@ -178,7 +178,7 @@ class LanguageModel:
 
     @contextmanager
     def splice(self, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace activations x (B,C,D) at a site by function(x) in every forward.
+        """Replace activations x (B, C, D) at a site by function(x) in every forward.
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> with model.splice(Site(3), torch.zeros_like):
@@ -194,7 +194,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """Predict the next token at every position: float32 (B,C,V) for tokens (B,C).
+        """Predict the next token at every position: float32 (B, C, V) for tokens (B, C).
 
         Raises ModelError if the model has no language-model head.
         """
@@ -228,7 +228,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, sites: Iterable[Site]) -> Forward:
-        """Run all layers over tokens (B,C), and keep what is needed to continue from the middle (`resuming`).
+        """Run all layers over tokens (B, C), and keep what is needed to continue from the middle (`resuming`).
 
         >>> model, tokens = LanguageModel.load(ModelSpec(device="cpu")), torch.tensor([[0, 5, 7]])
         >>> clean = model.forward(tokens, [Site(3)])
@@ -274,7 +274,7 @@ class LanguageModel:
 
     @contextmanager
     def resuming(self, clean: Forward, site: Site) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Give a function from other activations x (B,C,D) at a site to the last hidden states, for `head.logits`.
+        """Give a function from other activations x (B, C, D) at a site to the last hidden states, for `head.logits`.
 
         Gradients flow to an x that requires them. Layers before the site do not run. Some models pass
         more than the residual stream from layer to layer, so that starting in the middle does not
@@ -337,7 +337,7 @@ class LanguageModel:
 
     @contextmanager
     def _skipping(self, clean: Forward, n: int, stream: Callable[[], Tensor]) -> Iterator[None]:
-        """Let the first n layers return stream() (B,C,D) and their clean extras."""
+        """Let the first n layers return stream() (B, C, D) and their clean extras."""
 
         def skip(extras: tuple | None, *_: Any, **__: Any) -> Any:
             if extras is None:
@@ -357,7 +357,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def unembedding(self) -> Tensor:
-        """The matrix that maps a direction of the last residual stream to its effect on each logit: float32 (V,D).
+        """The matrix that maps a direction of the last residual stream to its effect on each logit: float32 (V, D).
 
         If the final norm removes the mean (LayerNorm), so does this matrix. The norm's division by the size
         of the stream is left out, so values can be compared within a row, but not across models. Raises ModelError

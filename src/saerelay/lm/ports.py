@@ -175,7 +175,7 @@ def n_parameters(module: nn.Module) -> int:
 
 @contextmanager
 def intercept(port: Port, site: Site, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the activations x (B,C,D) that pass a port by function(x).
+    """Replace the activations x (B, C, D) that pass a port by function(x).
 
     The result is cast to the dtype of x; `site` is named in the error if its shape differs.
     """

@@ -6,7 +6,7 @@ the residual stream as they are: all of this is visible in a forward over a few 
 graph that autograd records of it. Shapes and graph exist on torch's meta device as well, so a plan
 learns the same as a training run, without loading weights.
 
-In shapes: B sequences, C positions, D width of the activations at a site.
+Shapes: B sequences, C positions, D width of the activations at a site.
 """
 
 from collections.abc import Iterable
@@ -140,7 +140,7 @@ def _n_links(record: Record, path: str, n: int) -> int | None:
 
 
 def _is_of_tokens(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has one vector, or several, per token: (B,C,D), (B,C,n,D) or (n,B,C,D)."""
+    """Whether a tensor has one vector, or several, per token: (B, C, D), (B, C, n, D) or (n, B, C, D)."""
     return len(shape) in (3, 4) and TRIAL_SHAPE in (shape[:2], shape[-3:-1])
 
 

@@ -2,7 +2,7 @@
 
 On torch's meta device there are shapes, and the graph that autograd records, but no numbers.
 
-In shapes: B sequences, C positions, D width of the activations at a site.
+Shapes: B sequences, C positions, D width of the activations at a site.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +74,7 @@ def made_stream(output: Any) -> Tensor | None:
 
 
 def trial_tokens(model: Any) -> Tensor:
-    """A few token ids (B,C) for a trial, on the model's device; ModelError if the model has no vocabulary."""
+    """A few token ids (B, C) for a trial, on the model's device; ModelError if the model has no vocabulary."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     parameter = next(iter(model.parameters()), None)
     if not vocabulary or parameter is None:
