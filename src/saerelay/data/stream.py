@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -286,16 +285,26 @@ class LiveStream(AbstractStream):
         """
         total = len(self.sequences)
         parts = []
-        for epoch in range(first // total, (first + n - 1) // total + 1):
-            if epoch != self._epoch:
-                generator = np.random.default_rng(seed_from("order", self.plan.recipe.train.seed, epoch))
-                added = pairwise([0, *self.grown_from, total])
-                self._epoch = epoch
-                self._epoch_order = np.concatenate([a + generator.permutation(b - a) for a, b in added])
+        first_epoch = first // total
+        last_epoch = (first + n - 1) // total
+        for epoch in range(first_epoch, last_epoch + 1):
             begin = max(0, first - epoch * total)
             end = first + n - epoch * total
-            parts.append(self._epoch_order[begin:end])
+            parts.append(self._order_of(epoch)[begin:end])
         return np.concatenate(parts)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """The order in which an epoch reads all sequences: int64 (N); that of the last epoch asked for is kept."""
+        if epoch != self._epoch:
+            generator = np.random.default_rng(seed_from("order", self.plan.recipe.train.seed, epoch))
+            orders = []
+            begin = 0
+            for end in (*self.grown_from, len(self.sequences)):
+                orders.append(begin + generator.permutation(end - begin))
+                begin = end
+            self._epoch = epoch
+            self._epoch_order = np.concatenate(orders)
+        return self._epoch_order
 
 
 def gather_rows(plan: Plan, stream: AbstractStream, n: int) -> tuple[dict[Site, Tensor], int]:
