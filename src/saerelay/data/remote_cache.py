@@ -11,7 +11,7 @@ the requested sequences are read. C is the context, D the width of the activatio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,13 @@ class Manifest(Spec):
     """A checksum of each sequence's activations, seeded with its id."""
 
 
+class Shard(NamedTuple):
+    """A shard in the store, as the index has it."""
+
+    path: str
+    manifest: Manifest
+
+
 class RemoteCache(ActivationCache):
     """The part of `data.cache` that belongs to a plan's model, at an address such as s3://bucket/folder."""
 
@@ -63,18 +70,21 @@ class RemoteCache(ActivationCache):
         n_bytes = self.bytes_per_sequence(site)
         for start in range(0, len(places), SEQUENCES_AT_ONCE):
             asked = places[start : start + SEQUENCES_AT_ONCE]
-            begins = [manifest.offset + row * n_bytes for (_, manifest), row in asked]
+            paths = [shard.path for shard, _ in asked]
+            begins = [shard.manifest.offset + row * n_bytes for shard, row in asked]
             ends = [begin + n_bytes for begin in begins]
             with self._reaching():
-                parts = self.files.cat_ranges([path for (path, _), _ in asked], begins, ends, on_error="raise")
-            for i, (((path, manifest), row), part) in enumerate(zip(asked, parts, strict=True), start):
+                parts = self.files.cat_ranges(paths, begins, ends, on_error="raise")
+            for position, part in enumerate(parts, start):
+                shard, row = places[position]
                 if len(part) != n_bytes:
-                    raise damaged(path, f"{n_bytes} bytes of sequence {row}", len(part))
+                    raise damaged(shard.path, f"{n_bytes} bytes of sequence {row}", len(part))
                 x = torch.frombuffer(bytearray(part), dtype=torch.bfloat16).view(self.context, -1)
-                checksum = crc32(x, int(ids[i]))
-                if checksum != manifest.crc32[row]:
-                    raise damaged(path, f"crc32 {manifest.crc32[row]} of sequence {row}", checksum)
-                yield i, x
+                checksum = crc32(x, int(ids[position]))
+                expected = shard.manifest.crc32[row]
+                if checksum != expected:
+                    raise damaged(shard.path, f"crc32 {expected} of sequence {row}", checksum)
+                yield position, x
 
     def check_room(self, needed: int) -> None:
         """Raise DataError if bytes are needed but nothing can be written here: no such bucket, or no right to write.
@@ -90,7 +100,7 @@ class RemoteCache(ActivationCache):
             self._put(f"{self.root}/about.json", json.dumps(self._identity, indent=1).encode())
 
     def _store(self, site: Site, tensors: dict[str, Tensor], sequences: list[int], checksums: list[int]) -> Any:
-        """See `ActivationCache._store`: first the shard, then its manifest; both are in the index."""
+        """See `ActivationCache._store`: first the shard, then its manifest."""
         about = self._about(site)
         content = save(tensors, {"about": about})
         path = f"{self.root}/{site}/{digest([sequences, checksums])}.safetensors"
@@ -98,7 +108,7 @@ class RemoteCache(ActivationCache):
         with self._reaching():
             self._put(path, content)
             self._put(_manifest_path(path), manifest.model_dump_json().encode())
-        return path, manifest
+        return Shard(path, manifest)
 
     def _put(self, path: str, content: bytes) -> None:
         """Write a file that appears as a whole or not at all, if the store supports this."""
@@ -107,16 +117,16 @@ class RemoteCache(ActivationCache):
             self.files.pipe_file(path, content)
 
     def _scan(self, site: Site) -> dict[int, tuple[Any, int]]:
-        """Shard (its path and manifest) and row of each sequence, from all manifests."""
+        """Shard and row of each sequence, from all manifests."""
         with self._reaching():
             self.files.invalidate_cache()
             paths = self.files.glob(f"{self.root}/{site}/*.json")
             found: dict[str, bytes] = self.files.cat(paths, on_error="raise") if paths else {}
         index: dict[int, tuple[Any, int]] = {}
         for path, content in sorted(found.items()):
-            manifest = self._manifest(path, content, site)
-            for row, sequence in enumerate(manifest.sequences):
-                index[sequence] = ((_shard_path(path), manifest), row)
+            shard = Shard(_shard_path(path), self._manifest(path, content, site))
+            for row, sequence in enumerate(shard.manifest.sequences):
+                index[sequence] = (shard, row)
         return index
 
     def _manifest(self, path: str, content: bytes, site: Site) -> Manifest:
