@@ -5,8 +5,8 @@ In shapes: B sequences, C positions, D width of the residual stream, V vocabular
 
 from contextlib import ExitStack
 from copy import deepcopy
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,56 +36,74 @@ def linear_readout(model: Any, last_layer: nn.Module, name: str) -> Tensor:
         raise _not_linear(name, "it has no unembedding matrix")
     if not weight.is_floating_point() or weight.element_size() == 1:
         raise _not_linear(name, "its unembedding is quantised")
-    stream, norms, reading, scores, logits = _tail(model, last_layer, head)
-    if reading is None or scores is None or reading.shape != stream.shape:
+    end = _end_of_forward(model, last_layer, head)
+    if len(end.unembedded) != 1 or end.unembedded[0].read.shape != end.stream.shape:
         raise _not_linear(name, "its unembedding does not read a vector of the residual stream's width")
-    if not _same_order(scores, logits):
+    unembedded = end.unembedded[0]
+    if not _same_order(unembedded.made, end.logits):
         raise _not_linear(name, "something between its unembedding and the logits changes their order")
 
     W_U = weight.float()
-    if _is_multiple(reading, stream):
-        return W_U
-    for norm, output in norms:
-        if _is_multiple(reading, output):
-            return _through_norm(W_U, deepcopy(norm).float(), stream.float().flatten(0, 1), name)
+    if _is_multiple(unembedded.read, end.stream):
+        return W_U  # there is no norm in between
+    for reader in end.readers:
+        if _is_multiple(unembedded.read, reader.made):
+            norm = deepcopy(reader.module).float()
+            rows = end.stream.float().flatten(0, 1)
+            return _through_norm(W_U, norm, rows, name)
     raise _not_linear(name, "its unembedding does not read the norm of the last layer's output")
 
 
-def _tail(
-    model: Any, last_layer: nn.Module, head: nn.Module
-) -> tuple[Tensor, list[tuple[nn.Module, Tensor]], Tensor | None, Tensor | None, Tensor]:
-    """Record the end of a forward over a few tokens.
+class _Passed(NamedTuple):
+    """A call of a module."""
 
-    Returns the last layer's output (B,C,D); the modules that read it and return a tensor of its shape,
-    each with its output; the input and the output of the unembedding; and the logits.
-    """
+    module: nn.Module
+    read: Tensor
+    made: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _EndOfForward:
+    """What a forward does between its last layer and its logits."""
+
+    stream: Tensor
+    """The last layer's output (B,C,D)."""
+    readers: list[_Passed]
+    """The modules that read exactly this output and make a tensor of its shape; the last norm is one of them."""
+    unembedded: list[_Passed]
+    """The calls of the unembedding."""
+    logits: Tensor
+
+
+def _end_of_forward(model: Any, last_layer: nn.Module, head: nn.Module) -> _EndOfForward:
+    """Run a forward over a few tokens, and record its end."""
     streams: list[Tensor] = []
-    readers: list[tuple[nn.Module, Tensor]] = []
-    at_head: list[tuple[Tensor, Tensor]] = []
+    readers: list[_Passed] = []
+    unembedded: list[_Passed] = []
 
-    def leaves_layers(_: nn.Module, __: tuple, output: Any) -> None:
+    def after_last_layer(_: nn.Module, __: tuple, output: Any) -> None:
         stream = made_stream(output)
         assert stream is not None
         streams.append(stream.clone())
 
-    def passes(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        key = read_stream(args, kwargs)
+    def after_any_module(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        argument = read_stream(args, kwargs)
         made = made_stream(output)
-        if not streams or key is None or made is None:
-            return
-        x = args[key] if isinstance(key, int) else kwargs[key]
+        if not streams or argument is None or made is None:
+            return  # before the end of the last layer, or a module that handles no activations
+        stream = streams[-1]
+        read = args[argument] if isinstance(argument, int) else kwargs[argument]
         if module is head:
-            at_head.append((x.clone(), made.clone()))
-        elif x.shape == made.shape == streams[-1].shape and torch.equal(x, streams[-1]):
-            readers.append((module, made.clone()))
+            unembedded.append(_Passed(module, read.clone(), made.clone()))
+        elif read.shape == made.shape == stream.shape and torch.equal(read, stream):
+            readers.append(_Passed(module, stream, made.clone()))
 
-    with ExitStack() as stack:
-        stack.callback(last_layer.register_forward_hook(leaves_layers).remove)
+    with ExitStack() as hooks:
+        hooks.callback(last_layer.register_forward_hook(after_last_layer).remove)
         for module in model.modules():
-            stack.callback(module.register_forward_hook(partial(passes), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after_any_module, with_kwargs=True).remove)
         logits = model(input_ids=trial_tokens(model), use_cache=False).logits
-    reading, scores = at_head[-1] if len(at_head) == 1 else (None, None)
-    return streams[-1], readers, reading, scores, logits
+    return _EndOfForward(streams[-1], readers, unembedded, logits)
 
 
 def _is_multiple(x: Tensor, y: Tensor) -> bool:
@@ -106,33 +124,49 @@ def _same_order(scores: Tensor, logits: Tensor) -> bool:
 
 
 def _through_norm(W_U: Tensor, norm: nn.Module, x: Tensor, name: str) -> Tensor:
-    """An unembedding (V,D) with the norm before it folded in, checked by finite differences around rows x (N,D).
+    """An unembedding (V,D) with the norm before it folded in, checked by finite differences around rows x (N,D)."""
+    signs = _signs(x)
+    gain = (norm(signs) - norm(-signs)) / (2 * signs)  # half of the difference is free of the norm's bias
+    without_mean = norm(signs)
+    with_mean = norm(signs + 1)
+    removes_mean = torch.allclose(with_mean, without_mean, rtol=1e-3, atol=1e-3 * float(gain.abs().max()))
+    readout = W_U * gain
+    if removes_mean:
+        readout = readout - readout.mean(dim=1, keepdim=True)
 
-    The gain is measured, since some norms store its distance from 1. A vector of signs has mean 0 and
-    size 1 (or is made so, if the width is odd), so a norm only multiplies it by the gain and adds the
-    bias; half of norm(s) − norm(−s) is free of the bias. Adding a mean to the input shows whether the
-    norm removes the mean.
+    step = _small_steps(x)
+    measured = (norm(x + step) - norm(x - step)) @ W_U.T
+    predicted = step @ readout.T  # up to the factor by which the norm divides each row
+    if _correlation(measured, predicted) < _LEAST_CORRELATION:
+        raise _not_linear(name, "the norm before its unembedding does more than scale each direction")
+    return readout
+
+
+def _signs(x: Tensor) -> Tensor:
+    """A row (1,D) of alternating signs, with mean 0 and root mean square 1 (also if the width is odd).
+
+    A norm only multiplies it by its gain and adds its bias. So the gain can be measured, which is safer than to read
+    it from the norm's weights: some norms store its distance from 1.
     """
     signs = torch.ones(x.shape[1]).to(x)
     signs[1::2] = -1
     signs -= signs.mean()
     signs /= signs.square().mean().sqrt()
-    gain = (norm(signs[None]) - norm(-signs[None])) / (2 * signs)
-    centres = torch.allclose(norm(signs[None] + 1), norm(signs[None]), rtol=1e-3, atol=1e-3 * float(gain.abs().max()))
-    readout = W_U * gain
-    if centres:
-        readout = readout - readout.mean(dim=1, keepdim=True)
+    return signs[None]
 
-    # A step orthogonal to x and to the mean changes nothing that a norm divides by.
+
+def _small_steps(x: Tensor) -> Tensor:
+    """A small random step (N,D) from each row x (N,D), orthogonal to it and to the mean.
+
+    It changes nothing that a norm divides by.
+    """
     centred = x - x.mean(dim=1, keepdim=True)
     step = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     step -= step.mean(dim=1, keepdim=True)
-    step -= (step * centred).sum(dim=1, keepdim=True) / centred.square().sum(dim=1, keepdim=True) * centred
+    along_x = (step * centred).sum(dim=1, keepdim=True) / centred.square().sum(dim=1, keepdim=True)
+    step -= along_x * centred
     step *= 0.01 * x.norm(dim=1, keepdim=True) / step.norm(dim=1, keepdim=True)
-    moved = (norm(x + step) - norm(x - step)) @ W_U.T
-    if _correlation(moved, step @ readout.T) < _LEAST_CORRELATION:
-        raise _not_linear(name, "the norm before its unembedding does more than scale each direction")
-    return readout
+    return step
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
