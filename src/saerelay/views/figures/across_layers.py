@@ -1,10 +1,11 @@
 """Heat maps of every dictionary at every layer, and means by distance between layers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.quality import Summary
-from saerelay.views.figures.page import Theme, dress, facts_of, legend, offset_ticks, page, viridis
+from saerelay.views.figures.page import Theme, dress, facts_of, legend, offset_ticks, page, tick_step, viridis
 from saerelay.views.labels import METHODS, METRICS, carried, metric_name
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ Cells = dict[tuple[int, int], float | None]
 """Values by source and target layer."""
 MOST_NUMBERED = 10
 """Most layers for which heat maps have numbers in their cells."""
+SCORES = ("explained_variance", "ce_loss_score", "kl_div_score")
+"""Metrics that are best at 1."""
 _MARKERS = dict(zip(METHODS, ("o", "v", "s", "D", "^", "P", "X"), strict=False))
 """A marker per method; there are more markers than methods."""
 
@@ -33,7 +36,7 @@ def matrix_figure(
     name, definition = METRICS[metric]
     small = f"{definition}. SAEs {carried(method)}, not trained at the target layer."
     title = f"{metric_name(metric)} across layers"
-    return heat_map(theme, facts_of(summary, matrix.n_tokens), title, small, cells, name)
+    return heat_map(theme, facts_of(summary, matrix.n_tokens), title, small, cells, name, is_score=metric in SCORES)
 
 
 def similarity_figure(summary: Summary, measures: Measures, *, folded: bool = True, theme: Theme = "light") -> "Figure":
@@ -53,23 +56,21 @@ def similarity_figure(summary: Summary, measures: Measures, *, folded: bool = Tr
     return heat_map(theme, facts_of(summary, measures.n_tokens), title, small, cells, "MMCS")
 
 
-def heat_map(theme: Theme, facts: str, title: str, definition: str, cells: Cells, label: str) -> "Figure":
-    """Draw layers × layers, with numbers if there is room; colours begin at 0 for scores, and may be logarithmic."""
+def heat_map(
+    theme: Theme, facts: str, title: str, definition: str, cells: Cells, label: str, *, is_score: bool = False
+) -> "Figure":
+    """Draw layers × layers, with numbers if there is room; `label` is the name of what the colours show."""
     import numpy as np
-    from matplotlib.colors import LogNorm, Normalize
 
     sources = sorted({source for source, _ in cells})
     targets = sorted({target for _, target in cells})
-    rows = [[cells.get((source, target)) for target in targets] for source in sources]
-    values = np.array(rows, dtype=float).reshape(len(sources), len(targets))
-    finite = values[np.isfinite(values)]
-    lowest = finite.min() if len(finite) else 0.0
-    high = finite.max() if len(finite) else 1.0
-    is_score = "score" in label or "explained" in label
-    low = max(lowest, 0.0) if is_score else lowest
-    logarithmic = not is_score and 0 < 30 * low < high
-    norm = LogNorm(low, high) if logarithmic else Normalize(low, max(high, low + 1e-9))
+    values = np.full((len(sources), len(targets)), np.nan)
+    for (source, target), value in cells.items():
+        if value is not None:
+            values[sources.index(source), targets.index(target)] = value
 
+    norm = _colour_scale(values, is_score)
+    some_below_scale = bool((values < norm.vmin).any())  # NaN is not
     height = 2.9 * max(0.35, len(sources) / max(1, len(targets)))
     with page(theme, facts, title, definition, height) as figure:
         axis = figure.subplots()
@@ -78,14 +79,38 @@ def heat_map(theme: Theme, facts: str, title: str, definition: str, cells: Cells
             _number_cells(axis, image, values)
         dress(axis, theme, xlabel="on activations of layer", ylabel="SAE of layer", grid=False)
         axis.spines[:].set_visible(False)
-        for set_ticks, layers in ((axis.set_xticks, targets), (axis.set_yticks, sources)):
-            step = -(-len(layers) // 16)
-            set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        extend = "min" if lowest < low else "neither"
+        axis.set_xticks(*_numbered_layers(targets))
+        axis.set_yticks(*_numbered_layers(sources))
+        extend = "min" if some_below_scale else "neither"
         bar = figure.colorbar(image, ax=axis, extend=extend, fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)  # type: ignore[operator]
         dress(bar.ax, theme, ylabel=label, grid=False)
     return figure
+
+
+def _colour_scale(values: Any, is_score: bool) -> Any:
+    """Return the scale from the lowest to the highest finite value.
+
+    A score is best at 1 and may be far below 0, which only says that an SAE is useless there: its scale begins at 0.
+    Other metrics, if their values differ by more than a factor of 30, get a logarithmic scale.
+    """
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
+    finite = values[np.isfinite(values)]
+    low = finite.min() if len(finite) else 0.0
+    high = finite.max() if len(finite) else 1.0
+    if is_score:
+        low = max(low, 0.0)
+    elif 0 < 30 * low < high:
+        return LogNorm(low, high)
+    return Normalize(low, max(high, low + 1e-9))  # a scale needs two ends
+
+
+def _numbered_layers(layers: Sequence[int]) -> tuple[list[int], list[str]]:
+    """Return the rows or columns of a heat map that have a number beside them, and the numbers."""
+    step = tick_step(len(layers))
+    return list(range(0, len(layers), step)), [str(layer) for layer in layers[::step]]
 
 
 def _number_cells(axis: "Axes", image: Any, values: Any) -> None:
@@ -121,9 +146,9 @@ def short(value: float, digits: int = 2) -> str:
 
 def offsets_figure(summary: Summary, measures: Measures, metric: str = "fvu", *, theme: Theme = "light") -> "Figure":
     """Draw a metric of matrix.json by distance from the SAE's own layer, averaged over layers: one line per method."""
-    summary = summary.of_kind()
     import matplotlib as mpl
 
+    summary = summary.of_kind()
     kinds = ("", summary.kinds[0])
     rows = [row for row in measures.offsets or () if (row.metric, row.tokens) == (metric, None) and row.kind in kinds]
     name, definition = METRICS[metric]

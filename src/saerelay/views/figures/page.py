@@ -182,18 +182,27 @@ def side_by_side(legs: Iterable[tuple[str, int]], step: float = 0.18) -> dict[st
     return x
 
 
+def tick_step(n: int, most: int = 16) -> int:
+    """Return the step at which at most `most` of n numbers are written at an axis.
+
+    >>> tick_step(16), tick_step(17)
+    (1, 2)
+    """
+    return math.ceil(n / most)
+
+
 def layer_ticks(axis: "Axes", layers: Iterable[int]) -> None:
-    """Put whole layer numbers below an axis, at most 16 of them."""
+    """Put whole layer numbers below an axis."""
     distinct = sorted(set(layers))
-    axis.set_xticks(distinct[:: -(-len(distinct) // 16)])
+    axis.set_xticks(distinct[:: tick_step(len(distinct))])
     axis.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
     axis.set_xlabel("layer")
 
 
 def offset_ticks(axis: "Axes", offsets: Sequence[int]) -> None:
-    """Put at most 16 whole numbers below an axis that extends equally far to both sides of 0."""
+    """Put whole numbers below an axis that extends equally far to both sides of 0."""
     reach = max((abs(offset) for offset in offsets), default=1)
-    step = -(-(2 * reach + 1) // 16)
+    step = tick_step(2 * reach + 1)
     axis.set_xticks(range(-(reach // step) * step, reach + 1, step))
     axis.set_xlim(-reach - 0.5, reach + 0.5)
 

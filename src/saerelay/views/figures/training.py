@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from saerelay.runs.documents.quality import Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.spec import format_count
-from saerelay.views.figures.page import COLOURS, Theme, dress, facts_of, legend, page, viridis
+from saerelay.views.figures.page import COLOURS, Theme, dress, facts_of, legend, page, tick_step, viridis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,11 +22,11 @@ _NAMES = {"root": "root", "transfer": "transferred", "control": "control"}
 
 def training_figure(summary: Summary, lines: Sequence[TrainingLine], *, theme: Theme = "light") -> "Figure":
     """Draw FVU against a leg's own tokens, from the lines of metrics.jsonl: colours are layers, line styles roles."""
-    summary = summary.of_kind()
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
+    summary = summary.of_kind()
     curves: dict[str, list[TrainingLine]] = defaultdict(list)
     for line in lines:
         curves[line.leg].append(line)
@@ -51,7 +51,7 @@ def training_figure(summary: Summary, lines: Sequence[TrainingLine], *, theme: T
         dress(axis, theme, xlabel="tokens trained on", ylabel="FVU")
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axis, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)  # type: ignore[operator]
-        bar.set_ticks(layers[:: -(-len(layers) // 12)])
+        bar.set_ticks(layers[:: tick_step(len(layers), most=12)])
         dress(bar.ax, theme, ylabel="layer", grid=False)
         legend(axis, columns=3)
     return figure
