@@ -74,11 +74,6 @@ def choose_block(
             )
         return asked
     step = math.lcm(step, multiple_of)
-    n_sites = max(1, len({site for spec in specs for site in sites_of(spec, recipe)}))
-    numbers_per_token = max(facts.d_model, facts.d_attn_z) * n_sites
-    most_in_memory = BLOCK_BYTES // (4 * numbers_per_token)
-    if facts.on_gpu:
-        most_in_memory = BLOCK_BYTES_ON_GPU // (facts.bytes_per_value * numbers_per_token)
 
     # A block has at least 16 batches. If all legs are hops, it also has at least the tokens of their refit. Legs from
     # scratch without tokens of their own are controls of these hops.
@@ -87,13 +82,27 @@ def choose_block(
     if hops_only and any(_is_refitted(spec, recipe) for spec in specs):
         least = max(least, recipe.plan.hop.refit_tokens)
 
-    # It has at most a quarter of the shortest leg's tokens (ignoring legs that hardly train), so that no leg sees only
-    # a few sequences at a time. The longest leg divides into equal blocks, so that no part of the last is wasted.
-    longest = max(least if hops_only else 0, *(spec.tokens for spec in specs))
-    shortest = min([longest, *(spec.tokens for spec in specs if spec.tokens >= longest / 16)])
-    largest = min(MAX_BLOCK_TOKENS, most_in_memory, max(shortest // 4, least))
-    n_blocks = max(1, math.ceil(longest / max(step, largest)))
+    # It has at most a quarter of the shortest leg's tokens, so that no leg sees only a few sequences at a time. Legs
+    # that hardly train, compared with the longest, do not count.
+    longest = max(spec.tokens for spec in specs)
+    if hops_only:
+        longest = max(longest, least)
+    shortest = min([spec.tokens for spec in specs if spec.tokens >= longest / 16], default=longest)
+    most = max(shortest // 4, least)
+    most = min(most, _most_tokens_in_memory(recipe, facts, specs), MAX_BLOCK_TOKENS)
+
+    # The longest leg divides into equal blocks, so that no part of the last is wasted.
+    n_blocks = max(1, math.ceil(longest / max(step, most)))
     return step * math.ceil(longest / n_blocks / step)
+
+
+def _most_tokens_in_memory(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:
+    """Return the number of tokens whose activations at all sites of a plan fit into the bound on a block."""
+    sites = {site for spec in specs for site in sites_of(spec, recipe)}
+    numbers_per_token = max(facts.d_model, facts.d_attn_z) * len(sites)
+    if facts.on_gpu:
+        return BLOCK_BYTES_ON_GPU // (facts.bytes_per_value * numbers_per_token)
+    return BLOCK_BYTES // (4 * numbers_per_token)
 
 
 def lm_batch(facts: ModelFacts) -> int:

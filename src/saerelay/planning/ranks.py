@@ -158,43 +158,45 @@ def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
     are taken to forward equally much.
     """
     check_groups(plan.recipe.model, n_ranks)
-    facts = plan.facts
     degree = plan.recipe.model.tensor_parallel
     owner = owners(plan, n_ranks)
     exchanged = 0.0
     seconds = 0.0
-    of_one = 0.0
-    most_rows = [0.0] * n_ranks
+    seconds_of_one = 0.0
+    most_per_token = [0.0] * n_ranks  # bytes of activations that each rank needs of a token, in its fullest block
     number = 0
     for n_blocks, sites in plan.stretches():
-        if sites:
-            needed = needed_sites(plan, owner, n_ranks, number, sites)
-            bytes_per_token = [float(_bytes_per_token(facts, own)) for own in needed]
-            most_rows = [max(pair) for pair in zip(most_rows, bytes_per_token, strict=True)]
-            n_tokens = n_blocks * plan.block_tokens
-            shares = [degree / n_ranks] * n_ranks
-            if speeds:
-                lm, busy = _work(plan, owner, n_ranks, speeds, number * plan.block_tokens, sites)
-                seconds += n_tokens * max(max(busy), (lm + sum(busy)) / n_ranks)
-                of_one += n_tokens * (lm + sum(busy))
-                shares = forward_shares(busy, lm, degree)
-            sent = [own * (1 - share) for own, share in zip(bytes_per_token, shares, strict=True)]
-            exchanged += n_tokens * sum(sent)
+        first_block = number
         number += n_blocks
+        if not sites:
+            continue
+        needed = needed_sites(plan, owner, n_ranks, first_block, sites)
+        per_token = [float(_bytes_per_token(plan.facts, own)) for own in needed]
+        most_per_token = [max(pair) for pair in zip(most_per_token, per_token, strict=True)]
+        n_tokens = n_blocks * plan.block_tokens
+        shares = [degree / n_ranks] * n_ranks
+        if speeds:
+            lm, busy = _work(plan, owner, n_ranks, speeds, first_block * plan.block_tokens, sites)
+            all_work = lm + sum(busy)
+            seconds += n_tokens * max(max(busy), all_work / n_ranks)
+            seconds_of_one += n_tokens * all_work
+            shares = forward_shares(busy, lm, degree)
+        received = [own * (1 - share) for own, share in zip(per_token, shares, strict=True)]
+        exchanged += n_tokens * sum(received)
 
-    by_rank = []
+    buffer_per_token = sum(most_per_token) / n_ranks if n_ranks > degree else 0.0
+    ranks = []
     for rank in range(n_ranks):
         legs = [leg for leg in plan.legs if owner[leg.id] == rank]
-        state = peak_state_bytes(legs, facts) if legs else 0.0
-        boxes = sum(most_rows) / n_ranks if n_ranks > degree else 0.0
-        activations = plan.block_tokens * (most_rows[rank] + 2 * boxes)
-        needed_bytes = state + activations + model_bytes(plan)
-        by_rank.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=needed_bytes))
+        state = peak_state_bytes(legs, plan.facts) if legs else 0.0
+        activations = plan.block_tokens * (most_per_token[rank] + 2 * buffer_per_token)
+        memory = state + activations + model_bytes(plan)
+        ranks.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=memory))
     return Spread(
-        ranks=by_rank,
+        ranks=ranks,
         exchange_bytes=exchanged,
         seconds=seconds if speeds else None,
-        seconds_of_one=of_one if speeds else None,
+        seconds_of_one=seconds_of_one if speeds else None,
     )
 
 
@@ -206,16 +208,26 @@ def forward_shares(busy: Sequence[float], lm: float, degree: int = 1) -> list[fl
     >>> forward_shares([0.0, 1.0, 9.0], lm=3.0)
     [0.6666666666666666, 0.3333333333333333, 0.0]
     """
-    # Water filling: the work is poured like water on top of what each group has to do anyway, up to a common level.
     busy_groups = _busy_groups(busy, degree)
-    of_group = lm / degree  # seconds, if one group forwarded all
-    level = 0.0
-    for n, seconds in enumerate(sorted(busy_groups)):
-        if n and level <= seconds:
-            break
-        level = (level * n + seconds + (0 if n else of_group)) / (n + 1)
-    shares = [max(0.0, level - seconds) / of_group for seconds in busy_groups]
+    seconds_of_all = lm / degree  # of a group that forwards the whole block
+    finished_at = _common_end(busy_groups, seconds_of_all)
+    shares = [max(0.0, finished_at - seconds) / seconds_of_all for seconds in busy_groups]
     return [shares[rank // degree] for rank in range(len(busy))]
+
+
+def _common_end(busy: Sequence[float], work: float) -> float:
+    """Return when groups finish that are busy for some time each, and divide further work among themselves.
+
+    Groups that are busy until later take no part. This is water filling: the work is poured like water on the ground
+    that `busy` describes, and the level that it reaches is returned.
+    """
+    lowest, *higher = sorted(busy)
+    level = lowest + work
+    for n_covered, seconds in enumerate(higher, start=1):
+        if level <= seconds:
+            break
+        level = (level * n_covered + seconds) / (n_covered + 1)
+    return level
 
 
 def _bytes_per_token(facts: ModelFacts, sites: Sequence[Site]) -> int:
