@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
+from torch import Tensor
+
 from saerelay.analysis.metrics import Placed, measure, wants_ce
 from saerelay.analysis.session import Session
 from saerelay.analysis.site_maps import SitePair
@@ -22,8 +24,9 @@ from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.maps import AnyMoments, PairedMoments, map_between
+from saerelay.sae.moments import Moments
 from saerelay.sae.spec import Method
-from saerelay.sae.transfer import Retraining, carry, refit_in
+from saerelay.sae.transfer import carry, refit_in
 from saerelay.sae.units import Balance, Units
 from saerelay.site import ModuleKind, Site
 
@@ -176,33 +179,39 @@ def measure_cells(session: Session, cells: Sequence[Cell], asked: MatrixQuestion
         return {}
     plan = session.plan
     sequences = session.held_out(asked.tokens)
-    balance = plan.recipe.train.optimizer.balance
-    rows = {}
+    rows: Mapping[Site, Tensor] = {}
     if set(asked.methods) != {"identity"}:
-        rows = gather_rows(plan, session.maps.stream, REFIT_ROWS)[0]
+        rows, _ = gather_rows(plan, session.maps.stream, REFIT_ROWS)
 
     measured: dict[Cell, EvaluationMetrics] = {}
     for part in parts(cells, plan):
-        moved: set[SitePair] = set()
-        for cell in part:
-            if cell.method != "identity":
-                moved |= {(cell.source, cell.target), (cell.source_out, cell.target_out)}
-        moments = dict(session.maps.moments(sorted(moved)))
-        versions = {cell.version: load_version(session.suite, cell) for cell in part}
-        dictionaries: dict[str, Placed] = {}
+        dictionaries = dictionaries_of(session, part, rows)
+        placed = {}
         for i, cell in enumerate(part):
-            dictionary, info = versions[cell.version]
-            if cell.method != "identity":
-                pair: AnyMoments = moments[cell.source, cell.target]
-                on = Retraining(rows[cell.target], seed=0)
-                if cell.target_out != cell.target:
-                    pair = PairedMoments(pair, moments[cell.source_out, cell.target_out])
-                    on = Retraining(rows[cell.target], seed=0, target=rows[cell.target_out])
-                dictionary = carried_to(cell, dictionary, info.l0, pair, on, balance)
-            dictionaries[str(i)] = Placed(cell.target, dictionary, cell.target_out)
-        metrics = measure(plan, session.model, sequences, dictionaries, ce=asked.ce, display=session.display)
-        measured |= {cell: metrics[str(i)] for i, cell in enumerate(part)}
+            placed[str(i)] = Placed(cell.target, dictionaries[i], cell.target_out)
+        metrics = measure(plan, session.model, sequences, placed, ce=asked.ce, display=session.display)
+        for i, cell in enumerate(part):
+            measured[cell] = metrics[str(i)]
     return measured
+
+
+def dictionaries_of(session: Session, cells: Sequence[Cell], rows: Mapping[Site, Tensor]) -> list[Dictionary]:
+    """Return the dictionary of each cell; `rows` (n, D) of each site are only needed for those that are carried."""
+    pairs: set[SitePair] = set()
+    for cell in cells:
+        if cell.method != "identity":
+            pairs.add((cell.source, cell.target))
+            pairs.add((cell.source_out, cell.target_out))
+    moments = dict(session.maps.moments(sorted(pairs)))
+    versions = {cell.version: load_version(session.suite, cell) for cell in cells}  # a version has many cells
+    balance = session.plan.recipe.train.optimizer.balance
+    dictionaries = []
+    for cell in cells:
+        dictionary, info = versions[cell.version]
+        if cell.method != "identity":
+            dictionary = carried_to(cell, dictionary, info.l0, moments, rows, balance)
+        dictionaries.append(dictionary)
+    return dictionaries
 
 
 def parts(cells: Sequence[Cell], plan: Plan) -> list[list[Cell]]:
@@ -226,19 +235,30 @@ def load_version(suite: PublishedSuite, cell: Cell) -> tuple[Dictionary, Diction
 
 
 def carried_to(
-    cell: Cell, dictionary: Dictionary, l0: float | None, moments: AnyMoments, on: Retraining, balance: Balance
+    cell: Cell,
+    dictionary: Dictionary,
+    l0: float | None,
+    moments: Mapping[SitePair, Moments],
+    rows: Mapping[Site, Tensor],
+    balance: Balance,
 ) -> Dictionary:
     """Return a cell's dictionary: folded through the map, with its L0 kept, and its decoder refitted if asked.
 
-    `on` holds activations of the target.
+    `rows` (n, D) are activations by site.
     """
     method, _, refitted = cell.method.partition("+")
-    between = map_between(cast(Method, method), dictionary.d_model, moments, balance)
-    units = Units.fitted_to(on.rows, balance)
-    if on.target is not None:
-        units = replace(units, target=Units.fitted_to(on.target, balance))
-    carried = carry(dictionary, between, on.rows, units, l0=l0).dictionary
-    return refit_in(units, carried, on.rows, on.target) if refitted else carried
+    x = rows[cell.target]
+    y = None  # what a transcoder reconstructs
+    units = Units.fitted_to(x, balance)
+    of_map: AnyMoments = moments[cell.source, cell.target]
+    if cell.target_out != cell.target:
+        y = rows[cell.target_out]
+        units = replace(units, target=Units.fitted_to(y, balance))
+        of_map = PairedMoments(of_map, moments[cell.source_out, cell.target_out])
+
+    between = map_between(cast(Method, method), dictionary.d_model, of_map, balance)
+    carried = carry(dictionary, between, x, units, l0=l0).dictionary
+    return refit_in(units, carried, x, y) if refitted else carried
 
 
 def matrix_cell(cell: Cell, metrics: EvaluationMetrics) -> MatrixCell:
