@@ -32,8 +32,9 @@ from saerelay.runs.documents.across_layers import (
     TransferScore,
 )
 from saerelay.runs.documents.circuits import Circuit, CircuitLeg, CircuitQuestion, Circuits
+from saerelay.runs.documents.cost import ControlCost, ScratchCost, SuiteCost
 from saerelay.runs.documents.latents import LineageDocument, LineageLink
-from saerelay.runs.documents.quality import ControlCost, LegSummary, Origin, ScratchCost, SuiteCost, Summary
+from saerelay.runs.documents.quality import LegSummary, Origin, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
 from saerelay.views.figures.page import _KIND_OF_ORIGIN, KINDS, kind_of

@@ -14,7 +14,8 @@ from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import External
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
-from saerelay.runs.documents.quality import ControlCost, Summary
+from saerelay.runs.documents.cost import ControlCost
+from saerelay.runs.documents.quality import Summary
 from saerelay.site import SiteKind
 from saerelay.training.engine import Progress
 from saerelay.training.progress import LiveTable, PlainLog

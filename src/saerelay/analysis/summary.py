@@ -9,15 +9,13 @@ from saerelay.planning.cost import Cost, plan_cost
 from saerelay.planning.leg import Leg
 from saerelay.planning.plan import Plan
 from saerelay.planning.survey import Survey, SurveyCost
+from saerelay.runs.documents.cost import ControlCost, ScratchCost, SuiteCost
 from saerelay.runs.documents.quality import (
-    ControlCost,
     Evaluation,
     EvaluationMetrics,
     LegSummary,
     Metrics,
-    ScratchCost,
     SnapshotSummary,
-    SuiteCost,
     Summary,
 )
 from saerelay.runs.documents.training import RunCost

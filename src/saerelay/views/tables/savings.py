@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from saerelay.planning.cost import Cost
-from saerelay.runs.documents.quality import ScratchCost, SuiteCost, Summary
+from saerelay.runs.documents.cost import ScratchCost, SuiteCost
+from saerelay.runs.documents.quality import Summary
 from saerelay.spec import format_count
 from saerelay.views.text import duration, flops, is_number, listed
 
