@@ -22,11 +22,11 @@ from saerelay.data.corpus import Corpus
 from saerelay.errors import RunDirectoryError
 from saerelay.planning.survey import SurveyCost
 from saerelay.runs.documents.across_layers import Matrix, Measures, Transferability
-from saerelay.runs.documents.latents import LineageDocument
+from saerelay.runs.documents.latents import STATUSES, LineageDocument
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.runs.features import load_features
-from saerelay.views.labels import FATES, METHODS, METRICS, ORIGINS, ROLES
+from saerelay.views.labels import METHODS, METRICS, ORIGINS, ROLES
 from saerelay.views.report import write_report
 from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, training_curves
 from saerelay.views.report.overview import BOTTOM, TOP, mark_kind, overview
@@ -129,7 +129,7 @@ def test_lineage_comes_back_from_the_data_files(written: Suite) -> None:
 def test_the_words_of_the_page_are_those_of_tables_and_figures(written: Suite) -> None:
     script = (written.directory.report / "data/labels.js").read_text(encoding="ascii")
     labels = json.loads(script.removeprefix("const labels = ").removesuffix(";\n"))
-    assert labels["methods"] == METHODS and labels["fates"] == FATES and labels["origins"] == ORIGINS
+    assert labels["methods"] == METHODS and labels["fates"] == STATUSES and labels["origins"] == ORIGINS
     assert labels["roles"] == ROLES and {name: tuple(text) for name, text in labels["metrics"].items()} == METRICS
     declared = re.search(
         r"declare const labels: \{(.*?)\n\};",

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from saerelay.analysis.metrics import Placed, measure, wants_ce
+from saerelay.analysis.metrics import Placed, measure, snapshot_key, wants_ce
 from saerelay.analysis.session import Session
 from saerelay.analysis.summary import summarise
 from saerelay.lm.model import LanguageModel
@@ -67,9 +67,8 @@ def evaluate_run(
 
 def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
     """Return the question that a leg's evaluation answers."""
-    wanted = tokens or session.plan.recipe.evaluate.tokens
     return EvaluationQuestion(
-        tokens=min(wanted, int(session.corpus.test.size)),
+        tokens=session.n_held_out(tokens),
         ce=wants_ce(session.plan),
         ages=session.suite.directory.ages(leg),
         dictionaries=session.suite.digest([leg], snapshots=True),
@@ -77,10 +76,10 @@ def question(session: Session, leg: Leg, tokens: int) -> EvaluationQuestion:
 
 
 def versions(suite: PublishedSuite, leg: Leg) -> dict[str, Placed]:
-    """Return a leg's dictionary under its id and those of its snapshots under id@age, each with its site."""
+    """Return a leg's dictionary under its id and those of its snapshots under `snapshot_key`, each with its site."""
     dictionaries = {leg.id: Placed.at_home(leg, suite.dictionary(leg))}
     for age in suite.directory.ages(leg):
-        dictionaries[f"{leg.id}@{age}"] = Placed.at_home(leg, suite.snapshot(leg, age))
+        dictionaries[snapshot_key(leg.id, age)] = Placed.at_home(leg, suite.snapshot(leg, age))
     return dictionaries
 
 
@@ -90,5 +89,5 @@ def evaluation_of(leg: Leg, asked: EvaluationQuestion, metrics: dict[str, Evalua
         asked=asked,
         leg=leg.id,
         metrics=metrics[leg.id],
-        snapshots={age: metrics[f"{leg.id}@{age}"] for age in asked.ages},
+        snapshots={age: metrics[snapshot_key(leg.id, age)] for age in asked.ages},
     )

@@ -251,8 +251,8 @@ def difference(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Mappi
     ours = tallied([item for item in shared if item.origin == origin], answers)
     theirs = tallied([item for item in shared if item.origin == "scratch"], answers)
     layers = sorted({layer for layer, _, _ in both})
-    shares = (ours.share, ours.low, ours.high, theirs.share, theirs.low, theirs.high)
-    p, low, high, other_p, other_low, other_high = (math.nan if share is None else share for share in shares)
+    p, low, high = _numbers(ours)
+    other_p, other_low, other_high = _numbers(theirs)
     return OriginDifference(
         origin=origin,
         layers=layers,
@@ -260,6 +260,11 @@ def difference(origin: JudgedOrigin, items: Sequence[JudgedItem], answers: Mappi
         low=p - other_p - math.hypot(p - low, other_high - other_p),
         high=p - other_p + math.hypot(high - p, other_p - other_low),
     )
+
+
+def _numbers(tally: Tally) -> list[float]:
+    """Return a share and the ends of its interval; NaN where the tally has None, as documents do."""
+    return [math.nan if number is None else number for number in (tally.share, tally.low, tally.high)]
 
 
 def place_of(item: JudgedItem) -> Place:

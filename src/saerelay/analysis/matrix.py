@@ -148,7 +148,7 @@ def question(session: Session, methods: Sequence[str], tokens: int, snapshots: b
         if snapshots:
             ages[leg.id] += suite.directory.ages(leg)
     return MatrixQuestion(
-        tokens=min(wanted, int(session.corpus.test.size)),
+        tokens=session.n_held_out(wanted),
         methods=sorted(methods),
         ce=wants_ce(session.plan),
         dictionaries=suite.digest(suite.suite_legs, snapshots=snapshots),

@@ -14,7 +14,7 @@ from torch import Tensor
 from saerelay.analysis.attribution import OWN_TASK, direct_logit_attribution, last_activations, own_prompts
 from saerelay.analysis.features import make_features
 from saerelay.analysis.matrix import matrix_again
-from saerelay.analysis.metrics import Placed, measure
+from saerelay.analysis.metrics import Placed, measure, snapshot_key
 from saerelay.analysis.prompts import Prompt, digest, read_prompts
 from saerelay.analysis.session import Session
 from saerelay.analysis.similarity import feature_transferability, mean_max_cosine, transfer_score, values_by_offset
@@ -24,6 +24,7 @@ from saerelay.runs.documents.across_layers import (
     Attribution,
     Attributions,
     Matrix,
+    MatrixCell,
     Measures,
     MeasuresQuestion,
     OffsetMean,
@@ -104,9 +105,8 @@ def question(
 ) -> MeasuresQuestion:
     """Return the question that measures answer."""
     suite = session.suite
-    wanted = tokens or session.plan.recipe.evaluate.tokens
     return MeasuresQuestion(
-        tokens=min(wanted, int(session.corpus.test.size)),
+        tokens=session.n_held_out(tokens),
         prompts=digest(prompts) if prompts is not None else None,
         matrix=matrix.asked if matrix else None,
         dictionaries=suite.digest(suite.legs, snapshots=True),
@@ -258,7 +258,7 @@ def metrics_at_home(session: Session, matrix: Matrix, versions: Sequence[LegVers
     home = {}
     for cell in matrix.cells:
         if cell.source == cell.target:
-            key = f"{cell.leg}@{cell.tokens}" if cell.snapshot else cell.leg
+            key = snapshot_key(cell.leg, cell.tokens) if cell.snapshot else cell.leg
             home[key] = cell
     missing = {version.key: version for version in versions if version.key not in home}
     if missing:
@@ -290,20 +290,22 @@ def offsets(suite: PublishedSuite, matrix: Matrix) -> list[OffsetMean]:
         ages = sorted({cell.tokens for cell in cells if cell.snapshot})
         for age in (None, *ages):
             of_age = [cell for cell in cells if (cell.tokens if cell.snapshot else None) == age]
-            for metric in OFFSET_METRICS:
-                for method in dict.fromkeys(cell.method for cell in of_age):
-                    for offset, values in values_by_offset(of_age, metric, method).items():
-                        rows.append(
-                            OffsetMean(
-                                kind=str(kind),
-                                metric=metric,
-                                method=method,
-                                tokens=age,
-                                offset=offset,
-                                mean=sum(values) / len(values),
-                                n=len(values),
-                            )
-                        )
+            rows += offset_means(str(kind), age, of_age)
+    return rows
+
+
+def offset_means(kind: str, age: int | None, cells: Sequence[MatrixCell]) -> list[OffsetMean]:
+    """Average the metrics of some cells by layer offset, per method; `age` is that of their snapshots, if they are."""
+    rows = []
+    for metric in OFFSET_METRICS:
+        for method in dict.fromkeys(cell.method for cell in cells):
+            for offset, values in values_by_offset(cells, metric, method).items():
+                mean = sum(values) / len(values)
+                rows.append(
+                    OffsetMean(
+                        kind=kind, metric=metric, method=method, tokens=age, offset=offset, mean=mean, n=len(values)
+                    )
+                )
     return rows
 
 

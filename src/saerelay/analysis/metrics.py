@@ -71,6 +71,15 @@ class Placed(NamedTuple):
         return self._replace(dictionary=self.dictionary.to(device))
 
 
+def snapshot_key(leg_id: str, age: int) -> str:
+    """Return the key under which a leg's snapshot of an age is measured; a finished leg's key is its id.
+
+    >>> snapshot_key("L3", 4096)
+    'L3@4096'
+    """
+    return f"{leg_id}@{age}"
+
+
 @torch.no_grad()
 def measure(
     plan: Plan,

@@ -124,3 +124,7 @@ class Session:
     def held_out(self, tokens: int = 0) -> np.ndarray:
         """Return the first sequences (N, context) of the test split that hold `tokens` (`evaluate.tokens` if 0)."""
         return held_out(self.plan, self.corpus.test, tokens or self.plan.recipe.evaluate.tokens)
+
+    def n_held_out(self, tokens: int) -> int:
+        """Return how many of the `tokens` asked for (`evaluate.tokens` if 0) the test split has."""
+        return min(tokens or self.plan.recipe.evaluate.tokens, int(self.corpus.test.size))

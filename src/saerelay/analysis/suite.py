@@ -15,6 +15,7 @@ from saerelay.analysis.features import make_features
 from saerelay.analysis.lineage import Lineage, make_lineage
 from saerelay.analysis.matrix import matrix
 from saerelay.analysis.measures import measures
+from saerelay.analysis.prompts import start_of
 from saerelay.analysis.session import Session
 from saerelay.data.corpus import Corpus, Split
 from saerelay.errors import ModelError
@@ -148,8 +149,7 @@ class Suite(PublishedSuite):
                 "--format circuit-tracer` writes it for circuit-tracer, which intervenes on transcoders"
             )
         if leave_alone is None:
-            bos = self.plan.facts.tokens.bos_token_id
-            leave_alone = [bos] if self.plan.recipe.data.prepend_bos and bos is not None else []
+            leave_alone = start_of(self.plan)
         dictionaries = {leg.site: self.dictionary(leg) for leg in legs}
         return attach(model, dictionaries, replace=replace, leave_alone=leave_alone)
 

@@ -112,52 +112,53 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     the same time, so that each leg takes its share of the run's time.
     """
     infos = {leg.id: suite.info(leg) for leg in suite.legs}
+    run = RunCost.load_if_any(suite.directory.cost)
+    total_seconds = run.seconds.total if run else math.nan
+    lm_seconds = run.seconds.lm if run else math.nan
+    n_ranks = run.ranks if run else 1
     plan = plan_so_far(suite, {leg_id: info.tokens for leg_id, info in infos.items()})
     root_tokens = plan.recipe.plan.root_tokens
     everything = plan_cost(plan)
-    without_controls = from_scratch = NO_COST
-    in_suite: set[str] = set()
+    without_controls = NO_COST
+    from_scratch = NO_COST
+    ids_of_suite: set[str] = set()
     n_from_scratch = 0
     if suite.final_legs:
-        of_suite = plan.without_controls()
-        in_suite = {leg.id for leg in of_suite.legs}
-        without_controls = plan_cost(of_suite)
+        plan_of_suite = plan.without_controls()
+        ids_of_suite = {leg.id for leg in plan_of_suite.legs}
+        without_controls = plan_cost(plan_of_suite)
         all_from_scratch = plan.all_from_scratch()
         legs = [leg for leg in all_from_scratch.legs if leg.id in infos]
         from_scratch = plan_cost(all_from_scratch.changed(legs=legs))
         n_from_scratch = len(legs)
 
-    run_cost = RunCost.load_if_any(suite.directory.cost)
-    seconds = run_cost.seconds if run_cost else None
-    total = seconds.total if seconds else math.nan
-    lm = seconds.lm if seconds else math.nan
-    n_ranks = run_cost.ranks if run_cost else 1
-    control_seconds = sum(info.seconds for leg_id, info in infos.items() if leg_id not in in_suite) / n_ranks
-
-    scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
-    scratch_tokens = sum(info.tokens for info in scratch)
-    scratch_seconds = sum(info.seconds for info in scratch) / n_ranks
-    seconds_per_layer = root_tokens * scratch_seconds / scratch_tokens if scratch else math.nan
+    control_seconds = sum(info.seconds for leg_id, info in infos.items() if leg_id not in ids_of_suite) / n_ranks
+    trained_from_scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
+    seconds_per_layer = math.nan
+    if trained_from_scratch:
+        scratch_seconds = sum(info.seconds for info in trained_from_scratch) / n_ranks
+        scratch_tokens = sum(info.tokens for info in trained_from_scratch)
+        seconds_per_layer = root_tokens * scratch_seconds / scratch_tokens
     lm_share = min(1.0, root_tokens / everything.lm_tokens)
     return SuiteCost(
         lm_tokens=without_controls.lm_tokens,
-        lm_tokens_held_out=run_cost.positions.held_out if run_cost else 0,
+        lm_tokens_held_out=run.positions.held_out if run else 0,
         lm_tokens_unique=min(without_controls.lm_tokens, corpus.train.size),
         survey=survey_cost(suite),
         sae_samples=without_controls.sae_samples,
         flops=without_controls.flops,
         lm_flops=without_controls.lm_flops,
         flops_dense_equivalent=without_controls.flops_dense_equivalent,
-        seconds=total - control_seconds,
-        processor_seconds=seconds.processor if seconds else None,
-        seconds_lm=lm,
+        seconds=total_seconds - control_seconds,
+        processor_seconds=run.seconds.processor if run else None,
+        seconds_lm=lm_seconds,
         from_scratch=ScratchCost(
             tokens=root_tokens,
             lm_tokens=from_scratch.lm_tokens,
             sae_samples=from_scratch.sae_samples,
             flops=from_scratch.flops,
             lm_flops=from_scratch.lm_flops,
-            seconds_estimate=seconds_per_layer * n_from_scratch + lm_share * lm,
+            seconds_estimate=seconds_per_layer * n_from_scratch + lm_share * lm_seconds,
         ),
         controls=ControlCost(
             sae_samples=everything.sae_samples - without_controls.sae_samples,

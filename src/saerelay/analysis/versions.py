@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saerelay.analysis.collecting import collect
 from saerelay.analysis.features import OFF_THE_STREAM, logit_effects
+from saerelay.analysis.metrics import Placed, snapshot_key
 from saerelay.analysis.session import Session
 from saerelay.analysis.similarity import TokenAssociations
 from saerelay.planning.leg import Leg
@@ -39,7 +40,7 @@ class LegVersion:
     @property
     def key(self) -> str:
         """A key that is unique among versions."""
-        return f"{self.leg.id}@{self.tokens}" if self.snapshot else self.leg.id
+        return snapshot_key(self.leg.id, self.tokens) if self.snapshot else self.leg.id
 
 
 def load_versions(session: Session, sequences: np.ndarray, W_U: Tensor | None) -> list[LegVersion]:
@@ -54,7 +55,9 @@ def load_versions(session: Session, sequences: np.ndarray, W_U: Tensor | None) -
             snapshots[leg.id, age] = suite.snapshot(leg, age)
     features = {}
     if snapshots:
-        dictionaries = {f"{leg_id}@{age}": (suite.plan.leg(leg_id).site, d) for (leg_id, age), d in snapshots.items()}
+        dictionaries = {}
+        for (leg_id, age), dictionary in snapshots.items():
+            dictionaries[snapshot_key(leg_id, age)] = Placed.at_home(suite.plan.leg(leg_id), dictionary)
         track = session.display.track
         features = collect(session.plan, session.model, sequences, dictionaries, window=(0, 0), track=track)
 
@@ -65,7 +68,7 @@ def load_versions(session: Session, sequences: np.ndarray, W_U: Tensor | None) -
         age = suite.info(leg).tokens
         versions.append(leg_version(leg, age, False, dictionary, leg_features, sequences, W_U))
         for age in suite.directory.ages(leg):
-            leg_features = features[f"{leg.id}@{age}"]
+            leg_features = features[snapshot_key(leg.id, age)]
             versions.append(leg_version(leg, age, True, snapshots[leg.id, age], leg_features, sequences, W_U))
     return versions
 

@@ -41,9 +41,6 @@ METHODS = {
 }
 """How a dictionary is transferred to another layer."""
 
-FATES = STATUSES
-"""What became of a latent from one leg to another, by its letter in lineage.json."""
-
 ORIGINS = {
     "scratch": "from scratch",
     "random": "random dictionary",
@@ -185,7 +182,7 @@ def for_js() -> dict[str, Any]:
     return {
         "metrics": METRICS,
         "methods": METHODS,
-        "fates": FATES,
+        "fates": STATUSES,
         "origins": ORIGINS,
         "roles": ROLES,
         "curves": CURVES,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from saerelay.analysis.evaluate import wants_ce
+from saerelay.analysis.metrics import wants_ce
 from saerelay.analysis.suite import Suite, load
 from saerelay.data.corpus import Corpus
 from saerelay.data.stream import LiveStream

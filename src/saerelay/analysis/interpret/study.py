@@ -6,6 +6,7 @@ from asyncio import gather
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -162,7 +163,6 @@ def interpret(
     Questions answered before are not asked again. Raises EndpointError if the endpoint refuses or keeps failing, and
     Interrupted after Ctrl-C, with the command that continues; all answers are kept.
     """
-    owners = [leg_id for leg_id, subjects in study.subjects.items() for _ in subjects]
     jobs = []
     for subjects in study.subjects.values():
         jobs += [interpret_latent(study, asker, subject) for subject in subjects]
@@ -171,13 +171,13 @@ def interpret(
     silent = console is None or not console.is_terminal
     try:
         with Progress(TextColumn("asking"), *columns, console=console, transient=True, disable=silent) as bar:
-            latents = asker.run(jobs, bar, n_requests)
+            latents = iter(asker.run(jobs, bar, n_requests))
     except KeyboardInterrupt:
         raise Interrupted(resume_command) from None
 
     documents = []
-    for leg_id in study.subjects:
-        leg_latents = [latent for owner, latent in zip(owners, latents, strict=True) if owner == leg_id]
+    for leg_id, subjects in study.subjects.items():
+        leg_latents = list(islice(latents, len(subjects)))
         document = leg_document(study, asker, study.suite.leg(leg_id), leg_latents)
         document.save(study.suite.directory.interpretation(leg_id))
         documents.append(document)

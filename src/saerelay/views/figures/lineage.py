@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from saerelay.runs.documents.latents import LineageDocument, LineageLink
+from saerelay.runs.documents.latents import STATUSES, LineageDocument, LineageLink
 from saerelay.runs.documents.quality import Summary
 from saerelay.views.figures.page import Theme, dress, facts_of, legend, page
-from saerelay.views.labels import FATES, TITLES
+from saerelay.views.labels import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def lineage_figure(
         lefts = [0.0] * len(links)
         for letter, colour in _COLOURS[theme].items():
             shares = [_percent(link, letter) for link in links]
-            axis.barh(range(len(links)), shares, left=lefts, color=colour, height=0.75, label=FATES[letter])
+            axis.barh(range(len(links)), shares, left=lefts, color=colour, height=0.75, label=STATUSES[letter])
             lefts = [before + share for before, share in zip(lefts, shares, strict=True)]
         names = [link.target if kind == "control" else _layers(link) for link in links]
         axis.set_yticks(range(len(links)), names)
