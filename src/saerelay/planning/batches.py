@@ -72,14 +72,11 @@ def settled_batches(
         transfer = by_id.get(spec.control_of)
         # A control without tokens of its own gets as many as the transfer that it is compared with.
         counted = spec.changed(tokens=transfer.tokens) if transfer and not spec.tokens else spec
-        batches.append(batch_of(counted, recipe, on_gpu=facts.on_gpu))
-    of_run = max(batches, default=USUAL)
-    if finished:
-        of_run = finished.batch_tokens
-        batches = [
-            finished.leg(spec.id).schedule.batch_tokens
-            if finished.has(spec.id) and not spec.training.batch_tokens
-            else min(batch, of_run)
-            for spec, batch in zip(specs, batches, strict=True)
-        ]
+        batch = batch_of(counted, recipe, on_gpu=facts.on_gpu)
+        if finished and finished.has(spec.id) and not spec.training.batch_tokens:
+            batch = finished.leg(spec.id).schedule.batch_tokens
+        elif finished:
+            batch = min(batch, finished.batch_tokens)
+        batches.append(batch)
+    of_run = finished.batch_tokens if finished else max(batches, default=USUAL)
     return of_run, [spec.changed(batch_tokens=batch) for spec, batch in zip(specs, batches, strict=True)]

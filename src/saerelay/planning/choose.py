@@ -72,18 +72,16 @@ class Question:
 
     def price(self, choice: Choice) -> float:
         """Return the price of a plan in this unit."""
-        prices = {
-            "tokens": choice.cost.sae_samples,
-            "FLOPs": choice.cost.flops,
-            "hours": choice.seconds / 3600,
-        }
-        return prices[self.unit]
+        return self._in_unit(choice.cost.sae_samples, choice.cost.flops, choice.seconds)
 
     @property
     def survey_price(self) -> float:
         """The price of the survey in this unit."""
         cost = self.survey.cost
-        prices = {"tokens": cost.sae_samples, "FLOPs": cost.flops, "hours": cost.seconds / 3600}
+        return self._in_unit(cost.sae_samples, cost.flops, cost.seconds)
+
+    def _in_unit(self, samples: int, flops: float, seconds: float) -> float:
+        prices = {"tokens": samples, "FLOPs": flops, "hours": seconds / 3600}
         return prices[self.unit]
 
 

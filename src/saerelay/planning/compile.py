@@ -251,15 +251,16 @@ def _changed_keys(before: Leg, now: Leg) -> list[str]:
 def _check_widths(plan: Plan) -> None:
     """Raise PlanError if a map is impossible: other widths, a layer the model lacks, too few tokens to fit it."""
     for leg in plan.legs:
+        width = plan.facts.width(leg.site)
         if leg.hop:
-            _check_width(plan, leg, leg.hop.method)
+            _check_width(plan, leg, width)
+            _check_map_tokens(leg, width, leg.hop.method)
         elif leg.shared_layers:
-            _check_shared_widths(plan, leg)
-            _check_map_tokens(leg, plan.facts.width(leg.site), "procrustes")
+            _check_shared_widths(plan, leg, width)
+            _check_map_tokens(leg, width, "procrustes")
 
 
-def _check_shared_widths(plan: Plan, leg: Leg) -> None:
-    width = plan.facts.width(leg.site)
+def _check_shared_widths(plan: Plan, leg: Leg, width: int) -> None:
     for site in leg.shared_sites:
         if plan.facts.width(site) != width:
             raise PlanError(
@@ -268,8 +269,7 @@ def _check_shared_widths(plan: Plan, leg: Leg) -> None:
             )
 
 
-def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
-    width = plan.facts.width(leg.site)
+def _check_width(plan: Plan, leg: Leg, width: int) -> None:
     external = plan.externals.get(leg.parent)
     source_width = external.d_model if external else plan.facts.width(plan.parent_site(leg))
     if source_width != width:
@@ -285,7 +285,6 @@ def _check_width(plan: Plan, leg: Leg, method: LegMethod) -> None:
     if external and leg.moment_tokens:  # a map is fitted to what the parent reads and reconstructs
         plan.facts.check_site(external.site)
         plan.facts.check_site(external.site_out)
-    _check_map_tokens(leg, width, method)
 
 
 def _check_map_tokens(leg: Leg, width: int, method: LegMethod) -> None:

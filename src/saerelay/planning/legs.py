@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
@@ -39,7 +38,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     hop = _settled_hop(spec, setting)
     budget = _settled_budget(spec, setting, legs)
     if not budget and not hop:
-        _complain_of_no_tokens(spec)
+        raise _without_tokens(spec)
     source = parent or external
     if source and source.module_out != module_out:
         raise PlanError(
@@ -148,14 +147,14 @@ def _settled_budget(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> int
     return batch * math.ceil(tokens / batch)
 
 
-def _complain_of_no_tokens(spec: LegSpec) -> NoReturn:
-    """Raise PlanError for a leg from scratch without training tokens."""
+def _without_tokens(spec: LegSpec) -> PlanError:
+    """Return the error for a leg from scratch without training tokens."""
     if spec.control:
-        raise PlanError(
+        return PlanError(
             f"leg {spec.id} is to be trained on as many tokens as {spec.control_of}, which is trained on none; set its "
             'tokens or, for a preset, leave "equal_tokens" out of plan.control_kinds'
         )
-    raise PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
+    return PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
 
 
 def line_of(first: Leg, legs: Sequence[Leg]) -> list[Leg]:

@@ -1,7 +1,7 @@
 """Where a leg starts on the axis of token positions, and how large blocks are."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from saerelay.errors import PlanError
 from saerelay.planning.cost import peak_state_bytes, state_bytes
@@ -30,31 +30,46 @@ def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -
             f"{setting.memory_bytes / 2**30:.1f} GiB allowed; lower n_latents or raise train.memory_gib"
         )
     by_id = {other.id: other for other in legs}
+    earliest = _earliest_start(leg, spec, setting, by_id)
+    placed = leg.changed(start=_first_start_with_room(leg, earliest, setting, legs))
     parent = by_id.get(leg.parent)
-    block = setting.block_tokens
-    earliest = setting.begin
-    if parent and spec.hop:
-        age = tokens_of(spec.hop.fork_at, parent.budget_tokens)
-        forked_at = parent.fold_at + math.ceil(age / parent.schedule.reuse)
-        moments_start = block * math.ceil(forked_at / block) - leg.moment_tokens
-        earliest = max(earliest, parent.start, moments_start)
-    if spec.after:
-        earliest = max(earliest, block * math.ceil(by_id[spec.after].end / block))
-
-    # Memory becomes free only where another leg ends: after the earliest start, only these borders are worth trying.
-    ends = {block * math.ceil(other.end / block) for other in legs}
-    for start in sorted({earliest, *ends}):
-        if start < earliest:
-            continue
-        placed = leg.changed(start=start)
-        if peak_state_bytes([*legs, placed], setting.facts) <= setting.memory_bytes:
-            break
-    else:
-        raise AssertionError("after the last leg's end there is room for one")
     if parent:
         age = parent.schedule.reuse * max(0, placed.fold_at - parent.fold_at)
         placed = placed.changed(fork_at_tokens=min(parent.budget_tokens, age))
     return placed
+
+
+def _earliest_start(leg: Leg, spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
+    """Return the start from which on a leg's parent is old enough at its fold, and the leg it waits for has ended."""
+    block = setting.block_tokens
+    earliest = setting.begin
+    parent = by_id.get(leg.parent)
+    if parent and spec.hop:
+        age = tokens_of(spec.hop.fork_at, parent.budget_tokens)
+        forked_at = parent.fold_at + math.ceil(age / parent.schedule.reuse)
+        moments_start = _next_border(forked_at, block) - leg.moment_tokens
+        earliest = max(earliest, parent.start, moments_start)
+    if spec.after:
+        earliest = max(earliest, _next_border(by_id[spec.after].end, block))
+    return earliest
+
+
+def _first_start_with_room(leg: Leg, earliest: int, setting: Setting, legs: Sequence[Leg]) -> int:
+    """Return the first start at which the training state of a leg fits into memory beside that of the others.
+
+    Memory becomes free only where another leg ends: after the earliest start, only these borders are worth trying.
+    """
+    ends = {_next_border(other.end, setting.block_tokens) for other in legs}
+    for start in [earliest, *sorted(end for end in ends if end > earliest)]:
+        peak = peak_state_bytes([*legs, leg.changed(start=start)], setting.facts)
+        if peak <= setting.memory_bytes:
+            return start
+    raise AssertionError("after the last leg's end there is room for one")
+
+
+def _next_border(cursor: int, block: int) -> int:
+    """Return the first border of a block that is not before a cursor."""
+    return block * math.ceil(cursor / block)
 
 
 def choose_block(

@@ -17,7 +17,7 @@ Place = tuple[SiteKind, int, float | None]
 """A kind of site, a layer, and the L0 that the recipe asks for there."""
 
 
-def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, str] | None = None) -> list[LegSpec]:
+def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, str] | None) -> list[LegSpec]:
     """Return the legs of the recipe's preset: for each kind of site its suite, then its tiers, then its controls.
 
     With `parents`, the directories of another run's SAEs, each layer instead continues its SAE of that run.
