@@ -82,13 +82,12 @@ def load_dictionary(
 ) -> tuple[Dictionary, Origin]:
     """Read a trained SAE of any format in canonical form, and what its files say about it.
 
-    `sae, origin =
-    load_dictionary("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")`; a
-    reference is a directory, a file, or `hf://user/repo[@revision][/path]`. The format is detected
-    unless `format` names it; `model` and `site` are used if the files do not say. Raises
-    HubError if the hub cannot provide the SAE; FormatError if it is damaged or of no known format, if
-    its files name another site, or if it is equivalent to no dictionary of raw activations
-    (`load_layer_normed` reads SAEs that normalise each token).
+        sae, origin = load_dictionary("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
+
+    A reference is a directory, a file, or `hf://user/repo[@revision][/path]`. The format is detected unless `format`
+    names it; `model` and `site` are used if the files do not say. Raises HubError if the hub cannot provide the SAE;
+    FormatError if it is damaged or of no known format, if its files name another site, or if it is equivalent to no
+    dictionary of raw activations (`load_layer_normed` reads SAEs that normalise each token).
     """
     dictionary, origin = read_any(reference, format=format, model=model, site=site)
     if isinstance(dictionary, LayerNormed):

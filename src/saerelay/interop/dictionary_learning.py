@@ -15,7 +15,7 @@ from torch import Tensor
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import replacing, write_json
 from saerelay.interop.canonical import canonical, encoder_bias, from_gate, to_gate
-from saerelay.interop.files import lookup, read_config, read_count, read_number, read_pickle, take
+from saerelay.interop.files import lookup, only_tensors, read_config, read_count, read_number, read_pickle, take
 from saerelay.interop.names import site_named
 from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary
@@ -225,7 +225,7 @@ def _class(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) -> st
 def _dictionary(weights: Path, values: dict[str, Any], trainer: dict[str, Any]) -> Dictionary:
     """Return the dictionary of a state dict, in canonical form."""
     kind = _class(weights, values, trainer)
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    tensors = only_tensors(values)
     d_model = lookup(trainer, "activation_dim", int)
     n_latents = lookup(trainer, "dict_size", int)
     W_enc, b_enc, W_dec, b_dec, *others = take(weights, tensors, SHAPES[kind], D=d_model, F=n_latents)

@@ -97,9 +97,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".npz":
         return _read_npz(path)
     if path.suffix in (".pt", ".pth"):
-        values = read_pickle(path)
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return only_tensors(read_pickle(path))
     return _read_safetensors(path)
+
+
+def only_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among values, by name."""
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def read_pickle(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ not for the SAE itself; nothing here reads it.
 import gzip
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -234,7 +235,7 @@ def write_source(
 
     text_of = cache(lambda token: storable(token_text(token)))
     n_latents = len(features.n_fired)
-    per_file = max(FEATURES_PER_FILE, -(-n_latents // MOST_FILES))
+    per_file = max(FEATURES_PER_FILE, math.ceil(n_latents / MOST_FILES))
     for number, first in enumerate(range(0, n_latents, per_file)):
         latents = range(first, min(first + per_file, n_latents))
         name = f"batch-{number}.jsonl.gz"

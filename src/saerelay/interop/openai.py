@@ -8,11 +8,9 @@ With u = x for ReLU (v1, v4), and x normalised token by token for TopK (v5):
 import re
 from pathlib import Path
 
-from torch import Tensor
-
 from saerelay.errors import FormatError
 from saerelay.interop.canonical import canonical
-from saerelay.interop.files import lookup, read_count, read_pickle, take
+from saerelay.interop.files import lookup, only_tensors, read_count, read_pickle, take
 from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
@@ -48,7 +46,7 @@ def read(path: Path) -> tuple[Dictionary | LayerNormed, Origin]:
     if activation != "ReLU" and not is_topk:
         raise FormatError(f"{path}: activation is {activation!r} {settings}, expected ReLU, or TopK with ReLU")
 
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = only_tensors(state)
     W_enc, b_enc, W_dec, b_dec = take(path, tensors, _SHAPES)
     dictionary = Dictionary(
         architecture="topk" if is_topk else "relu",
