@@ -22,7 +22,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.toml import annotated_toml
 from saerelay.runs.dictionaries import publish, read_dictionary
 from saerelay.runs.directory import one_at_a_time
-from saerelay.runs.state import load_part, save_state, state_facts, truncate_metrics
+from saerelay.runs.state import commit_state, load_part, save_part, state_facts, truncate_metrics
 from saerelay.sae.dictionary import Dictionary
 from saerelay.views.report import MARK, check_replaceable
 from saerelay.workflows.demo import clear_demo
@@ -58,7 +58,8 @@ def test_a_state_with_another_cursor_is_refused(world: Path, run: Path, cursor: 
 def test_a_state_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     facts = {"cursor": 0, "failures": {}, "seconds": {}, "positions": {}, "live": [], "moments": [], "machine": {}}
     facts |= {"log_bytes": 0, "legs": {}, "serial": 3}
-    save_state(tmp_path, {"leg-L0": {"a": torch.randn(64), "b": torch.zeros(8)}}, facts)
+    digests = save_part(tmp_path / "3", "leg-L0", {"a": torch.randn(64), "b": torch.zeros(8)})
+    commit_state(tmp_path, {**facts, "digests": {"leg-L0": digests}})
     saved = state_facts(tmp_path)
     assert saved and load_part(tmp_path, "leg-L0", saved)
     path = tmp_path / "3/leg-L0.safetensors"

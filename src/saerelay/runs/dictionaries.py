@@ -72,7 +72,8 @@ def _check_header(info: DictionaryInfo, path: Path) -> None:
     D_out = info.d_out or D
     with damage_named(path.parent / "dictionary.json", _REMEDY):
         kind = architecture_named(info.architecture)
-    if kind.l0_key == "k" and info.k is None or info.k is not None and not 1 <= info.k <= F:
+    lacks_k = kind.l0_key == "k" and info.k is None
+    if lacks_k or (info.k is not None and not 1 <= info.k <= F):
         raise RunDirectoryError(f"{path.parent}: k is {info.k}, expected a whole number from 1 to {F}")
     expected = {"W_enc": (F, D), "b_enc": (F,), "W_dec": (F, D_out), "b_dec": (D_out,), "threshold": (F,)}
     if kind.has_gate:
@@ -87,9 +88,11 @@ def _check_header(info: DictionaryInfo, path: Path) -> None:
     missing = sorted(expected.keys() - found.keys() - optional)
     if missing:
         raise RunDirectoryError(f"{path}: damaged (tensor {missing[0]} is missing); {_REMEDY}")
-    for name in (name for name in expected if name in found):
+    for name, expected_shape in expected.items():
+        if name not in found:
+            continue
         dtype, shape = found[name]
-        if shape != expected[name]:
-            raise RunDirectoryError(f"{path}: {name} has shape {shape}, expected {expected[name]}")
+        if shape != expected_shape:
+            raise RunDirectoryError(f"{path}: {name} has shape {shape}, expected {expected_shape}")
         if dtype != "F32":
             raise RunDirectoryError(f"{path}: {name} is of type {dtype}, expected F32; {_REMEDY}")

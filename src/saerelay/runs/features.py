@@ -72,7 +72,8 @@ class Features:
 
     def examples(self, latent: int) -> list[Example]:
         """The strongest examples of a latent, in decreasing order of activation."""
-        before, context = self.facts.window_before, self.facts.context
+        before = self.facts.window_before
+        context = self.facts.context
         rows = zip(
             self.example_sequence[latent].tolist(),
             self.example_position[latent].tolist(),

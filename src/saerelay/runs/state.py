@@ -47,12 +47,6 @@ def commit_state(directory: Path, facts: Mapping[str, Any]) -> None:
             remove_directory(folder)
 
 
-def save_state(directory: Path, parts: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
-    """Write a whole resume state: its parts, and then the facts that describe them."""
-    found = {name: save_part(directory / str(facts["serial"]), name, tensors) for name, tensors in parts.items()}
-    commit_state(directory, {**facts, "digests": found})
-
-
 def state_facts(directory: Path) -> dict[str, Any] | None:
     """Read the facts of the last saved state (`ResumeFacts`), without its tensors; None if there is no state."""
     path = directory / FACTS_FILE
