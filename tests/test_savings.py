@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saerelay.planning.cost import Cost
-from saerelay.views.tables.savings import plan_prices, savings_table, verdict
+from saerelay.views.tables.savings import prices_of, savings_table, verdict
 
 
 def cost(samples: int, tokens: int, flops: float, lm_flops: float) -> Cost:
@@ -27,7 +27,7 @@ def shown(item: Table | Text) -> str:
 
 
 def test_what_is_saved_and_what_is_not_are_told_apart() -> None:
-    prices = plan_prices(cost(4_000_000, 3_000_000, 4e12, 3e12), SCRATCH, (50.0, 51.0))
+    prices = prices_of(cost(4_000_000, 3_000_000, 4e12, 3e12), SCRATCH, (50.0, 51.0))
     table = shown(savings_table(prices, 2_000_000))
     assert "4.0 times less" in table and "1.5 times more" in table and "from scratch, 2M each" in table
     said = " ".join(shown(verdict(prices, 2_000_000)).split())
@@ -38,11 +38,11 @@ def test_what_is_saved_and_what_is_not_are_told_apart() -> None:
 
 
 def test_a_suite_that_saves_nothing_says_so() -> None:
-    prices = plan_prices(cost(16_000_000, 3_000_000, 9e12, 3e12), SCRATCH, None)
+    prices = prices_of(cost(16_000_000, 3_000_000, 9e12, 3e12), SCRATCH, None)
     said = shown(verdict(prices, 2_000_000))
     assert said.startswith("The suite saves nothing.") and "2.25M tokens" in said
 
 
 def test_time_stands_there_only_if_it_is_known() -> None:
-    names = [price.name for price in plan_prices(SCRATCH, SCRATCH, None)]
+    names = [price.name for price in prices_of(SCRATCH, SCRATCH, None)]
     assert "time" not in names and "SAE samples" in names

@@ -63,7 +63,7 @@ def plan(
     from saerelay.planning.ranks import spread
     from saerelay.planning.recipe import Recipe
     from saerelay.views.tables.plan import plan_facts, plan_table
-    from saerelay.views.tables.savings import plan_prices
+    from saerelay.views.tables.savings import prices_of
     from saerelay.workflows.settle import check_data, plan_run
 
     run = with_seeds(Recipe.from_toml(recipe), seeds)
@@ -90,7 +90,7 @@ def plan(
         print_json(plan_data(compiled, cost, plan_cost(from_scratch), seconds, shares))
         return
 
-    prices = plan_prices(plan_cost(suite), plan_cost(from_scratch), totals)
+    prices = prices_of(plan_cost(suite), plan_cost(from_scratch), totals)
     print_all([plan_table(compiled), "", plan_facts(compiled, cost, seconds)])
     print_savings(compiled, prices, shares)
 
@@ -113,7 +113,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
     from saerelay.planning.ranks import spread
     from saerelay.planning.toml import annotated_toml
     from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
-    from saerelay.views.tables.savings import plan_prices
+    from saerelay.views.tables.savings import prices_of
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.survey import survey_once
 
@@ -136,7 +136,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
         return
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
     predicted = plan_run(with_legs(run, survey, choice.legs))
-    prices = plan_prices(plan_cost(predicted.without_controls()), from_scratch, None)
+    prices = prices_of(plan_cost(predicted.without_controls()), from_scratch, None)
     print_all([*tables, plan_facts(predicted, choice.cost, seconds)])
     print_savings(compiled, prices, shares)
 

@@ -86,7 +86,7 @@ def spread_cells(legs: Sequence[LegSummary]) -> list[str]:
 
 ARCHITECTURES = {"topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "gated": "Gated", "relu": "ReLU"}
 
-TITLES = {"hop": "from parent to child", "depth": "from layer to layer", "control": "from the suite to controls"}
+LINK_KINDS = {"hop": "from parent to child", "depth": "from layer to layer", "control": "from the suite to controls"}
 """Kinds of links of a lineage."""
 
 

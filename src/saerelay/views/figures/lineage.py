@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from saerelay.runs.documents.latents import STATUSES, LineageDocument, LineageLink
 from saerelay.runs.documents.quality import Summary
 from saerelay.views.figures.page import Theme, dress, facts_of, legend, page
-from saerelay.views.labels import TITLES
+from saerelay.views.labels import LINK_KINDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def lineage_figure(
         f"decoder rows above {lineage.kept_above}, the source folded through the affine map between the layers; "
         f"replaced: below {lineage.replaced_below}; alive: fired more than {lineage.alive_above} times."
     )
-    title = f"Lineage of latents, {TITLES[kind]}"
+    title = f"Lineage of latents, {LINK_KINDS[kind]}"
     height = 0.6 + 0.17 * max(3, len(links))
     with page(theme, facts_of(summary, lineage.n_tokens), title, small, height) as figure:
         axis = figure.subplots()

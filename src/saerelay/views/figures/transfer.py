@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Row = TypeVar("Row", bound=Version)
 
 
-def _of(summary: Summary, rows: Sequence[Row] | None) -> list[Row]:
+def _finished(summary: Summary, rows: Sequence[Row] | None) -> list[Row]:
     """Return the rows of measures.json about finished legs of a summary."""
     legs = {leg.id for leg in summary.legs}
     return [row for row in rows or () if row.leg in legs and not row.snapshot]
@@ -38,7 +38,7 @@ def _of(summary: Summary, rows: Sequence[Row] | None) -> list[Row]:
 def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme = "light") -> "Figure":
     """Draw feature transferability of each transferred leg by layer, with the means that the paper reports."""
     summary = summary.of_kind()
-    rows = [row for row in _of(summary, measures.transferability) if row.transferability is not None]
+    rows = [row for row in _finished(summary, measures.transferability) if row.transferability is not None]
     several_per_layer = len(rows) > len({row.layer for row in rows})
     width = 0.36 if several_per_layer else 0.7
     x = side_by_side([(row.leg, row.layer) for row in rows], 0.38)
@@ -71,7 +71,7 @@ def transfer_score_figure(
     """Draw the normalised transfer score of each transferred leg by layer, against each leg from scratch there."""
     summary = summary.of_kind()
     rows = []
-    for row in _of(summary, measures.transfer_scores):
+    for row in _finished(summary, measures.transfer_scores):
         if row.method == method and getattr(row, metric) is not None:
             rows.append(row)
     x = side_by_side([(f"{row.leg} {row.scratch}", row.layer) for row in rows])
@@ -108,7 +108,7 @@ def attribution_figure(summary: Summary, measures: Measures, *, theme: Theme = "
     """Draw direct logit attribution by layer: the mean over prompts of the largest effect of a latent."""
     summary = summary.of_kind()
     dla = measures.dla
-    rows = [row for row in _of(summary, dla.legs if dla else None) if row.mean is not None]
+    rows = [row for row in _finished(summary, dla.legs if dla else None) if row.mean is not None]
     x = side_by_side([(row.leg, row.layer) for row in rows])
     points = [Point(kind_of(summary.leg(row.leg)), x[row.leg], row.mean or 0, row.standard_error) for row in rows]
     n_prompts = dla.n_prompts if dla else 0

@@ -297,7 +297,7 @@ def training_curves(lines: Sequence[TrainingLine]) -> dict[str, dict[str, list[A
         logs.setdefault(line.leg, []).append(line)
     curves = {}
     for leg_id, rows in logs.items():
-        step = -(-len(rows) // CURVE_POINTS)
+        step = math.ceil(len(rows) / CURVE_POINTS)
         thinned = rows[:-1][::step] + rows[-1:]
         curves[leg_id] = {
             "age": [row.age for row in thinned],

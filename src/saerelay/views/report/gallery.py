@@ -22,7 +22,7 @@ from saerelay.views.figures import (
     transfer_score_figure,
     transferability_figure,
 )
-from saerelay.views.labels import TITLES, carried
+from saerelay.views.labels import LINK_KINDS, carried
 from saerelay.views.report.sources import ReportSources
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def drawings(sources: ReportSources) -> Iterator[Drawing]:
     for kind in ("depth", "hop", "control"):
         if kind in kinds:
             draw = partial(lineage_figure, summary, sources.lineage, kind)
-            yield Drawing(f"lineage-{kind}", f"Lineage of latents, {TITLES[kind]}", draw)
+            yield Drawing(f"lineage-{kind}", f"Lineage of latents, {LINK_KINDS[kind]}", draw)
     if sources.matrix:
         for method in dict.fromkeys(cell.method for cell in sources.matrix.cells):
             draw = partial(matrix_figure, summary, sources.matrix, "fvu", method)

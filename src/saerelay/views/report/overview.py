@@ -11,6 +11,7 @@ from typing import Literal
 from saerelay.planning.leg_spec import ControlKind
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.spec import format_count
+from saerelay.views.figures.page import tick_step
 from saerelay.views.labels import ROLES, metric_name
 from saerelay.views.text import is_number, with_error
 
@@ -24,8 +25,6 @@ TOP, BOTTOM = 14.0, 164.0
 """Vertical positions of the largest value and of 0."""
 HEADROOM = 1.04
 """The end of an axis, as a multiple of the largest value with its error."""
-MOST_TICKS = 16
-"""Most layers that are named below a chart."""
 WIDE_FROM = 16
 """Number of layers from which on a chart takes the whole width of the page."""
 
@@ -98,7 +97,7 @@ def overview(summary: Summary, kind: str = "") -> Overview:
         if measured:
             panels.append(panel(measured, metric, x))
 
-    step = -(-len(layers) // MOST_TICKS)
+    step = tick_step(len(layers))
     names = [Tick(at=middle(i, len(layers)), text=str(layer)) for i, layer in enumerate(layers)]
     occurring = {mark_kind(leg) for leg in legs}
     return Overview(

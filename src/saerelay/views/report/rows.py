@@ -41,11 +41,11 @@ def tiles(summary: Summary) -> list[Tile]:
         ("Compute", "operations executed", cost.flops, scratch.flops, flops),
         ("Time", "wall-clock, on this machine", cost.seconds, scratch.seconds_estimate, duration),
     ]
-    tiles = []
+    known = []
     for name, counted, ours, theirs, write in prices:
         if is_number(ours) and is_number(theirs) and ours > 0 and theirs > 0:
-            tiles.append(_tile(name, counted, ours, theirs, write))
-    return tiles
+            known.append(_tile(name, counted, ours, theirs, write))
+    return known
 
 
 def _tile(name: str, counted: str, ours: float, theirs: float, write: Callable[..., str]) -> Tile:

@@ -35,11 +35,6 @@ class Price:
         return f"{self.ours / self.theirs:.1f} times more"
 
 
-def plan_prices(ours: Cost, theirs: Cost, seconds: tuple[float, float] | None) -> list[Price]:
-    """Return the cost of a plan without its controls, compared with all of its layers from scratch."""
-    return _prices(ours, theirs, seconds)
-
-
 def summary_prices(summary: Summary) -> list[Price]:
     """Return the cost of a suite, its survey included, compared with all of its layers from scratch."""
     ours = summary.cost.with_survey
@@ -47,10 +42,11 @@ def summary_prices(summary: Summary) -> list[Price]:
     seconds = None
     if is_number(ours.seconds) and is_number(theirs.seconds_estimate):
         seconds = (ours.seconds, theirs.seconds_estimate)
-    return _prices(ours, theirs, seconds)
+    return prices_of(ours, theirs, seconds)
 
 
-def _prices(ours: Cost | SuiteCost, theirs: Cost | ScratchCost, seconds: tuple[float, float] | None) -> list[Price]:
+def prices_of(ours: Cost | SuiteCost, theirs: Cost | ScratchCost, seconds: tuple[float, float] | None) -> list[Price]:
+    """Return the cost of a suite or a plan, without controls, compared with all of its layers from scratch."""
     prices = [
         _price("SAE samples", ours.sae_samples, theirs.sae_samples, _count),
         _price("tokens of the language model", ours.lm_tokens, theirs.lm_tokens, _count),
