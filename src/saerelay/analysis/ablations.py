@@ -54,7 +54,7 @@ class PromptBatch:
     """(B)."""
 
 
-def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Iterator[PromptBatch]:
+def prompt_batches(plan: Plan, prompts: Sequence[Prompt], device: torch.device) -> Iterator[PromptBatch]:
     """Yield prompts in their order, in batches of consecutive prompts of the same length."""
     n_latents = max(leg.dictionary.n_latents for leg in plan.legs)
     most_tokens = min(CODES // n_latents, LOGIT_BYTES // (4 * plan.facts.tokens.vocab_size))

@@ -75,7 +75,7 @@ def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:
     )
 
 
-def legs_without_features(session: Session, tokens: int = 0) -> list[Leg]:
+def legs_without_features(session: Session, tokens: int) -> list[Leg]:
     """Return the legs whose features are missing, or answer another question."""
     missing = []
     for leg in session.suite.legs:

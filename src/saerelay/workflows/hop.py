@@ -337,7 +337,8 @@ def moments_plan(recipe: Recipe, site: Site) -> Plan:
 
 def kept_rows(plan: Plan, site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield batches of training tokens (B, C), a mask (B, C) of the positions kept, and their activations (n, D)."""
-    model, context = load_model(plan), plan.recipe.data.context
+    model = load_model(plan)
+    context = plan.recipe.data.context
     with TemporaryDirectory(prefix="saerelay-") as place:
         corpus = tokenise(plan, RunDirectory(Path(place)), None)
         sequences = corpus.train[: math.ceil(plan.recipe.plan.hop.moment_tokens / context)]
@@ -352,11 +353,14 @@ def check_tokens(recipe: Recipe, other: ModelSpec) -> None:
     """Raise ModelError unless the other model's tokenizer gives the tokens of the recipe's model the same ids."""
     if recipe.data.tokens:
         return
-    ours, theirs = load_tokenizer(recipe.model).get_vocab(), load_tokenizer(other).get_vocab()
-    differing = sorted((number, token) for token, number in ours.items() if theirs.get(token, number) != number)
-    shared = sum(theirs.get(token) == number for token, number in ours.items())
-    if differing or 2 * shared < len(ours):
-        number, token = differing[0] if differing else next((n, t) for t, n in ours.items() if t not in theirs)
+    ours = load_tokenizer(recipe.model).get_vocab()
+    theirs = load_tokenizer(other).get_vocab()
+    lacking = [token for token in ours if token not in theirs]
+    differing = [token for token, number in ours.items() if theirs.get(token, number) != number]
+    n_shared = len(ours) - len(lacking) - len(differing)
+    if differing or 2 * n_shared < len(ours):
+        token = min(differing, key=ours.__getitem__) if differing else lacking[0]
+        number = ours[token]
         raise ModelError(
             f'{recipe.model.name} and {other.name} do not read the same tokens: "{token}" is {number} in the one and '
             f"{theirs.get(token, 'none')} in the other; a map between two models needs a shared tokenizer"

@@ -71,7 +71,7 @@ def prepare_study(
     n: int,
     latents: Sequence[int],
     seed: int,
-    console: Console | None = None,
+    console: Console | None,
 ) -> Study:
     """Draw the latents and texts to ask about; sends nothing. See `study.prepare`."""
     return prepare(Session(suite, console=console), legs=legs, n=n, latents=latents, seed=seed)

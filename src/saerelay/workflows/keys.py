@@ -1,7 +1,7 @@
 """The keys of a recipe as Python keyword arguments."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from saerelay.errors import RecipeError
@@ -9,18 +9,17 @@ from saerelay.planning.recipe import Recipe
 from saerelay.spec import Spec
 
 
-def sectioned(keys: dict[str, Any], sections: Iterable[str], *, others: Iterable[str] = ()) -> dict[str, Any]:
+def sectioned(keys: dict[str, Any], sections: Collection[str]) -> dict[str, Any]:
     """Sort keys of a recipe into its sections; a whole section may also be given as a dict.
 
     >>> sectioned({"k": 32, "lr": 1e-3, "data": {"context": 64}}, ("dictionary", "train", "data"))
     {'dictionary': {'k': 32}, 'train': {'lr': 0.001}, 'data': {'context': 64}}
 
-    Keys of the sections in `others` are dropped. Raises RecipeError for a key of no section, or of several sections,
-    which has to be given by section.
+    Raises RecipeError for a key of no section, or of several sections, which has to be given by section.
     """
     found: dict[str, Any] = {}
     owners: dict[str, list[str]] = {}
-    for section in (*sections, *others):
+    for section in sections:
         part = Recipe.part(section, {})
         assert issubclass(part, Spec)
         for key in part.all_keys():
@@ -37,6 +36,5 @@ def sectioned(keys: dict[str, Any], sections: Iterable[str], *, others: Iterable
         if len(owned_by) > 1:
             ways = " or ".join(f'{section}={{"{key}": ...}}' for section in owned_by)
             raise RecipeError(f'"{key}" is a key of {" and ".join(owned_by)}; write {ways}')
-        if owned_by[0] in sections:
-            found.setdefault(owned_by[0], {})[key] = value
+        found.setdefault(owned_by[0], {})[key] = value
     return found

@@ -149,11 +149,10 @@ def _say_what_differs(team: Team, plan: Plan, console: Console | None) -> None:
     """Print how the machines of a team differ, and what torchrun's environment lacks for its restarts to work."""
     machines = team.gather(machine(torch.device(plan.facts.device)))
     for rank, other in enumerate(machines):
-        different = [
-            f"{key}: {machines[0][key]} and {other.get(key)}"
-            for key in machines[0]
-            if machines[0][key] != other.get(key)
-        ]
+        different = []
+        for key, value in machines[0].items():
+            if other.get(key) != value:
+                different.append(f"{key}: {value} and {other.get(key)}")
         if different and console:
             console.print(
                 f"note: rank 0 and rank {rank} differ ({'; '.join(different)}): the bits of a leg depend on its rank",

@@ -40,7 +40,7 @@ that Neuronpedia uses for this model.
 """
 
 
-def export_features(session: Session, directory: Path, legs: list[Leg], *, release: str, repo: str = "") -> list[Path]:
+def export_features(session: Session, directory: Path, legs: list[Leg], *, release: str, repo: str) -> list[Path]:
     """Write one folder for each leg, after computing missing features; returns the folders.
 
     `release` names the release, and `repo` the hub repository of the SAEs, if there is one.

@@ -60,7 +60,7 @@ class Measured:
     @property
     def pilots(self) -> dict[Site, Leg]:
         """The short pilots, by site."""
-        return {leg.site: leg for leg in self.plan.legs if not leg.id.startswith(LONG)}
+        return short_pilots(self.plan)
 
     def layers(self) -> list[SurveyedLayer]:
         """Return the survey's record of each layer."""
@@ -168,7 +168,7 @@ def pilot_fvus(
     FVU is that of a leg's training units, in which its goal is checked later.
     """
     hub = plan.leg(LONG)
-    pilots = {leg.site: leg for leg in plan.legs if not leg.id.startswith(LONG)}
+    pilots = short_pilots(plan)
     jobs = [(pilots[source], target) for source, target in maps]
     jobs += [(hub, target) for source, target in maps if source == hub.site]
     jobs += [(leg, leg.site) for leg in plan.legs]
@@ -187,6 +187,11 @@ def pilot_fvus(
 
     fvus = side_by_side(measure, jobs, rows[hub.site].device)
     return {(leg.id, site): result for (leg, site), result in zip(jobs, fvus, strict=True)}
+
+
+def short_pilots(plan: Plan) -> dict[Site, Leg]:
+    """Return the short pilots, by site."""
+    return {leg.site: leg for leg in plan.legs if not leg.id.startswith(LONG)}
 
 
 def pairs(sites: Sequence[Site], hub: Site) -> Iterator[tuple[Site, Site]]:

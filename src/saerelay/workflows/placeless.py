@@ -47,13 +47,12 @@ def _last_part(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def placeless(document: AnyDocument, names: Mapping[str, str] | None = None) -> AnyDocument:
+def placeless(document: AnyDocument, names: Mapping[str, str]) -> AnyDocument:
     """Return a document without paths; `names` maps things named by a path to their public names."""
 
     def shown(leaf: Any) -> Any:
-        if names and isinstance(leaf, str) and leaf in names:
-            return names[leaf]
-        return _without_paths(leaf)
+        is_named = isinstance(leaf, str) and leaf in names
+        return names[leaf] if is_named else _without_paths(leaf)
 
     data = leafwise(shown, document.to_data())
     return type(document).from_data(data, source=type(document).__name__)

@@ -184,7 +184,7 @@ def push_run(
         return hub.upload(directory, repo, private=private)
 
 
-def preview(source: str, repo: str, format: str, *, legs: Iterable[str] = (), licence: str = "") -> str:
+def preview(source: str, repo: str, format: str, *, legs: Iterable[str], licence: str) -> str:
     """Return the text of a dry run of `push_run`: the files with their sizes, and the model card."""
     with TemporaryDirectory(prefix="saerelay-push-") as temporary:
         directory = Path(temporary) / "export"
