@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -236,40 +236,61 @@ def standard_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values))
 
 
-def recovered(m: Sequence[float], empty: Sequence[float], clean: Sequence[float]) -> tuple[float, Tensor]:
-    """Return the share of the answer left, (mean m − mean ∅) / (mean M − mean ∅), and each prompt's part of its error.
+class Recovered(NamedTuple):
+    """A share of the answer, and each prompt's part of its error."""
 
-    >>> share, parts = recovered([3.0, 2.0], [1.0, 1.0], [3.0, 3.0])
-    >>> share, round(standard_error(parts), 3)
+    share: float
+    parts: Tensor
+    """(N), with mean 0; their standard error is that of the share (delta method)."""
+
+    @property
+    def error(self) -> float:
+        """The standard error of the share."""
+        return standard_error(self.parts)
+
+    def minus(self, other: "Recovered") -> "Recovered":
+        """Return the difference of two shares on the same prompts, with its error from prompt to prompt."""
+        return Recovered(self.share - other.share, self.parts - other.parts)
+
+    @classmethod
+    def mean(cls, several: Sequence["Recovered"]) -> "Recovered":
+        """Return the mean of several shares on the same prompts."""
+        share = sum(one.share for one in several) / len(several)
+        return cls(share, torch.stack([one.parts for one in several]).mean(dim=0))
+
+
+def recovered(m: Sequence[float], empty: Sequence[float], clean: Sequence[float]) -> Recovered:
+    """Return the share of the answer left, (mean m − mean ∅) / (mean M − mean ∅), with each prompt's part of its error.
+
+    >>> left = recovered([3.0, 2.0], [1.0, 1.0], [3.0, 3.0])
+    >>> left.share, round(left.error, 3)
     (0.75, 0.25)
 
-    With C kept, the share is the faithfulness; with C ablated, the completeness. The parts (N) have mean 0, and their
-    standard error is that of the ratio (delta method); the parts of two circuits, subtracted prompt by prompt, give the
-    standard error of their difference. NaN if ∅ is not below M by `CLEAR` standard errors: then the dictionary carries
-    nothing of the task.
+    With C kept, the share is the faithfulness; with C ablated, the completeness. NaN if ∅ is not below M by `CLEAR`
+    standard errors: then the dictionary carries nothing of the task.
     """
     nothing = torch.tensor(empty).double()
     answer = torch.tensor(m).double() - nothing
     whole = torch.tensor(clean).double() - nothing
     if not float(whole.mean()) > CLEAR * standard_error(whole):
-        return math.nan, torch.full_like(answer, math.nan)
+        return Recovered(math.nan, torch.full_like(answer, math.nan))
     share = float(answer.mean() / whole.mean())
-    return share, (answer - share * whole) / whole.mean()
+    return Recovered(share, (answer - share * whole) / whole.mean())
 
 
 def circuit_leg(leg: Leg, tokens: int, scores: CircuitScores, clean: Sequence[float], k: Sequence[int]) -> CircuitLeg:
     """Return a leg's row, with faithfulness and completeness of its circuits."""
     judged = []
     for i, size in enumerate(k):
-        faithfulness, faithfulness_parts = recovered(scores.m_kept[i], scores.m_empty, clean)
-        completeness, completeness_parts = recovered(scores.m_ablated[i], scores.m_empty, clean)
+        faithfulness = recovered(scores.m_kept[i], scores.m_empty, clean)
+        completeness = recovered(scores.m_ablated[i], scores.m_empty, clean)
         judged.append(
             Circuit(
                 k=size,
-                faithfulness=faithfulness,
-                faithfulness_se=standard_error(faithfulness_parts),
-                completeness=completeness,
-                completeness_se=standard_error(completeness_parts),
+                faithfulness=faithfulness.share,
+                faithfulness_se=faithfulness.error,
+                completeness=completeness.share,
+                completeness_se=completeness.error,
             )
         )
     return CircuitLeg(
@@ -287,16 +308,13 @@ def circuit_leg(leg: Leg, tokens: int, scores: CircuitScores, clean: Sequence[fl
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Difference:
-    """A transferred leg minus a leg from scratch, for circuits of one size: values, and each prompt's part (N)."""
+class Difference(NamedTuple):
+    """A transferred leg minus a leg from scratch, for circuits of one size."""
 
     leg: str
     scratch: str
-    faithfulness: float
-    faithfulness_parts: Tensor
-    completeness: float
-    completeness_parts: Tensor
+    faithfulness: Recovered
+    completeness: Recovered
 
 
 def differences(
@@ -329,17 +347,13 @@ def differences(
 
 def difference(leg: CircuitLeg, scratch: CircuitLeg, clean: Sequence[float], i: int) -> Difference:
     """Return the difference of one pair, for circuits of the i-th size."""
-    faithfulness, faithfulness_parts = recovered(leg.m_kept[i], leg.m_empty, clean)
-    other_faithfulness, other_faithfulness_parts = recovered(scratch.m_kept[i], scratch.m_empty, clean)
-    completeness, completeness_parts = recovered(leg.m_ablated[i], leg.m_empty, clean)
-    other_completeness, other_completeness_parts = recovered(scratch.m_ablated[i], scratch.m_empty, clean)
+    faithfulness = recovered(leg.m_kept[i], leg.m_empty, clean)
+    completeness = recovered(leg.m_ablated[i], leg.m_empty, clean)
     return Difference(
         leg=leg.leg,
         scratch=scratch.leg,
-        faithfulness=faithfulness - other_faithfulness,
-        faithfulness_parts=faithfulness_parts - other_faithfulness_parts,
-        completeness=completeness - other_completeness,
-        completeness_parts=completeness_parts - other_completeness_parts,
+        faithfulness=faithfulness.minus(recovered(scratch.m_kept[i], scratch.m_empty, clean)),
+        completeness=completeness.minus(recovered(scratch.m_ablated[i], scratch.m_empty, clean)),
     )
 
 
@@ -347,15 +361,15 @@ def mean_difference(
     pairs: Sequence[Difference], *, leg: str | None, scratch: str | None, kind: str, k: int
 ) -> CircuitDifference:
     """Return the mean difference over pairs, with its standard error over prompts."""
-    faithfulness_parts = torch.stack([pair.faithfulness_parts for pair in pairs]).mean(dim=0)
-    completeness_parts = torch.stack([pair.completeness_parts for pair in pairs]).mean(dim=0)
+    faithfulness = Recovered.mean([pair.faithfulness for pair in pairs])
+    completeness = Recovered.mean([pair.completeness for pair in pairs])
     return CircuitDifference(
         leg=leg,
         scratch=scratch,
         kind=kind,
         k=k,
-        faithfulness=sum(pair.faithfulness for pair in pairs) / len(pairs),
-        faithfulness_se=standard_error(faithfulness_parts),
-        completeness=sum(pair.completeness for pair in pairs) / len(pairs),
-        completeness_se=standard_error(completeness_parts),
+        faithfulness=faithfulness.share,
+        faithfulness_se=faithfulness.error,
+        completeness=completeness.share,
+        completeness_se=completeness.error,
     )

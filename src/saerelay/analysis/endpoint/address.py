@@ -1,6 +1,7 @@
 """The address to which questions are sent, and the form of a request."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def estimated_tokens(text: str) -> int:
     >>> estimated_tokens("abcdefg")
     3
     """
-    return -(-len(text.encode("utf-8", "replace")) // 3)
+    return math.ceil(len(text.encode("utf-8", "replace")) / 3)
 
 
 def request_body(endpoint: Endpoint, system: str, question: str, max_tokens: int) -> bytes:

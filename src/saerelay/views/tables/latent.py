@@ -1,5 +1,7 @@
 """One latent, on a terminal."""
 
+import math
+
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -58,7 +60,7 @@ def _histogram(histogram: LatentHistogram) -> Text:
     first = used[0]
     last = used[-1]
     most = max(histogram.counts)
-    bars = "".join(_BARS[-(-8 * count // most)] for count in histogram.counts[first : last + 1])
+    bars = "".join(_BARS[math.ceil(8 * count / most)] for count in histogram.counts[first : last + 1])
     low = 2 ** (histogram.first_edge + first / 2)
     high = 2 ** (histogram.first_edge + (last + 1) / 2)
     return Text(f"activations {low:.3g} {bars} {high:.3g}, in steps of √2")
