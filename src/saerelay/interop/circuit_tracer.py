@@ -84,12 +84,13 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         tensors[_THRESHOLD] = dictionary.threshold
     if dictionary.W_skip is not None:
         tensors["W_skip"] = dictionary.W_skip
-    write_tensors(path / f"layer_{origin.site.layer}.safetensors", {name: t.cpu() for name, t in tensors.items()})
+    write_tensors(path / f"layer_{origin.site.layer}.safetensors", tensors)
 
 
 def check_set(directory: Path) -> None:
     """Warn if circuit-tracer cannot load the set as a whole, because it lacks a layer from 0 on."""
-    layers = sorted(int(match[1]) for path in directory.iterdir() if (match := _LAYER.fullmatch(path.name)))
+    matches = [_LAYER.fullmatch(path.name) for path in directory.iterdir()]
+    layers = sorted(int(match[1]) for match in matches if match)
     if layers != list(range(len(layers))):
         warnings.warn(
             f"the set has the layers {layers}, but circuit-tracer loads only sets with every layer from 0 on; its "

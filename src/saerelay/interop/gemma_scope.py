@@ -101,16 +101,17 @@ def _check_is_readable(file: Path, kind: str, config: dict[str, Any], origin: Or
     reads = config.get("hf_hook_point_in")
     writes = config.get("hf_hook_point_out")
     unknown = sorted(tensor_names - _SHAPES.keys() - {_SKIP})
+    is_transcoder = kind == "transcoder" or _SKIP in tensor_names or (writes and writes != reads)
     if unknown:
         reason = f"it has a tensor {unknown[0]}"
     elif kind == "transcoders":
         reason = "it reads the MLP's input before the gains of its norm, and no site gives that"
     elif kind == "clt":
         reason = "it writes to several layers"
-    elif origin.site_out or not (kind == "transcoder" or _SKIP in tensor_names or (writes and writes != reads)):
-        return
-    else:
+    elif is_transcoder and not origin.site_out:
         reason = f"it reads {reads or 'one place'} and writes {writes or kind or 'another'}"
+    else:
+        return
     raise FormatError(f"{file}: is a transcoder or another relative of SAEs that saerelay cannot read ({reason})")
 
 

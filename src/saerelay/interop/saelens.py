@@ -145,7 +145,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         tensors["b_mag"] = tensors.pop("b_enc")
         del tensors["threshold"]
     tensors["W_enc"] = tensors["W_enc"].T
-    write_tensors(path / WEIGHTS, {name: tensor.cpu() for name, tensor in tensors.items()})
+    write_tensors(path / WEIGHTS, tensors)
     write_json(path / CONFIG, config)
 
 

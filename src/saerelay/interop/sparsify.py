@@ -79,7 +79,7 @@ def write(path: Path, dictionary: Dictionary, origin: Origin) -> None:
         "d_in": dictionary.d_model,
         "saerelay": {"model": origin.model, "provenance": origin.provenance},
     }
-    write_tensors(path / WEIGHTS, {name: tensor.cpu() for name, tensor in tensors.items()})
+    write_tensors(path / WEIGHTS, tensors)
     write_json(path / CONFIG, config)
 
 
