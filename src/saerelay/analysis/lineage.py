@@ -4,11 +4,12 @@ Children start as copies of their parents, so latents kept by index are inherite
 say how much independent training finds. See `links` for how two legs are compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -173,11 +174,36 @@ def make_lineage(session: Session, *, tokens: int = 0, features: bool = False) -
     comparisons = [compare(suite, pair, dictionaries, maps) for pair in pairs]
 
     sequences = session.held_out(tokens)
-    device = session.model.device
-    firing = {key: Firing(placed.dictionary.n_latents, device) for key, placed in dictionaries.items()}
     collectors = {}
     for leg in without_features:
-        collectors[leg.id] = Collector(leg.dictionary.n_latents, sequences.shape, device)
+        collectors[leg.id] = Collector(leg.dictionary.n_latents, sequences.shape, session.model.device)
+    firing, n_tokens = _read(session, sequences, dictionaries, comparisons, collectors)
+    collected = {key: collector.features() for key, collector in collectors.items()}
+    write_features(session, collected, maps, tokens)
+    if current is None:
+        links = []
+        for comparison in comparisons:
+            source = firing[comparison.pair.source.id]
+            target = firing[comparison.pair.target.id]
+            links.append(comparison.link(source, target, n_tokens).to_document())
+        current = LineageDocument(**dict(asked), n_tokens=n_tokens, map_tokens=session.maps.tokens, links=links)
+        current.save(suite.directory.lineage)
+    return Lineage.from_document(current)
+
+
+def _read(
+    session: Session,
+    sequences: np.ndarray,
+    dictionaries: Mapping[str, Placed],
+    comparisons: Sequence[Comparison],
+    collectors: Mapping[str, Collector],
+) -> tuple[dict[str, Firing], int]:
+    """Encode sequences (N, context) once, for all comparisons and for the collectors of features, by leg.
+
+    Returns how each dictionary fires, and the number of positions kept.
+    """
+    device = session.model.device
+    firing = {key: Firing(placed.dictionary.n_latents, device) for key, placed in dictionaries.items()}
     widest = max(placed.dictionary.n_latents for placed in dictionaries.values())
     scratch = torch.zeros(max(DENSE, widest), device=device)
     n_tokens = 0
@@ -191,18 +217,7 @@ def make_lineage(session: Session, *, tokens: int = 0, features: bool = False) -
         for comparison in comparisons:
             pair = comparison.pair
             comparison.add(batch.codes[pair.source.id], batch.codes[pair.target.id], scratch)
-
-    collected = {key: collector.features() for key, collector in collectors.items()}
-    write_features(session, collected, maps, tokens)
-    if current is None:
-        links = []
-        for comparison in comparisons:
-            source = firing[comparison.pair.source.id]
-            target = firing[comparison.pair.target.id]
-            links.append(comparison.link(source, target, n_tokens).to_document())
-        current = LineageDocument(**dict(asked), n_tokens=n_tokens, map_tokens=session.maps.tokens, links=links)
-        current.save(suite.directory.lineage)
-    return Lineage.from_document(current)
+    return firing, n_tokens
 
 
 def lineage_run(

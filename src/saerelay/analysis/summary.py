@@ -18,7 +18,7 @@ from saerelay.runs.documents.quality import (
     SnapshotSummary,
     Summary,
 )
-from saerelay.runs.documents.training import RunCost
+from saerelay.runs.documents.training import DictionaryInfo, RunCost
 from saerelay.runs.suite import PublishedSuite
 
 NO_COST = Cost(
@@ -107,64 +107,75 @@ def shown_metrics(metrics: EvaluationMetrics) -> dict[str, float | None]:
 def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
     """Return the cost of the suite, of its controls and repeats separately, and of all layers trained from scratch.
 
-    The time of all layers from scratch is an estimate: for every layer, the time per token of the legs that were
-    trained from scratch, plus the language model's time for one pass over a root's tokens. Several ranks train legs at
-    the same time, so that each leg takes its share of the run's time.
+    Several ranks train legs at the same time, so that each leg takes its share of the run's time.
     """
     infos = {leg.id: suite.info(leg) for leg in suite.legs}
     run = RunCost.load_if_any(suite.directory.cost)
-    total_seconds = run.seconds.total if run else math.nan
-    lm_seconds = run.seconds.lm if run else math.nan
-    n_ranks = run.ranks if run else 1
     plan = plan_so_far(suite, {leg_id: info.tokens for leg_id, info in infos.items()})
-    root_tokens = plan.recipe.plan.root_tokens
     everything = plan_cost(plan)
-    without_controls = NO_COST
-    from_scratch = NO_COST
+    cost = NO_COST
     ids_of_suite: set[str] = set()
-    n_from_scratch = 0
     if suite.final_legs:
         plan_of_suite = plan.without_controls()
+        cost = plan_cost(plan_of_suite)
         ids_of_suite = {leg.id for leg in plan_of_suite.legs}
-        without_controls = plan_cost(plan_of_suite)
-        all_from_scratch = plan.all_from_scratch()
-        legs = [leg for leg in all_from_scratch.legs if leg.id in infos]
-        from_scratch = plan_cost(all_from_scratch.changed(legs=legs))
-        n_from_scratch = len(legs)
 
+    n_ranks = run.ranks if run else 1
     control_seconds = sum(info.seconds for leg_id, info in infos.items() if leg_id not in ids_of_suite) / n_ranks
-    trained_from_scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
-    seconds_per_layer = math.nan
-    if trained_from_scratch:
-        scratch_seconds = sum(info.seconds for info in trained_from_scratch) / n_ranks
-        scratch_tokens = sum(info.tokens for info in trained_from_scratch)
-        seconds_per_layer = root_tokens * scratch_seconds / scratch_tokens
-    lm_share = min(1.0, root_tokens / everything.lm_tokens)
     return SuiteCost(
-        lm_tokens=without_controls.lm_tokens,
+        lm_tokens=cost.lm_tokens,
         lm_tokens_held_out=run.positions.held_out if run else 0,
-        lm_tokens_unique=min(without_controls.lm_tokens, corpus.train.size),
+        lm_tokens_unique=min(cost.lm_tokens, corpus.train.size),
         survey=survey_cost(suite),
-        sae_samples=without_controls.sae_samples,
-        flops=without_controls.flops,
-        lm_flops=without_controls.lm_flops,
-        flops_dense_equivalent=without_controls.flops_dense_equivalent,
-        seconds=total_seconds - control_seconds,
+        sae_samples=cost.sae_samples,
+        flops=cost.flops,
+        lm_flops=cost.lm_flops,
+        flops_dense_equivalent=cost.flops_dense_equivalent,
+        seconds=(run.seconds.total if run else math.nan) - control_seconds,
         processor_seconds=run.seconds.processor if run else None,
-        seconds_lm=lm_seconds,
-        from_scratch=ScratchCost(
-            tokens=root_tokens,
-            lm_tokens=from_scratch.lm_tokens,
-            sae_samples=from_scratch.sae_samples,
-            flops=from_scratch.flops,
-            lm_flops=from_scratch.lm_flops,
-            seconds_estimate=seconds_per_layer * n_from_scratch + lm_share * lm_seconds,
-        ),
+        seconds_lm=run.seconds.lm if run else math.nan,
+        from_scratch=scratch_cost(suite, plan, infos, run, everything.lm_tokens),
         controls=ControlCost(
-            sae_samples=everything.sae_samples - without_controls.sae_samples,
-            flops=everything.flops - without_controls.flops,
+            sae_samples=everything.sae_samples - cost.sae_samples,
+            flops=everything.flops - cost.flops,
             seconds=control_seconds,
         ),
+    )
+
+
+def scratch_cost(
+    suite: PublishedSuite, plan: Plan, infos: Mapping[str, DictionaryInfo], run: RunCost | None, lm_tokens: int
+) -> ScratchCost:
+    """Return the cost of training all layers of a plan from scratch, beside a run that read `lm_tokens`.
+
+    The time is an estimate: for every layer, the time per token of the legs that were trained from scratch, plus the
+    language model's time for one pass over a root's tokens.
+    """
+    root_tokens = plan.recipe.plan.root_tokens
+    cost = NO_COST
+    n_legs = 0
+    if suite.final_legs:
+        all_from_scratch = plan.all_from_scratch()
+        legs = [leg for leg in all_from_scratch.legs if leg.id in infos]
+        cost = plan_cost(all_from_scratch.changed(legs=legs))
+        n_legs = len(legs)
+
+    seconds_per_leg = math.nan
+    trained_from_scratch = [infos[leg.id] for leg in suite.legs if not leg.parent]
+    if trained_from_scratch:
+        n_ranks = run.ranks if run else 1
+        seconds = sum(info.seconds for info in trained_from_scratch) / n_ranks
+        tokens = sum(info.tokens for info in trained_from_scratch)
+        seconds_per_leg = root_tokens * seconds / tokens
+    lm_seconds = run.seconds.lm if run else math.nan
+    lm_share = min(1.0, root_tokens / lm_tokens)
+    return ScratchCost(
+        tokens=root_tokens,
+        lm_tokens=cost.lm_tokens,
+        sae_samples=cost.sae_samples,
+        flops=cost.flops,
+        lm_flops=cost.lm_flops,
+        seconds_estimate=seconds_per_leg * n_legs + lm_share * lm_seconds,
     )
 
 
