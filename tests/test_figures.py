@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.console import Console
@@ -37,6 +38,7 @@ from saerelay.runs.documents.latents import LineageDocument, LineageLink
 from saerelay.runs.documents.quality import LegSummary, Origin, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
+from saerelay.views.figures.across_layers import Cells, heat_map
 from saerelay.views.figures.page import _KIND_OF_ORIGIN, KINDS, kind_of
 from saerelay.views.labels import ORIGINS, misleading_fvu
 from saerelay.views.tables.across_layers import measures_tables
@@ -358,6 +360,23 @@ def test_numbers_fit_into_the_smallest_cells_that_have_them() -> None:
     cell = axis.transData.transform((1, 0))[0] - axis.transData.transform((0, 0))[0]
     assert len(axis.texts) == 100
     assert max(text.get_window_extent().width for text in axis.texts) < cell
+
+
+def test_a_score_is_drawn_from_0_on_and_says_so_if_some_are_below() -> None:
+    """Far below 0 means as little as just below it, so such values must not compress the others."""
+    cells: Cells = {(0, 0): 0.9, (0, 1): -40.0, (1, 0): 0.5, (1, 1): None}
+    for is_score, low in ((True, 0.0), (False, -40.0)):
+        figure = heat_map("light", "facts", "title", "definition", cells, "metric", is_score=is_score)
+        (image,) = figure.axes[0].images
+        assert image.norm.vmin == low and image.norm.vmax == 0.9
+        assert image.colorbar and image.colorbar.extend == ("min" if is_score else "neither")
+
+
+def test_a_metric_of_great_range_has_a_logarithmic_scale() -> None:
+    for high, is_logarithmic in ((2.9, False), (3.1, True)):
+        cells: Cells = {(0, 0): 0.1, (0, 1): high}
+        figure = heat_map("light", "facts", "title", "definition", cells, "metric")
+        assert isinstance(figure.axes[0].images[0].norm, LogNorm) == is_logarithmic
 
 
 def test_shares_of_a_link_fill_its_bar() -> None:
