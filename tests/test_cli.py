@@ -603,7 +603,7 @@ def test_commands_and_options_are_these() -> None:
         "circuits": {"--task", "--k", "--leg", "--n-prompts", "--method", "--seed", "--json"},
         "show": {"--json"},
         "hop": {"--from", "--to-layer", "--recipe", "--out", "--tokens", "--method", "--refit", "--architecture"}
-        | {"--n-latents", "--k", "--from-model", "--from-layer", "--from-module", "--format"},
+        | {"--n-latents", "--k", "--skip-connection", "--from-model", "--from-layer", "--from-module", "--format"},
         "interpret": {"--explainer", "--endpoint", "--key-env", "--body", "--leg", "--n", "--latents", "--seed"}
         | {"--concurrency", "--dry-run", "--price-in", "--price-out", "--max-cost", "--yes", "--json"},
         "import": {"--out", "--format", "--layer", "--module", "--model"},

@@ -173,7 +173,7 @@ def test_a_hop_may_change_the_shape_and_refuses_what_does_not_fit(sae: sr.Dictio
         sr.hop(sae, x, torch.ones_like(x))
     with pytest.raises(RecipeError, match="hop: method: Input should be"):
         sr.hop(sae, x, x, method="random")
-    with pytest.raises(RecipeError, match="no skip connection, which a hop cannot change"):
+    with pytest.raises(RecipeError, match="skip_connection belongs to transcoders; give a target"):
         sr.hop(sae, x, x, skip_connection=True)
     with pytest.raises(TransferError, match="fits a 16-dimensional map on 20 tokens; give more than 32 rows"):
         sr.hop(sae, x[:20], x[:20])
@@ -265,7 +265,12 @@ def test_transcoders_are_trained_hopped_and_measured_on_tensors() -> None:
     quality = sr.evaluate(transcoder, x, target=y)
     assert quality.fvu < 0.3
     hopped = sr.hop(transcoder, x, 2 * x, target=(y, y - 1), tokens=0)
+    assert hopped.W_skip is not None
     assert sr.evaluate(hopped, 2 * x, target=y - 1).fvu < 1.1 * quality.fvu
+    plain = sr.hop(transcoder, x, 2 * x, target=(y, y - 1), tokens=0, skip_connection=False)
+    again = sr.hop(plain, 2 * x, x, target=(y - 1, y), tokens=0, skip_connection=True)
+    assert plain.W_skip is None and again.W_skip is not None
+    assert sr.evaluate(again, x, target=y).fvu < sr.evaluate(plain, 2 * x, target=y - 1).fvu
     pairs = list(zip(x.split(512), y.split(512), strict=True))
     from_pairs = sr.train(pairs, **KEYS)
     fvu = sr.evaluate(from_pairs, x, target=y).fvu

@@ -215,6 +215,30 @@ def test_it_can_grow_with_targets_and_says_so_without() -> None:
         carry(d, None, x, units, shape=Shape("topk", F + 8, 4.0))
 
 
+def test_a_skip_connection_is_fitted_to_what_is_left_or_dropped_with_its_mean_kept() -> None:
+    x, y = pair()
+    _, plain, _, _ = example("relu", False)
+    gained = reshape(plain, x, Shape("relu", F, None, skip_connection=True), target=y)
+    expected = refit_skip(replace(plain, W_skip=torch.zeros(DY, D, dtype=x.dtype)), x, y)
+    assert gained.W_skip is not None and expected.W_skip is not None
+    torch.testing.assert_close(gained.W_skip, expected.W_skip)
+    assert fvu(gained, x, target=y) < 0.8 * fvu(plain, x, target=y)
+    dropped = reshape(gained, x, Shape("relu", F, None, skip_connection=False), target=y)
+    assert dropped.W_skip is None
+    torch.testing.assert_close(dropped(x).mean(dim=0), gained(x).mean(dim=0))
+    for same in (None, True):
+        kept = reshape(gained, x, Shape("relu", F, None, skip_connection=same), target=y)
+        assert kept.W_skip is gained.W_skip
+
+
+def test_a_skip_connection_is_not_fitted_without_a_target() -> None:
+    x, y = pair()
+    _, d, _, _ = example("topk", False)
+    units = replace(Units.fitted_to(x), target=Units.fitted_to(y))
+    with pytest.raises(TransferError, match="gets more latents, or a skip connection, must be refitted"):
+        carry(d, None, x, units, shape=Shape("topk", F, 4.0, skip_connection=True))
+
+
 @SKIP
 def test_carry_keeps_what_a_change_of_coordinates_does_not_touch(skip: bool) -> None:
     _, d, _, _ = example("relu", skip)
@@ -325,6 +349,52 @@ def test_a_published_one_reconstructs_its_target(whole: Path) -> None:
         assert math.isclose(float((dictionary.encode(x[:512]) > 0).sum(dim=1).float().mean()), 4, rel_tol=0.1)
 
 
+def legs_with_and_without() -> list[dict[str, Any]]:
+    """A transcoder without a skip connection, its hops with one, untrained and trained, and a hop that drops it."""
+    there = {"method": "procrustes", "module": "transcoder"}
+    return [
+        {"id": "plain", "layer": 1, "tokens": 2048, "module": "transcoder", "skip_connection": False},
+        {"id": "gained", "layer": 0, "tokens": 0, "parent": "plain", "skip_connection": True, **there},
+        {"id": "trained", "layer": 2, "tokens": 1024, "parent": "plain", "skip_connection": True, **there},
+        {"id": "like-its-parent", "layer": 1, "tokens": 1024, "parent": "trained", **there},
+        {"id": "dropped", "layer": 1, "tokens": 1024, "parent": "trained", "skip_connection": False, **there},
+    ]
+
+
+def mixed_plan(facts: ModelFacts, **leg_keys: Any) -> Plan:
+    """A plan written leg by leg; `leg_keys` are further keys of its hops."""
+    legs = [leg | leg_keys if "parent" in leg else leg for leg in legs_with_and_without()]
+    return make_plan(facts, skip=True, roots=[], controls=[], legs=legs)
+
+
+def test_each_leg_may_have_a_skip_connection_or_none(tmp_path: Path, facts: ModelFacts) -> None:
+    plan = mixed_plan(facts)
+    with_skip = [leg.id for leg in plan.legs if leg.dictionary.skip_connection]
+    assert with_skip == ["gained", "trained", "like-its-parent"]
+    assert [leg.id for leg in plan.legs if leg.hop and plan.reshapes(leg)] == ["gained", "trained", "dropped"]
+    run(plan, tmp_path / "mixed", facts, stream=stream())
+    tensors = stream().tensors
+    for leg in plan.legs:
+        dictionary, info = read_dictionary(tmp_path / "mixed/legs" / leg.id)
+        has_one = leg.id in with_skip
+        assert info.skip_connection == has_one == (dictionary.W_skip is not None)
+        assert not has_one or bool(dictionary.W_skip.norm() > 0.1)  # type: ignore[union-attr]
+        assert fvu(dictionary, tensors[leg.site], target=tensors[leg.site_out]) < 0.6
+    with pytest.raises(MemoryError):
+        run(plan, tmp_path / "killed", facts, Watch(kill_at=3136), stream())
+    run(plan, tmp_path / "killed", facts, stream=stream())
+    assert_same(tmp_path / "mixed", tmp_path / "killed")
+
+
+def test_what_only_a_refit_can_give_a_transcoder_is_refused_without_one(facts: ModelFacts) -> None:
+    with pytest.raises(PlanError, match=r"leg gained gets a skip connection that its parent plain does not have"):
+        mixed_plan(facts, refit=False)
+    with pytest.raises(PlanError, match=r"leg gained gets 16 latents and a skip connection that .* set refit = true"):
+        mixed_plan(facts, refit=False, n_latents=64)
+    kept = mixed_plan(facts, refit=False, skip_connection=False)
+    assert not any(leg.dictionary.skip_connection for leg in kept.legs)
+
+
 def refused(facts: ModelFacts, match: str, sites: dict[str, Any], **sections: Any) -> None:
     recipe = {"sites": sites, "data": {"context": 16, "outlier_norm": 0}, "dictionary": {"n_latents": 48, "k": 4}}
     recipe |= sections
@@ -335,6 +405,9 @@ def refused(facts: ModelFacts, match: str, sites: dict[str, Any], **sections: An
 def test_what_makes_no_sense_is_refused(facts: ModelFacts) -> None:
     skip = {"n_latents": 48, "k": 4, "skip_connection": True}
     refused(facts, 'sites.module_out = "mlp_out"', {"layers": [0]}, dictionary=skip)
+    asked = {"id": "a", "layer": 0, "tokens": 4096, "module": "mlp_out", "skip_connection": True}
+    refused(facts, "leg a: skip_connection belongs to transcoders, and this leg is an SAE", SITES,
+            plan={"legs": [asked]})  # fmt: skip
     legs = [
         {"id": "a", "layer": 0, "tokens": 4096},
         {"id": "b", "layer": 1, "tokens": 4096, "parent": "a", "module": "mlp_in", "module_out": "mlp_out"},

@@ -209,6 +209,10 @@ def hop(
     ] = "",
     n_latents: Annotated[str, typer.Option(help="Target number of latents. Default: unchanged.")] = "",
     k: Annotated[int | None, typer.Option(help="Active latents per token. Default: unchanged.")] = None,
+    skip_connection: Annotated[
+        bool | None,
+        typer.Option(help="Of a transcoder: fit a skip connection, or drop the one it has. Default: unchanged."),
+    ] = None,
     from_model: Annotated[
         str,
         typer.Option(
@@ -237,6 +241,7 @@ def hop(
         "n_latents": n_latents or None,
         "refit": refit,
         "k": k,
+        "skip_connection": skip_connection,
     }
     given_keys = {key: value for key, value in leg_keys.items() if value is not None}
     suite = hop_run(

@@ -89,6 +89,9 @@ class LegDictionary(Spec):
     """More or fewer latents than the parent: new ones take up its residual, those that explain least are dropped."""
     k: int | None = Field(default=None, ge=1)
     """Active latents per token, whatever the architecture (jumprelu, gated: their target_l0)."""
+    skip_connection: bool | None = None
+    """Transcoders: whether there is an affine path beside the latents. A hop fits one that the parent lacks, and drops
+    one that the parent has."""
 
     @field_validator("architecture")
     @classmethod

@@ -49,12 +49,19 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
         _check_shared(spec, site, module_out)
     dictionary = _settled_dictionary(spec, setting, by_id)
     if dictionary.skip_connection and not module_out:
+        if spec.dictionary.skip_connection:
+            raise PlanError(
+                f"leg {spec.id}: skip_connection belongs to transcoders, and this leg is an SAE, which reconstructs "
+                'what it reads; set its module = "transcoder", or leave skip_connection out'
+            )
         if not any(kind.module_out for kind in recipe.sites.kinds):
             raise PlanError(
                 f"leg {spec.id}: dictionary.skip_connection belongs to transcoders, and this SAE reconstructs what it "
                 'reads; set sites.module = "mlp_in" and sites.module_out = "mlp_out", or leave it out'
             )
         dictionary = dictionary.changed(skip_connection=False)
+    if hop and hop.method != "random" and module_out and not hop.refit_tokens:
+        _check_unrefitted(spec, dictionary, parent.dictionary if parent else setting.externals[spec.parent])
     parent_site = source.site if source else None
     moment_tokens = _whole_blocks(recipe.plan.hop.moment_tokens, setting.block_tokens)
     role: Role = "transfer" if hop else "root"
@@ -91,6 +98,20 @@ def _check_shared(spec: LegSpec, site: Site, module_out: ModuleKind | None) -> N
         raise PlanError(
             f"leg {spec.id}: shared_layers must name layers other than its own, {site.layer}, each once; found "
             f"{spec.shared_layers}"
+        )
+
+
+def _check_unrefitted(spec: LegSpec, dictionary: SizedDictionarySpec, before: SizedDictionarySpec | External) -> None:
+    """Raise PlanError if a transcoder whose decoder is not refitted gets what only a refit gives it."""
+    gained = []
+    if dictionary.n_latents > before.n_latents:
+        gained.append(f"{dictionary.n_latents - before.n_latents} latents")
+    if dictionary.skip_connection and not before.skip_connection:
+        gained.append("a skip connection")
+    if gained:
+        raise PlanError(
+            f"leg {spec.id} gets {' and '.join(gained)} that its parent {spec.parent} does not have; in a transcoder "
+            "these are fitted during the refit: set refit = true, or keep what the parent has"
         )
 
 
@@ -234,6 +255,8 @@ def _settled_dictionary(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg
     changes = spec.dictionary
     dictionary = inherited.with_architecture(changes.architecture or architecture)
     dictionary = dictionary.changed(n_latents=changes.n_latents or n_latents)
+    if changes.skip_connection is not None:
+        dictionary = dictionary.changed(skip_connection=changes.skip_connection)
     asked_l0 = changes.k
     if asked_l0 is None and (external or changes.architecture):
         asked_l0 = l0

@@ -202,7 +202,7 @@ class Plan(Document):
         return self.externals[leg.parent].site
 
     def reshapes(self, leg: Leg) -> bool:
-        """Whether a leg's dictionary differs from its parent's in architecture, number of latents or sparsity."""
+        """Whether a leg's dictionary differs from its parent's in architecture, size, sparsity or skip connection."""
         now = leg.dictionary
         if self.has(leg.parent):
             before = self.leg(leg.parent).dictionary
@@ -210,8 +210,8 @@ class Plan(Document):
         else:
             before = self.externals[leg.parent]
             l0 = (before.k or before.l0) if now.l0 else None
-        shape = (before.architecture, before.n_latents, l0)
-        return shape != (now.architecture, now.n_latents, now.l0)
+        shape = (before.architecture, before.n_latents, l0, before.skip_connection)
+        return shape != (now.architecture, now.n_latents, now.l0, now.skip_connection)
 
     def repeat_of(self, leg: Leg) -> str:
         """Return the leg that a leg repeats with another seed, or "". Ids tell: L3-seed1 repeats L3.

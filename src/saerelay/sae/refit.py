@@ -139,6 +139,23 @@ def refit_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
     return replace(dictionary, W_skip=dictionary.W_skip + A, b_dec=dictionary.b_dec + c)
 
 
+def with_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
+    """Return a transcoder with a skip connection, which is fitted on x (B, D) and `target` (B, Dy) if it has none."""
+    if dictionary.W_skip is not None:
+        return dictionary
+    empty = dictionary.W_enc.new_zeros(dictionary.d_out, dictionary.d_model)
+    return refit_skip(replace(dictionary, W_skip=empty), x, target)
+
+
+def without_skip(dictionary: Dictionary, x: Tensor) -> Dictionary:
+    """Return a transcoder without its skip connection, whose mean output on x (B, D) goes into b_dec."""
+    if dictionary.W_skip is None:
+        return dictionary
+    return replace(
+        dictionary, W_skip=None, b_dec=dictionary.b_dec + dictionary.W_skip @ x.mean(dim=0).to(dictionary.b_dec)
+    )
+
+
 def affine_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return A (Dy, D) and c (Dy) of the ridge regression y ≈ A x + c, for activations x (B, D) and y (B, Dy)."""
     moments = Moments.empty(x.shape[1], y.shape[1], x.device)

@@ -1,4 +1,4 @@
-"""Change a dictionary's latents: revive silent latents, add or remove latents, change the architecture.
+"""Change a dictionary's shape: revive silent latents, add or remove latents or the skip connection, convert.
 
 Shapes: B tokens, D model width, F latents, N silent latents.
 """
@@ -12,6 +12,7 @@ from saerelay.sae.architectures import architecture_named
 from saerelay.sae.dictionary import LATENT_PARAMETERS, ROWS_AT_ONCE, Dictionary, check_rows, match_l0, widened
 from saerelay.sae.kernels import encode_sparse, join_codes, latent_sums, reconstruct
 from saerelay.sae.maps import RIDGE, regress
+from saerelay.sae.refit import with_skip, without_skip
 
 SAMPLE_ROWS = 8_192
 """Number of tokens on which the firing frequency of revived latents is set."""
@@ -32,6 +33,8 @@ class Shape:
     l0: float | None
     """Mean number of active latents; None where the architecture and its threshold stay as they are."""
     seed: int = 0
+    skip_connection: bool | None = None
+    """Whether a transcoder has a skip connection; None where that stays as it is."""
 
 
 @torch.no_grad()
@@ -120,7 +123,8 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor |
 
     With fewer latents, the ones that contribute most to reconstructions, by Σ z²‖w‖², stay in their order; new latents
     are added behind the others and revived (see `revive`). Other weights stay; `shape.l0` sets k, thresholds or (ReLU)
-    biases. `target` (B, Dy) is what a transcoder reconstructs.
+    biases. `target` (B, Dy) is what a transcoder reconstructs; its skip connection is fitted or dropped as `shape`
+    asks. Raises DataError if it has to be fitted, or latents added, without a target.
 
     >>> sae = Dictionary(architecture="topk", k=1, W_enc=torch.eye(4), b_enc=torch.zeros(4), W_dec=torch.eye(4),
     ...                  b_dec=torch.zeros(4))
@@ -136,6 +140,10 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor |
     dictionary = _converted(dictionary, shape)
     if shape.l0:
         dictionary = match_l0(dictionary, sample, shape.l0)
+    if shape.skip_connection:
+        dictionary = with_skip(dictionary, x, dictionary.goal_of(x, target))
+    elif shape.skip_connection is False:
+        dictionary = without_skip(dictionary, x)
     if shape.n_latents > n_before:
         grown = _with_empty_latents(dictionary, shape.n_latents - n_before)
         dictionary = revive(grown, x, shape.seed, ADDED_FREQUENCY, target=target, first=dictionary.n_latents)

@@ -136,8 +136,11 @@ def carry(
     if shape:
         sample = rows if retraining is None else retraining.rows
         target = None if retraining is None else retraining.target
-        if units.target and target is None and shape.n_latents > in_units.n_latents:
-            raise TransferError("a transcoder that gets more latents must be refitted; set refit = true")
+        is_fitted = shape.n_latents > in_units.n_latents or (shape.skip_connection and in_units.W_skip is None)
+        if units.target and target is None and is_fitted:
+            raise TransferError(
+                "a transcoder that gets more latents, or a skip connection, must be refitted; set refit = true"
+            )
         in_units = reshape(in_units, units.normalise(sample), shape, target=_normalised(units, target))
     elif l0 and retraining:
         # The decoder is refitted on codes that are as sparse as those of the result.

@@ -143,7 +143,8 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
         between = _map(now, leg, method, moments)
     shape = None
     if reshaped:
-        shape = Shape(leg.dictionary.architecture, leg.dictionary.n_latents, l0, seed)
+        spec = leg.dictionary
+        shape = Shape(spec.architecture, spec.n_latents, l0, seed, spec.skip_connection)
     retraining = None
     if leg.refit_tokens:
         checked = _trained_at_home(now.plan, leg)

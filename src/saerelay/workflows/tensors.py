@@ -100,10 +100,10 @@ def hop(
     reconstructs, at both sites. A map is fitted on all rows and folded into the SAE, silent latents are revived, the
     decoder is refitted in closed form, and the SAE is trained on `tokens` rows of `x_target` (by default each row once;
     0 for none). `keys` are keys of a recipe's leg and sections: method, refit, k, n_latents, architecture, lr, ... The
-    SAE keeps its architecture, number of latents and mean L0 unless you give others. It does not know how it was
-    trained, so give the other keys again (matryoshka, l1, bandwidth, ...). An lr or transfer_lr that you give is the
-    learning rate; otherwise it follows from what the map leaves unexplained. Raises RecipeError and DataError as
-    `train` does, and TransferError if no map is better than a random dictionary.
+    SAE keeps its architecture, number of latents, mean L0 and skip connection (or the lack of one) unless you give
+    others. It does not know how it was trained, so give the other keys again (matryoshka, l1, bandwidth, ...). An lr or
+    transfer_lr that you give is the learning rate; otherwise it follows from what the map leaves unexplained. Raises
+    RecipeError and DataError as `train` does, and TransferError if no map is better than a random dictionary.
     """
     chosen = {key: value for key, value in keys.items() if key in ("method", "refit")}
     how = HopSpec.parse(chosen, source="hop")
@@ -125,7 +125,8 @@ def hop(
     balance = balance_of(leg, recipe.train)
     refitting = there.first(BUFFER_ROWS).in_float32()
     on = Retraining(refitting.x, recipe.train.seed, refitting.target)
-    reshaped = (spec.architecture, spec.n_latents) != (sae.architecture, sae.n_latents) or spec.l0 not in (None, l0)
+    asked_shape = (spec.architecture, spec.n_latents, spec.skip_connection)
+    reshaped = asked_shape != (sae.architecture, sae.n_latents, sae.W_skip is not None) or spec.l0 not in (None, l0)
     method = how.method
     if method == "auto":
         fresh = None if reshaped or not leg.budget_tokens else spec
@@ -136,7 +137,9 @@ def hop(
             )
         method = cast(Method, best)
     between = map_between(method, sae.d_model, moments, balance)
-    shape = Shape(spec.architecture, spec.n_latents, spec.l0 or l0) if reshaped else None
+    shape = None
+    if reshaped:
+        shape = Shape(spec.architecture, spec.n_latents, spec.l0 or l0, skip_connection=spec.skip_connection)
     carried = carry(sae, between, on.rows, units, l0=spec.l0 or l0, shape=shape, retraining=on if how.refit else None)
     if not leg.budget_tokens:
         return carried.dictionary
@@ -249,10 +252,9 @@ def _spec_after(sae: Dictionary, l0: float, recipe: Recipe, width: int) -> Sized
         spec = spec.changed(n_latents=sae.n_latents)
     if spec.activation.l0_key not in spec.activation.model_fields_set:
         spec = spec.with_l0(l0)
-    has_skip = sae.W_skip is not None
-    if "skip_connection" in asked.model_fields_set and asked.skip_connection != has_skip:
-        raise RecipeError(f"hop: the SAE has {'a' if has_skip else 'no'} skip connection, which a hop cannot change")
-    return spec.changed(skip_connection=has_skip)
+    if "skip_connection" in asked.model_fields_set:
+        return spec
+    return spec.changed(skip_connection=sae.W_skip is not None)
 
 
 def _ends(sae: Dictionary, x_source: Rows, x_target: Rows, target: tuple[Rows, Rows] | None) -> tuple[Pair, Pair]:
