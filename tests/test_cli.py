@@ -535,7 +535,7 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     survey = (tmp_path / "run/survey.json").read_text()
     assert not (tmp_path / "run/survey").exists() and json.loads(survey)["asked"]["plan"]["preset"] == "auto"
     code, _, stderr = call("train", recipe, "--out", tmp_path / "run", "--extend", **fixtures)
-    assert code == 2 and "write the plan out" in stderr
+    assert code == 2 and f"{tmp_path}/run/planned.toml, where the legs of this run are written out" in stderr
     code, table, _ = call("eval", tmp_path / "run", **fixtures)
     assert code == 0 and "predicted" in table and "validation" in table
     summary = json.loads((tmp_path / "run/summary.json").read_text())

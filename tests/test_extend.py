@@ -14,7 +14,8 @@ from saerelay.analysis import matrix as matrix_module
 from saerelay.data.corpus import Corpus
 from saerelay.data.stream import LiveStream
 from saerelay.document import Document
-from saerelay.errors import DataError
+from saerelay.errors import DataError, RunDirectoryError
+from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.runs.directory import RunDirectory, read_plan
@@ -23,7 +24,7 @@ from saerelay.runs.documents.latents import FeatureFacts, LineageDocument
 from saerelay.runs.documents.quality import Evaluation
 from saerelay.runs.tensors import write_tensors
 from saerelay.spec import format_count
-from saerelay.workflows import settle
+from saerelay.workflows import launch, settle
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.report import report_run
 from saerelay.workflows.settle import plan_run
@@ -158,6 +159,77 @@ def test_an_extension_is_refused_if_its_text_is_not_that_of_the_run(tokenised: P
     with pytest.raises(DataError, match="not the text that this run began with"):
         tokenise(plan, paths, None)
     assert Corpus.open(tokenised / "tokens").facts == before and not (tokenised / "tokens.new").exists()
+
+
+@pytest.fixture
+def auto(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sr.Recipe:
+    """The recipe of a finished run in `tmp_path / "run"` whose legs a survey chose; the first of them ends early."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(1, 101, size=60_000).astype(np.uint16))
+    legs = [
+        LegSpec.parse({"id": "L0", "layer": 0, "tokens": 8192, "goal_fvu": 9.0, "predicted_fvu": 0.5}, source="test"),
+        LegSpec.parse({"id": "L1-from-L0", "layer": 1, "tokens": 1024, "parent": "L0"}, source="test"),
+    ]
+
+    def written_out(recipe: sr.Recipe, *_: Any) -> sr.Recipe:
+        return recipe.changed(plan=recipe.plan.changed(legs=legs), data=recipe.data.changed(block_tokens=512))
+
+    monkeypatch.setattr(launch, "survey_run", lambda *_: (None, None))
+    monkeypatch.setattr(launch, "written_out", written_out)
+    sections: dict[str, Any] = {
+        "model": {"name": str(tiny_model), "dtype": "float32", "device": "cpu"},
+        "sites": {"layers": [0, 1]},
+        "data": {"tokens": str(tmp_path / "tokens.npy"), "context": 16},
+        "dictionary": {"n_latents": 64, "k": 4},
+        "plan": {"preset": "auto", "root_tokens": "8k", "moment_tokens": "1k"},
+        "train": {"batch_tokens": 64},
+        "evaluate": {"tokens": "1k"},
+    }
+    recipe = sr.Recipe.parse(sections, source="test")
+    sr.train_run(recipe, tmp_path / "run")
+    return recipe
+
+
+def test_a_surveyed_run_is_extended_by_its_legs_written_out(auto: sr.Recipe, tmp_path: Path) -> None:
+    suite = sr.load(tmp_path / "run")
+    assert suite.plan.recipe == auto and suite.plan.block_tokens == 512
+    planned = sr.Recipe.from_toml(tmp_path / "run/planned.toml")
+    assert settle.plan_run(planned).legs == suite.plan.legs
+    with pytest.raises(RunDirectoryError, match=r"Raise tokens or add legs in .*run/planned.toml, .* --extend"):
+        sr.train_run(auto, tmp_path / "run", extend=True)
+    with pytest.raises(RunDirectoryError, match="the recipe adds nothing"):
+        sr.train_run(planned, tmp_path / "run", extend=True)
+    first, second = planned.plan.legs
+    more = planned.changed(plan=planned.plan.changed(legs=[first, second.changed(tokens=2048)]))
+    longer = sr.train_run(more, tmp_path / "run", extend=True)
+    assert [leg.id for leg in longer.final_legs] == ["L0", "L1-from-L0+2.05k"]
+    (tmp_path / "run/planned.toml").unlink()
+    with pytest.raises(RunDirectoryError, match=r"Write \[\[plan.legs\]\] into the recipe"):
+        sr.train_run(auto, tmp_path / "run", extend=True)
+
+
+def test_a_leg_that_reached_its_goal_is_not_trained_further_towards_it(auto: sr.Recipe, tmp_path: Path) -> None:
+    suite = sr.load(tmp_path / "run")
+    assert suite.info(suite.leg("L0")).tokens < suite.leg("L0").budget_tokens
+    planned = sr.Recipe.from_toml(tmp_path / "run/planned.toml")
+
+    def asked(goal: float | None, *, tokens: int = 16_384, stop: bool = True) -> sr.Recipe:
+        first, second = planned.plan.legs
+        legs = [first.changed(tokens=tokens, goal_fvu=goal), second]
+        return planned.changed(plan=planned.plan.changed(legs=legs, stop=stop))
+
+    for goal in (9.0, 10.0):
+        with pytest.raises(
+            RunDirectoryError, match=r"have reached their goal and so ended early: L0; lower their goal"
+        ):
+            settle.extended_plan(asked(goal), RunDirectory(tmp_path / "run"))
+    for recipe in (asked(8.9), asked(None), asked(9.0, stop=False)):
+        assert settle.extended_plan(recipe, RunDirectory(tmp_path / "run")).has("L0+16.4k")
+    longer = sr.train_run(asked(8.9), tmp_path / "run", extend=True)
+    assert longer.leg("L0").goal.predicted_fvu == 0.5 and longer.leg("L0+16.4k").goal.predicted_fvu is None
+    with pytest.raises(RunDirectoryError, match=r"ended early: L0\+16.4k;"):
+        settle.extended_plan(asked(8.9, tokens=32_768), RunDirectory(tmp_path / "run"))
+    (tmp_path / "run/legs/L0+16.4k/dictionary.json").unlink()  # as if it had failed
+    assert settle.extended_plan(asked(8.9, tokens=32_768), RunDirectory(tmp_path / "run")).has("L0+32.8k")
 
 
 @pytest.fixture

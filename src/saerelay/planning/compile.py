@@ -229,6 +229,8 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
             "tokens as they were, or choose another --out"
         )
     changes: dict[str, Any] = {"budget_tokens": missing, "snapshots": []}
+    if leg.goal.predicted_fvu == before.goal.predicted_fvu:
+        changes["predicted_fvu"] = None  # it was predicted for the tokens that the leg had
     if leg.schedule.lr_by_map:
         changes["lr_by_map"] = False
         changes["lr"] = COPY_RATE * leg.schedule.lr

@@ -36,6 +36,11 @@ class RunDirectory:
         return self.root / "plan.json"
 
     @property
+    def planned(self) -> Path:
+        """The recipe with the legs that a survey chose, written out."""
+        return self.root / "planned.toml"
+
+    @property
     def survey(self) -> Path:
         """The measurements of the survey behind preset = "auto"."""
         return self.root / "survey.json"

@@ -170,7 +170,9 @@ def _settled_plan(recipe: Recipe, paths: RunDirectory, *, extend: bool, console:
     is_new = not paths.plan.is_file()
     if is_new and recipe.plan.surveyed:
         survey, choice = survey_run(recipe, paths, console)
-        chosen = plan_run(written_out(recipe, survey, choice))
+        explicit = written_out(recipe, survey, choice)
+        chosen = plan_run(explicit)
+        write_text(paths.planned, annotated_toml(explicit))
         return chosen.changed(recipe=recipe)
     with status(console, "planning"):
         if is_new:

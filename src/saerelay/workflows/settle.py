@@ -4,7 +4,9 @@ import hashlib
 import os
 import shutil
 import warnings
+from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -24,14 +26,17 @@ from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import plan_cost
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import External
+from saerelay.planning.legs import line_of
 from saerelay.planning.plan import Plan
 from saerelay.planning.presets import Place
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
 from saerelay.runs.directory import RunDirectory, read_plan
+from saerelay.runs.documents.training import DictionaryInfo
 from saerelay.runs.state import state_facts
 from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
+from saerelay.spec import few_of
 
 FREE_TO_CHANGE = {
     "train": ("checkpoint_every", "loggers", "memory_gib"),
@@ -52,6 +57,8 @@ LEFT_BY_A_FAILED_START = {
     "survey",
     "survey.json",
     ".survey.json.tmp",
+    "planned.toml",
+    ".planned.toml.tmp",
     "parents",
     "model",
 }
@@ -251,7 +258,7 @@ def resumed_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
     Raises ModelError if the recipe names a device that is not available.
     """
     old = read_plan(paths.root)
-    _check_same(old.recipe, recipe, paths)
+    _check_same(old, recipe, paths)
     sections: dict[str, Any] = {}
     for name, keys in FREE_TO_CHANGE.items():
         now = getattr(recipe, name)
@@ -268,14 +275,20 @@ def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
     old = read_plan(paths.root)
     saved = state_facts(paths.state)
     finished = saved is not None and saved["cursor"] >= old.n_tokens
-    if not paths.cost.is_file() and not _differences(old.recipe, recipe):
+    if not paths.cost.is_file() and not _differences(old, recipe):
         return resumed_plan(recipe, paths)
-    _check_same(old.recipe, recipe, paths, extending=True)
+    _check_same(old, recipe, paths, extending=True)
+    if recipe.plan.surveyed:
+        raise RunDirectoryError(
+            f'{paths.root}: preset = "auto" chooses the legs of a new run, not those of an extension. '
+            f"{_written_legs(paths)}"
+        )
     if not finished:
         raise RunDirectoryError(
             f"{paths.root} is not finished; finish it before extending it. This continues it: {paths.resume_command}"
         )
     plan = plan_run(recipe, finished=old)
+    _check_goals(plan, old, paths)
     if plan.legs == old.legs:
         if plan_run(recipe).legs != old.legs:  # the run was extended by this recipe, perhaps just before a kill
             return resumed_plan(recipe, paths)
@@ -285,7 +298,37 @@ def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
     return plan
 
 
-def _check_same(old: Recipe, new: Recipe, paths: RunDirectory, *, extending: bool = False) -> None:
+def _written_legs(paths: RunDirectory) -> str:
+    """Say how a run whose legs a survey chose is extended."""
+    if not paths.planned.is_file():
+        return "Write [[plan.legs]] into the recipe: those that the run has (see plan.json), and what is to be added"
+    command = f"saerelay train {quote(str(paths.planned))} --out {quote(str(paths.root))} --extend"
+    return (
+        f"Raise tokens or add legs in {paths.planned}, where the legs of this run are written out, and then: {command}"
+    )
+
+
+def _check_goals(plan: Plan, old: Plan, paths: RunDirectory) -> None:
+    """Raise RunDirectoryError if legs that ended at their goal are to be trained further towards the same goal."""
+    if not plan.recipe.plan.stop:
+        return
+    reached = []
+    for first in old.legs:
+        for before, leg in pairwise(line_of(first, plan.legs)):
+            goal, goal_before = leg.goal.goal_fvu, before.goal.goal_fvu
+            if old.has(leg.id) or not goal or not goal_before or goal < goal_before:
+                continue
+            info = DictionaryInfo.load_if_any(paths.leg(before.id) / "dictionary.json")  # a failed leg has none
+            if info and info.tokens < before.budget_tokens:
+                reached.append(before.id)
+    if reached:
+        raise RunDirectoryError(
+            f"{paths.root}: the recipe gives more tokens to legs that have reached their goal and so ended early: "
+            f"{few_of(reached)}; lower their goal_fvu, or set stop = false in [plan] to train on all tokens"
+        )
+
+
+def _check_same(old: Plan, new: Recipe, paths: RunDirectory, *, extending: bool = False) -> None:
     """Raise RunDirectoryError if the recipes differ in fixed keys; an extension may change the layers and the plan."""
     lines = _differences(old, new, extending=extending)
     if lines:
@@ -296,12 +339,14 @@ def _check_same(old: Recipe, new: Recipe, paths: RunDirectory, *, extending: boo
         )
 
 
-def _differences(old: Recipe, new: Recipe, *, extending: bool = False) -> list[str]:
+def _differences(old: Plan, new: Recipe, *, extending: bool = False) -> list[str]:
     """Return the differences between a run's recipe and another recipe, one line per key."""
-    before = old.model_dump(mode="json")
+    before = old.recipe.model_dump(mode="json")
     after = new.model_dump(mode="json")
     if not new.plan.roots:  # an extension takes its roots from the run it extends
         after["plan"]["roots"] = before["plan"]["roots"]
+    if extending and new.data.block_tokens in ("auto", old.block_tokens):  # it stays that of the run
+        after["data"]["block_tokens"] = before["data"]["block_tokens"]
     lines = []
     for section, values in after.items():
         for key, value in values.items():
