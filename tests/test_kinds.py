@@ -376,6 +376,18 @@ def test_the_quality_table_has_a_heading_for_each_kind(summary: Summary) -> None
     assert "mlp_out" not in console.export_text()
 
 
+def test_legs_that_were_made_alike_are_told_apart_by_their_ids(fake: Suite, summary: Summary) -> None:
+    """Two legs of a plan written leg by leg may differ in nothing that a table shows, such as a skip connection."""
+    leg = summary.leg("L1.mlp_out")
+    two = summary.changed(legs=[*summary.legs, leg.changed(id="twin")])
+    assert labels.made(two, leg) == f"{leg.made} (L1.mlp_out)" and labels.made(summary, leg) == leg.made
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(quality_table(two))
+    text = console.export_text()
+    assert f"{leg.made} (L1.mlp_out)" in text and f"{leg.made} (twin)" in text
+    assert {f"{leg.made} (twin)", f"{leg.made} (L1.mlp_out)"} < {row.made for row in story(fake.plan, two)["rows"]}
+
+
 def test_the_story_answers_for_each_kind(fake: Suite, summary: Summary) -> None:
     told = story(fake.plan, summary)
     assert "at each of resid_post, mlp_out and transcoder" in told["trained"]

@@ -138,6 +138,16 @@ def misleading_fvu(summary: Summary) -> str:
     )
 
 
+def made(summary: Summary, leg: LegSummary) -> str:
+    """Say how a leg was made; add its id if another leg at its layer was made in the same words."""
+    alike = [
+        other
+        for other in summary.first_seeds
+        if (other.kind, other.layer, other.made) == (leg.kind, leg.layer, leg.made) and not other.control_kind
+    ]
+    return f"{leg.made} ({leg.id})" if len(alike) > 1 else leg.made
+
+
 def place_name(summary: Summary, leg: LegSummary) -> str:
     """Return a leg's place in words: "layer 4", with its kind and its L0 if the run has several."""
     name = f"layer {leg.layer}"

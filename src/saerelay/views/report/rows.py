@@ -9,7 +9,7 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.suite import method_of
 from saerelay.spec import format_count
-from saerelay.views.labels import ROLES, leading_metric, seeds_label, spread_cells
+from saerelay.views.labels import ROLES, leading_metric, made, seeds_label, spread_cells
 from saerelay.views.tables.plan import learning_rate
 from saerelay.views.text import duration, flops, is_number
 
@@ -68,6 +68,8 @@ class QualityRow:
     """A leg of the suite, with its controls below it."""
 
     leg: LegSummary
+    made: str
+    """How it was made, in words."""
     kind: str
     """The kind of site, in the first row of each kind if a run has several; else ""."""
     tokens: str
@@ -121,6 +123,7 @@ def quality_rows(summary: Summary) -> list[QualityRow]:
         rows.append(
             QualityRow(
                 leg=leg,
+                made=made(summary, leg),
                 kind=kind if begins else "",
                 tokens=format_count(leg.tokens_in_all),
                 ratio=quality_ratio(leg, full, metric),

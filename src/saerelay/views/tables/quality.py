@@ -7,7 +7,7 @@ from rich.text import Text
 from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
 from saerelay.site import SiteKind
 from saerelay.spec import format_count
-from saerelay.views.labels import ROLES, misleading_fvu, seeds_label, spread_cells
+from saerelay.views.labels import ROLES, made, misleading_fvu, seeds_label, spread_cells
 from saerelay.views.text import decimal, duration, is_number, percent, with_error
 
 
@@ -33,7 +33,7 @@ def quality_table(summary: Summary) -> Table:
         if leg.kind != kind:
             kind = leg.kind
             table.add_row("", f"[underline]{kind}[/underline]")
-        name = ROLES[leg.control_kind] if leg.control_kind else escape(leg.made)
+        name = ROLES[leg.control_kind] if leg.control_kind else escape(made(summary, leg))
         table.add_row(str(leg.layer), name, *_leg_cells(leg, predicted), style="bold")
         _add_spread(table, summary, leg)
         for control in summary.legs:
