@@ -94,7 +94,7 @@ def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     more = first.changed(id="more", parent=first.id)
     shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("more"))
     suite.plan = suite.plan.changed(legs=[*suite.plan.legs, more])
-    assert suite.origin(more) == suite.origin(first) == "from above" and suite.continuation_of(first) == more
+    assert suite.origin(more) == suite.origin(first) == "from above" and suite.successor(first) == more
     assert {leg.id for (_, _, origin), leg in legs_by_origin(suite).items() if origin == "backward"} == {"more"}
 
     # A control that starts at its parent's own site continues nothing.
@@ -104,7 +104,7 @@ def test_a_continued_leg_has_the_origin_of_the_first(suite: Suite) -> None:
     )
     shutil.copytree(suite.directory.leg(first.id), suite.directory.leg("control"))
     suite.plan = suite.plan.changed(legs=[*suite.plan.legs, control])
-    assert suite.final_legs == before and suite.continuation_of(suite.plan.leg("L1")) is None
+    assert suite.final_legs == before and suite.successor(suite.plan.leg("L1")) is None
     assert suite.leg_at(Site(1)).id == "L1"
 
 
@@ -115,12 +115,13 @@ def test_a_control_of_another_tier_stands_for_no_origin(suite: Suite) -> None:
     assert first.hop
     sparser = first.dictionary.with_l0(2)
     tier = first.changed(id="tier", hop=first.hop.changed(parent=first.id), dictionary=sparser)
+    further = tier.changed(id="further", hop=first.hop.changed(parent=tier.id))
     control = suite.plan.leg("L0-scratch-full").changed(
-        id="A", dictionary=sparser, control=Control(control_of="tier", control_kind="full")
+        id="A", dictionary=sparser, control=Control(control_of="further", control_kind="full")
     )
-    for leg in (tier, control):
+    for leg in (tier, further, control):
         shutil.copytree(suite.directory.leg(first.id), suite.directory.leg(leg.id))
-    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, tier, control])
+    suite.plan = suite.plan.changed(legs=[*suite.plan.legs, tier, further, control])
     assert {key: leg.id for key, leg in legs_by_origin(suite).items()} == {key: leg.id for key, leg in before.items()}
 
 

@@ -118,7 +118,9 @@ def test_transcoder_is_a_word_for_mlp_in_to_mlp_out(facts: ModelFacts) -> None:
 
 def test_each_sae_has_a_tier_at_every_other_l0_where_it_ends(facts: ModelFacts) -> None:
     plan = make_plan(facts, sites={"module": "mlp_out"})
-    tiers = {leg.id: (leg.parent, leg.dictionary.l0, leg.budget_tokens) for leg in plan.legs if plan.tier_of(leg)}
+    tiers = {
+        leg.id: (leg.parent, leg.dictionary.l0, leg.budget_tokens) for leg in plan.legs if plan.stays_as(leg) == "tier"
+    }
     assert tiers == {
         f"{leg_id}-k{k}": (leg_id, k, 1024)
         for leg_id in ("L1.mlp_out", "L0.mlp_out-from-L1", "L2.mlp_out-from-L1")
@@ -237,7 +239,7 @@ def test_the_recipes_own_l0_stands_for_a_site_and_others_are_named(whole: Path) 
     assert suite[Site(1), 16].k == 16
     assert suite.leg("2").id == "L2-from-L1"
     assert [leg.id for leg in suite.one_per_site][:4] == ["L0-from-L1", "L1", "L2-from-L1", "L0.mlp_out-from-L1"]
-    assert suite.continuation_of(suite.leg("L1")) is None
+    assert suite.successor(suite.leg("L1")) is None
     with pytest.raises(RunDirectoryError, match="none of L0 5"):
         suite[Site(1), 5]
 

@@ -21,7 +21,7 @@ from saerelay.planning.cost import (
 )
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import External
-from saerelay.planning.legs import auto_lr, line_of
+from saerelay.planning.legs import auto_lr, parts_of
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site, SiteKind
@@ -519,8 +519,8 @@ def test_an_extension_of_a_transfer_extends_its_control_with_equal_tokens(facts:
             train={"seeds": 2},
         )
         for seed in ("", "-seed1"):
-            transfer = line_of(plan.leg(f"L2-from-L3{seed}"), plan.legs)
-            control = line_of(plan.leg(f"L2-scratch-equal{seed}"), plan.legs)
+            transfer = parts_of(plan.leg(f"L2-from-L3{seed}"), plan.legs)
+            control = parts_of(plan.leg(f"L2-scratch-equal{seed}"), plan.legs)
             looked_at = transfer[0].moment_tokens + tokens
             assert sum(leg.budget_tokens for leg in transfer) == tokens
             assert sum(leg.budget_tokens for leg in control) == looked_at and len(control) == len(transfer)

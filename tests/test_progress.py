@@ -65,13 +65,6 @@ def test_no_speed_is_told_before_a_block_is_done(plan: Plan) -> None:
     assert "measuring the speed" in first and "tokens/s" in second and "tokens/s" in third
 
 
-def test_legs_of_a_damaged_summary_that_continue_one_another_have_a_first() -> None:
-    a = leg("a", "root", 1, None).changed(parent="b", continued_by="b")
-    b = leg("b", "root", 1, None).changed(parent="a", continued_by="a")
-    damaged = summary().changed(legs=[a, b])
-    assert damaged.first_of(a).id in "ab" and not damaged.is_transferred(a)
-
-
 def summary() -> Summary:
     """A root, a child with a hostile name, and its control; a run whose time is not known."""
     root = leg("L1", "root", 1, None)

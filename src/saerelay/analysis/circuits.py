@@ -331,7 +331,7 @@ def differences(
             continue
         for scratch in suite.scratch_counterparts(leg):
             if leg.id in by_leg and scratch.id in by_leg:
-                kind = scratch.control_kind or scratch.role
+                kind = scratch.control_kind or "root"
                 by_kind.setdefault(kind, []).append((by_leg[leg.id], by_leg[scratch.id]))
 
     compared = []

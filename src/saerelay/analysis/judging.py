@@ -65,12 +65,12 @@ def legs_by_origin(suite: PublishedSuite, layers: Sequence[int] | None = None) -
     Of several seeds, the lowest is taken; legs that another leg continues do not count, nor do other tiers and their
     controls. Raises RunDirectoryError for a layer without a dictionary, or if there is nothing to judge.
     """
-    root = suite.directory.root
+    root, plan = suite.directory.root, suite.plan
     of_suite = {leg.id for leg in suite.suite_legs}
     legs = []
     for leg in suite.legs:
-        is_control = leg.control_kind in ("equal_tokens", "full") and not suite.continuation_of(leg)
-        if is_control and suite.plan.tier_of(suite.plan.leg(leg.control_of)):
+        is_control = leg.control_kind in ("equal_tokens", "full") and not suite.successor(leg)
+        if is_control and plan.stays_as(plan.first_of(plan.leg(leg.control_of))) == "tier":
             continue
         if leg.id in of_suite or is_control:
             legs.append(leg)

@@ -263,7 +263,7 @@ def leg_pairs(suite: PublishedSuite) -> list[LegPair]:
         if leg.parent in published and not suite.begins_afresh(leg):
             pairs.append(LegPair("hop", published[leg.parent], leg))
         controlled = published.get(suite.compared_with(leg))
-        if controlled and not suite.continuation_of(leg):
+        if controlled and not suite.successor(leg):
             pairs.append(LegPair("control", controlled, leg))
     for leg in suite.one_per_site:
         above = suite.neighbour_above(leg)

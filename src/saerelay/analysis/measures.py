@@ -229,7 +229,7 @@ def transfer_scores(session: Session, versions: Sequence[LegVersion], matrix: Ma
 
     rows = []
     for version, parent, scratch in triples:
-        hop_method = suite.method(suite.first_of(version.leg)) or "identity"
+        hop_method = suite.method(suite.plan.first_of(version.leg)) or "identity"
         for method in dict.fromkeys(("identity", hop_method)):
             zero_shot = carried.get((parent.leg.id, parent.tokens, method, version.leg.layer))
             if zero_shot is None:

@@ -52,7 +52,8 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
     """Return a leg's row."""
     evaluation = Evaluation.load(suite.directory.evaluation(leg.id))
     info = suite.info(leg)
-    continuation = suite.continuation_of(leg)
+    first = suite.plan.first_of(leg)
+    successor = suite.successor(leg)
     repeat_of = suite.plan.repeat_of(leg)
     snapshots = []
     for age, metrics in sorted(evaluation.snapshots.items()):
@@ -60,7 +61,7 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
     return LegSummary(
         id=leg.id,
         role=leg.role,
-        control_of=(leg.control_of if continuation else suite.compared_with(leg)) or None,
+        control_of=(leg.control_of if successor else suite.compared_with(leg)) or None,
         control_kind=leg.control_kind,
         layer=leg.layer,
         module=leg.module,
@@ -76,7 +77,8 @@ def leg_summary(suite: PublishedSuite, leg: Leg, *, in_suite: bool) -> LegSummar
         found_again=_found_again(suite, leg, repeat_of),
         origin=suite.origin(leg),
         made=suite.made(leg),
-        continued_by=continuation.id if continuation else None,
+        continued_by=successor.id if successor else None,
+        continues=None if first == leg else first.id,
         in_suite=in_suite,
         tokens=info.tokens,
         tokens_before=suite.tokens_before(leg),

@@ -161,7 +161,8 @@ def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> 
     from saerelay.views.tables.plan import spread_table
     from saerelay.views.tables.savings import savings_table, verdict
 
-    if any(leg.role == "transfer" for leg in plan.legs):  # else the suite is what it would be compared with
+    # A suite without transfers is what it would be compared with.
+    if any(plan.first_of(leg).role == "transfer" for leg in plan.legs):
         tokens = plan.recipe.plan.root_tokens
         print_all(["", savings_table(prices, tokens), verdict(prices, tokens)])
     if len(shares.ranks) > 1:

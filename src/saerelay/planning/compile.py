@@ -9,7 +9,7 @@ from saerelay.planning.batches import settled_batches
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import COPY_RATE, External, Hop, Leg
 from saerelay.planning.leg_spec import LegSpec
-from saerelay.planning.legs import Setting, line_of, settled_leg, sites_of
+from saerelay.planning.legs import Setting, parts_of, settled_leg, sites_of
 from saerelay.planning.placing import choose_block, lm_batch, placed_leg
 from saerelay.planning.plan import Plan
 from saerelay.planning.presets import Place, preset_legs, with_repeats
@@ -219,8 +219,8 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
             f"leg {leg.id} is finished, but the recipe changes its {', '.join(changed)}; a finished leg can only get "
             "more tokens. Choose another --out."
         )
-    line = line_of(before, legs)
-    missing = leg.budget_tokens - sum(part.budget_tokens for part in line)
+    parts = parts_of(before, legs)
+    missing = leg.budget_tokens - sum(part.budget_tokens for part in parts)
     if missing <= 0:
         return None
     if before.shared_layers:
@@ -238,7 +238,7 @@ def _continuation(before: Leg, leg: Leg, legs: Sequence[Leg]) -> Leg | None:
     name = f"{leg.id}+{format_count(leg.budget_tokens)}"
     if any(other.id == name for other in legs):  # counts that differ by less than the name shows
         name = f"{leg.id}+{leg.budget_tokens}"
-    return added.changed(id=name, hop=Hop(parent=line[-1].id, method="identity"))
+    return added.changed(id=name, hop=Hop(parent=parts[-1].id, method="identity"))
 
 
 def _changed_keys(before: Leg, now: Leg) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from saerelay.planning.leg_spec import ControlKind, LegId
+from saerelay.planning.leg_spec import ControlKind, LegId, repeat_name
 from saerelay.sae.spec import LegMethod, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site, SiteKind
 from saerelay.spec import Positive, Spec, Whole
@@ -24,6 +24,8 @@ COPY_RATE = 1 / 8
 """Learning rate of a plain copy, which has no map to set the rate by, as a share of the rate from scratch."""
 
 Role = Literal["root", "transfer", "control"]
+Stay = Literal["continuation", "tier", "replacement"]
+"""What a leg is to its parent, if it stays at the parent's place (see `Leg.stays_as`)."""
 
 
 class External(Spec):
@@ -118,7 +120,7 @@ class Leg(Spec):
 
     id: LegId
     role: Role
-    """A leg that continues another leg keeps that leg's role, although it has a parent."""
+    """A leg that an extension of the run continues another leg with keeps that leg's role, although it has a parent."""
     layer: int
     module: ModuleKind
     module_out: ModuleKind | None = Field(default=None, exclude_if=lambda given: given is None)
@@ -150,6 +152,27 @@ class Leg(Spec):
     def kind(self) -> SiteKind:
         """The modules it reads and reconstructs, whatever the layer."""
         return SiteKind(self.module, self.module_out)
+
+    def stays_as(self, parent: "Leg") -> Stay | None:
+        """Return what this leg is to the leg that it starts from, if it stays at that leg's place; otherwise None.
+
+        - "continuation": the same SAE, trained further: by an extension of the run or as a plan was written, however
+          the copy was made, and however old the parent was. It takes the parent's place in the suite.
+        - "replacement": another SAE that takes this place: one with another architecture or number of latents, or the
+          layer's own copy of an SAE that several layers share.
+        - "tier": a copy at another L0, which stands beside its parent.
+
+        None is for legs at another site or of another kind (a transcoder beside an SAE), controls (except that a
+        control, too, may be continued), repeats with another seed, and random dictionaries, which take nothing.
+        """
+        if self.parent != parent.id or self.method == "random" or self.id == repeat_name(parent.id, self.seed):
+            return None
+        if (self.site, self.kind, self.control) != (parent.site, parent.kind, parent.control):
+            return None
+        if self.dictionary.l0 != parent.dictionary.l0:
+            return "tier"
+        same = self.dictionary == parent.dictionary and not parent.shared_layers
+        return "continuation" if same else "replacement"
 
     @property
     def is_transcoder(self) -> bool:

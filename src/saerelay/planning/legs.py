@@ -164,7 +164,7 @@ def _settled_budget(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> int
     tokens = spec.tokens
     if spec.control and not spec.hop and not tokens:
         transfer = next(leg for leg in legs if leg.id == spec.control.control_of)
-        tokens = transfer.moment_tokens + sum(leg.budget_tokens for leg in line_of(transfer, legs))
+        tokens = transfer.moment_tokens + sum(leg.budget_tokens for leg in parts_of(transfer, legs))
     return batch * math.ceil(tokens / batch)
 
 
@@ -178,13 +178,13 @@ def _without_tokens(spec: LegSpec) -> PlanError:
     return PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
 
 
-def line_of(first: Leg, legs: Sequence[Leg]) -> list[Leg]:
-    """Return a leg followed by the legs that extensions of the run have continued it with."""
-    by_parent = {leg.parent: leg for leg in legs if leg.id.startswith(f"{first.id}+")}
-    line = [first]
-    while line[-1].id in by_parent:
-        line.append(by_parent[line[-1].id])
-    return line
+def parts_of(first: Leg, legs: Sequence[Leg]) -> list[Leg]:
+    """Return a leg followed by the legs that extensions of the run, not the recipe, have continued it with."""
+    parts = [first]
+    for leg in legs:
+        if leg.stays_as(parts[-1]) == "continuation" and leg.id.startswith(f"{first.id}+"):
+            parts.append(leg)
+    return parts
 
 
 def _batch_tokens(spec: LegSpec, setting: Setting) -> int:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from saerelay.document import Document
 from saerelay.planning.facts import ModelFacts
-from saerelay.planning.leg import External, Leg, Schedule
+from saerelay.planning.leg import External, Leg, Schedule, Stay
 from saerelay.planning.leg_spec import repeat_name
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
@@ -153,6 +153,20 @@ class Plan(Document):
             line.append(by_id[line[-1].parent])
         return line
 
+    def stays_as(self, leg: Leg) -> Stay | None:
+        """Return what a leg is to its parent, if it stays at the parent's place (see `Leg.stays_as`)."""
+        return leg.stays_as(self.leg(leg.parent)) if self.has(leg.parent) else None
+
+    def continues(self, leg: Leg) -> bool:
+        """Whether a leg is its parent's SAE, trained further at its place."""
+        return self.stays_as(leg) == "continuation"
+
+    def first_of(self, leg: Leg) -> Leg:
+        """Return the leg that a leg continues, from the beginning; the leg itself if it continues none."""
+        while self.continues(leg):
+            leg = self.leg(leg.parent)
+        return leg
+
     @property
     def has_goals(self) -> bool:
         """Whether some leg has an FVU to reach, or one that was predicted, and is measured on held-out rows."""
@@ -197,9 +211,8 @@ class Plan(Document):
 
     def parent_site(self, leg: Leg) -> Site:
         """Return the site that a leg's parent reads."""
-        if self.has(leg.parent):
-            return self.leg(leg.parent).site
-        return self.externals[leg.parent].site
+        parent = self.leg(leg.parent) if self.has(leg.parent) else self.externals[leg.parent]
+        return parent.site
 
     def reshapes(self, leg: Leg) -> bool:
         """Whether a leg's dictionary differs from its parent's in architecture, size, sparsity or skip connection."""
@@ -216,22 +229,13 @@ class Plan(Document):
     def repeat_of(self, leg: Leg) -> str:
         """Return the leg that a leg repeats with another seed, or "". Ids tell: L3-seed1 repeats L3.
 
-        The continuation of a repeat (L3-seed1+2M) repeats the continuation of the first leg (L3+2M), or, if there is
-        none, the first leg itself.
+        What an extension added to it (L3-seed1+2M) repeats what was added to the other (L3+2M) or, without that, L3.
         """
         name, plus, more = leg.id.partition("+")
         first = name.removesuffix(repeat_name("", leg.seed))
         if first == name:
             return ""
         return next((other for other in (first + plus + more, first) if self.has(other)), "")
-
-    def tier_of(self, leg: Leg) -> str:
-        """Return the leg at the same site of which a leg is a copy at another L0, or ""."""
-        if not self.has(leg.parent):
-            return ""
-        parent = self.leg(leg.parent)
-        same_place = (parent.site, parent.module_out) == (leg.site, leg.module_out)
-        return parent.id if same_place and parent.dictionary.l0 != leg.dictionary.l0 else ""
 
     def newness(self, leg: Leg) -> float:
         """Return a leg's own tokens over all that its dictionary is trained on, parents included; 0 if unknown."""

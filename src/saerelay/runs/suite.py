@@ -43,16 +43,19 @@ class PublishedSuite:
 
     @property
     def final_legs(self) -> list[Leg]:
-        """The legs that are neither controls nor continued by another leg, kind by kind and layer by layer.
+        """The legs that are no controls and whose place no other leg has taken, kind by kind and layer by layer.
 
         There are several per site if seeds differ, or if the suite has tiers.
         """
         legs = self.legs
-        suite = [leg for leg in legs if leg.role != "control"]
-        continued = {(leg.parent, leg.site) for leg in suite if not self.plan.tier_of(leg)}
-        final = [leg for leg in suite if (leg.id, leg.site) not in continued]
+        replaced = {leg.parent for leg in legs if self._takes_place(leg)}
+        final = [leg for leg in legs if leg.role != "control" and leg.id not in replaced]
         kinds = list(dict.fromkeys(leg.kind for leg in legs))
         return sorted(final, key=lambda leg: (kinds.index(leg.kind), leg.site))
+
+    def _takes_place(self, leg: Leg) -> bool:
+        """Whether a leg takes its parent's place."""
+        return self.plan.stays_as(leg) in ("continuation", "replacement")
 
     def check_has_final_legs(self) -> None:
         """Raise RunDirectoryError if only controls are published: they are not what a suite is made of."""
@@ -121,45 +124,25 @@ class PublishedSuite:
             return "random dictionary, refitted"
         if method == "scratch":
             return f"from scratch: no map from {leg.parent} helped"
-        if self.continues(leg):
-            return f"{self.made(self.first_of(leg))}, continued"
-        if self.plan.tier_of(leg):
+        if self.plan.continues(leg):
+            return f"{self.made(self.plan.first_of(leg))}, continued"
+        if self.plan.stays_as(leg) == "tier":
             return f"{leg.parent} at L0 {leg.dictionary.l0:g}"
         return f"{method_of(leg, method)} from {leg.parent}"
 
-    def continuation_of(self, leg: Leg) -> Leg | None:
-        """The leg that continues a leg at the same site, as made by `saerelay train --extend`.
-
-        A copy at another L0 is not a continuation, but another tier; nor is a control of a leg that is none itself.
-        """
-        for other in self.legs:
-            both_or_neither = (other.role == "control") == (leg.role == "control")
-            if other.parent == leg.id and other.site == leg.site and both_or_neither and not self.plan.tier_of(other):
-                return other
-        return None
-
-    def continues(self, leg: Leg) -> bool:
-        """Whether a leg is more of the same: its parent has its site, its size, and its role."""
-        if not self.plan.has(leg.parent):
-            return False
-        parent = self.plan.leg(leg.parent)
-        same_place = (parent.site, parent.dictionary) == (leg.site, leg.dictionary)
-        return same_place and (parent.role, parent.control) == (leg.role, leg.control)
-
-    def first_of(self, leg: Leg) -> Leg:
-        """The leg that a leg continues, from the beginning; the leg itself if it continues none."""
-        while self.continues(leg):
-            leg = self.plan.leg(leg.parent)
-        return leg
+    def successor(self, leg: Leg) -> Leg | None:
+        """The leg that has taken a leg's place (see `Leg.stays_as`), the last of several; None if the leg has it."""
+        heirs = [other for other in self.legs if other.parent == leg.id and self._takes_place(other)]
+        return heirs[-1] if heirs else None
 
     @property
     def _continuations(self) -> dict[str, str]:
-        """The ids of the legs that continue another one, by the id of that leg."""
-        return {leg.parent: leg.id for leg in self.legs if self.continues(leg)}
+        """The ids of the legs that continue another one, by the id of that leg; the last of several."""
+        return {leg.parent: leg.id for leg in self.legs if self.plan.continues(leg)}
 
     def tokens_before(self, leg: Leg) -> int:
         """The number of tokens that the legs that a leg continues were trained on; 0 if it continues none."""
-        if not leg.hop or not self.continues(leg):
+        if not leg.hop or not self.plan.continues(leg):
             return 0
         before = self.plan.leg(leg.parent)
         return self.tokens_before(before) + min(leg.hop.fork_at_tokens, self.info(before).tokens)
@@ -170,7 +153,7 @@ class PublishedSuite:
         A control with equal tokens stays with the leg whose tokens it has, unless it was continued, too.
         """
         leg_id = control.control_of
-        if control.control_kind == "equal_tokens" and not self.continues(control):
+        if control.control_kind == "equal_tokens" and not self.plan.continues(control):
             return leg_id
         continuations = self._continuations
         while leg_id in continuations:
@@ -188,14 +171,14 @@ class PublishedSuite:
             if is_continued or (one_repeats and other.seed != leg.seed):
                 continue
             is_control = other.control_kind in ("equal_tokens", "full") and self.compared_with(other) == leg.id
-            is_root = other.role == "root" and not other.shared_layers
+            is_root = self.plan.first_of(other).role == "root" and not other.shared_layers
             is_at_its_place = (other.site, other.kind, other.dictionary.l0) == place
             if is_control or (is_root and is_at_its_place):
                 counterparts.append(other)
         return counterparts
 
     def origin(self, leg: Leg) -> Origin:
-        """Where a leg's latents come from; a leg that continues another at its site has the origin of that leg.
+        """Where a leg's latents come from; a leg that starts from one at its own site has the origin of that leg.
 
         A hop that was trained from scratch, since no map helped, comes from scratch; a random dictionary, from nowhere.
         """
@@ -213,7 +196,7 @@ class PublishedSuite:
 
     def is_transferred(self, leg: Leg) -> bool:
         """Whether a leg's latents come from another leg, of which it is not a control."""
-        first = self.first_of(leg)
+        first = self.plan.first_of(leg)
         return first.role == "transfer" and not self.begins_afresh(first)
 
     def transferred_from(self, leg: Leg) -> str:
@@ -221,7 +204,7 @@ class PublishedSuite:
 
         A leg that continues another came from where that one did.
         """
-        first = self.first_of(leg)
+        first = self.plan.first_of(leg)
         return "" if self.begins_afresh(first) else first.parent
 
     def neighbour_above(self, leg: Leg) -> Leg | None:

@@ -10,7 +10,7 @@ from saerelay.interop.names import hub_id, public_adapter
 from saerelay.interop.origin import Origin
 from saerelay.lm.source import pinned
 from saerelay.planning.leg import Leg
-from saerelay.planning.legs import line_of
+from saerelay.planning.legs import parts_of
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
@@ -278,7 +278,7 @@ def _loading(format: str, repo: str, saes: Sequence[ExportedSAE]) -> list[str]:
 def _how_to_repeat(plan: Plan) -> str:
     """Say what training with the recipe of a run gives: the same, unless its plan is not settled by the recipe."""
     command = "`saerelay train run.toml --out runs/a` with this `run.toml`"
-    if any(len(line_of(leg, plan.legs)) > 1 for leg in plan.legs):
+    if any(len(parts_of(leg, plan.legs)) > 1 for leg in plan.legs):
         return (
             f"The run was extended: legs were trained in several parts, as the table above shows. {command} trains "
             "each leg in one part, so that other dictionaries result."

@@ -177,7 +177,9 @@ class LegStanding(Record):
     made: str
     """How it was made, in words, such as "affine + refit from L5"."""
     continued_by: str | None = None
-    """Id of the leg that continues this one at the same site."""
+    """Id of the leg that has taken its place at the same site: that continues it, or replaces it by another SAE."""
+    continues: str | None = None
+    """Id of the leg whose SAE it is, trained further at the same site; of several, the first."""
     found_again: Measured = None
     """For a repeat: share of its latents whose decoder row has a cosine above 0.7 with one of the leg it repeats."""
     in_suite: bool
@@ -265,14 +267,7 @@ class Summary(Document):
 
     def first_of(self, leg: LegSummary) -> LegSummary:
         """The leg that a leg continues, from the beginning; the leg itself if it continues none."""
-        for _ in self.legs:  # however long: a damaged file may have a circle
-            if not self.has(leg.parent):
-                break
-            parent = self.leg(leg.parent or "")
-            if parent.continued_by != leg.id or parent.role != leg.role:
-                break
-            leg = parent
-        return leg
+        return self.leg(leg.continues or "") if self.has(leg.continues) else leg
 
     def is_transferred(self, leg: LegSummary) -> bool:
         """Whether a leg's latents come from another leg, of which it is not a control."""

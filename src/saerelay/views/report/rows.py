@@ -197,7 +197,7 @@ def _branch(plan: Plan, leg: Leg, depth: int) -> list[PlanRow]:
 
 def _plan_row(plan: Plan, leg: Leg, depth: int) -> PlanRow:
     how = method_of(leg) or "from scratch"
-    if plan.tier_of(leg):
+    if plan.stays_as(leg) == "tier":
         how = f"copy at L0 {leg.dictionary.l0:g}"
     return PlanRow(
         id=leg.id,

@@ -125,7 +125,7 @@ def learning_rate(leg: Leg) -> str:
 
 
 def _role(plan: Plan, leg: Leg) -> str:
-    if plan.tier_of(leg):
+    if plan.stays_as(plan.first_of(leg)) == "tier":
         return f"tier (L0 {leg.dictionary.l0:g})"
     if leg.control_kind is None:
         return leg.role
