@@ -60,8 +60,8 @@ def features_run(
 
 def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:
     """Return the question that a leg's features answer."""
-    above = session.suite.neighbour_above(leg)
-    below = session.suite.neighbour_below(leg)
+    neighbours = session.suite.neighbours(leg)
+    ids = {side: other.id for side, other in neighbours.items()}
     return FeatureQuestion(
         leg=leg.id,
         layer=leg.layer,
@@ -69,9 +69,9 @@ def question(session: Session, leg: Leg, tokens: int) -> FeatureQuestion:
         n_examples=EXAMPLES,
         window_before=WINDOW[0],
         window_after=WINDOW[1],
-        above=above.id if above else None,
-        below=below.id if below else None,
-        dictionaries=session.suite.digest([other for other in (leg, above, below) if other]),
+        above=ids.get("above"),
+        below=ids.get("below"),
+        dictionaries=session.suite.digest([leg, *neighbours.values()]),
     )
 
 
@@ -89,9 +89,8 @@ def neighbour_pairs(suite: PublishedSuite, legs: list[Leg]) -> list[SitePair]:
     """Return the pairs of sites between which similar latents are looked for."""
     pairs = []
     for leg in legs:
-        for other in (suite.neighbour_above(leg), suite.neighbour_below(leg)):
-            if other:
-                pairs += sites_between(leg, other)
+        for other in suite.neighbours(leg).values():
+            pairs += sites_between(leg, other)
     return pairs
 
 
@@ -110,13 +109,12 @@ def write_features(
         further: dict[str, Any] = {}
         if W_U is not None and leg.site_out.module not in OFF_THE_STREAM:
             further |= logit_effects(dictionary.W_dec, W_U)
-        for side, other in (("above", suite.neighbour_above(leg)), ("below", suite.neighbour_below(leg))):
-            if other:
-                folded = fold(dictionary, map_of_legs(maps, leg, other))
-                others = suite.dictionary(other).to(session.model.device)
-                latents, cosines = most_similar(folded.W_dec, others.W_dec)
-                further[f"{side}_latents"] = latents.int().cpu()
-                further[f"{side}_cosine"] = cosines.half().cpu()
+        for side, other in suite.neighbours(leg).items():
+            folded = fold(dictionary, map_of_legs(maps, leg, other))
+            others = suite.dictionary(other).to(session.model.device)
+            latents, cosines = most_similar(folded.W_dec, others.W_dec)
+            further[f"{side}_latents"] = latents.int().cpu()
+            further[f"{side}_cosine"] = cosines.half().cpu()
         asked = question(session, leg, tokens)
         facts = features.facts.model_copy(update=asked.model_dump())
         if session.writes:

@@ -266,7 +266,7 @@ def leg_pairs(suite: PublishedSuite) -> list[LegPair]:
         if controlled and not suite.successor(leg):
             pairs.append(LegPair("control", controlled, leg))
     for leg in suite.one_per_site:
-        above = suite.neighbour_above(leg)
+        above = suite.neighbours(leg).get("above")
         if above:
             pairs.append(LegPair("depth", leg, above))
     kinds = get_args(Kind)

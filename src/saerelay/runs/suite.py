@@ -207,18 +207,12 @@ class PublishedSuite:
         first = self.plan.first_of(leg)
         return "" if self.begins_afresh(first) else first.parent
 
-    def neighbour_above(self, leg: Leg) -> Leg | None:
-        """The leg that stands for the next layer, at the same kind of module."""
-        higher = [other for other in self._same_module(leg) if other.layer > leg.layer]
-        return min(higher, key=lambda other: other.layer, default=None)
-
-    def neighbour_below(self, leg: Leg) -> Leg | None:
-        """The leg that stands for the previous layer, at the same kind of module."""
-        lower = [other for other in self._same_module(leg) if other.layer < leg.layer]
-        return max(lower, key=lambda other: other.layer, default=None)
-
-    def _same_module(self, leg: Leg) -> list[Leg]:
-        return [other for other in self.one_per_site if other.kind == leg.kind]
+    def neighbours(self, leg: Leg) -> dict[str, Leg]:
+        """The legs of a leg's kind that stand for the next layer ("above") and the previous one ("below"), if any."""
+        of_kind = [other for other in self.one_per_site if other.kind == leg.kind]  # layer by layer
+        above = [("above", other) for other in of_kind if other.layer > leg.layer]
+        below = [("below", other) for other in of_kind if other.layer < leg.layer]
+        return dict(above[:1] + below[-1:])
 
     # --- a single leg -----------------------------------------------------------------------------------------------
 
