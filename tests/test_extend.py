@@ -16,6 +16,7 @@ from saerelay.data.stream import LiveStream
 from saerelay.document import Document
 from saerelay.errors import DataError, RunDirectoryError
 from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.cost import disk_bytes, plan_cost
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.runs.directory import RunDirectory, read_plan
@@ -91,6 +92,27 @@ def test_an_extension_is_of_the_commit_that_the_run_was_begun_with(tiny_model: P
     longer = settle.plan_run(recipe.changed(plan=recipe.plan.changed(root_tokens=8192)), finished=begun)
     assert longer.facts.revision == "older" and longer.recipe.model.revision == ""
     assert longer.n_tokens > begun.n_tokens
+
+
+def test_an_extension_that_the_disk_cannot_hold_is_refused(extended: Path, tmp_path: Path, monkeypatch) -> None:
+    """Only what the extension writes counts: what the run has written before is not among the free bytes."""
+    longer = read_plan(extended)
+    before = longer.changed(legs=[leg for leg in longer.legs if leg.id != NEW])
+    needed = disk_bytes(longer, [longer.leg(NEW)])
+    assert needed < disk_bytes(longer, longer.legs) == plan_cost(longer).disk_bytes
+    paths = RunDirectory(tmp_path)
+    before.save(paths.plan)
+
+    def leave(n_bytes: float) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": n_bytes}))
+
+    leave(needed)
+    settle.check_disk(longer, paths)
+    leave(needed - 1)
+    with pytest.raises(RunDirectoryError, match=r"the extension needs up to 0\.0 GiB on disk, but .* add fewer legs"):
+        settle.check_disk(longer, paths)
+    longer.save(paths.plan)
+    settle.check_disk(longer, paths)  # an extension that is resumed was checked when it was begun
 
 
 def test_an_extension_reads_new_text(extended: Path) -> None:

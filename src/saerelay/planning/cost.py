@@ -154,6 +154,13 @@ def model_bytes(plan: Plan) -> float:
     return float(facts.bytes_per_value * on_rank)
 
 
+def disk_bytes(plan: Plan, legs: Sequence[Leg]) -> float:
+    """Return what training some legs of a plan writes: dictionaries, snapshots, two copies of the state, and tokens."""
+    weights = sum(4.0 * parameters(leg, plan.facts) * (1 + len(leg.schedule.snapshots)) for leg in legs)
+    states = 2 * 0.75 * peak_state_bytes(legs, plan.facts)
+    return weights + states + 4.0 * plan.n_tokens / plan.recipe.data.epochs
+
+
 def plan_cost(plan: Plan) -> Cost:
     """Predict a plan's cost from shapes alone."""
     facts = plan.facts
@@ -178,7 +185,6 @@ def plan_cost(plan: Plan) -> Cost:
         flops += leg.budget_tokens * executed + fits
         dense += leg.budget_tokens * equivalent + fits
 
-    weights = sum(4.0 * parameters(leg, facts) * (1 + len(leg.schedule.snapshots)) for leg in plan.legs)
     live = peak_state_bytes(plan.legs, facts)
     value_bytes = float(facts.bytes_per_value)
     buffer_bytes = 2.0 if recipe.data.cache else value_bytes
@@ -190,6 +196,6 @@ def plan_cost(plan: Plan) -> Cost:
         lm_flops=lm_flops,
         flops_dense_equivalent=dense,
         memory_bytes=live + buffer_bytes * plan.block_tokens * max(tokens_by_width) + model_bytes(plan),
-        disk_bytes=weights + 2 * 0.75 * live + 4.0 * plan.n_tokens / recipe.data.epochs,
+        disk_bytes=disk_bytes(plan, plan.legs),
         cache_bytes=2.0 * cached,
     )

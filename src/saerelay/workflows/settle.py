@@ -23,7 +23,7 @@ from saerelay.lm.facts import read_facts, resolve_device
 from saerelay.lm.ports import module_paths, other_module
 from saerelay.lm.source import pinned
 from saerelay.planning.compile import compile_plan
-from saerelay.planning.cost import plan_cost
+from saerelay.planning.cost import disk_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import External
 from saerelay.planning.legs import line_of
@@ -359,13 +359,18 @@ def _differences(old: Plan, new: Recipe, *, extending: bool = False) -> list[str
 
 
 def check_disk(plan: Plan, paths: RunDirectory) -> None:
-    """Refuse to begin a run that the disk cannot hold; a resumed run has taken its space already."""
-    if paths.plan.is_file():
+    """Refuse to begin or to extend a run if the disk cannot hold it; a resumed run was checked when it was begun."""
+    begun = {leg.id for leg in read_plan(paths.root).legs} if paths.plan.is_file() else set[str]()
+    legs = [leg for leg in plan.legs if leg.id not in begun]
+    if not legs:
         return
-    needed = plan_cost(plan).disk_bytes
+    needed = disk_bytes(plan, legs)
     free = shutil.disk_usage(paths.root).free
     if needed > free:
+        what, remedy = "run", "choose another --out, or lower n_latents or the number of snapshots"
+        if begun:
+            what, remedy = "extension", "or add fewer legs or snapshots"
         raise RunDirectoryError(
-            f"{paths.root}: the run needs up to {needed / 2**30:.1f} GiB on disk, but {free / 2**30:.1f} GiB are free; "
-            "free space, choose another --out, or lower n_latents or the number of snapshots"
+            f"{paths.root}: the {what} needs up to {needed / 2**30:.1f} GiB on disk, but {free / 2**30:.1f} GiB are "
+            f"free; free space, {remedy}"
         )
