@@ -151,6 +151,34 @@ def test_another_seed_reads_the_same_sequences_in_another_order(place: Path, tmp
     assert same(alone, again) and not read
 
 
+def test_a_resumed_run_needs_only_what_it_has_not_read(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies before the saved cursor needs no disk and no language model, even if it is in no cache any more."""
+    run = recipe(place, tmp_path / "cache", preset="scratch", root_tokens=6144)
+    needed: list[int] = []
+    monkeypatch.setattr(ActivationCache, "check_room", lambda self, n_bytes: needed.append(n_bytes))
+
+    write = ActivationCache.write
+
+    def dying(self: ActivationCache, *arguments: Any) -> None:
+        if len(files(self.folder)) == 4 * len(SITES):
+            raise MemoryError("killed")
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:  # in the fifth block of six: the state was saved after the fourth
+        patch.setattr(ActivationCache, "write", dying)
+        with pytest.raises(MemoryError):
+            sr.train_run(run, tmp_path / "a")
+    shutil.rmtree(tmp_path / "cache")
+    sr.train_run(run, tmp_path / "a", resume=True)
+    assert needed[0] == 3 * needed[1] > 0
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(activations, "load_model", lambda plan: pytest.fail("there is nothing to compute"))
+    sr.train_run(run, tmp_path / "a", resume=True)
+    assert needed[2] == 0
+
+
 # --- streams, without training ----------------------------------------------------------------------------------
 
 

@@ -260,12 +260,12 @@ class LiveStream(AbstractStream):
                 x = self.buffers[site].index_select(0, rows[shard].flatten())
                 cache.write(site, ids[shard], x.view(*rows[shard].shape, -1).cpu())
 
-    def uncached_bytes(self) -> int:
-        """Bytes that reading the whole plan would add to the cache."""
+    def uncached_bytes(self, cursor: int = 0) -> int:
+        """Bytes that reading the plan from the cursor's block to its end would add to the cache."""
         assert self.cache
         block_tokens = self.plan.block_tokens
         uncached = defaultdict[Site, set[int]](set)
-        for start in range(0, self.plan.n_tokens, block_tokens):
+        for start in range(cursor // block_tokens * block_tokens, self.plan.n_tokens, block_tokens):
             ids = self.ids[self.sequences_of(start // block_tokens)]
             for site in self.plan.open_sites(start, start + block_tokens):
                 missing = self.cache.missing(site, ids)

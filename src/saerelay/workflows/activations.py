@@ -113,10 +113,10 @@ def _check_begins_with(corpus: Corpus, older: Corpus, paths: RunDirectory) -> No
             )
 
 
-def open_stream(plan: Plan, corpus: Corpus) -> LiveStream:
-    """Return the stream of the plan's activations on the training split.
+def open_stream(plan: Plan, corpus: Corpus, cursor: int = 0) -> LiveStream:
+    """Return the stream of the plan's activations on the training split; it is read from the cursor's block on.
 
-    The language model is loaded unless all activations are in data.cache, or several ranks hold the model together (see
+    The language model is loaded unless all that is read is in data.cache, or several ranks hold the model together (see
     `joined_stream`). Raises DataError if the cache is damaged, or if the activations it lacks do not fit on its disk.
     """
     is_split = plan.recipe.model.tensor_parallel > 1
@@ -125,14 +125,14 @@ def open_stream(plan: Plan, corpus: Corpus) -> LiveStream:
         return LiveStream(model, corpus.train, plan, grown_from=corpus.facts.grown_from)
     cache = open_cache(plan)
     stream = LiveStream(None, corpus.train, plan, cache, corpus.facts.grown_from)
-    needed = stream.uncached_bytes()
+    needed = stream.uncached_bytes(cursor)
     cache.check_room(needed)
     if needed and not is_split:
         stream.model = load_model(plan)
     return stream
 
 
-def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, team: Team) -> TeamStream:
+def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, cursor: int, team: Team) -> TeamStream:
     """Return the stream of the activations that this rank of a team needs; all ranks compute them together.
 
     `stream` is rank 0's stream, which has a model if anything has to be computed; it is None on other ranks. One rank
@@ -141,7 +141,7 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, team: T
     """
     model = stream.model if stream else None
     if plan.recipe.model.tensor_parallel > 1:
-        if team.once(lambda: stream is not None and _needs_model(plan, stream)):
+        if team.once(lambda: stream is not None and _needs_model(plan, stream, cursor)):
             model = _loaded_together(plan, team)
     elif team.once(lambda: model is not None):
         model = team.in_turn(lambda: model or load_model(plan))
@@ -149,9 +149,9 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, team: T
     return TeamStream(LiveStream(model, corpus.train, plan, cache, corpus.facts.grown_from), team)
 
 
-def _needs_model(plan: Plan, stream: LiveStream) -> bool:
+def _needs_model(plan: Plan, stream: LiveStream, cursor: int) -> bool:
     """Whether the language model has to run: for activations that are not in the cache, or to measure goals."""
-    return plan.has_goals or stream.cache is None or stream.uncached_bytes() > 0
+    return plan.has_goals or stream.cache is None or stream.uncached_bytes(cursor) > 0
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:

@@ -24,6 +24,7 @@ from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
 from saerelay.rank import restarts_will_fail
 from saerelay.runs.directory import RunDirectory, sole_writer
+from saerelay.runs.state import state_facts
 from saerelay.team import Team
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import machine
@@ -44,11 +45,12 @@ from saerelay.workflows.watching import status, watching
 
 
 class Start(NamedTuple):
-    """A run's plan, tokens and activations, with which it begins."""
+    """A run's plan, tokens and activations, with which it begins, and the cursor from which it continues."""
 
     plan: Plan
     corpus: Corpus
     stream: LiveStream
+    cursor: int
 
 
 def train_run(
@@ -123,13 +125,15 @@ def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Consol
     wants_ce(plan)
     check_disk(plan, paths)
     corpus = tokenise(plan, paths, console)
+    saved = state_facts(paths.state)
+    cursor = saved["cursor"] if saved else 0
     with status(console, "loading the language model"):
-        stream = open_stream(plan, corpus)
+        stream = open_stream(plan, corpus, cursor)
     if extend:
         paths.cost.unlink(missing_ok=True)  # cost.json marks a finished run
     plan.save(paths.plan)
     write_text(paths.recipe, annotated_toml(plan.recipe))  # see `mend_recipe`
-    return Start(plan, corpus, stream)
+    return Start(plan, corpus, stream, cursor)
 
 
 def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -> tuple[LiveStream, LiveStream | None]:
@@ -139,7 +143,8 @@ def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -
         assert start
         stream = start.stream
     else:
-        stream = joined_stream(plan, corpus, start.stream if start else None, team)
+        cursor = start.cursor if start else 0
+        stream = joined_stream(plan, corpus, start.stream if start else None, cursor, team)
     if not plan.has_goals:
         return stream, None
     return stream, open_validation(plan, stream, corpus)
