@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -239,6 +240,9 @@ def test_a_leg_that_fails_keeps_its_last_good_state(tmp_path: Path, facts: Model
     kept, info = read_dictionary(tmp_path / "f/legs/L2-scratch-full/snapshots/3072")
     assert info.failure and all(torch.isfinite(t).all() for t in kept.tensors().values())
     assert "L2-from-L1 stopped: L2: activations are not all finite" in str(caught.value)
+    told = re.findall(r"the last good state of (\S+) is in (.*)", str(caught.value))
+    kept_in = tmp_path / "f/legs/L2-scratch-full/snapshots"
+    assert told == [("L2-scratch-full", str(kept_in))] and str(caught.value).endswith("all other legs are done")
     for name, tensor in load(whole)["L0-from-L1"].tensors().items():
         assert torch.equal(suite["L0-from-L1"].tensors()[name], tensor)
 

@@ -153,7 +153,12 @@ def complain_of_failures(now: Training, paths: RunDirectory) -> None:
     """Raise LegFailed if a leg had to stop."""
     if now.failures:
         lines = [f"leg {leg_id} stopped: {reason}" for leg_id, reason in now.failures.items()]
-        lines.append(f"a stopped leg's last good state is in {paths.root}/legs/ID/snapshots; all other legs are done")
+        lines += [
+            f"the last good state of {leg_id} is in {paths.leg(leg_id)}/snapshots"
+            for leg_id in now.failures
+            if (paths.leg(leg_id) / "snapshots").is_dir()  # a leg that could not begin has none
+        ]
+        lines.append("all other legs are done")
         raise LegFailed("\n".join(lines))
 
 
