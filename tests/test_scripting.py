@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tensor_stream import TensorStream
-from transformers import GPTNeoXForCausalLM
+from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 import saerelay as sr
 from saerelay.errors import DataError, FormatError, ModelError, RecipeError, RunDirectoryError, TransferError
+from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.leg import Leg
+from saerelay.planning.recipe import ModelSpec
 from saerelay.training.engine import Trainee
 from saerelay.workflows import suites, tensors
 
@@ -350,6 +353,21 @@ def test_a_loaded_model_is_taken_as_it_is(tiny_model: Path, tmp_path: Path) -> N
         read["gpt_neox.layers.0.mlp.dense_4h_to_h.bias"], model.state_dict()["gpt_neox.layers.0.mlp.dense_4h_to_h.bias"]
     )
     assert suite.evaluate().final_legs
+
+
+def test_a_loaded_model_gets_the_tokenizer_of_its_own_commit(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    model = GPTNeoXForCausalLM.from_pretrained(tiny_model)
+    tokenizer = load_tokenizer(ModelSpec())
+    asked = []
+
+    def on_the_hub(name: str, *, revision: str | None = None) -> Any:
+        asked.append((name, revision))
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", on_the_hub)
+    model.config._commit_hash = "a" * 40  # as transformers 5.0 sets it
+    suites._write_model(model, None, tmp_path)
+    assert asked == [(str(tiny_model), "a" * 40)] and (tmp_path / "tokenizer.json").is_file()
 
 
 def test_a_model_is_not_mistaken_for_that_of_an_earlier_call(tiny_model: Path, tmp_path: Path) -> None:

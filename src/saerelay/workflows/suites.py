@@ -69,10 +69,11 @@ def train_suite(
         suite[sr.Site(3)].encode(x)
 
     `model` is a name, a directory, or a loaded transformers model, which is used as it is: its weights (and the
-    `tokenizer`, if given) are written to `out/model`, where the run reads them; ModelError if another model is there
-    from an earlier call. `text` names text files, or is an array of token ids, (tokens) or (documents, tokens);
-    DataError if the run was begun with other ids. `keys` are the keys of a recipe (see `recipe`). `resume` continues an
-    interrupted run. The result and the errors raised are those of `train_run`.
+    `tokenizer`, if given, else that of where it came from) are written to `out/model`, where the run reads them;
+    ModelError if another model is there from an earlier call. Give the tokenizer of a model that was loaded from a
+    revision on the hub: it may not know which. `text` names text files, or is an array of token ids, (tokens) or
+    (documents, tokens); DataError if the run was begun with other ids. `keys` are the keys of a recipe (see `recipe`).
+    `resume` continues an interrupted run. The result and the errors raised are those of `train_run`.
     """
     is_named = isinstance(model, str | Path)
     if is_named and tokenizer is not None:
@@ -152,11 +153,15 @@ def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
 
 
 def _own_tokenizer(model: Any) -> Any:
-    """Return the tokenizer of the place that a model was loaded from; None if there is none."""
+    """Return the tokenizer of the place that a model was loaded from; None if there is none.
+
+    It is that of the model's commit if the model knows it, as with transformers 5.0; newer releases do not tell.
+    """
     from transformers import AutoTokenizer
 
     name = model.config.name_or_path
+    commit = getattr(model.config, "_commit_hash", None)
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
+        return AutoTokenizer.from_pretrained(name, revision=commit) if name else None
     except (OSError, ValueError):
         return None
