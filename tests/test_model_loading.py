@@ -137,6 +137,19 @@ def test_the_tokenizer_decides_on_special_tokens(tmp_path: Path) -> None:
     assert (facts.tokens.bos_token_id, facts.tokens.eos_token_id) == (0, 1)
 
 
+def test_it_is_said_if_the_configuration_decides_on_special_tokens_for_want_of_the_tokenizer(tmp_path: Path) -> None:
+    """The tokenizer might have others, with which the same recipe would train on other sequences."""
+    build(tmp_path, "llama", eos_token_id=2)
+    (tmp_path / "tokenizer.json").write_text('{"model":')
+    told = r"BOS 1, EOS 2, padding 0\) are taken from config.json: .*its tokenizer.json cannot be read \(EOF .*restore"
+    with pytest.warns(UserWarning, match=told):
+        assert read_facts(spec_of(tmp_path)).tokens.eos_token_id == 2
+    for config in ("", "{}"):  # alone, and beside a tokenizer_config.json
+        with pytest.raises(ModelError, match="cannot be read|cannot be loaded. Check its files"):
+            load_tokenizer(spec_of(tmp_path))
+        (tmp_path / "tokenizer_config.json").write_text(config or "{}")
+
+
 def test_special_tokens_outside_the_vocabulary_are_none(tmp_path: Path) -> None:
     build(tmp_path, "llama", bos_token_id=128_000, eos_token_id=[101], pad_token_id=-1)
     tokens = read_facts(spec_of(tmp_path)).tokens
@@ -251,10 +264,12 @@ def some_llama(
     return commit
 
 
+@pytest.mark.filterwarnings("ignore:special tokens")
 def test_the_commit_that_a_branch_stands_for_is_recorded_and_loaded(some_llama: Callable[[str], Path]) -> None:
     first, second = 40 * "a", 40 * "b"
     some_llama(first)
-    facts = read_facts(ModelSpec(name="some/llama", device="cpu"))
+    with pytest.warns(UserWarning, match='are taken from config.json: "some/llama" has no fast tokenizer'):
+        facts = read_facts(ModelSpec(name="some/llama", device="cpu"))
     assert facts.revision == first
     (some_llama(second) / "model.safetensors").unlink()
     assert read_facts(ModelSpec(name="some/llama", revision="main", device="cpu")).revision == second

@@ -1,6 +1,7 @@
 """Reads the facts that a plan needs about a model from its configuration and tokenizer, without weights."""
 
-from contextlib import suppress
+import warnings
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -13,6 +14,7 @@ from saerelay.lm.probe import Anatomy, probe_skeleton
 from saerelay.lm.source import (
     is_causal_lm,
     loading,
+    locate,
     model_skeleton,
     quantisation,
     read_config,
@@ -116,14 +118,22 @@ def _idle_parameters(layers: nn.Module, config: Any) -> int:
 def _special_tokens(spec: ModelSpec, config: Any) -> tuple[int | None, int | None, int | None]:
     """The tokens that start a sequence, end a document, and pad: BOS and EOS, or an encoder's CLS and SEP.
 
-    They come from the tokenizer, or from the configuration if there is no tokenizer. An id outside the vocabulary, as
-    in the configuration of a model whose vocabulary was cut, counts as none.
+    They come from the tokenizer, or from the configuration if there is no tokenizer; warns if there may be one that
+    cannot be read. An id outside the vocabulary, as in the configuration of a model whose vocabulary was cut, counts as
+    none.
     """
     start = first_id(getattr(config, "bos_token_id", None))
     end = first_id(getattr(config, "eos_token_id", None))
     pad = first_id(getattr(config, "pad_token_id", None))
-    with suppress(ModelError):
+    try:
         tokenizer = load_tokenizer(spec)
+    except ModelError as error:
+        location = locate(spec)
+        if not location.is_directory or any(Path(location.name_or_path).glob("tokenizer*")):
+            ids = {"BOS": start, "EOS": end, "padding": pad}
+            found = ", ".join(f"{role} {'none' if token is None else token}" for role, token in ids.items())
+            warnings.warn(f"special tokens ({found}) are taken from config.json: {error}", stacklevel=2)
+    else:
         start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         pad = pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id

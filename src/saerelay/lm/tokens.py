@@ -16,17 +16,23 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     >>> tokenizer.decode(tokenizer.encode("def f(x):"))
     'def f(x):'
 
-    Raises ModelError if the model has none, or only a slow one.
+    Raises ModelError if the model has none, or only a slow one, or if its files are damaged.
     """
     from transformers import AutoTokenizer
 
     with loading(spec):
         location = locate(spec)
         file = Path(location.name_or_path) / "tokenizer.json"
-        if file.is_file() and not file.with_name("tokenizer_config.json").is_file():
-            tokenizer = _bare_tokenizer(spec, file)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **location.options)
+        try:
+            if file.is_file() and not file.with_name("tokenizer_config.json").is_file():
+                tokenizer = _bare_tokenizer(spec, file)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(location.name_or_path, **location.options)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # This is all that the package `tokenizers` raises for a file that it cannot read.
+            raise ModelError(f'"{spec.name}": its tokenizer.json cannot be read ({error}); restore the file.') from None
 
     # For a model without tokenizer files, AutoTokenizer makes a tokenizer that knows special tokens only.
     has_vocabulary = len(tokenizer) > len(tokenizer.added_tokens_decoder)
