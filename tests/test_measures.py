@@ -20,7 +20,7 @@ from saerelay.analysis.attribution import direct_logit_attribution, own_prompts
 from saerelay.analysis.evaluate import evaluate
 from saerelay.analysis.matrix import matrix
 from saerelay.analysis.measures import comparisons_of, measures, transfer_scores, transferabilities
-from saerelay.analysis.metrics import held_out, measure
+from saerelay.analysis.metrics import batches, held_out, measure
 from saerelay.analysis.prompts import Prompt, read_prompts
 from saerelay.analysis.session import Session
 from saerelay.analysis.similarity import (
@@ -281,6 +281,19 @@ def test_attributions_are_those_of_each_prompt_alone(suite: sr.Suite, model: Lan
         x = model.harvest(torch.tensor([prompt.tokens]), [suite.plan.leg("L2").site]).popitem()[1][0, -1]
         effects = dictionary.encode(x) * (dictionary.W_dec @ (W_U[prompt.right] - W_U[prompt.wrong]))
         assert score == pytest.approx(float(effects.max()), abs=2e-4)
+
+
+def test_the_models_own_task_takes_one_forward_per_batch(suite: sr.Suite, model: LanguageModel) -> None:
+    sequences = held_out(suite.plan, np.load(suite.directory.tokens / "test.npy"), 1000)
+    data = suite.plan.recipe.data.changed(outlier_norm=10.0)
+    plan = suite.plan.changed(recipe=suite.plan.recipe.changed(data=data), probe=1)
+    assert model.head.n_tokens  # making the head runs the model
+    calls = []
+    hook = model.hf_model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    own_prompts(plan, model, sequences, 10**6)
+    hook.remove()
+    n_batches = len(list(batches(plan, sequences, model.device, holds_logits=True)))
+    assert len(calls) == n_batches > 0
 
 
 def test_the_models_own_task_leaves_out_positions_that_nothing_is_trained_on(

@@ -69,8 +69,10 @@ def own_prompts(plan: Plan, model: LanguageModel, sequences: np.ndarray, n: int 
     generator = np.random.default_rng(plan.recipe.train.seed)
     prompts: list[Prompt] = []
     for tokens in batches(plan, generator.permutation(sequences), model.device, holds_logits=True):
-        keep = trained_on(plan, tokens.to(model.device), model.harvest(tokens, plan.with_probe([]))).cpu()
-        best_two = model.logits(tokens)[:, :-1].topk(2).indices.cpu()
+        forward = model.forward(tokens, plan.with_probe([]))
+        keep = trained_on(plan, forward.tokens, forward.activations).cpu()
+        logits = model.head.logits(forward.states, slice(0, model.head.n_tokens))
+        best_two = logits[:, :-1].float().topk(2).indices.cpu()
         first, second = best_two.unbind(dim=-1)
         is_predicted = (first == tokens[:, 1:]) & keep[:, :-1]
         for sequence, position in is_predicted.nonzero().tolist():
