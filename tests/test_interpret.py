@@ -27,7 +27,7 @@ from saerelay.analysis.endpoint import asker as asking
 from saerelay.analysis.endpoint.address import ADDRESSES, KEYS, Endpoint
 from saerelay.analysis.endpoint.answers import KeptAnswer, read_answers
 from saerelay.analysis.endpoint.asker import Asker
-from saerelay.analysis.interpret.pieces import KINDS, QUANTILES, Piece, Subject, draw
+from saerelay.analysis.interpret.pieces import KINDS, QUANTILES, Piece, Subject, draw, subjects_of
 from saerelay.analysis.interpret.questions import (
     clean_text,
     explain_request,
@@ -158,15 +158,19 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 # --- what is asked ----------------------------------------------------------------------------------------------
 
 
+KEPT = np.arange(16)[None].repeat(400, axis=0) > 0
+"""All positions of pieces (400, 16) but the first."""
+
+
 def random_pieces(seed: int = 0, share: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     pieces = np.arange(400 * 16).reshape(400, 16)
-    return pieces, rng.random((400, 16), dtype=np.float32) * (rng.random((400, 16)) < share)
+    return pieces, rng.random((400, 16), dtype=np.float32) * (rng.random((400, 16)) < share) * KEPT
 
 
 def test_pieces_are_drawn_by_strength_and_never_shown_and_scored() -> None:
     pieces, activations = random_pieces()
-    subject, row = draw(7, pieces, activations, 0), {tuple(p): i for i, p in enumerate(pieces.tolist())}
+    subject, row = draw(7, pieces, activations, KEPT, 0), {tuple(p): i for i, p in enumerate(pieces.tolist())}
     strength = activations.max(axis=1)
     assert subject.n_pieces == (strength > 0).sum()
     shown = [row[piece.tokens] for piece in subject.explained]
@@ -189,6 +193,7 @@ def test_pieces_are_drawn_by_strength_and_never_shown_and_scored() -> None:
             if kind == "fuzzing":
                 assert len(piece.marked) == len(fires)
                 assert set(piece.marked) == fires if piece.truth else not set(piece.marked) & fires
+                assert 0 not in piece.marked, "dictionaries do not see it, so no answer about it tells anything"
             else:
                 assert piece.marked == () and piece.truth == bool(fires)
     assert Counter(p.quantile for p in subject.fuzzing) == dict.fromkeys(range(QUANTILES), 8)
@@ -197,14 +202,14 @@ def test_pieces_are_drawn_by_strength_and_never_shown_and_scored() -> None:
 def test_numbers_of_latents_change_nothing_but_labels_and_seeds_do() -> None:
     pieces, activations = random_pieces()
     one, other, reseeded = (
-        draw(7, pieces, activations, 0),
-        draw(8, pieces, 3 * activations, 0),
-        draw(7, pieces, activations, 1),
+        draw(7, pieces, activations, KEPT, 0),
+        draw(8, pieces, 3 * activations, KEPT, 0),
+        draw(7, pieces, activations, KEPT, 1),
     )
     assert (one.explained, one.detection, one.fuzzing) == (other.explained, other.detection, other.fuzzing)
     assert one.detection != reseeded.detection and one.explained == reseeded.explained
-    assert draw(7, pieces, random_pieces(share=0.001)[1], 0) == Subject(7, 7, [], [], [])
-    everywhere = draw(7, pieces, activations + 1, 0)
+    assert draw(7, pieces, random_pieces(share=0.001)[1], KEPT, 0) == Subject(7, 7, [], [], [])
+    everywhere = draw(7, pieces, (activations + 1) * KEPT, KEPT, 0)
     assert all(piece.truth for piece in everywhere.detection + everywhere.fuzzing)
 
 
@@ -226,6 +231,17 @@ def test_pieces_are_what_the_dictionaries_see(run: Path, study: Study) -> None:
                 assert piece.marked == tuple(np.flatnonzero(where[piece.tokens]))
             for piece in subject.detection:
                 assert piece.truth == where[piece.tokens].any()
+
+
+def test_what_dictionaries_do_not_see_is_never_marked(run: Path, study: Study) -> None:
+    """A mark on BOS would tell that it is a wrong one, whatever the explanation."""
+    suite = sr.load(run)
+    data = suite.plan.recipe.data.changed(prepend_bos=True)
+    suite.plan = suite.plan.changed(recipe=suite.plan.recipe.changed(data=data))
+    explained = {leg: [s.latent for s in subjects if s.explained] for leg, subjects in study.subjects.items()}
+    subjects = [subject for of_leg in subjects_of(Session(suite), explained, 0).values() for subject in of_leg]
+    wrong = [piece for subject in subjects for piece in subject.fuzzing if not piece.truth]
+    assert wrong and not any(0 in piece.marked for piece in wrong)
 
 
 def test_a_permuted_dictionary_is_asked_the_same(run: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,14 +65,16 @@ class Subject:
         return [pieces[start : start + PER_QUESTION] for start in range(0, len(pieces), PER_QUESTION)]
 
 
-def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, seed: int) -> Subject:
+def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, kept: np.ndarray, seed: int) -> Subject:
     """Draw the pieces for a latent with activations (M, W) on the tokens of distinct pieces (M, W).
+
+    `kept`, bool (M, W), tells the positions that dictionaries see: all but BOS and outlier norms.
 
     The explanation is made from the strongest pieces. The rest are divided into QUANTILES of equal size by their
     strongest activation, and up to PER_QUANTILE are drawn from each. For fuzzing, half of these have the tokens marked
-    on which the latent fires, and the other half the same number of other tokens. The first half also serve detection,
-    with as many pieces in which the latent does not fire. The draw depends on the seed and on where the latent fires,
-    not on its index or leg.
+    on which the latent fires, and the other half the same number of other tokens that are kept. The first half also
+    serve detection, with as many pieces in which the latent does not fire. The draw depends on the seed and on where
+    the latent fires, not on its index or leg.
     """
     strength = activations.max(axis=1)
     firing = np.flatnonzero(strength)
@@ -94,7 +96,7 @@ def draw(latent: int, pieces: np.ndarray, activations: np.ndarray, seed: int) ->
     for quantile, part in enumerate(np.array_split(falling[n_explained:], QUANTILES)):
         for number, i in enumerate(rng.permutation(part)[:PER_QUANTILE]):
             on = np.flatnonzero(activations[i])
-            off = np.flatnonzero(activations[i] == 0)
+            off = np.flatnonzero((activations[i] == 0) & kept[i])
             if number % 2 == 0:
                 detection.append(piece(i, quantile, (), True))
                 fuzzing.append(piece(i, quantile, on.tolist(), True))
@@ -138,26 +140,29 @@ def subjects_of(session: Session, chosen: Mapping[str, Sequence[int]], seed: int
     distinct = np.unique(pieces, axis=0, return_index=True)[1]
     distinct.sort()
 
-    fired = firings(session, sequences, chosen)
+    fired, spots = firings(session, sequences, chosen)
+    kept = dense(spots, np.ones(len(spots), dtype=np.float32), (n_sequences, context), length)[distinct] > 0
     subjects = {}
     for leg_id, latents in chosen.items():
         subjects[leg_id] = []
         for latent in latents:
             positions, values = fired[leg_id, latent]
             activations = dense(positions, values, (n_sequences, context), length)
-            subjects[leg_id].append(draw(latent, pieces[distinct], activations[distinct], seed))
+            subjects[leg_id].append(draw(latent, pieces[distinct], activations[distinct], kept, seed))
     return subjects
 
 
 def firings(
     session: Session, sequences: np.ndarray, chosen: Mapping[str, Sequence[int]]
-) -> dict[tuple[str, int], Firings]:
+) -> tuple[dict[tuple[str, int], Firings], np.ndarray]:
     """Find where chosen latents of legs fire on sequences (N, C), and how strongly, by (leg, latent).
 
-    Takes one pass; only the firings of the chosen latents are kept, 12 bytes each.
+    Also returns the positions that dictionaries see. Takes one pass; only the firings of the chosen latents are held,
+    12 bytes each.
     """
     suite = session.suite
     parts: dict[tuple[str, int], list[Firings]] = {}
+    seen = [np.empty(0, dtype=np.int64)]
     dictionaries = {}
     for leg_id, latents in chosen.items():
         dictionaries[leg_id] = (suite.plan.leg(leg_id).site, suite[leg_id])
@@ -166,6 +171,8 @@ def firings(
 
     batches = encode_batches(session.plan, session.model, sequences, dictionaries, track=session.display.track)
     for batch in batches:
+        start = batch.first * sequences.shape[1]
+        seen.append(batch.spots.cpu().numpy() + start)
         for leg_id, latents in chosen.items():
             codes = batch.codes[leg_id]
             is_chosen = torch.zeros(codes.n_latents, dtype=torch.bool, device=codes.columns.device)
@@ -173,8 +180,7 @@ def firings(
             fires = is_chosen[codes.columns] & (codes.values > 0)
             columns = codes.columns[fires].cpu().numpy()
             values = codes.values[fires].float().cpu().numpy()
-            spots = batch.spots[codes.rows()[fires]].cpu().numpy()
-            positions = spots + batch.first * sequences.shape[1]
+            positions = batch.spots[codes.rows()[fires]].cpu().numpy() + start
             for latent in np.unique(columns).tolist():
                 of_latent = columns == latent
                 parts[leg_id, latent].append((positions[of_latent], values[of_latent]))
@@ -184,7 +190,7 @@ def firings(
         positions = np.concatenate([part[0] for part in latent_parts])
         values = np.concatenate([part[1] for part in latent_parts])
         joined[key] = (positions, values)
-    return joined
+    return joined, np.concatenate(seen)
 
 
 def dense(positions: np.ndarray, values: np.ndarray, shape: tuple[int, int], length: int) -> np.ndarray:
