@@ -240,7 +240,7 @@ def test_the_recipes_own_l0_stands_for_a_site_and_others_are_named(whole: Path) 
     assert suite.leg("2").id == "L2-from-L1"
     assert [leg.id for leg in suite.one_per_site][:4] == ["L0-from-L1", "L1", "L2-from-L1", "L0.mlp_out-from-L1"]
     assert suite.successor(suite.leg("L1")) is None
-    with pytest.raises(RunDirectoryError, match="none of L0 5"):
+    with pytest.raises(RunDirectoryError, match="none with 5 active latents"):
         suite[Site(1), 5]
 
 
@@ -293,7 +293,7 @@ def test_another_runs_saes_are_continued_tier_by_tier(whole: Path, tmp_path: Pat
 
 def test_a_run_that_lacks_what_is_continued_is_refused(whole: Path, facts: ModelFacts) -> None:
     for keys, said in (
-        ({"dictionary": {"k": 5}}, "no SAE at L0 of L0 5"),
+        ({"dictionary": {"k": 5}}, "no SAE at L0 with 5 active latents, only with"),
         ({"sites": {"module": ["attn_out"]}}, r"no SAE at L0\.attn_out"),
     ):
         asked = {**keys, "plan": {"parents": str(whole)}}
@@ -364,7 +364,7 @@ def test_the_overview_draws_the_suites_tier_whether_there_are_one_or_several_kin
 def test_final_legs_stand_kind_by_kind_and_the_suites_tier_first(summary: Summary) -> None:
     assert [leg.id for leg in summary.final_legs][:4] == ["L0-from-L1", "L0-from-L1-k4", "L0-from-L1-k16", "L1"]
     assert [leg.kind for leg in summary.final_legs] == [kind for kind in KINDS for _ in range(9)]
-    assert labels.place_name(summary, summary.leg("L1.mlp_out-k4")) == "layer 1, mlp_out, L0 4"
+    assert labels.place_name(summary, summary.leg("L1.mlp_out-k4")) == "layer 1, mlp_out, 4 active latents"
     assert labels.place_name(summary.of_kind(), summary.leg("L1")) == "layer 1"
 
 
@@ -373,7 +373,7 @@ def test_the_quality_table_has_a_heading_for_each_kind(summary: Summary) -> None
     console.print(quality_table(summary))
     lines = [line.split() for line in console.export_text().splitlines()]
     assert [line[0] for line in lines if len(line) == 1] == KINDS
-    assert "L1.mlp_out at L0 4" in " ".join(" ".join(line) for line in lines)
+    assert "1 copy with 4 active latents " in " ".join(" ".join(line) for line in lines)
     console.print(quality_table(summary.of_kind()))
     assert "mlp_out" not in console.export_text()
 

@@ -102,7 +102,7 @@ def _continuing_legs(
     for layer in layers:
         if (kind, layer, own) not in parents:
             others = [f"{l0:g}" for of_kind, at, l0 in parents if (of_kind, at) == (kind, layer) and l0]
-            at_l0 = f" of L0 {own:g}, only of {', '.join(others)}" if own and others else ""
+            at_l0 = f" with {own:g} active latents, only with {', '.join(others)}" if own and others else ""
             raise PlanError(
                 f"plan.parents: {recipe.plan.hop.parents} has no SAE at {kind.leg_name(layer)}{at_l0}; set "
                 "sites and dictionary.k to those of that run"

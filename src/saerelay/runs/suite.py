@@ -127,7 +127,7 @@ class PublishedSuite:
         if self.plan.continues(leg):
             return f"{self.made(self.plan.first_of(leg))}, continued"
         if self.plan.stays_as(leg) == "tier":
-            return f"{leg.parent} at L0 {leg.dictionary.l0:g}"
+            return copy_of_tier(leg)
         return f"{method_of(leg, method)} from {leg.parent}"
 
     def successor(self, leg: Leg) -> Leg | None:
@@ -231,7 +231,7 @@ class PublishedSuite:
             sites = ", ".join(str(each) for each in self.sites) or "none"
             raise RunDirectoryError(f"{root}: no dictionary at {site}; the run has dictionaries at: {sites}")
         names = ", ".join(leg.id for leg in at_site)
-        of_tier = "" if k is None else f", and {len(final) or 'none'} of L0 {k:g}"
+        of_tier = "" if k is None else f", and {len(final) or 'none'} with {k:g} active latents"
         raise RunDirectoryError(f"{root}: {len(at_site)} legs at {site}{of_tier}: {names}; name one by its id")
 
     def leg(self, name: str | int | Site) -> Leg:
@@ -294,6 +294,11 @@ def _direction(source: int, target: int) -> Origin:
     if source == target:
         return "same layer"
     return "from below" if source < target else "from above"
+
+
+def copy_of_tier(leg: Leg) -> str:
+    """How a leg of another tier was made: "copy with 16 active latents"."""
+    return f"copy with {leg.dictionary.l0:g} active latents"
 
 
 def method_of(leg: Leg, chosen: str | None = None) -> str:

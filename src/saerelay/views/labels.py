@@ -149,12 +149,12 @@ def made(summary: Summary, leg: LegSummary) -> str:
 
 
 def place_name(summary: Summary, leg: LegSummary) -> str:
-    """Return a leg's place in words: "layer 4", with its kind and its L0 if the run has several."""
+    """Return a leg's place in words: "layer 4", with its kind and its active latents if the run has several."""
     name = f"layer {leg.layer}"
     if len(summary.kinds) > 1:
         name += f", {leg.kind}"
     if summary.is_other_tier(leg):
-        name += f", L0 {leg.target_l0:g}"
+        name += f", {leg.target_l0:g} active latents"
     return name
 
 

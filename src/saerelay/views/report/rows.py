@@ -7,7 +7,7 @@ from saerelay.planning.leg import Leg
 from saerelay.planning.leg_spec import ControlKind
 from saerelay.planning.plan import Plan
 from saerelay.runs.documents.quality import LegSummary, Summary
-from saerelay.runs.suite import method_of
+from saerelay.runs.suite import copy_of_tier, method_of
 from saerelay.spec import format_count
 from saerelay.views.labels import ROLES, leading_metric, made, seeds_label, spread_cells
 from saerelay.views.tables.plan import learning_rate
@@ -198,7 +198,7 @@ def _branch(plan: Plan, leg: Leg, depth: int) -> list[PlanRow]:
 def _plan_row(plan: Plan, leg: Leg, depth: int) -> PlanRow:
     how = method_of(leg) or "from scratch"
     if plan.stays_as(leg) == "tier":
-        how = f"copy at L0 {leg.dictionary.l0:g}"
+        how = copy_of_tier(leg)
     return PlanRow(
         id=leg.id,
         depth=depth,

@@ -64,7 +64,7 @@ interface Leg {
   id: string;
   layer: number;
   kind: string;
-  /** In words: its layer, and its kind and its L0 where the run has several. */
+  /** In words: its layer, and its kind and its number of active latents where the run has several. */
   place: string;
   role: "root" | "transfer" | "control";
   control_of: string | null;

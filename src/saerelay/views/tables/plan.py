@@ -126,7 +126,7 @@ def learning_rate(leg: Leg) -> str:
 
 def _role(plan: Plan, leg: Leg) -> str:
     if plan.stays_as(plan.first_of(leg)) == "tier":
-        return f"tier (L0 {leg.dictionary.l0:g})"
+        return f"tier ({leg.dictionary.l0:g} active)"
     if leg.control_kind is None:
         return leg.role
     return f"control ({leg.control_kind.replace('_', ' ')})"
