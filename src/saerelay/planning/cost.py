@@ -3,12 +3,21 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import Leg
 from saerelay.planning.plan import Plan
-from saerelay.sae.spec import Method, SizedDictionarySpec, takes_sparse_step
+from saerelay.sae.spec import (
+    L0_ROWS,
+    REFIT,
+    TRIAL,
+    TRIAL_ROWS,
+    Method,
+    SizedDictionarySpec,
+    Solver,
+    takes_sparse_step,
+)
 from saerelay.spec import Spec
 
 
@@ -51,22 +60,6 @@ def step_flops(dictionary: SizedDictionarySpec, facts: ModelFacts, width: int, w
     return encoder + active + skip, dense
 
 
-class Solver(NamedTuple):
-    """How the normal equations of a refit are solved."""
-
-    direct_latents: int
-    """Largest number of latents for which they are factored."""
-    iterations: int
-    """Largest number of iterations for wider dictionaries."""
-
-
-REFIT = Solver(direct_latents=16_384, iterations=200)
-TRIAL = Solver(direct_latents=8_192, iterations=20)
-"""The refit of a trial (`sae.trials`), which is rougher."""
-TRIAL_ROWS = (8_192, 32_768)
-"""Least and largest number of rows that a trial uses, if the block has as many."""
-
-
 def moments_flops(width: int, tokens: int) -> float:
     """Return the operations of the moments of two sites of one width on some tokens: (2·width)² products."""
     return tokens * 8.0 * width**2
@@ -104,8 +97,7 @@ def fit_flops(leg: Leg, facts: ModelFacts, block_tokens: int) -> float:
     if leg.method == "auto":
         # Every map is tried and, if the leg is to be trained, a random dictionary (decision 032).
         n_trials = len(get_args(Method)) + int(leg.budget_tokens > 0)
-        least, most = TRIAL_ROWS
-        rows = min(most, block_tokens, max(least, leg.refit_tokens))
+        rows = min(TRIAL_ROWS, block_tokens, max(L0_ROWS, leg.refit_tokens))
         flops += n_trials * refit_flops(leg.dictionary, width, width_out, rows, TRIAL)
     if leg.refit_tokens:
         flops += refit_flops(leg.dictionary, width, width_out, leg.refit_tokens)

@@ -14,9 +14,7 @@ from saerelay.sae.dictionary import ROWS_AT_ONCE, Dictionary, unit_decoder
 from saerelay.sae.kernels import Codes, join_codes, latent_sums, products, reconstruct
 from saerelay.sae.maps import affine
 from saerelay.sae.moments import Moments
-
-DIRECT_LATENTS = 16_384
-"""Refits of up to this many latents factor their normal equations (1 GiB); larger refits iterate."""
+from saerelay.sae.spec import REFIT
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +63,8 @@ def refit(
     *,
     target: Iterable[Tensor] | None = None,
     direct: bool | None = None,
-    tolerance: float = 1e-3,
-    max_iterations: int = 200,
+    tolerance: float = REFIT.tolerance,
+    max_iterations: int = REFIT.iterations,
 ) -> Dictionary:
     """Refit a dictionary's decoder on activations x, batches (B, D), by ridge towards the decoder it has.
 
@@ -114,7 +112,7 @@ def refit(
 
     equations = _normal_equations(join_codes(batches), products_sum, residual_sum, ridge)
     if direct is None:
-        direct = dictionary.n_latents <= DIRECT_LATENTS
+        direct = dictionary.n_latents <= REFIT.direct_latents
     change = equations.solve_directly() if direct else equations.solve_iteratively(tolerance, max_iterations)
     changed = replace(
         dictionary,

@@ -1,8 +1,8 @@
-"""Specifications of dictionaries, and the names of transfer methods. Pure Python."""
+"""Specifications of dictionaries, the names of transfer methods, and how much work a transfer takes. Pure Python."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -17,6 +17,26 @@ LegMethod = MethodOrAuto | Literal["random"]
 """`random`: no map, but a random dictionary in the place of the parent's; for controls."""
 WITHOUT_MAP: tuple[LegMethod, ...] = ("identity", "random")
 """Methods that need no fitted map."""
+
+
+class Solver(NamedTuple):
+    """How the normal equations of a refit are solved."""
+
+    direct_latents: int
+    """Largest number of latents for which they are factored (1 GiB for 16384); wider dictionaries iterate."""
+    tolerance: float
+    """Iterations stop at residuals of this share of the right-hand side ..."""
+    iterations: int
+    """... and after this many at the latest."""
+
+
+REFIT = Solver(direct_latents=16_384, tolerance=1e-3, iterations=200)
+TRIAL = Solver(direct_latents=8_192, tolerance=0.05, iterations=20)
+"""The refit of a trial (`trials`), which is rougher: to factor takes a third of the time of a few iterations."""
+TRIAL_ROWS = 32_768
+"""Largest number of rows that a trial uses; a quarter of them is held out."""
+L0_ROWS = 8_192
+"""Rows on which L0 is measured and set: the least that a hop reads."""
 
 
 class AnyDictionarySpec(Spec):

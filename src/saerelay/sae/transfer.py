@@ -29,10 +29,9 @@ from saerelay.sae.maps import AffineMap
 from saerelay.sae.quality import fvu
 from saerelay.sae.refit import refit, refit_skip
 from saerelay.sae.reshape import Shape, reshape, revive
+from saerelay.sae.spec import L0_ROWS
 from saerelay.sae.units import Units
 
-L0_ROWS = 8_192
-"""Rows on which L0 is measured and set."""
 REFIT_GAIN = 0.15
 """The least share of FVU that a refit must gain at the site its dictionary was trained at: a gain of a tenth holds only
 for the documents of the rows, and is lost on others (decision 025)."""

@@ -13,8 +13,8 @@ from saerelay.sae.dictionary import Dictionary, match_l0
 from saerelay.sae.initialise import initialise
 from saerelay.sae.maps import AnyMoments, map_between
 from saerelay.sae.quality import MEASURE_BALANCE, fvu
-from saerelay.sae.spec import Method, SizedDictionarySpec
-from saerelay.sae.transfer import L0_ROWS, Retraining, carry, refit_on
+from saerelay.sae.spec import L0_ROWS, TRIAL, TRIAL_ROWS, Method, SizedDictionarySpec
+from saerelay.sae.transfer import Retraining, carry, refit_on
 from saerelay.sae.units import Balance, Units
 
 RANDOM = "random"
@@ -23,10 +23,6 @@ REGRESSION_HANDICAP = 1.05
 """Factor on a regression's FVU where methods are compared: a regression shrinks what it explains badly towards the
 mean, which costs the model more than FVU says. Where rotation and regression were this close, the rotation always had
 the lower ΔCE (decision 032)."""
-TRIAL_ROWS = 32_768
-"""Largest number of rows that a trial uses; a quarter of them is held out."""
-DIRECT_LATENTS = 8_192
-"""Trials of up to this many latents factor their normal equations: a third of the time of a few iterations."""
 
 
 @torch.no_grad()
@@ -60,11 +56,11 @@ def try_methods(
     in_units = on.normalised(units)
     fitted = in_units.at(slice(0, n_fitted))
     unseen = in_units.at(slice(n_fitted, None))
-    direct = dictionary.n_latents <= DIRECT_LATENTS
+    direct = dictionary.n_latents <= TRIAL.direct_latents
     measure_balance = MEASURE_BALANCE if units.out.is_balanced else 0.0
 
     def fvu_once_refitted(candidate: Dictionary) -> float:
-        how = {"direct": direct, "tolerance": 0.05, "max_iterations": 20}
+        how = {"direct": direct, "tolerance": TRIAL.tolerance, "max_iterations": TRIAL.iterations}
         refitted = refit_on(candidate, fitted.rows, fitted.target, **how)
         return fvu(refitted, unseen.rows, measure_balance, target=unseen.target)
 

@@ -26,9 +26,9 @@ from saerelay.sae.maps import (
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
-from saerelay.sae.spec import Method
+from saerelay.sae.spec import L0_ROWS, Method
 from saerelay.sae.threads import side_by_side
-from saerelay.sae.transfer import L0_ROWS, Retraining, carry
+from saerelay.sae.transfer import Retraining, carry
 from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.sae.units import Units
 from saerelay.site import Site

@@ -23,8 +23,8 @@ from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import HopFacts, PhaseSeconds, ReadPositions, RunCost
 from saerelay.runs.state import truncate_metrics
 from saerelay.sae.quality import fvu, mean_l0
+from saerelay.sae.spec import L0_ROWS
 from saerelay.sae.threads import side_by_side
-from saerelay.sae.transfer import L0_ROWS
 from saerelay.site import Site
 from saerelay.team import Team
 from saerelay.training.engine import Trainee

@@ -34,9 +34,9 @@ from saerelay.sae.layer_normed import LayerNormed
 from saerelay.sae.maps import map_between, rate_share, unexplained
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
-from saerelay.sae.spec import Method, MethodOrAuto
-from saerelay.sae.transfer import L0_ROWS, Retraining, carry
-from saerelay.sae.trials import RANDOM, TRIAL_ROWS, try_methods
+from saerelay.sae.spec import L0_ROWS, TRIAL_ROWS, Method, MethodOrAuto
+from saerelay.sae.transfer import Retraining, carry
+from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.site import Site
 from saerelay.training.state import balance_of, units_of
 from saerelay.workflows.activations import tokenise

@@ -23,8 +23,8 @@ from saerelay.sae.maps import AnyMoments, PairedMoments, map_between, rate_share
 from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
-from saerelay.sae.spec import DictionarySpec, Method, SizedDictionarySpec
-from saerelay.sae.transfer import L0_ROWS, Retraining, carry
+from saerelay.sae.spec import L0_ROWS, DictionarySpec, Method, SizedDictionarySpec
+from saerelay.sae.transfer import Retraining, carry
 from saerelay.sae.trials import RANDOM, try_methods
 from saerelay.site import Site
 from saerelay.spec import Auto
