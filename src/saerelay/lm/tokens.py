@@ -8,6 +8,11 @@ from saerelay.lm.source import TOKENIZER_REMEDY, loading, locate, read_config, w
 from saerelay.planning.recipe import ModelSpec
 
 
+def has_vocabulary(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows more than special tokens; AutoTokenizer makes one up if there are no files."""
+    return len(tokenizer) > len(tokenizer.added_tokens_decoder)
+
+
 @without_collection()
 def load_tokenizer(spec: ModelSpec) -> Any:
     """Load the model's fast tokenizer.
@@ -34,9 +39,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
             # This is all that the package `tokenizers` raises for a file that it cannot read.
             raise ModelError(f'"{spec.name}": its tokenizer.json cannot be read ({error}); restore the file.') from None
 
-    # For a model without tokenizer files, AutoTokenizer makes a tokenizer that knows special tokens only.
-    has_vocabulary = len(tokenizer) > len(tokenizer.added_tokens_decoder)
-    if not has_vocabulary or not tokenizer.is_fast:
+    if not has_vocabulary(tokenizer) or not tokenizer.is_fast:
         raise ModelError(f'"{spec.name}" has no fast tokenizer. {TOKENIZER_REMEDY}')
     return tokenizer
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from saerelay.analysis.suite import Suite
 from saerelay.errors import DataError, ModelError, RecipeError
 from saerelay.files import read_json, replacing, write_json
+from saerelay.lm.tokens import has_vocabulary
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.rank import in_team
@@ -162,6 +163,7 @@ def _own_tokenizer(model: Any) -> Any:
     name = model.config.name_or_path
     commit = getattr(model.config, "_commit_hash", None)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=commit) if name else None
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit) if name else None
     except (OSError, ValueError):
         return None
+    return tokenizer if tokenizer is not None and has_vocabulary(tokenizer) else None
