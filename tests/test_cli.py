@@ -98,7 +98,7 @@ CASES = {
     "unknown section": ("[evaluate]", "[evalute]", r'unknown key "evalute"; did you mean "evaluate"'),
     "wrong type": ('root_tokens = "8k"', 'root_tokens = "eight"', r'"eight" is not a valid count'),
     "layer out of range": ("[data]", "[sites]\nlayers = [0, 3]\n[data]", r"layer 3 is out of range: .* has layers 0 to 2"),
-    "unknown module": ("[data]", '[sites]\nmodule = "mlp"\n[data]', r"sites.module: Input should be 'resid_post'"),
+    "unknown module": ("[data]", '[sites]\nmodule = "mlp"\n[data]', r"sites.module: must be 'resid_post'"),
     "k too large": ("k = 4", "k = 65", r"dictionary.k is 65 but there are only 64 latents"),
     "model missing": ("/model", "/modle", r"modle: no such directory"),
     "context too long": ("context = 16", "context = 128", r"takes at most 64 tokens"),

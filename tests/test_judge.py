@@ -310,10 +310,10 @@ def test_scores_join_answers_with_origins(suite: Suite, tmp_path: Path) -> None:
     ("change", "error", "says"),
     [
         ({"page": "0123456789ab"}, RunDirectoryError, "page 0123456789ab, .* not in this run .*: [0-9a-f]{12}$"),
-        ({"page": "../../secret"}, RecipeError, "page: String should match pattern"),
+        ({"page": "../../secret"}, RecipeError, "page: must match pattern"),
         ({"answers": {"9": "yes"}}, RunDirectoryError, "has an answer for item 9, but page .* has items 1 to 8"),
-        ({"answers": {"1": "perhaps"}}, RecipeError, "answers.1: Input should be 'yes', 'no' or 'skip'"),
-        ({"schema": 2}, RecipeError, "schema: Input should be 1"),
+        ({"answers": {"1": "perhaps"}}, RecipeError, "answers.1: must be 'yes', 'no' or 'skip'"),
+        ({"schema": 2}, RecipeError, "schema: must be 1"),
         ({"origin": "forward"}, RecipeError, 'unknown key "origin"'),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_hop_goes_to_the_kind_that_its_source_is_of() -> None:
     ("sections", "said"),
     [
         ({"sites": {"module": []}}, "empty list"),
-        ({"sites": {"module": ["mlp_out", "mlp_out"]}}, "names a kind twice"),
+        ({"sites": {"module": ["mlp_out", "mlp_out"]}}, "is listed twice in .*name it once"),
         ({"sites": {"module": ["mlp"]}}, "'transcoder'"),
         ({"sites": {"module": ["mlp_in"], "module_out": "mlp_out"}}, 'name MLP transcoders "transcoder"'),
         ({"plan": {"tiers": [0]}}, "plan.tiers"),

@@ -347,11 +347,6 @@ def test_equal_tokens_count_repetitions(facts: ModelFacts) -> None:
     assert plan.leg("L1-scratch-equal").budget_tokens == transfer.moment_tokens + 1024
 
 
-def test_a_control_named_twice_is_trained_once(facts: ModelFacts) -> None:
-    plan = compiled(facts, plan={"controls": [1, 1], "control_kinds": ["full", "full"]})
-    assert [leg.id for leg in plan.legs if leg.control] == ["L1-scratch-full"]
-
-
 def test_layers_of_different_widths_cannot_share_a_leg(facts: ModelFacts) -> None:
     widths = facts.sites.changed(widths={"attn_z": [24, 24, 16, 24, 24, 24]})
     leg = {"id": "a", "layer": 1, "module": "attn_z", "tokens": 4096, "shared_layers": [0, 2]}

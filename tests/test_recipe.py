@@ -3,6 +3,7 @@
 import math
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -88,13 +89,62 @@ def test_errors_name_the_key_and_the_remedy() -> None:
     assert "sites.module" in error_of({"sites": {"module": "resid"}}) and "'resid_post'" in error_of(
         {"sites": {"module": "q"}}
     )
-    assert "sites.layers: Input should be 'all' (found '4-7'); or a list" in error_of({"sites": {"layers": "4-7"}})
+    assert "sites.layers: must be 'all', or a list, in [ ] (found '4-7')" in error_of({"sites": {"layers": "4-7"}})
     assert '"5 mil" is not a valid count' in error_of({"plan": {"root_tokens": "5 mil"}})
     assert "dataset and text are given; keep one" in error_of({"data": {"dataset": "a", "text": ["b"]}})
     assert 'plan.legs.0.layers"; did you mean "layer"?' in error_of(
         {"plan": {"legs": [{"id": "a", "layers": 1, "tokens": 5}]}}
     )
     assert "plan.legs.0.id" in error_of({"plan": {"legs": [{"id": "../x", "layer": 1, "tokens": 5}]}})
+
+
+ODD: list[tuple[str, str, Any, str]] = [
+    ("sites", "layers", [3, 3], "sites.layers: 3 is listed twice in [3, 3]; name it once"),
+    ("sites", "layers", [0.5], "sites.layers.0: must be a whole number (found 0.5)"),
+    ("sites", "layers", {"a": 1}, "sites.layers: must be 'all', or a list, in [ ] (found a table)"),
+    ("sites", "layers", [True], "sites: layers must be a whole number (found [true])"),
+    (
+        "sites",
+        "module",
+        ["mlp_in", "mlp_in"],
+        "sites.module: 'mlp_in' is listed twice in ['mlp_in', 'mlp_in']; name it",
+    ),
+    ("plan", "tiers", [4, 4], "plan.tiers: 4 is listed twice in [4, 4]; name it once"),
+    ("plan", "roots", [1, 1], "plan.roots: 1 is listed twice"),
+    ("plan", "controls", [1, 1], "plan.controls: 1 is listed twice"),
+    ("plan", "controls", "1", "plan.controls: must be a list, in [ ] (found '1')"),
+    ("plan", "legs", ["a"], "plan.legs.0: must be a table of keys (found 'a')"),
+    ("plan", "legs", [{"layer": 1, "tokens": 5}], "plan.legs.0.id: is missing"),
+    ("plan", "root_tokens", True, "plan: root_tokens must be a whole number (found true)"),
+    ("plan", "hop", {"method": "affine"}, "plan: hop is no key; write the keys of this table directly in the section"),
+    ("plan", "reuse", 10**6, "plan.reuse: must be less than or equal to 1000 (found 1000000)"),
+    ("dictionary", "activation", {"name": "topk"}, 'unknown key "dictionary.activation"; valid keys: architecture,'),
+    ("dictionary", "expansion", 1e300, "dictionary.expansion: must be less than or equal to 1000000"),
+    ("dictionary", "k", "eight", "dictionary.k: must be a whole number (found 'eight')"),
+    ("train", "lr", -1.0, "train.lr: must be greater than 0, or 'auto' (found -1.0)"),
+    ("train", "lr", math.nan, "train.lr: must be a finite number, or 'auto' (found nan)"),
+    ("train", "seeds", 10**9, "train.seeds: must be less than or equal to 1000"),
+    ("train", "seed", 10**23, "train.seed: must be less than or equal to"),
+    (
+        "train",
+        "batch_tokens",
+        "lots",
+        '"lots" is not a valid count; write a number, or one with k, M or B: "250k", "50M"',
+    ),
+    ("model", "name", "", "model.name: must have at least 1 character (found '')"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value", "told"), ODD)
+def test_odd_values_get_one_line_that_names_the_key(section: str, key: str, value: Any, told: str) -> None:
+    message = error_of({section: {key: value}})
+    assert message.startswith("run.toml: ") and told in message and "\n" not in message
+    for word in ("Input", "Spec", "constrained", "dictionary or instance"):  # the words of pydantic and of the code
+        assert word not in message
+
+
+def test_a_section_is_a_table() -> None:
+    assert error_of({"model": "demo"}) == "run.toml: model: must be a table of keys (found 'demo')"
 
 
 def test_recipe_files(tmp_path: Path) -> None:
@@ -137,7 +187,7 @@ def test_what_is_neither_a_share_nor_a_count(value: float) -> None:
     [("data", "block_tokens"), ("plan", "tier_tokens"), ("plan", "survey_tokens"), ("train", "dead_after")],
 )
 def test_no_count_is_negative(section: str, key: str) -> None:
-    assert f"{section}.{key}: Input should be greater than 0 (found -64)" in error_of({section: {key: -64}})
+    assert f"{section}.{key}: must be greater than 0, or 'auto' (found -64)" in error_of({section: {key: -64}})
 
 
 def test_every_dictionary_has_a_latent() -> None:

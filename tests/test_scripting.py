@@ -174,7 +174,7 @@ def test_a_hop_may_change_the_shape_and_refuses_what_does_not_fit(sae: sr.Dictio
         sr.hop(sae, torch.ones_like(x), x)
     with pytest.raises(DataError, match="hop: x_target: activations do not vary"):
         sr.hop(sae, x, torch.ones_like(x))
-    with pytest.raises(RecipeError, match="hop: method: Input should be"):
+    with pytest.raises(RecipeError, match="hop: method: must be"):
         sr.hop(sae, x, x, method="random")
     with pytest.raises(RecipeError, match="skip_connection belongs to transcoders; give a target"):
         sr.hop(sae, x, x, skip_connection=True)

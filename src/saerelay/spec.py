@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +29,14 @@ from saerelay.errors import RecipeError
 from saerelay.files import is_deep, read_json, read_text
 
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+
+
+def _is_count(annotation: Any) -> bool:
+    """Whether a type has whole numbers among its values, alone or in a list, and no truth values."""
+    kinds = [annotation]
+    for kind in kinds:
+        kinds += get_args(kind)
+    return int in kinds and bool not in kinds
 
 
 def parse_count(value: object) -> object:
@@ -92,6 +101,18 @@ Auto = Literal["auto"]
 Value = TypeVar("Value")
 OrAuto = Annotated[Value | Auto, BeforeValidator(lambda value: "auto" if value == 0 else value)]
 """A number or "auto"; recipes once wrote 0 for it."""
+
+
+def _no_twice(values: list[Value]) -> list[Value]:
+    """Raise ValueError if a list holds something twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} is listed twice in {values}; name it once")
+    return values
+
+
+Distinct = Annotated[list[Value], AfterValidator(_no_twice)]
+"""A list in which nothing occurs twice."""
 
 
 class Described(NamedTuple):
@@ -175,12 +196,23 @@ class Spec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_parts(cls, data: Any) -> Any:
-        """Put the keys of inline parts together."""
-        if not cls.inline or not isinstance(data, dict):
+        """Put the keys of inline parts together, and refuse true and false as numbers, as which Python would take them.
+
+        Zero in the place of a share means none of it, and so may false.
+        """
+        if not isinstance(data, dict):
+            return data
+        for name, field in cls.model_fields.items():
+            values = data[name] if isinstance(data.get(name), list) else [data.get(name)]
+            if any(isinstance(value, bool) for value in values) and _is_count(field.annotation):
+                raise ValueError(f"{name} must be a whole number (found {str(data[name]).lower()})")
+        if not cls.inline:
             return data
         rest = dict(data)
         for name in cls.inline:
-            if isinstance(rest.get(name), Spec | dict):  # constructed in code, from a finished part
+            if isinstance(rest.get(name), dict):
+                raise ValueError(f"{name} is no key; write the keys of this table directly in the section")
+            if isinstance(rest.get(name), Spec):  # constructed in code, from a finished part
                 continue
             part = cls.part(name, data)
             own = {key: rest.pop(key) for key in part.all_keys() if key in rest}
@@ -263,28 +295,57 @@ def _check_strings(data: Any, source: str, key: str = "") -> None:
         raise RecipeError(f"{source}: {key}: {data!r} has control characters in it. {_BACKSLASHES}")
 
 
+_IN_WORDS = {
+    "missing": "is missing",
+    "model_type": "must be a table of keys",
+    "dict_type": "must be a table of keys",
+    "list_type": "must be a list, in [ ]",
+    "tuple_type": "must be a list, in [ ]",
+    "string_type": "must be text, in quotes",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+}
+"""What is wrong, by pydantic's name for it; other messages of pydantic are used, from "Input should be" on."""
+
+_MEMBERS = re.compile(r"(constrained-)?(int|float|str|bool)|.*\[.*")
+"""The names that pydantic gives to the members of a union."""
+
+
 def _explain(cls: type[Spec], error: ValidationError, source: str) -> str:
     """Say what is wrong with each key, in our words, one line per key."""
-    problems: dict[str, str] = {}
+    wrong: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
     for item in error.errors():
-        key = _key_of(item["loc"])
-        if item["type"] == "extra_forbidden" or _is_name_of_part(cls, item):
-            problems[key] = f'unknown key "{key}"; {_nearest_key(cls, item["loc"])}'
+        location = _without_parts(cls, item["loc"])
+        key = _key_of(location)
+        if item["type"] == "extra_forbidden" or location != item["loc"] or _is_name_of_part(cls, item):
+            wrong[key] = [f'unknown key "{key}"; {_nearest_key(cls, location)}']
             continue
-        if key in problems:  # a value of a union type fails once for each member
-            if item["type"] == "literal_error":
-                problems[key] += f"; or write {item.get('ctx', {}).get('expected')}"
-            elif item["type"] == "list_type":
-                problems[key] += "; or a list"
-            continue
-
-        message = item["msg"].removeprefix("Value error, ")
-        where = f"{key}: " if key else ""
-        # A missing key has no value, and the value of a section is too long to be shown.
-        shows_value = item["type"] != "missing" and not isinstance(item["input"], dict)
-        found = f" (found {_shortened(repr(item['input']))})" if shows_value else ""
-        problems[key] = f"{where}{message}{found}"
-    return "\n".join(f"{source}: {problem}" for problem in problems.values())
+        message = _IN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        message = re.sub("^(Input|String) should ", "must ", message)
+        if item["type"] == "value_error":  # in our own words: the value has the type, and something else is wrong
+            wrong[key] = []
+        if wrong.get(key):  # a value of a union type fails once for each member
+            message = message.removeprefix("must be ")
+        wrong.setdefault(key, []).append(message)
+        given = item["input"]
+        if item["type"] == "value_error" and (isinstance(given, dict) or str(given) in message):
+            found[key] = ""  # the message shows it
+        elif item["type"] != "missing":
+            found[key] = f" (found {'a table' if isinstance(given, dict) else _shortened(repr(given))})"
+    lines = []
+    for key, messages in wrong.items():
+        if any(other.startswith(f"{key}.") for other in wrong):
+            continue  # one item of a list is wrong; the other members of the union are no matter
+        where = f"{key}: " if key and not messages[0].startswith("unknown key") else ""
+        lines.append(f"{source}: {where}{', or '.join(messages)}{found.get(key, '')}")
+    return "\n".join(lines)
 
 
 def _shortened(text: str) -> str:
@@ -293,8 +354,16 @@ def _shortened(text: str) -> str:
 
 def _key_of(location: tuple[int | str, ...]) -> str:
     """The dotted key of an error's location, without the names that pydantic gives to members of a union."""
-    members = ("int", "float", "str", "bool")
-    return ".".join(str(part) for part in location if part not in members and "[" not in str(part))
+    return ".".join(str(part) for part in location if not _MEMBERS.fullmatch(str(part)))
+
+
+def _without_parts(cls: type[Spec], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """An error's location, cut after the name of an inline part, which is a field in code but no key of a file."""
+    for n in range(1, len(location)):
+        section = _section(cls, location[:n])
+        if location[n - 1] in section.model_fields and location[n - 1] not in _valid_keys(cls, location[:n]):
+            return location[:n]
+    return location
 
 
 def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:

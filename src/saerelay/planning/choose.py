@@ -363,7 +363,7 @@ def written_out(recipe: Recipe, survey: Survey, choice: Choice) -> Recipe:
     for leg in choice.legs:
         most = min(slack * leg.tokens, max(leg.tokens, recipe.plan.root_tokens))
         legs.append(leg.changed(tokens=batch * math.ceil(most / batch)))
-    for layer in dict.fromkeys(recipe.plan.controls):
+    for layer in recipe.plan.controls:
         transfers = [leg for leg in legs if leg.layer == layer and leg.hop]
         if transfers:
             legs += control_legs(recipe, recipe.sites.first_kind.leg_name(layer), transfers)

@@ -130,15 +130,19 @@ def _check_layers(recipe: Recipe, facts: ModelFacts) -> list[int]:
     if recipe.sites.layers == "all":
         layers = list(range(facts.n_layers))
     else:
-        layers = sorted(set(recipe.sites.layers))
+        layers = sorted(recipe.sites.layers)
     if not layers:
         raise PlanError('sites.layers is empty; write "all" or a list such as [0, 1]')
-    named = {*layers, *recipe.plan.roots, *recipe.plan.controls}
+    named = {"sites.layers": layers, "plan.roots": recipe.plan.roots, "plan.controls": recipe.plan.controls}
     for leg in recipe.plan.legs:
-        named |= {leg.layer, *leg.shared_layers}
-    for layer in sorted(named):
-        if not 0 <= layer < facts.n_layers:
-            raise PlanError(f"layer {layer} is out of range: {facts.name} has layers 0 to {facts.n_layers - 1}")
+        named[f"leg {leg.id}"] = [leg.layer, *leg.shared_layers]
+    for where, of_key in named.items():
+        for layer in of_key:
+            if not 0 <= layer < facts.n_layers:
+                last = facts.n_layers - 1
+                raise PlanError(
+                    f"{where}: layer {layer} is out of range: {facts.name} has layers 0 to {last}; name some of these"
+                )
     return layers
 
 

@@ -36,7 +36,7 @@ def preset_legs(recipe: Recipe, layers: Sequence[int], parents: Mapping[Place, s
             suite = _continuing_legs(recipe, kind, layers, parents)
         legs += suite
         legs += _tier_legs(recipe, kind, suite, parents or {})
-        for layer in dict.fromkeys(plan.controls):
+        for layer in plan.controls:
             transfers = [leg for leg in suite if leg.layer == layer and leg.hop]
             legs += control_legs(recipe, kind.leg_name(layer), transfers)
     return legs
@@ -134,7 +134,7 @@ def _tier_legs(recipe: Recipe, kind: SiteKind, suite: Sequence[LegSpec], parents
         tokens = recipe.plan.transfer_tokens
     legs = []
     for leg in suite:
-        for k in sorted(set(tiers)):
+        for k in sorted(tiers):
             if k == own or leg.shared_layers:
                 continue
             hop = LegHop(parent=parents.get((kind, leg.layer, k), leg.id), method="identity")
@@ -154,7 +154,7 @@ def control_legs(recipe: Recipe, name: str, transfers: Sequence[LegSpec]) -> lis
         raise PlanError(f"plan.controls names {name}, which no transfer in this plan reaches; leave it out")
     transfer = transfers[0]
     legs = []
-    for kind in dict.fromkeys(recipe.plan.control_kinds):
+    for kind in recipe.plan.control_kinds:
         tokens = recipe.plan.root_tokens if kind == "full" else 0  # compiling settles "equal_tokens"
         hop = None
         if kind == "random":

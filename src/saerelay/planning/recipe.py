@@ -11,7 +11,7 @@ from saerelay.planning.facts import Precision
 from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import KindName, ModuleKind, SiteKind
-from saerelay.spec import Auto, Count, OrAuto, Spec, parse_count
+from saerelay.spec import MAX_COUNT, Auto, Count, Distinct, OrAuto, Spec, parse_count
 
 Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "shared", "paper", "auto"]
 
@@ -45,7 +45,7 @@ class ModelSpec(Spec):
     """The language model."""
 
     name: str = Field(
-        default="demo", description='hub id, local directory, GGUF file, or "demo" for the built-in model'
+        default="demo", min_length=1, description='hub id, local directory, GGUF file, or "demo" for the built-in model'
     )
     revision: str = Field(default="", description='hub branch, tag or commit; "" is the default branch')
     dtype: Literal["auto", Precision] = Field(
@@ -67,8 +67,8 @@ class ModelSpec(Spec):
 class SitesSpec(Spec):
     """Which activations get an SAE."""
 
-    layers: Literal["all"] | list[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
-    module: KindName | list[KindName] = Field(
+    layers: Literal["all"] | Distinct[int] = Field(default="all", description='"all", or a list such as [0, 3, 6]')
+    module: KindName | Distinct[KindName] = Field(
         default="resid_post",
         description="resid_post, resid_pre, mlp_in, mlp_out, attn_out, attn_z or transcoder (of the MLP); or a list of "
         "these: the plan is repeated for each of them, in one pass of the language model",
@@ -88,8 +88,6 @@ class SitesSpec(Spec):
                 f'module_out = "{self.module_out}" goes with one module; leave it out, and name MLP transcoders '
                 '"transcoder" in module'
             )
-        if isinstance(self.module, list) and len(set(self.module)) < len(self.module):
-            raise ValueError(f"module names a kind twice: {', '.join(self.module)}")
         return self
 
     @property
@@ -183,6 +181,7 @@ class HopSpec(Spec):
     reuse: int = Field(
         default=1,
         ge=1,
+        le=1000,
         description="how many times a transfer trains on each block: more samples from fewer tokens",
     )
 
@@ -190,7 +189,7 @@ class HopSpec(Spec):
 class TierSpec(Spec):
     """Further levels of sparsity (L0) at which the suite is published."""
 
-    tiers: list[Annotated[int, Field(ge=1)]] = Field(
+    tiers: Distinct[Annotated[int, Field(ge=1)]] = Field(
         default=[],
         description="further numbers of active latents, such as [16, 64]: for each of them, every SAE gets a copy that "
         "is trained further with that k",
@@ -243,7 +242,7 @@ class PlanSpec(Spec):
     stop: bool = Field(
         default=True, description="end a leg (the training of one SAE) that has a goal as soon as it reaches the goal"
     )
-    roots: list[int] = Field(default=[], description="layers trained from scratch; [] lets the preset choose")
+    roots: Distinct[int] = Field(default=[], description="layers trained from scratch; [] lets the preset choose")
     direction: Literal["auto", "forward", "backward", "both"] = Field(
         default="auto",
         description="alternate, paper: transfer forward (from the layer below), backward (from above), or both",
@@ -251,10 +250,10 @@ class PlanSpec(Spec):
     root_tokens: Count = Field(default=2_000_000, gt=0, description="training tokens of a root")
     transfer_tokens: Count = Field(default=250_000, ge=0, description="training tokens of a transfer; 0 is zero-shot")
     hop: HopSpec = HopSpec()
-    controls: list[int] = Field(
+    controls: Distinct[int] = Field(
         default=[], description="layers that also get controls, SAEs trained for comparison (see control_kinds)"
     )
-    control_kinds: list[ControlKind] = Field(
+    control_kinds: Distinct[ControlKind] = Field(
         default=["equal_tokens", "full"],
         description="from scratch on the tokens of the transfer (equal_tokens) or on root_tokens (full); or random: a "
         "random dictionary, refitted as after a hop",
@@ -337,9 +336,12 @@ class TrainSpec(Spec):
         default="auto",
         description='tokens without firing after which a latent is dead; "auto": min(10M, a fiftieth of the budget)',
     )
-    seed: int = Field(default=0, ge=0, description="every random choice follows from this seed")
+    seed: int = Field(default=0, ge=0, le=MAX_COUNT, description="every random choice follows from this seed")
     seeds: int = Field(
-        default=1, ge=1, description="train every leg with this many seeds (seed, seed + 1, ...), for error bars"
+        default=1,
+        ge=1,
+        le=1000,
+        description="train every leg with this many seeds (seed, seed + 1, ...), for error bars",
     )
     checkpoint_every: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
         default="auto", description='tokens between two saved states; "auto": as many as are trained in five minutes'
@@ -351,7 +353,7 @@ class TrainSpec(Spec):
         default="auto",
         description='legs wait while the training state would exceed this; "auto": 70 % of the device\'s memory',
     )
-    loggers: list[Literal["tensorboard", "wandb"]] = Field(
+    loggers: Distinct[Literal["tensorboard", "wandb"]] = Field(
         default=[], description="in addition to metrics.jsonl: tensorboard, wandb"
     )
 

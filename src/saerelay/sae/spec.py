@@ -130,6 +130,10 @@ class AnyDictionarySpec(Spec):
         return {"architecture": self.architecture, **data, **own}
 
 
+MAX_EXPANSION = 1e6
+"""Far above any sensible expansion, and small enough that the number of latents is still a count."""
+
+
 class DictionarySpec(AnyDictionarySpec):
     """What an SAE looks like, and how sparse it is.
 
@@ -140,7 +144,9 @@ class DictionarySpec(AnyDictionarySpec):
     12288
     """
 
-    expansion: float = Field(default=8, gt=0, description="latents per dimension of the model's activations ...")
+    expansion: float = Field(
+        default=8, gt=0, le=MAX_EXPANSION, description="latents per dimension of the model's activations ..."
+    )
     n_latents: OrAuto[Annotated[Count, Field(gt=0)]] = Field(
         default="auto", description='... or their number; "auto": by expansion'
     )
