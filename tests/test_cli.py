@@ -516,7 +516,16 @@ def test_auto_surveys_shows_writes_and_trains(place: Path, tmp_path: Path, capsy
     recipe, planned = changed(place, tmp_path, 'preset = "hub"', AUTO), tmp_path / "planned.toml"
     code, shown, stderr = call("plan", recipe, "--write", planned, **fixtures)
     assert code == 0 and all(len(line) <= 120 for line in shown.splitlines()), stderr
-    for part in ("survey", "pilot FVU", "predicted", "Basis: pilots of", "The survey took", "ratio", "Lower bound"):
+    for part in (
+        "survey",
+        "pilot FVU",
+        "predicted",
+        "extrapolated from the survey's pilots)",
+        "Basis: pilots of",
+        "The survey took",
+        "ratio",
+        "Lower bound",
+    ):
         assert part.lower() in " ".join(shown.split()).lower(), part
     assert "controls included" not in shown and "over 3 legs" in shown, "a budget is for the suite without its controls"
     samples = re.findall(r"SAEs train on +(\S+) activations|SAE samples +(\S+) ", shown)

@@ -16,7 +16,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import TRIAL
 from saerelay.site import Site, SiteKind
-from saerelay.views.tables.plan import plan_table
+from saerelay.views.tables.plan import plan_table, time_basis
 
 BASE: dict[str, Any] = {
     "data": {"context": 16, "block_tokens": 256},
@@ -59,9 +59,12 @@ def test_on_a_gpu_a_leg_takes_large_batches_where_it_still_takes_a_thousand_step
     assert batches["L0-from-L3"] == batches["L0-scratch-equal"] == 512
     assert plan.leg("L3").schedule.lr == auto_lr(facts.d_model, plan.leg("L3").budget_tokens, 4096)
     assert [column.header for column in plan_table(plan).columns][-1] == "batch"
+    slow_steps = "from the survey's pilots, whose steps take 512 tokens; with up to 4096 it may be less"
+    assert time_basis(plan) == slow_steps  # the time of a GPU's small step is no measure of that of its large ones
 
     on_cpu = compiled(facts, **open_recipe)
     assert {leg.schedule.batch_tokens for leg in on_cpu.legs} == {on_cpu.batch_tokens} == {512}
+    assert time_basis(on_cpu) == "from the survey's pilots"
     asked = compiled(facts.changed(device="cuda:0"), **(open_recipe | {"train": {"batch_tokens": 1024}}))
     assert {leg.schedule.batch_tokens for leg in asked.legs} == {1024}
 

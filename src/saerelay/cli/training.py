@@ -112,7 +112,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
     from saerelay.planning.cost import plan_cost
     from saerelay.planning.ranks import spread
     from saerelay.planning.toml import annotated_toml
-    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table
+    from saerelay.views.tables.plan import choice_lines, plan_facts, plan_table, survey_table, time_basis
     from saerelay.views.tables.savings import prices_of
     from saerelay.workflows.settle import plan_run
     from saerelay.workflows.survey import survey_once
@@ -137,7 +137,7 @@ def plan_auto(run: "Recipe", as_json: bool, write: Path | None, ranks: int) -> N
     tables = (survey_table(survey), plan_table(compiled, choice.reference), *choice_lines(survey, choice))
     predicted = plan_run(with_legs(run, survey, choice.legs))
     prices = prices_of(plan_cost(predicted.without_controls()), from_scratch, None)
-    print_all([*tables, plan_facts(predicted, choice.cost, seconds)])
+    print_all([*tables, plan_facts(predicted, choice.cost, seconds, time_basis(predicted))])
     print_savings(compiled, prices, shares)
 
 

@@ -5,6 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from saerelay.planning.batches import usual_batch
 from saerelay.planning.choose import Choice
 from saerelay.planning.cost import Cost
 from saerelay.planning.leg import Leg
@@ -132,8 +133,19 @@ def _role(plan: Plan, leg: Leg) -> str:
     return f"control ({leg.control_kind.replace('_', ' ')})"
 
 
-def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Table:
-    """Show the cost of a plan."""
+def time_basis(plan: Plan) -> str:
+    """Say what the time of a surveyed plan is extrapolated from.
+
+    On a GPU long legs take larger batches than the pilots, which take less time per token.
+    """
+    basis = "from the survey's pilots"
+    if plan.batch_tokens > usual_batch(plan.recipe):
+        basis += f", whose steps take {usual_batch(plan.recipe)} tokens; with up to {plan.batch_tokens} it may be less"
+    return basis
+
+
+def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None, basis: str = "from a few steps") -> Table:
+    """Show the cost of a plan; `basis` says what its time is extrapolated from."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("language model reads", f"{format_count(cost.lm_tokens)} tokens")
     legs = "1 leg" if len(plan.legs) == 1 else f"{len(plan.legs)} legs"
@@ -148,7 +160,7 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None) -> Tabl
         table.add_row(
             "time",
             f"{duration(seconds['total'])} on this machine (language model {duration(seconds['lm'])}, "
-            f"SAE steps {duration(seconds['steps'])}; extrapolated from a few steps)",
+            f"SAE steps {duration(seconds['steps'])}; extrapolated {basis})",
         )
     else:
         table.add_row("time", "not measured; --timing loads the model's weights and times a few steps")
