@@ -15,8 +15,8 @@ from saerelay.data.corpus import Corpus
 from saerelay.data.stream import LiveStream
 from saerelay.document import Document
 from saerelay.errors import DataError, RunDirectoryError
-from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.cost import disk_bytes, plan_cost
+from saerelay.planning.leg_spec import LegSpec
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec
 from saerelay.runs.directory import RunDirectory, read_plan
