@@ -11,7 +11,7 @@ import saerelay
 
 ROOT = Path(saerelay.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-GROUND = ("errors", "site", "spec", "files", "document", "hub", "module_names", "rank", "team", "demo")
+GROUND = ("errors", "site", "spec", "spec_errors", "files", "document", "hub", "module_names", "rank", "team", "demo")
 """Modules that everything stands on; they are not listed in ARROWS as targets."""
 
 ARROWS = {

@@ -26,7 +26,7 @@ from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import disk_bytes
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import External
-from saerelay.planning.legs import line_of
+from saerelay.planning.legs import parts_of
 from saerelay.planning.plan import Plan
 from saerelay.planning.presets import Place
 from saerelay.planning.recipe import Recipe
@@ -314,7 +314,7 @@ def _check_goals(plan: Plan, old: Plan, paths: RunDirectory) -> None:
         return
     reached = []
     for first in old.legs:
-        for before, leg in pairwise(line_of(first, plan.legs)):
+        for before, leg in pairwise(parts_of(first, plan.legs)):
             goal, goal_before = leg.goal.goal_fvu, before.goal.goal_fvu
             if old.has(leg.id) or not goal or not goal_before or goal < goal_before:
                 continue
