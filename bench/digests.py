@@ -148,7 +148,8 @@ def analyses(cli: Cli) -> list[Path]:
     """The hub with everything that is measured of a run."""
     if not (cli.folder / "hub").exists():
         train(cli, "hub", RUNS["hub"])
-    cli("eval", "hub", "--matrix", "--measures")
+    cli("matrix", "hub")
+    cli("measures", "hub")
     cli("report", "hub", "--quick")
     cli("circuits", "hub", "--task", "brackets", "--prompts", "20")
     return [cli.folder / "hub"]
