@@ -80,7 +80,7 @@ class Block:
             rows = self._kept(sites, start, start + n)
             yield {site: x.float() for site, x in rows.items()}
 
-    def target(self, leg: Leg, n: int = 32_768) -> Tensor | None:
+    def target(self, leg: Leg, n: int) -> Tensor | None:
         """The first n kept rows of the activations that a leg reconstructs, if it is a transcoder."""
         return self.rows(leg.site_out, n) if leg.is_transcoder else None
 
