@@ -32,7 +32,7 @@ import saerelay as sr
 from saerelay.analysis.logits import CleanStates
 from saerelay.analysis.metrics import batches, held_out
 from saerelay.data.corpus import Corpus
-from saerelay.data.stream import kept_positions
+from saerelay.data.kept import kept_positions
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.leg import Leg
 from saerelay.workflows.activations import open_stream

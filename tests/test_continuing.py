@@ -138,7 +138,7 @@ def test_controls_are_compared_with_what_continues_their_leg(suite: PublishedSui
         ("mapped", "best map + refit from L2, continued", True),
         ("hop-equal+4.61k", "from scratch, continued", False),
         ("wide", "identity + refit from L2", True),
-        ("tier+4.1k", "L2 at L0 8, continued", True),
+        ("tier+4.1k", "copy with 8 active latents, continued", True),
         ("own", "identity + refit from shared", True),
         ("tier-random", "random dictionary, refitted", False),
     ],
