@@ -37,6 +37,7 @@ def legs_of(n: int) -> list[dict[str, Any]]:
         {"id": "untrained", "layer": 2, "parent": "L2", "tokens": 0, "method": "random"},
         {"id": "wide", "layer": 2, "parent": "L2", "n_latents": 96, **copy},
         {"id": "jumprelu", "layer": 1, "parent": "hop", "architecture": "jumprelu", **copy},
+        {"id": "relu", "layer": 1, "parent": "hop", "architecture": "relu", **copy},
         {"id": "no-control", "layer": 1, "parent": "hop-full", **copy},
         {"id": "mlp", "layer": 2, "module": "mlp_out", "tokens": 1024, "parent": "L2"},
         {"id": "shared", "layer": 3, "tokens": 2048, "shared_layers": [4]},
@@ -57,12 +58,13 @@ STAYS: dict[str, tuple[Stay, str]] = {
     "mapped": ("continuation", "hop"),
     "wide": ("replacement", "wide"),
     "jumprelu": ("replacement", "jumprelu"),
+    "relu": ("replacement", "relu"),
     "own": ("replacement", "own"),
 }
 """Legs that stay at their parent's place: as what, and their first. All of these were written, not added later."""
 EXTENDED = ["L2", "hop", "hop-full", "hop-equal", "tier", "L2-seed1", "hop-seed1", "other", *INPUTS]
 FINAL = ["hop+4.1k", "hop-seed1+4.1k", "L2+4.1k", "L2-seed1+4.1k", "tier+4.1k", "other+4.1k", "other-seed1", "other+k8"]
-FINAL += ["copied", "mapped", "wide", "jumprelu", "untrained", "no-control", "own", "shared-4", "mlp"]
+FINAL += ["copied", "mapped", "wide", "jumprelu", "relu", "untrained", "no-control", "own", "shared-4", "mlp"]
 FINAL += [f"{leg_id}+4.1k" for leg_id in INPUTS]
 
 
@@ -139,6 +141,7 @@ def test_controls_are_compared_with_what_continues_their_leg(suite: PublishedSui
         ("hop-equal+4.61k", "from scratch, continued", False),
         ("wide", "identity + refit from L2", True),
         ("tier+4.1k", "copy with 8 active latents, continued", True),
+        ("relu", "identity + refit from hop", True),
         ("own", "identity + refit from shared", True),
         ("tier-random", "random dictionary, refitted", False),
     ],

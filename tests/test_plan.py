@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from saerelay.errors import ModelError, PlanError, RunDirectoryError
+from saerelay.errors import ModelError, PlanError, RecipeError, RunDirectoryError
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.cost import forward_flops, model_bytes, plan_cost, refit_flops, state_bytes
 from saerelay.planning.facts import ModelFacts
@@ -36,6 +36,16 @@ def compiled(
 
 def shape(plan: Plan) -> dict[str, str]:
     return {leg.id: leg.parent for leg in plan.legs}
+
+
+def test_a_plan_of_a_recipe_that_names_things_twice_is_read_as_if_it_named_them_once(facts: ModelFacts) -> None:
+    once = compiled(facts, sites={"layers": [1, 2]}, plan={"controls": [1], "tiers": [2], "preset": "backward"})
+    data = once.to_data()
+    data["recipe"]["sites"]["layers"] = [1, 2, 2]
+    data["recipe"]["plan"] |= {"controls": [1, 1], "tiers": [2, 2]}  # as recipes once could
+    assert Plan.from_data(data, source="plan.json") == once
+    with pytest.raises(RecipeError, match="2 is listed twice"):
+        compiled(facts, sites={"layers": [1, 2, 2]})
 
 
 def test_hub_takes_all_layers_straight_from_one_root(facts: ModelFacts) -> None:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from saerelay.errors import RunDirectoryError, SaeRelayError
 from saerelay.files import finite, read_json, reason, write_json
-from saerelay.spec import Spec
+from saerelay.spec import IN_DOCUMENT, Spec
 
 Measured = Annotated[float | None, BeforeValidator(finite)]
 """A measured number; None where it cannot be computed. NaN and infinities, which JSON does not have, become None."""
@@ -91,7 +91,7 @@ class Document(Record):
         """Return the document that JSON data hold; raise `ERROR`, which names `source`, if they do not fit the type."""
         fields = {key: value for key, value in data.items() if key != "schema"}
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate(fields, context=IN_DOCUMENT)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])

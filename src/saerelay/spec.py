@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
@@ -103,8 +104,14 @@ OrAuto = Annotated[Value | Auto, BeforeValidator(lambda value: "auto" if value =
 """A number or "auto"; recipes once wrote 0 for it."""
 
 
-def _no_twice(values: list[Value]) -> list[Value]:
+IN_DOCUMENT = "document"
+"""Context of validation in which a list may hold something twice, as recipes once could: it is then left out."""
+
+
+def _no_twice(values: list[Value], info: ValidationInfo) -> list[Value]:
     """Raise ValueError if a list holds something twice."""
+    if info.context == IN_DOCUMENT:
+        return list(dict.fromkeys(values))
     for value in values:
         if values.count(value) > 1:
             raise ValueError(f"{value!r} is listed twice in {values}; name it once")
@@ -195,7 +202,7 @@ class Spec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _gather_parts(cls, data: Any) -> Any:
+    def _gather_parts(cls, data: Any, info: ValidationInfo) -> Any:
         """Put the keys of inline parts together, and refuse true and false as numbers, as which Python would take them.
 
         Zero in the place of a share means none of it, and so may false.
@@ -218,7 +225,7 @@ class Spec(BaseModel):
             own = {key: rest.pop(key) for key in part.all_keys() if key in rest}
             # A file that has the name of a part as a key is wrong; `spec_errors.explain` says so.
             if own and name not in rest:
-                rest[name] = part.model_validate(own)
+                rest[name] = part.model_validate(own, context=info.context)
         return rest
 
     @model_serializer(mode="wrap")

@@ -158,9 +158,10 @@ class Leg(Spec):
 
         - "continuation": the same SAE, trained further: by an extension of the run or as a plan was written, however
           the copy was made, and however old the parent was. It takes the parent's place in the suite.
-        - "replacement": another SAE that takes this place: one with another architecture or number of latents, or the
-          layer's own copy of an SAE that several layers share.
-        - "tier": a copy at another L0, which stands beside its parent.
+        - "replacement": another SAE that takes this place: one with another architecture or number of latents, with or
+          without a skip connection, or the layer's own copy of an SAE that several layers share.
+        - "tier": a copy at another L0, which stands beside its parent. A ReLU SAE, whose L0 follows from its penalty,
+          is none.
 
         None is for legs at another site or of another kind (a transcoder beside an SAE), controls (except that a
         control, too, may be continued), repeats with another seed, and random dictionaries, which take nothing.
@@ -169,7 +170,7 @@ class Leg(Spec):
             return None
         if (self.site, self.kind, self.control) != (parent.site, parent.kind, parent.control):
             return None
-        if self.dictionary.l0 != parent.dictionary.l0:
+        if self.dictionary.l0 not in (None, parent.dictionary.l0):
             return "tier"
         same = self.dictionary == parent.dictionary and not parent.shared_layers
         return "continuation" if same else "replacement"
