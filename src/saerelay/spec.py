@@ -212,7 +212,7 @@ class Spec(BaseModel):
         for name, field in cls.model_fields.items():
             values = data[name] if isinstance(data.get(name), list) else [data.get(name)]
             if any(isinstance(value, bool) for value in values) and _is_count(field.annotation):
-                raise ValueError(f"{name} must be a whole number (found {str(data[name]).lower()})")
+                raise ValueError(f"{name} takes numbers, not true or false (found {str(data[name]).lower()})")
         if not cls.inline:
             return data
         rest = dict(data)
