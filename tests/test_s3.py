@@ -10,7 +10,7 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 from test_cache import SITES, place, recipe, rows, sequences  # noqa: F401  # fixtures among them
 
-from saerelay.data.remote_cache import open_cache
+from saerelay.data.remote_cache import RemoteCache, open_cache
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
 from saerelay.lm.model import LanguageModel
@@ -65,6 +65,22 @@ def test_a_bucket_that_is_not_there_is_refused_before_anything_is_computed(
     store: S3FileSystem,
 ) -> None:
     cache = open_cache(plan_run(recipe(place, "s3://mistyped/activations")))
-    with pytest.raises(DataError, match=r"data.cache = s3://mistyped/activations: .*there is no bucket mistyped"):
+    with pytest.raises(
+        DataError, match=r"data.cache = s3://mistyped/activations: .*there is no bucket or folder mistyped"
+    ):
         cache.check_room(1)
     assert not store.exists("mistyped")
+
+
+def test_a_bucket_that_one_may_write_to_but_not_ask_about_is_used(
+    place: Path,  # noqa: F811
+    store: S3FileSystem,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.mkdir("private")
+    cache = open_cache(plan_run(recipe(place, "s3://private/activations")))
+    assert isinstance(cache, RemoteCache)
+    monkeypatch.setattr(cache.files, "exists", lambda path: False)
+    monkeypatch.setattr(cache.files, "makedirs", lambda path, exist_ok: pytest.fail("it would create a bucket"))
+    cache.check_room(1)
+    assert store.glob("private/activations/*/about.json")

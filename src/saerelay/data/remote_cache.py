@@ -11,6 +11,7 @@ the requested sequences are read. C is the context, D the width of the activatio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,10 +95,10 @@ class RemoteCache(ActivationCache):
         if not needed:
             return
         with self._reaching():
-            bucket = self.root.partition("/")[0]  # "" where an address is a path from a root, such as sftp's
-            if bucket and not self.files.exists(bucket):  # some libraries would create it
-                raise FileNotFoundError(f"there is no bucket {bucket}")
-            self._put(f"{self.root}/about.json", json.dumps(self._identity, indent=1).encode())
+            try:
+                self._put(f"{self.root}/about.json", json.dumps(self._identity, indent=1).encode())
+            except FileNotFoundError:
+                raise FileNotFoundError(f"there is no bucket or folder {self._first_folder}") from None
 
     def _store(self, site: Site, tensors: dict[str, Tensor], sequences: list[int], checksums: list[int]) -> Any:
         """See `ActivationCache._store`: first the shard, then its manifest."""
@@ -112,9 +113,23 @@ class RemoteCache(ActivationCache):
 
     def _put(self, path: str, content: bytes) -> None:
         """Write a file that appears as a whole or not at all, if the store supports this."""
-        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if self._makes_folders:
+            self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         with self.files.transaction:
             self.files.pipe_file(path, content)
+
+    @property
+    def _first_folder(self) -> str:
+        """The bucket, in a store that has some; "" where an address is a path from a root, such as sftp's."""
+        return self.root.partition("/")[0]
+
+    @cached_property
+    def _makes_folders(self) -> bool:
+        """Whether to make folders: not in a bucket that cannot be seen, since some libraries would create it.
+
+        It may still be written to: a role that may only read and write objects may not ask about their bucket.
+        """
+        return not self._first_folder or self.files.exists(self._first_folder)
 
     def _scan(self, site: Site) -> dict[int, tuple[Any, int]]:
         """Shard and row of each sequence, from all manifests."""
