@@ -65,9 +65,7 @@ def test_a_bucket_that_is_not_there_is_refused_before_anything_is_computed(
     store: S3FileSystem,
 ) -> None:
     cache = open_cache(plan_run(recipe(place, "s3://mistyped/activations")))
-    with pytest.raises(
-        DataError, match=r"data.cache = s3://mistyped/activations: .*there is no bucket or folder mistyped"
-    ):
+    with pytest.raises(DataError, match=r"s3://mistyped/activations: .*there is no bucket or folder mistyped"):
         cache.check_room(1)
     assert not store.exists("mistyped")
 
