@@ -210,3 +210,16 @@ def test_activations_in_more_dimensions_are_refused_where_means_are_taken() -> N
             measure(random_dictionary("relu"), x)
     with pytest.raises(DataError, match="no activations"):
         match_l0(random_dictionary("relu"), x.flatten(0, 1)[:0], 3)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "gated"])
+def test_what_has_lost_its_threshold_does_not_pass_for_relu(architecture: str) -> None:
+    weights = {"W_enc": torch.eye(2), "b_enc": torch.zeros(2), "W_dec": torch.eye(2), "b_dec": torch.zeros(2)}
+    with pytest.raises(AssertionError, match=f"a {architecture} dictionary without its threshold"):
+        Dictionary(architecture=architecture, k=1, **weights).encode(torch.ones(1, 2))
+
+
+def test_relu_has_no_use_for_a_threshold() -> None:
+    weights = {"W_enc": torch.eye(2), "b_enc": torch.zeros(2), "W_dec": torch.eye(2), "b_dec": torch.zeros(2)}
+    sae = Dictionary(architecture="relu", threshold=torch.full((2,), 9.0), **weights)
+    assert torch.equal(sae.encode(torch.ones(1, 2)), torch.ones(1, 2))

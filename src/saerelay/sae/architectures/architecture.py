@@ -113,10 +113,11 @@ class Architecture(Spec):
     def activate(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
         """Codes z (..., F), non-negative and mostly zero, of pre-activations (..., F).
 
-        By default all that are positive, and above their latent's threshold if there are thresholds.
+        By default all that are positive and, if the architecture has thresholds, above their latent's threshold.
         """
-        if threshold is None:
+        if not self.has_threshold:
             return pre.relu()
+        assert threshold is not None, f"a {self.name} dictionary without its threshold"
         return pre.relu() * (pre > threshold)
 
     def encode_sparse(self, pre: Tensor, threshold: Tensor | None, ops: ModuleType) -> Codes:
