@@ -379,6 +379,11 @@ def test_a_plan_survives_its_file(facts: ModelFacts) -> None:
     assert Plan.from_data(json.loads(plan.to_json()), source="plan.json") == plan
 
 
+def test_a_time_in_nanoseconds_is_a_seed(facts: ModelFacts) -> None:
+    plan = compiled(facts, sites={"layers": [0]}, train={"seed": 1_790_000_000_123_456_789})
+    assert Plan.from_data(plan.to_data(), source="plan.json") == plan
+
+
 def test_legs_that_descend_from_one_another_are_a_damaged_plan(facts: ModelFacts) -> None:
     data = compiled(facts, plan={"preset": "forward"}, sites={"layers": [0, 1, 2]}).to_data()
     assert [leg["id"] for leg in data["legs"]] == ["L0", "L1-from-L0", "L2-from-L1"]

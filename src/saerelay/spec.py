@@ -87,6 +87,8 @@ def few_of(names: Iterable[str]) -> str:
 
 MAX_COUNT = 10**15
 """Far above any sensible count, and far below the point where arithmetic with floats and 64 bits goes wrong."""
+MAX_SEED = 2**63 - 1
+"""The largest seed: a time in nanoseconds is one."""
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(le=MAX_COUNT)]
 """A number of tokens (or of anything), possibly written "50M"."""

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from saerelay.sae.architectures import architecture_named
 from saerelay.sae.spec import LegMethod
 from saerelay.site import TRANSCODER, ModuleKind
-from saerelay.spec import MAX_COUNT, Count, OrAuto, Spec, parse_count
+from saerelay.spec import MAX_SEED, Count, OrAuto, Spec, parse_count
 
 
 def _share_or_count(value: object) -> object:
@@ -122,7 +122,7 @@ class LegSpec(Spec):
     """The module that a transcoder reconstructs. A leg without `module` and `module_out` takes both from the recipe."""
     tokens: Count = Field(ge=0)
     """Training tokens; 0 leaves a transfer untrained (the decoder may still be refitted)."""
-    seed: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     after: str = ""
     """The leg that must end before this one starts (without it, a leg from scratch starts at once)."""
     hop: LegHop | None = None

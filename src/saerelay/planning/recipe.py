@@ -11,7 +11,7 @@ from saerelay.planning.facts import Precision
 from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import KindName, ModuleKind, SiteKind
-from saerelay.spec import MAX_COUNT, Auto, Count, Distinct, OrAuto, Spec, parse_count
+from saerelay.spec import MAX_SEED, Auto, Count, Distinct, OrAuto, Spec, parse_count
 
 Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "shared", "paper", "auto"]
 
@@ -336,7 +336,7 @@ class TrainSpec(Spec):
         default="auto",
         description='tokens without firing after which a latent is dead; "auto": min(10M, a fiftieth of the budget)',
     )
-    seed: int = Field(default=0, ge=0, le=MAX_COUNT, description="every random choice follows from this seed")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="every random choice follows from this seed")
     seeds: int = Field(
         default=1,
         ge=1,
