@@ -246,6 +246,8 @@ def test_a_leg_that_reached_its_goal_is_not_trained_further_towards_it(auto: sr.
             settle.extended_plan(asked(goal), RunDirectory(tmp_path / "run"))
     for recipe in (asked(8.9), asked(None), asked(9.0, stop=False)):
         assert settle.extended_plan(recipe, RunDirectory(tmp_path / "run")).has("L0+16.4k")
+    with pytest.raises(RunDirectoryError, match="the recipe adds nothing .* add legs, layers or tokens"):
+        settle.extended_plan(asked(8.9, tokens=8192), RunDirectory(tmp_path / "run"))
     longer = sr.train_run(asked(8.9), tmp_path / "run", extend=True)
     assert longer.leg("L0").goal.predicted_fvu == 0.5 and longer.leg("L0+16.4k").goal.predicted_fvu is None
     with pytest.raises(RunDirectoryError, match=r"ended early: L0\+16.4k;"):

@@ -290,7 +290,8 @@ def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
     plan = plan_run(recipe, finished=old)
     _check_goals(plan, old, paths)
     if plan.legs == old.legs:
-        if plan_run(recipe).legs != old.legs:  # the run was extended by this recipe, perhaps just before a kill
+        # The run may have been extended by this recipe, perhaps just before a kill.
+        if plan_run(recipe).legs != old.legs and not _differences(old, recipe):
             return resumed_plan(recipe, paths)
         raise RunDirectoryError(
             f"{paths.root}: the recipe adds nothing to this run; add legs, layers or tokens to extend it"
