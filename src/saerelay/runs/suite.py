@@ -138,7 +138,9 @@ class PublishedSuite:
     @property
     def _continuations(self) -> dict[str, str]:
         """The ids of the legs that continue another one, by the id of that leg; the last of several."""
-        return {leg.parent: leg.id for leg in self.legs if self.plan.continues(leg)}
+        by_id = {leg.id: leg for leg in self.plan.legs}  # looked up for every leg: plans have hundreds
+        hops = [leg for leg in self.legs if leg.parent in by_id]
+        return {leg.parent: leg.id for leg in hops if leg.stays_as(by_id[leg.parent]) == "continuation"}
 
     def tokens_before(self, leg: Leg) -> int:
         """The number of tokens that the legs that a leg continues were trained on; 0 if it continues none."""
@@ -166,14 +168,16 @@ class PublishedSuite:
         place = (leg.site, leg.kind, leg.dictionary.l0)
         continuations = self._continuations
         for other in self.legs:
-            is_continued = other.id in continuations
-            one_repeats = self.plan.repeat_of(other) or self.plan.repeat_of(leg)
-            if is_continued or (one_repeats and other.seed != leg.seed):
+            may_be_control = other.control_kind in ("equal_tokens", "full")
+            may_be_root = (other.site, other.kind, other.dictionary.l0) == place and not other.shared_layers
+            if other.id in continuations or not (may_be_control or may_be_root):
                 continue
-            is_control = other.control_kind in ("equal_tokens", "full") and self.compared_with(other) == leg.id
-            is_root = self.plan.first_of(other).role == "root" and not other.shared_layers
-            is_at_its_place = (other.site, other.kind, other.dictionary.l0) == place
-            if is_control or (is_root and is_at_its_place):
+            one_repeats = self.plan.repeat_of(other) or self.plan.repeat_of(leg)
+            if one_repeats and other.seed != leg.seed:
+                continue
+            is_control = may_be_control and self.compared_with(other) == leg.id
+            is_root = may_be_root and self.plan.first_of(other).role == "root"
+            if is_control or is_root:
                 counterparts.append(other)
         return counterparts
 
