@@ -191,7 +191,10 @@ class Spec(BaseModel):
             parts.setdefault(part, {})[key] = value
         for part, values in parts.items():
             own[part] = getattr(self, part).changed(**values)
-        return self.model_copy(update=own)
+        copy = self.model_copy(update=own)
+        for name in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[name]  # a cached property, of the old values
+        return copy
 
     def described(self) -> Iterator[Described]:
         """Yield each key with its value and its meaning, including the keys of inline parts."""

@@ -7,6 +7,7 @@ share the language model's forward passes.
 
 import math
 from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar, Self
 
@@ -60,13 +61,18 @@ class Plan(Document):
 
     __str__ = __repr__
 
+    @cached_property
+    def _by_id(self) -> dict[str, Leg]:
+        """The legs by id; plans of hundreds of legs are asked for each of them again and again."""
+        return {leg.id: leg for leg in self.legs}
+
     def leg(self, leg_id: str) -> Leg:
         """Return the leg with an id."""
-        return next(leg for leg in self.legs if leg.id == leg_id)
+        return self._by_id[leg_id]
 
     def has(self, leg_id: str) -> bool:
         """Whether the plan has a leg with this id."""
-        return any(leg.id == leg_id for leg in self.legs)
+        return leg_id in self._by_id
 
     @property
     def n_tokens(self) -> int:
@@ -147,10 +153,9 @@ class Plan(Document):
 
     def line(self, leg: Leg) -> list[Leg]:
         """Return a leg and all that it descends from, up to the first; in a circle, more legs than the plan has."""
-        by_id = {leg.id: leg for leg in self.legs}
         line = [leg]
-        while line[-1].parent in by_id and len(line) <= len(by_id):
-            line.append(by_id[line[-1].parent])
+        while self.has(line[-1].parent) and len(line) <= len(self.legs):
+            line.append(self.leg(line[-1].parent))
         return line
 
     def stays_as(self, leg: Leg) -> Stay | None:

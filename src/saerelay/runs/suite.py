@@ -138,9 +138,7 @@ class PublishedSuite:
     @property
     def _continuations(self) -> dict[str, str]:
         """The ids of the legs that continue another one, by the id of that leg; the last of several."""
-        by_id = {leg.id: leg for leg in self.plan.legs}  # looked up for every leg: plans have hundreds
-        hops = [leg for leg in self.legs if leg.parent in by_id]
-        return {leg.parent: leg.id for leg in hops if leg.stays_as(by_id[leg.parent]) == "continuation"}
+        return {leg.parent: leg.id for leg in self.legs if self.plan.continues(leg)}
 
     def tokens_before(self, leg: Leg) -> int:
         """The number of tokens that the legs that a leg continues were trained on; 0 if it continues none."""
