@@ -208,17 +208,8 @@ class Spec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_parts(cls, data: Any, info: ValidationInfo) -> Any:
-        """Put the keys of inline parts together, and refuse true and false as numbers, as which Python would take them.
-
-        Zero in the place of a share means none of it, and so may false.
-        """
-        if not isinstance(data, dict):
-            return data
-        for name, field in cls.model_fields.items():
-            values = data[name] if isinstance(data.get(name), list) else [data.get(name)]
-            if any(isinstance(value, bool) for value in values) and _is_count(field.annotation):
-                raise ValueError(f"{name} takes numbers, not true or false (found {str(data[name]).lower()})")
-        if not cls.inline:
+        """Put the keys of inline parts together."""
+        if not cls.inline or not isinstance(data, dict):
             return data
         rest = dict(data)
         for name in cls.inline:
@@ -232,6 +223,21 @@ class Spec(BaseModel):
             if own and name not in rest:
                 rest[name] = part.model_validate(own, context=info.context)
         return rest
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_counts(cls, data: Any) -> Any:
+        """Refuse true and false as counts, as which Python would take them; pydantic calls this before the one above.
+
+        Zero in the place of a share means none of it, and so may false.
+        """
+        if not isinstance(data, dict):
+            return data
+        for name, field in cls.model_fields.items():
+            values = data[name] if isinstance(data.get(name), list) else [data.get(name)]
+            if any(isinstance(value, bool) for value in values) and _is_count(field.annotation):
+                raise ValueError(f"{name} takes numbers, not true or false (found {str(data[name]).lower()})")
+        return data
 
     @model_serializer(mode="wrap")
     def _spread_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -69,10 +69,9 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 
 def _without_parts(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """An error's location, cut after the name of an inline part, which is a field in code but no key of a file."""
+    """An error's location, cut after the name of an inline part."""
     for n in range(1, len(location)):
-        section = _section(cls, location[:n])
-        if location[n - 1] in section.model_fields and location[n - 1] not in _valid_keys(cls, location[:n]):
+        if _ends_with_part(cls, location[:n]):
             return location[:n]
     return location
 
@@ -87,12 +86,15 @@ def _nearest_key(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
 
 
 def _is_name_of_part(cls: type[BaseModel], item: Any) -> bool:
-    """Whether an error is about the name of an inline part, which is a field in code but no key of a file."""
+    """Whether an error is about the name of an inline part."""
     location = item["loc"]
-    if not location or isinstance(item["input"], dict):
-        return False
-    section = _section(cls, location)
-    return location[-1] in section.model_fields and location[-1] not in _valid_keys(cls, location)
+    return bool(location) and not isinstance(item["input"], dict) and _ends_with_part(cls, location)
+
+
+def _ends_with_part(cls: type[BaseModel], location: tuple[int | str, ...]) -> bool:
+    """Whether a location ends with the name of an inline part, which is a field in code but no key of a file."""
+    is_field = location[-1] in _section(cls, location).model_fields
+    return is_field and location[-1] not in _valid_keys(cls, location)
 
 
 def _valid_keys(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
