@@ -1,6 +1,6 @@
 """How a language model's logits follow from its last residual stream: found by a trial, then checked.
 
-In shapes: B sequences, C positions, D width of the residual stream, V vocabulary, N = B·C.
+Shapes: B sequences, C positions, D width of the residual stream, V vocabulary, N = B·C.
 """
 
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ _LEAST_CORRELATION = 0.99
 
 @torch.no_grad()
 def linear_readout(model: Any, last_layer: nn.Module, name: str) -> Tensor:
-    """The matrix that maps a direction of the last residual stream to its effect on each logit: float32 (V,D).
+    """The matrix that maps a direction of the last residual stream to its effect on each logit: float32 (V, D).
 
     Raises ModelError if logits are not a linear function of the normed residual stream, for example
     because a head has layers of its own in between.
@@ -67,7 +67,7 @@ class _EndOfForward:
     """What a forward does between its last layer and its logits."""
 
     stream: Tensor
-    """The last layer's output (B,C,D)."""
+    """The last layer's output (B, C, D)."""
     readers: list[_Passed]
     """The modules that read exactly this output and make a tensor of its shape; the last norm is one of them."""
     unembedded: list[_Passed]
@@ -124,7 +124,7 @@ def _same_order(scores: Tensor, logits: Tensor) -> bool:
 
 
 def _through_norm(W_U: Tensor, norm: nn.Module, x: Tensor, name: str) -> Tensor:
-    """An unembedding (V,D) with the norm before it folded in, checked by finite differences around rows x (N,D)."""
+    """An unembedding (V, D) with the norm before it folded in, checked by finite differences around rows x (N, D)."""
     signs = _signs(x)
     gain = (norm(signs) - norm(-signs)) / (2 * signs)  # half of the difference is free of the norm's bias
     without_mean = norm(signs)
@@ -143,7 +143,7 @@ def _through_norm(W_U: Tensor, norm: nn.Module, x: Tensor, name: str) -> Tensor:
 
 
 def _signs(x: Tensor) -> Tensor:
-    """A row (1,D) of alternating signs, with mean 0 and root mean square 1 (also if the width is odd).
+    """A row (1, D) of alternating signs, with mean 0 and root mean square 1 (also if the width is odd).
 
     A norm only multiplies it by its gain and adds its bias. So the gain can be measured, which is safer than to read
     it from the norm's weights: some norms store its distance from 1.
@@ -156,7 +156,7 @@ def _signs(x: Tensor) -> Tensor:
 
 
 def _small_steps(x: Tensor) -> Tensor:
-    """A small random step (N,D) from each row x (N,D), orthogonal to it and to the mean.
+    """A small random step (N, D) from each row x (N, D), orthogonal to it and to the mean.
 
     It changes nothing that a norm divides by.
     """

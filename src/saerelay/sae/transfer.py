@@ -180,8 +180,8 @@ def refit_on(dictionary: Dictionary, x: Tensor, target: Tensor | None, **how: An
     """
     if target is None:
         return refit(dictionary, x.split(ROWS_AT_ONCE), **how)
-    with_skip = refit_skip(dictionary, x, target)
-    return refit(with_skip, x.split(ROWS_AT_ONCE), target=target.split(ROWS_AT_ONCE), **how)
+    dictionary = refit_skip(dictionary, x, target)
+    return refit(dictionary, x.split(ROWS_AT_ONCE), target=target.split(ROWS_AT_ONCE), **how)
 
 
 def revive_and_refit(dictionary: Dictionary, on: Retraining) -> Dictionary | None:
