@@ -5,6 +5,7 @@ Constructing a spec validates it and does nothing else: it touches no file, no c
 
 import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -72,6 +73,15 @@ def format_count(n: int) -> str:
         if scaled >= 0.9995:
             return f"{scaled:.3g}{suffix}"  # 999,936 rounds to 1M, not to 1000k
     return str(n)
+
+
+def rounded_up(n: float, step: int) -> int:
+    """The least multiple of `step` that is not below n.
+
+    >>> rounded_up(100, 64), rounded_up(128, 64)
+    (128, 128)
+    """
+    return step * math.ceil(n / step)
 
 
 def few_of(names: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from saerelay.planning.presets import control_legs
 from saerelay.planning.recipe import Recipe, parse_budget
 from saerelay.planning.survey import MAX_ROOT_MULTIPLE, Survey
 from saerelay.site import Site
+from saerelay.spec import rounded_up
 
 DEFAULT_RATIO = 1.05
 SLACK = 1.5
@@ -325,7 +326,7 @@ def tree_legs(tree: Tree, recipe: Recipe, survey: Survey) -> list[LegSpec]:
             LegSpec(
                 id=ids[layer],
                 layer=layer,
-                tokens=batch * math.ceil(tree.tokens[layer] / batch),
+                tokens=rounded_up(tree.tokens[layer], batch),
                 hop=None if parent is None else LegHop(parent=ids[parent]),
                 goal=LegGoal(goal_fvu=fvu, predicted_fvu=fvu, decay_gain=round(gain, 3)),
             )
@@ -362,7 +363,7 @@ def written_out(recipe: Recipe, survey: Survey, choice: Choice) -> Recipe:
     legs: list[LegSpec] = []
     for leg in choice.legs:
         most = min(slack * leg.tokens, max(leg.tokens, recipe.plan.root_tokens))
-        legs.append(leg.changed(tokens=batch * math.ceil(most / batch)))
+        legs.append(leg.changed(tokens=rounded_up(most, batch)))
     for layer in recipe.plan.controls:
         transfers = [leg for leg in legs if leg.layer == layer and leg.hop]
         if transfers:

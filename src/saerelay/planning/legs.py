@@ -11,6 +11,7 @@ from saerelay.planning.leg_spec import LegSpec, tokens_of
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import WITHOUT_MAP, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
+from saerelay.spec import rounded_up
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _settled_budget(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> int
     if spec.control and not spec.hop and not tokens:
         transfer = next(leg for leg in legs if leg.id == spec.control.control_of)
         tokens = transfer.moment_tokens + sum(leg.budget_tokens for leg in parts_of(transfer, legs))
-    return batch * math.ceil(tokens / batch)
+    return rounded_up(tokens, batch)
 
 
 def _without_tokens(spec: LegSpec) -> PlanError:

@@ -11,6 +11,7 @@ from saerelay.planning.leg_spec import LegSpec, tokens_of
 from saerelay.planning.legs import Setting, sites_of
 from saerelay.planning.plan import LM_BATCH_TOKENS
 from saerelay.planning.recipe import Recipe
+from saerelay.spec import rounded_up
 
 MAX_BLOCK_TOKENS = 65_536
 BLOCK_BYTES = 2**30
@@ -47,10 +48,10 @@ def _earliest_start(leg: Leg, spec: LegSpec, setting: Setting, by_id: Mapping[st
     if parent and spec.hop:
         age = tokens_of(spec.hop.fork_at, parent.budget_tokens)
         forked_at = parent.fold_at + math.ceil(age / parent.schedule.reuse)
-        moments_start = _next_border(forked_at, block) - leg.moment_tokens
+        moments_start = rounded_up(forked_at, block) - leg.moment_tokens
         earliest = max(earliest, parent.start, moments_start)
     if spec.after:
-        earliest = max(earliest, _next_border(by_id[spec.after].end, block))
+        earliest = max(earliest, rounded_up(by_id[spec.after].end, block))
     return earliest
 
 
@@ -59,17 +60,12 @@ def _first_start_with_room(leg: Leg, earliest: int, setting: Setting, legs: Sequ
 
     Memory becomes free only where another leg ends: after the earliest start, only these borders are worth trying.
     """
-    ends = {_next_border(other.end, setting.block_tokens) for other in legs}
+    ends = {rounded_up(other.end, setting.block_tokens) for other in legs}
     for start in [earliest, *sorted(end for end in ends if end > earliest)]:
         peak = peak_state_bytes([*legs, leg.changed(start=start)], setting.facts)
         if peak <= setting.memory_bytes:
             return start
     raise AssertionError("after the last leg's end there is room for one")
-
-
-def _next_border(cursor: int, block: int) -> int:
-    """Return the first border of a block that is not before a cursor."""
-    return block * math.ceil(cursor / block)
 
 
 def choose_block(
@@ -108,7 +104,7 @@ def choose_block(
 
     # The longest leg divides into equal blocks, so that no part of the last is wasted.
     n_blocks = max(1, math.ceil(longest / max(step, most)))
-    return step * math.ceil(longest / n_blocks / step)
+    return rounded_up(longest / n_blocks, step)
 
 
 def _most_tokens_in_memory(recipe: Recipe, facts: ModelFacts, specs: Sequence[LegSpec]) -> int:

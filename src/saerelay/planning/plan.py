@@ -19,7 +19,7 @@ from saerelay.planning.leg import External, Leg, Schedule, Stay
 from saerelay.planning.leg_spec import repeat_name
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
-from saerelay.spec import few_of
+from saerelay.spec import few_of, rounded_up
 
 LM_BATCH_TOKENS = 4096
 """Tokens per forward pass of the language model on a CPU."""
@@ -78,7 +78,7 @@ class Plan(Document):
     def n_tokens(self) -> int:
         """Length of the axis: the token positions that the language model reads."""
         last = max(leg.end for leg in self.legs)
-        return self.block_tokens * math.ceil(last / self.block_tokens)
+        return rounded_up(last, self.block_tokens)
 
     @property
     def sites(self) -> list[Site]:
@@ -197,7 +197,7 @@ class Plan(Document):
         legs = []
         for leg in last_of_place.values():
             batch = leg.schedule.batch_tokens
-            budget = batch * math.ceil(self.recipe.plan.root_tokens / batch)
+            budget = rounded_up(self.recipe.plan.root_tokens, batch)
             schedule = Schedule(
                 budget_tokens=budget,
                 batch_tokens=batch,

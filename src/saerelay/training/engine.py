@@ -3,7 +3,6 @@
 Every schedule is a function of the leg's own age (`schedule`); everything else that matters is in `TraineeState`.
 """
 
-import math
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.quality import fvu
 from saerelay.sae.spec import takes_sparse_step
 from saerelay.sae.threads import alone, in_parallel
+from saerelay.spec import rounded_up
 from saerelay.training.device import STEPS_AHEAD, Launcher, Now, Verdict
 from saerelay.training.latent_part import LatentPart
 from saerelay.training.schedule import learning_rate, parameter_rates, penalty_warmth
@@ -167,7 +167,7 @@ class Trainee:
         if left * goal.decay_gain <= goal.goal_fvu:
             batch = self.leg.schedule.batch_tokens
             share_before_decay = 1 - self.spec.optimizer.decay
-            self.state.budget_tokens = batch * math.ceil(self.state.age / share_before_decay / batch)
+            self.state.budget_tokens = rounded_up(self.state.age / share_before_decay, batch)
             if self._launched:
                 self._launched.clock.n_left = 0  # its rates are those of the old budget
 

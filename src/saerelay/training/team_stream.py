@@ -5,7 +5,6 @@ the same shuffled places as in a single process. So every rank has, at its sites
 have.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from saerelay.data.kept import finite_positions, kept_positions
 from saerelay.data.stream import LiveStream
 from saerelay.planning.ranks import deal, needed_sites, owners, peers, prober
 from saerelay.site import Site
+from saerelay.spec import rounded_up
 from saerelay.team import Team
 
 MAX_OUTBOX_BYTES = 2**31 - 2**24
@@ -145,7 +145,7 @@ class TeamStream(LiveStream):
 
     def _bytes(self, n_tokens: int, sites: Sequence[Site]) -> int:
         """Number of bytes that the activations of some sites take in a box."""
-        return sum(ALIGNMENT * math.ceil(n_tokens * self._row_bytes[site] / ALIGNMENT) for site in sites)
+        return sum(rounded_up(n_tokens * self._row_bytes[site], ALIGNMENT) for site in sites)
 
     def _cut(self, box: Tensor, n_tokens: int, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The activations (n_tokens, D) of some sites that lie one after the other in a box (uint8)."""

@@ -19,7 +19,7 @@ from saerelay.lm.split import check_whole
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.plan import Plan
 from saerelay.runs.directory import RunDirectory
-from saerelay.spec import format_count
+from saerelay.spec import format_count, rounded_up
 from saerelay.team import Team
 from saerelay.training.team_stream import TeamStream
 from saerelay.training.train import HELD_OUT_ROWS
@@ -166,6 +166,6 @@ def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
 def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:
     """Return a stream of blocks of HELD_OUT_ROWS positions of the validation split."""
     context = plan.recipe.data.context
-    block_tokens = context * math.ceil(HELD_OUT_ROWS / context)
+    block_tokens = rounded_up(HELD_OUT_ROWS, context)
     small = plan.changed(block_tokens=block_tokens)
     return LiveStream(stream.model or load_model(plan), corpus.validation, small)
