@@ -158,7 +158,7 @@ class Ours(Contestant):
 
 
 class SaeLens(Contestant):
-    """`SAETrainer.step`, with activations scaled as its documentation recommends ("expected_average_only_in")."""
+    """`SAETrainer.step`, with activations scaled as its documentation recommends, unless `scaling` is "none"."""
 
     def __init__(
         self,
@@ -169,13 +169,14 @@ class SaeLens(Contestant):
         autocast: bool = False,
         compiled: bool = False,
         sparse: bool = False,
+        scaling: Literal["none", "expected_average_only_in"] = "expected_average_only_in",
     ) -> None:
         import sae_lens as sl
         from sae_lens.config import SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
         common = dict(d_in=task.d_model, d_sae=task.n_latents, device=task.device, dtype="float32",
-                      normalize_activations="expected_average_only_in")  # fmt: skip
+                      normalize_activations=scaling)  # fmt: skip
         torch.manual_seed(0)
         match task.kind:
             case "topk":
@@ -203,7 +204,9 @@ class SaeLens(Contestant):
         )
         self.trainer = SAETrainer(cfg=cfg, sae=self.sae, data_provider=iter(()))
         self.kind, self.k = task.kind, task.k
-        scale = task.d_model**0.5 / float(first.norm(dim=-1).mean())
+        scale = 1.0
+        if scaling != "none":
+            scale = task.d_model**0.5 / float(first.norm(dim=-1).mean())
         self.trainer.activation_scaler.scaling_factor = scale
         if start:
             d, sae = start.dictionary, self.sae
@@ -227,12 +230,16 @@ class SaeLens(Contestant):
     def n_dead(self) -> int:
         return int(self.trainer.dead_neurons.sum())
 
+    def save(self, folder: str) -> None:
+        """Write the finished SAE in the tool's own format, for raw activations; training cannot go on afterwards."""
+        self.sae.fold_activation_norm_scaling_factor(self.trainer.activation_scaler.scaling_factor)
+        self.sae.save_inference_model(folder)
+
     def inference(self, x: Tensor) -> Inference:
         import sae_lens as sl
 
-        self.sae.fold_activation_norm_scaling_factor(self.trainer.activation_scaler.scaling_factor)
         with tempfile.TemporaryDirectory() as folder:
-            self.sae.save_inference_model(folder)
+            self.save(folder)
             sae = sl.SAE.load_from_disk(folder, device=str(x.device))
         if self.kind == "batchtopk":
             calibrate(sae.threshold.data, sae.encode, x, self.k)

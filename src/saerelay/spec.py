@@ -202,8 +202,9 @@ class Spec(BaseModel):
         for part, values in parts.items():
             own[part] = getattr(self, part).changed(**values)
         copy = self.model_copy(update=own)
-        for name in copy.__dict__.keys() - type(self).model_fields.keys():
-            del copy.__dict__[name]  # a cached property, of the old values
+        values = vars(copy)
+        for name in values.keys() - type(self).model_fields.keys():
+            del values[name]  # a cached property, of the old values
         return copy
 
     def described(self) -> Iterator[Described]:
