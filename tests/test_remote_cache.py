@@ -10,8 +10,11 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 from test_cache import SITES, place, read, recipe, rows, sequences  # noqa: F401  # fixtures among them
 
+from saerelay.data.cache import digest
 from saerelay.data.remote_cache import RemoteCache, open_cache
 from saerelay.data.stream import LiveStream
 from saerelay.errors import DataError
@@ -32,9 +35,34 @@ def store() -> Iterator[Any]:
         files.rm("/saerelay-test", recursive=True)
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(scope="module")
+def server() -> Iterator[ThreadedMotoServer]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> S3FileSystem:
+    """An S3 store, which moto plays on this machine: real requests by a real client."""
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    return S3FileSystem(skip_instance_cache=True)
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return MEMORY if request.param == "memory" else f"file://{tmp_path}/remote"
+    if request.param == "memory":
+        return MEMORY
+    if request.param == "file":
+        return f"file://{tmp_path}/remote"
+    bucket = digest(str(tmp_path))  # the server outlives a test
+    request.getfixturevalue("s3").mkdir(bucket)
+    return f"s3://{bucket}/remote"
 
 
 Opener = Callable[[str], LiveStream]
@@ -64,6 +92,7 @@ def test_what_was_written_is_read_with_the_bits_of_a_directory(
     assert torch.equal(rows(opened(address), 0), in_directory) and read == [64]
     again = opened(address)
     assert isinstance(again.cache, RemoteCache) and again.uncached_bytes() > 0
+    again.cache.check_room(again.uncached_bytes())
     assert torch.equal(rows(again, 0), in_directory) and read == [64], "nothing is computed again"
     assert torch.equal(rows(opened(address), 0, [SITES[1]]), in_directory[1024:2048])
 
@@ -159,3 +188,27 @@ def test_a_shard_of_the_store_is_one_of_a_directory(opened: Opener, tmp_path: Pa
     alone = rows(opened(f"file://{tmp_path}/remote"), 0)
     shutil.copytree(tmp_path / "remote", tmp_path / "local")
     assert torch.equal(rows(opened(f"{tmp_path}/local"), 0), alone)
+
+
+def test_a_bucket_that_is_not_there_is_refused_before_anything_is_computed(
+    place: Path,  # noqa: F811
+    s3: S3FileSystem,
+) -> None:
+    cache = open_cache(plan_run(recipe(place, "s3://mistyped/activations")))
+    with pytest.raises(DataError, match=r"s3://mistyped/activations: .*there is no bucket or folder mistyped"):
+        cache.check_room(1)
+    assert not s3.exists("mistyped")
+
+
+def test_a_bucket_that_one_may_write_to_but_not_ask_about_is_used(
+    place: Path,  # noqa: F811
+    s3: S3FileSystem,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s3.mkdir("private")
+    cache = open_cache(plan_run(recipe(place, "s3://private/activations")))
+    assert isinstance(cache, RemoteCache)
+    monkeypatch.setattr(cache.files, "exists", lambda path: False)
+    monkeypatch.setattr(cache.files, "makedirs", lambda path, exist_ok: pytest.fail("it would create a bucket"))
+    cache.check_room(1)
+    assert s3.glob("private/activations/*/about.json")
