@@ -1,7 +1,9 @@
 """What users write: counts, unknown keys, the annotated recipe."""
 
 import math
+import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saerelay.errors import PlanError, RecipeError
-from saerelay.planning.leg_spec import tokens_of
+from saerelay.planning.leg_spec import LegSpec, tokens_of
 from saerelay.planning.recipe import Recipe
 from saerelay.planning.toml import annotated_toml
+from saerelay.sae.architectures import ARCHITECTURES
 from saerelay.site import MODULE_KINDS, Site
-from saerelay.spec import format_count, parse_count
+from saerelay.spec import Spec, format_count, parse_count
 
 KEYS = {
     "model": "name revision dtype device trust_remote_code gguf_file adapter tensor_parallel",
@@ -143,6 +146,36 @@ def test_odd_values_get_one_line_that_names_the_key(section: str, key: str, valu
     assert message.startswith("run.toml: ") and told in message and "\n" not in message
     for word in ("Input", "Spec", "constrained", "dictionary or instance"):  # the words of pydantic and of the code
         assert word not in message
+
+
+def numbers_of(cls: type[Spec]) -> list[str]:
+    """The keys of a spec, inline parts included, whose value is a number."""
+    found = []
+    for name, field in cls.model_fields.items():
+        if name in cls.inline:
+            found += numbers_of(cls.part(name, {}))
+        elif re.search(r"\b(int|float)\b", str(field.annotation)):
+            found.append(name)
+    return found
+
+
+LEG = {"id": "a", "layer": 1, "tokens": 5, "parent": "b", "control_of": "c"}
+SECTIONS: list[tuple[type[Spec], str, Callable[[dict], dict]]] = [
+    *[(type(section), name, lambda keys, name=name: {name: keys}) for name, section in Recipe()],
+    (LegSpec, "plan.legs.0", lambda keys: {"plan": {"legs": [LEG | keys]}}),
+    *[
+        (kind, "dictionary", lambda keys, kind=kind: {"dictionary": {"architecture": kind.name} | keys})
+        for kind in ARCHITECTURES
+    ],
+]
+
+
+@pytest.mark.parametrize(("cls", "section", "recipe_with"), SECTIONS)
+def test_true_and_false_are_no_numbers(cls: type[Spec], section: str, recipe_with: Callable[[dict], dict]) -> None:
+    for key in numbers_of(cls):
+        for value in (True, False, [True]):
+            told = f"{key} takes numbers, not true or false (found {str(value).lower()})"
+            assert error_of(recipe_with({key: value})) == f"run.toml: {section}: {told}"
 
 
 def test_a_section_is_a_table() -> None:

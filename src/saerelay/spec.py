@@ -33,12 +33,12 @@ from saerelay.spec_errors import explain
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 
 
-def _is_count(annotation: Any) -> bool:
-    """Whether a type has whole numbers among its values, alone or in a list, and no truth values."""
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether a type has numbers among its values, alone or in a list, and no truth values."""
     kinds = [annotation]
     for kind in kinds:
         kinds += get_args(kind)
-    return int in kinds and bool not in kinds
+    return (int in kinds or float in kinds) and bool not in kinds
 
 
 def parse_count(value: object) -> object:
@@ -237,16 +237,13 @@ class Spec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_counts(cls, data: Any) -> Any:
-        """Refuse true and false as counts, as which Python would take them; pydantic calls this before the one above.
-
-        Zero in the place of a share means none of it, and so may false.
-        """
+    def _check_numbers(cls, data: Any) -> Any:
+        """Refuse true and false as numbers, which they are in Python; pydantic calls this before the one above."""
         if not isinstance(data, dict):
             return data
         for name, field in cls.model_fields.items():
-            values = data[name] if isinstance(data.get(name), list) else [data.get(name)]
-            if any(isinstance(value, bool) for value in values) and _is_count(field.annotation):
+            values = data[name] if isinstance(data.get(name), list | tuple) else [data.get(name)]
+            if any(isinstance(value, bool) for value in values) and _takes_numbers(field.annotation):
                 raise ValueError(f"{name} takes numbers, not true or false (found {str(data[name]).lower()})")
         return data
 
