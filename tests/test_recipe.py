@@ -178,6 +178,18 @@ def test_true_and_false_are_no_numbers(cls: type[Spec], section: str, recipe_wit
             assert error_of(recipe_with({key: value})) == f"run.toml: {section}: {told}"
 
 
+LAYERS = {"layers", "roots", "controls", "layer", "shared_layers"}
+"""Keys that are bounded by the model's layers, when a recipe is planned."""
+
+
+@pytest.mark.parametrize(("cls", "section", "recipe_with"), SECTIONS)
+def test_no_number_is_without_bounds(cls: type[Spec], section: str, recipe_with: Callable[[dict], dict]) -> None:
+    for key in set(numbers_of(cls)) - LAYERS:
+        for value in (10**400, [10**400, 10**400]):
+            message = error_of(recipe_with({key: value}))
+            assert message.startswith(f"run.toml: {section}.{key}") and "must be" in message and len(message) < 1000
+
+
 def test_a_section_is_a_table() -> None:
     assert error_of({"model": "demo"}) == "run.toml: model: must be a table of keys (found 'demo')"
 

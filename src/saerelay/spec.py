@@ -104,7 +104,7 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(le=MAX_COUNT)]
 """A number of tokens (or of anything), possibly written "50M"."""
 
 Whole = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""A count in a document; bounded, because a file may be damaged, or made to do harm."""
+"""A count; bounded, because a file may be damaged or made to do harm, and a number mistyped."""
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 """The same, but at least 1."""
 

@@ -116,7 +116,8 @@ def _check_length(plan: Plan) -> None:
     if plan.n_tokens > MAX_TOKENS:
         raise PlanError(
             f"the plan reads {format_count(plan.n_tokens)} tokens, but at most {format_count(MAX_TOKENS)} are allowed; "
-            "lower plan.root_tokens, plan.transfer_tokens, plan.moment_tokens or the tokens of the legs"
+            "lower the tokens of the legs (plan.root_tokens, plan.transfer_tokens), plan.moment_tokens, "
+            "train.batch_tokens or data.block_tokens"
         )
 
 

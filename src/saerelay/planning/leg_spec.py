@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from saerelay.sae.architectures import architecture_named
 from saerelay.sae.spec import LegMethod
 from saerelay.site import TRANSCODER, ModuleKind
-from saerelay.spec import MAX_SEED, Count, OrAuto, Spec, parse_count
+from saerelay.spec import MAX_COUNT, MAX_SEED, Count, OrAuto, Positive, Spec, parse_count
 
 
 def _share_or_count(value: object) -> object:
@@ -19,6 +19,8 @@ def _share_or_count(value: object) -> object:
         return float(number)
     if number < 0 or number % 1:  # true for NaN and infinity, too
         raise ValueError("must be a share, from 0 to 1, or a whole number of tokens")
+    if number > MAX_COUNT:
+        raise ValueError(f"must be less than or equal to {MAX_COUNT}")
     return int(number)
 
 
@@ -88,7 +90,7 @@ class LegDictionary(Spec):
     """An architecture other than the parent's; thresholds are calibrated during the hop."""
     n_latents: Count | None = Field(default=None, ge=1)
     """More or fewer latents than the parent: new ones take up its residual, those that explain least are dropped."""
-    k: int | None = Field(default=None, ge=1)
+    k: Positive | None = None
     """Active latents per token, whatever the architecture (jumprelu, gated: their target_l0)."""
     skip_connection: bool | None = None
     """Transcoders: whether there is an affine path beside the latents. A hop fits one that the parent lacks, and drops

@@ -11,7 +11,7 @@ from saerelay.planning.facts import Precision
 from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import KindName, ModuleKind, SiteKind
-from saerelay.spec import MAX_SEED, Auto, Count, Distinct, OrAuto, Spec, parse_count
+from saerelay.spec import MAX_COUNT, MAX_SEED, Auto, Count, Distinct, OrAuto, Positive, Spec, parse_count
 
 Preset = Literal["scratch", "forward", "backward", "alternate", "hub", "shared", "paper", "auto"]
 
@@ -57,9 +57,8 @@ class ModelSpec(Spec):
     adapter: str = Field(
         default="", description='adapter (peft) to merge into the weights: directory, or hub id, "user/name@revision"'
     )
-    tensor_parallel: int = Field(
+    tensor_parallel: Positive = Field(
         default=1,
-        ge=1,
         description="number of GPUs to split the model over, if it is too large for one; see docs/scale-out.md",
     )
 
@@ -126,9 +125,9 @@ class DataSpec(Spec):
     hub: DatasetSpec = DatasetSpec()
     text: list[str] = Field(default=[], description="text files or directories of text files")
     tokens: str = Field(default="", description="a .npy file of token ids (uint16 or uint32, 1-D or 2-D)")
-    context: int = Field(default=256, ge=4, description="tokens per sequence")
+    context: int = Field(default=256, ge=4, le=MAX_COUNT, description="tokens per sequence")
     prepend_bos: bool = Field(default=True, description="start every sequence with the BOS token (never trained on)")
-    epochs: int = Field(default=1, ge=1, description="how many times the corpus may be read")
+    epochs: Positive = Field(default=1, description="how many times the corpus may be read")
     outlier_norm: float = Field(
         default=10.0,
         ge=0,
@@ -189,7 +188,7 @@ class HopSpec(Spec):
 class TierSpec(Spec):
     """Further levels of sparsity (L0) at which the suite is published."""
 
-    tiers: Distinct[Annotated[int, Field(ge=1)]] = Field(
+    tiers: Distinct[Positive] = Field(
         default=[],
         description="further numbers of active latents, such as [16, 64]: for each of them, every SAE gets a copy that "
         "is trained further with that k",

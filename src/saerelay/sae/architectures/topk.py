@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from pydantic import Field
 
 from saerelay.sae.architectures.architecture import Architecture
+from saerelay.spec import MAX_COUNT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from saerelay.sae.dictionary import Dictionary
     from saerelay.sae.kernels.codes import Codes
 
-K = Field(default=32, ge=1, description="active latents per token")
+K = Field(default=32, ge=1, le=MAX_COUNT, description="active latents per token")
 AUX_WEIGHT = Field(default=1 / 32, ge=0, description="weight of the dead latents' loss (AuxK)")
 
 
