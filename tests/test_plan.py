@@ -171,6 +171,16 @@ def test_newness_is_the_share_of_own_tokens_in_the_whole_lineage(facts: ModelFac
     assert [plan.newness(plan.leg(name)) for name in "abc"] == [1.0, 1 / 3, 1 / 4]
 
 
+def test_a_fork_at_more_tokens_than_the_parent_is_trained_on_is_at_its_end(facts: ModelFacts) -> None:
+    plan = compiled(facts, plan={"preset": "forward", "fork_at": 2048})
+    assert {leg.id: leg.start for leg in plan.legs if leg.layer < 3} == {
+        "L0": 0,
+        "L1-from-L0": 2048 - 512,  # half of the root's tokens
+        "L2-from-L1": plan.leg("L1-from-L0").end - 512,  # and more than this leg has
+    }
+    assert plan.leg("L2-from-L1").hop.fork_at_tokens == 1024
+
+
 def test_a_fork_before_the_moments_are_in_waits_for_them(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"fork_at": 100})
     assert plan.leg("L2-from-L3").start == 0 and plan.leg("L2-from-L3").hop.fork_at_tokens == 512

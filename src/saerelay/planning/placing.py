@@ -46,7 +46,7 @@ def _earliest_start(leg: Leg, spec: LegSpec, setting: Setting, by_id: Mapping[st
     earliest = setting.begin
     parent = by_id.get(leg.parent)
     if parent and spec.hop:
-        age = tokens_of(spec.hop.fork_at, parent.budget_tokens)
+        age = min(tokens_of(spec.hop.fork_at, parent.budget_tokens), parent.budget_tokens)
         forked_at = parent.fold_at + math.ceil(age / parent.schedule.reuse)
         moments_start = rounded_up(forked_at, block) - leg.moment_tokens
         earliest = max(earliest, parent.start, moments_start)
