@@ -194,6 +194,23 @@ def test_lists_of_nothing_are_refused(place: Path, arguments: tuple[str, ...], m
     assert code == 2 and match in " ".join(stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--matrix", "--measures"), "run saerelay matrix RUN, then saerelay measures RUN"),
+        (("--methods", "affine"), "--methods: this is an option of saerelay matrix RUN"),
+        (("--measures", "--snapshots"), "--snapshots: this is an option of saerelay matrix RUN"),
+        (("--matrix", "--prompts", "x.jsonl"), "--prompts: this is an option of saerelay measures RUN"),
+    ],
+    ids=["both", "methods", "snapshots", "prompts"],
+)
+def test_eval_ignores_none_of_its_old_options(
+    place: Path, options: tuple[str, ...], told: str, capsys, monkeypatch
+) -> None:
+    code, stdout, stderr = call("eval", place / "run", *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 2 and stdout == "" and told in " ".join(stderr.replace("│", " ").split())
+
+
 def test_old_spellings_still_work(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     run = shutil.copytree(place / "run", tmp_path / "run")
     fixtures: dict[str, Any] = {"capsys": capsys, "monkeypatch": monkeypatch}

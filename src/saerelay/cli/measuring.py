@@ -24,6 +24,7 @@ from saerelay.cli.options import (
     split_list,
 )
 
+MATRIX_METHODS = "identity,affine"
 Methods = Annotated[
     str,
     typer.Option("--methods", help="Methods of carrying an SAE to another layer: identity, affine, affine+refit, ..."),
@@ -48,14 +49,25 @@ def evaluate(
     as_json: Json = False,
     tokens: HeldOutTokens = 0,
     matrix_too: Annotated[bool, typer.Option("--matrix", hidden=True)] = False,
-    methods: Annotated[str, typer.Option(hidden=True)] = "identity,affine",
+    methods: Annotated[str | None, typer.Option(hidden=True)] = None,
     snapshots: Annotated[bool, typer.Option("--snapshots", hidden=True)] = False,
     measures_too: Annotated[bool, typer.Option("--measures", hidden=True)] = False,
     prompts: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure the quality of every SAE on held-out documents."""
+    # The hidden options are older than the commands `matrix` and `measures`.
+    if matrix_too and measures_too:
+        raise typer.BadParameter(
+            "one command measures one of them; run saerelay matrix RUN, then saerelay measures RUN",
+            param_hint="--matrix and --measures",
+        )
+    if not matrix_too and (methods is not None or snapshots):
+        given = "--snapshots" if methods is None else "--methods"
+        raise typer.BadParameter("this is an option of saerelay matrix RUN", param_hint=given)
+    if not measures_too and prompts:
+        raise typer.BadParameter("this is an option of saerelay measures RUN", param_hint="--prompts")
     if matrix_too:
-        matrix(run, as_json, tokens, methods, snapshots)
+        matrix(run, as_json, tokens, MATRIX_METHODS if methods is None else methods, snapshots)
         return
     if measures_too:
         measures(run, as_json, tokens, prompts)
@@ -76,7 +88,7 @@ def matrix(
     run: RunDir,
     as_json: Json = False,
     tokens: HeldOutTokens = 0,
-    methods: Methods = "identity,affine",
+    methods: Methods = MATRIX_METHODS,
     snapshots: Snapshots = False,
 ) -> None:
     """Measure every SAE at every layer, without training it there."""
