@@ -71,7 +71,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         module, "batches", lambda plan, s, ce: [torch.from_numpy(s[i : i + 5].astype(np.int64)) for i in range(0, N, 5)]
     )
-    monkeypatch.setattr(module, "DENSE", 7 * 5 * C)
+    monkeypatch.setattr(module, "NUMBERS_PER_PIECE", 7 * 5 * C)
 
 
 def test_everything_is_its_definition(setting, small_pieces: None) -> None:
@@ -134,7 +134,7 @@ def test_activations_out_of_range_count_in_the_outermost_bins() -> None:
 
 
 def test_logits_are_the_largest_and_smallest_of_a_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "DENSE", 3 * 50)
+    monkeypatch.setattr(weights, "NUMBERS_PER_PIECE", 3 * 50)
     generator = torch.Generator().manual_seed(0)
     W_dec, W_U = torch.randn(20, 8, generator=generator), torch.randn(50, 8, generator=generator)
     found, effects = logit_effects(W_dec, W_U, 4), W_dec @ W_U.T
@@ -146,7 +146,7 @@ def test_logits_are_the_largest_and_smallest_of_a_dense_product(monkeypatch: pyt
 
 
 def test_most_similar_latents_are_those_of_all_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "DENSE", 4 * 30)
+    monkeypatch.setattr(weights, "NUMBERS_PER_PIECE", 4 * 30)
     generator = torch.Generator().manual_seed(0)
     rows, others = torch.randn(20, 8, generator=generator), torch.randn(30, 8, generator=generator)
     latents, cosines = most_similar(rows, others, 3)

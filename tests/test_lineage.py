@@ -70,7 +70,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def test_links_are_their_definitions(suite: sr.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lineage, "DENSE", 64 * 100)  # several pieces
+    monkeypatch.setattr(lineage, "NUMBERS_PER_PIECE", 64 * 100)  # several pieces
     found = sr.lineage_run(suite)
     chain = [("L0", "L1-from-L0"), ("L1-from-L0", "L2-from-L1")]
     controls = [("L1-from-L0", "L1-scratch-equal"), ("L1-from-L0", "L1-scratch-full")]

@@ -61,7 +61,7 @@ def test_mean_max_cosine_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
     expected = sum(best) / len(best)
     assert mean_max_cosine(P, Q, alive_p, alive_q) == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr(similarity, "DENSE", 100)
+    monkeypatch.setattr(similarity, "COSINES_AT_ONCE", 100)
     assert mean_max_cosine(P, Q, alive_p, alive_q) == pytest.approx(expected, abs=1e-6)
 
 
@@ -126,8 +126,8 @@ def test_attribution_of_a_hand_built_dictionary(monkeypatch: pytest.MonkeyPatch)
     sae = Dictionary(architecture="relu", W_enc=W, b_enc=torch.zeros(3), W_dec=W, b_dec=torch.zeros(3))
     directions = torch.tensor([[0.0, 2.0, -2.0]]).expand(3, 3)
     x = torch.tensor([[5.0, 1.0, 1.0], [9.0, 3.0, 0.0], [1.0, -1.0, 4.0]])
-    for dense in (2**24, 3):
-        monkeypatch.setattr(attribution, "DENSE", dense)
+    for n in (2**24, 3):
+        monkeypatch.setattr(attribution, "ATTRIBUTIONS_AT_ONCE", n)
         scores, latents = direct_logit_attribution(sae, x, directions)
         assert scores.tolist() == [2, 6, 0] and latents.tolist()[:2] == [1, 1]
 

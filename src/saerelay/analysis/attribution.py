@@ -11,13 +11,14 @@ from torch import Tensor
 
 from saerelay.analysis.metrics import batches
 from saerelay.analysis.prompts import Prompt
-from saerelay.analysis.similarity import DENSE
 from saerelay.data.kept import trained_on
 from saerelay.lm.model import LanguageModel
 from saerelay.planning.plan import Plan
 from saerelay.sae.dictionary import Dictionary
 from saerelay.site import Site
 
+ATTRIBUTIONS_AT_ONCE = 2**24
+"""Effects of latents on prompts that are in memory at the same time: 64 MiB."""
 OWN_PROMPTS = 62
 """Number of prompts drawn if none are given, as in the paper."""
 OWN_TASK = "the model's own task: positions of the test split whose next token it predicts, against its second choice"
@@ -38,7 +39,7 @@ def direct_logit_attribution(dictionary: Dictionary, x: Tensor, directions: Tens
     >>> scores.tolist(), latents.tolist()
     ([4.0], [1])
     """
-    n_rows = max(1, DENSE // dictionary.n_latents)
+    n_rows = max(1, ATTRIBUTIONS_AT_ONCE // dictionary.n_latents)
     scores = []
     latents = []
     for rows, row_directions in zip(x.split(n_rows), directions.split(n_rows), strict=True):

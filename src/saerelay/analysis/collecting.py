@@ -33,7 +33,7 @@ WINDOW = (10, 5)
 ENCODED = 2**20
 """Pre-activations that a thread computes at once (of at least 256 tokens), to stay in the CPU's cache."""
 ENCODED_ON_GPU = 2**28
-DENSE = 2**21
+NUMBERS_PER_PIECE = 2**21
 """Numbers in a dense piece of codes, cosines or logits: 8 MiB."""
 OCTAVES = (-32, 32)
 """Powers of two between which histograms extend; values outside count in the outermost bins."""
@@ -220,7 +220,7 @@ class Collector:
         ranks = rank[active.latents]
 
         windows = self.best.new_zeros(around.shape)
-        n_at_once = max(1, DENSE // n_spots)
+        n_at_once = max(1, NUMBERS_PER_PIECE // n_spots)
         dense = active.values.new_zeros(n_at_once, n_spots)
         for low in range(0, len(some), n_at_once):
             high = low + n_at_once

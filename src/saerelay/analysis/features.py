@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from saerelay.analysis.collecting import DENSE, EXAMPLES, WINDOW, collect
+from saerelay.analysis.collecting import EXAMPLES, NUMBERS_PER_PIECE, WINDOW, collect
 from saerelay.analysis.metrics import Placed
 from saerelay.analysis.session import Session
 from saerelay.analysis.site_maps import SitePair, map_of_legs, sites_between
@@ -133,7 +133,7 @@ def logit_effects(W_dec: Tensor, W_U: Tensor, n: int = TOKENS) -> dict[str, Tens
     """
     n = min(n, W_U.shape[0])
     parts: dict[str, list[Tensor]] = {}
-    for rows in W_dec.split(max(1, DENSE // W_U.shape[0])):
+    for rows in W_dec.split(max(1, NUMBERS_PER_PIECE // W_U.shape[0])):
         effects = rows @ W_U.T
         for name, largest in (("top_logits", True), ("bottom_logits", False)):
             values, tokens = effects.topk(n, dim=1, largest=largest)
@@ -149,7 +149,7 @@ def most_similar(rows: Tensor, others: Tensor, n: int = NEIGHBOURS) -> tuple[Ten
     directions = normalize(others, dim=1).T
     indices = []
     cosines = []
-    for part in normalize(rows, dim=1).split(max(1, DENSE // len(others))):
+    for part in normalize(rows, dim=1).split(max(1, NUMBERS_PER_PIECE // len(others))):
         best = (part @ directions).topk(min(n, len(others)), dim=1)
         indices.append(best.indices)
         cosines.append(best.values)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from saerelay.analysis.collecting import DENSE, Collector, encode_batches
+from saerelay.analysis.collecting import NUMBERS_PER_PIECE, Collector, encode_batches
 from saerelay.analysis.features import legs_without_features, neighbour_pairs, write_features
 from saerelay.analysis.links import ALIVE_ABOVE, KEPT_ABOVE, REPLACED_BELOW, Comparison, Firing, Kind, LegPair, Link
 from saerelay.analysis.metrics import Placed
@@ -205,7 +205,7 @@ def _read(
     device = session.model.device
     firing = {key: Firing(placed.dictionary.n_latents, device) for key, placed in dictionaries.items()}
     widest = max(placed.dictionary.n_latents for placed in dictionaries.values())
-    scratch = torch.zeros(max(DENSE, widest), device=device)
+    scratch = torch.zeros(max(NUMBERS_PER_PIECE, widest), device=device)
     n_tokens = 0
     batches = encode_batches(session.plan, session.model, sequences, dictionaries, track=session.display.track)
     for batch in batches:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saerelay.runs.documents.across_layers import MatrixCell
 
-DENSE = 2**24
-"""Numbers in a block of cosines or attributions: 64 MiB."""
+COSINES_AT_ONCE = 2**24
+"""Cosines of decoder rows that are in memory at the same time: 64 MiB."""
 FOUND_AGAIN = 0.7
 """Cosine above which two decoder rows count as the same latent."""
 
@@ -50,7 +50,7 @@ def _largest_cosines(P: Tensor, Q: Tensor) -> Tensor:
     """Return for each row of P (F, D) the largest cosine (F) with a row of Q (G, D)."""
     P = torch.nn.functional.normalize(P, dim=1)
     Q = torch.nn.functional.normalize(Q, dim=1)
-    return torch.cat([(part @ Q.T).amax(dim=1) for part in P.split(max(1, DENSE // len(Q)))])
+    return torch.cat([(part @ Q.T).amax(dim=1) for part in P.split(max(1, COSINES_AT_ONCE // len(Q)))])
 
 
 class TokenAssociations(NamedTuple):

@@ -15,7 +15,7 @@ from saerelay.views.figures.page import (
     layer_ticks,
     legend,
     page,
-    side_by_side,
+    places_on_axis,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def circuits_figure(summary: Summary, circuits: Circuits, k: int | None = None, 
     k = k or min(asked.k)
     legs = {leg.id for leg in summary.legs}
     rows = [row for row in circuits.legs if row.leg in legs]
-    x = side_by_side([(row.leg, row.layer) for row in rows])
+    x = places_on_axis([(row.leg, row.layer) for row in rows])
     small = (
         f"Circuit: the {k} latents with the largest indirect effect ({asked.method}), found on "
         f"{circuits.n_found_on} prompts, judged on {circuits.n_judged_on} others, ± standard error. Faithfulness "

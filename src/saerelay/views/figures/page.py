@@ -165,10 +165,10 @@ def dress(axis: "Axes", theme: Theme, *, xlabel: str = "", ylabel: str = "", gri
         axis.set_axisbelow(True)
 
 
-def side_by_side(legs: Iterable[tuple[str, int]], step: float = 0.18) -> dict[str, float]:
+def places_on_axis(legs: Iterable[tuple[str, int]], step: float = 0.18) -> dict[str, float]:
     """Return the place of each leg (key, layer) on an axis of layers: legs of one layer stand side by side.
 
-    >>> side_by_side([("a", 3), ("b", 3), ("c", 4)], step=0.2)
+    >>> places_on_axis([("a", 3), ("b", 3), ("c", 4)], step=0.2)
     {'a': 2.9, 'b': 3.1, 'c': 4.0}
     """
     by_layer: dict[int, list[str]] = defaultdict(list)

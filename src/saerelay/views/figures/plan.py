@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from saerelay.planning.leg import Leg
 from saerelay.planning.plan import Plan
 from saerelay.spec import format_count
-from saerelay.views.figures.page import COLOURS, KINDS, Theme, dress, layer_ticks, legend, page, side_by_side
+from saerelay.views.figures.page import COLOURS, KINDS, Theme, dress, layer_ticks, legend, page, places_on_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ MOST_NUMBERED = 24
 
 def plan_figure(plan: Plan, *, theme: Theme = "light") -> "Figure":
     """Draw each leg as a bar over its layer, along the tokens the language model reads, with arrows from parents."""
-    x = side_by_side([(leg.id, leg.layer) for leg in plan.legs], 0.25)
+    x = places_on_axis([(leg.id, leg.layer) for leg in plan.legs], 0.25)
     facts = (
         f"{plan.facts.name}; {format_count(plan.n_tokens)} tokens of the training split; seed {plan.recipe.train.seed}."
     )

@@ -14,7 +14,7 @@ from saerelay.views.figures.page import (
     layer_ticks,
     legend,
     page,
-    side_by_side,
+    places_on_axis,
 )
 from saerelay.views.labels import METRICS, tokens_of
 
@@ -26,7 +26,7 @@ def quality_figure(summary: Summary, *, theme: Theme = "light") -> "Figure":
     """Draw balanced FVU and, with a language-model head, ΔCE by layer, of the suite and its from-scratch controls."""
     summary = summary.of_kind()
     legs = summary.drawn_legs
-    x = side_by_side((leg.id, leg.layer) for leg in legs)
+    x = places_on_axis((leg.id, leg.layer) for leg in legs)
     metrics = [name for name in ("delta_ce", "balanced_fvu") if any(getattr(leg, name) is not None for leg in legs)]
     definition = ". ".join(METRICS[name][1] for name in metrics)
     definition += ", ± standard error over sequences." if "delta_ce" in metrics else "."

@@ -18,7 +18,7 @@ from saerelay.views.figures.page import (
     layer_ticks,
     legend,
     page,
-    side_by_side,
+    places_on_axis,
 )
 from saerelay.views.labels import METRICS, ORIGINS, SCRATCH_KINDS, carried
 
@@ -41,7 +41,7 @@ def transferability_figure(summary: Summary, measures: Measures, *, theme: Theme
     rows = [row for row in _finished(summary, measures.transferability) if row.transferability is not None]
     several_per_layer = len(rows) > len({row.layer for row in rows})
     width = 0.36 if several_per_layer else 0.7
-    x = side_by_side([(row.leg, row.layer) for row in rows], 0.38)
+    x = places_on_axis([(row.leg, row.layer) for row in rows], 0.38)
     small = (
         "Transferability of a latent: share of its 10 most promoted tokens, 10 most suppressed tokens and 10 tokens of "
         "highest activation that the parent SAE's latent of the same index has, too; mean over latents alive in both."
@@ -74,7 +74,7 @@ def transfer_score_figure(
     for row in _finished(summary, measures.transfer_scores):
         if row.method == method and getattr(row, metric) is not None:
             rows.append(row)
-    x = side_by_side([(f"{row.leg} {row.scratch}", row.layer) for row in rows])
+    x = places_on_axis([(f"{row.leg} {row.scratch}", row.layer) for row in rows])
     name, definition = METRICS[metric]
     small = (
         f"Score: (transferred − zero-shot) / (from scratch − zero-shot) of {name}; zero-shot is the parent "
@@ -109,7 +109,7 @@ def attribution_figure(summary: Summary, measures: Measures, *, theme: Theme = "
     summary = summary.of_kind()
     dla = measures.dla
     rows = [row for row in _finished(summary, dla.legs if dla else None) if row.mean is not None]
-    x = side_by_side([(row.leg, row.layer) for row in rows])
+    x = places_on_axis([(row.leg, row.layer) for row in rows])
     points = [Point(kind_of(summary.leg(row.leg)), x[row.leg], row.mean or 0, row.standard_error) for row in rows]
     n_prompts = dla.n_prompts if dla else 0
     small = (
