@@ -597,6 +597,17 @@ def test_a_survey_is_resumed_and_a_finished_one_not_made_again(
             assert torch.equal(tensor, sr.load(out)[leg].tensors()[name]), (leg, name)
 
 
+def test_a_survey_is_not_taken_for_that_of_another_recipe(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    fixtures: dict[str, Any] = {"capsys": capsys, "monkeypatch": monkeypatch}
+    recipe, out = changed(place, tmp_path, 'preset = "hub"', AUTO.replace("60k", "5k")), tmp_path / "out"
+    code, _, stderr = call("train", recipe, "--out", out, **fixtures)
+    assert code == 2 and "of which the survey takes" in stderr
+    survey = (out / "survey.json").read_text()
+    code, _, stderr = call("train", place / "run.toml", "--out", out, **fixtures)
+    assert code == 2 and f'{out} holds the survey of a recipe with preset = "auto"' in stderr
+    assert (out / "survey.json").read_text() == survey and not (out / "plan.json").exists()
+
+
 @pytest.mark.slow
 def test_a_survey_interrupted_while_it_measures_says_how_to_go_on(
     place: Path, tmp_path: Path, capsys, monkeypatch

@@ -246,7 +246,15 @@ def mend_recipe(root: Path) -> None:
 
 
 def new_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
-    """Return the plan of a new run, and remove tokens left by a run that never began (perhaps of another recipe)."""
+    """Return the plan of a new run, and remove tokens left by a run that never began (perhaps of another recipe).
+
+    Raises RunDirectoryError if such a run left a survey: it took long, and its cost is not that of this recipe's run.
+    """
+    if paths.is_surveyed:
+        raise RunDirectoryError(
+            f'{paths.root} holds the survey of a recipe with preset = "auto", and this recipe does not plan from it; '
+            "choose another --out, or remove this directory"
+        )
     plan = plan_run(recipe)
     shutil.rmtree(paths.tokens, ignore_errors=True)
     return plan
