@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from saerelay.errors import ModelError, PlanError, RecipeError, RunDirectoryError
 from saerelay.planning.compile import compile_plan
@@ -16,7 +17,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import TRIAL
 from saerelay.site import Site, SiteKind
-from saerelay.views.tables.plan import plan_table, time_basis
+from saerelay.views.tables.plan import inherited_note, plan_table, time_basis
 
 BASE: dict[str, Any] = {
     "data": {"context": 16, "block_tokens": 256},
@@ -325,6 +326,28 @@ def test_a_leg_that_continues_another_runs_sae_has_the_l0_that_was_asked_for(fac
     assert l0 == {"L1": 4, "L1-k2": 2, "L1-scratch-full": 4, "L1-random": 4}
     assert not any(plan.reshapes(leg) for leg in plan.legs if leg.parent)
     assert {leg.dictionary.n_latents for leg in plan.legs} == {48}
+
+
+def test_it_is_said_if_a_parent_outside_the_plan_overrules_the_recipes_dictionary(facts: ModelFacts) -> None:
+    site = {"layer": 1, "module": "resid_post", "d_model": 16, "path": "/"}
+    same = External(**site, architecture="topk", n_latents=64, k=4)
+    other = External(**site, architecture="jumprelu", n_latents=48, k=None, l0=4.1)
+    externals = {"./same": same, "./other": other}
+    legs = [{"id": "a", "parent": "./same"}, {"id": "b", "parent": "./other"}, {"id": "c", "parent": "./other"}]
+    legs += [
+        {"id": "d", "parent": "./other", "architecture": "topk", "n_latents": 64},
+        {"id": "e", "parent": "b"},
+        {"id": "f", "parent": "./other", "method": "random", "control_of": "a"},
+    ]
+    written = [{"layer": 1, "tokens": 1024, "method": "identity"} | leg for leg in legs]
+    plan = compiled(facts, externals=externals, plan={"legs": written})
+    note = inherited_note(plan)
+    assert note.endswith(" b, c: jumprelu, 48 latents, 4 active (in [dictionary]: topk, 64 latents, 4 active)")
+    with (console := Console(width=300)).capture() as shown:
+        console.print(plan_table(plan))
+    assert note in " ".join(shown.get().split())
+    assert not inherited_note(compiled(facts, externals=externals, plan={"legs": written[:1]}))
+    assert not inherited_note(compiled(facts))
 
 
 def test_a_control_has_the_dictionary_of_the_leg_that_it_is_compared_with(facts: ModelFacts) -> None:

@@ -30,6 +30,7 @@ from saerelay.training.progress import Watcher
 from saerelay.training.run_state import machine
 from saerelay.training.trackers import Several, check_installed
 from saerelay.training.train import train_plan
+from saerelay.views.tables.plan import inherited_note
 from saerelay.workflows.activations import joined_stream, open_stream, open_validation, tokenise
 from saerelay.workflows.settle import (
     check_directory,
@@ -120,6 +121,9 @@ def _check_ranks(recipe: Recipe, team: Team) -> None:
 def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Console | None) -> Start:
     """Prepare a run's plan, tokens and language model; plan.json is written once all of them are ready."""
     plan = _settled_plan(recipe, paths, extend=extend, console=console)
+    note = inherited_note(plan)
+    if console and note:
+        console.print(f"note: {note}", markup=False)
     check_same_model(pinned(plan.recipe.model, plan.facts), paths.model_digest, begin=True)
     check_installed(plan)
     wants_ce(plan)

@@ -13,7 +13,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.ranks import Spread
 from saerelay.planning.survey import Survey, SurveyedHop
 from saerelay.runs.suite import method_of
-from saerelay.spec import format_count
+from saerelay.spec import few_of, format_count
 from saerelay.views.text import duration, flops
 
 
@@ -103,7 +103,8 @@ def plan_table(plan: Plan, reference: dict[int, float] | None = None) -> Table:
         if reference and leg.goal.predicted_fvu:
             row += [f"{leg.goal.predicted_fvu:.4f}", f"{leg.goal.predicted_fvu / reference[leg.layer]:.3f}"]
         table.add_row(*row)
-    table.caption = rate_note(plan) or None
+    notes = [note for note in (rate_note(plan), inherited_note(plan)) if note]
+    table.caption = escape("\n".join(notes)) or None
     return table
 
 
@@ -112,6 +113,29 @@ def rate_note(plan: Plan) -> str:
     if not any(_is_bound(leg) for leg in plan.legs):
         return ""
     return "≤: the better a hop's map explains its layer, the lower the rate that training begins with."
+
+
+def inherited_note(plan: Plan) -> str:
+    """Say which legs have the dictionary of a parent outside the plan, rather than the recipe's; "" if none has."""
+    kept: dict[str, list[str]] = {}
+    for leg in plan.legs:
+        asked = leg.changed(dictionary=plan.recipe.dictionary.sized(plan.facts.width(leg.site)))
+        if leg.parent in plan.externals and leg.method != "random" and _shape(leg) != _shape(asked):
+            kept.setdefault(f"{_shape(leg)} (in [dictionary]: {_shape(asked)})", []).append(leg.id)
+    if not kept:
+        return ""
+    shapes = "; ".join(f"{few_of(ids)}: {shape}" for shape, ids in kept.items())
+    return (
+        "An SAE from outside the plan keeps its architecture, size and L0, unless a leg in [[plan.legs]] sets others. "
+        f"{shapes}"
+    )
+
+
+def _shape(leg: Leg) -> str:
+    """Return the architecture, size and L0 of a leg's dictionary, in words."""
+    dictionary = leg.dictionary
+    l0 = "" if dictionary.l0 is None else f", {dictionary.l0:.0f} active"
+    return f"{dictionary.architecture}, {dictionary.n_latents} latents{l0}"
 
 
 def _is_bound(leg: Leg) -> bool:
