@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from test_plan import compiled
 
+from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import Stay
 from saerelay.planning.legs import parts_of
@@ -31,7 +32,7 @@ def legs_of(n: int) -> list[dict[str, Any]]:
         {"id": "hop-seed1", "layer": 1, "tokens": n, "parent": "L2-seed1", "seed": 1},
         {"id": "other", "layer": 5, "tokens": n},
         {"id": "other-seed1", "layer": 5, "parent": "other", "seed": 1, **copy},
-        {"id": "other+k8", "layer": 5, "parent": "other", "k": 8, **copy},
+        {"id": "other-k8", "layer": 5, "parent": "other", "k": 8, **copy},
         {"id": "copied", "layer": 2, "parent": "L2", **copy},
         {"id": "mapped", "layer": 1, "tokens": 1024, "parent": "hop", "method": "affine"},
         {"id": "untrained", "layer": 2, "parent": "L2", "tokens": 0, "method": "random"},
@@ -53,7 +54,7 @@ INPUTS = ["in", "in-to-out", "in-to-out-1"]
 """Legs that read an MLP's input: an SAE, and transcoders."""
 STAYS: dict[str, tuple[Stay, str]] = {
     "tier": ("tier", "tier"),
-    "other+k8": ("tier", "other+k8"),
+    "other-k8": ("tier", "other-k8"),
     "copied": ("continuation", "L2"),
     "mapped": ("continuation", "hop"),
     "wide": ("replacement", "wide"),
@@ -63,7 +64,7 @@ STAYS: dict[str, tuple[Stay, str]] = {
 }
 """Legs that stay at their parent's place: as what, and their first. All of these were written, not added later."""
 EXTENDED = ["L2", "hop", "hop-full", "hop-equal", "tier", "L2-seed1", "hop-seed1", "other", *INPUTS]
-FINAL = ["hop+4.1k", "hop-seed1+4.1k", "L2+4.1k", "L2-seed1+4.1k", "tier+4.1k", "other+4.1k", "other-seed1", "other+k8"]
+FINAL = ["hop+4.1k", "hop-seed1+4.1k", "L2+4.1k", "L2-seed1+4.1k", "tier+4.1k", "other+4.1k", "other-seed1", "other-k8"]
 FINAL += ["copied", "mapped", "wide", "jumprelu", "relu", "untrained", "no-control", "own", "shared-4", "mlp"]
 FINAL += [f"{leg_id}+4.1k" for leg_id in INPUTS]
 
@@ -99,6 +100,26 @@ def test_an_extension_continues_a_leg_of_the_recipe_whatever_it_is(plan: Plan, l
     assert all(getattr(leg, name) == getattr(first, name) for leg in more for name in same)
     extra = plan.leg("hop").moment_tokens if leg_id == "hop-equal" else 0
     assert sum(leg.budget_tokens for leg in (first, *more)) == 4096 + extra
+
+
+def test_no_leg_is_named_as_what_an_extension_adds_to_another(facts: ModelFacts) -> None:
+    """A leg named so would be taken for a part of the other one, which would then lack tokens for an extension."""
+    legs = [{"id": "L3", "layer": 3, "tokens": 2048}, {"id": "L3+more", "layer": 3, "tokens": 1024, "parent": "L3"}]
+    with pytest.raises(PlanError, match=r'leg L3\+more: an id that begins with "L3\+" is for .* such as L3-more'):
+        compiled(facts, plan={"legs": legs})
+
+
+def test_ids_may_have_a_plus_sign_otherwise(facts: ModelFacts) -> None:
+    legs = [{"id": "L3", "layer": 3, "tokens": 2048}, {"id": "map+refit", "layer": 2, "tokens": 1024, "parent": "L3"}]
+    plan = compiled(facts, plan={"legs": legs}, train={"seeds": 2})
+    legs[1]["tokens"] = 2048
+    plan = compiled(facts, finished=plan, plan={"legs": legs}, train={"seeds": 2})
+    assert {leg.id: plan.repeat_of(leg) for leg in plan.legs if plan.repeat_of(leg)} == {
+        "L3-seed1": "L3",
+        "map+refit-seed1": "map+refit",
+        "map+refit-seed1+2.05k": "map+refit+2.05k",
+    }
+    assert [leg.id for leg in parts_of(plan.leg("map+refit"), plan.legs)] == ["map+refit", "map+refit+2.05k"]
 
 
 def test_only_what_an_extension_added_is_a_part_of_a_leg(plan: Plan) -> None:

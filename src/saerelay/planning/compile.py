@@ -46,6 +46,7 @@ def compile_plan(
     specs = with_repeats(recipe.plan.legs or preset_legs(recipe, layers, parents), recipe.train)
     if recipe.plan.legs:
         _check_nothing_else(recipe)
+        _check_ids(recipe.plan.legs, finished)
     for spec in specs:
         for site in sites_of(spec, recipe):
             facts.check_site(site)
@@ -109,6 +110,22 @@ def _check_nothing_else(recipe: Recipe) -> None:
         )
     if plan.hop.parents:
         raise PlanError("plan.parents belongs to the presets; with [[plan.legs]], each leg names its own parent")
+
+
+def _check_ids(specs: Sequence[LegSpec], finished: Plan | None) -> None:
+    """Raise PlanError for an id that would pass for what an extension adds to another leg: its id and a plus sign.
+
+    A run that was begun when such ids were allowed may be extended.
+    """
+    known = {spec.id for spec in finished.recipe.plan.legs} if finished else set[str]()
+    ids = {spec.id for spec in specs}
+    for spec in specs:
+        other = next((other for other in ids if spec.id.startswith(f"{other}+")), None)
+        if other and spec.id not in known:
+            raise PlanError(
+                f'leg {spec.id}: an id that begins with "{other}+" is for what an extension of the run adds to leg '
+                f"{other}; choose another, such as {spec.id.replace('+', '-')}"
+            )
 
 
 def _check_length(plan: Plan) -> None:

@@ -27,7 +27,8 @@ def _share_or_count(value: object) -> object:
 ShareOrCount = Annotated[float | int, BeforeValidator(_share_or_count)]
 LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
 """The id of a leg: safe as the name of a directory. Two facts are in ids alone: what a leg repeats with another seed
-(L3-seed1: `Plan.repeat_of`), and to which leg of the recipe an extension of the run added it (L3+2M: `parts_of`)."""
+(L3-seed1: `Plan.repeat_of`), and to which leg of the recipe an extension of the run added it (L3+2M: `parts_of`); a
+leg beside L3 that a user writes cannot have such an id."""
 Rate = Annotated[float, Field(gt=0, lt=1)]
 ControlKind = Literal["equal_tokens", "full", "random"]
 """From scratch on the transfer's tokens, from scratch on the full budget, or random and refitted as after a hop."""

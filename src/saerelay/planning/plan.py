@@ -236,11 +236,12 @@ class Plan(Document):
 
         What an extension added to it (L3-seed1+2M) repeats what was added to the other (L3+2M) or, without that, L3.
         """
-        name, plus, more = leg.id.partition("+")
-        first = name.removesuffix(repeat_name("", leg.seed))
-        if first == name:
-            return ""
-        return next((other for other in (first + plus + more, first) if self.has(other)), "")
+        original, plus, more = leg.id.rpartition("+")
+        for name, added in ((leg.id, ""), (original, plus + more)):
+            first = name.removesuffix(repeat_name("", leg.seed))
+            if first != name:
+                return next((other for other in (first + added, first) if self.has(other)), "")
+        return ""
 
     def newness(self, leg: Leg) -> float:
         """Return a leg's own tokens over all that its dictionary is trained on, parents included; 0 if unknown."""
