@@ -127,6 +127,29 @@ def test_only_what_an_extension_added_is_a_part_of_a_leg(plan: Plan) -> None:
     assert all(len(parts_of(leg, plan.legs)) in (1, 3) for leg in plan.legs)
 
 
+def test_an_equal_tokens_control_gets_the_tokens_of_the_whole_line(facts: ModelFacts) -> None:
+    copy = {"layer": 1, "tokens": 1024, "method": "identity"}
+    legs = [
+        {"id": "L2", "layer": 2, "tokens": 4096},
+        {"id": "hop", "layer": 1, "tokens": 2048, "parent": "L2", "method": "affine"},
+        {"id": "more", "parent": "hop", "fork_at": 0.5, **copy},
+        {"id": "most", "parent": "more", **copy},
+        {"id": "wide", "parent": "hop", "n_latents": 96, **copy},
+        *[{"id": f"{of}-equal", "layer": 1, "tokens": 0, "control_of": of} for of in ("hop", "more", "most", "wide")],
+    ]
+    plan = compiled(facts, plan={"legs": legs})
+    moments = plan.leg("hop").moment_tokens
+    tokens = {leg.control_of: leg.budget_tokens for leg in plan.legs if leg.control}
+    assert moments == 512 and tokens == {
+        "hop": 512 + 2048,
+        "more": 512 + 1024 + 1024,
+        "most": 512 + 1024 + 1024 + 1024,
+        "wide": 1024,  # another SAE than hop, which is only its parent
+    }
+    twice = [leg | ({"tokens": 2048} if leg["id"] == "most" else {}) for leg in legs]
+    assert compiled(facts, finished=plan, plan={"legs": twice}).leg("most-equal+4.61k").budget_tokens == 1024
+
+
 def test_a_leg_is_final_until_another_takes_its_place(suite: PublishedSuite) -> None:
     assert sorted(leg.id for leg in suite.final_legs) == sorted(FINAL)
     controls = ["hop-full+4.1k", "hop-equal+4.61k", "hop-random", "L2-random", "tier-random"]

@@ -156,17 +156,26 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
 
 
 def _settled_budget(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> int:
-    """Return the training tokens, in whole batches; an equal-tokens control gets as many as its transfer uses in all.
-
-    These are the tokens of its map and of its training, where repetitions count, those of the transfer's continuations
-    included.
-    """
+    """Return the training tokens, in whole batches; an equal-tokens control gets as many as its transfer in all."""
     batch = _batch_tokens(spec, setting)
     tokens = spec.tokens
     if spec.control and not spec.hop and not tokens:
-        transfer = next(leg for leg in legs if leg.id == spec.control.control_of)
-        tokens = transfer.moment_tokens + sum(leg.budget_tokens for leg in parts_of(transfer, legs))
+        by_id = {leg.id: leg for leg in legs}
+        tokens = _tokens_in_all(by_id[spec.control.control_of], by_id)
     return rounded_up(tokens, batch)
+
+
+def _tokens_in_all(leg: Leg, by_id: Mapping[str, Leg]) -> int:
+    """Return the tokens of the maps and of the training of a leg's SAE at its place, where repetitions count.
+
+    They include those of the legs that it continues, up to where it took over, and what extensions have added to it.
+    """
+    tokens = leg.moment_tokens + sum(part.budget_tokens for part in parts_of(leg, list(by_id.values())))
+    while leg.hop and leg.parent in by_id and leg.stays_as(by_id[leg.parent]) == "continuation":
+        tokens += leg.hop.fork_at_tokens
+        leg = by_id[leg.parent]
+        tokens += leg.moment_tokens
+    return tokens
 
 
 def _without_tokens(spec: LegSpec) -> PlanError:
