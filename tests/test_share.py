@@ -23,12 +23,15 @@ import torch
 import yaml
 from fake_hub import COMMIT, TOKEN, Hub
 from huggingface_hub import ModelCard
+from test_plan import compiled
 
 from saerelay import cli
 from saerelay.errors import FormatError, HubError, RunDirectoryError
 from saerelay.files import read_json, write_text
 from saerelay.interop import hub, load_dictionary, own, write_dictionary
 from saerelay.interop.origin import Origin
+from saerelay.planning.facts import ModelFacts
+from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.runs.dictionaries import publish
 from saerelay.runs.directory import RunDirectory
@@ -200,6 +203,18 @@ def test_the_card_of_a_surveyed_run_does_not_promise_the_same_legs(run: Path, tm
     card = (tmp_path / "out/README.md").read_text()
     assert "surveys the layers again" in card and "reproduces these dictionaries" not in card
     assert 'revision = "abc123"' in card, "the commit that was trained on, whatever the recipe leaves open"
+
+
+def test_the_card_of_a_run_to_which_layers_were_added_does_not_promise_the_same_saes(facts: ModelFacts) -> None:
+    """They were trained after the others, and in one run they would be trained beside them, on other text."""
+    sae = model_card.ExportedSAE("layer_1", "topk", Origin(model="a", site=Site(1)), leg=None, metrics={})
+    begun = compiled(facts, sites={"layers": [1, 2]})
+    longer = compiled(facts, sites={"layers": [1, 2, 3]}, finished=begun)
+    longest = compiled(facts, sites={"layers": [0, 1, 2, 3]}, finished=Plan.from_data(longer.to_data(), "plan.json"))
+    assert longest.extended_at == [begun.n_tokens, longer.n_tokens] and not begun.extended_at
+    cards = [model_card.model_card([sae], "saerelay", plan=plan) for plan in (begun, longer, longest)]
+    promised = ["reproduces these dictionaries" in card for card in cards]
+    assert promised == [True, False, False]
 
 
 def test_the_first_of_several_kinds_is_loaded_as_what_it_is() -> None:

@@ -79,6 +79,7 @@ def compile_plan(
         legs=legs,
         externals=externals,
         probe=finished.probe if finished else _probe_layer(recipe, facts),
+        extended_at=[*finished.extended_at, finished.n_tokens] if finished else [],
     )
     _check_length(plan)
     _check_widths(plan)

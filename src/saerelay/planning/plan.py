@@ -19,7 +19,7 @@ from saerelay.planning.leg import External, Leg, Schedule, Stay
 from saerelay.planning.leg_spec import repeat_name
 from saerelay.planning.recipe import Recipe
 from saerelay.site import Site
-from saerelay.spec import few_of, rounded_up
+from saerelay.spec import Whole, few_of, rounded_up
 
 LM_BATCH_TOKENS = 4096
 """Tokens per forward pass of the language model on a CPU."""
@@ -42,6 +42,8 @@ class Plan(Document):
     """Parents outside this plan, by the names that the recipe gives them."""
     probe: int | None
     """Layer at which outlier norms are looked for, whichever sites are open; None if no outliers are left out."""
+    extended_at: list[Whole] = Field(default=[], exclude_if=lambda given: not given)
+    """Cursors from which extensions of the run read. Not in plans that were extended before this key was there."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Plan":

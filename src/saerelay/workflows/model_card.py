@@ -278,10 +278,10 @@ def _loading(format: str, repo: str, saes: Sequence[ExportedSAE]) -> list[str]:
 def _how_to_repeat(plan: Plan) -> str:
     """Say what training with the recipe of a run gives: the same, unless its plan is not settled by the recipe."""
     command = "`saerelay train run.toml --out runs/a` with this `run.toml`"
-    if any(len(parts_of(leg, plan.legs)) > 1 for leg in plan.legs):
+    if plan.extended_at or any(len(parts_of(leg, plan.legs)) > 1 for leg in plan.legs):
         return (
-            f"The run was extended: legs were trained in several parts, as the table above shows. {command} trains "
-            "each leg in one part, so that other dictionaries result."
+            "The run was extended: legs, or tokens of legs, were added to it when it was finished, and trained on what "
+            f"the corpus had next. {command} trains everything in one run, so that other dictionaries result."
         )
     if plan.recipe.plan.surveyed:
         return (
