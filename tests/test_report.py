@@ -129,7 +129,7 @@ def test_lineage_comes_back_from_the_data_files(written: Suite) -> None:
 def test_the_words_of_the_page_are_those_of_tables_and_figures(written: Suite) -> None:
     script = (written.directory.report / "data/labels.js").read_text(encoding="ascii")
     labels = json.loads(script.removeprefix("const labels = ").removesuffix(";\n"))
-    assert labels["methods"] == METHODS and labels["fates"] == STATUSES and labels["origins"] == ORIGINS
+    assert labels["methods"] == METHODS and labels["statuses"] == STATUSES and labels["origins"] == ORIGINS
     assert labels["roles"] == ROLES and {name: tuple(text) for name, text in labels["metrics"].items()} == METRICS
     declared = re.search(
         r"declare const labels: \{(.*?)\n\};",

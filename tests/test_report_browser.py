@@ -181,7 +181,7 @@ def test_filters_and_numbers_find_latents(visit: Visit) -> None:
     assert page.locator("ol.list a.row[href$='/2'] .n").first.inner_text() == "100\u00a0%"
     page.get_by_label("Density").select_option("")
     page.get_by_label("In the next layer").select_option("x")
-    assert set(page.locator("ol.list a.row .fate").all_inner_texts()) == {"died"}
+    assert set(page.locator("ol.list a.row .status").all_inner_texts()) == {"died"}
 
 
 def test_a_click_follows_a_feature_to_the_next_layer(visit: Visit) -> None:

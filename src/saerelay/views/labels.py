@@ -192,7 +192,7 @@ def for_js() -> dict[str, Any]:
     return {
         "metrics": METRICS,
         "methods": METHODS,
-        "fates": STATUSES,
+        "statuses": STATUSES,
         "origins": ORIGINS,
         "roles": ROLES,
         "curves": CURVES,

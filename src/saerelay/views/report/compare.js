@@ -58,7 +58,7 @@ async function comparePane(run, { leg, latent, step }, isCurrent) {
 function stepLine(step) {
   if (!step) return element("p.small", "last layer");
   const text = ` in the next layer, cosine ${cosine(step.decoder)}`;
-  return element("p.small", { "data-tip": stepText(step) }, fateBadge(step.fate), text);
+  return element("p.small", { "data-tip": stepText(step) }, statusBadge(step.status), text);
 }
 
 /** @param {Feature} feature */

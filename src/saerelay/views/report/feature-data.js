@@ -77,7 +77,7 @@ async function readList(run, legId) {
     max: index.max[latent],
     peaks: index.peaks[latent],
     top: index.top?.[latent] ?? [],
-    fate: /** @type {Fate | undefined} */ (link?.status[latent]),
+    status: /** @type {Status | undefined} */ (link?.status[latent]),
     cosine: link?.decoder_cosine[latent] ?? null,
     score: 0,
   }));
@@ -112,7 +112,7 @@ async function followLink(number, latent) {
   const partner = link.partner ? link.partner[latent] : latent;
   return {
     latent: partner < 0 ? null : partner,
-    fate: /** @type {Fate} */ (link.status[latent]),
+    status: /** @type {Status} */ (link.status[latent]),
     decoder: link.decoder_cosine[latent],
     encoder: link.encoder_cosine[latent],
     correlation: link.correlation[latent],

@@ -137,8 +137,8 @@ function nextLayerSentence(run, stops, legId) {
     { href: featureAddress(next.leg, step.latent) },
     `Go to feature ${step.latent} of ${layer} →`,
   );
-  const fate = capitalised(labels.fates[step.fate]);
-  return element("p", `${fate} in ${layer}: ${similarityText(step)}. `, link);
+  const status = capitalised(labels.statuses[step.status]);
+  return element("p", `${status} in ${layer}: ${similarityText(step)}. `, link);
 }
 
 /**

@@ -85,17 +85,17 @@ function choiceFromAddress(run, parts, query) {
     leg: parts[0] ?? middleLeg,
     q: query.get("q") ?? "",
     density: query.get("density") ?? "",
-    fate: query.get("fate") ?? "",
+    status: query.get("status") ?? "",
     sort: query.get("sort") ?? "match",
   };
 }
 
 /** @param {ListChoice} choice */
-function addressOfChoice({ leg, q, density, fate, sort }) {
+function addressOfChoice({ leg, q, density, status, sort }) {
   const query = new URLSearchParams();
   if (q) query.set("q", q);
   if (density) query.set("density", density);
-  if (fate) query.set("fate", fate);
+  if (status) query.set("status", status);
   if (sort !== "match") query.set("sort", sort);
   const address = listAddress(leg);
   return query.size ? `${address}?${query}` : address;
@@ -118,7 +118,7 @@ function listControls(run, choice, choose) {
   /** @type {[string, string][]} */
   const legs = inLayerOrder(run.legs).map((leg) => [leg.id, `layer ${leg.layer}: ${leg.id}`]);
   /** @type {[string, string][]} */
-  const fates = Object.entries(labels.fates);
+  const statuses = Object.entries(labels.statuses);
   /** @type {[string, string][]} */
   const orders = Object.entries(FEATURE_ORDERS).map(([name, { text }]) => [name, text]);
   return element(
@@ -127,7 +127,9 @@ function listControls(run, choice, choose) {
     element("label", "Search", search),
     menu("SAE", [["all", "all layers"], ...legs], choice.leg, (leg) => choose({ leg })),
     menu("Density", DENSITIES, choice.density, (density) => choose({ density })),
-    menu("In the next layer", [["", "any"], ...fates], choice.fate, (fate) => choose({ fate })),
+    menu("In the next layer", [["", "any"], ...statuses], choice.status, (status) =>
+      choose({ status }),
+    ),
     menu("Sort by", orders, choice.sort, (sort) => choose({ sort })),
   );
 }
@@ -202,12 +204,12 @@ function tokenScore(id, { exact, containing }) {
  * @param {ListChoice} choice
  * @param {TokenSearch} search
  */
-function isMatch(feature, { fate, density }, search) {
+function isMatch(feature, { status, density }, search) {
   if (search.latent === feature.latent) return true;
-  if (fate && feature.fate !== fate) return false;
+  if (status && feature.status !== status) return false;
   if (density && !isOfDensity(feature, density)) return false;
   if (!search.isEmpty) return feature.score > 0;
-  return feature.fired > 0 || fate !== "" || density !== "";
+  return feature.fired > 0 || status !== "" || density !== "";
 }
 
 /**
@@ -254,7 +256,7 @@ function resultList(features, matches, choice, search, vocabulary) {
  * @param {Record<number, string>} vocabulary
  */
 function featureRow(feature, withLayer, search, vocabulary) {
-  const { leg, latent, fate } = feature;
+  const { leg, latent, status } = feature;
   const layer = withLayer ? element("small", leg.place) : null;
   const row = element(
     "a.row",
@@ -264,7 +266,7 @@ function featureRow(feature, withLayer, search, vocabulary) {
     element("span.promoted", tokenChips(feature.top, search, vocabulary)),
     element("span.n", percent(feature.density)),
     element("span.n.most", number(feature.max)),
-    fate ? fateBadge(fate) : element("span.soft.fate.x", "–"),
+    status ? statusBadge(status) : element("span.soft.status.x", "–"),
   );
   return element("li", row);
 }

@@ -11,14 +11,14 @@ const FLOW = {
   columnHeight: 250, // of the layer with most features
   below: 62, // for the ends of died and born, and the numbers
 };
-const BAND_FATES = /** @type {Fate[]} */ (["k", "d", "r", "x", "b"]);
+const BAND_STATUSES = /** @type {Status[]} */ (["k", "d", "r", "x", "b"]);
 const NO_COUNTS = { k: 0, d: 0, r: 0, x: 0, b: 0, "-": 0 };
 
 /**
  * @param {Run} run
  * @param {string[]} legs one per layer
  * @param {number[]} links their numbers, one between each two neighbours; -1 where there is none
- * @param {(column: number, fate: Fate) => void} onBand
+ * @param {(column: number, status: Status) => void} onBand
  * @returns {Flow}
  */
 function drawFlow(run, legs, links, onBand) {
@@ -36,18 +36,18 @@ function drawFlow(run, legs, links, onBand) {
   /** @type {(() => void) | null} */
   let chooseFirstChange = null;
   layout.counts.forEach((counts, column) => {
-    for (const fate of BAND_FATES) {
-      if (!counts[fate]) continue;
-      const band = drawBand(run, layout, column, fate);
+    for (const status of BAND_STATUSES) {
+      if (!counts[status]) continue;
+      const band = drawBand(run, layout, column, status);
       const choose = () => {
         chosen?.setAttribute("aria-pressed", "false");
         chosen = band;
         band.setAttribute("aria-pressed", "true");
-        onBand(column, fate);
+        onBand(column, status);
       };
       onPress(band, choose);
-      svg.append(band, ...drawBandText(layout, column, fate));
-      if (fate === "d" || fate === "r") chooseFirstChange ??= choose;
+      svg.append(band, ...drawBandText(layout, column, status));
+      if (status === "d" || status === "r") chooseFirstChange ??= choose;
     }
   });
   layout.legs.forEach((leg, column) => svg.append(...drawColumn(run, layout, leg, column)));
@@ -96,7 +96,7 @@ function flowLayout(run, legs, links) {
  * Alive features of a layer: those that the link to the next layer starts from; of the last layer,
  * those that the link to it ends at.
  *
- * @param {Record<Fate, number>[]} counts
+ * @param {Record<Status, number>[]} counts
  * @param {number} column
  */
 function aliveIn(counts, column) {
@@ -121,16 +121,16 @@ const columnMiddle = (column) => columnX(column) + FLOW.barWidth / 2;
  *
  * @param {FlowLayout} layout
  * @param {number} column
- * @param {Fate} fate
+ * @param {Status} status
  */
-function bandExtent({ counts, scale }, column, fate) {
+function bandExtent({ counts, scale }, column, status) {
   const n = counts[column];
   const above = { k: 0, d: n.k, r: n.k + n.d, x: n.k + n.d + n.r, b: n.k + n.d + n.r, "-": 0 };
-  const height = n[fate] * scale;
+  const height = n[status] * scale;
   return {
-    y: FLOW.top + above[fate] * scale,
+    y: FLOW.top + above[status] * scale,
     height,
-    drawnHeight: n[fate] ? Math.max(2, height) : 0,
+    drawnHeight: n[status] ? Math.max(2, height) : 0,
   };
 }
 
@@ -140,15 +140,15 @@ function bandExtent({ counts, scale }, column, fate) {
  * @param {Run} run
  * @param {FlowLayout} layout
  * @param {number} column
- * @param {Fate} fate
+ * @param {Status} status
  */
-function drawBand(run, layout, column, fate) {
+function drawBand(run, layout, column, status) {
   const source = layerName(run, layout.legs[column]);
   const target = layerName(run, layout.legs[column + 1]);
-  const count = wholeNumber(layout.counts[column][fate]);
-  const text = `${count} ${labels.fates[fate]} between ${source} and ${target}`;
-  return svgElement(`path.band.${fate}`, {
-    d: bandPath(layout, column, fate),
+  const count = wholeNumber(layout.counts[column][status]);
+  const text = `${count} ${labels.statuses[status]} between ${source} and ${target}`;
+  return svgElement(`path.band.${status}`, {
+    d: bandPath(layout, column, status),
     role: "button",
     tabindex: 0,
     "aria-pressed": "false",
@@ -166,20 +166,20 @@ const FLOW_END = FLOW.top + FLOW.columnHeight + 22;
  *
  * @param {FlowLayout} layout
  * @param {number} column
- * @param {Fate} fate
+ * @param {Status} status
  */
-function bandPath(layout, column, fate) {
-  const { y, drawnHeight: h } = bandExtent(layout, column, fate);
+function bandPath(layout, column, status) {
+  const { y, drawnHeight: h } = bandExtent(layout, column, status);
   const left = columnX(column) + FLOW.barWidth;
   const right = columnX(column + 1);
   const middle = (left + right) / 2;
-  if (fate === "x") {
+  if (status === "x") {
     const tip = middle - 14;
     const down = `C${left + 22} ${y} ${tip - 2} ${y + 6} ${tip} ${FLOW_END}`;
     const back = `C${tip - 10} ${y + h + 8} ${left + 16} ${y + h} ${left} ${y + h}`;
     return `M${left} ${y} ${down} ${back} z`;
   }
-  if (fate === "b") {
+  if (status === "b") {
     const tip = middle + 14;
     const down = `C${right - 22} ${y} ${tip + 2} ${y + 6} ${tip} ${FLOW_END}`;
     const back = `C${tip + 10} ${y + h + 8} ${right - 16} ${y + h} ${right} ${y + h}`;
@@ -194,25 +194,25 @@ function bandPath(layout, column, fate) {
  *
  * @param {FlowLayout} layout
  * @param {number} column
- * @param {Fate} fate
+ * @param {Status} status
  */
-function drawBandText(layout, column, fate) {
-  const n = layout.counts[column][fate];
+function drawBandText(layout, column, status) {
+  const n = layout.counts[column][status];
   const middle = (columnX(column) + FLOW.barWidth + columnX(column + 1)) / 2;
-  if (fate === "x" || fate === "b") {
-    const died = fate === "x";
+  if (status === "x" || status === "b") {
+    const died = status === "x";
     const attributes = {
       x: middle + (died ? -14 : 14),
       y: FLOW_END + 14,
       "text-anchor": died ? "end" : "start",
     };
-    return [svgElement("text", attributes, `${n} ${labels.fates[fate]}`)];
+    return [svgElement("text", attributes, `${n} ${labels.statuses[status]}`)];
   }
-  const { y, drawnHeight } = bandExtent(layout, column, fate);
+  const { y, drawnHeight } = bandExtent(layout, column, status);
   if (drawnHeight <= 15) return [];
   const attributes = { x: middle, y: y + drawnHeight / 2 + 4, "text-anchor": "middle" };
   const share = percent(n / (layout.alive[column] || 1));
-  return [svgElement(`text.share.${fate}`, attributes, share)];
+  return [svgElement(`text.share.${status}`, attributes, share)];
 }
 
 /**
@@ -280,8 +280,8 @@ function drawTrace(svg, layout, stops) {
 function traceHeight(layout, stops, column) {
   for (const c of [column, column - 1]) {
     const step = stops[c]?.step;
-    if (!step || step.fate === "-") continue;
-    const { y, height } = bandExtent(layout, c, step.fate);
+    if (!step || step.status === "-") continue;
+    const { y, height } = bandExtent(layout, c, step.status);
     return y + height / 2;
   }
   return FLOW.top + FLOW.columnHeight;

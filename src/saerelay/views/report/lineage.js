@@ -28,11 +28,11 @@ function lineageOfKind(run, legs) {
     return [element("p.note", sentence)];
   }
   const list = element("div", { "aria-live": "polite" });
-  const flow = drawFlow(run, legs, links, async (column, fate) => {
+  const flow = drawFlow(run, legs, links, async (column, status) => {
     const onTrace = (/** @type {Stop[]} */ stops) => flow.trace(stops);
-    list.replaceChildren(...(await bandList(run, links[column], fate, onTrace)));
+    list.replaceChildren(...(await bandList(run, links[column], status, onTrace)));
   });
-  const key = BAND_FATES.map((fate) => element(`span.key.${fate}`, labels.fates[fate]));
+  const key = BAND_STATUSES.map((status) => element(`span.key.${status}`, labels.statuses[status]));
   flow.chooseFirstChange?.();
   return [
     element(
@@ -113,10 +113,10 @@ function keptShare({ counts, target }) {
  *
  * @param {Run} run
  * @param {number} number the link's
- * @param {Fate} fate
+ * @param {Status} status
  * @param {(stops: Stop[]) => void} onTrace draws a feature's path into the picture
  */
-async function bandList(run, number, fate, onTrace) {
+async function bandList(run, number, status, onTrace) {
   const { source, target } = run.links[number];
   const [link, sourceIndex, targetIndex, vocabulary] = await Promise.all([
     saerelay.load(`links/${number}`),
@@ -124,7 +124,7 @@ async function bandList(run, number, fate, onTrace) {
     saerelay.load(`index/${target}`),
     saerelay.load("vocabulary"),
   ]);
-  const latents = latentsOf(link, fate);
+  const latents = latentsOf(link, status);
   const rows = element("tbody");
   const strand = element("div");
 
@@ -152,7 +152,7 @@ async function bandList(run, number, fate, onTrace) {
   const targetLayer = layerName(run, target);
   const count = wholeNumber(latents.length);
   return [
-    element("h2", `${count} ${labels.fates[fate]}, ${sourceLayer} → ${targetLayer}`),
+    element("h2", `${count} ${labels.statuses[status]}, ${sourceLayer} → ${targetLayer}`),
     strand,
     element("div.scroll", bandTable(sourceLayer, targetLayer, rows)),
     showMore,
@@ -160,16 +160,16 @@ async function bandList(run, number, fate, onTrace) {
 }
 
 /**
- * The source's latents of one fate, by rising decoder cosine.
+ * The source's latents of one status, by rising decoder cosine.
  *
  * @param {LinkColumns} link
- * @param {Fate} fate
+ * @param {Status} status
  */
-function latentsOf(link, fate) {
+function latentsOf(link, status) {
   const latents = [...link.status].map((_, latent) => latent);
   const cosines = link.decoder_cosine;
   return latents
-    .filter((latent) => link.status[latent] === fate)
+    .filter((latent) => link.status[latent] === status)
     .sort((a, b) => (cosines[a] ?? 0) - (cosines[b] ?? 0));
 }
 

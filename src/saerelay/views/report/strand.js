@@ -1,11 +1,12 @@
 // One feature through all layers, as a row of stops; what became of it in words.
 "use strict";
 
-/** @param {Fate} fate @returns {string} its class in the style sheet, which has none for "-" */
-const fateClass = (fate) => (fate === "-" ? "x" : fate);
+/** @param {Status} status @returns {string} its class in the style sheet, which has none for "-" */
+const statusClass = (status) => (status === "-" ? "x" : status);
 
-/** @param {Fate} fate */
-const fateBadge = (fate) => element(`span.fate.${fateClass(fate)}`, labels.fates[fate]);
+/** @param {Status} status */
+const statusBadge = (status) =>
+  element(`span.status.${statusClass(status)}`, labels.statuses[status]);
 
 /**
  * How similar a feature is to the one it leads to.
@@ -19,7 +20,7 @@ function similarityText({ decoder, encoder, correlation }) {
 
 /** @param {Step} step */
 function stepText(step) {
-  return `${labels.fates[step.fate]}: ${similarityText(step)}`;
+  return `${labels.statuses[step.status]}: ${similarityText(step)}`;
 }
 
 /** @param {Feature} feature */
@@ -64,7 +65,7 @@ async function strandStop(run, { leg, latent, step }, isCurrent) {
   };
   return element(
     `li${currentClass}${endClass}`,
-    element(`div.link.${step ? fateClass(step.fate) : "x"}`, tooltip),
+    element(`div.link.${step ? statusClass(step.status) : "x"}`, tooltip),
     continues ? element("span.cos", tooltip, cosine(step.decoder)) : null,
     element("a.at", address, `${layer} #${latent}`),
     element("small", feature.fired ? `${percent(densityOf(feature))} of tokens` : "never fires"),

@@ -8,7 +8,7 @@ type Definition = [name: string, definition: string];
 declare const labels: {
   metrics: Record<string, Definition>;
   methods: Record<string, string>;
-  fates: Record<string, string>;
+  statuses: Record<string, string>;
   origins: Record<string, string>;
   roles: Record<string, string>;
   curves: Record<CurveName, Definition>;
@@ -91,7 +91,7 @@ interface FeatureFacts {
 }
 
 /** k: kept, d: drifted, r: replaced, x: died, b: born, "-": silent at both ends. */
-type Fate = "k" | "d" | "r" | "x" | "b" | "-";
+type Status = "k" | "d" | "r" | "x" | "b" | "-";
 
 /** Two legs whose latents were compared. */
 interface Link {
@@ -100,7 +100,7 @@ interface Link {
   target: string;
   /** "index": latents keep their number; "assignment": they were matched one to one. */
   by: "index" | "assignment";
-  counts: Record<Fate, number>;
+  counts: Record<Status, number>;
 }
 
 /** A link latent by latent of its source; cosines and correlation in thousandths. */
@@ -294,7 +294,7 @@ interface Example {
 /** A step along a link: the latent it leads to, and what became of the one it comes from. */
 interface Step {
   latent: number | null;
-  fate: Fate;
+  status: Status;
   decoder: number | null;
   encoder: number | null;
   correlation: number | null;
@@ -316,7 +316,7 @@ interface ListedFeature {
   max: number;
   peaks: number[];
   top: number[];
-  fate: Fate | undefined;
+  status: Status | undefined;
   cosine: number | null;
   /** How well it matches the search. */
   score: number;
@@ -326,7 +326,7 @@ interface ListChoice {
   leg: string;
   q: string;
   density: string;
-  fate: string;
+  status: string;
   sort: string;
 }
 
@@ -406,8 +406,8 @@ interface ChartFrame {
 
 interface FlowLayout {
   legs: string[];
-  /** Between each two neighbours, how many features had each fate. */
-  counts: Record<Fate, number>[];
+  /** Between each two neighbours, how many features had each status. */
+  counts: Record<Status, number>[];
   /** Alive features of each layer. */
   alive: number[];
   /** Height of one feature. */
