@@ -89,6 +89,15 @@ def test_tables_show_names_as_they_are() -> None:
     assert "wall-clock" not in shown and "Controls took another 5 s" in shown
 
 
+@pytest.mark.parametrize(("l0", "told"), [(8.7, False), (8.9, True), (7.1, True), (None, False)])
+def test_another_l0_than_asked_for_is_told(l0: float | None, told: bool) -> None:
+    legs = [one.changed(l0=l0 if one.id == "c" else 8.0, target_l0=8.0) for one in summary().legs]
+    lines = [str(line) for line in notes(summary().changed(legs=legs)) if "from what was asked for" in str(line)]
+    assert bool(lines) == told
+    if told:
+        assert f"asked for: c ({l0} for 8). " in lines[0]
+
+
 @pytest.mark.parametrize("delta", [0.01, None])
 def test_the_figure_is_a_picture(tmp_path: Path, delta: float | None) -> None:
     legs = [one.changed(delta_ce=delta) for one in summary().legs]

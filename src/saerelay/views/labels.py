@@ -102,6 +102,8 @@ CURVES = {
 
 LARGE_DIMENSION = 0.25
 """Share of the variance above which readers are told that one dimension decides FVU."""
+L0_TOLERANCE = 0.1
+"""Share of the L0 asked for by which L0 may differ before readers are told."""
 
 
 def metric_name(metric: str) -> str:
@@ -135,6 +137,20 @@ def misleading_fvu(summary: Summary) -> str:
     return (
         f"FVU says little where one dimension holds much of the variance, as at {'; '.join(places)}. Compare "
         "the SAEs of such a layer by ΔCE, or by balanced FVU, which gives all dimensions equal weight."
+    )
+
+
+def unequal_l0(summary: Summary) -> str:
+    """Return a sentence on the SAEs whose L0 is not what was asked for, by more than a tenth; "" if there are none."""
+    found = []
+    for leg in summary.legs:
+        if leg.l0 is not None and leg.target_l0 and abs(leg.l0 / leg.target_l0 - 1) > L0_TOLERANCE:
+            found.append(f"{leg.id} ({leg.l0:.1f} for {leg.target_l0:g})")
+    if not found:
+        return ""
+    return (
+        f"On this text L0 differs by more than {100 * L0_TOLERANCE:.0f} % from what was asked for: {', '.join(found)}. "
+        "More active latents mean a lower FVU and ΔCE, so do not compare these SAEs with others as if at equal L0."
     )
 
 
