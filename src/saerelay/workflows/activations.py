@@ -150,8 +150,8 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, cursor:
 
 
 def _needs_model(plan: Plan, stream: LiveStream, cursor: int) -> bool:
-    """Whether the language model has to run: for activations that are not in the cache, or to measure goals."""
-    return plan.has_goals or stream.cache is None or stream.uncached_bytes(cursor) > 0
+    """Whether the language model has to run: for activations that are not in the cache, or of the validation split."""
+    return plan.reads_validation or stream.cache is None or stream.uncached_bytes(cursor) > 0
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
