@@ -9,6 +9,11 @@ Layers may be studied in parts, in folders of their own that overlap in a layer;
     python bench/transfer_real.py run ... --layers 0-4,11-17 --only scratch,hops,random,budgets --out others
     python bench/transfer_real.py report --out study --also others
 
+Whole suites of all layers, which are compared with `scratch` alone, have a table of their own:
+
+    python bench/transfer_real.py run ... --layers 0-17 --only scratch,suite --out suites
+    python bench/transfer_real.py suites --out suites --docs docs      # writes docs/transfer-real-suites.json and it
+
 Every job is an ordinary run of this tool in a directory of its own, <out>/<job>. The activations (`data.cache`, at
 <out>/activations) and the tokens are shared. A study that was stopped goes on with the same command.
 
@@ -241,7 +246,7 @@ def layers_of(text: str) -> list[int]:
 def main() -> None:
     """Parse, then run, or list, or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("command", choices=["run", "report", "suites"])
     parser.add_argument("--model", default="google/gemma-3-270m")
     parser.add_argument("--text", type=Path, help="a folder of text")
     parser.add_argument("--layers", type=layers_of, default=layers_of("4-11"))
@@ -260,6 +265,11 @@ def main() -> None:
         from transfer_real_report import report
 
         report([out, *args.also], args.docs)
+        return
+    if args.command == "suites":
+        from transfer_real_report import report_suites
+
+        report_suites(out, args.docs)
         return
     if args.text is None:
         raise SystemExit("--text DIR: which text should the model read?")

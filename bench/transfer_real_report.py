@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -381,8 +381,6 @@ def report(parts: Sequence[Path], docs: Path) -> None:
         "rank_correlations": correlations(results),
     }
     write_json(docs / "transfer-real.json", numbers)
-    page = docs / "transfer.md"
-    text = page.read_text(encoding="utf-8")
     tables = {
         "real-zero-shot": zero_shot_table(results),
         "real-budgets": budget_table(first_part),
@@ -391,6 +389,21 @@ def report(parts: Sequence[Path], docs: Path) -> None:
         "real-suites": suite_table(results),
         "real-correlations": correlation_table(results),
     }
+    write_tables(docs / "transfer.md", tables)
+
+
+def report_suites(out: Path, docs: Path) -> None:
+    """Write what whole suites of all layers took and gave: a study of its own, of `scratch` and `suite` jobs."""
+    results = read([out])
+    layers = sorted({layer for _, _, layer, _ in results.scratch})
+    numbers = {"full": results.full, "layers": layers, "suites": suite_rows(results)}
+    write_json(docs / "transfer-real-suites.json", numbers)
+    write_tables(docs / "transfer.md", {"real-suites-all": suite_table(results)})
+
+
+def write_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Put tables between their marks in a page."""
+    text = page.read_text(encoding="utf-8")
     for name, made in tables.items():
         pattern = rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)"
         text = re.sub(pattern, lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text, flags=re.DOTALL)
