@@ -210,6 +210,13 @@ def suites(study: Study, seed: int) -> list[Job]:
         "shared-untrained": {"preset": "shared", "roots": [middle], "transfer_tokens": 0},
         "two-shared": {"preset": "shared", "roots": [study.layers[n // 4], study.layers[5 * n // 8]]},
         "alternate-quarter": {"preset": "alternate", "transfer_tokens": study.tokens(1 / 4)},
+        "scratch-twice": {"preset": "scratch", "root_reuse": 2},
+        "alternate-twice": {
+            "preset": "alternate",
+            "root_reuse": 2,
+            "transfer_tokens": study.tokens(1 / 4),
+            "reuse": 2,
+        },
         "auto": {"preset": "auto"},
     }
     train = study.run.train.changed(seed=seed)

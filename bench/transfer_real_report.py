@@ -19,7 +19,18 @@ from saerelay.spec import format_count
 from saerelay.views.text import flops
 
 METHODS = get_args(Method)
-SUITES = ("hub", "shared-untrained", "shared", "two-shared", "alternate", "alternate-quarter", "chain", "auto")
+SUITES = (
+    "scratch-twice",
+    "hub",
+    "shared-untrained",
+    "shared",
+    "two-shared",
+    "alternate",
+    "alternate-quarter",
+    "alternate-twice",
+    "chain",
+    "auto",
+)
 
 
 @dataclass(frozen=True)

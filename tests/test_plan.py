@@ -393,6 +393,19 @@ def test_equal_tokens_count_repetitions(facts: ModelFacts) -> None:
     assert plan.leg("L1-scratch-equal").budget_tokens == transfer.moment_tokens + 1024
 
 
+def test_roots_and_controls_from_scratch_may_train_on_a_block_several_times(facts: ModelFacts) -> None:
+    once = compiled(facts, plan={"controls": [1]})
+    twice = compiled(facts, plan={"controls": [1], "root_reuse": 2})
+    for leg in twice.legs:
+        before = once.leg(leg.id)
+        assert leg.budget_tokens == before.budget_tokens and leg.schedule.lr == before.schedule.lr
+        assert leg.schedule.reuse == (2 if not leg.hop else 1)
+    assert twice.leg("L3").end == once.leg("L3").end // 2
+    ours = plan_cost(twice.all_from_scratch())
+    theirs = plan_cost(once.all_from_scratch())
+    assert ours.sae_samples == theirs.sae_samples and ours.lm_tokens == theirs.lm_tokens / 2
+
+
 def test_layers_of_different_widths_cannot_share_a_leg(facts: ModelFacts) -> None:
     widths = facts.sites.changed(widths={"attn_z": [24, 24, 16, 24, 24, 24]})
     leg = {"id": "a", "layer": 1, "module": "attn_z", "tokens": 4096, "shared_layers": [0, 2]}

@@ -26,7 +26,7 @@ KEYS = {
     "cache block_tokens",
     "dictionary": "architecture normalise skip_connection matryoshka expansion n_latents k aux_weight target_l0 "
     "l0_weight bandwidth gate_l1 l1",
-    "plan": "preset budget fvu_ratio survey_tokens stop roots direction root_tokens transfer_tokens "
+    "plan": "preset budget fvu_ratio survey_tokens stop roots direction root_tokens root_reuse transfer_tokens "
     "method refit moment_tokens refit_tokens fork_at parents reuse controls control_kinds tiers tier_tokens",
     "train": "batch_tokens precision lr transfer_lr encoder_lr bias_lr betas balance whitening warmup "
     "sparsity_warmup decay clip dead_after seed seeds checkpoint_every snapshots memory_gib loggers",

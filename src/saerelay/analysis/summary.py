@@ -170,7 +170,7 @@ def scratch_cost(
         tokens = sum(info.tokens for info in trained_from_scratch)
         seconds_per_leg = root_tokens * seconds / tokens
     lm_seconds = run.seconds.lm if run else math.nan
-    lm_share = min(1.0, root_tokens / lm_tokens)
+    lm_share = min(1.0, root_tokens / plan.recipe.plan.root_reuse / lm_tokens)
     return ScratchCost(
         tokens=root_tokens,
         lm_tokens=cost.lm_tokens,

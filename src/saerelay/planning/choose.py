@@ -176,10 +176,16 @@ class Charges(NamedTuple):
     moment_tokens: int
     root_price: dict[int, float]
     """Price of a root as a multiple of its cost, by layer."""
+    root_reuse: int = 1
+    """How many times a root is trained on each token that is read for it."""
+    hop_reuse: int = 1
 
     def of_edge(self, parent: int | None, layer: int, tokens: float) -> float:
         """Return the cost of training a layer from a parent, or from scratch, on some tokens."""
-        tokens_read = tokens if parent is None else tokens + self.moment_tokens
+        if parent is None:
+            tokens_read = tokens / self.root_reuse
+        else:
+            tokens_read = tokens / self.hop_reuse + self.moment_tokens
         cost = tokens * self.per_sample + tokens_read * self.per_read_token[layer]
         return cost * self.root_price[layer] if parent is None else cost
 
@@ -305,7 +311,10 @@ def charges_of(question: Question, share: float) -> Charges:
         layer = surveyed.layer
         per_read_token[layer] = share * per_lm_flop * forward_flops(facts, layer + 1, recipe.data.context)
         root_price[layer] = 1.0 if layer == survey.hub else DOUBT
-    return Charges(per_sample, per_read_token, recipe.plan.hop.moment_tokens, root_price)
+    plan = recipe.plan
+    return Charges(
+        per_sample, per_read_token, plan.hop.moment_tokens, root_price, plan.root_reuse, hop_reuse=plan.hop.reuse
+    )
 
 
 # --- legs ---------------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
         batch_tokens=batch,
         lr=lr,
         dead_after_tokens=dead_after,
-        reuse=spec.training.reuse or (recipe.plan.hop.reuse if hop else 1),
+        reuse=spec.training.reuse or (recipe.plan.hop.reuse if hop else recipe.plan.root_reuse),
         lr_by_map=by_map,
         snapshots=_snapshot_ages(setting, budget, transferred=hop is not None),
     )

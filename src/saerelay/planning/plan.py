@@ -215,6 +215,7 @@ class Plan(Document):
                 batch_tokens=batch,
                 lr=leg.schedule.lr,
                 dead_after_tokens=leg.schedule.dead_after_tokens,
+                reuse=self.recipe.plan.root_reuse,
             )
             legs.append(
                 leg.changed(role="root", hop=None, start=0, schedule=schedule, shared_layers=[], alignment_tokens=0)

@@ -247,6 +247,13 @@ class PlanSpec(Spec):
         description="alternate, paper: transfer forward (from the layer below), backward (from above), or both",
     )
     root_tokens: Count = Field(default=2_000_000, gt=0, description="training tokens of a root")
+    root_reuse: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="how many times a root, or a control from scratch, trains on each block: with 2 the language model "
+        "reads half of root_tokens",
+    )
     transfer_tokens: Count = Field(default=250_000, ge=0, description="training tokens of a transfer; 0 is zero-shot")
     hop: HopSpec = HopSpec()
     controls: Distinct[int] = Field(
