@@ -133,6 +133,12 @@ def test_from_a_copy_of_the_model_is_as_from_the_model(place: Path, run: sr.Run,
     assert suite.plan.legs[0].method == "identity"
 
 
+def test_a_map_between_models_is_fitted_on_all_its_tokens_whatever_roots_repeat(place: Path, run: sr.Run) -> None:  # noqa: F811
+    repeating = run.changed(plan=run.plan.changed(root_reuse=1000))
+    n_read = sum(tokens.numel() for tokens, _, _ in hop.kept_rows(hop.moments_plan(repeating, sr.Site(1)), sr.Site(1)))
+    assert n_read == run.plan.hop.moment_tokens
+
+
 def test_from_another_model_the_refit_asked_for_is_made(place: Path, run: sr.Run, tmp_path: Path) -> None:  # noqa: F811
     """The decoder was mapped, not trained where it arrives, so it need not prove that a refit gains much."""
     suite = sr.hop_run(place / "run/legs/L1", 1, run, tmp_path / "a", model=str(place / "model"), tokens=0)

@@ -24,7 +24,7 @@ from saerelay.interop.origin import Origin
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.tokens import load_tokenizer
 from saerelay.planning.batches import batch_of
-from saerelay.planning.leg_spec import LegSpec
+from saerelay.planning.leg_spec import LegSpec, LegTraining
 from saerelay.planning.legs import auto_lr, site_of
 from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import ModelSpec, Recipe
@@ -330,8 +330,10 @@ def completed(
 
 
 def moments_plan(recipe: Recipe, site: Site) -> Plan:
-    """Return a plan that reads plan.moment_tokens tokens at a site."""
-    leg = LegSpec(id="moments", layer=site.layer, module=site.module, tokens=recipe.plan.hop.moment_tokens)
+    """Return a plan that reads plan.moment_tokens tokens at a site, each of them once."""
+    n_tokens = recipe.plan.hop.moment_tokens
+    once = LegTraining(reuse=1)
+    leg = LegSpec(id="moments", layer=site.layer, module=site.module, tokens=n_tokens, training=once)
     return plan_run(with_leg(recipe, leg))
 
 
