@@ -342,12 +342,24 @@ def test_it_is_said_if_a_parent_outside_the_plan_overrules_the_recipes_dictionar
     written = [{"layer": 1, "tokens": 1024, "method": "identity"} | leg for leg in legs]
     plan = compiled(facts, externals=externals, plan={"legs": written})
     note = inherited_note(plan)
-    assert note.endswith(" b, c: jumprelu, 48 latents, 4 active (in [dictionary]: topk, 64 latents, 4 active)")
+    assert note.endswith(" b, c: jumprelu, 48 latents, 4 active (in the recipe: topk, 64 latents, 4 active)")
     with (console := Console(width=300)).capture() as shown:
         console.print(plan_table(plan))
     assert note in " ".join(shown.get().split())
     assert not inherited_note(compiled(facts, externals=externals, plan={"legs": written[:1]}))
     assert not inherited_note(compiled(facts))
+
+
+def test_parents_with_the_l0_of_a_tier_overrule_nothing(facts: ModelFacts) -> None:
+    site = {"layer": 1, "module": "resid_post", "d_model": 16, "path": "/"}
+    externals = {f"./a/{k}": External(**site, architecture="topk", n_latents=64, k=k) for k in (4, 8)}
+    parents = {(SiteKind(), 1, float(k)): f"./a/{k}" for k in (4, 8)}
+    sections: dict[str, Any] = {"sites": {"layers": [1]}, "plan": {"parents": "./a", "tiers": [8]}}
+    plan = compiled(facts, externals=externals, parents=parents, **sections)
+    assert [leg.parent for leg in plan.legs] == ["./a/4", "./a/8"] and not inherited_note(plan)
+    wider = {name: external.changed(n_latents=96) for name, external in externals.items()}
+    note = inherited_note(compiled(facts, externals=wider, parents=parents, **sections))
+    assert "L1-k8: topk, 96 latents, 8 active (in the recipe: topk, 64 latents, 8 active)" in note
 
 
 def test_a_control_has_the_dictionary_of_the_leg_that_it_is_compared_with(facts: ModelFacts) -> None:

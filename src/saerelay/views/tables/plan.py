@@ -118,10 +118,14 @@ def rate_note(plan: Plan) -> str:
 def inherited_note(plan: Plan) -> str:
     """Say which legs have the dictionary of a parent outside the plan, rather than the recipe's; "" if none has."""
     kept: dict[str, list[str]] = {}
+    tiers = plan.recipe.plan.tier.tiers
     for leg in plan.legs:
-        asked = leg.changed(dictionary=plan.recipe.dictionary.sized(plan.facts.width(leg.site)))
+        dictionary = plan.recipe.dictionary.sized(plan.facts.width(leg.site))
+        if leg.dictionary.l0 in tiers:  # asked for, too
+            dictionary = dictionary.with_l0(leg.dictionary.l0)
+        asked = leg.changed(dictionary=dictionary)
         if leg.parent in plan.externals and leg.method != "random" and _shape(leg) != _shape(asked):
-            kept.setdefault(f"{_shape(leg)} (in [dictionary]: {_shape(asked)})", []).append(leg.id)
+            kept.setdefault(f"{_shape(leg)} (in the recipe: {_shape(asked)})", []).append(leg.id)
     if not kept:
         return ""
     shapes = "; ".join(f"{few_of(ids)}: {shape}" for shape, ids in kept.items())
