@@ -137,7 +137,7 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, cursor:
 
     `stream` is rank 0's stream, which has a model if anything has to be computed; it is None on other ranks. One rank
     of each machine loads the model first, so that it is downloaded only once; a model that ranks hold together is
-    loaded by all of them at once, if the cache lacks anything or goals are measured.
+    loaded by all of them at once, if the cache lacks anything or the validation split is read.
     """
     model = stream.model if stream else None
     if plan.recipe.model.tensor_parallel > 1:
