@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saerelay.errors import PlanError, RecipeError
-from saerelay.planning.choose import Charges, Choice, Question, cheapest, choose, with_legs, written_out
+from saerelay.planning.choose import Charges, Choice, Question, charges_of, cheapest, choose, with_legs, written_out
 from saerelay.planning.compile import compile_plan
 from saerelay.planning.curves import DECLINE, GAP_GROWTH, HALF_PER_LATENT, Curves, fit_curves
 from saerelay.planning.facts import ModelFacts
@@ -156,6 +156,14 @@ def test_a_layer_whose_hops_are_dear_becomes_a_root(facts: ModelFacts) -> None:
     assert tree and tree.parents[0] is None and sum(parent is None for parent in tree.parents.values()) < 6
     only = cheapest(c, goals, price, roots=[3])
     assert only is None or [layer for layer, parent in only.parents.items() if parent is None] == [3]
+
+
+def test_what_is_trained_on_again_is_not_read_again(facts: ModelFacts) -> None:
+    survey = surveyed(laws(), budget="1e12 FLOPs", root_reuse=2, reuse=4)
+    price = charges_of(Question(survey.asked, facts, survey, laws(), math.inf), 1.0)
+    root = 1000 * price.per_sample + 500 * price.per_read_token[HUB]
+    hop = 1000 * price.per_sample + (250 + 1024) * price.per_read_token[0]
+    assert (price.of_edge(None, HUB, 1000), price.of_edge(HUB, 0, 1000)) == pytest.approx((root, hop))
 
 
 def chosen(facts: ModelFacts, **plan: Any) -> Choice:

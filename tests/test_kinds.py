@@ -340,6 +340,25 @@ def test_ranks_that_train_legs_at_the_same_time_save_nothing_by_it(fake: Suite, 
     assert together.from_scratch.seconds_estimate == alone.from_scratch.seconds_estimate / 4
 
 
+def test_from_scratch_takes_half_of_the_language_models_time_if_each_block_is_trained_on_twice(
+    fake: Suite, tmp_path: Path
+) -> None:
+    share = {}
+    for reuse in (1, 2):
+        root = tmp_path / str(reuse)
+        shutil.copytree(fake.directory.root, root)
+        plan = fake.plan.recipe.plan.changed(root_reuse=reuse)
+        fake.plan.changed(recipe=fake.plan.recipe.changed(plan=plan)).save(root / "plan.json")
+        suite = load(root)
+        estimates = []
+        for seconds in (0.0, 100.0):
+            RunCost(seconds=PhaseSeconds(total=200.0, lm=seconds)).save(suite.directory.cost)
+            cost = summarise(suite, Corpus.open(suite.directory.tokens)).cost
+            estimates.append(cost.from_scratch.seconds_estimate or 0.0)
+        share[reuse] = (estimates[1] - estimates[0]) / 100
+    assert 0 < share[2] == pytest.approx(share[1] / 2)
+
+
 def test_a_summary_of_one_kind_has_its_controls_and_no_other_tier(summary: Summary) -> None:
     assert summary.kinds == KINDS and any(map(summary.is_other_tier, summary.final_legs))
     part = summary.of_kind("mlp_out")
