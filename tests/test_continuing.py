@@ -109,6 +109,13 @@ def test_no_leg_is_named_as_what_an_extension_adds_to_another(facts: ModelFacts)
         compiled(facts, plan={"legs": legs})
 
 
+def test_nor_as_what_it_adds_to_a_repeat_with_another_seed(facts: ModelFacts) -> None:
+    legs = [{"id": "L3", "layer": 3, "tokens": 2048}, {"id": "L3-seed1+a", "layer": 2, "tokens": 1024, "parent": "L3"}]
+    assert [leg.id for leg in compiled(facts, plan={"legs": legs}).legs] == ["L3", "L3-seed1+a"]
+    with pytest.raises(PlanError, match=r'leg L3-seed1\+a: an id that begins with "L3-seed1\+" is for '):
+        compiled(facts, plan={"legs": legs}, train={"seeds": 2})
+
+
 def test_ids_may_have_a_plus_sign_otherwise(facts: ModelFacts) -> None:
     legs = [{"id": "L3", "layer": 3, "tokens": 2048}, {"id": "map+refit", "layer": 2, "tokens": 1024, "parent": "L3"}]
     plan = compiled(facts, plan={"legs": legs}, train={"seeds": 2})

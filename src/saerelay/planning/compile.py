@@ -46,7 +46,7 @@ def compile_plan(
     specs = with_repeats(recipe.plan.legs or preset_legs(recipe, layers, parents), recipe.train)
     if recipe.plan.legs:
         _check_nothing_else(recipe)
-        _check_ids(recipe.plan.legs, finished)
+        _check_ids(specs, finished)
     for spec in specs:
         for site in sites_of(spec, recipe):
             facts.check_site(site)
@@ -118,8 +118,10 @@ def _check_ids(specs: Sequence[LegSpec], finished: Plan | None) -> None:
 
     A run that was begun when such ids were allowed may be extended.
     """
-    known = {spec.id for spec in finished.recipe.plan.legs} if finished else set[str]()
-    ids = {spec.id for spec in specs}
+    known = set[str]()
+    if finished:
+        known = {spec.id for spec in with_repeats(finished.recipe.plan.legs, finished.recipe.train)}
+    ids = [spec.id for spec in specs]
     for spec in specs:
         other = next((other for other in ids if spec.id.startswith(f"{other}+")), None)
         if other and spec.id not in known:
