@@ -70,16 +70,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_thresholds_are_calibrated_on_the_same_rows_by_any_rank(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(recipe.read_text().replace("n_latents", 'architecture = "batchtopk"\nn_latents'))
-    for size in (0, 2):
-        ranks = Ranks(size, tmp_path, ["train", tmp_path / "run.toml", "--out", tmp_path / str(size)])
-        assert ranks.wait() == [0] * max(1, size), ranks.said()
-    assert digests(tmp_path / "0") == digests(tmp_path / "2")
-    assert RunCost.load(tmp_path / "0/cost.json").positions == RunCost.load(tmp_path / "2/cost.json").positions
-    assert RunCost.load(tmp_path / "2/cost.json").positions.held_out == 8192
-
-
 @pytest.fixture(scope="module")
 def alone(recipe: Path) -> Path:
     """The run of one process, without a team."""

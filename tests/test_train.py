@@ -56,7 +56,6 @@ class Watch:
 
 
 def make_plan(facts: ModelFacts, **plan: Any) -> Plan:
-    train = {"snapshots": plan.pop("snapshots", [])}
     sections = {
         "sites": {"layers": [0, 1, 2]},
         "data": {"context": 16, "block_tokens": 512, "outlier_norm": 0},
@@ -69,7 +68,7 @@ def make_plan(facts: ModelFacts, **plan: Any) -> Plan:
             "refit": True,
         }
         | plan,
-        "train": {"batch_tokens": 64, "checkpoint_every": 640, "lr": 3e-3, "transfer_lr": 1e-3} | train,
+        "train": {"batch_tokens": 64, "checkpoint_every": 640, "lr": 3e-3, "transfer_lr": 1e-3},
     }
     return compile_plan(Recipe.parse(sections, source="test"), facts)
 
@@ -86,17 +85,12 @@ def make_stream(facts: ModelFacts) -> TensorStream:
 
 
 def run(
-    plan: Plan,
-    root: Path,
-    facts: ModelFacts,
-    watch: Watch | None = None,
-    stream: AbstractStream | None = None,
-    validation: AbstractStream | None = None,
+    plan: Plan, root: Path, facts: ModelFacts, watch: Watch | None = None, stream: AbstractStream | None = None
 ) -> None:
     paths = RunDirectory(root)
     if not paths.plan.is_file():
         write_text(paths.plan, plan.to_json())
-    train_plan(plan, paths, stream or make_stream(facts), watch or Watch(), torch.device("cpu"), validation)
+    train_plan(plan, paths, stream or make_stream(facts), watch or Watch(), torch.device("cpu"))
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
@@ -307,55 +301,6 @@ def test_batchtopk_is_published_with_the_l0_it_was_trained_for(tmp_path: Path, f
     for layer in range(3):
         z = load(tmp_path / "b")[Site(layer)].encode(x[Site(layer)])
         assert float((z > 0).sum(dim=1).float().mean()) == pytest.approx(4, rel=0.1)
-
-
-def other_text(facts: ModelFacts) -> TensorStream:
-    """Held-out rows on which more latents reach a threshold than on those of training."""
-    stream = make_stream(facts)
-    return TensorStream(
-        {site: 4 + 1.3 * (x - 4) for site, x in stream.tensors.items()}, block_tokens=512, batch_tokens=64
-    )
-
-
-def test_a_common_threshold_is_calibrated_on_held_out_rows(facts: ModelFacts, tmp_path: Path) -> None:
-    """Also in snapshots, in a hop that is not trained, in a copy of a parent in training, and after an interruption."""
-    copy = {"id": "copy", "layer": 1, "parent": "a", "fork_at": 0.5, "tokens": 0, "method": "identity", "refit": False}
-    legs = [{"id": "a", "layer": 1, "tokens": 2048}, {"id": "b", "layer": 0, "parent": "a", "tokens": 0}, copy]
-    plan = make_plan(facts, architecture="batchtopk", legs=legs, snapshots=[1024])
-    validation = other_text(facts)
-    run(plan, tmp_path / "a", facts, validation=validation)
-    found = sorted((tmp_path / "a").glob("legs/**/dictionary.json"))
-    assert len(found) == 4
-    for path in found:
-        dictionary, info = read_dictionary(path.parent)
-        site = Site(info.layer)
-        on_unseen = torch.cat([validation.block(number, [site]).rows(site) for number in (0, 1)])
-        assert mean_l0(dictionary, on_unseen) == pytest.approx(4, abs=0.01) == info.l0
-        assert mean_l0(dictionary, make_stream(facts).tensors[site]) < 3.8
-    with pytest.raises(MemoryError):
-        run(plan, tmp_path / "b", facts, Watch(kill_at=1536), validation=validation)
-    run(plan, tmp_path / "b", facts, validation=validation)
-    assert_same(tmp_path / "a", tmp_path / "b")
-
-
-def test_held_out_rows_change_nothing_but_calibrated_thresholds(facts: ModelFacts, tmp_path: Path) -> None:
-    for architecture, changed in (("topk", set()), ("jumprelu", set()), ("batchtopk", {"threshold"})):
-        plan = make_plan(facts, architecture=architecture, preset="hub", roots=[1])
-        asked = Counting(other_text(facts))
-        run(plan, tmp_path / architecture, facts)
-        run(plan, tmp_path / f"{architecture}-held-out", facts, validation=asked)
-        without, given = weights(tmp_path / architecture), weights(tmp_path / f"{architecture}-held-out")
-        assert {name.rpartition("/")[2] for name in given if not torch.equal(given[name], without[name])} == changed
-        assert bool(asked.asked) == bool(changed)
-
-
-def test_l0_of_trained_thresholds_is_measured_on_training_rows(facts: ModelFacts, tmp_path: Path) -> None:
-    """Also beside an SAE at the same place whose threshold is calibrated on held-out rows."""
-    legs = [{"id": name, "layer": 1, "architecture": name, "tokens": 2048} for name in ("batchtopk", "jumprelu")]
-    plan = make_plan(facts, legs=legs)
-    run(plan, tmp_path / "a", facts)
-    run(plan, tmp_path / "b", facts, validation=other_text(facts))
-    assert read_dictionary(tmp_path / "a/legs/jumprelu")[1].l0 == read_dictionary(tmp_path / "b/legs/jumprelu")[1].l0
 
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "batchtopk"])

@@ -180,16 +180,6 @@ class Plan(Document):
         return any(leg.goal.goal_fvu or leg.goal.predicted_fvu for leg in self.legs)
 
     @property
-    def calibrated_legs(self) -> list[Leg]:
-        """The legs whose threshold is not trained, but set on held-out rows."""
-        return [leg for leg in self.legs if leg.dictionary.activation.threshold_is_calibrated]
-
-    @property
-    def reads_validation(self) -> bool:
-        """Whether training reads the validation split: to measure goals, or to calibrate thresholds."""
-        return self.has_goals or bool(self.calibrated_legs)
-
-    @property
     def own_legs(self) -> list[Leg]:
         """The legs that are neither controls nor repeats with other seeds."""
         return [leg for leg in self.legs if not leg.control and not self.repeat_of(leg)]

@@ -244,9 +244,8 @@ def parent_of(now: Training, block: Block, paths: RunDirectory, leg: Leg) -> Par
         return f"its parent {leg.parent} stopped"
     source = now.plan.parent_site(leg)
     if leg.parent in now.cohort:
-        trainee = now.cohort[leg.parent]
-        rows = now.rows_for_l0(trainee.leg, block)
-        dictionary = trainee.canonical(rows)
+        rows = block.rows(source, L0_ROWS)
+        dictionary = now.cohort[leg.parent].canonical(rows)
         return Parent(dictionary, mean_l0(dictionary, rows))
     directory = paths.leg(leg.parent)
     if not now.plan.has(leg.parent):

@@ -22,7 +22,6 @@ from saerelay.runs.directory import RunDirectory
 from saerelay.runs.documents.training import HopFacts
 from saerelay.runs.state import append_metrics, commit_state, load_part, prefixed, state_facts, under
 from saerelay.sae.moments import Moments
-from saerelay.sae.spec import L0_ROWS
 from saerelay.site import Site
 from saerelay.team import Team
 from saerelay.training.cohort import Cohort
@@ -124,15 +123,13 @@ class Training:
     seconds: dict[str, float] = field(default_factory=_no_seconds)
     """Seconds spent so far, by phase."""
     positions: dict[str, int] = field(default_factory=_no_positions)
-    """Token positions read, those not trained on (BOS and outlier norms), and those of the validation split."""
+    """Token positions read, those not trained on (BOS and outlier norms), and those read to measure goals on."""
     lines: list[Line] = field(default_factory=list)
     """Lines of the training log that are not yet written."""
     log_bytes: int = 0
     """Length of the training log when the state was saved."""
     held_out: dict[Site, Tensor] = field(default_factory=dict)
     """Validation activations at the sites of this rank's legs, if there are goals."""
-    calibration: dict[Site, Tensor] = field(default_factory=dict)
-    """Validation activations on which the thresholds of this rank's legs are calibrated, by site."""
     serial: int = 0
     """Number of the last saved state."""
     uncommitted: dict[str, Any] | None = None
@@ -152,15 +149,6 @@ class Training:
     def held_out_target(self, leg: Leg) -> Tensor | None:
         """The held-out rows that a leg reconstructs, if it is a transcoder."""
         return self.held_out.get(leg.site_out) if leg.is_transcoder else None
-
-    def rows_for_l0(self, leg: Leg, block: Block) -> Tensor:
-        """The rows (B, D) on which a leg's L0 is measured and, if its threshold is calibrated, set: then held-out rows.
-
-        Without a validation split they are the first rows of the block.
-        """
-        if leg.dictionary.activation.threshold_is_calibrated and self.calibration:
-            return self.calibration[leg.site]
-        return block.rows(leg.site, L0_ROWS)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

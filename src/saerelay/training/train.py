@@ -59,10 +59,9 @@ def train_plan(
     validation: AbstractStream | None = None,
     team: Team | None = None,
 ) -> None:
-    """Run a plan to its end, from the saved state if there is one.
+    """Run a plan to its end, from the saved state if there is one; `validation` is for legs with a goal.
 
-    `validation` is for legs with a goal, and for thresholds, which are calibrated on it if it is given. Each rank of a
-    `team` calls this, with a stream that gives the sites of its own legs (`TeamStream`).
+    Each rank of a `team` calls this, with a stream that gives the sites of its own legs (`TeamStream`).
 
     Raises Interrupted after a signal (state saved) and LegFailed at the end if a leg had to stop.
     """
@@ -262,19 +261,12 @@ def why_not(where: Site | str, x: Tensor) -> str:
 
 
 def read_held_out(now: Training, validation: AbstractStream | None) -> None:
-    """Read the rows that goals are measured on, and thresholds calibrated, if there is anything left to train."""
-    if validation is None or now.cursor >= now.plan.n_tokens:
-        return
-    now.positions["held_out"] = 0
-    if now.plan.has_goals:
+    """Read the rows that goals are measured on, if there is anything left to train."""
+    if validation and now.cursor < now.plan.n_tokens:
         rows, n_read = hold_out(now.plan, validation)
         own = [leg for leg in now.plan.legs if now.trains(leg)]
         now.held_out = {site: rows[site] for leg in own for site in (leg.site, leg.site_out)}
-        now.positions["held_out"] += n_read
-    if now.plan.calibrated_legs:
-        rows, n_read = hold_out_for_thresholds(now.plan, validation)
-        now.calibration = {leg.site: rows[leg.site] for leg in now.plan.calibrated_legs if now.trains(leg)}
-        now.positions["held_out"] += n_read
+        now.positions["held_out"] = n_read
 
 
 def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor], int]:
@@ -282,23 +274,6 @@ def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor]
     block = validation.block(0, plan.sites)
     rows = {site: block.rows(site, HELD_OUT_ROWS) for site in plan.sites}
     return rows, block.keep.numel()
-
-
-def hold_out_for_thresholds(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor], int]:
-    """The rows (at most L0_ROWS, D) that thresholds are calibrated on, and how many positions were read for them.
-
-    On documents that it was not trained on, an SAE has more active latents above the same threshold: by a fifth or more
-    if it has seen few documents. Training rows would therefore give a threshold that is too low (decision 036).
-    """
-    sites = sorted({leg.site for leg in plan.calibrated_legs})
-    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    n_read = 0
-    for number in range(L0_ROWS // HELD_OUT_ROWS):
-        block = validation.block(number, sites)
-        n_read += block.keep.numel()
-        for site in sites:
-            parts[site].append(block.rows(site, HELD_OUT_ROWS))
-    return {site: torch.cat(parts[site]) for site in sites}, n_read
 
 
 def check_goals(now: Training, repetition: int) -> None:
@@ -347,7 +322,7 @@ def publish_leg(now: Training, trainee: Trainee, block: Block, paths: RunDirecto
     leg = trainee.leg
     state = trainee.state
     finished = trainee.done and not state.failure
-    rows = now.rows_for_l0(leg, block)
+    rows = block.rows(leg.site, L0_ROWS)
     dictionary = trainee.canonical(None if only_measured(now.plan, leg) else rows)
     info = {
         "leg": leg.model_dump(mode="json"),

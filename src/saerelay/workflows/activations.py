@@ -137,7 +137,7 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, cursor:
 
     `stream` is rank 0's stream, which has a model if anything has to be computed; it is None on other ranks. One rank
     of each machine loads the model first, so that it is downloaded only once; a model that ranks hold together is
-    loaded by all of them at once, if the cache lacks anything or the validation split is read.
+    loaded by all of them at once, if the cache lacks anything or goals are measured.
     """
     model = stream.model if stream else None
     if plan.recipe.model.tensor_parallel > 1:
@@ -150,8 +150,8 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, cursor:
 
 
 def _needs_model(plan: Plan, stream: LiveStream, cursor: int) -> bool:
-    """Whether the language model has to run: for activations that are not in the cache, or of the validation split."""
-    return plan.reads_validation or stream.cache is None or stream.uncached_bytes(cursor) > 0
+    """Whether the language model has to run: for activations that are not in the cache, or to measure goals."""
+    return plan.has_goals or stream.cache is None or stream.uncached_bytes(cursor) > 0
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:

@@ -141,7 +141,7 @@ def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Consol
 
 
 def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -> tuple[LiveStream, LiveStream | None]:
-    """Return the streams of the activations to train on, and of the validation split if the plan reads it."""
+    """Return the streams of the activations to train on, and to measure goals on if the plan has goals."""
     corpus = start.corpus if start else Corpus.open(paths.tokens)
     if team.control is None:
         assert start
@@ -149,7 +149,7 @@ def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -
     else:
         cursor = start.cursor if start else 0
         stream = joined_stream(plan, corpus, start.stream if start else None, cursor, team)
-    if not plan.reads_validation:
+    if not plan.has_goals:
         return stream, None
     return stream, open_validation(plan, stream, corpus)
 

@@ -222,9 +222,7 @@ def survey_cost(measured: Measured, suite: Suite, measured_tokens: int, measured
     """Return the cost of the survey, its measurements included."""
     plan = measured.plan
     cost = plan_cost(plan)
-    run = RunCost.load(suite.directory.cost)
-    seconds = run.seconds
-    measured_tokens += run.positions.held_out
+    seconds = RunCost.load(suite.directory.cost).seconds
     steps = sum(suite.info(leg).seconds for leg in suite.legs)
     forward = forward_flops(plan.facts, plan.deepest.layer + 1, plan.recipe.data.context)
     measuring = measured_tokens * forward

@@ -59,14 +59,13 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
     corpus = tokenise(plan, paths, console, at_least=recipe.plan.root_tokens)
     with status(console, "loading the language model"):
         stream = open_stream(plan, corpus)
-        validation = open_validation(plan, stream, corpus)
     if console:
         console.print("surveying the layers")
     try:
         with watching(plan, inner, console) as watcher:
-            train_plan(plan, inner, stream, watcher, stream.device, validation)
+            train_plan(plan, inner, stream, watcher, stream.device)
         with status(console, "carrying the pilots to other layers"):
-            survey = measure_survey(recipe, plan, inner, stream, validation)
+            survey = measure_survey(recipe, plan, inner, stream, open_validation(plan, stream, corpus))
     except (Interrupted, KeyboardInterrupt):
         command = f"saerelay train {quote(str(inner.recipe))} --out {quote(str(paths.root))} --resume"
         raise Interrupted(command) from None

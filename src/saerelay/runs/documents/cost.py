@@ -39,7 +39,7 @@ class SuiteCost(Record):
     lm_tokens: int
     """Number of tokens the language model read."""
     lm_tokens_held_out: int
-    """Number of validation tokens it read to measure goals and to calibrate thresholds."""
+    """Number of validation tokens it read to measure goals."""
     lm_tokens_unique: int
     """Number of different tokens among `lm_tokens`."""
     survey: SurveyCost | None

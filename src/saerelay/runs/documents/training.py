@@ -82,8 +82,7 @@ class DictionaryTraining(Record):
     seconds: float = 0.0
     """Time spent in this leg's training steps, in seconds."""
     l0: Measured = None
-    """Mean number of active latents per token, on the first 8192 rows of the last block; for BatchTopK on the
-    validation rows that its threshold is calibrated on."""
+    """Mean number of active latents per token, on the first 8192 rows of the last block."""
     validation_fvu: Measured = None
     """FVU in training units on the validation rows that goals are measured on; only for runs with goals."""
 
@@ -155,7 +154,7 @@ class ReadPositions(Record):
     left_out: int = 0
     """Number of these positions that no leg was trained on (BOS and outlier norms)."""
     held_out: int = 0
-    """Positions of the validation split, read to measure goals and to calibrate thresholds."""
+    """Positions of the validation split, read to measure goals."""
 
 
 class RunCost(Document):
