@@ -8,7 +8,7 @@ from saerelay.errors import PlanError
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import COPY_RATE, Control, External, Goal, Hop, Leg, Role, Schedule
 from saerelay.planning.leg_spec import LegSpec, tokens_of
-from saerelay.planning.recipe import Recipe
+from saerelay.planning.recipe import PlanSpec, Recipe
 from saerelay.sae.spec import WITHOUT_MAP, SizedDictionarySpec
 from saerelay.site import ModuleKind, Site
 from saerelay.spec import rounded_up
@@ -234,10 +234,22 @@ def _settled_schedule(spec: LegSpec, setting: Setting, hop: Hop | None, budget: 
         batch_tokens=batch,
         lr=lr,
         dead_after_tokens=dead_after,
-        reuse=spec.training.reuse or (recipe.plan.hop.reuse if hop else recipe.plan.root_reuse),
+        reuse=spec.training.reuse or _usual_reuse(spec, recipe.plan),
         lr_by_map=by_map,
         snapshots=_snapshot_ages(setting, budget, transferred=hop is not None),
     )
+
+
+def _usual_reuse(spec: LegSpec, plan: PlanSpec) -> int:
+    """Return how many times a leg that does not say so trains on each block.
+
+    A control with the tokens of a transfer reads each of them once: repetitions would make it worse to compare with.
+    """
+    if spec.hop:
+        return plan.hop.reuse
+    if spec.control and spec.control.control_kind == "equal_tokens":
+        return 1
+    return plan.root_reuse
 
 
 def _settled_dictionary(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> SizedDictionarySpec:

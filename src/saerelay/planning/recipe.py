@@ -251,8 +251,8 @@ class PlanSpec(Spec):
         default=1,
         ge=1,
         le=1000,
-        description="how many times a root, or a control from scratch, trains on each block: with 2 the language model "
-        "reads half of root_tokens",
+        description="how many times a root, or a control with the full budget, trains on each block: with 2 the "
+        "language model reads half of root_tokens",
     )
     transfer_tokens: Count = Field(default=250_000, ge=0, description="training tokens of a transfer; 0 is zero-shot")
     hop: HopSpec = HopSpec()
