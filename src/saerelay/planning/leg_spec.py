@@ -30,6 +30,8 @@ LegId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
 (L3-seed1: `Plan.repeat_of`), and to which leg of the recipe an extension of the run added it (L3+2M: `parts_of`); a
 leg beside L3 that a user writes cannot have such an id."""
 Rate = Annotated[float, Field(gt=0, lt=1)]
+Reuse = Annotated[int, Field(ge=1, le=1000)]
+"""How many times a leg trains on each block."""
 ControlKind = Literal["equal_tokens", "full", "random"]
 """From scratch on the transfer's tokens, from scratch on the full budget, or random and refitted as after a hop."""
 
@@ -109,7 +111,7 @@ class LegTraining(Spec):
     """How a leg is trained, where it differs from the recipe."""
 
     batch_tokens: Count | None = Field(default=None, ge=1)
-    reuse: int | None = Field(default=None, ge=1, le=1000)
+    reuse: Reuse | None = None
     lr: OrAuto[Rate] | None = None
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from saerelay.planning.facts import Precision
-from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, ShareOrCount
+from saerelay.planning.leg_spec import ControlKind, LegSpec, Rate, Reuse, ShareOrCount
 from saerelay.sae.spec import DictionarySpec, MethodOrAuto
 from saerelay.site import KindName, ModuleKind, SiteKind
 from saerelay.spec import MAX_COUNT, MAX_SEED, Auto, Count, Distinct, OrAuto, Positive, Spec, parse_count
@@ -177,10 +177,8 @@ class HopSpec(Spec):
         description="directory of another run, whose SAEs are trained further here, layer by layer, instead of the "
         'preset\'s legs (for an instruction-tuned model, for example); "" for none',
     )
-    reuse: int = Field(
+    reuse: Reuse = Field(
         default=1,
-        ge=1,
-        le=1000,
         description="how many times a transfer trains on each block: more samples from fewer tokens",
     )
 
@@ -247,10 +245,8 @@ class PlanSpec(Spec):
         description="alternate, paper: transfer forward (from the layer below), backward (from above), or both",
     )
     root_tokens: Count = Field(default=2_000_000, gt=0, description="training tokens of a root")
-    root_reuse: int = Field(
+    root_reuse: Reuse = Field(
         default=1,
-        ge=1,
-        le=1000,
         description="how many times a root, or a control with the full budget, trains on each block: with 2 the "
         "language model reads half of root_tokens",
     )
