@@ -313,7 +313,12 @@ def charges_of(question: Question, share: float) -> Charges:
         root_price[layer] = 1.0 if layer == survey.hub else DOUBT
     plan = recipe.plan
     return Charges(
-        per_sample, per_read_token, plan.hop.moment_tokens, root_price, plan.root_reuse, hop_reuse=plan.hop.reuse
+        per_sample=per_sample,
+        per_read_token=per_read_token,
+        moment_tokens=plan.hop.moment_tokens,
+        root_price=root_price,
+        root_reuse=plan.root_reuse,
+        hop_reuse=plan.hop.reuse,
     )
 
 

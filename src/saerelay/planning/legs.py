@@ -37,7 +37,7 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     parent = by_id.get(spec.parent)
     external = setting.externals.get(spec.parent)
     hop = _settled_hop(spec, setting)
-    budget = _settled_budget(spec, setting, legs)
+    budget = _settled_budget(spec, setting, by_id)
     if not budget and not hop:
         raise _without_tokens(spec)
     source = parent or external
@@ -155,12 +155,11 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
     )
 
 
-def _settled_budget(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> int:
+def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
     """Return the training tokens, in whole batches; an equal-tokens control gets as many as its transfer in all."""
     batch = _batch_tokens(spec, setting)
     tokens = spec.tokens
     if spec.control and not spec.hop and not tokens:
-        by_id = {leg.id: leg for leg in legs}
         tokens = _tokens_in_all(by_id[spec.control.control_of], by_id)
     return rounded_up(tokens, batch)
 

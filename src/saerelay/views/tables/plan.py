@@ -120,12 +120,15 @@ def inherited_note(plan: Plan) -> str:
     kept: dict[str, list[str]] = {}
     tiers = plan.recipe.plan.tier.tiers
     for leg in plan.legs:
+        if leg.parent not in plan.externals or leg.method == "random":
+            continue
         dictionary = plan.recipe.dictionary.sized(plan.facts.width(leg.site))
         if leg.dictionary.l0 in tiers:  # asked for, too
             dictionary = dictionary.with_l0(leg.dictionary.l0)
-        asked = leg.changed(dictionary=dictionary)
-        if leg.parent in plan.externals and leg.method != "random" and _shape(leg) != _shape(asked):
-            kept.setdefault(f"{_shape(leg)} (in the recipe: {_shape(asked)})", []).append(leg.id)
+        has = _shape(leg)
+        asked = _shape(leg.changed(dictionary=dictionary))
+        if has != asked:
+            kept.setdefault(f"{has} (in the recipe: {asked})", []).append(leg.id)
     if not kept:
         return ""
     shapes = "; ".join(f"{few_of(ids)}: {shape}" for shape, ids in kept.items())
