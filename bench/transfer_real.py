@@ -204,6 +204,7 @@ def suites(study: Study, seed: int) -> list[Job]:
     middle = study.layers[n // 2]
     wanted: dict[str, dict[str, Any]] = {
         "hub": {"preset": "hub", "roots": [middle]},
+        "every-third": {"preset": "hub", "roots": list(study.layers[1::3])},
         "alternate": {"preset": "alternate"},
         "chain": {"preset": "backward", "roots": [study.layers[-1]]},
         "shared": {"preset": "shared", "roots": [middle]},

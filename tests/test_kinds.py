@@ -197,8 +197,8 @@ def test_peak_memory_is_that_of_the_legs_that_live_together(facts: ModelFacts) -
     most = 0.0
     for leg in plan.legs:
         live = [other for other in plan.legs if other.start <= leg.start < other.end]
-        most = max(most, sum(state_bytes(other, facts) for other in live))
-    assert peak_state_bytes(plan.legs, facts) == most
+        most = max(most, sum(state_bytes(other, facts, plan.block_tokens) for other in live))
+    assert peak_state_bytes(plan.legs, facts, plan.block_tokens) == most
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ ORDER = {
     "data": "text sources corpus cache remote_cache kept stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "alignment schedule latent_part state device engine cohort progress trackers saving team_stream "
-    "run_state inherit train",
+    "run_state kept_blocks inherit train",
     "analysis": "progress logits sums metrics site_maps session similarity summary evaluate matrix collecting features "
     "links lineage describe prompts attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "text labels tables figures report judge",

@@ -212,7 +212,7 @@ def test_outliers_are_looked_for_in_the_middle_of_the_model_whichever_layers_are
 
 def test_cohorts_that_do_not_fit_are_split(facts: ModelFacts) -> None:
     whole = compiled(facts, plan={"preset": "scratch"})
-    one = state_bytes(whole.legs[0], facts)
+    one = state_bytes(whole.legs[0], facts, whole.block_tokens)
     split = compiled(facts, memory_bytes=2.5 * one, plan={"preset": "scratch"})
     assert sorted(leg.start for leg in split.legs) == [0, 0, 4096, 4096, 8192, 8192]
     assert plan_cost(split).lm_tokens == 3 * plan_cost(whole).lm_tokens

@@ -43,8 +43,9 @@ roots = [2]
 fork_at = 0.5
 root_tokens = 8192
 transfer_tokens = 4096
-moment_tokens = 2048
-refit_tokens = 1024
+moment_tokens = 4096
+refit_tokens = 3000
+reuse = 2
 controls = [1]
 [evaluate]
 tokens = 1024

@@ -442,10 +442,23 @@ def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFac
 
     monkeypatch.setattr(Trainee, "step", watched)
     run(plan, tmp_path / "whole", facts)
-    rows = {leg: torch.cat(parts).unique(dim=0, return_counts=True) for leg, parts in seen.items()}
-    once = {tuple(row): n for row, n in zip(rows["c"][0][:, :3].tolist(), rows["c"][1].tolist(), strict=True)}
-    assert sum(once.values()) == 1024 and len(once) > 900  # some rows of the stream are alike
-    assert rows["b"][1].tolist() and all(n % 3 == 0 for n in rows["b"][1].tolist()) and int(rows["b"][1].sum()) == 3072
+    stream = make_stream(facts)
+    layer0 = Site(0)
+
+    def batches(number: int) -> list[torch.Tensor]:
+        block = stream.block(number, [layer0])
+        return [block.batch(i)[layer0].clone() for i in range(block.n_batches)]
+
+    # b trains on each of its two blocks; then on one of the two blocks of its map; then on its own block once more.
+    n_before = plan.leg("b").fold_at // plan.block_tokens
+    expected = []
+    for number in (n_before, n_before + 1):
+        own, of_map = batches(number), batches(number - 2)
+        stride = len(own) * 5 // 13
+        for i in range(len(own)):
+            expected += [own[i], of_map[i], own[(i + 2 * stride) % len(own)]]
+    assert len(seen["b"]) == len(expected) == 3 * len(seen["c"])
+    assert all(torch.equal(x, y) for x, y in zip(seen["b"], expected, strict=True))
     assert read_dictionary(tmp_path / "whole/legs/b")[1].tokens == 3072
     without = make_plan(facts, legs=[REUSE[0], REUSE[2]])
     run(without, tmp_path / "without", facts)
@@ -455,12 +468,52 @@ def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFac
     )
 
 
-@pytest.mark.parametrize("killed_at", [2112, 2560, 2816, 3008])
+@pytest.mark.parametrize("killed_at", [1600, 2112, 2560, 2816, 3008])
 def test_a_repeated_block_resumes_to_the_same_bits(tmp_path: Path, facts: ModelFacts, killed_at: int) -> None:
     plan = make_plan(facts, legs=REUSE)
     run(plan, tmp_path / "whole", facts)
     with pytest.raises(Interrupted):
         run(plan, tmp_path / "killed", facts, Watch(ask_at=killed_at))
+    run(plan, tmp_path / "killed", facts)
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+TWO_BLOCKS = [
+    {"id": "a", "layer": 1, "tokens": 2048},
+    {"id": "b", "layer": 0, "parent": "a", "tokens": 1024, "method": "affine"},
+    {"id": "c", "layer": 2, "parent": "a", "tokens": 1024},
+]
+
+
+def test_a_refit_takes_as_many_blocks_as_it_asks_for(tmp_path: Path, facts: ModelFacts, monkeypatch) -> None:
+    plan = make_plan(facts, legs=TWO_BLOCKS, refit_tokens=800)
+    assert plan.leg("b").refit_tokens == 800 and plan.leg("b").moment_tokens == 1024
+    assert make_plan(facts, legs=TWO_BLOCKS, refit_tokens=9999).leg("b").refit_tokens == 1024
+    assert make_plan(facts, legs=TWO_BLOCKS, refit_tokens=9999, method="identity").leg("c").refit_tokens == 512
+    given = []
+    carry = inherit.carry
+
+    def watched(*args: Any, **keys: Any) -> Any:
+        given.append(keys["retraining"].rows)
+        return carry(*args, **keys)
+
+    monkeypatch.setattr(inherit, "carry", watched)
+    alone = make_plan(facts, legs=TWO_BLOCKS[:2], refit_tokens=800)
+    run(alone, tmp_path / "run", facts)
+    stream = make_stream(facts)
+    n_before = alone.leg("b").fold_at // alone.block_tokens
+    rows = [stream.block(number, [Site(0)]).rows(Site(0)).clone() for number in (n_before - 2, n_before - 1)]
+    assert len(given) == 1 and torch.equal(given[0], torch.cat(rows)[:800])
+
+
+@pytest.mark.parametrize("killed_at", [1600, 1984, 2112])
+def test_a_refit_on_several_blocks_resumes_to_the_same_bits(tmp_path: Path, facts: ModelFacts, killed_at: int) -> None:
+    plan = make_plan(facts, legs=TWO_BLOCKS, refit_tokens=1024)
+    run(plan, tmp_path / "whole", facts)
+    with pytest.raises(Interrupted):
+        run(plan, tmp_path / "killed", facts, Watch(ask_at=killed_at))
+    kept = state_facts(tmp_path / "killed/state")
+    assert kept and kept["kept_blocks"] == ([] if killed_at > 2048 else ["b", "c"])
     run(plan, tmp_path / "killed", facts)
     assert_same(tmp_path / "whole", tmp_path / "killed")
 

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -60,6 +60,10 @@ class Block:
             return self._kept(self.activations, start, stop)
         rows = self._filled_up[start:stop]
         return {site: x.index_select(0, rows) for site, x in self.activations.items()}
+
+    def copy(self, sites: Iterable[Site]) -> "Block":
+        """A copy of this block at some sites, which stays valid when the next block is asked for."""
+        return replace(self, activations={site: self.activations[site].clone() for site in sites})
 
     def repeated(self, index: int, repetition: int) -> dict[Site, Tensor]:
         """The batch for legs with `reuse` after batch `index`, in a repetition of the block; 0 gives the batch itself.

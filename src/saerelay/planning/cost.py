@@ -97,7 +97,7 @@ def fit_flops(leg: Leg, facts: ModelFacts, block_tokens: int) -> float:
     if leg.method == "auto":
         # Every map is tried and, if the leg is to be trained, a random dictionary (decision 032).
         n_trials = len(get_args(Method)) + int(leg.budget_tokens > 0)
-        rows = min(TRIAL_ROWS, block_tokens, max(L0_ROWS, leg.refit_tokens))
+        rows = min(TRIAL_ROWS, max(leg.refit_tokens, min(L0_ROWS, block_tokens)))
         flops += n_trials * refit_flops(leg.dictionary, width, width_out, rows, TRIAL)
     if leg.refit_tokens:
         flops += refit_flops(leg.dictionary, width, width_out, leg.refit_tokens)
@@ -118,19 +118,23 @@ def parameters(leg: Leg, facts: ModelFacts) -> int:
     return leg.dictionary.n_latents * (width + width_out + 1) + width_out + skip
 
 
-def state_bytes(leg: Leg, facts: ModelFacts) -> float:
-    """Return the size of a leg's weights, gradients and Adam's two moments, in float32."""
-    return 16.0 * parameters(leg, facts)
+def state_bytes(leg: Leg, facts: ModelFacts, block_tokens: int) -> float:
+    """Return the size of a leg's weights, gradients and Adam's two moments, in float32, and of the blocks it keeps."""
+    width = facts.width(leg.site)
+    if leg.is_transcoder:
+        width += facts.width(leg.site_out)
+    kept_tokens = leg.n_kept_blocks(block_tokens) * block_tokens
+    return 16.0 * parameters(leg, facts) + float(facts.bytes_per_value * kept_tokens * width)
 
 
-def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts) -> float:
+def peak_state_bytes(legs: Sequence[Leg], facts: ModelFacts, block_tokens: int) -> float:
     """Return the largest training state of all legs that are live at the same time.
 
     Along the axis, a leg's state is added where it starts and subtracted where it ends; ends come before starts.
     """
     changes = []
     for leg in legs:
-        size = state_bytes(leg, facts)
+        size = state_bytes(leg, facts, block_tokens)
         changes += [(leg.start, size), (leg.end, -size)]
     return max(accumulate(size for _, size in sorted(changes)))
 
@@ -149,7 +153,7 @@ def model_bytes(plan: Plan) -> float:
 def disk_bytes(plan: Plan, legs: Sequence[Leg]) -> float:
     """Return what training some legs of a plan writes: dictionaries, snapshots, two copies of the state, and tokens."""
     weights = sum(4.0 * parameters(leg, plan.facts) * (1 + len(leg.schedule.snapshots)) for leg in legs)
-    states = 2 * 0.75 * peak_state_bytes(legs, plan.facts)
+    states = 2 * 0.75 * peak_state_bytes(legs, plan.facts, plan.block_tokens)
     return weights + states + 4.0 * plan.n_tokens / plan.recipe.data.epochs
 
 
@@ -177,7 +181,7 @@ def plan_cost(plan: Plan) -> Cost:
         flops += leg.budget_tokens * executed + fits
         dense += leg.budget_tokens * equivalent + fits
 
-    live = peak_state_bytes(plan.legs, facts)
+    live = peak_state_bytes(plan.legs, facts, plan.block_tokens)
     value_bytes = float(facts.bytes_per_value)
     buffer_bytes = 2.0 if recipe.data.cache else value_bytes
     cached = sum(width * n for width, n in tokens_by_width.items()) if recipe.data.cache else 0

@@ -72,7 +72,7 @@ class Hop(Spec):
     moment_tokens: Whole = 0
     """Tokens on which the map is fitted."""
     refit_tokens: Whole = 0
-    """Tokens on which the decoder is refitted: of the last block of the moments, or, without moments, of the leg's
+    """Tokens on which the decoder is refitted: of the last blocks of the moments, or, without moments, of the leg's
     first block."""
 
 
@@ -89,7 +89,7 @@ class Schedule(Spec):
     """Tokens without firing after which a latent is dead."""
     reuse: Positive = 1
     """How many times the leg trains on each of its blocks. The leg's age counts repetitions, so it grows this many
-    times as fast as the cursor."""
+    times as fast as the cursor. After a hop, the first repetitions are of the blocks of its moments instead."""
     lr_by_map: bool = False
     snapshots: list[Whole] = []
     """Ages at which the leg is published, besides its end."""
@@ -208,6 +208,19 @@ class Leg(Spec):
     def refit_tokens(self) -> int:
         """Tokens on which its decoder is refitted before training; 0 if it is not refitted."""
         return self.hop.refit_tokens if self.hop else 0
+
+    def n_kept_blocks(self, block_tokens: int) -> int:
+        """Return the number of blocks, the last ones before its hop, that are kept in memory for this leg.
+
+        A leg that trains on each block several times keeps all blocks of its moments, to train on them as well. A refit
+        keeps the blocks that it needs; one block alone is at hand anyway.
+        """
+        if not self.hop or not self.moment_tokens:
+            return 0
+        if self.schedule.reuse > 1 and self.budget_tokens:
+            return self.moment_tokens // block_tokens
+        for_refit = math.ceil(self.refit_tokens / block_tokens)
+        return for_refit if for_refit > 1 else 0
 
     @property
     def budget_tokens(self) -> int:

@@ -147,11 +147,13 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
     defaults = setting.recipe.plan.hop
     method = spec.hop.method or defaults.method
     refit = defaults.refit if spec.hop.refit is None else spec.hop.refit
+    block = setting.block_tokens
+    moment_tokens = 0 if method in WITHOUT_MAP else _whole_blocks(defaults.moment_tokens, block)
     return Hop(
         parent=spec.hop.parent,
         method=method,
-        moment_tokens=0 if method in WITHOUT_MAP else _whole_blocks(defaults.moment_tokens, setting.block_tokens),
-        refit_tokens=min(defaults.refit_tokens, setting.block_tokens) if refit else 0,
+        moment_tokens=moment_tokens,
+        refit_tokens=min(defaults.refit_tokens, moment_tokens or block) if refit else 0,
     )
 
 

@@ -24,7 +24,7 @@ LM_BATCH_TOKENS_ON_GPU = 32_768
 
 def placed_leg(leg: Leg, spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     """Return a leg with its start: as early as its parent, `after` and memory allow; `legs` were placed before it."""
-    needed = state_bytes(leg, setting.facts)
+    needed = state_bytes(leg, setting.facts, setting.block_tokens)
     if needed > setting.memory_bytes:
         raise PlanError(
             f"leg {leg.id} alone needs {needed / 2**30:.1f} GiB of training state, more than the "
@@ -62,7 +62,7 @@ def _first_start_with_room(leg: Leg, earliest: int, setting: Setting, legs: Sequ
     """
     ends = {rounded_up(other.end, setting.block_tokens) for other in legs}
     for start in [earliest, *sorted(end for end in ends if end > earliest)]:
-        peak = peak_state_bytes([*legs, leg.changed(start=start)], setting.facts)
+        peak = peak_state_bytes([*legs, leg.changed(start=start)], setting.facts, setting.block_tokens)
         if peak <= setting.memory_bytes:
             return start
     raise AssertionError("after the last leg's end there is room for one")

@@ -188,7 +188,7 @@ def spread(plan: Plan, n_ranks: int, speeds: Speeds | None = None) -> Spread:
     ranks = []
     for rank in range(n_ranks):
         legs = [leg for leg in plan.legs if owner[leg.id] == rank]
-        state = peak_state_bytes(legs, plan.facts) if legs else 0.0
+        state = peak_state_bytes(legs, plan.facts, plan.block_tokens) if legs else 0.0
         activations = plan.block_tokens * (most_per_token[rank] + 2 * buffer_per_token)
         memory = state + activations + model_bytes(plan)
         ranks.append(RankShare(legs=[leg.id for leg in legs], memory_bytes=memory))

@@ -167,7 +167,9 @@ class HopSpec(Spec):
         default=100_000, gt=0, description="tokens on which the map between two layers is fitted"
     )
     refit_tokens: Count = Field(
-        default=65_536, gt=0, description="tokens on which the decoder is refitted; at most one block"
+        default=65_536,
+        gt=0,
+        description="tokens on which the decoder is refitted: at most those of the map; without a map, one block",
     )
     fork_at: ShareOrCount = Field(
         default=1.0, description="age of the parent at which transfers branch off: a share of its tokens, or a count"
@@ -179,7 +181,7 @@ class HopSpec(Spec):
     )
     reuse: Reuse = Field(
         default=1,
-        description="how many times a transfer trains on each block: more samples from fewer tokens",
+        description="how many times a transfer trains on each block; second passes begin with the tokens of its map",
     )
 
 

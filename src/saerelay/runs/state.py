@@ -1,7 +1,7 @@
 """The resume state of a run, and the training log that goes with it.
 
     state/state.json              the contents of the state (`ResumeFacts`), with digests of all of it
-    state/<n>/leg-<id>.safetensors, moments-<id>.safetensors
+    state/<n>/leg-<id>.safetensors, moments-<id>.safetensors, blocks-<id>.safetensors
 
 Each leg's part is a file of its own, so that each rank of a team writes and reads only the files of its own legs.
 Nothing in a state depends on the number of ranks. The n-th state of a run is written beside the one before it.

@@ -57,11 +57,22 @@ class Cohort:
         """The trainees with budget left."""
         return [trainee for trainee in self.trainees.values() if not trainee.done]
 
-    def step(self, activations: Mapping[Site, Tensor], repetition: int = 0) -> None:
+    def step(
+        self,
+        activations: Mapping[Site, Tensor],
+        repetition: int = 0,
+        instead: Mapping[str, Mapping[Site, Tensor]] | None = None,
+    ) -> None:
         """Give every live trainee the stream's batch at its site, {site: (B, D)}, cut into batches of its own size.
 
-        `repetition` counts passes over the same block: legs that make fewer passes sit out.
+        `repetition` counts passes over the same block: legs that make fewer passes sit out. `instead` holds other
+        batches for some legs, by id.
         """
+        others = instead or {}
+
+        def step_one(trainee: Trainee) -> None:
+            self._step(trainee, others.get(trainee.leg.id, activations))
+
         live = [trainee for trainee in self.live if trainee.leg.schedule.reuse > repetition]
 
         # On a CPU, as many trainees as fill all cores evenly step side by side, one core each; the remaining trainees
@@ -71,9 +82,9 @@ class Cohort:
         side_by_side = on_cpu[: len(on_cpu) // n_threads * n_threads]
         for trainee in live:
             if trainee not in side_by_side:
-                self._step(trainee, activations)
+                step_one(trainee)
         with _shared_wall_clock(side_by_side), alone():
-            in_parallel(lambda trainee: self._step(trainee, activations), side_by_side)
+            in_parallel(step_one, side_by_side)
 
     def settle(self) -> None:
         """Wait for the steps queued on a GPU: see `Trainee.settle`."""

@@ -91,6 +91,8 @@ class Word:
     seconds: dict[str, float]
     moments: list[str]
     """The keys of the moments that the rank gathers."""
+    kept_blocks: list[str]
+    """The rank's legs that keep blocks."""
     busy: float
     """Seconds that the rank spent on its legs since its last block arrived."""
     seconds_per_batch: float
@@ -116,6 +118,8 @@ class Training:
     moments: dict[str, Moments] = field(default_factory=dict)
     """Moments for upcoming hops, by leg; a transcoder's outputs have their `outputs_key`, and layers that share a leg
     their `shared_key`."""
+    kept_blocks: dict[str, list[Block]] = field(default_factory=dict)
+    """By leg, the last blocks before its hop, in order, if it uses them again (see `kept_blocks`)."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why legs had to stop."""
     hops: dict[str, HopFacts] = field(default_factory=dict)
@@ -183,6 +187,7 @@ class Training:
             lines=self.lines,
             seconds=self.seconds,
             moments=list(self.moments),
+            kept_blocks=list(self.kept_blocks),
             busy=time.perf_counter() - self.block_came,
             seconds_per_batch=self.team.own_seconds_per_batch,
         )
@@ -208,6 +213,8 @@ class Training:
             parts[f"leg-{leg_id}"] = tensors | prefixed("log", trainee.unreported())
         for key, moments in self.moments.items():
             parts[f"moments-{key}"] = moments.state()
+        for leg_id, blocks in self.kept_blocks.items():
+            parts[f"blocks-{leg_id}"] = block_tensors(blocks)
         self.serial += 1
         self.writer.write(paths.state / str(self.serial), parts)
         self.uncommitted = {
@@ -218,6 +225,7 @@ class Training:
             "positions": self.positions.copy(),
             "live": [leg_id for word in words for leg_id in word.live],
             "moments": [key for word in words for key in word.moments],
+            "kept_blocks": [leg_id for word in words for leg_id in word.kept_blocks],
             "machine": machine(torch.device(self.plan.facts.device)),
             "log_bytes": paths.metrics.stat().st_size if paths.metrics.is_file() else 0,
             "legs": {leg.id: leg_digest(leg) for leg in self.plan.legs},
@@ -272,7 +280,30 @@ class Training:
                 tensors = load_part(paths.state, f"moments-{key}", facts)
                 own = {name: tensor.to(device) for name, tensor in tensors.items()}
                 training.moments[key] = Moments.restore(own)
+        for leg_id in facts["kept_blocks"]:
+            if training.trains(plan.leg(leg_id)):
+                tensors = load_part(paths.state, f"blocks-{leg_id}", facts)
+                own = {name: tensor.to(device) for name, tensor in tensors.items()}
+                training.kept_blocks[leg_id] = restored_blocks(own, plan.batch_tokens)
         return training
+
+
+def block_tensors(blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """The tensors of some blocks, by the number of the block and the site, or "keep"."""
+    tensors: dict[str, Tensor] = {}
+    for number, block in enumerate(blocks):
+        own = {str(site): x for site, x in block.activations.items()}
+        tensors |= prefixed(str(number), own | {"keep": block.keep})
+    return tensors
+
+
+def restored_blocks(tensors: Mapping[str, Tensor], batch_tokens: int) -> list[Block]:
+    """Undo `block_tensors`."""
+    blocks = []
+    while own := under(str(len(blocks)), tensors):
+        keep = own.pop("keep")
+        blocks.append(Block({Site.parse(name): x for name, x in own.items()}, keep, batch_tokens))
+    return blocks
 
 
 def slowest(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:

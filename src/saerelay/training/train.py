@@ -38,6 +38,7 @@ from saerelay.training.inherit import (
     parent_of,
     parents_from_elsewhere,
 )
+from saerelay.training.kept_blocks import batches_of_kept_blocks, forget_blocks, keep_block
 from saerelay.training.progress import Watcher
 from saerelay.training.run_state import Journal, Line, Training, slowest, stop_requests
 from saerelay.training.saving import SavingTimes
@@ -85,7 +86,8 @@ def train_plan(
             for index in range(offset // block.batch_tokens, block.n_batches):
                 now.cursor += block.batch_tokens
                 for repetition in range(now.n_repetitions):
-                    now.cohort.step(block.repeated(index, repetition), repetition)
+                    kept = batches_of_kept_blocks(now, number, index, repetition)
+                    now.cohort.step(block.repeated(index, repetition), repetition, kept)
                     check_goals(now, repetition)
                     end_legs(now, block, paths, repetition)
                 watcher.tick(now.cursor)
@@ -110,6 +112,7 @@ def begin_block(now: Training, block: Block, paths: RunDirectory) -> None:
     with now.timed("fits"):
         begin_legs(now, block, paths, hops=False)
         gather_moments(now, block)
+        keep_block(now, block)
     now.count(block)
 
 
@@ -120,6 +123,7 @@ def end_block(now: Training, block: Block, paths: RunDirectory, journal: Journal
     now.meet(journal)
     with now.timed("fits"):
         begin_legs(now, block, paths, hops=True)
+    forget_blocks(now)
 
 
 def save_if_due(

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from saerelay.errors import RunDirectoryError
 from saerelay.files import write_text
-from saerelay.planning.recipe import DataSpec, EvaluateSpec, PlanSpec, Recipe, TrainSpec
+from saerelay.planning.recipe import DataSpec, EvaluateSpec, HopSpec, PlanSpec, Recipe, TrainSpec
 from saerelay.runs.directory import RunDirectory, sole_writer
 from saerelay.runs.documents.quality import Summary
 from saerelay.runs.state import clear_state
@@ -22,7 +22,13 @@ MARK = ".saerelay-demo"
 DEMO = Recipe(
     data=DataSpec(epochs=2),  # needed only where Python comes without the standard library's tests (as in Debian)
     dictionary=DictionarySpec(expansion=16, activation=TopK(k=24)),
-    plan=PlanSpec(preset="hub", root_tokens=1_000_000, transfer_tokens=125_000, controls=[2, 6]),
+    plan=PlanSpec(
+        preset="hub",
+        root_tokens=1_000_000,
+        transfer_tokens=125_000,
+        hop=HopSpec(refit_tokens=31_744),  # one block, which is quick
+        controls=[2, 6],
+    ),
     train=TrainSpec(batch_tokens=512),
     evaluate=EvaluateSpec(tokens=32_768),
 )

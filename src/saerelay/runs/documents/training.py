@@ -188,6 +188,8 @@ class ResumeFacts(Record):
     """Ids of the legs in training."""
     moments: list[str]
     """Ids of the legs whose moments are being gathered."""
+    kept_blocks: list[str] = []
+    """Ids of the legs that keep blocks read before their hop, to use them again."""
     machine: dict[str, Any]
     """Threads, instruction set, torch version and, on a GPU, its kind and libraries, on which the bits depend."""
     log_bytes: int

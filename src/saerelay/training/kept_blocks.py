@@ -1,0 +1,57 @@
+"""The blocks that a hop keeps: its map was fitted on them, and its refit and second passes use them again.
+
+A leg that trains on each block several times (`plan.reuse`) makes its first repetitions on these blocks, which it has
+not trained on yet, instead of on the same block again. This costs memory, not tokens: on Gemma 3 270M it is worth as
+much as so many tokens more (docs/log.md, "What else the tokens of a hop could give").
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from saerelay.data.stream import Block
+from saerelay.planning.leg import Leg
+from saerelay.site import Site
+from saerelay.training.run_state import Training
+
+
+def keep_block(now: Training, block: Block) -> None:
+    """Copy a block, at the sites that they train on, for the upcoming hops that will use it again."""
+    block_tokens = now.plan.block_tokens
+    for leg in now.plan.legs:
+        first_kept = leg.fold_at - leg.n_kept_blocks(block_tokens) * block_tokens
+        if now.trains(leg) and first_kept <= now.cursor < leg.fold_at:
+            now.kept_blocks.setdefault(leg.id, []).append(block.copy({leg.site, leg.site_out}))
+
+
+def blocks_for_refit(now: Training, leg: Leg, block: Block, n: int) -> list[Block]:
+    """The blocks that hold the last n tokens before a leg's hop; `block`, the last one, where no more are kept."""
+    n_blocks = -(-n // now.plan.block_tokens)
+    return now.kept_blocks.get(leg.id, [block])[-n_blocks:]
+
+
+def batches_of_kept_blocks(now: Training, number: int, index: int, repetition: int) -> dict[str, Mapping[Site, Tensor]]:
+    """The batches of kept blocks, by leg, that legs train on in a repetition of batch `index` of block `number`.
+
+    The first block after a hop is repeated with the first block kept, and so on. Legs that have none repeat the block
+    itself.
+    """
+    batches: dict[str, Mapping[Site, Tensor]] = {}
+    if repetition != 1:
+        return batches
+    for leg_id, kept in now.kept_blocks.items():
+        n_since_hop = number - now.plan.leg(leg_id).fold_at // now.plan.block_tokens
+        if 0 <= n_since_hop < len(kept):
+            batches[leg_id] = kept[n_since_hop].batch(index)
+    return batches
+
+
+def forget_blocks(now: Training) -> None:
+    """Forget, at the end of a block, the kept blocks of legs that will not use them again."""
+    for leg_id, kept in list(now.kept_blocks.items()):
+        leg = now.plan.leg(leg_id)
+        if now.cursor < leg.fold_at:
+            continue
+        n_used = len(kept) if leg.schedule.reuse == 1 else (now.cursor - leg.fold_at) // now.plan.block_tokens
+        if n_used >= len(kept) or leg_id not in now.cohort:
+            del now.kept_blocks[leg_id]
