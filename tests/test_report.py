@@ -26,7 +26,7 @@ from saerelay.runs.documents.latents import STATUSES, LineageDocument
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.documents.training import TrainingLine
 from saerelay.runs.features import load_features
-from saerelay.views.labels import METHODS, METRICS, ORIGINS, ROLES
+from saerelay.views.labels import METHODS, METRICS, ORIGINS, ROLES, mean_l0, place_name
 from saerelay.views.report import write_report
 from saerelay.views.report.data import CHUNK, CURVE_POINTS, LEVELS, feed, training_curves
 from saerelay.views.report.overview import BOTTOM, TOP, mark_kind, overview
@@ -227,6 +227,21 @@ def test_what_was_trained_is_said_kind_by_kind(suite: Suite) -> None:
     assert told.startswith("Sparse autoencoders (TopK, 600 or 1,200 latents) for all 3 layers, at each of resid_post")
     assert "resid_post: Layer 1 was trained from scratch" in told and "resid_post: Layer 0 was transferred" in told
     assert "mlp_out: Layer 2 was transferred" in told
+
+
+def test_an_sae_of_another_l0_is_called_a_copy_only_if_it_is_one(suite: Suite) -> None:
+    """Plans written leg by leg put SAEs of any L0 side by side; the L0 of a ReLU SAE follows from its penalty."""
+    summary = with_legs(summary_of(suite), L1={"target_l0": 4.0, "l0": 4.0})
+    own = summary.leg("L1")
+    relu = own.changed(id="relu", architecture="relu", target_l0=None, l0=90.0, in_suite=False)
+    denser = own.changed(id="denser", target_l0=8.0, l0=8.0, in_suite=False)
+    tier = own.changed(id="L1-k2", role="transfer", parent="L1", target_l0=2.0, l0=2.0, in_suite=False)
+    summary = only(summary, [own, relu, denser, tier])
+    told = trained(suite.plan, summary)
+    assert "Copies of each SAE with 2 active latents" in told and "at another L0: relu and denser" in told
+    places = [place_name(summary, leg) for leg in summary.legs]
+    assert places == ["layer 1", "layer 1, relu", "layer 1, 8 active latents", "layer 1, 2 active latents"]
+    assert mean_l0(summary) == "2, 4, 8 and 90"
 
 
 def test_transferability_is_told_of_hops_and_not_of_their_repeats(suite: Suite) -> None:

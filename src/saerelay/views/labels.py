@@ -170,17 +170,18 @@ def place_name(summary: Summary, leg: LegSummary) -> str:
     if len(summary.kinds) > 1:
         name += f", {leg.kind}"
     if summary.is_other_tier(leg):
-        name += f", {leg.target_l0:g} active latents"
+        # The L0 of a ReLU SAE follows from its penalty.
+        name += f", {leg.architecture}" if leg.target_l0 is None else f", {leg.target_l0:g} active latents"
     return name
 
 
 def mean_l0(summary: Summary) -> str:
     """Return the mean L0 of a run's SAEs, tier by tier: "16", or "8, 16 and 32"."""
-    of_tier: dict[float | None, list[float]] = {}
+    of_tier: dict[tuple[bool, float | None], list[float]] = {}
     for leg in summary.final_legs:
-        tier = leg.target_l0 if summary.is_other_tier(leg) else None
+        is_other = summary.is_other_tier(leg)
         if leg.l0 is not None:
-            of_tier.setdefault(tier, []).append(leg.l0)
+            of_tier.setdefault((is_other, leg.target_l0 if is_other else None), []).append(leg.l0)
     return listed([f"{mean:.3g}" for mean in sorted(sum(l0) / len(l0) for l0 in of_tier.values())])
 
 

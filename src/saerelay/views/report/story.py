@@ -98,15 +98,27 @@ def trained(plan: Plan, summary: Summary) -> str:
             shared = listed(sorted([leg.layer, *leg.shared_layers]))
             tokens = format_count(leg.budget_tokens)
             parts.append(f"Layers {shared} shared one SAE, trained on {tokens} tokens of their aligned activations.")
-    tiers = [leg for leg in legs if summary.is_other_tier(leg)]
+    of_other_l0 = [leg for leg in legs if summary.is_other_tier(leg)]
+    tiers = [leg for leg in of_other_l0 if _is_copy(summary, leg)]
     if tiers:
         l0 = listed([f"{tier:g}" for tier in sorted({leg.target_l0 or 0 for leg in tiers})])
         parts.append(f"Copies of each SAE with {l0} active latents were trained on {tokens_of(tiers)} tokens each.")
+    others = [leg for leg in of_other_l0 if leg not in tiers]
+    if others:
+        parts.append(f"Beside them, at another L0: {listed([leg.id for leg in others])}.")
     parts.append(f"Text: {summary.data or 'as in run.toml'}, in sequences of {plan.recipe.data.context} tokens.")
     parts.append(f"Evaluated on {legs[0].n_eval_tokens:,} tokens of documents that were not used for training.")
     if summary.left_out and summary.left_out.note:
         parts.append(f"Note: {summary.left_out.note}.")
     return " ".join(parts)
+
+
+def _is_copy(summary: Summary, leg: LegSummary) -> bool:
+    """Whether a leg began as a copy of another SAE of its own place."""
+    first = summary.first_of(leg)
+    if first.parent and summary.has(first.parent):
+        return summary.leg(first.parent).place == leg.place
+    return first.origin == "same layer"
 
 
 def _how_trained(summary: Summary) -> list[str]:
