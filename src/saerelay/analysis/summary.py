@@ -136,7 +136,7 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
         seconds=(run.seconds.total if run else math.nan) - control_seconds,
         processor_seconds=run.seconds.processor if run else None,
         seconds_lm=run.seconds.lm if run else math.nan,
-        from_scratch=scratch_cost(suite, plan, infos, run, everything.lm_tokens),
+        from_scratch=scratch_cost(suite, plan, infos, run, everything.lm_flops),
         controls=ControlCost(
             sae_samples=everything.sae_samples - cost.sae_samples,
             flops=everything.flops - cost.flops,
@@ -146,12 +146,12 @@ def suite_cost(suite: PublishedSuite, corpus: Corpus) -> SuiteCost:
 
 
 def scratch_cost(
-    suite: PublishedSuite, plan: Plan, infos: Mapping[str, DictionaryInfo], run: RunCost | None, lm_tokens: int
+    suite: PublishedSuite, plan: Plan, infos: Mapping[str, DictionaryInfo], run: RunCost | None, lm_flops: float
 ) -> ScratchCost:
-    """Return the cost of training all layers of a plan from scratch, beside a run that read `lm_tokens`.
+    """Return the cost of training all layers of a plan from scratch, beside a run whose language model took `lm_flops`.
 
     The time is an estimate: for every layer, the time per token of the legs that were trained from scratch, plus the
-    language model's time for one pass over a root's tokens.
+    time of the language model's operations, at the speed that the run had.
     """
     root_tokens = plan.recipe.plan.root_tokens
     cost = NO_COST
@@ -170,14 +170,13 @@ def scratch_cost(
         tokens = sum(info.tokens for info in trained_from_scratch)
         seconds_per_leg = root_tokens * seconds / tokens
     lm_seconds = run.seconds.lm if run else math.nan
-    lm_share = min(1.0, root_tokens / plan.recipe.plan.root_reuse / lm_tokens)
     return ScratchCost(
         tokens=root_tokens,
         lm_tokens=cost.lm_tokens,
         sae_samples=cost.sae_samples,
         flops=cost.flops,
         lm_flops=cost.lm_flops,
-        seconds_estimate=seconds_per_leg * n_legs + lm_share * lm_seconds,
+        seconds_estimate=seconds_per_leg * n_legs + lm_seconds * cost.lm_flops / lm_flops,
     )
 
 
