@@ -23,6 +23,7 @@ from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.runs.documents.across_layers import Matrix, Measures
 from saerelay.runs.documents.latents import FeatureFacts, LineageDocument
 from saerelay.runs.documents.quality import Evaluation
+from saerelay.runs.documents.training import RunCost
 from saerelay.runs.tensors import write_tensors
 from saerelay.spec import format_count
 from saerelay.workflows import launch, settle
@@ -248,7 +249,12 @@ def test_a_leg_that_reached_its_goal_is_not_trained_further_towards_it(auto: sr.
         assert settle.extended_plan(recipe, RunDirectory(tmp_path / "run")).has("L0+16.4k")
     with pytest.raises(RunDirectoryError, match="the recipe adds nothing .* add legs, layers or tokens"):
         settle.extended_plan(asked(8.9, tokens=8192), RunDirectory(tmp_path / "run"))
+    before = RunCost.load(tmp_path / "run/cost.json").positions
     longer = sr.train_run(asked(8.9), tmp_path / "run", extend=True)
+    after = RunCost.load(tmp_path / "run/cost.json").positions
+    assert after.read > before.read and after.held_out == 2 * before.held_out > 0  # the extension read them once more
+    sr.train_run(asked(8.9), tmp_path / "run", resume=True)
+    assert RunCost.load(tmp_path / "run/cost.json").positions == after
     assert longer.leg("L0").goal.predicted_fvu == 0.5 and longer.leg("L0+16.4k").goal.predicted_fvu is None
     with pytest.raises(RunDirectoryError, match=r"ended early: L0\+16.4k;"):
         settle.extended_plan(asked(8.9, tokens=32_768), RunDirectory(tmp_path / "run"))

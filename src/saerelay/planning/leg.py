@@ -112,6 +112,11 @@ class Goal(Spec):
     predicted_fvu: float | None = None
     """FVU that a survey predicts; for information only."""
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the leg's FVU is measured on held-out rows."""
+        return bool(self.goal_fvu or self.predicted_fvu)
+
 
 class Leg(Spec):
     """The training of one SAE."""

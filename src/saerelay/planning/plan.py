@@ -177,7 +177,19 @@ class Plan(Document):
     @property
     def has_goals(self) -> bool:
         """Whether some leg has an FVU to reach, or one that was predicted, and is measured on held-out rows."""
-        return any(leg.goal.goal_fvu or leg.goal.predicted_fvu for leg in self.legs)
+        return any(leg.goal.is_measured for leg in self.legs)
+
+    def held_out_passes(self, cursor: int) -> int:
+        """Return how often held-out rows were read for goals up to `cursor`: once by the run, and by each extension.
+
+        An interrupted run reads them again, which does not count: positions are those of an uninterrupted run.
+        """
+        n = 0
+        for begin, end in pairwise([0, *self.extended_at, math.inf]):
+            planned = [leg for leg in self.legs if leg.start < end]
+            if begin <= cursor and any(leg.goal.is_measured for leg in planned):
+                n += 1
+        return n
 
     @property
     def own_legs(self) -> list[Leg]:

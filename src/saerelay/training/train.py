@@ -270,7 +270,7 @@ def read_held_out(now: Training, validation: AbstractStream | None) -> None:
         rows, n_read = hold_out(now.plan, validation)
         own = [leg for leg in now.plan.legs if now.trains(leg)]
         now.held_out = {site: rows[site] for leg in own for site in (leg.site, leg.site_out)}
-        now.positions["held_out"] = n_read
+        now.positions["held_out"] = n_read * now.plan.held_out_passes(now.cursor)
 
 
 def hold_out(plan: Plan, validation: AbstractStream) -> tuple[dict[Site, Tensor], int]:
