@@ -497,6 +497,16 @@ def test_the_refit_of_a_wide_dictionary_is_counted_as_it_is_made(facts: ModelFac
     assert wide < 8 * narrow  # a factorisation would take 64 times as much
 
 
+def test_the_disk_holds_as_much_text_as_is_read_in_all_splits(facts: ModelFacts) -> None:
+    """Text is read twice only where there is no more of it, and how often it may be says nothing about that."""
+    cost = {epochs: plan_cost(compiled(facts, data={"epochs": epochs})) for epochs in (1, 4)}
+    assert cost[1] == cost[4]
+    plan = compiled(facts)
+    wide = facts.changed(tokens=facts.tokens.changed(vocab_size=2**16 + 1))
+    n_ids = plan.n_tokens + 2 * plan.recipe.evaluate.tokens
+    assert plan_cost(compiled(wide)).disk_bytes - plan_cost(plan).disk_bytes == 2 * n_ids  # of four bytes, not two
+
+
 def test_a_transcoder_costs_what_its_two_widths_and_its_skip_connection_do(facts: ModelFacts) -> None:
     wide = facts.changed(d_attn_z=48)
     sites: dict[str, Any] = {"module": "attn_z", "module_out": "attn_out", "layers": [1]}

@@ -151,10 +151,15 @@ def model_bytes(plan: Plan) -> float:
 
 
 def disk_bytes(plan: Plan, legs: Sequence[Leg]) -> float:
-    """Return what training some legs of a plan writes: dictionaries, snapshots, two copies of the state, and tokens."""
+    """Return what training some legs of a plan writes: dictionaries, snapshots, two copies of the state, and tokens.
+
+    As much text is kept as the plan reads, if there is that much: `data.epochs` is how often it may be read otherwise.
+    """
     weights = sum(4.0 * parameters(leg, plan.facts) * (1 + len(leg.schedule.snapshots)) for leg in legs)
     states = 2 * 0.75 * peak_state_bytes(legs, plan.facts, plan.block_tokens)
-    return weights + states + 4.0 * plan.n_tokens / plan.recipe.data.epochs
+    id_bytes = 2.0 if plan.facts.tokens.vocab_size <= 2**16 else 4.0
+    n_ids = plan.n_tokens + 2 * plan.recipe.evaluate.tokens  # to train on, to validate, and to test
+    return weights + states + id_bytes * n_ids
 
 
 def plan_cost(plan: Plan) -> Cost:
