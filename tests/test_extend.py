@@ -26,6 +26,7 @@ from saerelay.runs.documents.quality import Evaluation
 from saerelay.runs.documents.training import RunCost
 from saerelay.runs.tensors import write_tensors
 from saerelay.spec import format_count
+from saerelay.training.train import HELD_OUT_ROWS
 from saerelay.workflows import launch, settle
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.report import report_run
@@ -250,6 +251,7 @@ def test_a_leg_that_reached_its_goal_is_not_trained_further_towards_it(auto: sr.
     with pytest.raises(RunDirectoryError, match="the recipe adds nothing .* add legs, layers or tokens"):
         settle.extended_plan(asked(8.9, tokens=8192), RunDirectory(tmp_path / "run"))
     before = RunCost.load(tmp_path / "run/cost.json").positions
+    assert before.held_out == Corpus.open(tmp_path / "run/tokens").validation.size < HELD_OUT_ROWS  # each row once
     longer = sr.train_run(asked(8.9), tmp_path / "run", extend=True)
     after = RunCost.load(tmp_path / "run/cost.json").positions
     assert after.read > before.read and after.held_out == 2 * before.held_out > 0  # the extension read them once more

@@ -164,8 +164,8 @@ def _loaded_together(plan: Plan, team: Team) -> LanguageModel:
 
 
 def open_validation(plan: Plan, stream: LiveStream, corpus: Corpus) -> LiveStream:
-    """Return a stream of blocks of HELD_OUT_ROWS positions of the validation split."""
+    """Return a stream of blocks of HELD_OUT_ROWS positions of the validation split; of all, if it has fewer."""
     context = plan.recipe.data.context
-    block_tokens = rounded_up(HELD_OUT_ROWS, context)
+    block_tokens = min(rounded_up(HELD_OUT_ROWS, context), corpus.validation.size)
     small = plan.changed(block_tokens=block_tokens)
     return LiveStream(stream.model or load_model(plan), corpus.validation, small)
