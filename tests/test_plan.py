@@ -1,5 +1,6 @@
 """Plans: presets, placing on the axis, costs, refusals."""
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from saerelay.planning.plan import Plan
 from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import TRIAL
 from saerelay.site import Site, SiteKind
-from saerelay.views.tables.plan import inherited_note, plan_table, time_basis
+from saerelay.views.tables.plan import inherited_note, plan_facts, plan_table, time_basis
 
 BASE: dict[str, Any] = {
     "data": {"context": 16, "block_tokens": 256},
@@ -505,6 +506,15 @@ def test_the_disk_holds_as_much_text_as_is_read_in_all_splits(facts: ModelFacts)
     wide = facts.changed(tokens=facts.tokens.changed(vocab_size=2**16 + 1))
     n_ids = plan.n_tokens + 2 * plan.recipe.evaluate.tokens
     assert plan_cost(compiled(wide)).disk_bytes - plan_cost(plan).disk_bytes == 2 * n_ids  # of four bytes, not two
+
+
+@pytest.mark.parametrize(("preset", "is_said"), [("hub", True), ("scratch", False)])
+def test_a_predicted_time_says_that_hops_take_more(facts: ModelFacts, preset: str, is_said: bool) -> None:
+    """It is that of steps and forward passes; maps and refits are not timed."""
+    plan = compiled(facts, plan={"preset": preset})
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(plan_facts(plan, plan_cost(plan), {"lm": 1.0, "steps": 1.0, "total": 2.0}))
+    assert ("maps between layers and refits" in console.export_text()) == is_said
 
 
 def test_a_transcoder_costs_what_its_two_widths_and_its_skip_connection_do(facts: ModelFacts) -> None:

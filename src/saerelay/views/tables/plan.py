@@ -188,10 +188,12 @@ def plan_facts(plan: Plan, cost: Cost, seconds: dict[str, float] | None, basis: 
         f"{flops(cost.lm_flops)} of them by the language model",
     )
     if seconds:
+        has_fits = any(leg.moment_tokens or leg.refit_tokens for leg in plan.legs)
+        fits = "; maps between layers and refits of decoders take further time" if has_fits else ""
         table.add_row(
             "time",
             f"{duration(seconds['total'])} on this machine (language model {duration(seconds['lm'])}, "
-            f"SAE steps {duration(seconds['steps'])}; extrapolated {basis})",
+            f"SAE steps {duration(seconds['steps'])}; extrapolated {basis}){fits}",
         )
     else:
         table.add_row("time", "not measured; --timing loads the model's weights and times a few steps")
