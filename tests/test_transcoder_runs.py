@@ -142,3 +142,11 @@ def test_what_is_not_done_with_transcoders_says_so(suite: sr.Suite, tiny_model: 
         suite.circuits("self")
     with pytest.raises(PlanError, match="surveys SAEs"):
         survey_once(recipe(tiny_model, place, plan={"preset": "auto", "controls": [], "roots": []}), None)
+
+
+def test_a_tier_keeps_its_skip_connection_where_nothing_is_refitted(tiny_model: Path, place: Path) -> None:
+    plan = {"roots": [1], "controls": [], "root_tokens": "1k", "transfer_tokens": 0, "tiers": [6], "refit": False}
+    tiers = sr.train_run(recipe(tiny_model, place, sites={"layers": [1]}, plan=plan), place / "tiers")
+    first, tier = tiers["L1.transcoder"], tiers["L1.transcoder-k6"]
+    assert first.W_skip is not None and tier.W_skip is not None and tier.k == 6
+    torch.testing.assert_close(tier.W_skip, first.W_skip)

@@ -227,7 +227,7 @@ def test_a_skip_connection_is_fitted_to_what_is_left_or_dropped_with_its_mean_ke
     assert dropped.W_skip is None
     torch.testing.assert_close(dropped(x).mean(dim=0), gained(x).mean(dim=0))
     for same in (None, True):
-        kept = reshape(gained, x, Shape("relu", F, None, skip_connection=same), target=y)
+        kept = reshape(gained, x, Shape("relu", F, None, skip_connection=same))
         assert kept.W_skip is gained.W_skip
 
 

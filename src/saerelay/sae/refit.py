@@ -138,9 +138,7 @@ def refit_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
 
 
 def with_skip(dictionary: Dictionary, x: Tensor, target: Tensor) -> Dictionary:
-    """Return a transcoder with a skip connection, which is fitted on x (B, D) and `target` (B, Dy) if it has none."""
-    if dictionary.W_skip is not None:
-        return dictionary
+    """Give a transcoder that has no skip connection one that is fitted on x (B, D) and `target` (B, Dy)."""
     empty = dictionary.W_enc.new_zeros(dictionary.d_out, dictionary.d_model)
     return refit_skip(replace(dictionary, W_skip=empty), x, target)
 

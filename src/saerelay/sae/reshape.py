@@ -140,7 +140,7 @@ def reshape(dictionary: Dictionary, x: Tensor, shape: Shape, *, target: Tensor |
     dictionary = _converted(dictionary, shape)
     if shape.l0:
         dictionary = match_l0(dictionary, sample, shape.l0)
-    if shape.skip_connection:
+    if shape.skip_connection and dictionary.W_skip is None:
         dictionary = with_skip(dictionary, x, dictionary.goal_of(x, target))
     elif shape.skip_connection is False:
         dictionary = without_skip(dictionary, x)
