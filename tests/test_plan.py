@@ -384,6 +384,9 @@ def test_an_l0_that_nobody_asks_for_is_not_made_up(facts: ModelFacts) -> None:
         compiled(facts, plan={"legs": legs}, **keys)
     legs[1]["k"] = 3
     assert compiled(facts, plan={"legs": legs}, **keys).leg("b").dictionary.l0 == 3
+    del legs[1]["architecture"]
+    with pytest.raises(PlanError, match="leg b: k is 3, but the L0 of relu follows from a penalty; leave k out"):
+        compiled(facts, plan={"legs": legs}, **keys)
 
 
 def test_an_untrained_hop_has_a_control_on_the_tokens_of_its_map(facts: ModelFacts) -> None:
@@ -639,6 +642,16 @@ def test_an_extension_does_not_change_what_is_finished(facts: ModelFacts) -> Non
     old = compiled(facts)
     with pytest.raises(PlanError, match="is finished, but the recipe changes its dictionary"):
         compiled(facts, finished=old, dictionary={"n_latents": 64, "k": 8})
+
+    # Nor does it leave out what made a leg what it is.
+    leg = {"id": "a", "layer": 2, "tokens": 1024, "module": "mlp_in"}
+    old = compiled(facts, plan={"legs": [leg | {"module_out": "mlp_out"}]})
+    with pytest.raises(PlanError, match="leg a is finished, but the recipe changes its module_out"):
+        compiled(facts, finished=old, plan={"legs": [leg | {"tokens": 2048}]})
+    legs = [leg, {"id": "b", "layer": 3, "module": "mlp_in", "tokens": 512, "control_of": "a"}]
+    old = compiled(facts, plan={"legs": [leg, legs[1] | {"parent": "a"}]})
+    with pytest.raises(PlanError, match="leg b is finished, but the recipe changes its parent, method"):
+        compiled(facts, finished=old, plan={"legs": legs})
 
 
 def test_untrained_hops_live_for_one_block(facts: ModelFacts) -> None:

@@ -272,7 +272,8 @@ def _changed_keys(before: Leg, now: Leg) -> list[str]:
     scheduled |= {"shared_layers", "alignment_tokens", "lr", "lr_by_map", "goal_fvu", "decay_gain", "predicted_fvu"}
     old = before.model_dump()
     new = now.model_dump()
-    return [key for key in new if key not in scheduled and new[key] != old.get(key)]
+    keys = new | old  # either may have keys that the other lacks: of a parent, of a control, of a transcoder
+    return [key for key in keys if key not in scheduled and new.get(key) != old.get(key)]
 
 
 def _check_widths(plan: Plan) -> None:

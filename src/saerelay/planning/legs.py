@@ -281,6 +281,11 @@ def _settled_dictionary(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg
     if changes.skip_connection is not None:
         dictionary = dictionary.changed(skip_connection=changes.skip_connection)
     asked_l0 = changes.k
+    if asked_l0 and dictionary.l0 is None:
+        raise PlanError(
+            f"leg {spec.id}: k is {asked_l0}, but the L0 of {dictionary.architecture} follows from a penalty; leave k out, "
+            "or choose another architecture"
+        )
     if asked_l0 is None and (external or changes.architecture):
         asked_l0 = l0
         if spec.hop and not l0 and dictionary.l0:
