@@ -185,6 +185,29 @@ def test_an_extension_is_refused_if_its_text_is_not_that_of_the_run(tokenised: P
     assert Corpus.open(tokenised / "tokens").facts == before and not (tokenised / "tokens.new").exists()
 
 
+def test_an_extension_may_read_the_text_more_often(tiny_model: Path, tmp_path: Path) -> None:
+    """A run that has used up its text says so, and its advice can be followed."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(1, 101, (220, 40)).astype(np.uint16))
+
+    def recipe(tokens: str, epochs: int) -> sr.Recipe:
+        return planned(tmp_path, tiny_model, tokens, epochs)[0].recipe
+
+    sr.train_run(recipe("1k", 1), tmp_path / "run")
+    with pytest.raises(DataError, match=r"set data.epochs = 2"):
+        sr.train_run(recipe("8k", 1), tmp_path / "run", extend=True)
+    sr.train_run(recipe("8k", 2), tmp_path / "run", extend=True)
+    plan = read_plan(tmp_path / "run")
+    assert plan.recipe.data.epochs == 2 and plan.legs[-1].id.startswith("L1-from-L0+")
+
+
+def test_a_run_is_not_resumed_without_the_roots_it_was_begun_with(tiny_model: Path, tmp_path: Path) -> None:
+    run = begin(tmp_path, tiny_model, 1500)
+    recipe = planned(tmp_path, tiny_model, "2k")[0].recipe
+    read_plan(run).changed(recipe=recipe.changed(plan=recipe.plan.changed(roots=[1]))).save(run / "plan.json")
+    with pytest.raises(RunDirectoryError, match=r"plan\.roots: \[1\] in the run, \[\] in the recipe"):
+        settle.resumed_plan(recipe, RunDirectory(run))
+
+
 @pytest.fixture
 def auto(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sr.Recipe:
     """The recipe of a finished run in `tmp_path / "run"` whose legs a survey chose; the first of them ends early."""

@@ -283,8 +283,8 @@ def _settled_dictionary(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg
     asked_l0 = changes.k
     if asked_l0 and dictionary.l0 is None:
         raise PlanError(
-            f"leg {spec.id}: k is {asked_l0}, but the L0 of {dictionary.architecture} follows from a penalty; leave k out, "
-            "or choose another architecture"
+            f"leg {spec.id}: k is {asked_l0}, but the L0 of {dictionary.architecture} follows from a penalty; leave k "
+            "out, or choose another architecture"
         )
     if asked_l0 is None and (external or changes.architecture):
         asked_l0 = l0

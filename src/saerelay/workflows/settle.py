@@ -43,6 +43,8 @@ FREE_TO_CHANGE = {
     "evaluate": ("tokens", "ce"),
 }
 """Keys that may differ between a run's recipe and the recipe it is resumed with."""
+FREE_TO_EXTEND = {("sites", "layers"), ("data", "epochs")}
+"""Further keys that an extension may change, besides those of [plan]; no order of reading depends on `epochs`."""
 LEFT_BY_A_FAILED_START = {
     "state",
     "tokens",
@@ -352,7 +354,7 @@ def _differences(old: Plan, new: Recipe, *, extending: bool = False) -> list[str
     """Return the differences between a run's recipe and another recipe, one line per key."""
     before = old.recipe.model_dump(mode="json")
     after = new.model_dump(mode="json")
-    if not new.plan.roots:  # an extension takes its roots from the run it extends
+    if not new.plan.roots and old.extended_at:  # an extension takes its roots from the run it extends
         after["plan"]["roots"] = before["plan"]["roots"]
     if extending and new.data.block_tokens in ("auto", old.block_tokens):  # it stays that of the run
         after["data"]["block_tokens"] = before["data"]["block_tokens"]
@@ -361,7 +363,7 @@ def _differences(old: Plan, new: Recipe, *, extending: bool = False) -> list[str
         for key, value in values.items():
             free = key in FREE_TO_CHANGE.get(section, ())
             if extending:
-                free = free or section == "plan" or (section, key) == ("sites", "layers")
+                free = free or section == "plan" or (section, key) in FREE_TO_EXTEND
             if not free and before[section].get(key) != value:
                 lines.append(f"  {section}.{key}: {before[section].get(key)!r} in the run, {value!r} in the recipe")
     return lines
