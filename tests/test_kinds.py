@@ -355,6 +355,7 @@ def test_the_language_models_time_from_scratch_is_that_of_its_operations(fake: S
             RunCost(seconds=PhaseSeconds(total=200.0, lm=seconds)).save(suite.directory.cost)
             cost = summarise(suite, Corpus.open(suite.directory.tokens)).cost
             estimates.append(cost.from_scratch.seconds_estimate or 0.0)
+            assert cost.from_scratch.reuse == reuse
         share[tokens, reuse] = (estimates[1] - estimates[0]) / 100
     n_blocks = fake.plan.n_tokens / fake.plan.block_tokens
     assert share[blocks, 1] >= 8 / n_blocks  # from scratch, the deepest layer is read from the first block on

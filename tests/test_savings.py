@@ -28,9 +28,9 @@ def shown(item: Table | Text) -> str:
 
 def test_what_is_saved_and_what_is_not_are_told_apart() -> None:
     prices = prices_of(cost(4_000_000, 3_000_000, 4e12, 3e12), SCRATCH, (50.0, 51.0))
-    table = shown(savings_table(prices, 2_000_000))
+    table = shown(savings_table(prices, 2_000_000, 1))
     assert "4.0 times less" in table and "1.5 times more" in table and "from scratch, 2M each" in table
-    said = " ".join(shown(verdict(prices, 2_000_000)).split())
+    said = " ".join(shown(verdict(prices, 2_000_000, 1)).split())
     assert said.startswith(
         "The suite saves SAE samples and operations; it needs more tokens of the language model and operations of the "
         "language model. For the same operations, every layer could be trained from scratch on 1M tokens"
@@ -39,8 +39,14 @@ def test_what_is_saved_and_what_is_not_are_told_apart() -> None:
 
 def test_a_suite_that_saves_nothing_says_so() -> None:
     prices = prices_of(cost(16_000_000, 3_000_000, 9e12, 3e12), SCRATCH, None)
-    said = shown(verdict(prices, 2_000_000))
+    said = shown(verdict(prices, 2_000_000, 1))
     assert said.startswith("The suite saves nothing.") and "2.25M tokens" in said
+
+
+def test_repetitions_are_told_from_tokens() -> None:
+    prices = prices_of(cost(8_000_000, 3_000_000, 4e12, 3e12), SCRATCH, None)
+    assert "from scratch, 2M (2 times 1M) each" in shown(savings_table(prices, 2_000_000, 2))
+    assert "from scratch on 1M (2 times 500k) tokens" in " ".join(shown(verdict(prices, 2_000_000, 2)).split())
 
 
 def test_time_stands_there_only_if_it_is_known() -> None:

@@ -172,6 +172,7 @@ def scratch_cost(
     lm_seconds = run.seconds.lm if run else math.nan
     return ScratchCost(
         tokens=root_tokens,
+        reuse=plan.recipe.plan.root_reuse,
         lm_tokens=cost.lm_tokens,
         sae_samples=cost.sae_samples,
         flops=cost.flops,

@@ -163,6 +163,10 @@ def print_summary(summary: "Summary") -> None:
     items: list[Any] = [quality_table(summary), ""]
     if any(map(summary.is_transferred, summary.final_legs)):  # else the suite is what it would be compared with
         prices = summary_prices(summary)
-        tokens = summary.cost.from_scratch.tokens
-        items += [savings_table(prices, tokens), verdict(prices, tokens), ""]
+        scratch = summary.cost.from_scratch
+        items += [
+            savings_table(prices, scratch.tokens, scratch.reuse),
+            verdict(prices, scratch.tokens, scratch.reuse),
+            "",
+        ]
     print_all([*items, *notes(summary)])

@@ -163,8 +163,8 @@ def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> 
 
     # A suite without transfers is what it would be compared with.
     if any(plan.first_of(leg).role == "transfer" for leg in plan.legs):
-        tokens = plan.recipe.plan.root_tokens
-        print_all(["", savings_table(prices, tokens), verdict(prices, tokens)])
+        tokens, reuse = plan.recipe.plan.root_tokens, plan.recipe.plan.root_reuse
+        print_all(["", savings_table(prices, tokens, reuse), verdict(prices, tokens, reuse)])
     if len(shares.ranks) > 1:
         print_all(["", spread_table(plan, shares)])
 

@@ -19,7 +19,9 @@ class ScratchCost(Record):
     """The cost of all layers from scratch at `plan.root_tokens`, sharing one pass of the language model."""
 
     tokens: int
-    """Number of tokens that each SAE is trained on."""
+    """Number of tokens that each SAE is trained on, counting repetitions."""
+    reuse: int = 1
+    """How many times each is trained on each token (`plan.root_reuse`)."""
     lm_tokens: int
     """Number of tokens the language model reads."""
     sae_samples: int

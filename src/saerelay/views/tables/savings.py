@@ -66,21 +66,32 @@ def _count(n: float) -> str:
     return format_count(round(n))
 
 
-def savings_table(prices: Sequence[Price], tokens: int) -> Table:
-    """Show one row per resource that training takes; from scratch, every layer is trained on `tokens`."""
+def _repeated(tokens: float, reuse: int) -> str:
+    return _count(tokens) if reuse == 1 else f"{_count(tokens)} ({reuse} times {_count(tokens / reuse)})"
+
+
+def savings_table(prices: Sequence[Price], tokens: int, reuse: int) -> Table:
+    """Show one row per resource that training takes.
+
+    From scratch, every layer is trained on `tokens`; of these, each token that the language model reads counts `reuse`
+    times.
+    """
     table = Table(
         box=None, pad_edge=False, title="cost, compared with training every layer from scratch", title_justify="left"
     )
     table.add_column("")
-    for name in ("this suite", f"from scratch, {format_count(tokens)} each", "the suite takes"):
+    for name in ("this suite", f"from scratch, {_repeated(tokens, reuse)} each", "the suite takes"):
         table.add_column(name, justify="right")
     for price in prices:
         table.add_row(price.name, *price.shown, price.factor)
     return table
 
 
-def verdict(prices: Sequence[Price], tokens: int) -> Text:
-    """Say what a suite saves, and how many tokens training from scratch could use for the same operations."""
+def verdict(prices: Sequence[Price], tokens: int, reuse: int) -> Text:
+    """Say what a suite saves, and how many tokens training from scratch could use for the same operations.
+
+    `tokens` and `reuse` are as for `savings_table`.
+    """
     cheaper = [price.name for price in prices if price.ours * EQUAL < price.theirs]
     dearer = [price.name for price in prices if price.ours > EQUAL * price.theirs]
     if cheaper:
@@ -93,6 +104,6 @@ def verdict(prices: Sequence[Price], tokens: int) -> Text:
     operations = next(price for price in prices if price.name == OPERATIONS)
     affordable = tokens * operations.ours / operations.theirs
     return Text(
-        f"{sentence}. For the same operations, every layer could be trained from scratch on {_count(affordable)} "
-        "tokens; transfer pays only if it beats that."
+        f"{sentence}. For the same operations, every layer could be trained from scratch on "
+        f"{_repeated(affordable, reuse)} tokens; transfer pays only if it beats that."
     )
