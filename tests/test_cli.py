@@ -730,6 +730,7 @@ def test_judge_makes_a_page_and_keeps_its_key(place: Path, tmp_path: Path, capsy
         (("ada.json",), "saerelay score RUN FILE..."),
         (("--score",), "give the files that the judges exported"),
         (("missing.json", "--score"), "missing.json: cannot be read"),
+        (("missing.json", "--score", "--layers", "1"), "--layers, --n, --seed and --out are for making a page"),
     ):
         code, shown, stderr = call("judge", run, *wrong, capsys=capsys, monkeypatch=monkeypatch)
         said = " ".join(stderr.replace("│", " ").split())

@@ -7,6 +7,8 @@ import typer
 
 from saerelay.cli.options import Json, RunDir, number_list, one_at_a_time, print_all, print_json, progress, say
 
+N_LATENTS = 32
+
 
 def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to the program."""
@@ -21,7 +23,7 @@ def judge(
     n: Annotated[
         int,
         typer.Option("--n", min=1, help="Number of latents per layer and origin (from scratch, forward, backward)."),
-    ] = 32,
+    ] = N_LATENTS,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for drawing latents.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="File or directory for the page. Default: in the run directory.")
@@ -30,7 +32,11 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Make a page on which people judge latents without knowing which of them were transferred."""
-    if score_instead:
+    if score_instead:  # older than the command `score`
+        if (layers, n, seed, out) != ("all", N_LATENTS, 0, None):
+            raise typer.BadParameter(
+                "--layers, --n, --seed and --out are for making a page; to score answers: saerelay score RUN FILE..."
+            )
         score(run, files or [], as_json)
         return
     if files:
