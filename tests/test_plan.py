@@ -19,6 +19,7 @@ from saerelay.planning.recipe import Recipe
 from saerelay.sae.spec import TRIAL
 from saerelay.site import Site, SiteKind
 from saerelay.views.tables.plan import inherited_note, plan_facts, plan_table, time_basis
+from saerelay.workflows.settle import plan_run
 
 BASE: dict[str, Any] = {
     "data": {"context": 16, "block_tokens": 256},
@@ -652,6 +653,16 @@ def test_an_extension_does_not_change_what_is_finished(facts: ModelFacts) -> Non
     old = compiled(facts, plan={"legs": [leg, legs[1] | {"parent": "a"}]})
     with pytest.raises(PlanError, match="leg b is finished, but the recipe changes its parent, method"):
         compiled(facts, finished=old, plan={"legs": legs})
+
+
+def test_what_would_take_years_or_all_memory_is_refused(facts: ModelFacts) -> None:
+    with pytest.raises(PlanError, match="evaluate.tokens is 100000B, but at most 1B are allowed"):
+        compiled(facts, evaluate={"tokens": 1e14})
+    with pytest.raises(PlanError, match="the plan reads 1000B tokens, but at most 100B are allowed"):
+        compiled(facts, plan={"root_tokens": 1e12})
+    recipe = Recipe.parse({"data": {"block_tokens": 2**35}}, source="test")
+    with pytest.raises(PlanError, match=r"of one leg in a block of 34,359,738,368 tokens take .* GiB, but"):
+        plan_run(recipe)
 
 
 def test_untrained_hops_live_for_one_block(facts: ModelFacts) -> None:

@@ -63,13 +63,13 @@ def parse_count(value: object) -> object:
 def format_count(n: int) -> str:
     """Write a count the way people say it, with three significant digits.
 
-    >>> format_count(2_000_000), format_count(262_144), format_count(999_936), format_count(12)
-    ('2M', '262k', '1M', '12')
+    >>> format_count(2_000_000), format_count(262_144), format_count(999_936), format_count(12), format_count(10**13)
+    ('2M', '262k', '1M', '12', '10000B')
     """
     for suffix in ("B", "M", "k"):
         scaled = n / _SUFFIXES[suffix]
         if scaled >= 999.5:
-            return f"{scaled:.4g}{suffix}"  # with three digits, 1000B would become 1e+03B
+            return f"{scaled:.0f}{suffix}"  # as .3g, 1000B would become 1e+03B
         if scaled >= 0.9995:
             return f"{scaled:.3g}{suffix}"  # 999,936 rounds to 1M, not to 1000k
     return str(n)

@@ -20,6 +20,8 @@ from saerelay.spec import few_of, format_count
 
 MAX_TOKENS = 10**11
 """Most token positions that a plan may read: ten times as many as the largest published SAEs were trained on."""
+MAX_HELD_OUT_TOKENS = 10**9
+"""Most tokens to measure on. Since one document in 20 is for them, 20 times as many are read from the corpus."""
 
 
 def compile_plan(
@@ -138,6 +140,12 @@ def _check_length(plan: Plan) -> None:
             f"the plan reads {format_count(plan.n_tokens)} tokens, but at most {format_count(MAX_TOKENS)} are allowed; "
             "lower the tokens of the legs (plan.root_tokens, plan.transfer_tokens), plan.moment_tokens, "
             "train.batch_tokens or data.block_tokens"
+        )
+    tokens = plan.recipe.evaluate.tokens
+    if tokens > MAX_HELD_OUT_TOKENS:
+        raise PlanError(
+            f"evaluate.tokens is {format_count(tokens)}, but at most {format_count(MAX_HELD_OUT_TOKENS)} are allowed; "
+            "lower it: one document in 20 is held out for them, so that 20 times as many tokens are read"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from saerelay.data.sources import tokens_file
 from saerelay.data.text import check_exist
-from saerelay.errors import FormatError, RunDirectoryError
+from saerelay.errors import FormatError, PlanError, RunDirectoryError
 from saerelay.files import odd_file, write_text
 from saerelay.interop import load_dictionary, own, write_dictionary
 from saerelay.interop.hub import local
@@ -89,7 +89,7 @@ def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
         parents = parents_in(Path(recipe.plan.hop.parents), recipe)
         named += parents.values()
     externals = {reference: describe_external(reference, recipe) for reference in named}
-    return compile_plan(
+    plan = compile_plan(
         recipe,
         facts,
         externals=externals,
@@ -97,6 +97,25 @@ def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
         memory_bytes=memory_allowed(recipe, facts),
         finished=finished,
     )
+    check_block(plan)
+    return plan
+
+
+def check_block(plan: Plan) -> None:
+    """Raise PlanError if one block's activations cannot fit into memory even for a single leg.
+
+    Several legs may be trained by as many ranks, each of which has the memory of a device of its own.
+    """
+    bytes_per_value = 2 if plan.recipe.data.cache else plan.facts.bytes_per_value
+    n_values = [sum(map(plan.facts.width, plan.sites_of(leg, leg.start, leg.end))) for leg in plan.legs]
+    needed = bytes_per_value * plan.block_tokens * max(n_values)
+    memory = device_memory(plan.facts.device)
+    if needed > memory:
+        raise PlanError(
+            f"activations of one leg in a block of {plan.block_tokens:,} tokens take {needed / 2**30:,.0f} GiB, but "
+            f"{plan.facts.device} has {memory / 2**30:,.0f} GiB of memory; lower data.block_tokens or, where that is "
+            '"auto", train.batch_tokens or data.context'
+        )
 
 
 def memory_allowed(recipe: Recipe, facts: ModelFacts) -> float:

@@ -20,7 +20,7 @@ from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.training.train import train_plan
 from saerelay.workflows.activations import open_stream, open_validation, tokenise
 from saerelay.workflows.pilots import measure_survey
-from saerelay.workflows.settle import memory_allowed
+from saerelay.workflows.settle import check_block, memory_allowed
 from saerelay.workflows.watching import status, watching
 
 
@@ -44,6 +44,7 @@ def survey_run(recipe: Recipe, paths: RunDirectory, console: Console | None) -> 
     memory = memory_allowed(recipe, facts)
     inner = RunDirectory(paths.survey_run)
     plan = survey_plan(recipe, facts, memory)
+    check_block(plan)
     survey = Survey.load_if_any(paths.survey)
     # A survey can be used for any budget and any ratio.
     if survey is not None and survey_plan(survey.asked, facts, memory) == plan:
