@@ -82,6 +82,8 @@ def test_keys_are_those_of_a_recipe(architecture: str) -> None:
     assert sae.architecture == architecture
     with pytest.raises(RecipeError, match='unknown key "n_latent"; did you mean "n_latents"'):
         sr.train(data(), n_latent=3)
+    with pytest.raises(RecipeError, match="train: 0 tokens"):
+        sr.train(data(), tokens=0, **KEYS)
     with pytest.raises(RecipeError, match="only 4 latents"):
         sr.train(data(), k=8, n_latents=4)
 

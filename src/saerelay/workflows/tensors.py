@@ -67,6 +67,8 @@ def train(
     """
     recipe = _recipe(keys, "train")
     budget = _budget(tokens, x, "train")
+    if not budget:
+        raise RecipeError("train: 0 tokens leave an SAE as random as it starts; give a budget: tokens=1_000_000")
     source = Source.of(x, target, site, recipe.train.seed)
     first = source.first
     first.check_learnable("train: x")
