@@ -154,6 +154,8 @@ class LiveStream(AbstractStream):
         self.sequences = sequences
         self.plan = plan
         self.cache = cache
+        self.is_cached = False
+        """Whether the cache is known to hold everything that is still to be read, so that no model has to run."""
         self.grown_from = grown_from
         self.ids = sequence_ids(sequences) if cache else np.empty(0, dtype=np.int64)
         self.buffers: dict[Site, Tensor] = {}

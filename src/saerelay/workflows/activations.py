@@ -119,20 +119,18 @@ def open_stream(plan: Plan, corpus: Corpus, cursor: int = 0) -> LiveStream:
     The language model is loaded unless all that is read is in data.cache, or several ranks hold the model together (see
     `joined_stream`). Raises DataError if the cache is damaged, or if the activations it lacks do not fit on its disk.
     """
-    is_split = plan.recipe.model.tensor_parallel > 1
-    if not plan.recipe.data.cache:
-        model = None if is_split else load_model(plan)
-        return LiveStream(model, corpus.train, plan, grown_from=corpus.facts.grown_from)
-    cache = open_cache(plan)
+    cache = open_cache(plan) if plan.recipe.data.cache else None
     stream = LiveStream(None, corpus.train, plan, cache, corpus.facts.grown_from)
-    needed = stream.uncached_bytes(cursor)
-    cache.check_room(needed)
-    if needed and not is_split:
+    if cache:
+        needed = stream.uncached_bytes(cursor)
+        cache.check_room(needed)
+        stream.is_cached = not needed
+    if not stream.is_cached and plan.recipe.model.tensor_parallel == 1:
         stream.model = load_model(plan)
     return stream
 
 
-def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, cursor: int, team: Team) -> TeamStream:
+def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, team: Team) -> TeamStream:
     """Return the stream of the activations that this rank of a team needs; all ranks compute them together.
 
     `stream` is rank 0's stream, which has a model if anything has to be computed; it is None on other ranks. One rank
@@ -141,17 +139,12 @@ def joined_stream(plan: Plan, corpus: Corpus, stream: LiveStream | None, cursor:
     """
     model = stream.model if stream else None
     if plan.recipe.model.tensor_parallel > 1:
-        if team.once(lambda: stream is not None and _needs_model(plan, stream, cursor)):
+        if team.once(lambda: stream is not None and (plan.has_goals or not stream.is_cached)):
             model = _loaded_together(plan, team)
     elif team.once(lambda: model is not None):
         model = team.in_turn(lambda: model or load_model(plan))
     cache = open_cache(plan) if plan.recipe.data.cache else None
     return TeamStream(LiveStream(model, corpus.train, plan, cache, corpus.facts.grown_from), team)
-
-
-def _needs_model(plan: Plan, stream: LiveStream, cursor: int) -> bool:
-    """Whether the language model has to run: for activations that are not in the cache, or to measure goals."""
-    return plan.has_goals or stream.cache is None or stream.uncached_bytes(cursor) > 0
 
 
 def _loaded_together(plan: Plan, team: Team) -> LanguageModel:

@@ -46,12 +46,11 @@ from saerelay.workflows.watching import status, watching
 
 
 class Start(NamedTuple):
-    """A run's plan, tokens and activations, with which it begins, and the cursor from which it continues."""
+    """A run's plan, tokens and activations, with which it begins or continues."""
 
     plan: Plan
     corpus: Corpus
     stream: LiveStream
-    cursor: int
 
 
 def train_run(
@@ -137,7 +136,7 @@ def _begun(recipe: Recipe, paths: RunDirectory, *, extend: bool, console: Consol
         paths.cost.unlink(missing_ok=True)  # cost.json marks a finished run
     plan.save(paths.plan)
     write_text(paths.recipe, annotated_toml(plan.recipe))  # see `mend_recipe`
-    return Start(plan, corpus, stream, cursor)
+    return Start(plan, corpus, stream)
 
 
 def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -> tuple[LiveStream, LiveStream | None]:
@@ -147,8 +146,7 @@ def _streams(plan: Plan, paths: RunDirectory, start: Start | None, team: Team) -
         assert start
         stream = start.stream
     else:
-        cursor = start.cursor if start else 0
-        stream = joined_stream(plan, corpus, start.stream if start else None, cursor, team)
+        stream = joined_stream(plan, corpus, start.stream if start else None, team)
     if not plan.has_goals:
         return stream, None
     return stream, open_validation(plan, stream, corpus)
