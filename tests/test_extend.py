@@ -27,7 +27,7 @@ from saerelay.runs.documents.training import RunCost
 from saerelay.runs.tensors import write_tensors
 from saerelay.spec import format_count
 from saerelay.training.train import HELD_OUT_ROWS
-from saerelay.workflows import launch, settle
+from saerelay.workflows import launch, room, settle
 from saerelay.workflows.activations import tokenise
 from saerelay.workflows.report import report_run
 from saerelay.workflows.settle import plan_run
@@ -109,12 +109,12 @@ def test_an_extension_that_the_disk_cannot_hold_is_refused(extended: Path, tmp_p
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": n_bytes}))
 
     leave(needed)
-    settle.check_disk(longer, paths)
+    room.check_disk(longer, paths)
     leave(needed - 1)
     with pytest.raises(RunDirectoryError, match=r"the extension needs up to 0\.0 GiB on disk, but .* add fewer legs"):
-        settle.check_disk(longer, paths)
+        room.check_disk(longer, paths)
     longer.save(paths.plan)
-    settle.check_disk(longer, paths)  # an extension that is resumed was checked when it was begun
+    room.check_disk(longer, paths)  # an extension that is resumed was checked when it was begun
 
 
 def test_an_extension_reads_new_text(extended: Path) -> None:

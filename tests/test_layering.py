@@ -42,7 +42,7 @@ ORDER = {
     "analysis": "progress logits sums metrics site_maps session similarity summary evaluate matrix collecting features "
     "links lineage describe prompts attribution versions measures ablations circuits judging endpoint interpret suite",
     "views": "text labels tables figures report judge",
-    "workflows": "placeless settle activations watching pilots survey launch keys timing hop rows tensors suites "
+    "workflows": "placeless room settle activations watching pilots survey launch keys timing hop rows tensors suites "
     "model_card neuronpedia share report judge interpret demo",
     "cli": "options training measuring judging sharing",
 }

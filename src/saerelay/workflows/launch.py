@@ -32,9 +32,9 @@ from saerelay.training.trackers import Several, check_installed
 from saerelay.training.train import train_plan
 from saerelay.views.tables.plan import inherited_note
 from saerelay.workflows.activations import joined_stream, open_stream, open_validation, tokenise
+from saerelay.workflows.room import check_disk
 from saerelay.workflows.settle import (
     check_directory,
-    check_disk,
     extended_plan,
     new_plan,
     plan_run,

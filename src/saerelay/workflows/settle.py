@@ -1,7 +1,6 @@
 """Settle the plan of a run before it starts: compile it from a recipe, resume it, or extend it."""
 
 import hashlib
-import os
 import shutil
 import warnings
 from itertools import pairwise
@@ -9,11 +8,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import torch
-
 from saerelay.data.sources import tokens_file
 from saerelay.data.text import check_exist
-from saerelay.errors import FormatError, PlanError, RunDirectoryError
+from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import odd_file, write_text
 from saerelay.interop import load_dictionary, own, write_dictionary
 from saerelay.interop.hub import local
@@ -23,8 +20,6 @@ from saerelay.lm.facts import read_facts, resolve_device
 from saerelay.lm.ports import module_paths, other_module
 from saerelay.lm.source import pinned
 from saerelay.planning.compile import compile_plan
-from saerelay.planning.cost import disk_bytes
-from saerelay.planning.facts import ModelFacts
 from saerelay.planning.leg import External
 from saerelay.planning.legs import parts_of
 from saerelay.planning.plan import Plan
@@ -37,6 +32,7 @@ from saerelay.runs.state import state_facts
 from saerelay.runs.suite import PublishedSuite
 from saerelay.sae.dictionary import Dictionary
 from saerelay.spec import few_of
+from saerelay.workflows.room import check_block, memory_allowed
 
 FREE_TO_CHANGE = {
     "train": ("checkpoint_every", "loggers", "memory_gib"),
@@ -99,36 +95,6 @@ def plan_run(recipe: Recipe, finished: Plan | None = None) -> Plan:
     )
     check_block(plan)
     return plan
-
-
-def check_block(plan: Plan) -> None:
-    """Raise PlanError if one block's activations cannot fit into memory even for a single leg.
-
-    Several legs may be trained by as many ranks, each of which has the memory of a device of its own.
-    """
-    bytes_per_value = 2 if plan.recipe.data.cache else plan.facts.bytes_per_value
-    n_values = [sum(map(plan.facts.width, plan.sites_of(leg, leg.start, leg.end))) for leg in plan.legs]
-    needed = bytes_per_value * plan.block_tokens * max(n_values)
-    memory = device_memory(plan.facts.device)
-    if needed > memory:
-        raise PlanError(
-            f"activations of one leg in a block of {plan.block_tokens:,} tokens take {needed / 2**30:,.0f} GiB, but "
-            f"{plan.facts.device} has {memory / 2**30:,.0f} GiB of memory; lower data.block_tokens or, where that is "
-            '"auto", train.batch_tokens or data.context'
-        )
-
-
-def memory_allowed(recipe: Recipe, facts: ModelFacts) -> float:
-    """Return the bytes that the training state of all live legs may take."""
-    gib = recipe.train.memory_gib
-    return 0.7 * device_memory(facts.device) if gib == "auto" else gib * 2**30
-
-
-def device_memory(device: str) -> float:
-    """Return the total memory of a device in bytes, free or not."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def parents_in(directory: Path, recipe: Recipe) -> dict[Place, str]:
@@ -386,21 +352,3 @@ def _differences(old: Plan, new: Recipe, *, extending: bool = False) -> list[str
             if not free and before[section].get(key) != value:
                 lines.append(f"  {section}.{key}: {before[section].get(key)!r} in the run, {value!r} in the recipe")
     return lines
-
-
-def check_disk(plan: Plan, paths: RunDirectory) -> None:
-    """Refuse to begin or to extend a run if the disk cannot hold it; a resumed run was checked when it was begun."""
-    begun = {leg.id for leg in read_plan(paths.root).legs} if paths.plan.is_file() else set[str]()
-    legs = [leg for leg in plan.legs if leg.id not in begun]
-    if not legs:
-        return
-    needed = disk_bytes(plan, legs)
-    free = shutil.disk_usage(paths.root).free
-    if needed > free:
-        what, remedy = "run", "choose another --out, or lower n_latents or the number of snapshots"
-        if begun:
-            what, remedy = "extension", "or add fewer legs or snapshots"
-        raise RunDirectoryError(
-            f"{paths.root}: the {what} needs up to {needed / 2**30:.1f} GiB on disk, but {free / 2**30:.1f} GiB are "
-            f"free; free space, {remedy}"
-        )

@@ -20,7 +20,7 @@ from saerelay.runs.directory import RunDirectory, read_plan
 from saerelay.training.train import train_plan
 from saerelay.workflows.activations import open_stream, open_validation, tokenise
 from saerelay.workflows.pilots import measure_survey
-from saerelay.workflows.settle import check_block, memory_allowed
+from saerelay.workflows.room import check_block, memory_allowed
 from saerelay.workflows.watching import status, watching
 
 
