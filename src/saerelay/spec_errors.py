@@ -1,4 +1,7 @@
-"""What is wrong with a recipe or a plan, in words: the errors that pydantic finds, one line per key."""
+"""What is wrong with a recipe or a plan, in words: the errors that pydantic finds, one line per key.
+
+`Spec.parse` raises them as a RecipeError.
+"""
 
 import difflib
 import re
@@ -29,7 +32,11 @@ _MEMBERS = re.compile(r"(constrained-)?(int|float|str|bool)|.*\[.*")
 
 
 def explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
-    """Say what is wrong with each key, in our words, one line per key."""
+    """Say what is wrong with each key, in our words, one line per key.
+
+    Where a key may have one of several types, pydantic reports what each of them lacks: "must be true or false, or a
+    number". An error of our own validators says that the type is right, and so replaces these.
+    """
     wrong: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     for item in error.errors():
@@ -38,18 +45,14 @@ def explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
         if item["type"] == "extra_forbidden" or location != item["loc"] or _is_name_of_part(cls, item):
             wrong[key] = [f'unknown key "{key}"; {_nearest_key(cls, location)}']
             continue
-        message = _IN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
-        message = re.sub("^(Input|String) should ", "must ", message)
-        if item["type"] == "value_error":  # in our own words: the value has the type, and something else is wrong
-            wrong[key] = []
-        if wrong.get(key):  # a value of a union type fails once for each member
-            message = message.removeprefix("must be ")
-        wrong.setdefault(key, []).append(message)
-        given = item["input"]
-        if item["type"] == "value_error" and (isinstance(given, dict) or str(given) in message):
-            found[key] = ""  # the message shows it
-        elif item["type"] != "missing":
-            found[key] = f" (found {'a table' if isinstance(given, dict) else _shortened(repr(given))})"
+        message = _message(item)
+        if item["type"] == "value_error":
+            wrong[key] = [message]
+        elif wrong.get(key):
+            wrong[key].append(message.removeprefix("must be "))
+        else:
+            wrong[key] = [message]
+        found[key] = _found(item, message)
     lines = []
     for key, messages in wrong.items():
         if any(other.startswith(f"{key}.") for other in wrong):
@@ -57,6 +60,21 @@ def explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
         where = f"{key}: " if key and not messages[0].startswith("unknown key") else ""
         lines.append(f"{source}: {where}{', or '.join(messages)}{found.get(key, '')}")
     return "\n".join(lines)
+
+
+def _message(item: Any) -> str:
+    """What is wrong according to one of pydantic's errors, or one of our own validators."""
+    message = _IN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+    return re.sub("^(Input|String) should ", "must ", message)
+
+
+def _found(item: Any, message: str) -> str:
+    """The value that was given, in brackets; "" if there was none, or if the message shows it."""
+    given = item["input"]
+    is_shown = item["type"] == "value_error" and (isinstance(given, dict) or str(given) in message)
+    if is_shown or item["type"] == "missing":
+        return ""
+    return f" (found {'a table' if isinstance(given, dict) else _shortened(repr(given))})"
 
 
 def _shortened(text: str) -> str:

@@ -183,23 +183,28 @@ def _unpadded(ids: np.ndarray, facts: ModelFacts, padding: Counter[int]) -> np.n
     where it is repeated at either end. A token that fills at least a quarter of a document, at its
     end, is padding whichever token it is. A document of nothing but padding is empty.
     """
-    before = len(ids)
     pad = facts.tokens.pad_token_id
-    special = (facts.tokens.bos_token_id, facts.tokens.eos_token_id)
-    if pad is not None and pad not in special:
-        ids = ids[ids != pad]
-        padding[pad] += before - len(ids)
+    if pad is not None and pad not in (facts.tokens.bos_token_id, facts.tokens.eos_token_id):
+        others = ids[ids != pad]
+        padding[pad] += len(ids) - len(others)
+        ids = others
     for token in (pad, ids[-1] if len(ids) else None):
         if token is None:
             continue
-        others = np.flatnonzero(ids != token)
-        start, stop = (others[0], others[-1] + 1) if len(others) else (0, 0)
-        n_last = len(ids) - int(stop)
-        filled = token == pad or n_last >= max(8, len(ids) // 4)
-        if filled and max(start, n_last) > 1:
-            padding[int(token)] += int(start) + n_last
-            ids = ids[start:stop]
+        n_first, n_last = _at_ends(ids, token)
+        is_padding = token == pad or n_last >= max(8, len(ids) // 4)
+        if is_padding and max(n_first, n_last) > 1:
+            padding[int(token)] += n_first + n_last
+            ids = ids[n_first : len(ids) - n_last]
     return ids
+
+
+def _at_ends(ids: np.ndarray, token: int) -> tuple[int, int]:
+    """How often a token is repeated at the beginning of a document, and at its end, where one of nothing else ends."""
+    others = np.flatnonzero(ids != token)
+    if not len(others):
+        return 0, len(ids)
+    return int(others[0]), len(ids) - 1 - int(others[-1])
 
 
 def _without_ends(ids: np.ndarray, tokens: TokenFacts) -> np.ndarray:

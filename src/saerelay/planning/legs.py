@@ -1,4 +1,8 @@
-"""Settle a leg of a plan: make the choices that the recipe leaves open."""
+"""From a leg as it is written (`LegSpec`) to a leg of a plan (`Leg`): every choice that the recipe leaves open is made.
+
+`compile` calls `settled_leg` for one leg after the other, parents first, and then places the leg on the axis
+(`placing`). Nothing here depends on when a leg starts.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,13 +38,11 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
     site = site_of(spec, recipe)
     module_out = module_out_of(spec, recipe)
     by_id = {leg.id: leg for leg in legs}
-    parent = by_id.get(spec.parent)
-    external = setting.externals.get(spec.parent)
+    source = by_id.get(spec.parent) or setting.externals.get(spec.parent)
     hop = _settled_hop(spec, setting)
     budget = _settled_budget(spec, setting, by_id)
     if not budget and not hop:
         raise _without_tokens(spec)
-    source = parent or external
     if source and source.module_out != module_out:
         raise PlanError(
             f"leg {spec.id} {_what(site.module, module_out)}, and its parent {spec.parent} "
@@ -50,19 +52,11 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
         _check_shared(spec, site, module_out)
     dictionary = _settled_dictionary(spec, setting, by_id)
     if dictionary.skip_connection and not module_out:
-        if spec.dictionary.skip_connection:
-            raise PlanError(
-                f"leg {spec.id}: skip_connection belongs to transcoders, and this leg is an SAE, which reconstructs "
-                'what it reads; set its module = "transcoder", or leave skip_connection out'
-            )
-        if not any(kind.module_out for kind in recipe.sites.kinds):
-            raise PlanError(
-                f"leg {spec.id}: dictionary.skip_connection belongs to transcoders, and this SAE reconstructs what it "
-                'reads; set sites.module = "mlp_in" and sites.module_out = "mlp_out", or leave it out'
-            )
+        _check_skip_is_of_others(spec, recipe)
         dictionary = dictionary.changed(skip_connection=False)
     if hop and hop.method != "random" and module_out and not hop.refit_tokens:
-        _check_unrefitted(spec, dictionary, parent.dictionary if parent else setting.externals[spec.parent])
+        assert source
+        _check_unrefitted(spec, dictionary, source.dictionary if isinstance(source, Leg) else source)
     parent_site = source.site if source else None
     moment_tokens = _whole_blocks(recipe.plan.hop.moment_tokens, setting.block_tokens)
     role: Role = "transfer" if hop else "root"
@@ -81,6 +75,20 @@ def settled_leg(spec: LegSpec, setting: Setting, legs: Sequence[Leg]) -> Leg:
         control=Control.model_validate(spec.control.model_dump()) if spec.control else None,
         goal=Goal.model_validate(spec.goal.model_dump()),
     )
+
+
+def _check_skip_is_of_others(spec: LegSpec, recipe: Recipe) -> None:
+    """Raise PlanError if skip_connection was asked for an SAE; a recipe may ask it for the transcoders beside SAEs."""
+    if spec.dictionary.skip_connection:
+        raise PlanError(
+            f"leg {spec.id}: skip_connection belongs to transcoders, and this leg is an SAE, which reconstructs what "
+            'it reads; set its module = "transcoder", or leave skip_connection out'
+        )
+    if not any(kind.module_out for kind in recipe.sites.kinds):
+        raise PlanError(
+            f"leg {spec.id}: dictionary.skip_connection belongs to transcoders, and this SAE reconstructs what it "
+            'reads; set sites.module = "mlp_in" and sites.module_out = "mlp_out", or leave it out'
+        )
 
 
 def _check_shared(spec: LegSpec, site: Site, module_out: ModuleKind | None) -> None:
@@ -280,21 +288,20 @@ def _settled_dictionary(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg
     dictionary = dictionary.changed(n_latents=changes.n_latents or n_latents)
     if changes.skip_connection is not None:
         dictionary = dictionary.changed(skip_connection=changes.skip_connection)
-    asked_l0 = changes.k
-    if asked_l0 and dictionary.l0 is None:
-        raise PlanError(
-            f"leg {spec.id}: k is {asked_l0}, but the L0 of {dictionary.architecture} follows from a penalty; leave k "
-            "out, or choose another architecture"
-        )
-    if asked_l0 is None and (external or changes.architecture):
-        asked_l0 = l0
-        if spec.hop and not l0 and dictionary.l0:
-            why = f"the L0 of its parent {spec.parent} follows from a penalty"
-            if external:
-                why = f"the files of its parent {spec.parent} do not say how many latents are active, or say none"
-            raise PlanError(f"leg {spec.id}: {why}; set k")
-    if asked_l0:
-        dictionary = dictionary.with_l0(asked_l0)
+    if changes.k:
+        if dictionary.l0 is None:
+            raise PlanError(
+                f"leg {spec.id}: k is {changes.k}, but the L0 of {dictionary.architecture} follows from a penalty; "
+                "leave k out, or choose another architecture"
+            )
+        dictionary = dictionary.with_l0(changes.k)
+    elif l0 and (external or changes.architecture):  # else it has this L0 already
+        dictionary = dictionary.with_l0(l0)
+    elif spec.hop and dictionary.l0 and not l0:
+        why = f"the L0 of its parent {spec.parent} follows from a penalty"
+        if external:
+            why = f"the files of its parent {spec.parent} do not say how many latents are active, or say none"
+        raise PlanError(f"leg {spec.id}: {why}; set k")
     check_sparsity(dictionary, spec.id)
     return dictionary
 

@@ -251,12 +251,16 @@ class Plan(Document):
 
         What an extension added to it (L3-seed1+2M) repeats what was added to the other (L3+2M) or, without that, L3.
         """
-        original, plus, more = leg.id.rpartition("+")
-        for name, added in ((leg.id, ""), (original, plus + more)):
-            first = name.removesuffix(repeat_name("", leg.seed))
-            if first != name:
-                return next((other for other in (first + added, first) if self.has(other)), "")
-        return ""
+        suffix = repeat_name("", leg.seed)
+        if leg.id.endswith(suffix):
+            originals = [leg.id.removesuffix(suffix)]
+        else:
+            continued, plus, tokens = leg.id.rpartition("+")
+            if not continued.endswith(suffix):
+                return ""
+            first = continued.removesuffix(suffix)
+            originals = [f"{first}{plus}{tokens}", first]
+        return next(filter(self.has, originals), "")
 
     def newness(self, leg: Leg) -> float:
         """Return a leg's own tokens over all that its dictionary is trained on, parents included; 0 if unknown."""

@@ -1,4 +1,7 @@
-"""Settle the plan of a run before it starts: compile it from a recipe, resume it, or extend it."""
+"""Settle the plan of a run before it starts: compile it from a recipe, resume it, or extend it.
+
+`launch` calls `new_plan`, `resumed_plan` or `extended_plan`; commands that only show or time a plan call `plan_run`.
+"""
 
 import hashlib
 import shutil
@@ -268,9 +271,8 @@ def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
     For an interrupted extension, it is the plan that the extension was begun with.
     """
     old = read_plan(paths.root)
-    saved = state_facts(paths.state)
-    finished = saved is not None and saved["cursor"] >= old.n_tokens
-    if not paths.cost.is_file() and not _differences(old, recipe):
+    is_in_training = not paths.cost.is_file()
+    if is_in_training and not _differences(old, recipe):
         return resumed_plan(recipe, paths)
     _check_same(old, recipe, paths, extending=True)
     if recipe.plan.surveyed:
@@ -278,15 +280,16 @@ def extended_plan(recipe: Recipe, paths: RunDirectory) -> Plan:
             f'{paths.root}: preset = "auto" chooses the legs of a new run, not those of an extension. '
             f"{_written_legs(paths)}"
         )
-    if not finished:
+    saved = state_facts(paths.state)
+    if saved is None or saved["cursor"] < old.n_tokens:
         raise RunDirectoryError(
             f"{paths.root} is not finished; finish it before extending it. This continues it: {paths.resume_command}"
         )
     plan = plan_run(recipe, finished=old)
     _check_goals(plan, old, paths)
     if plan.legs == old.legs:
-        # The run may have been extended by this recipe, perhaps just before a kill.
-        if plan_run(recipe).legs != old.legs and not _differences(old, recipe):
+        was_extended_by_it = not _differences(old, recipe) and plan_run(recipe).legs != old.legs
+        if was_extended_by_it:  # and killed before it was told so
             return resumed_plan(recipe, paths)
         raise RunDirectoryError(
             f"{paths.root}: the recipe adds nothing to this run; add legs, layers or tokens to extend it"

@@ -54,7 +54,8 @@ def _largest_of_ragged(rows: Tensor, columns: Tensor, values: Tensor, n_rows: in
     counts = torch.bincount(rows, minlength=n_rows)
     width = max(k, int(counts.max()))  # a row of NaN has fewer than k entries
     first_of_row = counts.cumsum(0) - counts
-    position = torch.arange(rows.shape[0]) + (rows * width - first_of_row[rows])
+    place_in_row = torch.arange(rows.shape[0]) - first_of_row[rows]
+    position = rows * width + place_in_row
     table = values.new_full((n_rows * width,), -torch.inf).index_copy_(0, position, values)
     table_columns = columns.new_zeros(n_rows * width).index_copy_(0, position, columns)
     top, index = table.view(n_rows, width).topk(k, dim=1, sorted=False)
