@@ -1,4 +1,8 @@
-"""Documents: JSON files that one command writes and another reads, each a frozen type."""
+"""Documents: JSON files that one command writes and another reads, each a frozen type.
+
+The documents of a run are in `runs.documents`; a plan, a survey and the facts of a corpus are documents, too. All are
+written by `save` and read by `load`, `load_if_any` or `load_current`.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""From a survey to a plan: the cheapest tree of hops that reaches a quality, or the best quality that a budget buys."""
+"""From a survey to a plan: the cheapest tree of hops that reaches a quality, or the best quality that a budget buys.
+
+`choose` predicts tokens by the `curves` of the survey and prices by compiling each candidate; `workflows.survey` calls
+it, and `written_out` makes a recipe of what it chose.
+"""
 
 import math
 from collections.abc import Sequence

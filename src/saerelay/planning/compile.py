@@ -1,4 +1,7 @@
-"""From a recipe to a plan: every leg settled (`legs.py`), then placed on the axis of token positions (`placing.py`)."""
+"""From a recipe to a plan: every leg settled (`legs.py`), then placed on the axis of token positions (`placing.py`).
+
+Commands call it by `workflows.settle.plan_run`, which reads what it must know of the model and of outside parents.
+"""
 
 import math
 from collections.abc import Mapping, Sequence

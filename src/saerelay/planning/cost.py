@@ -1,4 +1,7 @@
-"""The cost of a plan, predicted from shapes alone: tokens, operations, memory, disk."""
+"""The cost of a plan, predicted from shapes alone: tokens, operations, memory, disk.
+
+`saerelay plan` shows it, `choose` compares plans by it, and `analysis.summary` counts with it what a run has taken.
+"""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""What a plan must know about a language model."""
+"""What a plan must know about a language model, so that planning need not load it.
+
+`lm.facts.read_facts` reads it from the model's configuration; `plan.json` keeps it.
+"""
 
 from collections.abc import Collection
 from typing import Literal

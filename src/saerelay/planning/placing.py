@@ -1,4 +1,4 @@
-"""Where a leg starts on the axis of token positions, and how large blocks are."""
+"""Where a leg starts on the axis of token positions, and how large blocks are; the second half of `compile`."""
 
 import math
 from collections.abc import Mapping, Sequence

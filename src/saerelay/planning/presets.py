@@ -1,4 +1,7 @@
-"""Presets: the legs that the name of a preset stands for, as if they had been written out."""
+"""Presets: the legs that the name of a preset stands for, as if they had been written out in `[[plan.legs]]`.
+
+`compile` settles both in the same way; `choose` takes its controls from here.
+"""
 
 from collections.abc import Mapping, Sequence
 

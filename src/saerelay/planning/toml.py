@@ -1,4 +1,4 @@
-"""A recipe as TOML, with a comment on the meaning of every key."""
+"""A recipe as TOML, with a comment on the meaning of every key: what `saerelay init` prints, and a run's `run.toml`."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""A fresh dictionary, to be trained from scratch."""
+"""A fresh dictionary: what a leg from scratch begins with, and the random dictionary that hops are compared with."""
 
 from dataclasses import replace
 

@@ -1,6 +1,7 @@
 """Affine maps between the activations of two sites, fitted on their moments in closed form.
 
-Shapes: S source width, T target width.
+`map_between` fits one by the name of its method; `transfer.fold` multiplies it into a dictionary. `unexplained` and
+`rate_share` say how fast to train afterwards. Shapes: S source width, T target width.
 """
 
 import math

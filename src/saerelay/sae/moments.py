@@ -1,4 +1,4 @@
-"""Streaming statistics of activations: float32 centred products, summed in float64."""
+"""Streaming statistics of activations, on which maps are fitted: float32 centred products, summed in float64."""
 
 from dataclasses import dataclass, field
 

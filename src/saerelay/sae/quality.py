@@ -1,4 +1,7 @@
-"""How well a dictionary reconstructs activations, and how sparsely."""
+"""How well a dictionary reconstructs activations, and how sparsely.
+
+Hops, goals and surveys decide by these numbers; the metrics of an evaluation are in `analysis.sums`.
+"""
 
 import torch
 from torch import Tensor

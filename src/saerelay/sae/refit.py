@@ -1,5 +1,6 @@
 """The decoder refit: a new decoder in closed form, for the codes that the dictionary has.
 
+`transfer.carry` refits after a fold and `trials` before it measures; a skip connection is fitted here as well.
 Shapes: B tokens, D model width, F latents.
 """
 

@@ -1,5 +1,6 @@
 """Change a dictionary's shape: revive silent latents, add or remove latents or the skip connection, convert.
 
+`transfer.carry` calls it for a leg whose dictionary is to differ from its parent's.
 Shapes: B tokens, D model width, F latents, N silent latents.
 """
 

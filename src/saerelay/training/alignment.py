@@ -1,4 +1,7 @@
-"""Activations of several layers mapped to one of them: the training data of an SAE that these layers share."""
+"""Activations of several layers mapped to one of them: the training data of an SAE that these layers share.
+
+`inherit.align` fits the maps when such a leg begins; `Cohort` mixes its batches by them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Several trainees in lockstep on one stream's batches.
+"""Several trainees in lockstep on one stream's batches: how `train` takes a step of all live legs.
 
 Lockstep is a loop over trainees, so a trainee that retires cannot change another's bits.
 """

@@ -1,4 +1,8 @@
-"""How a leg begins from its parent: the parent carried to the leg's site, and the learning rate that follows."""
+"""How a leg begins from its parent: the parent carried to the leg's site, and the learning rate that follows.
+
+In the blocks before a hop, `train` calls `gather_moments`; when it is due, `parent_of` and then `inherit`, which calls
+the closed forms of `sae.transfer` with what the plan says about the leg.
+"""
 
 from collections.abc import Sequence
 from functools import partial

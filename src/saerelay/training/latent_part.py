@@ -1,4 +1,7 @@
-"""A slice of the latents of a dictionary in training: their gradients, and their updates."""
+"""A slice of the latents of a dictionary in training: their gradients, and their updates.
+
+A `Trainee` has one for each piece of its latents, so that the pieces of a step run in parallel.
+"""
 
 from typing import Protocol
 

@@ -1,4 +1,7 @@
-"""Everything that changes while a plan runs, and how it is saved and restored."""
+"""Everything that changes while a plan runs, and how it is saved and restored.
+
+`train` holds it in one `Training` object; where several ranks train, they exchange a `Word` each when they `meet`.
+"""
 
 import hashlib
 import signal

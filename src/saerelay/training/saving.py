@@ -1,4 +1,7 @@
-"""When the resume state is saved, and how: on a GPU by a thread, while training goes on."""
+"""When the resume state is saved, and how: on a GPU by a thread, while training goes on.
+
+`Training.save` hands the tensors over; `Training.commit` waits for them.
+"""
 
 import threading
 import time

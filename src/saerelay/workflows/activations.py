@@ -1,4 +1,7 @@
-"""From text to the stream of activations that a plan trains on."""
+"""From text to the stream of activations that a plan trains on: tokens on disk, then a stream over them.
+
+`launch` and `survey` open a run's stream here; `joined_stream` is for several ranks.
+"""
 
 import math
 import shutil

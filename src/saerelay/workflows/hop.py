@@ -1,4 +1,8 @@
-"""One hop of a trained SAE, in any format and from any model with the same tokens, into a run of its own."""
+"""`saerelay hop`: one trained SAE, in any format and from any model with the same tokens, into a run of its own.
+
+A hop within one model is a plan of a single leg. An SAE of another model is first carried to the recipe's model here
+(`carry_from_model`), and the leg then starts from the result.
+"""
 
 import hashlib
 import math

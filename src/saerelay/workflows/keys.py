@@ -1,4 +1,4 @@
-"""The keys of a recipe as Python keyword arguments."""
+"""The keys of a recipe as Python keyword arguments, whatever their section (for `suites` and `tensors`)."""
 
 import difflib
 from collections.abc import Collection

@@ -1,4 +1,7 @@
-"""From a recipe to a finished run: settle the plan, take the directory, tokenise, train."""
+"""`saerelay train`: settle the plan, take the directory, tokenise, train.
+
+`train_run` is what the command, `sr.train_run`, `sr.train_suite`, `saerelay hop` and `saerelay demo` call.
+"""
 
 import shutil
 from collections.abc import Iterator

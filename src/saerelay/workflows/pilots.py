@@ -1,4 +1,7 @@
-"""Measure the pilots of a survey: their FVU at their own layers, and carried to other layers."""
+"""Measure the pilots of a survey: their FVU at their own layers, and carried to other layers.
+
+`workflows.survey` trains the pilots and calls `measure_survey`; `planning.choose` plans by what it returns.
+"""
 
 import math
 import time

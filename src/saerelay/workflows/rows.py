@@ -1,4 +1,7 @@
-"""Rows of activations as people have them: tensors, arrays, iterables, streams. Checked, shuffled, cut into batches."""
+"""Rows of activations as people have them: tensors, arrays, iterables, streams. Checked, shuffled, cut into batches.
+
+For `sr.train`, `sr.hop` and `sr.evaluate` (`tensors`).
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

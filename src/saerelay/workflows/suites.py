@@ -1,4 +1,7 @@
-"""Whole suites from a script: a model, text, and the recipe's keys as keyword arguments."""
+"""Whole suites from a script: a model, text, and the recipe's keys as keyword arguments.
+
+`sr.recipe`, `sr.plan` and `sr.train_suite`; the work is done by `settle` and `launch`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""SAEs in Python: train, transfer and measure them on your own activations, without a language model or files."""
+"""SAEs in Python: train, transfer and measure them on your own activations, without a language model or files.
+
+`sr.train`, `sr.hop` and `sr.evaluate`. They train a single leg with the engine of a run.
+"""
 
 import time
 from contextlib import nullcontext

@@ -1,4 +1,7 @@
-"""Predict how long a plan takes on this machine, from a forward pass and a few steps of each shape of leg."""
+"""Predict how long a plan takes on this machine, from a forward pass and a few steps of each shape of leg.
+
+For `saerelay plan --timing`.
+"""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Sparse codes of a batch, in compressed row form."""
+"""Sparse codes of a batch, in compressed row form: what selection returns, and sparse products and refits take."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

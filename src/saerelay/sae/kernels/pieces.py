@@ -1,4 +1,7 @@
-"""How a training step is cut into pieces, by shapes alone: the tokens of a batch, and the latents of a dictionary."""
+"""How a training step is cut into pieces, by shapes alone: the tokens of a batch, and the latents of a dictionary.
+
+On a CPU each piece is computed by one thread (see `threads`); on an accelerator there is one piece.
+"""
 
 import math
 
