@@ -6,6 +6,7 @@
 import math
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +39,6 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
     corpus has that many. If training has begun, they begin with those on disk, and `grown_from` says so: the stream
     then reads the added ones last. Raises DataError if they do not, or if there is too little text.
     """
-    data = plan.recipe.data
     has_begun = paths.plan.is_file()
     if has_begun:
         restore_replaced(paths.tokens)
@@ -46,30 +46,14 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
     older: Corpus | None = None
     if (paths.tokens / "corpus.json").is_file():
         corpus = Corpus.open(paths.tokens)
-        times = data.epochs if corpus.facts.complete else 1
+        times = plan.recipe.data.epochs if corpus.facts.complete else 1
         if corpus.train.size * times >= plan.n_tokens:
             return corpus
         older = corpus if has_begun else None
-    tokenizer = None if data.tokens else load_tokenizer(pinned(plan.recipe.model, plan.facts))
     fresh = paths.tokens.with_name("tokens.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    with console.status("reading the corpus") if console else nullcontext() as status:
-
-        def show(n_tokens: int) -> None:
-            if status:
-                status.update(f"reading the corpus: {format_count(n_tokens)} tokens")
-
-        prepare(
-            plan.recipe,
-            plan.facts,
-            tokenizer,
-            fresh,
-            train_sequences=math.ceil(max(plan.n_tokens, at_least) / data.context),
-            eval_sequences=math.ceil(plan.recipe.evaluate.tokens / data.context),
-            progress=show,
-        )
+    corpus = _read_text(plan, fresh, console, max(plan.n_tokens, at_least))
     try:
-        corpus = Corpus.open(fresh)
         _check_corpus(plan, corpus)
         if older:
             _check_begins_with(corpus, older, paths)
@@ -84,6 +68,27 @@ def tokenise(plan: Plan, paths: RunDirectory, console: Console | None, *, at_lea
         for line in corpus.facts.notes():
             console.print(f"note: {line}", markup=False)
     return corpus
+
+
+def _read_text(plan: Plan, directory: Path, console: Console | None, n_tokens: int) -> Corpus:
+    """Tokenise the plan's text into a new directory, up to `n_tokens` to train on, and show how far it is."""
+    recipe = plan.recipe
+    tokenizer = None if recipe.data.tokens else load_tokenizer(pinned(recipe.model, plan.facts))
+    with console.status("reading the corpus") if console else nullcontext() as status:
+
+        def show(n_so_far: int) -> None:
+            if status:
+                status.update(f"reading the corpus: {format_count(n_so_far)} tokens")
+
+        return prepare(
+            recipe,
+            plan.facts,
+            tokenizer,
+            directory,
+            train_sequences=math.ceil(n_tokens / recipe.data.context),
+            eval_sequences=math.ceil(recipe.evaluate.tokens / recipe.data.context),
+            progress=show,
+        )
 
 
 def _check_corpus(plan: Plan, corpus: Corpus) -> None:

@@ -134,13 +134,8 @@ def hop(
     reshaped = asked_shape != (sae.architecture, sae.n_latents, sae.W_skip is not None) or spec.l0 not in (None, l0)
     method = how.method
     if method == "auto":
-        fresh = None if reshaped or not leg.budget_tokens else spec
-        best = next(iter(try_methods(sae, moments, on, units, fresh, balance=balance, l0=l0)))
-        if best == RANDOM:
-            raise TransferError(
-                "hop: no map is better than a random dictionary; train from scratch: sr.train(x_target)"
-            )
-        method = cast(Method, best)
+        fresh = spec if leg.budget_tokens and not reshaped else None
+        method = _best(try_methods(sae, moments, on, units, fresh, balance=balance, l0=l0))
     between = map_between(method, sae.d_model, moments, balance)
     shape = None
     if reshaped:
@@ -247,6 +242,14 @@ def _leg(
         seed=recipe.train.seed,
         schedule=schedule,
     )
+
+
+def _best(trials: dict[str, float]) -> Method:
+    """Return the method that measured best; TransferError if a random dictionary measured best."""
+    best = next(iter(trials))
+    if best == RANDOM:
+        raise TransferError("hop: no map is better than a random dictionary; train from scratch: sr.train(x_target)")
+    return cast(Method, best)
 
 
 def _spec_after(sae: Dictionary, l0: float, recipe: Recipe, width: int) -> SizedDictionarySpec:
