@@ -64,7 +64,7 @@ def explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
 
 def _message(item: Any) -> str:
     """What is wrong according to one of pydantic's errors, or one of our own validators."""
-    message = _IN_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+    message = _IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
     return re.sub("^(Input|String) should ", "must ", message)
 
 
