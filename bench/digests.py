@@ -86,6 +86,7 @@ id = "control"
 layer = 3
 tokens = 8192
 control_of = "child"
+control_kind = "full"
 """
 
 RUNS = {

@@ -403,6 +403,27 @@ def test_an_untrained_hop_has_a_control_on_the_tokens_of_its_map(facts: ModelFac
         compiled(facts, externals={"runs/a": outside}, **sections)
 
 
+def test_controls_have_the_tokens_that_their_kind_says(facts: ModelFacts) -> None:
+    control = {"id": "control", "layer": 2, "tokens": 0, "control_of": "hop"}
+    legs = [
+        {"id": "root", "layer": 1, "tokens": 4096},
+        {"id": "hop", "layer": 2, "tokens": 1024, "parent": "root", "method": "affine"},
+        control,
+    ]
+    plan = compiled(facts, plan={"legs": legs})
+    equal = plan.leg("hop").moment_tokens + 1024
+    assert plan.leg("control").budget_tokens == equal
+    control["tokens"] = equal
+    assert compiled(facts, plan={"legs": legs}).leg("control").budget_tokens == equal
+    control["tokens"] = 2048
+    with pytest.raises(PlanError, match=f"has 2048 tokens, but a control with equal tokens has the {equal} that hop"):
+        compiled(facts, plan={"legs": legs})
+    control["control_kind"] = "full"
+    assert compiled(facts, plan={"legs": legs}).leg("control").budget_tokens == 2048
+    control["tokens"] = 0
+    assert compiled(facts, plan={"legs": legs, "root_tokens": 8192}).leg("control").budget_tokens == 8192
+
+
 def test_equal_tokens_count_repetitions(facts: ModelFacts) -> None:
     plan = compiled(facts, plan={"controls": [1], "reuse": 4})
     transfer = plan.leg("L1-from-L3")
@@ -465,7 +486,7 @@ def test_a_suite_costs_what_the_control_or_repeat_costs_that_it_descends_from(
         {"id": "a", "layer": 1, "tokens": 4096},
         other,
         {"id": "b", "layer": 2, "tokens": 1024, "parent": other["id"]},
-        {"id": "c", "layer": 2, "tokens": 4096, "control_of": "b"},
+        {"id": "c", "layer": 2, "tokens": 4096, "control_of": "b", "control_kind": "full"},
     ]
     plan = compiled(facts, plan={"legs": legs})
     suite = plan.without_controls()
@@ -548,11 +569,11 @@ def test_a_control_from_which_a_leg_begins_belongs_to_the_suite(facts: ModelFact
     legs = [
         {"id": "L1", "layer": 1, "tokens": 1024},
         {"id": "L0", "layer": 0, "tokens": 1024, "parent": "L1"},
-        {"id": "control", "layer": 0, "tokens": 1024, "control_of": "L0"},
+        {"id": "control", "layer": 0, "tokens": 0, "control_of": "L0"},
         {"id": "L1-seed1", "layer": 1, "tokens": 1024, "seed": 1},
         {"id": "L2", "layer": 2, "tokens": 1024, "parent": "control"},
         {"id": "L3", "layer": 3, "tokens": 1024, "parent": "L1-seed1"},
-        {"id": "unused", "layer": 3, "tokens": 1024, "control_of": "L3"},
+        {"id": "unused", "layer": 3, "tokens": 0, "control_of": "L3"},
     ]
     plan = compiled(facts, plan={"legs": legs})
     suite = plan.without_controls()

@@ -126,7 +126,8 @@ class LegSpec(Spec):
     module_out: ModuleKind | Literal[""] | None = None
     """The module that a transcoder reconstructs. A leg without `module` and `module_out` takes both from the recipe."""
     tokens: Count = Field(ge=0)
-    """Training tokens; 0 leaves a transfer untrained (the decoder may still be refitted)."""
+    """Training tokens. 0 leaves a transfer untrained (the decoder may still be refitted), and gives a control from
+    scratch as many as its kind says."""
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     after: str = ""
     """The leg that must end before this one starts (without it, a leg from scratch starts at once)."""

@@ -166,12 +166,21 @@ def _settled_hop(spec: LegSpec, setting: Setting) -> Hop | None:
 
 
 def _settled_budget(spec: LegSpec, setting: Setting, by_id: Mapping[str, Leg]) -> int:
-    """Return the training tokens, in whole batches; an equal-tokens control gets as many as its transfer in all."""
+    """Return the training tokens, in whole batches; those of a control from scratch follow from its kind."""
     batch = _batch_tokens(spec, setting)
-    tokens = spec.tokens
-    if spec.control and not spec.hop and not tokens:
-        tokens = _tokens_in_all(by_id[spec.control.control_of], by_id)
-    return rounded_up(tokens, batch)
+    if not spec.control or spec.hop:
+        return rounded_up(spec.tokens, batch)
+    if spec.control.control_kind == "full":
+        return rounded_up(spec.tokens or setting.recipe.plan.root_tokens, batch)
+
+    equal = rounded_up(_tokens_in_all(by_id[spec.control.control_of], by_id), batch)
+    if spec.tokens and rounded_up(spec.tokens, batch) != equal:
+        raise PlanError(
+            f"leg {spec.id} has {spec.tokens} tokens, but a control with equal tokens has the {equal} that "
+            f"{spec.control_of} uses in all; set tokens = 0, which means as many, or, for a control with a root's "
+            'budget, control_kind = "full"'
+        )
+    return equal
 
 
 def _tokens_in_all(leg: Leg, by_id: Mapping[str, Leg]) -> int:
@@ -189,10 +198,10 @@ def _tokens_in_all(leg: Leg, by_id: Mapping[str, Leg]) -> int:
 
 def _without_tokens(spec: LegSpec) -> PlanError:
     """Return the error for a leg from scratch without training tokens."""
-    if spec.control:
+    if spec.control and spec.control.control_kind == "equal_tokens":
         return PlanError(
-            f"leg {spec.id} is to be trained on as many tokens as {spec.control_of}, which is trained on none; set its "
-            'tokens or, for a preset, leave "equal_tokens" out of plan.control_kinds'
+            f"leg {spec.id} is to be trained on as many tokens as {spec.control_of}, which is trained on none; leave "
+            'the leg out or, for a preset, leave "equal_tokens" out of plan.control_kinds'
         )
     return PlanError(f"leg {spec.id} is trained from scratch with 0 tokens; set its tokens")
 
