@@ -79,7 +79,15 @@ def test_what_a_recipe_leaves_open_stays_open_in_the_run(tiny_model: Path, tmp_p
     suite = sr.train_run(recipe("1k"), tmp_path / "run")
     assert suite.plan.recipe == recipe("1k")
     sr.train_run(recipe("1k"), tmp_path / "run", resume=True)
-    longer = sr.train_run(recipe("2k"), tmp_path / "run", extend=True)
+    more = recipe("2k")
+    with pytest.raises(RunDirectoryError, match=r"to add this to the run when it is finished, use --extend"):
+        sr.train_run(more, tmp_path / "run", resume=True)
+    wider = more.changed(dictionary=more.dictionary.changed(n_latents=64))
+    with pytest.raises(RunDirectoryError, match=r"(?s)n_latents: .*\nchoose another --out\. This continues"):
+        sr.train_run(wider, tmp_path / "run", resume=True)
+    with pytest.raises(RunDirectoryError, match=r"n_latents: .*\nan extension adds layers, legs or tokens; set these"):
+        sr.train_run(wider, tmp_path / "run", extend=True)
+    longer = sr.train_run(more, tmp_path / "run", extend=True)
     assert longer.plan.recipe.train == recipe("2k").train and longer.plan.n_tokens > suite.plan.n_tokens
 
 

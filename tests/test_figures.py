@@ -488,4 +488,15 @@ def test_layers_where_fvu_misleads_are_named() -> None:
     assert misleading_fvu(summary) == ""
     first, *others = summary.legs
     one_large = summary.changed(legs=[first.changed(largest_dimension=0.58), *others])
-    assert f"at layers {first.layer} (58 %)" in misleading_fvu(one_large)
+    assert f"at layer {first.layer} (58 %)" in misleading_fvu(one_large)
+    large = [leg.changed(largest_dimension=0.58) for leg in summary.legs]
+    assert f"at layers {first.layer} (58 %), " in misleading_fvu(summary.changed(legs=large))
+
+
+def test_no_mark_of_quality_is_cut_off_at_the_edge() -> None:
+    """Values that lie close together leave room above them, and a ΔCE below 0 is seen."""
+    summary = documents().summary
+    alike = [leg.changed(delta_ce=-0.01, delta_ce_se=0.0, balanced_fvu=0.4) for leg in summary.legs]
+    loss, fvu = f.quality_figure(summary.changed(legs=alike)).axes
+    assert loss.get_ylim()[0] < -0.0105 and loss.get_ylim()[1] > 0
+    assert fvu.get_ylim()[0] == 0 and fvu.get_ylim()[1] > 0.42

@@ -150,9 +150,9 @@ def test_text_that_cannot_be_read_is_refused_with_file_and_remedy(
     (tmp_path / "small.txt").write_text("a few words " * 20)
     said = message(lambda: make_corpus(text=[str(tmp_path / "small.txt")]))
     assert re.search(
-        r"too little text for the .* split, which got no sequence. It holds 1 documents with \d+ tokens; ", said
+        r"too little text for the .* split, which got no sequence. Documents: 1, with \d+ tokens; ", said
     )
-    assert said.endswith("Give more documents, or lower data.context.")
+    assert said.endswith("or lower data.context.")
     assert list((tmp_path / "out").iterdir()) == []
     run = Recipe(data=DataSpec(text=[str(path)]))
     said = message(lambda: prepare(run, FACTS, None, tmp_path / "x", train_sequences=1, eval_sequences=1))

@@ -131,7 +131,7 @@ def misleading_fvu(summary: Summary) -> str:
                 layers.append(f"{leg.layer} ({100 * leg.largest_dimension:.0f} %)")
         if layers:
             of_kind = f" of {kind}" if len(summary.kinds) > 1 else ""
-            places.append(f"layers {', '.join(layers)}{of_kind}")
+            places.append(f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(layers)}{of_kind}")
     if not places:
         return ""
     return (

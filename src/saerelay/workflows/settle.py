@@ -330,12 +330,16 @@ def _check_goals(plan: Plan, old: Plan, paths: RunDirectory) -> None:
 def _check_same(old: Plan, new: Recipe, paths: RunDirectory, *, extending: bool = False) -> None:
     """Raise RunDirectoryError if the recipes differ in fixed keys; an extension may change the layers and the plan."""
     lines = _differences(old, new, extending=extending)
-    if lines:
-        differences = "\n".join(lines)
-        raise RunDirectoryError(
-            f"{paths.root} was begun with another recipe:\n{differences}\nchoose another --out, or, to add legs or "
-            f"tokens to a finished run, use --extend. This continues the run as it was begun: {paths.resume_command}"
-        )
+    if not lines:
+        return
+    continued = f"This continues the run as it was begun: {paths.resume_command}"
+    if extending:
+        remedy = "an extension adds layers, legs or tokens; set these keys back to what the run has, or choose another --out"
+    elif _differences(old, new, extending=True):
+        remedy = f"choose another --out. {continued}"
+    else:
+        remedy = f"choose another --out, or, to add this to the run when it is finished, use --extend. {continued}"
+    raise RunDirectoryError("\n".join([f"{paths.root} was begun with another recipe:", *lines, remedy]))
 
 
 def _differences(old: Plan, new: Recipe, *, extending: bool = False) -> list[str]:

@@ -19,6 +19,7 @@ from saerelay.views.figures.page import (
 from saerelay.views.labels import METRICS, tokens_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -28,8 +29,9 @@ def quality_figure(summary: Summary, *, theme: Theme = "light") -> "Figure":
     legs = summary.drawn_legs
     x = places_on_axis((leg.id, leg.layer) for leg in legs)
     metrics = [name for name in ("delta_ce", "balanced_fvu") if any(getattr(leg, name) is not None for leg in legs)]
-    definition = ". ".join(METRICS[name][1] for name in metrics)
-    definition += ", ± standard error over sequences." if "delta_ce" in metrics else "."
+    definition = ". ".join(METRICS[name][1] for name in metrics) + "."
+    if "delta_ce" in metrics:
+        definition += " Bars of ΔCE: ± standard error over sequences."
 
     labels = {}
     for kind, style in KINDS.items():
@@ -49,8 +51,16 @@ def quality_figure(summary: Summary, *, theme: Theme = "light") -> "Figure":
                     points.append(Point(kind_of(leg), x[leg.id], value, error))
             draw_points(axis, theme, points, labels)
             dress(axis, theme, ylabel=METRICS[name][0])
-            axis.margins(y=0.1)
-            axis.set_ylim(bottom=0)
+            _from_zero(axis)
         layer_ticks(axes[-1], [leg.layer for leg in legs])
         legend(axes[0], columns=1)
     return figure
+
+
+def _from_zero(axis: "Axes") -> None:
+    """Let an axis begin at 0, or below its lowest mark if that is negative, with room above the highest one."""
+    axis.update_datalim([(0.0, 0.0)], updatex=False)
+    axis.margins(y=0.1)
+    axis.autoscale_view(scalex=False)
+    if axis.dataLim.ymin >= 0:
+        axis.set_ylim(bottom=0)
