@@ -33,8 +33,9 @@ from saerelay.views.report.overview import BOTTOM, TOP, mark_kind, overview
 from saerelay.views.report.rows import tiles
 from saerelay.views.report.story import lost, other_signs, saved, story, trained, transfers_badly
 from saerelay.views.tables.across_layers import matrix_tables
-from saerelay.views.tables.quality import quality_table
+from saerelay.views.tables.quality import notes, quality_table
 from saerelay.views.tables.savings import summary_prices
+from saerelay.workflows.placeless import placeless
 from saerelay.workflows.report import report_run
 
 LEG = "L1"
@@ -218,6 +219,23 @@ def test_the_summary_says_what_was_saved_and_lost(suite: Suite) -> None:
     assert "Samples" not in {tile.name for tile in tiles(priceless)} and len(tiles(priceless)) == 3
     untimed = costing(seconds=None)
     assert "Time" not in {tile.name for tile in tiles(untimed)} and "took" not in saved(untimed).split("control")[0]
+
+
+def test_what_an_sae_from_elsewhere_took_is_said_to_be_left_out(suite: Suite) -> None:
+    """And a run that only measures such an SAE makes no claim about savings."""
+    summary = summary_of(suite)
+    assert "outside" not in saved(summary)
+    hop = summary.leg("L0-from-L1").changed(parent="saes/layer_1", made="affine from saes/layer_1")
+    outside = only(summary, [hop])
+    assert "What it took to train saes/layer_1, from outside this run, is not counted." in saved(outside)
+    assert any("saes/layer_1" in str(note) for note in notes(outside)) and tiles(outside)
+
+    shown = placeless(outside, {"saes/layer_1": "./layer_1"}).legs[0]
+    assert (shown.parent, shown.made) == ("./layer_1", "affine from ./layer_1")
+
+    measured = only(summary, [hop.changed(tokens=0, moment_tokens=0, refit_tokens=0)])
+    assert saved(measured).startswith("Nothing was trained or fitted") and not tiles(measured)
+    assert not any("outside" in str(note) for note in notes(measured))
 
 
 def test_what_was_trained_is_said_kind_by_kind(suite: Suite) -> None:

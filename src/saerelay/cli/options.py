@@ -161,7 +161,8 @@ def print_summary(summary: "Summary") -> None:
     from saerelay.views.tables.savings import savings_table, summary_prices, verdict
 
     items: list[Any] = [quality_table(summary), ""]
-    if any(map(summary.is_transferred, summary.final_legs)):  # else the suite is what it would be compared with
+    transferred = any(map(summary.is_transferred, summary.final_legs))  # else the suite is what it is compared with
+    if transferred and not summary.only_measured:
         prices = summary_prices(summary)
         scratch = summary.cost.from_scratch
         items += [

@@ -158,13 +158,23 @@ def plan_data(
 
 def print_savings(plan: "Plan", prices: "Sequence[Price]", shares: "Spread") -> None:
     """Print what a plan saves over training every layer from scratch, and, on several ranks, the work of each."""
+    from rich.text import Text
+
+    from saerelay.views.labels import uncounted
     from saerelay.views.tables.plan import spread_table
     from saerelay.views.tables.savings import savings_table, verdict
 
     # A suite without transfers is what it would be compared with.
     if any(plan.first_of(leg).role == "transfer" for leg in plan.legs):
         tokens, reuse = plan.recipe.plan.root_tokens, plan.recipe.plan.root_reuse
-        print_all(["", savings_table(prices, tokens, reuse), verdict(prices, tokens, reuse)])
+        transfers = [leg for leg in plan.legs if leg.role == "transfer" and leg.method != "random"]
+        outside = dict.fromkeys(leg.parent for leg in transfers if not plan.has(leg.parent))
+        notes = []
+        if plan.recipe.plan.legs:
+            notes.append(Text("In a plan written leg by leg, from scratch means plan.root_tokens for every layer."))
+        if outside:
+            notes.append(Text(uncounted(list(outside))))
+        print_all(["", savings_table(prices, tokens, reuse), verdict(prices, tokens, reuse), *notes])
     if len(shares.ranks) > 1:
         print_all(["", spread_table(plan, shares)])
 

@@ -9,7 +9,7 @@ from typing import Any
 from saerelay.runs.documents.latents import STATUSES
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.runs.documents.seeds import found_again, spread
-from saerelay.spec import format_count
+from saerelay.spec import few_of, format_count
 from saerelay.views.text import listed, percent, with_error
 
 _FVU = "E‖x − x̂‖² / E‖x − E x‖²".replace(" ", "\u00a0")  # not broken between lines
@@ -138,6 +138,13 @@ def misleading_fvu(summary: Summary) -> str:
         f"FVU says little where one dimension holds much of the variance, as at {'; '.join(places)}. Compare "
         "the SAEs of such a layer by ΔCE, or by balanced FVU, which gives all dimensions equal weight."
     )
+
+
+def uncounted(outside_parents: Sequence[str]) -> str:
+    """Return a sentence on what a cost leaves out: the training of SAEs from elsewhere; "" if there are none."""
+    if not outside_parents:
+        return ""
+    return f"What it took to train {few_of(outside_parents)}, from outside this run, is not counted."
 
 
 def unequal_l0(summary: Summary) -> str:

@@ -48,11 +48,20 @@ def _last_part(path: str) -> str:
 
 
 def placeless(document: AnyDocument, names: Mapping[str, str]) -> AnyDocument:
-    """Return a document without paths; `names` maps things named by a path to their public names."""
+    """Return a document without paths; `names` maps things named by a path to their public names.
+
+    Within a text, such as "affine from saes/layer_6", only names with a slash are looked for: others may be words.
+    """
+    paths = sorted((name for name in names if "/" in name), key=len, reverse=True)
+    within_text = re.compile(rf"(?<!\S)({'|'.join(map(re.escape, paths))})(?!\S)") if paths else None
 
     def shown(leaf: Any) -> Any:
-        is_named = isinstance(leaf, str) and leaf in names
-        return names[leaf] if is_named else _without_paths(leaf)
+        if not isinstance(leaf, str):
+            return leaf
+        if leaf in names:
+            return names[leaf]
+        pieces = within_text.split(leaf) if within_text else [leaf]
+        return "".join(names[piece] if piece in names else _without_paths(piece) for piece in pieces)
 
     data = leafwise(shown, document.to_data())
     return type(document).from_data(data, source=type(document).__name__)

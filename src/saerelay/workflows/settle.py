@@ -334,7 +334,9 @@ def _check_same(old: Plan, new: Recipe, paths: RunDirectory, *, extending: bool 
         return
     continued = f"This continues the run as it was begun: {paths.resume_command}"
     if extending:
-        remedy = "an extension adds layers, legs or tokens; set these keys back to what the run has, or choose another --out"
+        remedy = (
+            "an extension adds layers, legs or tokens; set these keys back to what the run has, or choose another --out"
+        )
     elif _differences(old, new, extending=True):
         remedy = f"choose another --out. {continued}"
     else:

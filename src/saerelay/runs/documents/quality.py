@@ -275,6 +275,17 @@ class Summary(Document):
         return first.role == "transfer" and first.method not in AFRESH
 
     @property
+    def outside_parents(self) -> list[str]:
+        """The dictionaries outside the run that legs were transferred from; `cost` is without what they took."""
+        parents = [leg.parent for leg in self.legs if leg.parent and "/" in leg.parent and self.is_transferred(leg)]
+        return list(dict.fromkeys(parents))
+
+    @property
+    def only_measured(self) -> bool:
+        """Whether nothing was trained or fitted: the dictionaries came from elsewhere, and were only measured."""
+        return not any(leg.tokens or leg.moment_tokens or leg.refit_tokens for leg in self.legs)
+
+    @property
     def suite(self) -> list[LegSummary]:
         """The legs that stand for each site, kind by kind and layer by layer."""
         return self.in_order(leg for leg in self.legs if leg.in_suite)

@@ -32,6 +32,8 @@ class Tile:
 
 def tiles(summary: Summary) -> list[Tile]:
     """Return the prices of the suite: samples, tokens and compute, which are the same on any machine, and time."""
+    if summary.only_measured:
+        return []
     cost = summary.cost.with_survey
     scratch = cost.from_scratch
 

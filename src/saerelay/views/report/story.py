@@ -9,7 +9,15 @@ from saerelay.planning.plan import Plan
 from saerelay.runs.documents.across_layers import Measures
 from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.spec import format_count
-from saerelay.views.labels import ARCHITECTURES, leading_metric, mean_l0, metric_name, misleading_fvu, tokens_of
+from saerelay.views.labels import (
+    ARCHITECTURES,
+    leading_metric,
+    mean_l0,
+    metric_name,
+    misleading_fvu,
+    tokens_of,
+    uncounted,
+)
 from saerelay.views.report.overview import overviews
 from saerelay.views.report.rows import plan_rows, quality_ratio, quality_rows, tiles
 from saerelay.views.tables.plan import rate_note
@@ -199,6 +207,8 @@ def _ratios(summary: Summary, pairs: Sequence[Pair]) -> list[tuple[LegSummary, f
 
 def saved(summary: Summary) -> str:
     """Say what the suite cost, compared with all layers from scratch, and what is counted."""
+    if summary.only_measured:
+        return "Nothing was trained or fitted in this run: its SAEs come from elsewhere, and were only measured."
     cost = summary.cost
     sentences = []
     ours = cost.with_survey.seconds
@@ -220,7 +230,8 @@ def saved(summary: Summary) -> str:
         sentences.append(f"The controls took another {controls}; neither this nor evaluation is counted.")
     else:
         sentences.append("Evaluation is not counted.")
-    return " ".join(sentences)
+    sentences.append(uncounted(summary.outside_parents))
+    return " ".join(filter(None, sentences))
 
 
 # --- what was lost --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from rich.text import Text
 from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
 from saerelay.site import SiteKind
 from saerelay.spec import format_count
-from saerelay.views.labels import ROLES, made, misleading_fvu, seeds_label, spread_cells, unequal_l0
+from saerelay.views.labels import ROLES, made, misleading_fvu, seeds_label, spread_cells, uncounted, unequal_l0
 from saerelay.views.text import decimal, duration, is_number, percent, with_error
 
 
@@ -93,6 +93,9 @@ def notes(summary: Summary) -> list[Text]:
         lines.append(
             f"{extra} took another {duration(cost.controls.seconds)}; neither this nor evaluation is counted above."
         )
+    from_outside = uncounted(summary.outside_parents)
+    if from_outside and not summary.only_measured:
+        lines.append(from_outside)
     if summary.left_out and summary.left_out.note:
         lines.append(f"Note: {summary.left_out.note}.")
     misleading = misleading_fvu(summary)
