@@ -72,7 +72,9 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path, text: str) -> None:
 
 def test_a_missing_file_says_what_makes_it(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="a.json: no such file; `saerelay answer RUN` makes it$"):
-        Answer.load(tmp_path / "a.json")
+        Answer.load(str(tmp_path / "a.json"))
+    Answer(asked=Question(tokens=5)).save(tmp_path / "a.json")
+    assert Answer.load(str(tmp_path / "a.json")).asked.tokens == 5
 
 
 @pytest.mark.parametrize("several_writers", [False, True])

@@ -37,6 +37,11 @@ def test_what_is_saved_and_what_is_not_are_told_apart() -> None:
     )
 
 
+def test_costs_that_hardly_differ_are_neither_less_nor_more() -> None:
+    prices = prices_of(cost(15_900_000, 2_000_000, 8.3e12, 2.2e12), SCRATCH, None)
+    assert [price.factor for price in prices] == ["about as much"] * 3 + ["1.1 times more"]
+
+
 def test_a_suite_that_saves_nothing_says_so() -> None:
     prices = prices_of(cost(16_000_000, 3_000_000, 9e12, 3e12), SCRATCH, None)
     said = shown(verdict(prices, 2_000_000, 1))

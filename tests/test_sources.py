@@ -28,6 +28,7 @@ from saerelay import demo
 from saerelay.data.corpus import prepare
 from saerelay.errors import DataError
 from saerelay.planning.recipe import DataSpec, Recipe
+from saerelay.workflows.settle import check_data
 
 
 def test_directories_are_searched_and_each_file_is_read_once(make_corpus: MakeCorpus, tmp_path: Path) -> None:
@@ -139,6 +140,9 @@ def test_text_that_cannot_be_read_is_refused_with_file_and_remedy(
         said
         == f'data.text: "{tmp_path}/bare" holds no .txt, .md, .py, .jsonl files; name files of other kinds one by one.'
     )
+    assert (
+        message(lambda: check_data(Recipe(data=DataSpec(text=[str(tmp_path / "bare")])))) == said
+    )  # before a run, too
     path = write_jsonl(tmp_path / "a.jsonl", texts(30), key="body")
     said = message(lambda: make_corpus(text=[str(path)]))
     assert f"{path}, line " in said and 'no text under "text"; found id, body. Set data.column to the right key' in said

@@ -42,8 +42,9 @@ class Document(Record):
     """Number of spaces that the file is indented by; None for large files, which are written on one line."""
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | Path) -> Self:
         """Read a file; the error says whether it is missing, damaged or of another schema, and what to do."""
+        path = Path(path)
         if not path.is_file():
             raise cls.ERROR(f"{path}: no such file; {cls.MADE_BY} makes it")
         data = cls._read(path)

@@ -392,6 +392,5 @@ def _check_splits(packers: "Mapping[Split, _Packer]", description: str, n_docume
             f"{description}: too little text for the {' and the '.join(empty)} split, which got "
             f"no sequence. Documents: {n_documents}, with {n_tokens} tokens; a sequence "
             f"needs {packers['train'].ids_per_sequence} tokens, and one document in {_PERIOD} "
-            "goes to validation, another to test. Give more documents (a text file is one, each line of a .jsonl file "
-            "is one), or lower data.context."
+            "goes to validation, another to test. Give more documents, or lower data.context."
         )

@@ -49,29 +49,31 @@ def spans_of(paths: list[Path]) -> np.ndarray:
     return np.concatenate([_file_spans(path, i, piece_bytes) for i, path in enumerate(paths)])
 
 
-def check_exist(names: list[str]) -> None:
-    """Raise DataError unless each name is a file or directory."""
+def check_text(names: list[str]) -> None:
+    """Raise DataError unless each name is a file, or a directory with text files in it; reads none of them."""
     for name in names:
-        if not Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+        if not path.exists():
             raise DataError(f'data.text: no such file or directory: "{name}" (relative paths start in {Path.cwd()}).')
+        if not path.is_file() and not any(map(_is_text, path.rglob("*"))):
+            raise DataError(
+                f'data.text: "{name}" holds no {", ".join(_TEXT_SUFFIXES)} files; name files of other kinds one by one.'
+            )
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix in _TEXT_SUFFIXES and path.is_file()
 
 
 def text_files(names: list[str]) -> list[Path]:
     """The files named, and the text files in directories named, without repetitions."""
-    check_exist(names)
+    check_text(names)
     files: dict[Path, Path] = {}
     for name in names:
         path = Path(name).expanduser()
-        candidates = [path]
-        if not path.is_file():
-            candidates = [inside for inside in sorted(path.rglob("*")) if inside.suffix in _TEXT_SUFFIXES]
-        candidates = [candidate for candidate in candidates if candidate.is_file()]
-        if not candidates:
-            raise DataError(
-                f'data.text: "{name}" holds no {", ".join(_TEXT_SUFFIXES)} files; name files of other kinds one by one.'
-            )
-        for candidate in candidates:
-            files.setdefault(candidate.resolve(), candidate)
+        found = [path] if path.is_file() else sorted(filter(_is_text, path.rglob("*")))
+        for file in found:
+            files.setdefault(file.resolve(), file)
     return list(files.values())
 
 

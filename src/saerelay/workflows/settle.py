@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any
 
 from saerelay.data.sources import tokens_file
-from saerelay.data.text import check_exist
+from saerelay.data.text import check_text
 from saerelay.errors import FormatError, RunDirectoryError
 from saerelay.files import odd_file, write_text
 from saerelay.interop import load_dictionary, own, write_dictionary
@@ -66,11 +66,11 @@ LEFT_BY_A_FAILED_START = {
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise DataError if text or tokens that a recipe names do not exist.
+    """Raise DataError if text or tokens that a recipe names do not exist, or a directory has no text in it.
 
     A plan itself needs none, nor does a resumed run.
     """
-    check_exist(recipe.data.text)
+    check_text(recipe.data.text)
     if recipe.data.tokens:
         tokens_file(recipe.data.tokens)
 

@@ -30,6 +30,8 @@ class Price:
     @property
     def factor(self) -> str:
         """The factor between the two, in words."""
+        if max(self.ours, self.theirs) < EQUAL * min(self.ours, self.theirs):
+            return "about as much"
         if self.ours <= self.theirs:
             return f"{self.theirs / self.ours:.1f} times less"
         return f"{self.ours / self.theirs:.1f} times more"
