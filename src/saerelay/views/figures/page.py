@@ -83,10 +83,11 @@ def kind_of(leg: LegSummary) -> str:
     return leg.control_kind or _KIND_OF_ORIGIN[leg.origin]
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure atomically: PNG at 300 dpi, or SVG, as the file's suffix says."""
     import matplotlib as mpl
 
+    path = Path(path)
     kind = path.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
     settings: dict[Any, str] = {
