@@ -229,6 +229,7 @@ def test_what_an_sae_from_elsewhere_took_is_said_to_be_left_out(suite: Suite) ->
     outside = only(summary, [hop])
     assert "What it took to train saes/layer_1, from outside this run, is not counted." in saved(outside)
     assert any("saes/layer_1" in str(note) for note in notes(outside)) and tiles(outside)
+    assert "Layer 0 was transferred from saes/layer_1 (" in trained(suite.plan, outside)
 
     shown = placeless(outside, {"saes/layer_1": "./layer_1"}).legs[0]
     assert (shown.parent, shown.made) == ("./layer_1", "affine from ./layer_1")

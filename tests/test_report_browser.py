@@ -231,6 +231,34 @@ def test_the_lineage_says_what_share_of_its_features_a_control_has_as_well(visit
     assert f"{100 * status.count('k') / alive:.2g}\u00a0% (L0-scratch-full)" in told
 
 
+def test_pictures_of_few_layers_are_no_larger_than_they_need_to_be(visit: Visit) -> None:
+    box = visit.at("#/lineage").locator(".flow").bounding_box()
+    assert 300 < box["height"] < LAPTOP["height"]
+
+
+def test_what_a_matrix_lacks_is_not_talked_about(visit: Visit) -> None:
+    """Means of neighbours that the run does not have, colours where all numbers are equal, fewer tokens where all."""
+    page = visit.at("#/layers")
+    said = page.inner_text("section[data-view=layers]")
+    assert "one layer later (forward), " in said
+    page.evaluate("""async () => {
+      const run = await saerelay.load("run");
+      const matrix = await saerelay.load("matrix");
+      matrix.n_tokens = run.n_tokens;
+      matrix.cells = matrix.cells.filter(({ source, target }) => source !== 1 && target !== 1);
+      matrix.cells.forEach((cell, i) => (cell.fvu = 0.5 + i * 1e-6));
+      location.hash = "#/plan";
+      location.hash = "#/layers";
+    }""")
+    visit.drawn("#/layers")
+    page.locator("section[data-view=layers] select").last.dispatch_event("change")
+    said = page.inner_text("section[data-view=layers]")
+    assert "on the SAE's own layer." in said and "one layer" not in said and "Measured on the first" not in said
+    cells = page.locator("section[data-view=layers] td").filter(has_text="0.500")
+    colours = cells.evaluate_all("cells => cells.map((cell) => getComputedStyle(cell).backgroundColor)")
+    assert len(colours) > 2 and len(set(colours)) == 1
+
+
 def test_a_random_dictionary_is_no_sae_that_was_trained_independently(visit: Visit) -> None:
     page = visit.at("#/")
     page.evaluate("""async () => {

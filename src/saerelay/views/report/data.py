@@ -91,6 +91,7 @@ def run_facts(
     return {
         "model": sources.summary.model,
         "caption": caption,
+        "n_tokens": sources.summary.final_legs[0].n_eval_tokens,
         "metrics": METRICS,
         "chunk": CHUNK,
         "levels": LEVELS,

@@ -33,7 +33,7 @@ function heatMap(map) {
  * @param {HeatMap<Name>} map
  * @returns {HeatScale}
  */
-function heatScale({ rows, columns, value }) {
+function heatScale({ rows, columns, value, digits }) {
   const values = rows.flatMap((row) => columns.map((column) => value(row, column)));
   const numbers = values.filter(isNumber);
   const low = Math.min(...numbers);
@@ -42,7 +42,7 @@ function heatScale({ rows, columns, value }) {
 
   /** @param {number} v @returns {number} 0 for the lowest value, 100 for the highest */
   function percentOfRange(v) {
-    if (high === low) return 50;
+    if (number(high, digits) === number(low, digits)) return 50; // the numbers shown are equal
     if (logarithmic) return (100 * Math.log(v / low)) / Math.log(high / low);
     return (100 * (v - low)) / (high - low);
   }

@@ -79,14 +79,23 @@ function matrixPicture(run, matrix, choice) {
   const cells = chosenCells(run, matrix, choice);
   const [name, definition] = run.metrics[choice.metric];
   const method = labelOf(labels.methods, choice.method);
-  /** @param {number} offset */
-  const mean = (offset) => meanAtOffset([...cells.values()], choice.metric, offset);
+  /** @param {number} offset @param {string} where */
+  const mean = (offset, where) => {
+    const value = meanAtOffset([...cells.values()], choice.metric, offset);
+    return value && `${value} ${where}`;
+  };
+  const means = [
+    mean(0, "on the SAE's own layer"),
+    mean(1, "one layer later (forward)"),
+    mean(-1, "one layer earlier (backward)"),
+  ];
+  const onFewer =
+    matrix.n_tokens < run.n_tokens
+      ? `Measured on the first ${wholeNumber(matrix.n_tokens)} of these tokens, so values on the ` +
+        "SAEs' own layers differ slightly from the summary. "
+      : "";
   return [
-    element(
-      "p",
-      `Mean ${name}: ${mean(0)} on the SAE's own layer, ${mean(1)} one layer later (forward), ` +
-        `${mean(-1)} one layer earlier (backward).`,
-    ),
+    element("p", `Mean ${name}: ${means.filter(Boolean).join(", ")}.`),
     heatMap({
       rows: matrix.layers,
       columns: matrix.layers,
@@ -102,10 +111,8 @@ function matrixPicture(run, matrix, choice) {
     }),
     captionOf(
       run,
-      `Measured on the first ${wholeNumber(matrix.n_tokens)} of these tokens, so values on the ` +
-        "SAEs' own layers differ slightly from the summary. Maps were fitted on " +
-        `${wholeNumber(matrix.map_tokens)} training tokens; nothing was trained on the target ` +
-        `layer. ${definition}.`,
+      `${onFewer}Maps were fitted on ${wholeNumber(matrix.map_tokens)} training tokens; nothing ` +
+        `was trained on the target layer. ${definition}.`,
     ),
   ];
 }
@@ -134,7 +141,7 @@ function chosenCells(run, matrix, { kind, method, age }) {
 }
 
 /**
- * Mean over the cells whose target is `offset` layers after their source, in words.
+ * Mean over the cells whose target is `offset` layers after their source; "" if there are none.
  *
  * @param {MatrixCell[]} cells
  * @param {string} metric
@@ -145,7 +152,7 @@ function meanAtOffset(cells, metric, offset) {
     .filter((cell) => cell.target - cell.source === offset)
     .map((cell) => cell[metric])
     .filter(isNumber);
-  if (!values.length) return "–";
+  if (!values.length) return "";
   const sum = values.reduce((total, value) => total + value, 0);
   return number(sum / values.length);
 }

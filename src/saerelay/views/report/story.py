@@ -8,7 +8,7 @@ from saerelay.planning.leg_spec import ControlKind
 from saerelay.planning.plan import Plan
 from saerelay.runs.documents.across_layers import Measures
 from saerelay.runs.documents.quality import LegSummary, Summary
-from saerelay.spec import format_count
+from saerelay.spec import few_of, format_count
 from saerelay.views.labels import (
     ARCHITECTURES,
     leading_metric,
@@ -143,8 +143,9 @@ def _how_trained(summary: Summary) -> list[str]:
             refit = " with a decoder refit" if first.refit_tokens else ""
             methods.add(f"{first.method}{refit}")
         how = ", ".join(sorted(methods))
+        outside = f" from {few_of(summary.outside_parents)}" if summary.outside_parents and not roots else ""
         sentences.append(
-            f"{_at_layers(children)} transferred ({how}) and trained on {tokens_of(children)} tokens each."
+            f"{_at_layers(children)} transferred{outside} ({how}) and trained on {tokens_of(children)} tokens each."
         )
     return sentences
 

@@ -38,6 +38,8 @@ interface Run {
   model: string;
   /** The caption of every figure: model, data, tokens, dictionaries, L0, seed. */
   caption: string;
+  /** Number of held-out tokens on which the SAEs' quality was measured. */
+  n_tokens: number;
   metrics: Record<string, Definition>;
   /** Features in each file of data/features. */
   chunk: number;
