@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import saerelay as sr
+import saerelay.analysis.suite
 from saerelay import cli
 from saerelay.cli import app, main
 from saerelay.runs.dictionaries import read_dictionary
@@ -324,6 +325,17 @@ def test_python_reads_a_run(place: Path) -> None:
         suite["L7"]
     with pytest.raises(sr.SaeRelayError, match="no run here"):
         sr.load(place / "nowhere")
+    with pytest.raises(sr.SaeRelayError, match="an SAE, not a run; load_dictionary reads it"):
+        sr.load(place / "run/legs/L1")
+
+
+def test_analyses_take_counts_as_recipes_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = sr.load(place / "run")
+    monkeypatch.setattr(saerelay.analysis.suite, "evaluate", lambda session, tokens: tokens)
+    assert suite.evaluate(tokens="1.5k") == 1500 and suite.evaluate(tokens=7) == 7
+    for count in ("many", "1.5", -1, 0.5):
+        with pytest.raises(sr.SaeRelayError, match="tokens: "):
+            suite.evaluate(tokens=count)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -447,3 +447,5 @@ def test_a_directory_of_many_names_them(tmp_path: Path, places: dict[str, Path])
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(FormatError, match="no such file or directory"):
         load_dictionary(tmp_path / "a")
+    with pytest.raises(FormatError, match=r"no such file or directory; .* on the hub, write hf://me/saes/layer_3$"):
+        load_dictionary("me/saes/layer_3")

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_families import ALL_SITES, FAMILIES, GROUPED, TOKENS, spec_of
@@ -107,6 +108,9 @@ def test_harvested_tensors_are_plain_copies(model: LanguageModel, activations: d
     (activations[Site(0)] @ weight).sum().backward()  # an inference tensor could not be saved for backward
     for site in (Site(1), Site(2, "mlp_out")):
         assert torch.equal(model.harvest(TOKENS, [site, site])[site], activations[site])
+    stored = TOKENS.numpy().astype(np.uint16)  # as in tokens/test.npy
+    for ids in (stored, torch.from_numpy(stored), stored.astype(np.int64)):
+        assert torch.equal(model.harvest(ids, [Site(1)])[Site(1)], activations[Site(1)])
 
 
 def passage(model: LanguageModel, run: Callable[[], object]) -> list[tuple[str, nn.Module]]:
@@ -244,7 +248,7 @@ def test_what_is_no_site_and_what_are_no_token_ids_say_so(llama: LanguageModel) 
     with pytest.raises(DataError, match=r"found shape \(7,\)"):
         llama.harvest(TOKENS[0], [Site(1)])
     with pytest.raises(DataError, match="found .*ndarray"):
-        llama.harvest(TOKENS.numpy(), [Site(1)])  # type: ignore[arg-type]
+        llama.harvest(TOKENS.numpy() / 1, [Site(1)])
     with pytest.raises(DataError, match=r"from \d+ to 101, but .* knows only 0 to 100"):
         llama.harvest(TOKENS.clone().fill_(101).index_fill_(1, torch.tensor([0]), 0), [Site(1)])
 

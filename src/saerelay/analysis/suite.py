@@ -18,7 +18,7 @@ from saerelay.analysis.measures import measures
 from saerelay.analysis.prompts import start_of
 from saerelay.analysis.session import Session
 from saerelay.data.corpus import Corpus, Split
-from saerelay.errors import ModelError
+from saerelay.errors import ModelError, RecipeError
 from saerelay.lm.attach import Attachment, attach
 from saerelay.lm.model import LanguageModel
 from saerelay.lm.ports import shape_of
@@ -30,6 +30,7 @@ from saerelay.runs.documents.quality import Summary
 from saerelay.runs.features import Features, load_features
 from saerelay.runs.suite import PublishedSuite
 from saerelay.site import Site
+from saerelay.spec import parse_count
 
 
 class Suite(PublishedSuite):
@@ -64,34 +65,35 @@ class Suite(PublishedSuite):
         corpus = Corpus.open(self.directory.tokens)
         return getattr(corpus, split)
 
-    def evaluate(self, *, tokens: int = 0) -> Summary:
+    def evaluate(self, *, tokens: int | str = 0) -> Summary:
         """Measure the held-out quality of every leg and snapshot, and the cost of the suite.
 
-        `suite.evaluate().leg("L3").fvu` is one of the numbers. If `tokens` is 0, it is the recipe's `evaluate.tokens`.
+        `suite.evaluate().leg("L3").fvu` is one of the numbers. `tokens` may be written "16k"; 0: the recipe's
+        `evaluate.tokens`.
         """
-        return evaluate(self.session, tokens=tokens)
+        return evaluate(self.session, tokens=_count(tokens))
 
     def matrix(
-        self, *, methods: Sequence[str] = ("identity", "affine"), tokens: int = 0, snapshots: bool = False
+        self, *, methods: Sequence[str] = ("identity", "affine"), tokens: int | str = 0, snapshots: bool = False
     ) -> Matrix:
         """Measure every SAE of the suite at every layer, carried there by each method, without training."""
-        return matrix(self.session, methods=methods, tokens=tokens, snapshots=snapshots)
+        return matrix(self.session, methods=methods, tokens=_count(tokens), snapshots=snapshots)
 
-    def measures(self, *, prompts: str | Path | None = None, tokens: int = 0) -> Measures:
+    def measures(self, *, prompts: str | Path | None = None, tokens: int | str = 0) -> Measures:
         """Measure what SAEs have in common and what transfer gained, as in Ghilardi et al. 2024.
 
         Direct logit attribution uses the prompts of a JSONL file, or, without one, the model's own predictions.
         """
-        return measures(self.session, prompts=Path(prompts) if prompts else None, tokens=tokens)
+        return measures(self.session, prompts=Path(prompts) if prompts else None, tokens=_count(tokens))
 
-    def features(self, leg: str | int | Site, *, tokens: int = 0) -> Features:
+    def features(self, leg: str | int | Site, *, tokens: int | str = 0) -> Features:
         """Find where each latent fires most and which tokens it promotes; `leg` is an id, a layer or a site."""
-        make_features(self.session, tokens=tokens)
+        make_features(self.session, tokens=_count(tokens))
         return load_features(self.directory, self.leg(leg).id)
 
-    def lineage(self, *, tokens: int = 0) -> Lineage:
+    def lineage(self, *, tokens: int | str = 0) -> Lineage:
         """Trace what became of each latent from leg to leg; `suite.lineage().follow("L3", 123)` follows one latent."""
-        return make_lineage(self.session, tokens=tokens)
+        return make_lineage(self.session, tokens=_count(tokens))
 
     def describe(self, leg: str | int | Site, latent: int) -> LatentDescription:
         """Return all that is known about one latent; `leg` is an id, a layer or a site."""
@@ -172,3 +174,14 @@ def load(directory: str | Path) -> Suite:
     Raises RunDirectoryError if there is no run.
     """
     return Suite(Path(directory), read_plan(Path(directory)))
+
+
+def _count(tokens: int | str) -> int:
+    """Return a number of tokens, which may be written "16k" as in a recipe; RecipeError if it is none."""
+    try:
+        count = parse_count(tokens)
+    except ValueError as error:
+        raise RecipeError(f"tokens: {error}") from None
+    if not isinstance(count, int) or count < 0:
+        raise RecipeError(f"tokens: must be a whole number, 0 or more (found {tokens!r})")
+    return count

@@ -23,6 +23,7 @@ from saerelay.interop import (
     saelens,
     sparsify,
 )
+from saerelay.interop.names import looks_like_hub_id
 from saerelay.interop.origin import Origin
 from saerelay.sae.dictionary import Dictionary
 from saerelay.sae.layer_normed import LayerNormed
@@ -132,7 +133,9 @@ def read_any(
 def format_of(path: Path) -> Format:
     """Return the format of a directory or file; FormatError if it has no known format, or holds several SAEs."""
     if not path.exists():
-        raise FormatError(f"{path}: no such file or directory")
+        may_be_on_hub = looks_like_hub_id("/".join(path.parts[:2])) and not Path(path.parts[0]).exists()
+        hint = f"; for a repository on the hub, write hf://{path}" if may_be_on_hub else ""
+        raise FormatError(f"{path}: no such file or directory{hint}")
     for format in FORMATS:
         if format.recognises(path):
             return format

@@ -11,16 +11,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saerelay.errors import DataError, ModelError, PlanError, TeamError
+from saerelay.errors import ModelError, PlanError, TeamError
 from saerelay.lm.facts import look_at
 from saerelay.lm.head import Head
 from saerelay.lm.ports import Port, intercept, place_in, plain_skeleton
 from saerelay.lm.probe import Anatomy, probe, probe_skeleton
 from saerelay.lm.readout import linear_readout
 from saerelay.lm.source import loading, pinned, quantisation
+from saerelay.lm.tokens import checked_ids
 from saerelay.lm.weights import load_weights
 from saerelay.planning.facts import ModelFacts
 from saerelay.planning.plan import Plan
@@ -117,7 +119,7 @@ class LanguageModel:
     # --- reading activations ---
 
     @torch.inference_mode()
-    def visit(self, tokens: Tensor, visitors: Mapping[Site, Callable[[Tensor], object]]) -> None:
+    def visit(self, tokens: Tensor | np.ndarray, visitors: Mapping[Site, Callable[[Tensor], object]]) -> None:
         """Show each visitor the activations (B, C, D) at its site, in one forward over tokens (B, C).
 
         The forward ends at the deepest site: nothing after it runs. Every position attends as in
@@ -127,7 +129,7 @@ class LanguageModel:
         """
         if not visitors:
             return
-        self._check_ids(tokens)
+        tokens = checked_ids(tokens, self.facts)
         waiting = set(visitors)
 
         def show(site: Site, x: Tensor) -> Tensor:
@@ -144,21 +146,8 @@ class LanguageModel:
             self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         assert not waiting, f"asked for {list(visitors)}, the forward did not pass {waiting}"
 
-    def _check_ids(self, tokens: Tensor) -> None:
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
-            given = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens)
-            raise DataError(f"expected token ids as an integer tensor (sequences, positions), found {given}")
-        if tokens.is_cpu and tokens.numel():  # checking ids on a GPU would make the host wait
-            lowest, highest = (int(end) for end in tokens.aminmax())
-            n_known = self.facts.tokens.vocab_size
-            if lowest < 0 or highest >= n_known:
-                raise DataError(
-                    f"the token ids range from {lowest} to {highest}, but {self.facts.name} knows only 0 to "
-                    f"{n_known - 1}; use the model's own tokenizer"
-                )
-
-    def harvest(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
-        """Read the activations (B, C, D) at all sites from one forward over tokens (B, C).
+    def harvest(self, tokens: Tensor | np.ndarray, sites: Iterable[Site]) -> dict[Site, Tensor]:
+        """Read the activations (B, C, D) at all sites from one forward over tokens (B, C), a tensor or array.
 
         The forward stops at the deepest site. The tensors belong to the caller: they are plain copies,
         usable with autograd, in the model's dtype and on its device. `visit` does the same without copies.

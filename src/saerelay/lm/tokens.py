@@ -1,10 +1,15 @@
-"""The tokenizer, and the text of single tokens."""
+"""The tokenizer, the text of single tokens, and token ids that a caller gives."""
 
 from pathlib import Path
 from typing import Any
 
-from saerelay.errors import ModelError
+import numpy as np
+import torch
+from torch import Tensor
+
+from saerelay.errors import DataError, ModelError
 from saerelay.lm.source import TOKENIZER_REMEDY, loading, locate, read_config, without_collection
+from saerelay.planning.facts import ModelFacts
 from saerelay.planning.recipe import ModelSpec
 
 
@@ -94,3 +99,23 @@ def special_ids(tokenizer: Any) -> list[int]:
     """
     unknown = getattr(tokenizer, "unk_token_id", None)
     return [token for token in tokenizer.all_special_ids if token != unknown]
+
+
+def checked_ids(tokens: Tensor | np.ndarray, facts: ModelFacts) -> Tensor:
+    """Return token ids as a tensor of a type that a model can look up; DataError if they are not ids of this model."""
+    if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu":  # such as those of `Suite.tokens`
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+    if isinstance(tokens, Tensor) and tokens.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        tokens = tokens.long()
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+        given = f"shape {tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens)
+        raise DataError(f"expected token ids as an integer tensor (sequences, positions), found {given}")
+    if tokens.is_cpu and tokens.numel():  # checking ids on a GPU would make the host wait
+        lowest, highest = (int(end) for end in tokens.aminmax())
+        n_known = facts.tokens.vocab_size
+        if lowest < 0 or highest >= n_known:
+            raise DataError(
+                f"the token ids range from {lowest} to {highest}, but {facts.name} knows only 0 to {n_known - 1}; use "
+                "the model's own tokenizer"
+            )
+    return tokens

@@ -200,6 +200,10 @@ def read_plan(directory: Path) -> Plan:
     if odd:
         raise RunDirectoryError(f"{odd}: not a regular file; remove it")
     if not paths.plan.is_file():
+        if (directory / "dictionary.json").is_file():
+            raise RunDirectoryError(
+                f"{directory}: an SAE, not a run; load_dictionary reads it, and `saerelay hop --from`"
+            )
         raise RunDirectoryError(
             f"{directory}: no run here (plan.json is missing); `saerelay train --out {directory}` makes one"
         )
