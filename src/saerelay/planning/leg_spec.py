@@ -94,7 +94,7 @@ class LegDictionary(Spec):
     n_latents: Count | None = Field(default=None, ge=1)
     """More or fewer latents than the parent: new ones take up its residual, those that explain least are dropped."""
     k: Positive | None = None
-    """Active latents per token, whatever the architecture (jumprelu, gated: their target_l0)."""
+    """Active latents per token (jumprelu, gated: their target_l0); not for relu, whose L0 follows from its penalty."""
     skip_connection: bool | None = None
     """Transcoders: whether there is an affine path beside the latents. A hop fits one that the parent lacks, and drops
     one that the parent has."""
