@@ -244,6 +244,16 @@ def test_two_runs_at_once_do_not_disturb_each_other(opened: Callable[[], LiveStr
     assert len(files(first.cache.folder)) == n_shards == 9 and len(read) == n_read
 
 
+def test_a_shard_that_is_removed_during_a_run_is_not_called_damaged(opened: Callable[[], LiveStream]) -> None:
+    stream = opened()
+    stream.block(0, SITES)
+    removed = files(stream.cache.folder)[0]  # type: ignore[union-attr]
+    removed.unlink()
+    with pytest.raises(DataError, match=rf"^{re.escape(str(removed))}: was removed .* continue with --resume"):
+        stream.block(0, SITES)
+    opened().block(0, SITES)
+
+
 def test_a_write_that_fails_leaves_nothing(opened: Callable[[], LiveStream], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         path.write_bytes(b"half")

@@ -162,6 +162,11 @@ class ActivationCache:
         """Open a memory-mapped shard, and check its header."""
         try:
             shard: Any = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise DataError(
+                f"{path}: was removed while this run was reading it; continue with --resume: its activations are "
+                "computed again"
+            ) from None
         except (OSError, SafetensorError) as error:
             raise damaged(path, "a whole safetensors file", error) from None
 
