@@ -351,7 +351,7 @@ def test_of_controls_alone_there_is_their_quality_and_nothing_else(suite: Suite,
     assert list(table.columns[1].cells) == [ROLES["full"]] and list(table.columns[0].cells) == ["0"]
     assert summary.cost.sae_samples == 0 < summary.cost.controls.sae_samples
     for analysis in (alone.matrix, lambda: report_run(alone)):
-        with pytest.raises(RunDirectoryError, match="only controls are finished yet; finish the run with"):
+        with pytest.raises(RunDirectoryError, match="only controls are finished yet. This continues the run: saerelay"):
             analysis()
 
 

@@ -525,7 +525,10 @@ def test_an_upload_that_the_hub_refuses_is_a_hub_error(tmp_path: Path, monkeypat
 
 def test_an_unfinished_run_and_a_taken_place_are_refused(run: Path, tmp_path: Path) -> None:
     write_text(tmp_path / "new" / "plan.json", (run / "plan.json").read_text())
-    with pytest.raises(RunDirectoryError, match="no SAE is published yet"):
+    with pytest.raises(
+        RunDirectoryError,
+        match=r"no SAE is finished yet\. This continues the run: saerelay train .* --out .* --resume$",
+    ):
         share.export_run(str(tmp_path / "new"), tmp_path / "out", "saelens")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="or choose another place"):

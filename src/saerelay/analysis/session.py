@@ -46,7 +46,8 @@ class Session:
     ) -> None:
         if not suite.legs:
             raise RunDirectoryError(
-                f"{suite.directory.root}: no SAE is finished yet; finish the run with `saerelay train --resume`"
+                f"{suite.directory.root}: no SAE is finished yet. This continues the run: "
+                f"{suite.directory.resume_command}"
             )
         self.suite = suite
         self.team = team or Team.alone()

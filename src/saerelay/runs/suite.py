@@ -61,7 +61,8 @@ class PublishedSuite:
         """Raise RunDirectoryError if only controls are published: they are not what a suite is made of."""
         if not self.final_legs:
             raise RunDirectoryError(
-                f"{self.directory.root}: only controls are finished yet; finish the run with `saerelay train --resume`"
+                f"{self.directory.root}: only controls are finished yet. This continues the run: "
+                f"{self.directory.resume_command}"
             )
 
     @property
