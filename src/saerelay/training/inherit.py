@@ -34,7 +34,7 @@ from saerelay.sae.reshape import Shape
 from saerelay.sae.spec import L0_ROWS, Method
 from saerelay.sae.threads import side_by_side
 from saerelay.sae.transfer import Retraining, carry
-from saerelay.sae.trials import RANDOM, try_methods
+from saerelay.sae.trials import RANDOM, best_first, try_methods
 from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.spec import seed_from
@@ -168,13 +168,15 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
 def _trials(
     now: Training, leg: Leg, block: Block, source: Parent, units: Units, moments: AnyMoments | None
 ) -> dict[str, float]:
-    """The FVU of each method on unseen rows, the best first; see `try_methods`."""
+    """The FVU of each method on unseen rows, the best first; see `try_methods` and `best_first`."""
     assert moments and source.l0 is not None
     sample = _retraining(now, leg, block, max(L0_ROWS, leg.refit_tokens), _revival_seed(leg))
     # Only a leg that is trained, and keeps its parent's shape, can do without its parent.
-    fresh = leg.dictionary if leg.budget_tokens and not now.plan.reshapes(leg) else None
+    tokens = leg.budget_tokens
+    fresh = leg.dictionary if tokens and not now.plan.reshapes(leg) else None
     balance = balance_of(leg, now.plan.recipe.train)
-    return try_methods(source.dictionary, moments, sample, units, fresh, balance=balance, l0=source.l0)
+    trials = try_methods(source.dictionary, moments, sample, units, fresh, balance=balance, l0=source.l0)
+    return best_first(trials, tokens)
 
 
 def _lr_share(now: Training, leg: Leg, moments: AnyMoments | None, *, at_rest: bool) -> float:

@@ -40,7 +40,7 @@ from saerelay.sae.moments import Moments
 from saerelay.sae.quality import mean_l0
 from saerelay.sae.spec import L0_ROWS, TRIAL_ROWS, Method, MethodOrAuto
 from saerelay.sae.transfer import Retraining, carry
-from saerelay.sae.trials import RANDOM, try_methods
+from saerelay.sae.trials import RANDOM, best_first, try_methods
 from saerelay.site import Site
 from saerelay.training.state import balance_of, units_of
 from saerelay.workflows.activations import tokenise
@@ -236,7 +236,7 @@ def carry_from_model(
         on = Retraining(x_target, seed=0)
         spec = recipe.dictionary.sized(plan.facts.width(target)).with_architecture(dictionary.architecture)
         fresh = spec.changed(n_latents=dictionary.n_latents).with_l0(l0)
-        trials = try_methods(dictionary, moments, on, units, fresh, balance=balance, l0=l0)
+        trials = best_first(try_methods(dictionary, moments, on, units, fresh, balance=balance, l0=l0), tokens=0)
         method = _best(trials, name, site, target)
     between = map_between(method, max(moments.n_source, plan.facts.width(target)), moments, balance)
     carried = carry(dictionary, between, x_target, units, l0=l0).dictionary

@@ -28,7 +28,7 @@ from saerelay.sae.quality import mean_l0
 from saerelay.sae.reshape import Shape
 from saerelay.sae.spec import L0_ROWS, DictionarySpec, Method, SizedDictionarySpec
 from saerelay.sae.transfer import Retraining, carry
-from saerelay.sae.trials import RANDOM, try_methods
+from saerelay.sae.trials import RANDOM, best_first, try_methods
 from saerelay.site import Site
 from saerelay.spec import Auto
 from saerelay.training.engine import Trainee
@@ -135,7 +135,8 @@ def hop(
     method = how.method
     if method == "auto":
         fresh = spec if leg.budget_tokens and not reshaped else None
-        method = _best(try_methods(sae, moments, on, units, fresh, balance=balance, l0=l0))
+        trials = try_methods(sae, moments, on, units, fresh, balance=balance, l0=l0)
+        method = _best(best_first(trials, leg.budget_tokens))
     between = map_between(method, sae.d_model, moments, balance)
     shape = None
     if reshaped:
