@@ -670,7 +670,7 @@ def test_an_extension_does_not_change_what_is_finished(facts: ModelFacts) -> Non
     old = compiled(facts, plan={"legs": [leg | {"module_out": "mlp_out"}]})
     with pytest.raises(PlanError, match="leg a is finished, but the recipe changes its module_out"):
         compiled(facts, finished=old, plan={"legs": [leg | {"tokens": 2048}]})
-    legs = [leg, {"id": "b", "layer": 3, "module": "mlp_in", "tokens": 512, "control_of": "a"}]
+    legs = [leg, {"id": "b", "layer": 3, "module": "mlp_in", "tokens": 1024, "control_of": "a"}]
     old = compiled(facts, plan={"legs": [leg, legs[1] | {"parent": "a"}]})
     with pytest.raises(PlanError, match="leg b is finished, but the recipe changes its parent, method"):
         compiled(facts, finished=old, plan={"legs": legs})
