@@ -1,8 +1,8 @@
 """The blocks that a hop keeps: its map was fitted on them, and its refit and second passes use them again.
 
 A leg that trains on each block several times (`plan.reuse`) makes its first repetitions on these blocks, which it has
-not trained on yet, instead of on the same block again. This costs memory, not tokens: on Gemma 3 270M it is worth as
-much as so many tokens more (docs/log.md, "What else the tokens of a hop could give").
+not trained on yet, instead of on the same block again. This costs memory, not tokens (docs/log.md, "Second passes on
+the blocks of the map").
 """
 
 from collections.abc import Mapping
