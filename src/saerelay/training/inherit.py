@@ -9,7 +9,6 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
 
 from saerelay.data.stream import Block
 from saerelay.planning.leg import COPY_RATE, Leg
@@ -39,7 +38,7 @@ from saerelay.sae.units import Units
 from saerelay.site import Site
 from saerelay.spec import seed_from
 from saerelay.training.alignment import Alignment
-from saerelay.training.kept_blocks import blocks_for_refit
+from saerelay.training.kept_blocks import block_for_refit
 from saerelay.training.run_state import Training, leg_of, outputs_key, shared_key
 from saerelay.training.state import balance_of
 
@@ -131,7 +130,7 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     l0 = leg.dictionary.l0 or source.l0
     method = leg.hop.method
     if method == "random":
-        return Inherited(_random_dictionary(now, leg, block, units, l0), 1.0, method, {})
+        return Inherited(_random_dictionary(leg, block, units, l0), 1.0, method, {})
     trials: dict[str, float | None] = {}
     if method == "auto":
         trials.update(_trials(now, leg, block, source, units, moments))
@@ -154,7 +153,8 @@ def inherit(now: Training, leg: Leg, block: Block, source: Parent, units: Units)
     retraining = None
     if leg.refit_tokens:
         checked = _trained_at_home(now.plan, leg)
-        retraining = _retraining(now, leg, block, leg.refit_tokens, seed, checked=checked)
+        whole = block_for_refit(now, leg, block, leg.refit_tokens)
+        retraining = _retraining(leg, whole, leg.refit_tokens, seed, checked=checked)
     if _keeps_its_l0(now.plan, leg, source.dictionary):
         l0 = None
 
@@ -170,7 +170,8 @@ def _trials(
 ) -> dict[str, float]:
     """The FVU of each method on unseen rows, the best first; see `try_methods` and `best_first`."""
     assert moments and source.l0 is not None
-    sample = _retraining(now, leg, block, max(L0_ROWS, leg.refit_tokens), _revival_seed(leg))
+    n = max(L0_ROWS, leg.refit_tokens)
+    sample = _retraining(leg, block_for_refit(now, leg, block, n), n, _revival_seed(leg))
     # Only a leg that is trained, and keeps its parent's shape, can do without its parent.
     tokens = leg.budget_tokens
     fresh = leg.dictionary if tokens and not now.plan.reshapes(leg) else None
@@ -206,14 +207,9 @@ def _revival_seed(leg: Leg) -> int:
     return seed_from("revive", leg.seed, leg.id)
 
 
-def _retraining(now: Training, leg: Leg, block: Block, n: int, seed: int, *, checked: bool = False) -> Retraining:
-    """At most n rows of the last tokens before a hop, and of what the leg reconstructs, to revive and refit on."""
-    blocks = blocks_for_refit(now, leg, block, n)
-
-    def rows(site: Site) -> Tensor:
-        return torch.cat([part.rows(site, n) for part in blocks])[:n]
-
-    return Retraining(rows(leg.site), seed, rows(leg.site_out) if leg.is_transcoder else None, checked)
+def _retraining(leg: Leg, block: Block, n: int, seed: int, *, checked: bool = False) -> Retraining:
+    """The first n rows of a block at the leg's site, and of what it reconstructs, to revive and refit on."""
+    return Retraining(block.rows(leg.site, n), seed, block.target(leg, n), checked)
 
 
 def only_measured(plan: Plan, leg: Leg) -> bool:
@@ -238,14 +234,14 @@ def _map(now: Training, leg: Leg, method: Method, moments: AnyMoments | None) ->
     return between
 
 
-def _random_dictionary(now: Training, leg: Leg, block: Block, units: Units, l0: float | None) -> Dictionary:
+def _random_dictionary(leg: Leg, block: Block, units: Units, l0: float | None) -> Dictionary:
     """A random dictionary, revived and refitted as a parent would be, on the same rows and at the same mean L0.
 
     It is a baseline for training: see Korznikov et al. 2026, arXiv 2602.14111.
     """
     seed = seed_from("random", leg.seed, leg.id)
     generator = torch.Generator().manual_seed(seed)
-    on = _retraining(now, leg, block, max(INITIAL_ROWS, leg.refit_tokens), seed)
+    on = _retraining(leg, block, max(INITIAL_ROWS, leg.refit_tokens), seed)
     inside = on.normalised(units)
     fresh = units.to_canonical(initialise(leg.dictionary, inside.rows, generator, inside.target))
     return carry(fresh, None, on.rows, units, l0=l0, retraining=on).dictionary

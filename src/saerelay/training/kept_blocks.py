@@ -5,8 +5,11 @@ not trained on yet, instead of on the same block again. This costs memory, not t
 the blocks of the map").
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from saerelay.data.stream import Block
@@ -24,10 +27,14 @@ def keep_block(now: Training, block: Block) -> None:
             now.kept_blocks.setdefault(leg.id, []).append(block.copy({leg.site, leg.site_out}))
 
 
-def blocks_for_refit(now: Training, leg: Leg, block: Block, n: int) -> list[Block]:
-    """The blocks that hold the last n tokens before a leg's hop; `block`, the last one, where no more are kept."""
-    n_blocks = -(-n // now.plan.block_tokens)
-    return now.kept_blocks.get(leg.id, [block])[-n_blocks:]
+def block_for_refit(now: Training, leg: Leg, block: Block, n: int) -> Block:
+    """A block with the last n tokens before a leg's hop: `block`, the last one, or so many kept blocks in one."""
+    n_blocks = math.ceil(n / now.plan.block_tokens)
+    kept = now.kept_blocks.get(leg.id, [])[-n_blocks:]
+    if len(kept) <= 1:
+        return block
+    activations = {site: torch.cat([part.activations[site] for part in kept]) for site in kept[0].activations}
+    return replace(block, activations=activations, keep=torch.cat([part.keep for part in kept]))
 
 
 def batches_of_kept_blocks(now: Training, number: int, index: int, repetition: int) -> dict[str, Mapping[Site, Tensor]]:
