@@ -20,7 +20,7 @@ from saerelay.sae.kernels import Reading, Step, latent_pieces, sparse_step
 from saerelay.sae.kernels.adam import Adam, Triple
 from saerelay.sae.loss import Loss, training_loss
 from saerelay.sae.quality import fvu
-from saerelay.sae.spec import takes_sparse_step
+from saerelay.sae.spec import L0_ROWS, takes_sparse_step
 from saerelay.sae.threads import alone, in_parallel
 from saerelay.spec import rounded_up
 from saerelay.training.device import STEPS_AHEAD, Launcher, Now, Verdict
@@ -28,8 +28,6 @@ from saerelay.training.latent_part import LatentPart
 from saerelay.training.schedule import learning_rate, parameter_rates, penalty_warmth
 from saerelay.training.state import TraineeState, balance_of
 
-CALIBRATION_ROWS = 8_192
-"""Number of rows on which a published threshold is calibrated."""
 _scratch = threading.local()
 
 
@@ -152,7 +150,7 @@ class Trainee:
         activation = self.leg.dictionary.activation
         if x is not None and activation.threshold_is_calibrated:
             assert activation.l0 is not None
-            dictionary = with_common_threshold(dictionary, x[:CALIBRATION_ROWS].float(), activation.l0)
+            dictionary = with_common_threshold(dictionary, x[:L0_ROWS].float(), activation.l0)
         return dictionary
 
     def check(self, x: Tensor, target: Tensor | None = None) -> None:
