@@ -13,7 +13,7 @@ from saerelay.analysis.metrics import held_out
 from saerelay.analysis.progress import ProgressDisplay
 from saerelay.analysis.site_maps import SiteMaps
 from saerelay.data.corpus import Corpus
-from saerelay.errors import ModelError, RunDirectoryError
+from saerelay.errors import ModelError
 from saerelay.lm.identity import check_same_model
 from saerelay.lm.model import LanguageModel, load_model
 from saerelay.lm.source import pinned
@@ -45,10 +45,7 @@ class Session:
         team: Team | None = None,
     ) -> None:
         if not suite.legs:
-            raise RunDirectoryError(
-                f"{suite.directory.root}: no SAE is finished yet. This continues the run: "
-                f"{suite.directory.resume_command}"
-            )
+            raise suite.directory.unfinished("no SAE is finished yet")
         self.suite = suite
         self.team = team or Team.alone()
         self.degree = 1

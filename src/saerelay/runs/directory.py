@@ -90,6 +90,10 @@ class RunDirectory:
         """The command that continues the run, to be pasted into a shell."""
         return f"saerelay train {quote(str(self.recipe))} --out {quote(str(self.root))} --resume"
 
+    def unfinished(self, what: str) -> RunDirectoryError:
+        """The error of a command that needs more than is finished yet: `what` is missing, and how to go on."""
+        return RunDirectoryError(f"{self.root}: {what}. This continues the run: {self.resume_command}")
+
     def leg(self, leg_id: str) -> Path:
         """The directory of a published leg."""
         return self.root / "legs" / leg_id

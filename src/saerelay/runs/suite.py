@@ -60,10 +60,7 @@ class PublishedSuite:
     def check_has_final_legs(self) -> None:
         """Raise RunDirectoryError if only controls are published: they are not what a suite is made of."""
         if not self.final_legs:
-            raise RunDirectoryError(
-                f"{self.directory.root}: only controls are finished yet. This continues the run: "
-                f"{self.directory.resume_command}"
-            )
+            raise self.directory.unfinished("only controls are finished yet")
 
     @property
     def suite_legs(self) -> list[Leg]:

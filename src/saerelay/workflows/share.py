@@ -221,9 +221,7 @@ def _export_suite(suite: Suite, directory: Path, format: str, ids: list[str]) ->
     """Write the chosen legs of a run, or its suite."""
     legs = chosen_legs(suite, ids) or _of_format(suite.one_per_site, format)
     if not legs:
-        raise RunDirectoryError(
-            f"{suite.directory.root}: no SAE is finished yet. This continues the run: {suite.directory.resume_command}"
-        )
+        raise suite.directory.unfinished("no SAE is finished yet")
     paths = module_paths(suite.plan.recipe.model, [leg.site for leg in legs])
     folders = _folders(legs, paths, format, has_prefix=suite.plan.facts.has_lm_head)
     saes = []
