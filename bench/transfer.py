@@ -369,7 +369,7 @@ def settle(job: Job, corpus: Path, out: Path) -> None:
         n = job.unique_tokens // plan.recipe.data.context
         chosen = np.random.default_rng(0).permutation(len(shared.train))[:n]
         np.save(paths.tokens / "train.npy", shared.train[chosen])
-        facts = shared.facts.changed(train_sequences=n)
+        facts = shared.facts.changed(train_sequences=n, train_documents=0)
         facts.save(paths.tokens / "corpus.json")
     plan.save(paths.plan)
 

@@ -21,6 +21,7 @@ Every job is an ordinary run of this tool in a directory of its own, <out>/<job>
 - scratch-sS: every layer from scratch with the full budget, and with as many tokens as an eighth's hop looks at.
 - hops-sS: every pair of neighbours in both directions, with `auto` and an eighth of the full budget; a snapshot at age
   0 is the hop without training. Seed 0 also has each method without training.
+- twice-sS: the same hops, trained twice on as many tokens: once on these, and once on those of the map.
 - budgets-sS: the methods that `auto` chose there, trained for less and for longer.
 - random-s0: a random dictionary at every layer, with the decoder refitted as after a hop.
 - suite-NAME, suite-NAME-sS: whole suites, each from one command; some with every seed.
@@ -163,26 +164,37 @@ def hops(study: Study, seed: int) -> Job:
     return Job(f"hops-s{seed}", run.changed(train=run.train.changed(snapshots=[0])))
 
 
-def hop(source: int, target: int, parent: Path, method: str, tokens: int) -> LegSpec:
+def hop(source: int, target: int, parent: Path, method: str, tokens: int, reuse: int = 1) -> LegSpec:
     """A leg from a neighbour."""
-    keys: dict[str, Any] = {"method": method, "refit": True}
+    keys: dict[str, Any] = {"method": method, "refit": True, "reuse": reuse}
     leg_id = f"L{source}-L{target}-{method}-{format_count(tokens)}"
     return LegSpec(id=leg_id, layer=target, parent=str(parent), tokens=tokens, **keys)
 
 
 def budgets(study: Study, seed: int) -> Iterator[Job]:
-    """The methods that were chosen at a seed, at other budgets; nothing until the choice is made."""
+    """The methods that were chosen at a seed, at other budgets, and twice on each block."""
+    chosen = list(chosen_methods(study, seed))
+    if not chosen:
+        return
+    twice = [hop(*pair, parent, method, 2 * study.tokens(USUAL), reuse=2) for *pair, parent, method in chosen]
+    yield Job(f"twice-s{seed}", with_legs(study, seed, twice))
+    others = [
+        hop(*pair, parent, method, study.tokens(share)) for *pair, parent, method in chosen for share in OTHER_SHARES
+    ]
+    yield Job(f"budgets-s{seed}", with_legs(study, seed, others))
+
+
+def chosen_methods(study: Study, seed: int) -> Iterator[tuple[int, int, Path, str]]:
+    """(source, target, parent, method) of every hop, as `auto` chose at a seed; nothing until it has."""
     run = RunDirectory(study.out / f"hops-s{seed}")
     if not run.summary.is_file():
         return
-    legs = []
     for source, target in study.neighbours:
         leg_id = f"L{source}-L{target}-auto-{format_count(study.tokens(USUAL))}"
         facts = read_info(run.leg(leg_id)).hop
         if facts and facts.method in get_args(Method):
             parent = RunDirectory(study.out / f"scratch-s{seed}").leg(root(source, study.full).id)
-            legs += [hop(source, target, parent, facts.method, study.tokens(share)) for share in OTHER_SHARES]
-    yield Job(f"budgets-s{seed}", with_legs(study, seed, legs))
+            yield source, target, parent, facts.method
 
 
 def random_dictionaries(study: Study) -> Job:

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from corpora import (
 )
 
 from saerelay.data.corpus import SPLITS, Corpus, prepare, split_of
+from saerelay.data.packing import new_stretches
 from saerelay.planning.recipe import DataSpec, ModelSpec, Recipe
 
 
@@ -60,23 +63,152 @@ def test_no_document_is_in_two_splits(make_corpus: MakeCorpus, tmp_path: Path, d
 def test_the_sequences_are_the_documents_joined(
     make_corpus: MakeCorpus, tmp_path: Path, demo_tokenizer: Any, prepend_bos: bool, eos: int | None
 ) -> None:
-    documents = [f"def f{i}():\n    return {i}\n" * (1 + i % 7) for i in range(150)]  # in three batches
+    documents = [f"def f{i}():\n    return {i}\n" * (1 + i % 3) for i in range(150)]  # in three batches
     write_jsonl(tmp_path / "data" / "train.jsonl", documents)
     facts = FACTS.changed(eos_token_id=eos)
     corpus = make_corpus(
-        facts=facts, dataset=str(tmp_path / "data"), prepend_bos=prepend_bos
-    )  # streamed: in its own order
+        facts=facts, dataset=str(tmp_path / "data"), prepend_bos=prepend_bos, context=64
+    )  # streamed: in its own order; documents are shorter than a sequence, so none is cut
     for split in SPLITS:
         rows, expected = getattr(corpus, split), []
         for i, document in enumerate(documents):
             if split_of(i, 0) == split:
                 separator = [eos] if expected and eos is not None else []
                 expected += separator + demo_tokenizer(document, add_special_tokens=False)["input_ids"]
-        body = 16 - prepend_bos
-        assert rows.shape == (len(expected) // body, 16) and rows.dtype == np.uint16
+        body = 64 - prepend_bos
+        assert rows.shape == (len(expected) // body, 64) and rows.dtype == np.uint16
         assert ids_of(rows, prepend_bos) == expected[: body * len(rows)]
         assert not prepend_bos or (rows[:, 0] == BOS).all()
     assert corpus.facts.n_documents == 150 and corpus.facts.complete
+
+
+def numbered(tmp_path: Path, n: int, lengths: Iterable[int]) -> str:
+    """A token file of documents in which every other token is the document's number, from 100 on."""
+    rows = [np.tile([100 + i, 5], length // 2) for i, length in zip(range(n), lengths, strict=False)]
+    separated = [part for row in rows for part in (row, [EOS])]
+    return save_tokens(tmp_path / "numbered.npy", np.concatenate(separated))
+
+
+def test_each_document_gives_one_sequence_before_any_gives_two(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    tokens = numbered(tmp_path, 200, itertools.cycle([500, 8, 80]))
+    corpus = make_corpus(tokens=tokens, train=60, held_out=4)
+    for split in SPLITS:
+        found = Counter(i for i in ids_of(getattr(corpus, split)) if i >= 100)
+        n_documents = getattr(corpus.facts, f"{split}_documents")
+        assert max(found.values()) == 7  # half of a sequence less BOS and separator
+        assert n_documents == len(found)
+    assert corpus.facts.train_documents >= 60 and not corpus.facts.complete
+
+
+def test_too_few_documents_give_more_of_each_and_none_twice(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    text = np.arange(3, 4003)  # every id once, so that what is there twice is seen
+    tokens = save_tokens(tmp_path / "a.npy", text.reshape(40, 100))
+    some, everything = make_corpus(tokens=tokens, train=60, held_out=4), make_corpus(tokens=tokens)
+    used = [i for i in ids_of(some.train) if i != EOS]
+    by_document = Counter((i - 3) // 100 for i in used)
+    assert len(set(used)) == len(used) and len(by_document) == 36
+    assert min(by_document.values()) >= 14 and max(by_document.values()) <= 4 * 14
+    all_ids = sorted(i for split in SPLITS for i in ids_of(getattr(everything, split)) if i != EOS)
+    assert len(set(all_ids)) == len(all_ids) > 4000 - 3 * 15 and everything.facts.complete
+    assert np.array_equal(some.train, everything.train[:60])
+    assert everything.facts.notes() == [
+        f"the {len(everything.train)} training sequences are from 36 documents only; SAEs lose more on other documents "
+        "if they learn from few"
+    ]
+    assert not everything.facts.changed(train_sequences=5000, train_documents=500).notes()
+    assert everything.facts.changed(train_sequences=5000, train_documents=499).notes()
+    assert not everything.facts.changed(train_sequences=998, train_documents=499).notes()
+
+
+def test_stretches_begin_anywhere_and_grow_from_turn_to_turn() -> None:
+    text = " ".join(f"{i:03}" for i in range(500))
+    starts = []
+    for index in range(1000):
+        (first,), _ = new_stretches(text, index, 0, ids_per_sequence=50, seed=0)
+        assert isinstance(first, str) and first in text and 190 < len(first) < 210
+        more, has_more = new_stretches(text, index, 1, ids_per_sequence=50, seed=0)
+        around = "".join([str(more[0]), first, *map(str, more[1:])])
+        assert has_more and 790 < len(around) < 810 and (around in text or first + str(more[0]) in text)
+        starts.append(text.index(first))
+    assert min(starts) < 20 and max(starts) > 1780 and 850 < np.mean(starts) < 950
+    (late,), _ = new_stretches(text, 5120, 0, ids_per_sequence=50, seed=0)
+    assert 390 < len(late) < 410
+
+
+@pytest.mark.parametrize("alphabet", ["ab c\n", "a", "語 "])
+def test_all_turns_together_give_a_document_once(alphabet: str) -> None:
+    generator = random.Random(0)
+    for index in range(300):
+        text = "".join(generator.choices(alphabet, k=generator.choice([1, 3, 50, 300, 3000])))
+        ids = np.arange(len(text))
+        for document in (text, ids):
+            taken: list[Any] = []
+            for turn in itertools.count():
+                new, has_more = new_stretches(document, index, turn, ids_per_sequence=7, seed=0)
+                taken += new
+                if not has_more:
+                    break
+            if isinstance(document, str):
+                assert Counter("".join(taken)) == Counter(document)
+            else:
+                assert sorted(np.concatenate(taken)) == ids.tolist()
+
+
+def test_a_stretch_of_text_is_as_long_as_a_sequence_in_most_scripts() -> None:
+    """Chinese has more tokens to a character than English, and as many to a byte."""
+    for text, n_characters in (("word " * 1000, 200), ("語" * 1000, 66), ("слово " * 1000, 109)):
+        (first,), _ = new_stretches(text, 0, 0, ids_per_sequence=50, seed=0)
+        assert abs(len(first) - n_characters) <= 6
+
+
+def test_no_scraps_are_left_over() -> None:
+    assert new_stretches(np.arange(62), 0, 0, ids_per_sequence=50, seed=0)[1] is False
+    (first,), has_more = new_stretches(np.arange(63), 0, 0, ids_per_sequence=50, seed=0)
+    assert len(first) == 50 and has_more
+
+
+def test_where_a_stretch_is_follows_from_the_seed() -> None:
+    ids = np.arange(10_000)
+    starts = {new_stretches(ids, 0, 0, ids_per_sequence=50, seed=seed)[0][0][0] for seed in range(10)}
+    assert len(starts) == 10
+
+
+def test_one_long_document_among_short_ones_gives_all_it_has(make_corpus: MakeCorpus, tmp_path: Path) -> None:
+    tokens = numbered(tmp_path, 200, itertools.cycle([8] * 19 + [500]))
+    corpus = make_corpus(tokens=tokens)
+    found = Counter(i for split in SPLITS for i in ids_of(getattr(corpus, split)) if i >= 100)
+    complete = [i for i, n in found.items() if n == (250 if (i - 100) % 20 == 19 else 4)]
+    assert len(complete) >= 200 - 6  # the last documents of each split may be cut
+    assert corpus.facts.n_documents == 200
+
+
+def test_documents_of_a_full_split_are_not_tokenised(tmp_path: Path, demo_tokenizer: Any) -> None:
+    read = texts_tokenised(tmp_path, demo_tokenizer, texts(400), train=1, held_out=6)
+    assert sum(split_of(int(text[1 : text.index("x")]), 0) == "train" for text in read) <= 64  # one batch
+
+
+def test_only_what_is_used_of_a_text_is_tokenised(tmp_path: Path, demo_tokenizer: Any) -> None:
+    """So that a corpus of many long documents takes no longer than one of a few."""
+    read = texts_tokenised(tmp_path, demo_tokenizer, texts(200, words=1000), train=100, held_out=4)
+    assert sum(map(len, read)) < 1.5 * 108 * 16 * 5
+
+
+def texts_tokenised(tmp_path: Path, demo_tokenizer: Any, documents: list[str], train: int, held_out: int) -> list[str]:
+    """What is tokenised to make a corpus of some documents."""
+    read: list[str] = []
+
+    class Tokenizer:
+        all_special_ids = demo_tokenizer.all_special_ids
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            read.extend(texts)
+            return demo_tokenizer(texts, **options)
+
+    write_jsonl(tmp_path / "data" / "train.jsonl", documents)
+    run = Recipe(data=DataSpec.model_validate({"dataset": str(tmp_path / "data"), "context": 16}))
+    tokenizer: Any = Tokenizer()
+    prepare(run, FACTS, tokenizer, tmp_path / "out", train_sequences=train, eval_sequences=held_out)
+    return read
 
 
 def test_a_split_is_cut_to_what_was_asked(make_corpus: MakeCorpus, tmp_path: Path) -> None:
@@ -114,7 +246,7 @@ def test_same_recipe_same_bytes_and_another_seed_other_bytes(make_corpus: MakeCo
 
 
 def test_the_seed_shuffles_local_documents(make_corpus: MakeCorpus, tmp_path: Path) -> None:
-    rows = np.arange(100, 200)[:, None].repeat(16, axis=1)
+    rows = np.arange(100, 200)[:, None].repeat(14, axis=1)
     rows[:, 1::2] = 5
     tokens = save_tokens(tmp_path / "a.npy", rows)
     orders = [
@@ -122,7 +254,7 @@ def test_the_seed_shuffles_local_documents(make_corpus: MakeCorpus, tmp_path: Pa
     ]
     both = set(orders[0]) & set(orders[1])
     first, second = ([i for i in order if i in both] for order in orders)
-    assert len(orders[0]) == len(orders[1]) == 90 and first != second
+    assert len(orders[0]) == len(orders[1]) == 89 and first != second
     assert first != sorted(first) and second != sorted(second)
 
 

@@ -188,9 +188,12 @@ def test_an_extension_is_refused_if_its_text_is_not_that_of_the_run(tokenised: P
     np.save(tokenised.parent / "tokens.npy", np.append(rows, rows, axis=0))
     plan, paths = planned(tokenised.parent, tiny_model, "8k")
     before = Corpus.open(tokenised / "tokens").facts
-    with pytest.raises(DataError, match="not the text that this run began with"):
+    with pytest.raises(DataError, match="not the text that this run began with.* or begin a new run$"):
         tokenise(plan, paths, None)
     assert Corpus.open(tokenised / "tokens").facts == before and not (tokenised / "tokens.new").exists()
+    before.changed(train_documents=0).save(tokenised / "tokens" / "corpus.json")
+    with pytest.raises(DataError, match="this one was begun by an older version, which took other parts of documents"):
+        tokenise(plan, paths, None)
 
 
 def test_an_extension_may_read_the_text_more_often(tiny_model: Path, tmp_path: Path) -> None:
@@ -358,6 +361,15 @@ def test_the_summary_says_which_leg_stands_for_a_layer(run: Path) -> None:
     assert summary.leg(OLD).continued_by == NEW and not summary.leg(OLD).in_suite
     assert [leg.id for leg in summary.suite] == ["L0", NEW] == [leg.id for leg in summary.final_legs]
     assert summary.leg(NEW).origin == summary.leg(OLD).origin == "from below"
+
+
+def test_the_summary_counts_sequences_and_the_documents_that_they_are_from(run: Path) -> None:
+    suite = sr.load(run)
+    facts = Corpus.open(suite.directory.tokens).facts
+    whole = suite.evaluate()
+    assert whole.n_sequences == facts.test_sequences and whole.n_documents == facts.test_documents > 0
+    half = suite.evaluate(tokens=facts.context * (facts.test_sequences // 2))
+    assert half.n_sequences == facts.test_sequences // 2 and half.n_documents == 0  # it is not known of a part
 
 
 def test_a_model_card_counts_the_tokens_of_the_whole_line(run: Path, tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ from saerelay.runs.documents.training import TrainingLine
 from saerelay.views import figures as f
 from saerelay.views.figures.across_layers import Cells, heat_map
 from saerelay.views.figures.page import _KIND_OF_ORIGIN, KINDS, kind_of
-from saerelay.views.labels import ORIGINS, misleading_fvu
+from saerelay.views.labels import ORIGINS, few_documents, misleading_fvu
 from saerelay.views.tables.across_layers import measures_tables
+from saerelay.views.tables.quality import notes
 
 METHODS = ("identity", "affine")
 COST = SuiteCost(
@@ -491,6 +492,15 @@ def test_layers_where_fvu_misleads_are_named() -> None:
     assert f"at layer {first.layer} (58 %)" in misleading_fvu(one_large)
     large = [leg.changed(largest_dimension=0.58) for leg in summary.legs]
     assert f"at layers {first.layer} (58 %), " in misleading_fvu(summary.changed(legs=large))
+
+
+def test_errors_from_few_documents_are_called_too_small() -> None:
+    summary = documents().summary
+    assert few_documents(summary) == ""  # not known
+    assert few_documents(summary.changed(n_sequences=24, n_documents=12)) == ""
+    said = few_documents(summary.changed(n_sequences=24, n_documents=2))
+    assert said.startswith("The 24 held-out sequences are from 2 documents only.")
+    assert said in " ".join(str(note) for note in notes(summary.changed(n_sequences=24, n_documents=2)))
 
 
 def test_no_mark_of_quality_is_cut_off_at_the_edge() -> None:

@@ -35,7 +35,7 @@ ORDER = {
     "planning": "facts left_out leg_spec recipe toml leg plan cost ranks presets batches legs placing compile survey "
     "curves choose",
     "lm": "source adapter split tokens identity graph trial probe readout head ports inputs facts weights model attach",
-    "data": "text sources corpus cache remote_cache kept stream",
+    "data": "text sources packing corpus cache remote_cache kept stream",
     "runs": "tensors directory documents dictionaries features state suite",
     "training": "alignment schedule latent_part state device engine cohort progress trackers saving team_stream "
     "run_state kept_blocks inherit train",

@@ -38,12 +38,16 @@ def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
     """Return the content of summary.json, from the eval/<id>.json of all published legs, which must exist."""
     facts = suite.plan.facts
     in_suite = {leg.id for leg in suite.one_per_site}
+    evaluation = Evaluation.load(suite.directory.evaluation(suite.legs[0].id))
+    n_sequences = math.ceil(evaluation.asked.tokens / corpus.facts.context)
     return Summary(
         model=facts.name,
         revision=facts.revision,
         data=corpus.facts.source,
         legs=[leg_summary(suite, leg, in_suite=leg.id in in_suite) for leg in suite.legs],
-        left_out=Evaluation.load(suite.directory.evaluation(suite.legs[0].id)).metrics.left_out,
+        left_out=evaluation.metrics.left_out,
+        n_sequences=n_sequences,
+        n_documents=corpus.facts.test_documents if n_sequences == len(corpus.test) else 0,
         cost=suite_cost(suite, corpus),
     )
 

@@ -8,10 +8,14 @@ shares a document with another. A corpus is a directory:
     validation.npy   the same for documents that may steer training
     test.npy         the same for documents that are only ever reported on
 
-The documents read, and their order, follow from the recipe and its seed alone: a longer corpus
-begins with the shorter one.
+The next paragraph of a document says little that is new. So each document gives one stretch, about as long
+as a sequence; only if there are too few documents does each give more (decision 036).
+
+The documents read, their order, and the stretch that each gives follow from the recipe and its seed alone:
+a longer corpus begins with the shorter one.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final, get_args
 
 import numpy as np
 
+from saerelay.data.packing import Packer, TextOrIds, new_stretches
 from saerelay.data.sources import Source, check_ids, open_source
 from saerelay.document import Document
 from saerelay.errors import DataError
@@ -40,13 +45,13 @@ _PERIOD = 20
 _HELD_OUT_STREAM = 2
 """Mixed with the seed, so that these random numbers serve this purpose only."""
 
+_FEW_DOCUMENTS = 500
+"""SAEs from fewer documents than this lose measurably more on others (docs/log.md, 2026-11-28)."""
+
 _BATCH_DOCUMENTS = 64
 _BATCH_SIZE = 1_000_000
 """Documents are tokenised in batches, which end at this many documents, or at this many characters
 or ids."""
-
-_CHUNK_IDS = 1 << 22
-"""Number of token ids of a finished split that are in memory at the same time."""
 
 
 class CorpusFacts(Document):
@@ -66,6 +71,10 @@ class CorpusFacts(Document):
     train_sequences: int
     validation_sequences: int
     test_sequences: int
+    train_documents: int = 0
+    """Number of documents that the split has text of; 0 if an older version made the corpus."""
+    validation_documents: int = 0
+    test_documents: int = 0
     complete: bool
     """Whether the source ended before the train split was full, so that there is no more text to train on."""
     padding: dict[int, int] = {}
@@ -84,6 +93,11 @@ class CorpusFacts(Document):
             lines.append(
                 f"{self.special_tokens:,} special tokens are spelled out in the text of {self.source} and are read as "
                 "special tokens, because the tokenizer cannot read them as text"
+            )
+        if 0 < self.train_documents < min(_FEW_DOCUMENTS, self.train_sequences / 2):
+            lines.append(
+                f"the {self.train_sequences:,} training sequences are from {self.train_documents:,} documents only; "
+                "SAEs lose more on other documents if they learn from few"
             )
         return lines
 
@@ -143,9 +157,10 @@ def prepare(
     sizes: dict[Split, int] = {"train": train_sequences, "validation": eval_sequences, "test": eval_sequences}
     try:
         partial.mkdir(parents=True)
-        packers: dict[Split, _Packer] = {}
+        special = special_ids(tokenizer) if tokenizer else []
+        packers: dict[Split, Packer] = {}
         for split, size in sizes.items():
-            packers[split] = _Packer(partial / f"{split}.npy", recipe.data, facts, size)
+            packers[split] = Packer(partial / f"{split}.npy", recipe.data, facts, size, special)
         corpus_facts = _fill(packers, recipe, facts, tokenizer, source=source, progress=progress)
         corpus_facts.save(partial / "corpus.json")
         if directory.exists():
@@ -214,35 +229,22 @@ def _damaged(path: Path, expected: tuple[int, int], found: object) -> DataError:
 
 
 def _fill(
-    packers: "Mapping[Split, _Packer]",
+    packers: "Mapping[Split, Packer]",
     recipe: Recipe,
     facts: ModelFacts,
     tokenizer: "PreTrainedTokenizerBase | None",
     source: Source,
     progress: Callable[[int], None] | None,
 ) -> CorpusFacts:
-    """Deal documents to the splits until all are full or the source ends; then write the splits."""
+    """Read documents, again and again, until the splits are full or have all the text; then write the splits."""
+    documents = source.documents
     n_documents = 0
-    n_special = 0
-    special = special_ids(tokenizer) if tokenizer else []
-    for batch in _batches(source.documents):
-        # Documents of a full split are counted, but neither tokenised nor kept.
-        receivers = []
-        documents = []
-        for index, document in enumerate(batch, start=n_documents):
-            packer = packers[split_of(index, recipe.train.seed)]
-            if not packer.full:
-                receivers.append(packer)
-                documents.append(document)
-        n_documents += len(batch)
-
-        for packer, ids in zip(receivers, _encode(documents, tokenizer, facts), strict=True):
-            packer.add(ids)
-            n_special += int(np.isin(ids, special).sum())
-        if progress:
-            progress(recipe.data.context * sum(packer.n_sequences for packer in packers.values()))
-        if all(packer.full for packer in packers.values()):
+    for turn in itertools.count():
+        n_read, has_more = _deal(documents, turn, packers, recipe, facts, tokenizer, progress)
+        n_documents = max(n_documents, n_read)
+        if not has_more:
             break
+        documents = open_source(recipe, facts).documents
 
     _check_splits(packers, source.description, n_documents)
     for packer in packers.values():
@@ -255,10 +257,52 @@ def _fill(
         train_sequences=packers["train"].n_sequences,
         validation_sequences=packers["validation"].n_sequences,
         test_sequences=packers["test"].n_sequences,
+        train_documents=len(packers["train"].documents),
+        validation_documents=len(packers["validation"].documents),
+        test_documents=len(packers["test"].documents),
         complete=not packers["train"].full,
         padding=dict(+source.padding),
-        special_tokens=n_special,
+        special_tokens=sum(packer.n_special for packer in packers.values()),
     )
+
+
+def _deal(
+    documents: Iterator[Any],
+    turn: int,
+    packers: "Mapping[Split, Packer]",
+    recipe: Recipe,
+    facts: ModelFacts,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    progress: Callable[[int], None] | None,
+) -> tuple[int, bool]:
+    """Give stretches of documents to the splits that these belong to, until all are full.
+
+    Returns the number of documents read, and whether another turn would add to a split that is not full.
+    """
+    n_documents = 0
+    with_more: set[Packer] = set()  # splits whose documents have more for them
+    for batch in _batches(documents):
+        # Documents of a full split are counted, but neither tokenised nor kept.
+        receivers: list[tuple[Packer, int]] = []
+        stretches: list[TextOrIds] = []
+        for index, document in enumerate(batch, start=n_documents):
+            packer = packers[split_of(index, recipe.train.seed)]
+            if packer.full:
+                continue
+            new, has_more = new_stretches(document, index, turn, packer.ids_per_stretch, recipe.train.seed)
+            receivers += [(packer, index)] * len(new)
+            stretches += new
+            if has_more:
+                with_more.add(packer)
+        n_documents += len(batch)
+
+        for (packer, index), ids in zip(receivers, _encode(stretches, tokenizer, facts), strict=True):
+            packer.add(ids, index)
+        if progress:
+            progress(recipe.data.context * sum(packer.n_sequences for packer in packers.values()))
+        if all(packer.full for packer in packers.values()):
+            break
+    return n_documents, not all(packer.full for packer in with_more)
 
 
 def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
@@ -299,72 +343,6 @@ def _encode(
     return arrays
 
 
-@final
-class _Packer:
-    """Joins the documents of one split with EOS and cuts them into sequences.
-
-    Ids are first appended to a raw file, whose length gives the number of sequences; `finish` turns
-    it into an array.
-    """
-
-    def __init__(self, path: Path, data: DataSpec, facts: ModelFacts, wanted: int) -> None:
-        self.path = path
-        self.wanted = wanted
-        self.context = data.context
-        self.bos = facts.tokens.bos_token_id if data.prepend_bos else None
-        self.ids_per_sequence = data.context - data.prepend_bos
-        fits_16_bits = facts.tokens.vocab_size <= 1 << 16
-        self.dtype = np.dtype("<u2" if fits_16_bits else "<u4")
-        separator = [] if facts.tokens.eos_token_id is None else [facts.tokens.eos_token_id]
-        self.separator = np.array(separator, self.dtype)
-        self.raw = path.with_suffix(".raw")
-        self.raw.touch()
-        self.n_ids = 0
-
-    @property
-    def n_sequences(self) -> int:
-        """Number of whole sequences so far, at most as many as are wanted."""
-        return min(self.n_ids // self.ids_per_sequence, self.wanted)
-
-    @property
-    def full(self) -> bool:
-        """Whether there are as many sequences as are wanted."""
-        return self.n_sequences == self.wanted
-
-    def add(self, ids: np.ndarray) -> None:
-        """Append a document, with a separator before it unless it is the first."""
-        if not ids.size:
-            return
-        pieces = [ids.astype(self.dtype)]
-        if self.n_ids:
-            pieces.insert(0, self.separator)
-        with self.raw.open("ab") as file:
-            for piece in pieces:
-                file.write(piece.tobytes())
-                self.n_ids += piece.size
-
-    def finish(self) -> None:
-        """Write the sequences as .npy, with their BOS, and remove the raw file."""
-        header = {
-            "descr": self.dtype.str,
-            "fortran_order": False,
-            "shape": (self.n_sequences, self.context),
-        }
-        step = max(1, _CHUNK_IDS // self.context)
-        with self.raw.open("rb") as raw, self.path.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, self.n_sequences, step):
-                n = min(step, self.n_sequences - start)
-                content = raw.read(n * self.ids_per_sequence * self.dtype.itemsize)
-                ids = np.frombuffer(content, self.dtype).reshape(n, self.ids_per_sequence)
-                rows = np.empty((n, self.context), self.dtype)
-                rows[:, self.context - self.ids_per_sequence :] = ids
-                if self.bos is not None:
-                    rows[:, 0] = self.bos
-                file.write(rows.tobytes())
-        self.raw.unlink()
-
-
 # --- checks ------------------------------------------------------------------------------------
 
 
@@ -381,7 +359,7 @@ def _check_recipe(data: DataSpec, facts: ModelFacts, tokenizer: object) -> None:
         )
 
 
-def _check_splits(packers: "Mapping[Split, _Packer]", description: str, n_documents: int) -> None:
+def _check_splits(packers: "Mapping[Split, Packer]", description: str, n_documents: int) -> None:
     """Raise DataError if the source leaves a split without a sequence."""
     if not n_documents:
         raise DataError(f"{description}: contains no documents (empty ones are skipped). Give a source with text.")
@@ -390,7 +368,7 @@ def _check_splits(packers: "Mapping[Split, _Packer]", description: str, n_docume
         n_tokens = sum(packer.n_ids for packer in packers.values())
         raise DataError(
             f"{description}: too little text for the {' and the '.join(empty)} split, which got "
-            f"no sequence. Documents: {n_documents}, with {n_tokens} tokens; a sequence "
+            f"no sequence. Documents: {n_documents}, of which {n_tokens} tokens were read; a sequence "
             f"needs {packers['train'].ids_per_sequence} tokens, and one document in {_PERIOD} "
             "goes to validation, another to test. Give more documents, or lower data.context."
         )

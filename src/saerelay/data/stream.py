@@ -286,8 +286,8 @@ class LiveStream(AbstractStream):
     def read_order(self, first: int, n: int) -> np.ndarray:
         """The n sequences read from `first` on: every epoch reads all sequences, in a new order.
 
-        Long documents fill many sequences in a row; in the original order, a short leg would see only a
-        few documents. Sequences added later follow those that were there before, in an order of their own.
+        A document can fill several sequences in a row; in the original order, a short leg would see fewer
+        documents. Sequences added later follow those that were there before, in an order of their own.
         """
         total = len(self.sequences)
         parts = []

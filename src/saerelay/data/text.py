@@ -21,7 +21,7 @@ _TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 _MIN_FILES = 40
 """With fewer files than this, large files are cut, so that no single document makes up most of a split."""
 
-_N_PIECES = 200
+_N_PIECES = 1000
 """Approximate number of pieces that all files together are cut into."""
 
 _MIN_PIECE_BYTES = 2000

@@ -161,6 +161,16 @@ def unequal_l0(summary: Summary) -> str:
     )
 
 
+def few_documents(summary: Summary) -> str:
+    """Return a sentence on errors that are too small, since sequences of a document are alike; "" if they are not."""
+    if not 0 < summary.n_documents < summary.n_sequences / 2:
+        return ""
+    return (
+        f"The {summary.n_sequences:,} held-out sequences are from {summary.n_documents:,} documents only. Sequences of "
+        "one document are alike, so the errors are larger than the table says; give more documents."
+    )
+
+
 def made(summary: Summary, leg: LegSummary) -> str:
     """Say how a leg was made; add its id if another leg at its layer was made in the same words."""
     alike = [

@@ -109,6 +109,9 @@ def _check_begins_with(corpus: Corpus, older: Corpus, paths: RunDirectory) -> No
 
     Otherwise documents that were trained on might now be held out.
     """
+    by_older_version = ""
+    if not older.facts.train_documents:
+        by_older_version = "; this one was begun by an older version, which took other parts of documents"
     for split in SPLITS:
         longer = getattr(corpus, split)
         before = getattr(older, split)
@@ -117,7 +120,7 @@ def _check_begins_with(corpus: Corpus, older: Corpus, paths: RunDirectory) -> No
         if not all(np.array_equal(longer[part], before[part]) for part in parts):
             raise DataError(
                 f"{corpus.facts.source}: not the text that this run began with: the new {split} split does not "
-                f"continue {paths.tokens / split}.npy. Restore the text, or begin a new run"
+                f"continue {paths.tokens / split}.npy. Restore the text, or begin a new run{by_older_version}"
             )
 
 

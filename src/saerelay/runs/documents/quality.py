@@ -254,6 +254,10 @@ class Summary(Document):
     """All published legs, in the order of the plan."""
     left_out: LeftOut | None = None
     """Positions that were not measured on because of their norm; null in files of old versions."""
+    n_sequences: int = 0
+    """Number of held-out sequences measured on; 0 in files of old versions."""
+    n_documents: int = 0
+    """Number of documents that these sequences are from; 0 where this is not known."""
     cost: SuiteCost
     """Cost of the suite."""
 

@@ -11,6 +11,7 @@ from saerelay.runs.documents.quality import LegSummary, Summary
 from saerelay.spec import few_of, format_count
 from saerelay.views.labels import (
     ARCHITECTURES,
+    few_documents,
     leading_metric,
     mean_l0,
     metric_name,
@@ -39,6 +40,7 @@ def story(plan: Plan, summary: Summary, measures: Measures | None = None) -> dic
         "surveyed": any(leg.predicted_fvu is not None for leg in summary.legs),
         "leading": metric_name(leading_metric(summary)),
         "misleading": misleading_fvu(summary),
+        "few_documents": few_documents(summary),
         "overviews": overviews(summary),
         "rows": quality_rows(summary),
         "plan_rows": plan_rows(plan),

@@ -7,7 +7,16 @@ from rich.text import Text
 from saerelay.runs.documents.quality import LegSummary, SnapshotSummary, Summary
 from saerelay.site import SiteKind
 from saerelay.spec import format_count
-from saerelay.views.labels import ROLES, made, misleading_fvu, seeds_label, spread_cells, uncounted, unequal_l0
+from saerelay.views.labels import (
+    ROLES,
+    few_documents,
+    made,
+    misleading_fvu,
+    seeds_label,
+    spread_cells,
+    uncounted,
+    unequal_l0,
+)
 from saerelay.views.text import decimal, duration, is_number, percent, with_error
 
 
@@ -104,6 +113,9 @@ def notes(summary: Summary) -> list[Text]:
     unequal = unequal_l0(summary)
     if unequal:
         lines.append(unequal)
+    few = few_documents(summary)
+    if few:
+        lines.append(few)
     lines.append(
         "ΔCE: increase of the model's loss with the SAE in place, ± standard error over sequences. The sequences are "
         "the same for all SAEs, so differences between SAEs are more certain than these errors suggest (eval/*.json "
