@@ -14,6 +14,8 @@ Whole suites of all layers, which are compared with `scratch` alone, have a tabl
     python bench/transfer_real.py run ... --layers 0-17 --only scratch,suite --out suites
     python bench/transfer_real.py suites --out suites --docs docs      # writes docs/transfer-real-suites.json and it
 
+What hops are worth on one sequence of each of many documents has a table, too (`transfer_real_documents.py`).
+
 Every job is an ordinary run of this tool in a directory of its own, <out>/<job>. The activations (`data.cache`, at
 <out>/activations) and the tokens are shared. A study that was stopped goes on with the same command.
 
@@ -266,7 +268,7 @@ def layers_of(text: str) -> list[int]:
 def main() -> None:
     """Parse, then run, or list, or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "report", "suites"])
+    parser.add_argument("command", choices=["run", "report", "suites", "documents"])
     parser.add_argument("--model", default="google/gemma-3-270m")
     parser.add_argument("--text", type=Path, help="a folder of text")
     parser.add_argument("--layers", type=layers_of, default=layers_of("4-11"))
@@ -290,6 +292,11 @@ def main() -> None:
         from transfer_real_report import report_suites
 
         report_suites(out, args.docs)
+        return
+    if args.command == "documents":
+        from transfer_real_documents import documents
+
+        documents(out, args.docs)
         return
     if args.text is None:
         raise SystemExit("--text DIR: which text should the model read?")

@@ -151,7 +151,9 @@ def test_text_that_cannot_be_read_is_refused_with_file_and_remedy(
     assert "contains no documents (empty ones are skipped). Give a source with text." in said
     (tmp_path / "small.txt").write_text("a few words " * 20)
     said = message(lambda: make_corpus(text=[str(tmp_path / "small.txt")]))
-    assert re.search(r"too little text for the .* split, which got no sequence. Documents: 1, of which \d+ tokens were read; ", said)
+    assert re.search(
+        r"too little text for the .* split, which got no sequence. Documents: 1, of which \d+ tokens were read; ", said
+    )
     assert said.endswith("or lower data.context.")
     assert list((tmp_path / "out").iterdir()) == []
     run = Recipe(data=DataSpec(text=[str(path)]))

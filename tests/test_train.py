@@ -449,14 +449,16 @@ def test_a_block_can_be_trained_on_several_times(tmp_path: Path, facts: ModelFac
         block = stream.block(number, [layer0])
         return [block.batch(i)[layer0].clone() for i in range(block.n_batches)]
 
-    # b trains on each of its two blocks; then on one of the two blocks of its map; then on its own block once more.
+    # After each batch of its two blocks, b trains on one of its map's two blocks, in turn; then on its own block again.
     n_before = plan.leg("b").fold_at // plan.block_tokens
+    of_map = [batches(n_before - 2), batches(n_before - 1)]
     expected = []
     for number in (n_before, n_before + 1):
-        own, of_map = batches(number), batches(number - 2)
+        own = batches(number)
         stride = len(own) * 5 // 13
         for i in range(len(own)):
-            expected += [own[i], of_map[i], own[(i + 2 * stride) % len(own)]]
+            n_taken = i if number == n_before else len(own) + i
+            expected += [own[i], of_map[n_taken % 2][n_taken // 2], own[(i + 2 * stride) % len(own)]]
     assert len(seen["b"]) == len(expected) == 3 * len(seen["c"])
     assert all(torch.equal(x, y) for x, y in zip(seen["b"], expected, strict=True))
     assert read_dictionary(tmp_path / "whole/legs/b")[1].tokens == 3072

@@ -89,7 +89,7 @@ class Schedule(Spec):
     """Tokens without firing after which a latent is dead."""
     reuse: Positive = 1
     """How many times the leg trains on each of its blocks. The leg's age counts repetitions, so it grows this many
-    times as fast as the cursor. After a hop, the first repetitions are of the blocks of its moments instead."""
+    times as fast as the cursor. After a hop, the first repetition of each batch is a batch of its moments instead."""
     lr_by_map: bool = False
     snapshots: list[Whole] = []
     """Ages at which the leg is published, besides its end."""

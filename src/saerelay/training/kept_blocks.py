@@ -1,8 +1,8 @@
 """The blocks that a hop keeps: its map was fitted on them, and its refit and second passes use them again.
 
 A leg that trains on each block several times (`plan.reuse`) makes its first repetitions on these blocks, which it has
-not trained on yet, instead of on the same block again. This costs memory, not tokens (docs/log.md, "Second passes on
-the blocks of the map").
+not trained on yet, instead of on the same block again. This costs memory, not tokens (docs/log.md, "Hops on many
+documents").
 """
 
 import math
@@ -40,16 +40,19 @@ def block_for_refit(now: Training, leg: Leg, block: Block, n: int) -> Block:
 def batches_of_kept_blocks(now: Training, number: int, index: int, repetition: int) -> dict[str, Mapping[Site, Tensor]]:
     """The batches of kept blocks, by leg, that legs train on in a repetition of batch `index` of block `number`.
 
-    The first block after a hop is repeated with the first block kept, and so on. Legs that have none repeat the block
-    itself.
+    A leg takes a batch from each of its kept blocks in turn, so that it sees text of all of them up to its end. Legs
+    that have none left repeat the block itself.
     """
     batches: dict[str, Mapping[Site, Tensor]] = {}
     if repetition != 1:
         return batches
     for leg_id, kept in now.kept_blocks.items():
         n_since_hop = number - now.plan.leg(leg_id).fold_at // now.plan.block_tokens
-        if 0 <= n_since_hop < len(kept):
-            batches[leg_id] = kept[n_since_hop].batch(index)
+        if n_since_hop >= 0:
+            n_taken = n_since_hop * kept[0].n_batches + index
+            batch, which = divmod(n_taken, len(kept))
+            if batch < kept[0].n_batches:
+                batches[leg_id] = kept[which].batch(batch)
     return batches
 
 
