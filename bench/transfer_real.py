@@ -174,7 +174,7 @@ def hop(source: int, target: int, parent: Path, method: str, tokens: int, reuse:
 
 
 def budgets(study: Study, seed: int) -> Iterator[Job]:
-    """The methods that were chosen at a seed, at other budgets, and twice on each block."""
+    """The methods that were chosen at a seed, with second passes and at other budgets; nothing until they are."""
     chosen = list(chosen_methods(study, seed))
     if not chosen:
         return

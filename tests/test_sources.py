@@ -121,7 +121,8 @@ def test_text_that_spells_a_special_token_stays_text(
     for i in range(40):
         (tmp_path / "files" / f"{i}.txt").write_text("a token <|endoftext|> ends it " * 90)
     corpus = make_corpus(text=[str(tmp_path / "files")], context=16)
-    assert corpus.facts.special_tokens == 0 and "special" not in " ".join(corpus.facts.notes())
+    (note,) = corpus.facts.notes()
+    assert corpus.facts.special_tokens == 0 and "from 36 documents only" in note
     inside = corpus.train[:, 1:]
     assert (inside == demo_tokenizer.eos_token_id).sum() <= corpus.facts.n_documents
     assert "<|endoftext|>" in demo_tokenizer.decode(inside.ravel())

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from saerelay.analysis.metrics import held_out
 from saerelay.analysis.similarity import share_found_again
 from saerelay.data.corpus import Corpus
 from saerelay.planning.cost import Cost, plan_cost
@@ -39,7 +40,7 @@ def summarise(suite: PublishedSuite, corpus: Corpus) -> Summary:
     facts = suite.plan.facts
     in_suite = {leg.id for leg in suite.one_per_site}
     evaluation = Evaluation.load(suite.directory.evaluation(suite.legs[0].id))
-    n_sequences = math.ceil(evaluation.asked.tokens / corpus.facts.context)
+    n_sequences = len(held_out(suite.plan, corpus.test, evaluation.asked.tokens))
     return Summary(
         model=facts.name,
         revision=facts.revision,

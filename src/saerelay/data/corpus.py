@@ -324,14 +324,14 @@ def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
 
 
 def _encode(
-    documents: Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None", facts: ModelFacts
+    stretches: Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None", facts: ModelFacts
 ) -> Sequence[np.ndarray]:
-    """The token ids of some documents; documents of a token file are already ids."""
-    if not documents or not isinstance(documents[0], str):
-        return documents
+    """The token ids of some stretches of documents; those of a token file are already ids."""
+    if not stretches or not isinstance(stretches[0], str):
+        return stretches
     assert tokenizer is not None
     encoded = tokenizer(
-        list(documents),
+        list(stretches),
         add_special_tokens=False,
         split_special_tokens=True,  # text is text, even where it spells a special token
         return_attention_mask=False,
